@@ -1,0 +1,35 @@
+"""Exact before/after edits: the same person in the same pose with one attribute (or several) changed."""
+
+from dataclasses import replace
+from typing import Final
+
+from data_builder.avatars.people import Identity, Scene
+
+EDITS: Final = (
+    "glasses", "hat", "facial_hair", "hair_color", "hair", "expression", "eyes", "garment", "garment_color",
+    "background", "skin", "style",
+)  # fmt: skip
+"""Attributes that ``edited`` can change, promptable and identity ones."""
+
+_RGB = {"hair_color": "hair_rgb", "skin": "skin_rgb", "facial_hair_color": "facial_hair_rgb"}
+
+
+def edited(person: Identity, scene: Scene, **changes: str) -> tuple[Identity, Scene]:
+    """Person and scene after the named changes, e.g. ``edited(p, s, glasses="sunglasses", style="sepia")``.
+
+    Raises ``ValueError`` for an attribute that is not in ``EDITS``.
+    """
+    from data_builder.avatars import vocabulary as words
+
+    for name, value in changes.items():
+        if name not in EDITS:
+            raise ValueError(f"cannot edit {name!r}; editable: {', '.join(EDITS)}")
+        if name in words.PROMPT_ATTRIBUTES:
+            scene = replace(scene, **{name: value})
+            continue
+        person = replace(person, **{name: value})
+        if name in _RGB:
+            table = words.SKIN if name == "skin" else words.HAIR_COLOR
+            color = table[value]
+            person = replace(person, **{_RGB[name]: tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))})
+    return person, scene

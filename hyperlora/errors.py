@@ -1,0 +1,25 @@
+"""What can go wrong, each in one sentence: what, expected, found, what to do. The CLI exits 2 on any of these."""
+
+
+class HyperloraError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class LayoutMismatch(HyperloraError):
+    """LoRA weights and a base model (or another LoRA) do not belong together."""
+
+
+class BadImage(HyperloraError):
+    """A picture that cannot or must not be read."""
+
+
+class BadLoraFile(HyperloraError):
+    """A LoRA file that cannot be trusted or understood."""
+
+
+class BadArtifact(HyperloraError):
+    """A folder or hub id that does not hold what was expected."""
+
+
+class BadRequest(HyperloraError):
+    """Arguments that make no sense together."""

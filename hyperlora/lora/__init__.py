@@ -1,0 +1,10 @@
+"""What a LoRA is: where it goes (``LoraLayout``), its numbers (``LoraWeights``) and compact ways to write those
+(``LiDB``, ``LearnedBasis``).
+
+    W' = W + up @ down            down [rank, fan_in], up [fan_out, rank]; any alpha / rank is folded into up
+"""
+
+from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.weights import LoraWeights
+
+__all__ = ["LoraLayout", "LoraWeights", "Site"]

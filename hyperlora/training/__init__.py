@@ -1,0 +1,1 @@
+"""LightningModules, DataModules, objectives and callbacks. What is released is never one of these."""

@@ -1,0 +1,77 @@
+"""Train the image autoencoder (a diffusers ``AutoencoderKL``) of the embedded world."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class ImageAutoencoder(L.LightningModule):
+    """L1 + L1 of image gradients (crisp edges) + a small KL; batches are images [batch, 3, h, w] in [-1, 1].
+
+    ``out`` receives the diffusers folder when training ends, with ``scaling_factor`` measured on the last batches so
+    that latents have unit variance. ``decoder_only`` continues a released autoencoder without moving its latents.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        config: dict[str, Any] | None = None,
+        start_from: str | None = None,
+        decoder_only: bool = False,
+        lr: float = 1e-3,
+        gradient_weight: float = 1.0,
+        kl_weight: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if (config is None) == (start_from is None):
+            raise ValueError("give either config (a new autoencoder) or start_from (a folder), not both or none")
+        self.vae = AutoencoderKL.from_pretrained(start_from) if start_from else AutoencoderKL(**(config or {}))
+        self.vae.to(memory_format=torch.channels_last)
+        if decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+
+    def training_step(self, images: Tensor, batch_index: int) -> Tensor:
+        posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+        z = posterior.sample()
+        decoded = self.vae.decode(z).sample.float()
+        l1 = F.l1_loss(decoded, images)
+        edges = sum(F.l1_loss(torch.diff(decoded, dim=d), torch.diff(images, dim=d)) for d in (2, 3))
+        loss = l1 + self.hparams["gradient_weight"] * edges
+        if not self.hparams["decoder_only"]:
+            loss = loss + self.hparams["kl_weight"] * posterior.kl().mean() / z[0].numel()
+        self.log_dict({"train/l1": l1, "train/psnr": _psnr(decoded, images)}, prog_bar=True)
+        return loss
+
+    def validation_step(self, images: Tensor, batch_index: int) -> None:
+        mode = self.vae.encode(images).latent_dist.mode()
+        self.log("val/psnr", _psnr(self.vae.decode(mode).sample.float(), images), prog_bar=True)
+        self.log("val/latent_std", mode.float().std())
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.hparams["decoder_only"] and not self.trainer.sanity_checking:
+            std = float(self.trainer.callback_metrics["val/latent_std"])
+            self.vae.register_to_config(scaling_factor=1 / std)
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.vae.save_pretrained(Path(self.hparams["out"]))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.hparams["lr"], weight_decay=1e-4, betas=(0.9, 0.99))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams["lr"], total_steps=steps, pct_start=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _psnr(decoded: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, images in [-1, 1]."""
+    mse = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3)) / 4
+    return (-10 * mse.clamp_min(1e-10).log10()).mean()
