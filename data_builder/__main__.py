@@ -27,5 +27,62 @@ def avatars(
     draw_portraits(out, Plan(split=split, people=people, each=each, size=size))
 
 
+@app.command()
+def tokenizer(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]) -> None:
+    """Build the avatar world's CLIP tokenizer."""
+    from data_builder.avatars.tokenizer import build_tokenizer
+
+    typer.echo(f"{len(build_tokenizer(out))} tokens in {out}")
+
+
+@app.command()
+def benchmark(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    people: Annotated[int, typer.Option(min=2)] = 64,
+    photos: Annotated[int, typer.Option(min=2, help="Photos of each person.")] = 8,
+) -> None:
+    """Write the avatar benchmark that `hyperlora evaluate` reads: photos of unseen people, prompts with truth."""
+    from data_builder.avatars.benchmark import write_benchmark
+
+    write_benchmark(out, split, people, photos)
+
+
+@app.command()
+def codes(
+    portraits: Annotated[Path, typer.Argument(help="Drawn portraits (`avatars`).")],
+    base: Annotated[str, typer.Option(help="Base model folder.")],
+    vae: Annotated[str, typer.Option(help="Autoencoder that made the latents.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write (.safetensors).")],
+    people: Annotated[int, typer.Option(min=1)] = 256,
+    at_once: Annotated[int, typer.Option(min=1, help="People fitted together.")] = 32,
+    steps: Annotated[int, typer.Option(min=1)] = 150,
+    lr: Annotated[float, typer.Option()] = 1e-2,
+    preset: Annotated[str, typer.Option()] = "attention+mlp",
+    rank: Annotated[int, typer.Option(min=1)] = 1,
+    a: Annotated[int, typer.Option(min=1)] = 100,
+    b: Annotated[int, typer.Option(min=1)] = 50,
+) -> None:
+    """Fit LiDB codes to drawn people: what the faithful hypernetwork regresses to."""
+    from data_builder.avatars.codes import fit_codes
+    from hyperlora.heap import keep_heap
+
+    keep_heap()
+    fit_codes(
+        portraits,
+        base,
+        vae,
+        out,
+        people=people,
+        at_once=at_once,
+        steps=steps,
+        lr=lr,
+        preset=preset,
+        rank=rank,
+        a=a,
+        b=b,
+    )
+
+
 if __name__ == "__main__":
     app()

@@ -53,9 +53,8 @@ def svg(person: Identity, scene: Scene) -> str:
         clothing_color=words.GARMENT_COLOR[scene.garment_color],
     ).render()
     d, h, n, m = person.eye_distance, person.eye_height, person.nose_scale, person.mouth_scale
-    pose = (
-        f"translate({scene.shift_x:.3f} {scene.shift_y:.3f}) rotate({scene.roll:.3f} 132 200) "
-        + _about(132, 160, scene.zoom * person.face_width, scene.zoom)
+    pose = f"translate({scene.shift_x:.3f} {scene.shift_y:.3f}) rotate({scene.roll:.3f} 132 200) " + _about(
+        132, 160, scene.zoom * person.face_width, scene.zoom
     )
     for anchor, transform in (
         (_EYES, f"{_about(56, 20, d, 1)} translate(0 8) {_about(56, 20, 1, h)}"),

@@ -1,7 +1,7 @@
 """Exact before/after edits: the same person in the same pose with one attribute (or several) changed."""
 
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from data_builder.avatars.people import Identity, Scene
 
@@ -10,6 +10,8 @@ EDITS: Final = (
     "background", "skin", "style",
 )  # fmt: skip
 """Attributes that ``edited`` can change, promptable and identity ones."""
+
+Drawn = TypeVar("Drawn", Identity, Scene)
 
 _RGB = {"hair_color": "hair_rgb", "skin": "skin_rgb", "facial_hair_color": "facial_hair_rgb"}
 
@@ -25,11 +27,16 @@ def edited(person: Identity, scene: Scene, **changes: str) -> tuple[Identity, Sc
         if name not in EDITS:
             raise ValueError(f"cannot edit {name!r}; editable: {', '.join(EDITS)}")
         if name in words.PROMPT_ATTRIBUTES:
-            scene = replace(scene, **{name: value})
+            scene = _with(scene, name, value)
             continue
-        person = replace(person, **{name: value})
+        person = _with(person, name, value)
         if name in _RGB:
             table = words.SKIN if name == "skin" else words.HAIR_COLOR
             color = table[value]
-            person = replace(person, **{_RGB[name]: tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))})
+            person = _with(person, _RGB[name], tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)))
     return person, scene
+
+
+def _with(drawn: Drawn, name: str, value: object) -> Drawn:
+    changes: dict[str, Any] = {name: value}
+    return replace(drawn, **changes)

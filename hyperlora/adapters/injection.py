@@ -1,6 +1,6 @@
 """``injected``: a frozen model computes with one LoRA per sample, differentiably in the LoRA.
 
-    y = W x + b + up @ (down @ x)        one batched product per site, no copy of W
+y = W x + b + up @ (down @ x)        one batched product per site, no copy of W
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +51,9 @@ class _Injection:
         for site, down, up in zip(weights.layout.sites, weights.down, weights.up, strict=True):
             layer = modules.get(site.component, {}).get(site.path)
             if layer is None:
-                raise LayoutMismatch(f"the base has no site {site.name}: the LoRA ({weights.layout.base}) is not for it")
+                raise LayoutMismatch(
+                    f"the base has no site {site.name}: the LoRA ({weights.layout.base}) is not for it"
+                )
             self.hooks.append((layer, _hook(site, layer, down, up)))
 
     @contextmanager
@@ -96,13 +98,11 @@ def _conv(layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor, site: Site) -> 
     assert site.kernel is not None
     kernel = (-1, site.fan_in // (site.kernel[0] * site.kernel[1]), *site.kernel)
     if down.ndim == 2:
-        low = F.conv2d(x, down.reshape(kernel), None, layer.stride, layer.padding, layer.dilation)  # type: ignore[arg-type]
+        low = F.conv2d(x, down.reshape(kernel), None, layer.stride, layer.padding, layer.dilation)
         return F.conv2d(low, up[..., None, None])
     rounds, n = _rounds(x, len(down))
     grouped = x.reshape(rounds, n * x.shape[1], *x.shape[2:])  # the n LoRAs side by side as channel groups
-    low = F.conv2d(
-        grouped, down.reshape(kernel), None, layer.stride, layer.padding, layer.dilation, groups=n  # type: ignore[arg-type]
-    )
+    low = F.conv2d(grouped, down.reshape(kernel), None, layer.stride, layer.padding, layer.dilation, groups=n)
     height, width = low.shape[-2:]
     low = low.reshape(rounds, n, -1, height * width)  # [rounds, n, rank, positions]
     return (up @ low).reshape(rounds * n, -1, height, width)
@@ -116,8 +116,9 @@ def _rounds(x: Tensor, n: int) -> tuple[int, int]:
 
 @contextmanager
 def _checkpoints_recompute_with(module: nn.Module, injection: _Injection) -> Iterator[None]:
-    """Make diffusers' gradient checkpointing run its blocks, also when backward recomputes them, under ``injection``."""
-    wrapped: list[tuple[nn.Module, Callable[..., Any]]] = []
+    """Make diffusers' gradient checkpointing run its blocks under ``injection``, also when backward recomputes them."""
+    wrapped: list[tuple[Any, Callable[..., Any]]] = []
+    block: Any
     for block in module.modules():
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
         if getattr(block, "gradient_checkpointing", False) and callable(checkpoint):
@@ -139,4 +140,3 @@ def _wrap(checkpoint: Callable[..., Any], injection: _Injection) -> Callable[...
         return checkpoint(under_injection, *args)
 
     return run
-

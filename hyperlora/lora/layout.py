@@ -41,7 +41,9 @@ class LoraLayout:
     base: str
 
     @classmethod
-    def of(cls, module: nn.Module, component: str, matches: Callable[[str], bool], rank: int, base: str) -> "LoraLayout":
+    def of(
+        cls, module: nn.Module, component: str, matches: Callable[[str], bool], rank: int, base: str
+    ) -> "LoraLayout":
         """The layout of every Linear or Conv2d in ``module`` (meta device is fine) whose path ``matches``.
 
         Raises ``LayoutMismatch`` if there is none.
@@ -79,8 +81,7 @@ class LoraLayout:
 
     def require(self, other: "LoraLayout", *, any_rank: bool = False) -> None:
         """Raise ``LayoutMismatch`` unless ``other`` has the same sites, base and (unless ``any_rank``) rank."""
-        if self.base != other.base:
-            raise LayoutMismatch(f"the LoRA is for base {other.base!r}, this base is {self.base!r}: use its own base")
+        other.require_base(self.base)
         mine, theirs = {s.name: s for s in self.sites}, {s.name: s for s in other.sites}
         if missing := mine.keys() ^ theirs.keys():
             raise LayoutMismatch(
@@ -93,6 +94,11 @@ class LoraLayout:
             raise LayoutMismatch("the LoRA's sites are in another order than expected")
         if not any_rank and self.rank != other.rank:
             raise LayoutMismatch(f"the LoRA has rank {other.rank}, rank {self.rank} expected: resize it first")
+
+    def require_base(self, base: str) -> None:
+        """Raise ``LayoutMismatch`` unless LoRAs of this layout are for ``base``."""
+        if self.base != base:
+            raise LayoutMismatch(f"the LoRA is for base {self.base!r}, this base is {base!r}: use its own base")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

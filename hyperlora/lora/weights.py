@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from hyperlora.errors import LayoutMismatch
 from hyperlora.lora.layout import LoraLayout
+
+if TYPE_CHECKING:
+    from hyperlora.formats import LoraHeader
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,17 @@ class LoraWeights:
         """``function`` on every tensor, e.g. ``lambda t: t.to("cuda")``."""
         return LoraWeights(self.layout, tuple(map(function, self.down)), tuple(map(function, self.up)))
 
+    def save(
+        self,
+        path: str | PathLike[str],
+        format: Literal["diffusers", "kohya"] = "diffusers",
+        header: "LoraHeader | None" = None,
+    ) -> Path:
+        """Write this LoRA (no batch axis) as ``hyperlora.formats.save_lora`` does; undone by ``load_lora``."""
+        from hyperlora.formats import save_lora  # the one step up: files know LoRAs, this only opens their door
+
+        return save_lora(self, path, format=format, header=header)
+
     def detach(self) -> "LoraWeights":
         return self.map(torch.Tensor.detach)
 
@@ -109,7 +126,7 @@ class LoraWeights:
         return self + -other
 
     def resize(self, rank: int) -> "LoraWeights":
-        """The best rank-``rank`` approximation of ΔW (SVD), with balanced factors; exact when ``rank`` is no smaller."""
+        """The best rank-``rank`` approximation of ΔW (SVD), factors balanced; exact when ``rank`` is no smaller."""
         pairs = [_truncated(d, u, rank) for d, u in zip(self.down, self.up, strict=True)]
         return LoraWeights(self.layout.with_rank(rank), tuple(d for d, _ in pairs), tuple(u for _, u in pairs))
 

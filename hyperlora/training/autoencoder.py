@@ -9,12 +9,15 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from hyperlora.training.optimizers import adamw_one_cycle
+
 
 class ImageAutoencoder(L.LightningModule):
     """L1 + L1 of image gradients (crisp edges) + a small KL; batches are images [batch, 3, h, w] in [-1, 1].
 
-    ``out`` receives the diffusers folder when training ends, with ``scaling_factor`` measured on the last batches so
-    that latents have unit variance. ``decoder_only`` continues a released autoencoder without moving its latents.
+    ``out`` receives the diffusers folder when training ends, with every latent channel brought to zero mean and unit
+    variance (measured in the last validation, folded into the two 1x1 convolutions around the latents).
+    ``start_from`` continues a released autoencoder; ``decoder_only`` does so without moving its latents.
     """
 
     def __init__(
@@ -50,25 +53,36 @@ class ImageAutoencoder(L.LightningModule):
         return loss
 
     def validation_step(self, images: Tensor, batch_index: int) -> None:
-        mode = self.vae.encode(images).latent_dist.mode()
-        self.log("val/psnr", _psnr(self.vae.decode(mode).sample.float(), images), prog_bar=True)
-        self.log("val/latent_std", mode.float().std())
+        posterior = self.vae.encode(images).latent_dist
+        self.log("val/psnr", _psnr(self.vae.decode(posterior.mode()).sample.float(), images), prog_bar=True)
+        self.latents.append(posterior.sample().float().cpu())
 
-    def on_validation_epoch_end(self) -> None:
-        if not self.hparams["decoder_only"] and not self.trainer.sanity_checking:
-            std = float(self.trainer.callback_metrics["val/latent_std"])
-            self.vae.register_to_config(scaling_factor=1 / std)
+    def on_validation_epoch_start(self) -> None:
+        self.latents: list[Tensor] = []
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
+            if not self.hparams["decoder_only"]:
+                standardize_latents(self.vae, torch.cat(self.latents))
             self.vae.save_pretrained(Path(self.hparams["out"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.hparams["lr"], weight_decay=1e-4, betas=(0.9, 0.99))
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams["lr"], total_steps=steps, pct_start=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_one_cycle(self, self.parameters(), self.hparams["lr"], weight_decay=1e-4)
+
+
+@torch.no_grad()
+def standardize_latents(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Give each channel of ``vae``'s latents zero mean and unit variance, measured on ``latents`` [n, c, h, w], by
+    rescaling ``quant_conv`` and undoing it in ``post_quant_conv``: reconstructions stay the same."""
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    channels = len(std)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.bias[:channels].sub_(mean).div_(std)
+    quant.weight[:channels].div_(std[:, None, None, None])
+    quant.bias[channels:].sub_(2 * std.log())  # the other half of the channels is the posterior's log variance
+    post.bias.add_(post.weight[:, :, 0, 0] @ mean)
+    post.weight.mul_(std[None, :, None, None])
+    vae.register_to_config(scaling_factor=1.0)
 
 
 def _psnr(decoded: Tensor, images: Tensor) -> Tensor:

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
 
+from hyperlora.heap import keep_heap
+from hyperlora.training.seeding import SeedEveryBatch
+
 
 def train(arguments: Sequence[str]) -> None:
     """Run LightningCLI with these command-line arguments, e.g. ``["fit", "--config", "configs/avatars/vae.yaml"]``."""
+    keep_heap()
     LightningCLI(
         L.LightningModule,
         L.LightningDataModule,
@@ -15,5 +19,6 @@ def train(arguments: Sequence[str]) -> None:
         subclass_mode_data=True,
         save_config_callback=None,
         seed_everything_default=0,
+        trainer_defaults={"callbacks": [SeedEveryBatch()]},
         args=list(arguments),
     )

@@ -1,0 +1,69 @@
+"""Latents of drawn portraits, and what the base sees in them: made once and kept beside the images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.lib.format import open_memmap
+from torch import Tensor
+
+from data_builder.avatars.portraits import Portraits
+from hyperlora.data.images import sha256_of
+from hyperlora.pipelines import load_base
+from hyperlora.pipelines.image_to_lora import denoiser_encoder
+from hyperlora.progress import track
+
+
+def latents_of(folder: str | Path, vae: str | Path) -> np.ndarray:
+    """The scaled mean latents of a portraits folder, float16 [n, channels, h, w], memory-mapped; encoded on the first
+    call for an autoencoder (told apart by its weights)."""
+    images = Portraits(folder).images
+
+    def encoder() -> Callable[[int, int], Tensor]:
+        model = AutoencoderKL.from_pretrained(vae).eval()
+
+        def encode(start: int, stop: int) -> Tensor:
+            pixels = torch.from_numpy(np.array(images[start:stop])).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+            return model.encode(pixels).latent_dist.mean * model.config.scaling_factor
+
+        return encode
+
+    return _kept(Path(folder), f"latents-{_digest(vae)}", len(images), encoder)
+
+
+def tokens_of(folder: str | Path, vae: str | Path, base: str | Path) -> np.ndarray:
+    """What ``DenoiserEncoder`` of a base says about each portrait, float16 [n, tokens, width], memory-mapped."""
+    latents = latents_of(folder, vae)
+
+    def encoder() -> Callable[[int, int], Tensor]:
+        model = denoiser_encoder(load_base(base))
+        return lambda start, stop: model.from_latents(torch.from_numpy(np.array(latents[start:stop])).float())
+
+    return _kept(Path(folder), f"tokens-{_digest(vae)}-{_digest(Path(base) / 'unet')}", len(latents), encoder)
+
+
+@torch.no_grad()
+def _kept(
+    folder: Path, name: str, n: int, encoder: Callable[[], Callable[[int, int], Tensor]], size: int = 32
+) -> np.ndarray:
+    """``folder/name.npy``, made in batches if it is not there; under its final name only when complete."""
+    file = folder / f"{name}.npy"
+    if not file.exists():
+        encode = encoder()
+        partial = file.with_suffix(".part")
+        out: np.memmap | None = None
+        for i in track(range(0, n, size), name.split("-")[0], "images", n, size):
+            made = encode(i, min(i + size, n)).half().numpy()
+            if out is None:
+                out = open_memmap(partial, "w+", np.float16, (n, *made.shape[1:]))
+            out[i : i + len(made)] = made
+        assert out is not None
+        out.flush()
+        partial.rename(file)
+    return np.load(file, mmap_mode="r")
+
+
+def _digest(folder: str | Path) -> str:
+    return "".join(sha256_of(f)[:6] for f in sorted(Path(folder).glob("*.safetensors")))

@@ -1,0 +1,11 @@
+"""Where the embedded *avatars* bundle lies: the models every verb uses unless told otherwise."""
+
+from pathlib import Path
+from typing import Final
+
+AVATARS: Final = Path(__file__).parents[1] / "checkpoints" / "avatars"
+BASE: Final = AVATARS / "base"
+MODEL: Final = AVATARS / "image-to-lora"
+FAITHFUL: Final = AVATARS / "hyperdreambooth"
+EVALUATOR: Final = AVATARS / "evaluator"
+BENCHMARK: Final = AVATARS / "test"

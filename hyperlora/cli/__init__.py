@@ -1,0 +1,46 @@
+"""The verbs. Heavy libraries are imported inside each verb, so that ``--help`` is instant."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from hyperlora.cli import demo, evaluate, generate, inspect, render, train
+from hyperlora.errors import HyperloraError
+
+
+class _Verbs(TyperGroup):
+    """What a user can mend is one sentence on stderr and exit code 2. What the machine refuses half-way (disk full,
+    permissions lost) is one sentence and exit code 1; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HyperloraError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except BrokenPipeError:  # `hyperlora … | head`: typer ends quietly
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"error: {where}{error.strerror or error}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(demo.demo)
+app.command()(generate.generate)
+app.command()(render.render)
+app.command()(inspect.inspect)
+app.command()(evaluate.evaluate)
+app.command(context_settings=train.PASS_THROUGH)(train.train)
+
+
+@app.callback()
+def hyperlora() -> None:
+    """A photo goes in, a LoRA comes out in one forward pass."""
+
+
+def main() -> None:
+    """Console entry point."""
+    app()

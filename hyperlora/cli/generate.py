@@ -1,0 +1,72 @@
+"""``hyperlora generate``."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    photos: Annotated[list[Path] | None, typer.Argument(help="Photos of one subject.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File (or, with --batch, folder) to write.")] = None,
+    batch: Annotated[Path | None, typer.Option(help="Folder: one LoRA per image, or per sub-folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of an ImageToLora model.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model for --refine: folder or hub id.")] = None,
+    format: Annotated[str, typer.Option(help="diffusers or kohya.")] = "diffusers",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank to write; the model's own if not given.")] = None,
+    strength: Annotated[float, typer.Option(help="Scale of the LoRA.")] = 1.0,
+    refine: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on the photos.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Subjects at a time with --batch.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
+) -> None:
+    """Photo(s) of a subject in, a LoRA file out."""
+    from hyperlora.cli.output import require_file, require_folder
+    from hyperlora.errors import BadImage, BadRequest
+
+    if out is None:
+        raise BadRequest("where should the LoRA go? Give -o FILE (or -o FOLDER with --batch)")
+    if (batch is None) == (not photos):
+        raise BadRequest("give photos of one subject, or --batch FOLDER, and not both")
+    if format not in ("diffusers", "kohya"):
+        raise BadRequest(f"unknown format {format!r}; known: diffusers, kohya")
+    if not -10 <= strength <= 10:  # also refuses NaN
+        raise BadRequest(f"strength between -10 and 10 expected, got {strength}")
+    if batch is None:
+        require_file(out, ".safetensors")
+    elif batch.resolve() in out.resolve().parents:
+        raise BadRequest(f"{str(out)!r} lies in {str(batch)!r} and would count as a subject: write somewhere else")
+    else:
+        require_folder(out)
+
+    from hyperlora import bundle
+    from hyperlora.data import read_image
+    from hyperlora.heap import keep_heap
+    from hyperlora.pipelines import ImageToLora, load_base
+    from hyperlora.pipelines.generating import Settings, generate_file, generate_folder
+
+    keep_heap()
+    opened = [read_image(photo) for photo in photos or []]  # a bad photo is told before any model is loaded
+    frozen = load_base(base or bundle.BASE) if refine else None
+    network = ImageToLora.from_pretrained(model or bundle.MODEL, base=frozen)
+    if frozen is not None:
+        network.layout.require_base(frozen.id)
+    settings = Settings(format, rank, strength, refine)  # type: ignore[arg-type]
+    if batch is None:
+        made = [generate_file(network, photos or [], out, settings, frozen, opened)]
+    else:
+        made = generate_folder(network, batch, out, settings, frozen, batch_size)
+    if as_json:
+        typer.echo(json.dumps([asdict(m) for m in made] if batch else asdict(made[0])))
+    bad = [item for item in made if item.error]
+    for item in bad:
+        typer.echo(f"skipped: {item.error}", err=True)
+    if len(bad) == len(made):
+        raise BadImage(f"no LoRA could be made from {str(batch)!r}: see the reasons above")
+    if as_json:
+        return
+    if batch is None:
+        typer.echo(f"{out}: rank {rank or network.layout.rank} for {network.layout.base}, {made[0].seconds:.2f} s")
+    else:
+        typer.echo(f"{len(made) - len(bad)} LoRAs and index.jsonl in {out}, {len(bad)} photos skipped")

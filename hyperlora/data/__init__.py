@@ -1,0 +1,6 @@
+"""What comes in: pictures read safely, and the subjects a folder of pictures holds."""
+
+from hyperlora.data.images import image_files, read_image, sha256_of, to_image, to_tensor
+from hyperlora.data.subjects import Subject, subjects_in
+
+__all__ = ["Subject", "image_files", "read_image", "sha256_of", "subjects_in", "to_image", "to_tensor"]

@@ -1,0 +1,201 @@
+"""Pictures from anywhere, safely: files, uploads and PIL images become 8-bit RGB, or a ``BadImage`` says why not."""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from PIL.JpegImagePlugin import jpeg_factory
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+from torch import Tensor
+
+from hyperlora.errors import BadImage
+
+MAX_PIXELS: Final = 25_000_000
+MAX_BYTES: Final = 50_000_000
+SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
+_AT_MOST: Final = f"at most {MAX_PIXELS // 10**6} megapixels are read"
+
+Source = str | os.PathLike[str] | bytes | Image.Image
+
+
+def read_image(source: Source) -> Image.Image:
+    """The picture as people see it: upright, first frame, transparency over white, 8-bit RGB, no EXIF, GPS or ICC.
+
+    Files and bytes must be PNG, JPEG or WEBP by content, at most ``MAX_BYTES`` long and ``MAX_PIXELS`` large; the
+    size is read from the header before anything is decoded. A PIL image of any format counts as it stands (and stays
+    as it is). Raises ``BadImage``.
+    """
+    if isinstance(source, Image.Image):
+        return _decoded(source, "the given image")
+    data, name = _bytes_of(source), _name(source)
+    kind, opener = _kind(data, name)
+    try:
+        image = opener(io.BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # PIL's WEBP checks by itself
+        raise BadImage(f"{name}, a {kind} file, is huge, {_AT_MOST}: scale it down") from error
+    except Exception as error:  # decoders raise anything on hostile bytes
+        raise _damaged(f"{name}, a {kind} file,", error) from error
+    return _decoded(image, f"{name}, a {kind} file,")
+
+
+def image_files(folder: str | os.PathLike[str], *, within: Path | None = None) -> list[Path]:
+    """The PNG, JPEG and WEBP files (by name) directly in ``folder``, sorted; hidden files and links that lead out of
+    ``within`` (``folder`` itself unless given) do not count. Raises ``BadImage`` if there is none."""
+    folder = Path(folder)
+    root = within or folder
+    found = [p for p in entries(folder) if p.suffix.lower() in SUFFIXES and p.is_file() and is_inside(p, root)]
+    if not found:
+        raise BadImage(f"{str(folder)!r} holds no PNG, JPEG or WEBP image: put at least one there (no links elsewhere)")
+    return found
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without hidden names. Raises ``BadImage`` if it is no folder or cannot be read."""
+    try:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except FileNotFoundError as error:
+        raise BadImage(f"there is no folder {str(folder)!r}: check the path") from error
+    except NotADirectoryError as error:
+        raise BadImage(f"{str(folder)!r} is a file, a folder of images was expected: name its folder") from error
+    except (OSError, ValueError) as error:
+        raise BadImage(
+            f"the folder {str(folder)!r} cannot be read ({_reason(error)}): check its permissions"
+        ) from error
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    """Whether ``path``, with all links followed, lies below ``root``."""
+    return root.resolve() in path.resolve().parents
+
+
+def to_tensor(image: Image.Image, size: int) -> Tensor:
+    """The centre square, resized (bicubic, antialiased): [3, size, size] in [0, 1]."""
+    rgb = image if image.mode == "RGB" else read_image(image)
+    square = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float().div(255)
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """[3, h, w] in [0, 1] (clamped to it) as a PIL image; undoes ``to_tensor`` on a square image of that size."""
+    pixels = tensor.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def sha256_of(source: str | os.PathLike[str] | bytes) -> str:
+    """64 hexadecimal digits of the file's bytes, or of these bytes. Raises ``BadImage`` for a file ``read_image`` would
+    not open."""
+    return hashlib.sha256(_bytes_of(source)).hexdigest()
+
+
+def _bytes_of(source: str | os.PathLike[str] | bytes) -> bytes:
+    name = _name(source)
+    if isinstance(source, bytes):
+        data = source
+    else:
+        path = Path(source)
+        try:
+            if path.is_dir():
+                raise BadImage(f"{name} is a folder, one image file was expected: name a file in it")
+            if not path.is_file():  # neither missing files nor pipes and devices, which may never end
+                raise BadImage(f"there is no file {name}, an image was expected: check the path")
+            with path.open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise BadImage(f"{name} cannot be read ({_reason(error)}): check its name and permissions") from error
+    if len(data) > MAX_BYTES:
+        raise BadImage(f"{name} is larger than the {MAX_BYTES // 10**6} MB an image may have: save it smaller")
+    return data
+
+
+def _name(source: str | os.PathLike[str] | bytes) -> str:
+    return f"the image ({len(source)} bytes)" if isinstance(source, bytes) else repr(str(Path(source)))
+
+
+def _kind(data: bytes, name: str) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
+    """The format by its first bytes, and its decoder. Going past ``Image.open`` keeps PIL's other fifty decoders out,
+    and its warning about large images, which only a filter for the whole process could silence."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG", PngImageFile
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG", jpeg_factory
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP", WebPImageFile
+    found = "is empty" if not data else "is another kind of file"
+    raise BadImage(f"{name} {found}, a PNG, JPEG or WEBP image was expected: save it as one of these")
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if not width or not height:
+        raise BadImage(f"{name} is {width}×{height}, at least one pixel was expected: choose another image")
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{name} is {width}×{height}, {_AT_MOST}: scale it down")
+    try:
+        image.load()
+        rgb = _rgb(image, name)
+        return _upright(rgb, _orientation(image))
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise anything on hostile bytes
+        raise _damaged(name, error) from error
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """A new 8-bit RGB image without any metadata."""
+    if image.mode == "F":
+        raise BadImage(f"{name} has floating-point pixels of unknown range, 8 or 16 bits expected: scale it to 8 bits")
+    if image.mode.startswith("I"):
+        rgb = _from_16_bit(image, name)
+    elif image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
+        rgba = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
+    wide = np.asarray(image).astype(np.int64)  # "I" has 32 bits, of which PNG fills 16
+    low, high = int(wide.min()), int(wide.max())
+    if low < 0 or high > 0xFFFF:
+        raise BadImage(f"{name} has pixels from {low} to {high}, 0 to 65535 expected: scale it to 8 or 16 bits")
+    gray = ((wide + 128) // 257).astype(np.uint8)
+    if isinstance(key := image.info.get("transparency"), int):
+        gray[wide == key] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF that cannot be parsed says nothing; the pixels are still good
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
+    """``exif_transpose`` with nothing but the orientation in EXIF: it fails on fields it cannot write back."""
+    if orientation != 1:
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
+
+
+def _damaged(name: str, error: Exception) -> BadImage:
+    return BadImage(f"{name} is damaged or cut off ({_reason(error)}), a whole image was expected: export it again")
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
+    return " ".join(text.split()).rstrip(".")

@@ -1,0 +1,64 @@
+"""Who is in a folder of photos."""
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from hyperlora.data.images import SUFFIXES, entries, image_files, is_inside
+from hyperlora.errors import BadImage
+
+MAX_CAPTION_BYTES: Final = 64_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One person or thing: its photos, and beside each photo a caption or ``None``."""
+
+    name: str
+    photos: tuple[Path, ...]
+    captions: tuple[str | None, ...]
+
+
+def subjects_in(folder: str | os.PathLike[str]) -> list[Subject]:
+    """Each sub-folder is a subject with several photos, each image directly in ``folder`` a subject of its own.
+
+    A caption is the first line of the ``.txt`` beside the photo (``me.jpg``, ``me.txt``), as in kohya's scripts. Hidden
+    files do not count, nor do links that lead out of ``folder``. Sorted by name. Raises ``BadImage`` if there is no
+    subject, a sub-folder holds no image, or two subjects share a name.
+    """
+    root = Path(folder)
+    found = [p for p in entries(root) if is_inside(p, root)]
+    subjects = [_subject(p.name, image_files(p, within=root), root) for p in found if p.is_dir()]
+    subjects += [_subject(p.stem, [p], root) for p in found if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if not subjects:
+        raise BadImage(
+            f"{str(root)!r} holds no subject: put PNG, JPEG or WEBP images there, or one sub-folder of them per subject"
+        )
+    subjects.sort(key=lambda subject: subject.name)
+    for one, other in pairwise(subjects):
+        if one.name == other.name:
+            raise BadImage(f"{str(root)!r} holds two subjects called {one.name!r}, one expected: rename one of them")
+    return subjects
+
+
+def _subject(name: str, photos: list[Path], root: Path) -> Subject:
+    return Subject(name, tuple(photos), tuple(_caption(photo, root) for photo in photos))
+
+
+def _caption(photo: Path, root: Path) -> str | None:
+    path = photo.with_suffix(".txt")
+    if not path.is_file() or not is_inside(path, root):
+        return None
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CAPTION_BYTES + 1).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadImage(
+            f"the caption {str(path)!r} cannot be read as UTF-8 text: save it as such, or remove it"
+        ) from error
+    if len(text) > MAX_CAPTION_BYTES:
+        raise BadImage(f"the caption {str(path)!r} is longer than {MAX_CAPTION_BYTES} bytes: shorten it")
+    lines = text.splitlines()
+    return (lines[0].strip() or None) if lines else None

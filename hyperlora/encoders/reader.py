@@ -1,0 +1,98 @@
+"""``Reader``: names a portrait's attributes and places its subject in an identity space."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hyperlora.encoders.vision import VisionEncoder
+from hyperlora.errors import BadArtifact
+
+
+@dataclass(frozen=True)
+class Reading:
+    """``logits`` per attribute [n, classes]; ``geometry`` [n, measures]; ``identity`` [n, width] of unit length."""
+
+    logits: Mapping[str, Tensor]
+    geometry: Tensor
+    identity: Tensor
+
+
+class Reader(nn.Module):
+    """A backbone with one linear head per attribute, one for face geometry and one for identity.
+
+    ``attributes`` maps each attribute to its class names; ``geometry`` names the measures.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        image_size: int,
+        attributes: Mapping[str, Sequence[str]],
+        geometry: Sequence[str] = (),
+        identity_width: int = 64,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.attributes = {name: tuple(classes) for name, classes in attributes.items()}
+        self.geometry = tuple(geometry)
+        self.encoder = VisionEncoder(backbone, image_size, options=options)
+        self.config = {
+            "backbone": backbone,
+            "image_size": image_size,
+            "attributes": {k: list(v) for k, v in self.attributes.items()},
+            "geometry": list(geometry),
+            "identity_width": identity_width,
+            "options": options or {},
+        }
+        width = self.encoder.width
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(c)) for name, c in self.attributes.items()})
+        self.geometry_head = nn.Linear(width, max(1, len(self.geometry)))
+        self.identity_head = nn.Linear(width, identity_width)
+
+    def forward(self, images: Tensor) -> Reading:
+        """images [n, 3, h, w] in [0, 1]."""
+        pooled = self.encoder.pooled(images)
+        identity = F.normalize(self.identity_head(pooled), dim=-1)
+        return Reading({k: head(pooled) for k, head in self.heads.items()}, self.geometry_head(pooled), identity)
+
+    def names(self, reading: Reading) -> list[dict[str, str]]:
+        """The most likely class of every attribute, one dictionary per image."""
+        best = {k: v.argmax(-1).tolist() for k, v in reading.logits.items()}
+        n = len(reading.identity)
+        return [{k: self.attributes[k][best[k][i]] for k in best} for i in range(n)]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (fp16)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "Reader":
+        """Read what ``save_pretrained`` wrote. Raises ``BadArtifact`` if the folder holds no reader."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise BadArtifact(f"{folder} holds no reader: config.json and model.safetensors expected")
+        reader = cls(**json.loads((folder / "config.json").read_text()))
+        reader.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        return reader.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def read_in_batches(reader: Reader, images: Tensor, batch_size: int = 64) -> Reading:
+    """``reader(images)`` on many images without keeping activations."""
+    parts = [reader(batch) for batch in images.split(batch_size)]
+    return Reading(
+        {k: torch.cat([p.logits[k] for p in parts]) for k in parts[0].logits},
+        torch.cat([p.geometry for p in parts]),
+        torch.cat([p.identity for p in parts]),
+    )

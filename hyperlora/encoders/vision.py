@@ -1,0 +1,62 @@
+"""Any timm backbone as an encoder of photos."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from hyperlora.features import ImageFeatures
+
+
+class VisionEncoder(nn.Module):
+    """A timm backbone without its head: images [batch, views, 3, h, w] in [0, 1] to patch tokens.
+
+    ``name`` is a timm id, ``image_size`` what it was trained at (other sizes are resized to it), ``options`` go to
+    ``timm.create_model``; ``licence`` is the weights' (asked of timm when ``pretrained``). Normalisation is the
+    backbone's own.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int = 224,
+        pretrained: bool = False,
+        options: dict[str, Any] | None = None,
+        licence: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
+        self.image_size = image_size
+        data = timm.data.resolve_data_config({}, model=self.backbone)
+        self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
+        if licence is None:
+            licence = str(self.backbone.pretrained_cfg.get("license") or "unknown") if pretrained else "as the bundle"
+        self.licence = licence
+        self.config = {"name": name, "image_size": image_size, "options": options or {}, "licence": licence}
+
+    @property
+    def width(self) -> int:
+        return int(self.backbone.num_features)
+
+    def forward(self, images: Tensor) -> ImageFeatures:
+        tokens = self.backbone.forward_features(self._normalized(images.flatten(0, 1)))
+        if tokens.ndim == 4:  # a convolutional backbone: positions become tokens
+            tokens = tokens.flatten(2).mT
+        return ImageFeatures(tokens.unflatten(0, images.shape[:2]))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """[n, 3, h, w] in [0, 1] to the backbone's own pooled feature [n, width]."""
+        features = self.backbone.forward_features(self._normalized(images))
+        return self.backbone.forward_head(features, pre_logits=True)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            images = nn.functional.interpolate(
+                images, (self.image_size, self.image_size), mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
+        return (images - self.mean) / self.std

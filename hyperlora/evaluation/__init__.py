@@ -1,0 +1,1 @@
+"""How good generated LoRAs are: identity and prompt scores on unseen subjects, always with the controls."""

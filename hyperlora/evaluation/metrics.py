@@ -1,0 +1,66 @@
+"""Identity score and prompt score, each with its standard error over subjects."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperlora.encoders import Reader, Reading
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over subjects and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, per_subject: Tensor) -> "Score":
+        n = len(per_subject)
+        return cls(float(per_subject.mean()), float(per_subject.std() / n**0.5) if n > 1 else 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.error:.3f}"
+
+
+@dataclass(frozen=True)
+class IdentityScale:
+    """What 0 and 1 mean: cosines of real portraits of different people and of the same person."""
+
+    real: Tensor  # [subjects, views, width]
+    different: float
+    same: float
+
+    @classmethod
+    def of(cls, identity: Tensor) -> "IdentityScale":
+        """``identity`` [subjects, views >= 2, width] of unit length, of real photos.
+
+        With one view per subject ``same`` cannot be measured and is 1 (said in the report).
+        """
+        subjects, views, _ = identity.shape
+        flat = identity.flatten(0, 1)
+        cosine = (flat @ flat.mT).unflatten(0, (subjects, views)).unflatten(-1, (subjects, views))
+        own = torch.eye(subjects, dtype=torch.bool)
+        pairs = cosine.movedim(2, 1)  # [subjects, subjects, views, views]
+        same = pairs[own][:, ~torch.eye(views, dtype=torch.bool)]
+        different = float(pairs[~own].mean()) if subjects > 1 else 0.0
+        return cls(identity, different, float(same.mean()) if views > 1 else 1.0)
+
+    def score(self, generated: Tensor) -> Tensor:
+        """I = (cos(generated, real of the same person) - different) / (same - different), per subject.
+
+        ``generated`` [subjects, images, width]; 0 is anyone, 1 as good as another real portrait.
+        """
+        cosine = torch.einsum("siw,svw->siv", generated, self.real).mean((1, 2))
+        return (cosine - self.different) / (self.same - self.different)
+
+
+def prompt_score(reader: Reader, reading: Reading, truths: Sequence[Mapping[str, str]]) -> Tensor:
+    """P per image [n]: the fraction of the prompted attributes that ``reader`` reads back."""
+    rights = []
+    for i, truth in enumerate(truths):
+        right = [int(reading.logits[k][i].argmax()) == reader.attributes[k].index(v) for k, v in truth.items()]
+        rights.append(sum(right) / len(right))
+    return torch.tensor(rights)

@@ -1,0 +1,120 @@
+"""The table of a model: its LoRAs and every control (no LoRA, mean, shuffled, fitted, strengths, views)."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hyperlora.evaluation.personalisation import Judge, Row, pixels_of
+from hyperlora.lora import LoraWeights
+from hyperlora.pipelines import ImageToLora, refine, render
+from hyperlora.pipelines.fitting import Examples, fit
+from hyperlora.pipelines.refining import photo_examples
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """A LoRA fitted per subject on its one photo, the model's sites and rank: Adam, with prior preservation on
+    ``prior_images`` pictures that the base itself draws of the class."""
+
+    steps: int = 300
+    lr: float = 1e-3
+    batch: int = 2
+    prior_weight: float = 1.0
+    prior_images: int = 32
+    chunk: int = 16
+
+
+def rows(
+    judge: Judge,
+    model: ImageToLora,
+    *,
+    strengths: tuple[float, ...] = (0.6, 0.8),
+    refine_steps: int = 0,
+    fitting: FitSettings | None = None,
+) -> Iterator[Row]:
+    """Score the base, the model from one photo and from all, its controls and, if asked, refined and fitted LoRAs."""
+    photos = judge.benchmark.photos
+    one = photos[:, :1]
+    yield judge.row("base, no LoRA", None)
+    lora, seconds = _timed(lambda: _one_by_one(model, one))
+    yield judge.row("one photo", lora, seconds)
+    for strength in strengths:
+        yield judge.row(f"one photo, strength {strength:g}", lora * strength, seconds)
+    if photos.shape[1] > 1:
+        many, seconds = _timed(lambda: _one_by_one(model, photos))
+        yield judge.row(f"{photos.shape[1]} photos", many, seconds)
+    if len(lora) > 1:  # of a single subject these would be its own
+        yield judge.row("shuffled: another's LoRA", lora[torch.arange(len(lora)).roll(1)])
+        yield judge.row("mean LoRA", lora.mean())
+    if refine_steps:
+        refined, took = _timed(lambda: _refined(judge, lora, one, refine_steps))
+        yield judge.row(f"one photo, refined {refine_steps} steps", refined, took)
+    if fitting is not None:
+        fitted, took = _timed(lambda: fitted_loras(judge, model, one, fitting)[fitting.steps])
+        yield judge.row(f"fitted per subject, {fitting.steps} steps", fitted, took)
+
+
+def fitted_loras(
+    judge: Judge, model: ImageToLora, photos: Tensor, settings: FitSettings, snapshots: Sequence[int] = ()
+) -> dict[int, LoraWeights]:
+    """DreamBooth-LoRA per subject, ``settings.chunk`` subjects at once; by number of steps: each of ``snapshots``, and
+    ``settings.steps``."""
+    base, layout = judge.base, model.layout
+    trigger = model.card.get("trigger_phrase", "sks person")
+    prior = _prior(judge, settings) if settings.prior_weight else None
+    std = (sum(s.fan_in for s in layout.sites) / len(layout.sites)) ** -0.5
+    wanted = sorted({*snapshots, settings.steps})
+    parts: dict[int, list[Tensor]] = {n: [] for n in wanted}
+    for chunk in photos.split(settings.chunk):
+        examples = photo_examples(base, chunk, f"a portrait of {trigger}")
+        start = LoraWeights.zeros(layout, (len(chunk),), std).flatten()
+        done = fit(
+            base.denoiser, base.noise_schedule, examples, start, partial(LoraWeights.unflatten, layout),
+            steps=settings.steps, lr=settings.lr, batch=settings.batch, prior_weight=settings.prior_weight,
+            prior=_shared(prior, len(chunk)) if prior else None, snapshots=wanted, label="fitting",
+        )  # fmt: skip
+        for n in wanted:
+            parts[n].append(done.snapshots[n].flatten())
+    return {n: LoraWeights.unflatten(layout, torch.cat(flat)) for n, flat in parts.items()}
+
+
+def _prior(judge: Judge, settings: FitSettings) -> Examples:
+    prompt = "a portrait of a person"
+    n = settings.prior_images
+    pictures = render(judge.base, [prompt] * n, seeds=range(n), steps=judge.steps, guidance=judge.guidance)
+    return photo_examples(judge.base, pixels_of(pictures)[None], prompt)
+
+
+def _shared(prior: Examples, k: int) -> Examples:
+    def spread(value: Tensor) -> Tensor:
+        return value.expand(k, *value.shape[1:])
+
+    conditions = {
+        name: {i: spread(v) for i, v in value.items()} if isinstance(value, dict) else spread(value)
+        for name, value in prior.conditions.items()
+    }
+    return Examples(spread(prior.latents), conditions)
+
+
+def _one_by_one(model: ImageToLora, photos: Tensor) -> LoraWeights:
+    """Single forward passes, as a user makes them, so that the time per LoRA is honest."""
+    with torch.no_grad():
+        return LoraWeights.stack([model.forward(p[None])[0] for p in photos])
+
+
+def _refined(judge: Judge, lora: LoraWeights, photos: Tensor, steps: int) -> LoraWeights:
+    parts = [
+        refine(judge.base, lora[chunk], photos[chunk], steps=steps, label="refining")
+        for chunk in torch.arange(len(lora)).split(16)
+    ]
+    return LoraWeights.unflatten(parts[0].layout, torch.cat([p.flatten() for p in parts]))
+
+
+def _timed(make: Callable[[], LoraWeights]) -> tuple[LoraWeights, float]:
+    began = time.perf_counter()
+    weights = make()
+    return weights, (time.perf_counter() - began) / len(weights)

@@ -1,0 +1,5 @@
+"""Networks that make LoRAs. They know neither diffusers nor timm: features in, ``LoraWeights`` out."""
+
+from hyperlora.models.hypernetwork import Hypernetwork
+
+__all__ = ["Hypernetwork"]

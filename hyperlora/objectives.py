@@ -1,0 +1,42 @@
+"""Denoising objectives: what a noised latent is made of, what the network should say, and the loss."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def noised(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """(network input, network target) for a diffusers noise scheduler or a flow-matching one.
+
+    ``prediction_type`` epsilon (DDPM), v_prediction (2202.00512) or sample; flow schedulers: x_t = (1-s)x + s noise,
+    target noise - x (2403.03206). ``timesteps`` [batch], as indices into the training schedule.
+    """
+    if hasattr(scheduler, "add_noise"):
+        x = scheduler.add_noise(clean, noise, timesteps)
+        match scheduler.config.prediction_type:
+            case "epsilon":
+                return x, noise
+            case "v_prediction":
+                return x, scheduler.get_velocity(clean, noise, timesteps)
+            case "sample":
+                return x, clean
+            case other:
+                raise ValueError(f"unknown prediction type {other!r}")
+    sigma = scheduler.sigmas.to(clean)[timesteps].view(-1, 1, 1, 1)
+    return (1 - sigma) * clean + sigma * noise, noise - clean
+
+
+def denoising_loss(denoiser: Any, scheduler: Any, clean: Tensor, *, shift: float = 1.0, **conditions: Any) -> Tensor:
+    """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``injected``);
+    ``conditions`` are the denoiser's own arguments (``encoder_hidden_states`` and, for SDXL, ``added_cond_kwargs``).
+
+    ``shift`` > 1 draws noisier timesteps more often, where text decides what is drawn (2403.03206, eq. 23).
+    """
+    steps = scheduler.config.num_train_timesteps
+    u = torch.rand(len(clean), device=clean.device)
+    timesteps = (steps * shift * u / (1 + (shift - 1) * u)).long()
+    x, target = noised(scheduler, clean, torch.randn_like(clean), timesteps)
+    said = denoiser(x, timesteps, **conditions).sample
+    return F.mse_loss(said.float(), target.float(), reduction="none").mean((1, 2, 3))

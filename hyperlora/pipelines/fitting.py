@@ -1,0 +1,93 @@
+"""Fit LoRAs to photos: K subjects at a time on one frozen base, each as if it were alone."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperlora.adapters import injected
+from hyperlora.lora import LoraWeights
+from hyperlora.objectives import denoising_loss
+from hyperlora.progress import track
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What K subjects are fitted to: ``latents`` [K, n, c, h, w] and what the denoiser is told about each
+    (``encoder_hidden_states`` [K, n, tokens, width], maybe more, nested as the denoiser takes it)."""
+
+    latents: Tensor
+    conditions: Mapping[str, Any]
+
+    def pick(self, choice: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Examples ``choice`` [b, K] as one batch of b * K, example j of subject i at j * K + i."""
+        subject = torch.arange(choice.shape[1], device=choice.device).expand_as(choice)
+
+        def picked(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {k: picked(v) for k, v in value.items()}
+            return value[subject, choice].flatten(0, 1)
+
+        return picked(self.latents), picked(self.conditions)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """``codes`` [K, P] as fitted, ``weights`` they expand to (batch K), ``losses`` [steps, K]; ``snapshots`` their
+    state after as many steps as were asked for."""
+
+    codes: Tensor
+    weights: LoraWeights
+    losses: Tensor
+    snapshots: Mapping[int, LoraWeights]
+
+
+def fit(
+    denoiser: nn.Module,
+    scheduler: Any,
+    examples: Examples,
+    start: Tensor,
+    expand: Callable[[Tensor], LoraWeights],
+    *,
+    steps: int,
+    lr: float,
+    batch: int = 1,
+    prior: Examples | None = None,
+    prior_weight: float = 1.0,
+    frozen: LoraWeights | None = None,
+    snapshots: Collection[int] = (),
+    label: str | None = None,
+) -> Fitted:
+    """Adam on K LoRAs at once. ``start`` [K, P] are the codes to begin with and ``expand`` their expansion to weights:
+    ``partial(LoraWeights.unflatten, layout)`` for plain LoRA, a parametrisation for LiDB.
+
+    ``prior`` holds class images for DreamBooth's prior preservation (2208.12242, eq. 2); ``frozen`` weights (batch K)
+    stay added below the fitted ones, as rank-relaxed fine-tuning needs. Subjects do not influence each other.
+    """
+    codes = start.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([codes], lr)
+    k, losses, kept = len(start), [], {}
+    for step in track(range(1, steps + 1), label, "steps", steps) if label else range(1, steps + 1):
+        weights = expand(codes)
+        if frozen is not None:
+            weights = frozen + weights
+        with injected(denoiser, weights):
+            loss = _loss(denoiser, scheduler, examples, batch, k)
+            if prior is not None:
+                loss = loss + prior_weight * _loss(denoiser, scheduler, prior, batch, k)
+        (gradient,) = torch.autograd.grad(loss.sum(), codes)
+        codes.grad = gradient
+        optimizer.step()
+        losses.append(loss.detach())
+        if step in snapshots:
+            kept[step] = expand(codes.detach().clone())
+    codes = codes.detach()
+    return Fitted(codes, expand(codes), torch.stack(losses) if losses else torch.zeros(0, k), kept)
+
+
+def _loss(denoiser: nn.Module, scheduler: Any, examples: Examples, batch: int, k: int) -> Tensor:
+    choice = torch.randint(examples.latents.shape[1], (batch, k), device=examples.latents.device)
+    latents, conditions = examples.pick(choice)
+    return denoising_loss(denoiser, scheduler, latents, **conditions).view(batch, k).mean(0)

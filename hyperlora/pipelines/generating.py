@@ -1,0 +1,228 @@
+"""Photos to LoRA files: one subject, or a folder of them offline."""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Literal, TextIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hyperlora.data import Subject, read_image, sha256_of, subjects_in, to_tensor
+from hyperlora.errors import BadImage, BadRequest, HyperloraError
+from hyperlora.formats import LoraHeader, save_lora
+from hyperlora.lora import LoraWeights
+from hyperlora.pipelines.bases import Base
+from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.refining import refine
+from hyperlora.progress import track
+
+LoraFormat = Literal["diffusers", "kohya"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How LoRAs are made and written. ``rank`` None keeps the model's; ``refine`` counts fine-tuning steps, which need
+    a ``base``."""
+
+    format: LoraFormat = "diffusers"
+    rank: int | None = None
+    strength: float = 1.0
+    refine: int = 0
+
+
+@dataclass(frozen=True)
+class Photos:
+    """One subject's photos, decoded once: ``seen`` [views, 3, size, size] by the encoder and, for refining, ``fitted``
+    [views, 3, resolution, resolution] as the base would draw them."""
+
+    seen: Tensor
+    fitted: Tensor | None = None
+
+    @classmethod
+    def of(cls, images: Sequence[Image.Image], model: ImageToLora, base: Base | None = None) -> "Photos":
+        seen = torch.stack([to_tensor(image, model.encoder.image_size) for image in images])
+        return cls(seen, torch.stack([to_tensor(image, base.resolution) for image in images]) if base else None)
+
+
+@dataclass(frozen=True)
+class Made:
+    """One line of the index: the subject, its file, or why there is none; ``recipe`` tells model and settings apart."""
+
+    subject: str
+    file: str | None
+    photos: int
+    seconds: float
+    error: str | None = None
+    recipe: str = ""
+
+
+def generate(
+    model: ImageToLora, subjects: Sequence[Photos], settings: Settings, base: Base | None = None
+) -> LoraWeights:
+    """LoRAs (batch axis) of subjects with equally many photos each, refined and resized as asked.
+
+    Raises ``BadRequest`` for refining without a base, and for a rank that no site can fill.
+    """
+    rank = settings.rank or model.layout.rank
+    if rank > (widest := max(min(site.fan_in, site.fan_out) for site in model.layout.sites)):
+        raise BadRequest(f"rank {rank} asked for, but no weight of {model.layout.base!r} has more than {widest}")
+    with torch.no_grad():
+        weights = model.forward(torch.stack([photos.seen for photos in subjects]).to(model.device))
+    if settings.refine:
+        if base is None:
+            raise BadRequest("refining draws with the base model: give it too")
+        targets = torch.stack([photos.fitted for photos in subjects if photos.fitted is not None])
+        weights = refine(
+            base, weights, targets.to(model.device), steps=settings.refine, out_rank=rank, label="refining",
+            prompt=f"a portrait of {_trigger(model)}",
+        )  # fmt: skip
+    elif rank != weights.layout.rank:
+        weights = weights.resize(rank)
+    return weights * settings.strength if settings.strength != 1 else weights
+
+
+def header_of(model: ImageToLora, title: str, photos: Sequence[Path]) -> LoraHeader:
+    """Provenance of a generated LoRA."""
+    card = model.card
+    resolution = card.get("resolution")
+    return LoraHeader(
+        title=title.encode("utf-8", "replace").decode(),  # file names may hold bytes that are no text
+        architecture=card.get("architecture", "stable-diffusion-v1"),
+        resolution=(resolution, resolution) if resolution else None,
+        trigger_phrase=_trigger(model),
+        license=card.get("license", ""),
+        encoder=str(model.encoder.config["name"]),
+        encoder_license=model.encoder.licence,
+        reference_sha256=tuple(sha256_of(p) for p in photos),
+    )
+
+
+def generate_file(
+    model: ImageToLora,
+    photos: Sequence[Path],
+    out: Path,
+    settings: Settings,
+    base: Base | None = None,
+    opened: Sequence[Image.Image] | None = None,
+) -> Made:
+    """One subject's LoRA file; ``opened`` are the photos where they have been read already. Nothing is written if
+    anything fails."""
+    began = time.perf_counter()
+    images = opened if opened is not None else [read_image(p) for p in photos]
+    weights = generate(model, [Photos.of(images, model, base)], settings, base)[0]
+    save_lora(weights, out, format=settings.format, header=header_of(model, out.stem, photos))
+    return Made(out.stem, out.name, len(photos), time.perf_counter() - began)
+
+
+def generate_folder(
+    model: ImageToLora,
+    folder: Path,
+    out: Path,
+    settings: Settings,
+    base: Base | None = None,
+    batch_size: int = 32,
+) -> list[Made]:
+    """One LoRA file per subject of ``folder`` (see ``subjects_in``) and ``index.jsonl`` beside them.
+
+    A photo that cannot be read is reported in the index and skipped, its subject made from the others. Subjects in the
+    index are not made again if their file is there, of this model and these settings, and of as many photos as now.
+    """
+    subjects = subjects_in(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    index, recipe = out / "index.jsonl", _recipe(model, settings)
+    earlier = {made.subject: made for made in _read(index) if made.file and (out / made.file).is_file()}
+    waiting = [s for s in subjects if not _is_done(earlier.get(s.name), s, recipe)]
+    made = [old for name, old in earlier.items() if name not in {s.name for s in waiting}]
+    fresh_index = index.with_suffix(".tmp")
+    with fresh_index.open("w") as lines:
+        _write(lines, made)
+        os.replace(fresh_index, index)  # the old index stands until the new one is whole; lines are added to it below
+        batches = [waiting[i : i + batch_size] for i in range(0, len(waiting), batch_size)]
+        for batch in track(batches, "LoRAs", "LoRAs", len(waiting), batch_size):
+            fresh = _make(model, batch, out, settings, base, recipe)
+            _write(lines, fresh)
+            made += fresh
+    return made
+
+
+def _make(
+    model: ImageToLora, batch: list[Subject], out: Path, settings: Settings, base: Base | None, recipe: str
+) -> list[Made]:
+    began = time.perf_counter()
+    made: list[Made] = []
+    good: list[tuple[Subject, list[Path], Photos]] = []
+    for subject in batch:
+        paths, images, problems = _readable(subject)
+        made += [Made(subject.name, None, 0, 0.0, problem) for problem in problems]
+        if paths:
+            good.append((subject, paths, Photos.of(images, model, base)))
+    for _, group in groupby(sorted(good, key=lambda g: len(g[1])), key=lambda g: len(g[1])):
+        members = list(group)
+        weights = generate(model, [photos for _, _, photos in members], settings, base)
+        for i, (subject, paths, _) in enumerate(members):
+            file = out / f"{file_stem(subject.name)}.safetensors"
+            try:
+                save_lora(weights[i], file, format=settings.format, header=header_of(model, subject.name, paths))
+            except HyperloraError as error:  # e.g. a LoRA of NaN: one subject's trouble, not the folder's
+                made.append(Made(subject.name, None, len(paths), 0.0, f"{subject.name!r}: {error}"))
+                continue
+            seconds = (time.perf_counter() - began) / len(batch)
+            made.append(Made(subject.name, file.name, len(paths), seconds, recipe=recipe))
+    return made
+
+
+def file_stem(subject: str) -> str:
+    """``subject`` where every file system takes it as a name, otherwise what it takes and 8 digits to tell it apart."""
+    safe = re.sub(r"[^\w. -]|^-", "_", subject).encode()[:150].decode(errors="ignore").strip(" .")
+    if safe == subject:
+        return subject
+    return f"{safe}-{hashlib.sha256(subject.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def _readable(subject: Subject) -> tuple[list[Path], list[Image.Image], list[str]]:
+    paths, images, problems = [], [], []
+    for photo in subject.photos:
+        try:
+            images.append(read_image(photo))
+            paths.append(photo)
+        except BadImage as error:
+            problems.append(str(error))
+    return paths, images, problems
+
+
+def _trigger(model: ImageToLora) -> str:
+    return str(model.card.get("trigger_phrase", "sks person"))
+
+
+def _recipe(model: ImageToLora, settings: Settings) -> str:
+    digest = hashlib.sha256(f"{model.layout.fingerprint} {settings}".encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_done(made: Made | None, subject: Subject, recipe: str) -> bool:
+    return made is not None and (made.recipe, made.photos) == (recipe, len(subject.photos))
+
+
+def _read(index: Path) -> Iterator[Made]:
+    if index.is_file():
+        for line in index.read_text().splitlines():
+            try:
+                yield Made(**json.loads(line))
+            except (ValueError, TypeError):  # a killed run may leave half a line
+                continue
+
+
+def _write(lines: TextIO, made: list[Made]) -> None:
+    lines.writelines(json.dumps(asdict(item)) + "\n" for item in made)
+    lines.flush()
+    os.fsync(lines.fileno())

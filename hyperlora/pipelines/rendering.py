@@ -1,0 +1,46 @@
+"""Render prompts with LoRAs on a base, several people in one denoising batch."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from PIL import Image
+
+from hyperlora.adapters import injected
+from hyperlora.errors import BadRequest, LayoutMismatch
+from hyperlora.lora import LoraWeights
+from hyperlora.pipelines.bases import Base
+
+
+@torch.no_grad()
+def render(
+    base: Base,
+    prompts: Sequence[str],
+    lora: LoraWeights | None = None,
+    *,
+    seeds: Sequence[int],
+    steps: int = 20,
+    guidance: float = 3.0,
+    negative_prompt: str = "",
+) -> list[Image.Image]:
+    """One picture per prompt; prompt i with seed i and, if ``lora`` has a batch axis, LoRA i.
+
+    The starting noise of a picture depends on its seed alone, not on the batch it is rendered in.
+    """
+    if len(seeds) != len(prompts):
+        raise BadRequest(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
+    if lora is not None and lora.batch and len(lora) != len(prompts):
+        raise BadRequest(f"{len(prompts)} prompts and {len(lora)} LoRAs given: one for each prompt, or one for all")
+    if not 0 <= guidance <= 100:  # also refuses NaN
+        raise BadRequest(f"guidance between 0 and 100 expected, got {guidance}")
+    if lora is not None and (missing := [n for n in lora.layout.components if n not in base.modules]):
+        raise LayoutMismatch(f"the LoRA changes {missing[0]}, which base {base.id!r} lacks: use the base it is for")
+    modules = {name: base.modules[name] for name in lora.layout.components} if lora is not None else {}
+    with injected(modules, lora) if lora is not None else nullcontext():
+        return base.pipeline(
+            list(prompts),
+            negative_prompt=[negative_prompt] * len(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        ).images

@@ -1,0 +1,99 @@
+"""Train a small text-to-image base (UNet and text encoder) over a given autoencoder, for the embedded world."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as UNet
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hyperlora.objectives import denoising_loss
+from hyperlora.training.optimizers import adamw_one_cycle
+
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+}
+
+
+class BaseModel(L.LightningModule):
+    """v-prediction with zero terminal SNR (2305.08891), so that plain backgrounds come out plain.
+
+    Batches: ``latents`` [n, c, h, w], ``captions`` n strings (some empty, for classifier-free guidance). When training
+    ends, ``out`` holds a complete ``StableDiffusionPipeline``, fp16.
+    """
+
+    def __init__(
+        self,
+        vae: str,
+        tokenizer: str,
+        out: str,
+        unet: dict[str, Any],
+        text_encoder: dict[str, Any],
+        lr: float = 1e-3,
+        timestep_shift: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
+        config = CLIPTextConfig(
+            vocab_size=len(self.tokenizer),
+            max_position_embeddings=self.tokenizer.model_max_length,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **text_encoder,
+        )
+        self.text_encoder = CLIPTextModel(config)
+        self.unet = UNet(cross_attention_dim=config.hidden_size, **unet)
+        self.scheduler = DDPMScheduler(**SCHEDULE)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(batch_index)  # the same noise every time
+            self.log("val/loss", self._loss(batch), prog_bar=True, batch_size=len(batch["captions"]))
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        ids = self.tokenizer(
+            batch["captions"], padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids.to(self.device)  # fmt: skip
+        text = self.text_encoder(ids)[0]
+        return denoising_loss(
+            self.unet,
+            self.scheduler,
+            batch["latents"],
+            encoder_hidden_states=text,
+            shift=self.hparams["timestep_shift"],
+        ).mean()
+
+    def on_train_end(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL.from_pretrained(self.hparams["vae"]),
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.to(torch.float16).save_pretrained(Path(self.hparams["out"]), max_shard_size="16MB")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw_one_cycle(self, self.parameters(), self.hparams["lr"])

@@ -1,0 +1,128 @@
+"""Train a hypernetwork through the frozen base with one LoRA per sample."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hyperlora.adapters import injected, layout_of
+from hyperlora.encoders import Reader, VisionEncoder
+from hyperlora.features import ImageFeatures
+from hyperlora.lora import LoraWeights
+from hyperlora.models import Hypernetwork
+from hyperlora.objectives import denoising_loss
+from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.pipelines.image_to_lora import Encoder, denoiser_encoder
+from hyperlora.training.optimizers import adamw_one_cycle
+
+
+class HypernetworkTraining(L.LightningModule):
+    """L = ‖denoising‖² + ``weight_loss`` ‖θ̂ - θ‖² + ``output_l2`` ‖θ̂‖²     (2307.06949, eq. 3; 2506.06105 for the last)
+
+    Batches: ``photos`` [batch, views, 3, h, w] in [0, 1] (or ``tokens`` [batch, views, tokens, width], what the encoder
+    says about them), ``captions`` and ``latents`` [targets * batch, c, h, w] (or ``images`` in [0, 1], encoded here),
+    target j of subject i at j * batch + i, ``subject`` [batch]. ``encoder`` is ``denoiser`` (the base itself), a
+    released reader's folder, or a timm id, with ``encoder_options``; it is frozen. ``targets`` is a file of codes
+    fitted beforehand (``python -m data_builder codes``) to the first so many subjects, for the weight loss. Every
+    validation logs the denoising loss of unseen subjects without LoRA, with their own photo's and with another's:
+    own < base < shuffled is the sign of learning.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        encoder: str,
+        out: str,
+        preset: str = "attention",
+        rank: int = 4,
+        hypernetwork: dict[str, Any] | None = None,
+        encoder_options: dict[str, Any] | None = None,
+        base_options: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        targets: str | None = None,
+        weight_loss: float = 0.0,
+        output_l2: float = 1e-3,
+        max_views: int = 8,
+        lr: float = 3e-4,
+        card: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        # a plain attribute in a tuple: the frozen base is no part of the checkpoint
+        self._base = (load_base(base, **(base_options or {})),)
+        layout = layout_of({self.denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
+        if encoder == "denoiser":
+            vision: Encoder = denoiser_encoder(self.base, **(encoder_options or {}))
+        elif (Path(encoder) / "config.json").is_file():
+            vision = Reader.from_pretrained(encoder).encoder
+        else:
+            vision = VisionEncoder(encoder, **(encoder_options or {}))
+        network = Hypernetwork(layout, vision.width, **(hypernetwork or {}))
+        self.model = ImageToLora(vision.requires_grad_(False), network, card)
+        self.codes = load_file(targets)["codes"] if targets else None
+        if gradient_checkpointing:
+            self.base.denoiser.enable_gradient_checkpointing()
+
+    @property
+    def base(self) -> Any:
+        return self._base[0]
+
+    @property
+    def denoiser_name(self) -> str:
+        return next(iter(self.base.modules))
+
+    def on_fit_start(self) -> None:
+        self.base.pipeline.to(self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        self.model.encoder.eval()
+        features = self._features(batch)
+        views = int(torch.randint(1, min(features.tokens.shape[1], self.hparams["max_views"]) + 1, ()))
+        codes = self.model.hypernetwork.codes(ImageFeatures(features.tokens[:, :views]))
+        weights = self.model.hypernetwork.expand(codes)
+        with injected(self.base.denoiser, weights):
+            denoising = self._denoising(batch)
+        size = _squared_norm(weights)
+        loss = denoising + self.hparams["output_l2"] * size
+        self.log_dict({"train/loss": denoising, "train/delta": size.detach().sqrt()}, prog_bar=True)
+        if self.codes is not None and self.hparams["weight_loss"] > 0:
+            fitted = batch["subject"] < len(self.codes)
+            target = self.codes.to(codes)[batch["subject"][fitted]]
+            regression = torch.nn.functional.mse_loss(codes[fitted], target, reduction="sum") / len(codes)
+            self.log("train/weights", regression)
+            loss = loss + self.hparams["weight_loss"] * regression
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        own = self.model.hypernetwork(ImageFeatures(self._features(batch).tokens[:, :1]))
+        other = own[torch.arange(len(own), device=self.device).roll(1)]
+        devices = [self.device] if self.device.type == "cuda" else []
+        for name, weights in (("base", own * 0.0), ("own", own), ("shuffled", other)):
+            with torch.random.fork_rng(devices), injected(self.base.denoiser, weights):
+                torch.manual_seed(batch_index)  # the same noise for all three, and every time
+                self.log(f"val/{name}", self._denoising(batch), prog_bar=True, batch_size=len(own), sync_dist=True)
+
+    def _features(self, batch: dict[str, Any]) -> ImageFeatures:
+        return ImageFeatures(batch["tokens"]) if "tokens" in batch else self.model.features(batch["photos"])
+
+    def _denoising(self, batch: dict[str, Any]) -> Tensor:
+        latents = batch["latents"] if "latents" in batch else self.base.encode_images(batch["images"])
+        conditions = self.base.encode_prompts(batch["captions"])
+        # in float32: bfloat16 would round away the little noise of early timesteps
+        return denoising_loss(self.base.denoiser, self.base.noise_schedule, latents.float(), **conditions).mean()
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.model.save_pretrained(self.hparams["out"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw_one_cycle(self, self.model.hypernetwork.parameters(), self.hparams["lr"])
+
+
+def _squared_norm(weights: LoraWeights) -> Tensor:
+    """‖ΔW‖², the mean over batch and sites. ``norms()`` has no gradient at ΔW = 0, where training begins."""
+    squares = [((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(weights.down, weights.up, strict=True)]
+    return torch.stack(squares).mean()

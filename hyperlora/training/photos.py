@@ -1,0 +1,126 @@
+"""Photos of subjects, from folders: what a hypernetwork for a real base is trained on."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hyperlora.data import Subject, read_image, subjects_in, to_tensor
+from hyperlora.data.batches import collate_subjects
+from hyperlora.errors import BadRequest
+
+
+class PhotoFolders(L.LightningDataModule):
+    """Reference photos and other photos of the same subjects (``hyperlora.data.subjects_in``), with captions.
+
+    Batches are what ``HypernetworkTraining`` takes: ``photos`` at ``encoder_size``, target ``images`` at ``resolution``
+    (the base's), ``captions``, and ``subject``, the number of the subject in order of names. Of a subject with too few
+    photos some come twice; a target is never one of the references unless the subject has a single photo. Validation
+    shows the same photos every time, one target each.
+
+    A photo's own caption (its ``.txt``) has the class noun made personal ("a person in the rain": "sks person in the
+    rain"); other photos get ``prompt_template``.
+
+    Raises ``BadImage`` for folders without subjects and photos that cannot be read, ``BadRequest`` if there are fewer
+    training subjects than one step takes.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        validation: str,
+        resolution: int,
+        encoder_size: int = 224,
+        batch_size: int = 4,
+        views: int = 4,
+        targets: int = 1,
+        class_noun: str = "person",
+        identifier: str = "sks",
+        prompt_template: str = "a photo of {identifier} {class_noun}",
+        workers: int = 4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)  # `targets` means another thing in HypernetworkTraining
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        data = self._subjects(self.hparams["folder"], self.hparams["targets"], fixed=False)
+        together = self.hparams["batch_size"] * (self.trainer.world_size if self.trainer else 1)
+        if len(data) < together:
+            raise BadRequest(
+                f"{self.hparams['folder']!r} holds {len(data)} subjects, one step takes {together}: add subjects, or "
+                f"lower batch_size ({self.hparams['batch_size']} per device)"
+            )
+        return self._loader(data, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self._subjects(self.hparams["validation"], 1, fixed=True))
+
+    def _subjects(self, folder: str, targets: int, fixed: bool) -> "_Photos":
+        h = self.hparams
+        template = h["prompt_template"].format(identifier=h["identifier"], class_noun=h["class_noun"])
+        return _Photos(
+            subjects_in(folder), (h["encoder_size"], h["resolution"]), (h["views"], targets),
+            (h["identifier"], h["class_noun"], template), fixed,
+        )  # fmt: skip
+
+    def _loader(self, data: "_Photos", **options: Any) -> DataLoader[dict[str, Any]]:
+        size, workers = self.hparams["batch_size"], self.hparams["workers"]
+        if workers:
+            options |= {"num_workers": workers, "persistent_workers": True, "pin_memory": True}
+        return DataLoader(data, size, collate_fn=collate_subjects, **options)
+
+
+class _Photos(Dataset[dict[str, Any]]):
+    """One subject: references and targets drawn at random, or always the same ones if ``fixed``."""
+
+    def __init__(
+        self,
+        subjects: Sequence[Subject],
+        sizes: tuple[int, int],
+        counts: tuple[int, int],
+        wording: tuple[str, str, str],
+        fixed: bool,
+    ) -> None:
+        self.subjects, self.wording, self.fixed = subjects, wording, fixed
+        self.encoder_size, self.resolution = sizes
+        self.views, self.targets = counts
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        subject = self.subjects[index]
+        generator = torch.Generator().manual_seed(index) if self.fixed else None
+        order = torch.randperm(len(subject.photos), generator=generator).tolist()
+        references, targets = dealt(order, self.views, self.targets)
+        image = {i: read_image(subject.photos[i]) for i in {*references, *targets}}  # each is decoded once
+        return {
+            "photos": torch.stack([to_tensor(image[i], self.encoder_size) for i in references]),
+            "images": torch.stack([to_tensor(image[i], self.resolution) for i in targets]),
+            "captions": [personal(subject.captions[i], *self.wording) for i in targets],
+            "subject": index,
+        }
+
+
+def dealt(photos: Sequence[int], views: int, targets: int) -> tuple[list[int], list[int]]:
+    """``views`` references and ``targets`` others of one subject's photos: the first are references, all but one at
+    most, and the rest targets, each repeated in turn where they are too few. A single photo is both."""
+    references = list(photos[: min(views, max(1, len(photos) - 1))])
+    others = list(photos[len(references) :]) or references
+    return (references * views)[:views], (others * targets)[:targets]
+
+
+def personal(caption: str | None, identifier: str, class_noun: str, template: str) -> str:
+    """A photo's caption about this very subject: the first class noun, with its article, becomes "identifier noun".
+    Without a caption it is ``template``, and before a caption that does not name the class ``template`` is put."""
+    if caption is None:
+        return template
+    if re.search(rf"\b{re.escape(identifier)}\b", caption):
+        return caption
+    noun = rf"\b(?:(?:an?|the)\s+)?{re.escape(class_noun)}\b"
+    name = f"{identifier} {class_noun}"
+    personalised, found = re.subn(noun, lambda _: name, caption, count=1, flags=re.IGNORECASE)
+    return personalised if found else f"{template}, {caption}"

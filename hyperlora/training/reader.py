@@ -1,0 +1,85 @@
+"""Train a ``Reader`` (the evaluator of a world, or the encoder that conditions a hypernetwork)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hyperlora.encoders import Reader
+from hyperlora.training.optimizers import adamw_one_cycle
+
+
+class ReaderTraining(L.LightningModule):
+    """Cross-entropy per attribute + squared error of geometry + a little supervised contrast (2004.11362).
+
+    The contrast is kept small: at equal weight with the mean over attributes it alone was learned.
+
+    Batches: ``images`` [n, 3, h, w] in [0, 1], ``labels`` {attribute: [n]}, ``geometry`` [n, measures] (standardised),
+    ``subject`` [n]. Training images are degraded at random (blur, noise) so that pictures a model has painted are
+    read as well as drawn ones.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        backbone: str,
+        image_size: int,
+        attributes: Mapping[str, Sequence[str]],
+        geometry: Sequence[str] = (),
+        options: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        temperature: float = 0.15,
+        identity_weight: float = 0.3,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.reader = Reader(backbone, image_size, attributes, geometry, options=options)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        reading = self.reader(_degraded(batch["images"]))
+        attributes = torch.stack(
+            [F.cross_entropy(reading.logits[k], batch["labels"][k]) for k in self.reader.attributes]
+        ).sum()
+        geometry = F.mse_loss(reading.geometry.float(), batch["geometry"])
+        identity = _supervised_contrast(reading.identity.float(), batch["subject"], self.hparams["temperature"])
+        self.log_dict({"train/attributes": attributes, "train/identity": identity, "train/geometry": geometry})
+        return attributes + geometry + self.hparams["identity_weight"] * identity
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        reading = self.reader(batch["images"])
+        n = len(batch["subject"])
+        for name, logits in reading.logits.items():
+            right = (logits.argmax(-1) == batch["labels"][name]).float().mean()
+            self.log(f"val/{name}", right, batch_size=n)
+        self.log("val/geometry_mse", F.mse_loss(reading.geometry.float(), batch["geometry"]), batch_size=n)
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.reader.save_pretrained(self.hparams["out"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw_one_cycle(self, self.parameters(), self.hparams["lr"], self.hparams["weight_decay"])
+
+
+def _supervised_contrast(identity: Tensor, subject: Tensor, temperature: float) -> Tensor:
+    """Khosla et al. 2020, eq. 2: pull an identity's portraits together, push all others away."""
+    similarity = identity @ identity.mT / temperature
+    itself = torch.eye(len(subject), dtype=torch.bool, device=subject.device)
+    positive = (subject[:, None] == subject[None]) & ~itself
+    log_p = similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)).mean()
+
+
+def _degraded(images: Tensor) -> Tensor:
+    """A third of the images blurred (down and up again), all with a little noise of random size."""
+    n, _, h, w = images.shape
+    scale = float(torch.empty(1).uniform_(0.5, 0.9))
+    small = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
+    blurred = F.interpolate(small, (h, w), mode="bilinear")
+    pick = torch.rand(n, 1, 1, 1, device=images.device) < 0.35
+    noise = torch.randn_like(images) * torch.rand(n, 1, 1, 1, device=images.device) * 0.04
+    return (torch.where(pick, blurred, images) + noise).clamp(0, 1)

@@ -1,0 +1,195 @@
+"""Tiny models of the real classes, built from config; and a whole tiny bundle on disk, as users and verbs meet it."""
+
+import json
+import os
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+
+def tiny_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).requires_grad_(False)
+
+
+def tiny_text_encoder(words: int = 50, length: int = 16, start: int = 0, end: int = 1) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(1)
+    config = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        bos_token_id=start,
+        eos_token_id=end,
+    )
+    return CLIPTextModel(config).eval().requires_grad_(False)
+
+
+def tiny_pipeline(unet: nn.Module, text_encoder: nn.Module, tokenizer: Any = None, vae_blocks: int = 1) -> Any:
+    """Stable Diffusion on 8x8 latents; each autoencoder block after the first doubles the pixels."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * vae_blocks,
+        down_block_types=("DownEncoderBlock2D",) * vae_blocks,
+        up_block_types=("UpDecoderBlock2D",) * vae_blocks,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def unet() -> nn.Module:
+    return tiny_unet()
+
+
+@pytest.fixture
+def text_encoder() -> nn.Module:
+    return tiny_text_encoder()
+
+
+@pytest.fixture
+def pipe(unet: nn.Module, text_encoder: nn.Module) -> Any:
+    return tiny_pipeline(unet, text_encoder)
+
+
+@pytest.fixture
+def transformer() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(2)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        out_channels=4,
+        pos_embed_max_size=8,
+    ).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Folders of a tiny ``checkpoints/avatars``; ``base`` draws 16x16 pixels. Read-only: tests share it."""
+
+    base: Path
+    model: Path
+    evaluator: Path
+    benchmark: Path
+
+    @property
+    def subjects(self) -> Path:
+        return self.benchmark / "subjects"
+
+    @property
+    def photo(self) -> Path:
+        return self.subjects / "person-0" / "0.png"
+
+
+ATTRIBUTES = {"expression": ["smiling", "sad"], "glasses": ["none", "round glasses"]}
+_BACKBONE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    root = tmp_path_factory.mktemp("tiny")
+    made = Bundle(root / "base", root / "image-to-lora", root / "evaluator", root / "test")
+    _save_base(made.base)
+    _save_model(made)
+    _save_evaluator(made.evaluator)
+    _save_benchmark(made.benchmark)
+    return made
+
+
+def _save_base(folder: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), start, end]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=48)
+    text_encoder = tiny_text_encoder(len(words), 48, words.index(start), words.index(end))
+    tiny_pipeline(tiny_unet(), text_encoder, tokenizer, vae_blocks=2).save_pretrained(folder)
+
+
+def _save_model(made: Bundle) -> None:
+    from hyperlora.adapters import layout_of
+    from hyperlora.encoders import VisionEncoder
+    from hyperlora.models import Hypernetwork
+    from hyperlora.pipelines import ImageToLora, load_base
+
+    base = load_base(made.base)
+    torch.manual_seed(4)
+    encoder = VisionEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
+    layout = layout_of({"unet": base.denoiser}, "attention", 2, base.id)
+    network = Hypernetwork(layout, encoder.width, width=16, depth=1, heads=2, head="basis", head_options={"size": 4})
+    with torch.no_grad():
+        network.head_weight.normal_(std=0.1)  # zero at initialisation: every photo would give the same LoRA
+    ImageToLora(encoder, network, {"trigger_phrase": "sks person", "resolution": 16}).save_pretrained(made.model)
+
+
+def _save_evaluator(folder: Path) -> None:
+    from hyperlora.encoders import Reader
+
+    torch.manual_seed(5)
+    Reader("vit_tiny_patch16_224", 16, ATTRIBUTES, ["age"], 8, _BACKBONE).save_pretrained(folder)
+
+
+def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
+    """Every subject has a colour gradient of its own, every photo its own noise."""
+    random = np.random.default_rng(0)
+    for s in range(subjects):
+        person = folder / "subjects" / f"person-{s}"
+        person.mkdir(parents=True)
+        corners = random.uniform(0, 255, (2, 2, 3))
+        face = np.asarray(Image.fromarray(corners.astype(np.uint8)).resize((24, 24)), float)
+        for p in range(photos):
+            noisy = (face + random.normal(0, 12, face.shape)).clip(0, 255)
+            Image.fromarray(noisy.astype(np.uint8)).save(person / f"{p}.png")
+    prompts = [
+        {"prompt": "a portrait of sks person, smiling", "truth": {"expression": "smiling", "glasses": "none"}},
+        {"prompt": "a portrait of sks person, round glasses", "truth": {"glasses": "round glasses"}},
+    ]
+    (folder / "prompts.json").write_text(json.dumps(prompts))

@@ -1,0 +1,98 @@
+"""The drawn world: deterministic, its splits apart, its captions and edits true."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_builder.avatars import EDITS, SPLITS, Scene, caption, draw, edited, identity, prompt, scene
+from data_builder.avatars import vocabulary as words
+from data_builder.avatars.benchmark import SCENES, write_benchmark
+from data_builder.avatars.portraits import Plan, Portraits, draw_portraits
+
+
+def pixels(person, how, size=128):
+    return np.asarray(draw(person, how, size)).astype(int)
+
+
+def test_same_seed_same_picture():
+    assert identity(7) == identity(7)
+    assert scene(7, 3) == scene(7, 3)
+    assert np.array_equal(pixels(identity(7), scene(7, 3)), pixels(identity(7), scene(7, 3)))
+
+
+def test_splits_share_no_seed_and_people_differ():
+    train, validation, test = (set(SPLITS[name]) for name in ("train", "validation", "test"))
+    assert not train & validation and not train & test and not validation & test
+    people = [identity(seed) for split in SPLITS.values() for seed in split[:50]]
+    assert len({replace(person, seed=0) for person in people}) == len(people)
+
+
+@pytest.mark.parametrize("name", words.PROMPT_ATTRIBUTES)
+def test_every_promptable_value_changes_the_picture(name):
+    person, plain = identity(3), Scene()
+    drawn = {
+        value: pixels(person, replace(plain, **{name: value})).tobytes() for value in words.PROMPT_ATTRIBUTES[name]
+    }
+    assert len(set(drawn.values())) == len(drawn)
+
+
+@pytest.mark.parametrize("name", [n for n in words.IDENTITY_ATTRIBUTES if not n.endswith("color") and n != "skin"])
+def test_every_identity_value_changes_the_picture(name):
+    person = replace(identity(3), facial_hair="none")
+    drawn = {
+        value: pixels(replace(person, **{name: value}), Scene()).tobytes() for value in words.IDENTITY_ATTRIBUTES[name]
+    }
+    assert len(set(drawn.values())) == len(drawn)
+
+
+@pytest.mark.parametrize("name", words.GEOMETRY)
+def test_face_geometry_is_visible(name):
+    person = identity(3)
+    assert (pixels(replace(person, **{name: 0.9}), Scene()) != pixels(replace(person, **{name: 1.15}), Scene())).any()
+
+
+def test_an_edit_changes_what_it_names_and_nothing_else():
+    person, before = identity(11), replace(scene(11, 0), glasses="none", style="plain", hat="none")
+    who, after = edited(person, before, glasses="sunglasses")
+    assert who == person and after == replace(before, glasses="sunglasses")
+    changed = (pixels(person, before) != pixels(who, after)).any(-1)
+    assert 0.01 < changed.mean() < 0.2
+    who, after = edited(person, before, hair_color="pink", style="sepia")
+    assert (who.hair_color, who.hair, after.style) == ("pink", person.hair, "sepia") and who.hair_rgb != person.hair_rgb
+
+
+def test_only_known_attributes_can_be_edited():
+    assert len(EDITS) >= 12
+    with pytest.raises(ValueError, match="shoe"):
+        edited(identity(0), Scene(), shoe="boot")
+
+
+def test_captions_name_who_and_how_but_prompts_only_how():
+    person, how = identity(5), replace(scene(5, 0), hat="none")
+    text = caption(person, how, np.random.default_rng(0), name_identity=1.0)
+    assert f"{person.hair} haircut" in text and f"{person.skin} skin" in text
+    asked = prompt(how)
+    assert (
+        asked.startswith("a portrait of sks person, ")
+        and how.expression in asked
+        and f"{person.hair} haircut" not in asked
+    )
+    bare = caption(person, how, np.random.default_rng(0), name_identity=0.0)
+    assert "skin" not in bare
+
+
+def test_portraits_on_disk_are_the_drawn_ones(tmp_path):
+    draw_portraits(tmp_path, Plan("validation", 3, 2, size=32), workers=1)
+    portraits = Portraits(tmp_path)
+    assert len(portraits) == 6 and portraits.images.shape == (6, 32, 32, 3)
+    assert np.array_equal(portraits.images[5], np.asarray(draw(portraits.person(5), portraits.scene(5), 32)))
+    assert portraits.person(4) == portraits.person(5) != portraits.person(3)
+    assert portraits.person(0).seed in SPLITS["validation"]
+
+
+def test_benchmark_has_only_test_people_and_true_prompts(tmp_path):
+    write_benchmark(tmp_path, "test", people=2, photos=2)
+    names = sorted(p.name for p in (tmp_path / "subjects").iterdir())
+    assert [int(name.split("-")[1]) for name in names] == list(SPLITS["test"][:2])
+    assert len(SCENES) >= 8

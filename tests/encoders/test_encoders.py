@@ -1,0 +1,75 @@
+"""Encoders: timm backbones, and the base itself."""
+
+import shutil
+
+import pytest
+import torch
+
+from hyperlora.encoders import Reader, VisionEncoder
+from hyperlora.errors import BadArtifact, LayoutMismatch
+from hyperlora.models import Hypernetwork
+from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.pipelines.bases import Base
+from hyperlora.pipelines.image_to_lora import denoiser_encoder
+
+
+@pytest.fixture
+def base(bundle):
+    return load_base(bundle.base)
+
+
+@pytest.mark.parametrize("name", ["regnetx_002", "vit_tiny_patch16_224"])
+def test_any_timm_backbone_gives_tokens_per_view(name):
+    options = {"img_size": 32, "depth": 1} if name.startswith("vit") else {}
+    encoder = VisionEncoder(name, 32, options=options).eval()
+    photos = torch.rand(2, 3, 3, 40, 40)
+    with torch.no_grad():
+        tokens = encoder(photos).tokens
+        alone = encoder(photos[1:, 2:]).tokens
+    assert tokens.shape[:2] == (2, 3)
+    assert tokens.shape[-1] == encoder.width
+    assert torch.allclose(tokens[1, 2], alone[0, 0], atol=1e-4)
+
+
+def test_the_base_sees_photos_and_stays_as_it_was(base):
+    encoder = denoiser_encoder(base)
+    photos = torch.rand(2, 2, 3, 20, 20)
+    tokens = encoder(photos).tokens
+    assert tokens.shape == (2, 2, 64, encoder.width)
+    assert torch.equal(tokens, encoder(photos).tokens), "the same noise every time"
+    assert not torch.allclose(tokens[0, 0], tokens[1, 0], atol=1e-3)
+    assert not any(module._forward_hooks for module in base.denoiser.modules())
+    assert not encoder.state_dict(), "the base is held, not owned"
+
+
+def test_a_model_that_looks_through_its_base_comes_back_the_same(base, bundle, tmp_path):
+    shutil.copytree(bundle.base, tmp_path / "base")
+    mine = Base("/".join((tmp_path / "base").parts[-2:]), base.pipeline)
+    layout = ImageToLora.from_pretrained(bundle.model).layout
+    layout = type(layout)(layout.sites, layout.rank, mine.id)
+    encoder = denoiser_encoder(mine)
+    network = Hypernetwork(layout, encoder.width, width=16, depth=1, heads=2, head_options={"size": 4})
+    with torch.no_grad():
+        network.head_weight.normal_(std=0.1)
+    made = ImageToLora(encoder, network, {"base": "../base"}).eval()
+    made.save_pretrained(tmp_path / "model")
+    photos = torch.rand(1, 1, 3, 16, 16)
+    with torch.no_grad():
+        expected = made.forward(photos).flatten()
+        for options in ({}, {"base": mine}):
+            found = ImageToLora.from_pretrained(tmp_path / "model", **options)
+            assert torch.allclose(found.forward(photos).flatten(), expected, atol=2e-3)  # stored as float16
+    with pytest.raises(LayoutMismatch, match="use its own base"):
+        ImageToLora.from_pretrained(tmp_path / "model", base=Base("another/base", base.pipeline))
+
+
+def test_readers_come_back_the_same(bundle, tmp_path):
+    reader = Reader.from_pretrained(bundle.evaluator)
+    reader.save_pretrained(tmp_path)
+    again, images = Reader.from_pretrained(tmp_path), torch.rand(3, 3, 16, 16)
+    one, two = reader(images), again(images)
+    assert torch.equal(one.identity, two.identity)
+    assert again.names(two) == reader.names(one)
+    assert torch.allclose(one.identity.norm(dim=-1), torch.ones(3), atol=1e-5)
+    with pytest.raises(BadArtifact, match="no reader"):
+        Reader.from_pretrained(tmp_path / "nothing")

@@ -1,0 +1,6 @@
+"""Property tests here count tensors, not milliseconds."""
+
+from hypothesis import settings
+
+settings.register_profile("tensors", deadline=None, max_examples=40, database=None)
+settings.load_profile("tensors")

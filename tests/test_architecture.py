@@ -1,0 +1,74 @@
+"""The directions between folders (contracts in pyproject.toml) and the house rules on files."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+from importlinter.cli import lint_imports
+
+import hyperlora
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("hyperlora/**/*.py"), *ROOT.glob("data_builder/**/*.py")])
+MODULES = [module.name for module in pkgutil.walk_packages(hyperlora.__path__, "hyperlora.")]
+
+
+def test_imports_keep_the_contracts(capsys: pytest.CaptureFixture[str]) -> None:
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True)
+    assert status == 0, capsys.readouterr().out
+
+
+TOP_LEVEL = {"errors", "progress", "features", "bundle", "heap", "objectives"}
+SPEAKS_TO = {
+    "evaluation": {"pipelines", "encoders", "data", "lora", "formats"},
+    "service": {"pipelines"},
+}
+
+
+@pytest.mark.parametrize("room", SPEAKS_TO)
+def test_outer_rooms_speak_to_few(room: str) -> None:
+    """Literally: import-linter's layers also let them reach everything below."""
+    allowed = {room, *SPEAKS_TO[room], *TOP_LEVEL}
+    graph = grimp.build_graph("hyperlora", cache_dir=None)
+    for module in sorted(name for name in graph.modules if name.split(".")[1:2] == [room]):
+        imported = {name.split(".")[1] for name in graph.find_modules_directly_imported_by(module) if "." in name}
+        assert imported <= allowed, f"{module} imports {sorted(imported - allowed)} of hyperlora"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_named_after_what_they_hold(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    names = {*path.relative_to(ROOT).with_suffix("").parts}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports(name: str) -> None:
+    importlib.import_module(name)
+
+
+def test_import_hyperlora_needs_no_extra() -> None:
+    code = "import hyperlora, sys; print(*{m.split('.')[0] for m in sys.modules})"
+    imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"insightface", "onnxruntime", "fastapi", "uvicorn", "gradio", "ray"} & set(imported.split())
+
+
+def test_import_hyperlora_is_instant() -> None:
+    code = "import hyperlora, sys; dir(hyperlora); print(*{m.split('.')[0] for m in sys.modules})"
+    imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "numpy", "PIL", "diffusers", "transformers", "typer"} & set(imported.split())
+
+
+@pytest.mark.parametrize("name", hyperlora.__all__)
+def test_every_public_name_opens(name: str) -> None:
+    assert getattr(hyperlora, name).__name__ == name
+    assert hyperlora._ROOMS.keys() == set(hyperlora.__all__)
+
+
+def test_other_names_are_unknown() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        hyperlora.nonsense  # noqa: B018

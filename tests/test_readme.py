@@ -1,0 +1,89 @@
+"""Every command and program of the README does what it says, on the shipped bundle."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for kind, block in BLOCKS
+    if kind != "python"
+    for line in block.splitlines()
+    if line.startswith("hyperlora ")
+]
+QUICKER = {"evaluate": ["--people", "2", "--steps", "2"]}  # the same paths with less work
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "checkpoints/avatars/image-to-lora").is_dir(), reason="the bundle's hypernetwork is not trained yet"
+)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with what a reader of the README has: the repository, a photo and a folder of photos."""
+    folder = tmp_path_factory.mktemp("desk")
+    people = sorted((ROOT / "checkpoints/avatars/test/subjects").iterdir())
+    shutil.copy(people[0] / "0.webp", folder / "me.png")  # formats are told by content
+    (folder / "photos").mkdir()
+    for person in people[:3]:
+        shutil.copy(person / "0.webp", folder / "photos" / f"{person.name}.webp")
+    (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
+    return folder
+
+
+def run(arguments, folder):
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_two_commands_are_there_with_what_to_do_without_uv():
+    for command in ("uv run hyperlora demo", "uv run pytest"):
+        assert re.search(rf"^{command}\s+# .*pip install uv", TEXT, re.MULTILINE)
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "\nuv run pytest\n" in (ROOT / ".ci/run").read_text()
+
+
+def test_commands_do_what_they_say(desk):
+    hyperlora = str(Path(sys.executable).with_name("hyperlora"))
+    verbs = set()
+    for command in COMMANDS:
+        _, verb, *arguments = shlex.split(command)
+        verbs.add(verb)
+        if verb == "train":  # every configuration is run by test_configs
+            assert (ROOT / arguments[arguments.index("--config") + 1]).is_file()
+            continue
+        run([hyperlora, verb, *arguments, *QUICKER.get(verb, [])], desk)
+    assert verbs == {"generate", "render", "inspect", "evaluate", "train"}
+    assert {p.name for p in (desk / "loras").iterdir()} >= {"index.jsonl"}
+    assert (desk / "out.png").stat().st_size > 1000
+    assert (desk / "report" / "report.md").read_text().count("|") > 20
+
+
+def test_programs_do_what_they_say(desk):
+    programs = [block for kind, block in BLOCKS if kind == "python"]
+    assert len(programs) == 2
+    for program in programs:
+        (desk / "out.png").unlink(missing_ok=True)
+        run([sys.executable, "-c", program], desk)
+    assert (desk / "me.safetensors").stat().st_size > 10_000
+    assert (desk / "out.png").stat().st_size > 1000
+
+
+def test_demo(desk):
+    hyperlora = str(Path(sys.executable).with_name("hyperlora"))
+    told = run([hyperlora, "demo", "--people", "2"], desk)
+    assert "ms from photo to LoRA" in told
+    names = {p.name for p in (desk / "demo").iterdir()}
+    assert "demo.png" in names
+    assert len([n for n in names if n.endswith(".safetensors")]) == 4

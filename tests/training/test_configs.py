@@ -1,0 +1,263 @@
+"""Every YAML in configs/ trains, at the size of toys: two steps, resumed to four, and what it releases loads.
+
+A config runs in a workspace where the paths it names exist, as ``hyperlora train fit --config`` would run it, with a
+few arguments on the command line that make it small; configs that build on one another do so here too.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from hyperlora.encoders import Reader
+from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.training import hypernetwork
+from hyperlora.training.cli import train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("**/*.yaml"))
+
+FOUR_STEPS = [
+    "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto",
+    "--trainer.max_steps=4", "--trainer.limit_train_batches=2", "--trainer.accumulate_grad_batches=1",
+    "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0",
+    "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+    "--trainer.callbacks.init_args.every_n_train_steps=2", "--trainer.callbacks.init_args.save_top_k=-1",
+]  # fmt: skip
+SMALL_HYPERNETWORK = [f"--model.init_args.hypernetwork.{value}" for value in ("width=16", "depth=1", "heads=2")]
+TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one config becomes small, what it needs first, and how what it releases is loaded."""
+
+    load: Callable[[Path], Any]
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+def _for_real_base(name: str) -> Rule:
+    return Rule(
+        ImageToLora.from_pretrained,
+        (
+            f"--model.init_args.base=tiny/{name}", "--model.init_args.encoder=vit_tiny_patch16_224",
+            "--model.init_args.encoder_options=" + json.dumps({"image_size": 16, "options": TINY_VIT}),
+            *SMALL_HYPERNETWORK, "--data.init_args.resolution=16", "--data.init_args.encoder_size=16",
+            "--data.init_args.batch_size=2", "--data.init_args.workers=0",
+        ),
+    )  # fmt: skip
+
+
+RULES = {
+    "avatars/vae": Rule(
+        AutoencoderKL.from_pretrained, ("--data.init_args.crop=16", "--data.init_args.batch_size=4"), ("drawn",)
+    ),
+    "avatars/vae_finish": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)),
+    "avatars/evaluator": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
+    "avatars/base": Rule(
+        load_base,
+        (
+            "--model.init_args.unet.block_out_channels=[32,32,32]",
+            "--model.init_args.unet.sample_size=4",
+            "--data.init_args.batch_size=4",
+        ),
+        ("avatars/vae_finish", "tokenizer"),
+    ),
+    "avatars/image_to_lora": Rule(
+        ImageToLora.from_pretrained,
+        (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
+        ("avatars/base",),
+    ),
+    "avatars/hyperdreambooth": Rule(
+        ImageToLora.from_pretrained,
+        (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
+        ("avatars/base", "codes"),
+    ),
+    "sd15/hyperdreambooth": _for_real_base("sd15"),
+    "sdxl/hyperdreambooth": _for_real_base("sdxl"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training left: losses per step, and all its parameters after steps 2 and 4."""
+
+    losses: dict[int, dict[str, float]]
+    states: dict[int, dict[str, Tensor]]
+
+
+class Stages:
+    """Runs what a config builds on, once."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.made: set[str] = set()
+
+    def prepare(self, name: str) -> None:
+        if name in RULES:
+            self.run(name)
+        elif name not in self.made:
+            _PREPARED[name]()
+            self.made.add(name)
+
+    def run(self, name: str) -> Run:
+        """Four steps without a break."""
+        if name not in self.runs:
+            for need in RULES[name].needs:
+                self.prepare(need)
+            train(_command(name))
+            self.runs[name] = Run(_losses(name), _states(name))
+        return self.runs[name]
+
+    def resume(self, name: str) -> Run:
+        """The last two of four steps again, from the checkpoint after two."""
+        folder = _folder(name)
+        (two,) = folder.glob("*step=2.ckpt")
+        two.rename(folder / "half.ckpt")
+        for checkpoint in [*folder.glob("*step=*.ckpt"), folder / "last.ckpt"]:
+            checkpoint.unlink()
+        train([*_command(name), f"--ckpt_path={folder / 'half.ckpt'}"])
+        return Run(_losses(name), _states(name))
+
+
+def _draw() -> None:
+    from data_builder.avatars.portraits import Plan, draw_portraits
+
+    draw_portraits(Path("runs/data/train"), Plan("train", people=12, each=4, size=32), workers=1)
+    draw_portraits(Path("runs/data/validation"), Plan("validation", people=4, each=4, size=32), workers=1)
+
+
+def _build_tokenizer() -> None:
+    from data_builder.avatars.tokenizer import build_tokenizer
+
+    build_tokenizer(Path("runs/avatars/tokenizer"))
+
+
+def _fit_codes() -> None:
+    from data_builder.avatars.codes import fit_codes
+
+    fit_codes(
+        Path("runs/data/train"), "checkpoints/avatars/base", "runs/avatars/base/vae",
+        Path("runs/avatars/codes.safetensors"), people=6, at_once=6, steps=1, lr=1e-2, preset="attention+mlp", rank=1,
+        a=100, b=50,
+    )  # fmt: skip
+
+
+_PREPARED = {"drawn": _draw, "tokenizer": _build_tokenizer, "codes": _fit_codes}
+
+
+@pytest.fixture(scope="module")
+def stages() -> Stages:
+    return Stages()
+
+
+@pytest.fixture(autouse=True)
+def frozen_bases(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """Run in the workspace, and keep the bases that were trained through, each with its name and options."""
+    monkeypatch.chdir(workspace)
+    loaded: list[tuple[Any, Any]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        base = load_base(name, **options)
+        loaded.append((base, load_base(name, **options)))
+        return base
+
+    monkeypatch.setattr(hypernetwork, "load_base", load)
+    return loaded
+
+
+def test_every_config_has_a_rule() -> None:
+    assert set(NAMES) == set(RULES)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, about so small a training
+@pytest.mark.parametrize("name", NAMES)
+def test_config_trains_and_resumes(name: str, stages: Stages, frozen_bases: list[tuple[Any, Any]]) -> None:
+    straight = stages.run(name)
+    model = _config(name)["model"]["init_args"]
+    _check_what_trains(straight.states, frozen="model.encoder." if "encoder" in model else None)
+    assert straight.losses.keys() == {0, 1, 2, 3}
+    assert all(math.isfinite(value) for metrics in straight.losses.values() for value in metrics.values())
+    _check_artifact(RULES[name].load(Path(model["out"])))
+
+    resumed = stages.resume(name)
+    assert resumed.losses == {step: pytest.approx(straight.losses[step], rel=1e-5) for step in (2, 3)}
+    torch.testing.assert_close(resumed.states[4], straight.states[4])
+    _check_artifact(RULES[name].load(Path(model["out"])))
+
+    for used, fresh in frozen_bases:
+        for component, module in used.modules.items():
+            assert all(p.grad is None for p in module.parameters())
+            torch.testing.assert_close(module.state_dict(), fresh.modules[component].state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("avatars/")])
+def test_pretrained_encoders_exist(name: str) -> None:
+    model = _config(name)["model"]["init_args"]
+    assert model["encoder_options"]["pretrained"]
+    size = timm.get_pretrained_cfg(model["encoder"]).input_size[-1]
+    assert model["encoder_options"]["image_size"] == size == _config(name)["data"]["init_args"]["encoder_size"]
+
+
+def _command(name: str) -> list[str]:
+    return ["fit", f"--config={CONFIGS / name}.yaml", *FOUR_STEPS, *RULES[name].arguments]
+
+
+def _config(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def _folder(name: str) -> Path:
+    return Path(_config(name)["trainer"]["default_root_dir"])
+
+
+def _states(name: str) -> dict[int, dict[str, Tensor]]:
+    states = {}
+    for file in _folder(name).glob("*step=*.ckpt"):
+        checkpoint = torch.load(file, weights_only=False)
+        # with averaged weights, "state_dict" holds the average
+        states[checkpoint["global_step"]] = checkpoint.get("current_model_state", checkpoint["state_dict"])
+    return states
+
+
+def _losses(name: str) -> dict[int, dict[str, float]]:
+    """Of the latest run, what was logged about training after each step."""
+    version = max((_folder(name) / "lightning_logs").iterdir(), key=lambda path: int(path.name.split("_")[1]))
+    losses = {}
+    with (version / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            if metrics := {k: float(v) for k, v in row.items() if k.startswith("train/") and v}:
+                losses[int(row["step"])] = metrics
+    return losses
+
+
+def _check_what_trains(states: dict[int, dict[str, Tensor]], frozen: str | None) -> None:
+    """Between steps 2 and 4, what is frozen stays as it is and of the rest nearly everything moves."""
+    assert states.keys() == {2, 4}
+    moved = {name: not torch.equal(value, states[4][name]) for name, value in states[2].items()}
+    still = {name for name in moved if frozen and name.startswith(frozen)}
+    assert not any(moved[name] for name in still)
+    trained = [moved[name] for name in moved.keys() - still]
+    assert sum(trained) > 0.9 * len(trained)
+    assert all(value.isfinite().all() for value in states[4].values() if value.is_floating_point())
+
+
+def _check_artifact(artifact: Any) -> None:
+    """It loads; and a hypernetwork, which starts at ΔW = 0, now makes LoRAs."""
+    if isinstance(artifact, ImageToLora):
+        photo = Path("photos/train/person-0/0.png")
+        norms = artifact([photo]).norms()
+        assert norms.isfinite().all()
+        assert norms.max() > 0

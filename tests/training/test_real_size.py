@@ -1,0 +1,91 @@
+"""The Stable Diffusion configs at their real size, short of the bases' own weights (meta device)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
+
+from hyperlora.adapters import layout_of
+from hyperlora.encoders import VisionEncoder
+from hyperlora.formats import save_lora
+from hyperlora.lora import LoraLayout, LoraWeights
+from hyperlora.models import Hypernetwork
+from hyperlora.pipelines import ImageToLora
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def _unet(options: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return UNet2DConditionModel(**options)
+
+
+def _config(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / name / "hyperdreambooth.yaml").read_text())["model"]["init_args"]
+
+
+def _layout(name: str, unet: nn.Module) -> LoraLayout:
+    config = _config(name)
+    return layout_of({"unet": unet}, config["preset"], config["rank"], config["base"])
+
+
+@pytest.mark.slow
+def test_photo_to_a_file_that_the_real_unet_takes(tmp_path: Path) -> None:
+    """ViT-B, the config's hypernetwork, Stable Diffusion 1.5's layout; diffusers loads the file without remainder."""
+    config = _config("sd15")
+    unet = _unet(SD15).to_empty(device="cpu")  # never written to, so it takes no memory
+    layout = _layout("sd15", unet)
+    assert (len(layout.sites), layout.numel) == (128, 797_184)
+    torch.manual_seed(0)
+    encoder = VisionEncoder(config["encoder"], config["encoder_options"]["image_size"])
+    network = Hypernetwork(layout, encoder.width, **config["hypernetwork"])
+    nn.init.normal_(network.head_weight, std=0.02)  # zero before training: ΔW = 0
+    model = ImageToLora(encoder, network, config["card"]).eval().requires_grad_(False)
+    weights = model.forward(torch.rand(1, 2, 3, 224, 224))[0]
+    assert weights.norms().min() > 0
+    file = save_lora(weights, tmp_path / "lora.safetensors")
+    _check_loaded(StableDiffusionPipeline.lora_state_dict(file), unet, weights)
+
+
+@pytest.mark.slow
+def test_the_real_sdxl_unet_takes_its_layout(tmp_path: Path) -> None:
+    unet = _unet(SDXL)
+    layout = _layout("sdxl", unet)
+    assert (len(layout.sites), layout.numel) == (560, 5_806_080)
+    with torch.device("meta"):
+        Hypernetwork(layout, 768, **_config("sdxl")["hypernetwork"])
+    weights = LoraWeights.unflatten(layout, torch.randn(layout.numel))
+    file = save_lora(weights, tmp_path / "lora.safetensors")
+    _check_loaded(StableDiffusionXLPipeline.lora_state_dict(file, unet_config=unet.config), unet, weights)
+
+
+def _check_loaded(loaded: Any, unet: nn.Module, weights: LoraWeights) -> None:
+    """Each factor of the file has arrived at its site, at strength 1, and there is no other."""
+    state, network_alphas = loaded[:2]
+    unet.load_lora_adapter(state, network_alphas=network_alphas, prefix="unet", low_cpu_mem_usage=True)
+    factors = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
+    assert len(factors) == 2 * len(weights.layout.sites)
+    for site, down, up in zip(weights.layout.sites, weights.down, weights.up, strict=True):
+        assert unet.get_submodule(site.path).scaling == {"default_0": 1.0}
+        for name, expected in ((f"{site.path}.lora_A", down), (f"{site.path}.lora_B", up)):
+            found = factors[f"{name}.default_0.weight"]
+            assert found.shape == expected.shape
+            assert found.is_meta or torch.equal(found, expected)
