@@ -54,8 +54,8 @@ def one_by_one(base: Base, examples: Examples, start: LoraWeights, steps: int, b
             loss.backward()
             optimizer.step()
             if step >= steps - 10:
-                losses.append(float(loss))
-        unet.delete_adapters("default")
+                losses.append(loss.item())
+        unet.unload_lora()
     return (time.perf_counter() - began) / len(start), sum(losses) / len(losses)
 
 

@@ -46,9 +46,7 @@ def main() -> None:
     fitted_loras(judge, model, photos[:1], FitSettings(steps=arguments.fit_steps, prior_images=1))
     fitted = (time.perf_counter() - began) * arguments.as_if / arguments.fit_steps
     print(f"photos/s: batch 1 {rates[1]:.1f}, batch 32 {rates[32]:.1f}, ratio {rates[32] / rates[1]:.2f}")
-    print(
-        f"seconds per LoRA: one pass {1 / rates[1]:.4f}, refined 40 {refined:.2f}, fitted {arguments.as_if} {fitted:.1f}"
-    )
+    print(f"seconds: one pass {1 / rates[1]:.4f}, refined 40 {refined:.2f}, fitted {arguments.as_if} {fitted:.1f}")
     print(f"one pass is {fitted * rates[1]:.0f}x, refined {fitted / refined:.1f}x faster than fitting")
 
 

@@ -19,6 +19,9 @@ class DenoiserEncoder(nn.Module):
     held, not owned: they are in no state dict.
     """
 
+    text: Tensor
+    noise: Tensor
+
     def __init__(self, vae: Any, unet: Any, schedule: Any, text: Tensor, timestep: int = 60, grid: int = 8) -> None:
         super().__init__()
         self._base: tuple[Any, Any, Any] = (vae, unet, schedule)  # a tuple: not registered as submodules
@@ -61,7 +64,7 @@ class DenoiserEncoder(nn.Module):
         try:
             times = torch.full((len(latents),), self.timestep, device=latents.device)
             noised = schedule.add_noise(latents, self.noise.expand_as(latents), times)
-            unet.forward(noised, times, encoder_hidden_states=self.text.expand(len(latents), -1, -1))
+            unet(noised, times, encoder_hidden_states=self.text.expand(len(latents), -1, -1))
         finally:
             for handle in handles:
                 handle.remove()

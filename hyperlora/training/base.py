@@ -93,7 +93,10 @@ class BaseModel(L.LightningModule):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.to(torch.float16).save_pretrained(Path(self.hparams["out"]), max_shard_size="16MB")
+        pipeline.to(torch.float16)
+        # plain from_pretrained gives diffusers parts in float32, but transformers ones as stored
+        pipeline.text_encoder.float()
+        pipeline.save_pretrained(Path(self.hparams["out"]), max_shard_size="16MB")
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_one_cycle(self, self.parameters(), self.hparams["lr"])
