@@ -1,0 +1,41 @@
+"""A hypernetwork of Stable Diffusion 1.5's size, randomly initialised: seconds from photo to rank-4 file, and memory.
+
+python benchmarks/real_size.py
+"""
+
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from hyperlora.adapters import layout_of
+from hyperlora.encoders import VisionEncoder
+from hyperlora.formats import save_lora
+from hyperlora.models import Hypernetwork
+from hyperlora.pipelines import ImageToLora
+
+
+def main() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults are Stable Diffusion 1's
+    layout = layout_of({"unet": unet}, "attention", 4, "sd15")
+    encoder = VisionEncoder("vit_base_patch16_224")
+    network = Hypernetwork(layout, encoder.width, width=768, depth=4, heads=12, head_options={"size": 64})
+    model = ImageToLora(encoder, network).eval().requires_grad_(False)
+    photo = Image.new("RGB", (512, 512), "gray")
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(4):
+            began = time.perf_counter()
+            save_lora(model(photo), Path(folder) / "lora.safetensors")
+            times.append(time.perf_counter() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{len(layout.sites)} sites, {layout.numel:,} numbers; warm {min(times[1:]):.2f} s, peak {peak:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
