@@ -21,10 +21,6 @@ COMMANDS = [
 ]
 QUICKER = {"evaluate": ["--people", "2", "--steps", "2"]}  # the same paths with less work
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "checkpoints/avatars/image-to-lora").is_dir(), reason="the bundle's hypernetwork is not trained yet"
-)
-
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):

@@ -13,7 +13,7 @@ class DenoiserEncoder(nn.Module):
     """Decoder features of a diffusers UNet that looks at a slightly noised photo (DIFT, 2306.03881).
 
     The features name what the LoRA has to steer in the base's own terms, and cost no further network: on the avatar
-    world a linear probe reads hair types from them that a CNN trained for as long as the budget allows does not.
+    world a linear probe on those of a half-trained base reads 56 % of hair types (``docs/results.md``).
     All decoder blocks are brought to one ``grid`` and concatenated: tokens [batch, views, grid², Σ channels].
     ``text`` [1, tokens, width] is the empty prompt. The same noise is used for every photo. The base's modules are
     held, not owned: they are in no state dict.
