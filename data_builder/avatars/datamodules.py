@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from data_builder.avatars.captions import caption, prompt
 from data_builder.avatars.latents import latents_of, tokens_of
+from data_builder.avatars.people import hidden
 from data_builder.avatars.portraits import Portraits
 from data_builder.avatars.vocabulary import GEOMETRY, IDENTITY_ATTRIBUTES, PROMPT_ATTRIBUTES
 from hyperlora.data.batches import collate_subjects
+from hyperlora.training.reader import UNSEEN
 
 ATTRIBUTES = {k: v for k, v in (IDENTITY_ATTRIBUTES | PROMPT_ATTRIBUTES).items() if k != "facial_hair_color"}
 """What a reader names; the facial hair's colour is left to the identity space, as most people have none."""
@@ -78,7 +80,8 @@ class _Labelled(Dataset[dict[str, Any]]):
         for index in range(len(self)):
             person, scene = self.images.portraits.person(index), self.images.portraits.scene(index)
             names = vars(person) | vars(scene)
-            labels = {k: classes.index(names[k]) for k, classes in ATTRIBUTES.items()}
+            unseen = hidden(scene)
+            labels = {k: UNSEEN if k in unseen else c.index(names[k]) for k, c in ATTRIBUTES.items()}
             geometry = torch.tensor([getattr(person, k) for k in GEOMETRY])
             out.append((labels, (geometry - 1) * 8))  # about unit variance
         return out

@@ -58,6 +58,21 @@ class Scene:
     zoom: float = 1.0
 
 
+def hidden(scene: Scene) -> frozenset[str]:
+    """Attributes that nobody can read off a portrait of this scene: eyes behind dark glasses, hair under a hat,
+    colours that are not drawn."""
+    out: set[str] = set()
+    if scene.glasses in ("sunglasses", "white sunglasses", "eyepatch"):
+        out.add("eyes")
+    if scene.garment in words.COLORLESS_GARMENTS:
+        out.add("garment_color")
+    if scene.hat != "none":
+        out |= {"hair", "hair_color"}
+    if scene.style in ("grayscale", "sepia", "pencil"):
+        out |= {"hair_color", "skin", "garment_color", "background"}
+    return frozenset(out)
+
+
 def identity(seed: int) -> Identity:
     """The person with this seed; ``SPLITS`` says which split it belongs to."""
     rng = np.random.default_rng([20261121, seed])

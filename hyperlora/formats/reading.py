@@ -14,10 +14,9 @@ from hyperlora.formats.header import LoraHeader
 from hyperlora.formats.names import kohya_stems, site_name_of_kohya
 from hyperlora.formats.pairs import LoraFormat, Pair, folded_pairs, format_of
 from hyperlora.formats.tensors import read_tensors
-from hyperlora.lora import LoraLayout, LoraWeights
+from hyperlora.lora import UNKNOWN_BASE, LoraLayout, LoraWeights
 
 MAX_NUMBERS: Final = 2 << 30
-UNKNOWN_BASE: Final = "unknown"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     W' = W + up @ down            down [rank, fan_in], up [fan_out, rank]; any alpha / rank is folded into up
 """
 
-from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, Site
 from hyperlora.lora.weights import LoraWeights
 
-__all__ = ["LoraLayout", "LoraWeights", "Site"]
+__all__ = ["UNKNOWN_BASE", "LoraLayout", "LoraWeights", "Site"]

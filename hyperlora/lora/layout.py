@@ -5,11 +5,14 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
 from hyperlora.errors import LayoutMismatch
+
+UNKNOWN_BASE: Final = "unknown"
+"""The base of a LoRA whose file does not name one."""
 
 
 @dataclass(frozen=True)

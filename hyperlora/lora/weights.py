@@ -54,7 +54,13 @@ class LoraWeights:
         return self.down[0].shape[:-2]
 
     def __len__(self) -> int:
+        """LoRAs in the batch. Raises ``TypeError`` without batch axis."""
+        if not self.batch:
+            raise TypeError("this LoRA has no batch axis")
         return self.batch[0]
+
+    def __bool__(self) -> bool:
+        return True  # not its length
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> "LoraWeights":
         if isinstance(index, int) and not -len(self) <= index < len(self):

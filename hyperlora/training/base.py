@@ -28,7 +28,8 @@ class BaseModel(L.LightningModule):
     """v-prediction with zero terminal SNR (2305.08891), so that plain backgrounds come out plain.
 
     Batches: ``latents`` [n, c, h, w], ``captions`` n strings (some empty, for classifier-free guidance). When training
-    ends, ``out`` holds a complete ``StableDiffusionPipeline``, fp16.
+    ends, ``out`` holds a complete ``StableDiffusionPipeline``, fp16. ``start_from`` is the folder of such a pipeline
+    whose UNet and text encoder training begins with.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class BaseModel(L.LightningModule):
         text_encoder: dict[str, Any],
         lr: float = 1e-3,
         timestep_shift: float = 1.0,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -54,6 +56,10 @@ class BaseModel(L.LightningModule):
         )
         self.text_encoder = CLIPTextModel(config)
         self.unet = UNet(cross_attention_dim=config.hidden_size, **unet)
+        if start_from is not None:
+            before = StableDiffusionPipeline.from_pretrained(start_from)
+            self.unet.load_state_dict(before.unet.float().state_dict())
+            self.text_encoder.load_state_dict(before.text_encoder.float().state_dict())
         self.scheduler = DDPMScheduler(**SCHEDULE)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Train a ``Reader`` (the evaluator of a world, or the encoder that conditions a hypernetwork)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import lightning as L
 import torch
@@ -11,15 +11,18 @@ from torch.nn import functional as F
 from hyperlora.encoders import Reader
 from hyperlora.training.optimizers import adamw_one_cycle
 
+UNSEEN: Final = -100
+"""The label of an attribute that cannot be seen in an image: neither trained on nor counted."""
+
 
 class ReaderTraining(L.LightningModule):
     """Cross-entropy per attribute + squared error of geometry + a little supervised contrast (2004.11362).
 
     The contrast is kept small: at equal weight with the mean over attributes it alone was learned.
 
-    Batches: ``images`` [n, 3, h, w] in [0, 1], ``labels`` {attribute: [n]}, ``geometry`` [n, measures] (standardised),
-    ``subject`` [n]. Training images are degraded at random (blur, noise) so that pictures a model has painted are
-    read as well as drawn ones.
+    Batches: ``images`` [n, 3, h, w] in [0, 1], ``labels`` {attribute: [n]} (``UNSEEN`` where there is nothing to see),
+    ``geometry`` [n, measures] (standardised), ``subject`` [n]. Training images are degraded at random (blur, noise) so
+    that pictures a model has painted are read as well as drawn ones.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class ReaderTraining(L.LightningModule):
         weight_decay: float = 0.05,
         temperature: float = 0.15,
         identity_weight: float = 0.3,
+        geometry_weight: float = 3.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -42,19 +46,24 @@ class ReaderTraining(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         reading = self.reader(_degraded(batch["images"]))
         attributes = torch.stack(
-            [F.cross_entropy(reading.logits[k], batch["labels"][k]) for k in self.reader.attributes]
+            [
+                F.cross_entropy(reading.logits[k], batch["labels"][k], ignore_index=UNSEEN)
+                for k in self.reader.attributes
+            ]
         ).sum()
         geometry = F.mse_loss(reading.geometry.float(), batch["geometry"])
         identity = _supervised_contrast(reading.identity.float(), batch["subject"], self.hparams["temperature"])
         self.log_dict({"train/attributes": attributes, "train/identity": identity, "train/geometry": geometry})
-        return attributes + geometry + self.hparams["identity_weight"] * identity
+        return attributes + self.hparams["geometry_weight"] * geometry + self.hparams["identity_weight"] * identity
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         reading = self.reader(batch["images"])
         n = len(batch["subject"])
         for name, logits in reading.logits.items():
-            right = (logits.argmax(-1) == batch["labels"][name]).float().mean()
-            self.log(f"val/{name}", right, batch_size=n)
+            seen = batch["labels"][name] != UNSEEN
+            if seen.any():
+                right = (logits.argmax(-1) == batch["labels"][name])[seen].float().mean()
+                self.log(f"val/{name}", right, batch_size=int(seen.sum()))
         self.log("val/geometry_mse", F.mse_loss(reading.geometry.float(), batch["geometry"]), batch_size=n)
 
     def on_train_end(self) -> None:
