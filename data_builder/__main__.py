@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hyperlora.errors import HyperloraError
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -46,6 +48,42 @@ def benchmark(
     from data_builder.avatars.benchmark import write_benchmark
 
     write_benchmark(out, split, people, photos)
+
+
+@app.command()
+def differential(
+    before: Annotated[Path, typer.Argument(help="Image, or folder of images.")],
+    after: Annotated[Path, typer.Argument(help="Image, or folder of as many images under the same names.")],
+    base: Annotated[str, typer.Option(help="Base model: folder or hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write (.safetensors).")],
+    sheet: Annotated[Path | None, typer.Option(help="Also draw -2 ... +2 of the change to this PNG.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the sheet shows.")] = "a portrait of a person",
+    preset: Annotated[str, typer.Option()] = "attention+mlp",
+    rank: Annotated[int, typer.Option(min=1)] = 4,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    lr: Annotated[float, typer.Option()] = 2e-3,
+    format: Annotated[str, typer.Option(help="diffusers, kohya or sgm (SDXL).")] = "diffusers",
+) -> None:
+    """Fit a LoRA to each image of a before/after pair (or of many) and keep the difference: a slider."""
+    from data_builder.differential import build
+
+    try:
+        build(
+            before,
+            after,
+            base,
+            out,
+            sheet=sheet,
+            prompt=prompt,
+            preset=preset,
+            rank=rank,
+            steps=steps,
+            lr=lr,
+            format=format,
+        )
+    except HyperloraError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 @app.command()

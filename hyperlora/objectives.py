@@ -30,16 +30,25 @@ def noised(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> t
     return (1 - sigma) * clean + sigma * noise, noise - clean
 
 
-def denoising_loss(denoiser: Any, scheduler: Any, clean: Tensor, *, shift: float = 1.0, **conditions: Any) -> Tensor:
+def denoising_loss(
+    denoiser: Any,
+    scheduler: Any,
+    clean: Tensor,
+    *,
+    shift: float = 1.0,
+    draw: tuple[Tensor, Tensor] | None = None,
+    **conditions: Any,
+) -> Tensor:
     """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``injected``);
     ``conditions`` are the denoiser's own arguments (``encoder_hidden_states`` and, for SDXL, ``added_cond_kwargs``).
 
-    ``shift`` > 1 draws noisier timesteps more often, where text decides what is drawn (2403.03206, eq. 23).
+    ``shift`` > 1 draws noisier timesteps more often, where text decides what is drawn (2403.03206, eq. 23). ``draw`` is
+    what chance would decide: u [batch] in [0, 1), the place of the timestep, and the noise, shaped like ``clean``.
     """
     steps = scheduler.config.num_train_timesteps
-    u = torch.rand(len(clean), device=clean.device)
+    u, noise = draw or (torch.rand(len(clean), device=clean.device), torch.randn_like(clean))
     timesteps = (steps * shift * u / (1 + (shift - 1) * u)).long()
-    x, target = noised(scheduler, clean, torch.randn_like(clean), timesteps)
+    x, target = noised(scheduler, clean, noise, timesteps)
     with _attention_for(denoiser, clean):
         said = denoiser(x, timesteps, **conditions).sample
     return F.mse_loss(said.float(), target.float(), reduction="none").mean((1, 2, 3))

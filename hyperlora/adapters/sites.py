@@ -9,8 +9,11 @@ from torch import nn
 from hyperlora.errors import BadRequest
 from hyperlora.lora import LoraLayout
 
-_ATTENTION = r"(^|\.)attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
-_FEED_FORWARD = r"(^|\.)ff(_context)?\.net\.(0\.proj|2)$"
+_ATTENTION = r"(^|\.)(attn\d?|attention)\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
+_FEED_FORWARD = (
+    r"(^|\.)(ff(_context)?|img_mlp|txt_mlp)\.net\.(0\.proj|2)$|\.feed_forward\.w[123]$"
+    r"|^single_transformer_blocks\.\d+\.proj_(mlp|out)$"
+)
 _TIME = r"\.time_emb_proj$"
 _CONV = r"\.(conv1|conv2|conv_shortcut|conv|proj_in|proj_out)$"
 _TEXT = r"self_attn\.(q_proj|k_proj|v_proj|out_proj)$"

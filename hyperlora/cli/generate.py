@@ -14,7 +14,7 @@ def generate(
     batch: Annotated[Path | None, typer.Option(help="Folder: one LoRA per image, or per sub-folder.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub id of an ImageToLora model.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model for --refine: folder or hub id.")] = None,
-    format: Annotated[str, typer.Option(help="diffusers or kohya.")] = "diffusers",
+    format: Annotated[str, typer.Option(help="diffusers, kohya or sgm (SDXL).")] = "diffusers",
     rank: Annotated[int | None, typer.Option(min=1, help="Rank to write; the model's own if not given.")] = None,
     strength: Annotated[float, typer.Option(help="Scale of the LoRA.")] = 1.0,
     refine: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on the photos.")] = 0,
@@ -29,8 +29,8 @@ def generate(
         raise BadRequest("where should the LoRA go? Give -o FILE (or -o FOLDER with --batch)")
     if (batch is None) == (not photos):
         raise BadRequest("give photos of one subject, or --batch FOLDER, and not both")
-    if format not in ("diffusers", "kohya"):
-        raise BadRequest(f"unknown format {format!r}; known: diffusers, kohya")
+    if format not in ("diffusers", "kohya", "sgm"):
+        raise BadRequest(f"unknown format {format!r}; known: diffusers, kohya, sgm")
     if not -10 <= strength <= 10:  # also refuses NaN
         raise BadRequest(f"strength between -10 and 10 expected, got {strength}")
     if batch is None:

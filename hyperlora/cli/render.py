@@ -1,43 +1,80 @@
 """``hyperlora render``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from hyperlora.lora import LoraWeights
+    from hyperlora.pipelines import Base
+
 
 def render(
-    prompt: Annotated[str, typer.Option(help="What to draw, with the LoRA's trigger phrase.")],
+    prompt: Annotated[str, typer.Option(help="What to draw, with the LoRA's trigger phrase; may hold <lora:NAME:W>.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
-    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:WEIGHT; repeat to add several.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:WEIGHT; repeat for several.")] = None,
+    lora_dir: Annotated[Path, typer.Option(help="Where <lora:NAME> in the prompt is looked up.")] = Path("."),
+    strategy: Annotated[str, typer.Option(help="merge, switch, composite or spatial.")] = "merge",
+    region: Annotated[
+        list[str] | None, typer.Option(help="LEFT,TOP,RIGHT,BOTTOM in 0..1, or a mask image; one per LoRA (spatial).")
+    ] = None,
+    window: Annotated[bool, typer.Option(help="Draw each region as a picture of its own (spatial).")] = False,
+    every: Annotated[int, typer.Option(min=1, help="Steps before the next LoRA (switch).")] = 5,
+    gamma: Annotated[float | None, typer.Option(help="AutoLoRA guidance: 0 base, 1 LoRA, above goes beyond.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float, typer.Option(min=0, max=100)] = 3.0,
     negative_prompt: Annotated[str, typer.Option()] = "",
+    width: Annotated[int | None, typer.Option(min=8, help="Pixels; the base's own size if not given.")] = None,
+    height: Annotated[int | None, typer.Option(min=8)] = None,
 ) -> None:
     """Draw a prompt with LoRA files on their base."""
-    from contextlib import ExitStack
+    from contextlib import nullcontext
+    from functools import partial
 
     from hyperlora import bundle
-    from hyperlora.adapters import injected
     from hyperlora.cli.output import require_file
-    from hyperlora.formats import load_lora
+    from hyperlora.errors import BadRequest
     from hyperlora.heap import keep_heap
+    from hyperlora.lora.merging import merge
     from hyperlora.pipelines import load_base
     from hyperlora.pipelines import render as draw
+    from hyperlora.pipelines.composition import composed
+    from hyperlora.pipelines.guidance import autolora
+    from hyperlora.pipelines.prompts import called_for, mentions, strengths
 
     require_file(out, ".png")
+    chosen = [weighted(text) for text in lora or []]
+    text, named = mentions(prompt)
+    regions = [_region(r) for r in region] if region else None
+    if gamma is not None and (strategy != "merge" or any(not m.always for m in named)):
+        raise BadRequest("--gamma guides the sum of all LoRAs: use it with --strategy merge and without steps")
     keep_heap()
-    chosen = [_weighted(text) for text in lora or []]
     model = load_base(base or bundle.BASE)
-    with ExitStack() as stack:  # several files add up, also where they change different sites
-        for path, weight in chosen:
-            file = load_lora(path, modules=model.modules)
-            if (made_for := file.header.base_model) not in ("", model.id):
-                typer.echo(f"note: {path.name} was made for {made_for!r}, not for this base {model.id!r}", err=True)
-            stack.enter_context(injected(model.modules, file.weights * weight))
-        (image,) = draw(model, [prompt], seeds=[seed], steps=steps, guidance=guidance, negative_prompt=negative_prompt)
+    files = [_loaded(path, model) for path, _ in chosen] + called_for(named, lora_dir, model.modules)
+    weights = [weight for _, weight in chosen] + [1.0] * len(named)
+    if not files:
+        context: Any = nullcontext()
+    elif gamma is not None:
+        context = autolora(model.pipeline, merge(files, weights), gamma)
+    else:
+        timed = any(not m.always for m in named)
+        schedule = partial(_schedule, len(chosen), partial(strengths, named)) if timed else None
+        options: Any = {"regions": regions, "window": window, "every": every, "schedule": schedule}
+        context = composed(model.pipeline, files, strategy, weights, **options)  # type: ignore[arg-type]
+    with context:
+        (image,) = draw(
+            model,
+            [text],
+            seeds=[seed],
+            steps=steps,
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     image.save(part, "PNG")
@@ -45,7 +82,7 @@ def render(
     typer.echo(str(out))
 
 
-def _weighted(text: str) -> tuple[Path, float]:
+def weighted(text: str) -> tuple[Path, float]:
     """``FILE`` or ``FILE:WEIGHT``."""
     from hyperlora.errors import BadRequest
 
@@ -59,3 +96,29 @@ def _weighted(text: str) -> tuple[Path, float]:
     if not abs(number) <= 10:
         raise BadRequest(f"LoRA weight between -10 and 10 expected, got {weight!r} in {text!r}")
     return Path(path), number
+
+
+def _loaded(path: Path, model: "Base") -> "LoraWeights":
+    from hyperlora.formats import load_lora
+
+    file = load_lora(path, modules=model.modules)
+    if (made_for := file.header.base_model) not in ("", model.id):
+        typer.echo(f"note: {path.name} was made for {made_for!r}, not for this base {model.id!r}", err=True)
+    return file.weights
+
+
+def _schedule(always: int, of_named: Any, step: int, steps: int) -> list[float]:
+    return [1.0] * always + of_named(step, steps)
+
+
+def _region(text: str) -> Any:
+    from hyperlora.errors import BadRequest
+
+    if Path(text).is_file():
+        from hyperlora.data import read_image
+
+        return read_image(Path(text))
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise BadRequest(f"region {text!r} is neither LEFT,TOP,RIGHT,BOTTOM in 0..1 nor an image file") from None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Final
 
-from hyperlora.errors import BadLoraFile
+from hyperlora.errors import BadLoraFile, BadRequest
 
 KOHYA_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {
     "unet": ("lora_unet_",),
@@ -80,3 +80,47 @@ def site_name_of_kohya(stem: str, layers_per_block: int = 2) -> str:
     if root not in _ROOTS or any(part not in _INNER and not re.fullmatch(r"\d+", part) for part in inner):
         raise BadLoraFile(f"kohya key {stem!r} cannot be read without its base: pass modules= or layout=")
     return name
+
+
+_SGM_RESNET: Final = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_SGM_ENDS: Final = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+def sgm_path(path: str) -> str:
+    """A module of diffusers' SDXL UNet as Stability's code and most SDXL LoRA files name it.
+
+    The numbering is diffusers' ``convert_ldm_unet_checkpoint`` read backwards: two layers per down block, three per up
+    block. Raises ``BadRequest`` for a module that SDXL does not have.
+    """
+    if path in _SGM_ENDS:
+        return _SGM_ENDS[path]
+    match path.split("."):
+        case ["down_blocks", block, "resnets", layer, part]:
+            return f"input_blocks.{1 + 3 * int(block) + int(layer)}.0.{_SGM_RESNET[part]}"
+        case ["down_blocks", block, "attentions", layer, *rest]:
+            return ".".join([f"input_blocks.{1 + 3 * int(block) + int(layer)}.1", *rest])
+        case ["down_blocks", block, "downsamplers", "0", "conv"]:
+            return f"input_blocks.{3 + 3 * int(block)}.0.op"
+        case ["mid_block", "resnets", layer, part]:
+            return f"middle_block.{2 * int(layer)}.{_SGM_RESNET[part]}"
+        case ["mid_block", "attentions", "0", *rest]:
+            return ".".join(["middle_block.1", *rest])
+        case ["up_blocks", block, "resnets", layer, part]:
+            return f"output_blocks.{3 * int(block) + int(layer)}.0.{_SGM_RESNET[part]}"
+        case ["up_blocks", block, "attentions", layer, *rest]:
+            return ".".join([f"output_blocks.{3 * int(block) + int(layer)}.1", *rest])
+        case ["up_blocks", ("0" | "1") as block, "upsamplers", "0", "conv"]:  # after a resnet and an attention
+            return f"output_blocks.{2 + 3 * int(block)}.2.conv"
+    raise BadRequest(f"SDXL has no module {path}: sgm names are for SDXL LoRAs only")

@@ -36,9 +36,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if (size := path.stat().st_size) > MAX_BYTES:
         raise BadLoraFile(f"{path.name} is {size / 2**30:.1f} GiB, at most {MAX_BYTES >> 30} GiB are read")
     entries = _table_of_contents(path)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadLoraFile(f"{path.name} has a header that is not a table of strings")
+    metadata = _metadata(entries, path)
     if not 0 < len(entries) <= MAX_TENSORS:
         raise BadLoraFile(f"{path.name} holds {len(entries)} tensors, expected 1 to {MAX_TENSORS}")
     for key, entry in entries.items():
@@ -55,6 +53,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not tensor.isfinite().all():
             raise BadLoraFile(f"tensor {key} of {path.name} holds NaN or infinity: the LoRA is broken")
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's table of texts alone. Raises ``BadLoraFile`` if it cannot be read."""
+    return _metadata(_table_of_contents(path), path)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
@@ -88,6 +91,13 @@ def _sort_metadata(path: Path) -> None:
         if len(ordered) <= length:
             file.seek(8)
             file.write(ordered.ljust(length))
+
+
+def _metadata(entries: dict[str, Any], path: Path) -> dict[str, str]:
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadLoraFile(f"{path.name} has a header that is not a table of strings")
+    return metadata
 
 
 def _table_of_contents(path: Path) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 import json
 from os import PathLike
 from pathlib import Path
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from hyperlora.errors import BadRequest
 from hyperlora.formats.header import LoraHeader
-from hyperlora.formats.names import COMPONENTS, KOHYA_PREFIXES, file_name
+from hyperlora.formats.names import COMPONENTS, KOHYA_PREFIXES, file_name, sgm_path
 from hyperlora.formats.pairs import LoraFormat
 from hyperlora.formats.tensors import first_not_finite, write_tensors
 from hyperlora.lora import LoraLayout, LoraWeights, Site
 
+FORMATS: Final = ("diffusers", "kohya", "sgm")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -21,21 +23,22 @@ def save_lora(
     weights: LoraWeights,
     path: str | PathLike[str],
     *,
-    format: LoraFormat = "diffusers",
+    format: LoraFormat | Literal["sgm"] = "diffusers",
     header: LoraHeader | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write one LoRA (no batch axis) to a ``.safetensors`` file, whole or not at all; undone by ``load_lora``.
 
     ``diffusers`` keys (``unet.….lora_A.weight``) serve diffusers and, for ``transformer``, ComfyUI; ``kohya`` keys
-    serve A1111, Forge and ComfyUI for Stable Diffusion 1, 2 and XL.
+    serve A1111, Forge and ComfyUI for Stable Diffusion 1, 2 and XL; ``sgm`` are kohya's with Stability's block names,
+    as kohya's own trainer writes them for SDXL.
 
     Raises ``BadRequest`` for a batch, NaN or infinity (also after rounding to ``dtype``), an unknown component or
     dtype, a text encoder LoRA that loaders refuse, or another suffix.
     """
     path, header = Path(path), header or LoraHeader()
     _check(weights, path, format, dtype)
-    tensors = _peft_tensors(weights, dtype)
+    tensors = _peft_tensors(weights, dtype, sgm=format == "sgm")
     if bad := first_not_finite(tensors):
         raise BadRequest(f"{bad} holds NaN or infinity as {dtype}: the LoRA is broken or needs float32")
     header = header.filled(weights.layout)
@@ -43,32 +46,36 @@ def save_lora(
     if format == "diffusers":
         metadata["lora_adapter_metadata"] = json.dumps(_adapter_config(weights.layout), indent=2, sort_keys=True)
     else:
-        sdxl = "text_encoder_2" in weights.layout.components or header.architecture.startswith("stable-diffusion-xl")
+        sdxl = (
+            format == "sgm"
+            or "text_encoder_2" in weights.layout.components
+            or header.architecture.startswith("stable-diffusion-xl")
+        )
         tensors = _kohya_tensors(tensors, sdxl)
     write_tensors(tensors, metadata, path)
     return path
 
 
-def _check(weights: LoraWeights, path: Path, format: LoraFormat, dtype: torch.dtype) -> None:
+def _check(weights: LoraWeights, path: Path, format: str, dtype: torch.dtype) -> None:
     if path.suffix != ".safetensors":
         raise BadRequest(f"LoRA files are written as .safetensors, got {path.name}")
-    if format not in ("diffusers", "kohya"):
-        raise BadRequest(f"unknown LoRA format {format!r}; known: diffusers, kohya")
+    if format not in FORMATS:
+        raise BadRequest(f"unknown LoRA format {format!r}; known: {', '.join(FORMATS)}")
     if dtype not in _DTYPES:
         raise BadRequest(f"LoRA files hold float32, float16 or bfloat16, not {dtype}")
     if weights.batch:
         raise BadRequest(f"one LoRA per file, this is a batch of {list(weights.batch)}: index it first")
-    components = tuple(KOHYA_PREFIXES) if format == "kohya" else COMPONENTS
+    components = COMPONENTS if format == "diffusers" else tuple(KOHYA_PREFIXES)
     if unknown := [name for name in weights.layout.components if name not in components]:
         raise BadRequest(f"{format} files hold {', '.join(components)}, not {unknown[0]}: use another format")
-    needed = ("out_proj",) if format == "kohya" else ("q_proj", "k_proj", "v_proj", "out_proj")
+    needed = ("q_proj", "k_proj", "v_proj", "out_proj") if format == "diffusers" else ("out_proj",)
     for component in ("text_encoder", "text_encoder_2"):
         sites = [site.name for site in weights.layout.sites if site.component == component]
         if sites and not any(name.endswith(needed) for name in sites):
             raise BadRequest(f"diffusers cannot load a {component} LoRA without {needed[-1]} sites: adapt these too")
 
 
-def _peft_tensors(weights: LoraWeights, dtype: torch.dtype) -> dict[str, Tensor]:
+def _peft_tensors(weights: LoraWeights, dtype: torch.dtype, sgm: bool) -> dict[str, Tensor]:
     from diffusers.loaders.lora_base import LoraBaseMixin
 
     tensors: dict[str, Tensor] = {}
@@ -77,6 +84,7 @@ def _peft_tensors(weights: LoraWeights, dtype: torch.dtype) -> dict[str, Tensor]
         for site, down, up in zip(weights.layout.sites, weights.down, weights.up, strict=True):
             if site.component == component:
                 path = file_name(site.name).split(".", 1)[1]
+                path = sgm_path(path) if sgm and component == "unet" else path
                 layers[f"{path}.lora_A.weight"] = _down_kernel(site, down).to(dtype)
                 layers[f"{path}.lora_B.weight"] = (up[..., None, None] if site.kernel else up).to(dtype)
         tensors |= LoraBaseMixin.pack_weights(layers, component)

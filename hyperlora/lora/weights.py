@@ -74,7 +74,7 @@ class LoraWeights:
     def save(
         self,
         path: str | PathLike[str],
-        format: Literal["diffusers", "kohya"] = "diffusers",
+        format: Literal["diffusers", "kohya", "sgm"] = "diffusers",
         header: "LoraHeader | None" = None,
     ) -> Path:
         """Write this LoRA (no batch axis) as ``hyperlora.formats.save_lora`` does; undone by ``load_lora``."""

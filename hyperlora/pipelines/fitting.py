@@ -58,13 +58,16 @@ def fit(
     prior_weight: float = 1.0,
     frozen: LoraWeights | None = None,
     snapshots: Collection[int] = (),
+    twins: int = 1,
     label: str | None = None,
 ) -> Fitted:
     """Adam on K LoRAs at once. ``start`` [K, P] are the codes to begin with and ``expand`` their expansion to weights:
     ``partial(LoraWeights.unflatten, layout)`` for plain LoRA, a parametrisation for LiDB.
 
     ``prior`` holds class images for DreamBooth's prior preservation (2208.12242, eq. 2); ``frozen`` weights (batch K)
-    stay added below the fitted ones, as rank-relaxed fine-tuning needs. Subjects do not influence each other.
+    stay added below the fitted ones, as rank-relaxed fine-tuning needs. Subjects do not influence each other. With
+    ``twins`` = t, subjects i, i + K/t, i + 2K/t... get the same timesteps and noise, so that they differ by their
+    examples alone.
     """
     codes = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([codes], lr)
@@ -74,9 +77,9 @@ def fit(
         if frozen is not None:
             weights = frozen + weights
         with injected(denoiser, weights):
-            loss = _loss(denoiser, scheduler, examples, batch, k)
+            loss = _loss(denoiser, scheduler, examples, batch, k, twins)
             if prior is not None:
-                loss = loss + prior_weight * _loss(denoiser, scheduler, prior, batch, k)
+                loss = loss + prior_weight * _loss(denoiser, scheduler, prior, batch, k, twins)
         (gradient,) = torch.autograd.grad(loss.sum(), codes)
         codes.grad = gradient
         optimizer.step()
@@ -87,7 +90,13 @@ def fit(
     return Fitted(codes, expand(codes), torch.stack(losses) if losses else torch.zeros(0, k), kept)
 
 
-def _loss(denoiser: nn.Module, scheduler: Any, examples: Examples, batch: int, k: int) -> Tensor:
-    choice = torch.randint(examples.latents.shape[1], (batch, k), device=examples.latents.device)
+def _loss(denoiser: nn.Module, scheduler: Any, examples: Examples, batch: int, k: int, twins: int) -> Tensor:
+    device = examples.latents.device
+    choice = torch.randint(examples.latents.shape[1], (batch, k // twins), device=device).repeat(1, twins)
     latents, conditions = examples.pick(choice)
-    return denoising_loss(denoiser, scheduler, latents, **conditions).view(batch, k).mean(0)
+    draw = None
+    if twins > 1:
+        u = torch.rand(batch, k // twins, device=device).repeat(1, twins).flatten()
+        noise = torch.randn(batch, k // twins, *latents.shape[1:], device=device)
+        draw = u, noise.repeat(1, twins, *[1] * (latents.ndim - 1)).flatten(0, 1)
+    return denoising_loss(denoiser, scheduler, latents, draw=draw, **conditions).view(batch, k).mean(0)

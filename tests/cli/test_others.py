@@ -11,14 +11,27 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperlora.cli.render import _weighted
+from hyperlora.cli.render import weighted
 from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.formats import LoraHeader, load_lora
 from hyperlora.pipelines import ImageToLora, load_base, render
 
 Run = Callable[..., Any]
 PROMPT = "a portrait of sks person, smiling"
-VERBS = ["demo", "generate", "render", "inspect", "evaluate", "train"]
+VERBS = [
+    "demo",
+    "generate",
+    "render",
+    "inspect",
+    "evaluate",
+    "train",
+    "convert",
+    "combine",
+    "diff",
+    "resize",
+    "scale",
+    "split",
+]
 
 
 def pixels(image: Image.Image | Path) -> np.ndarray:
@@ -74,7 +87,7 @@ def test_render_notes_another_base(run: Run, bundle: Any, loras: list[Path], tmp
     ],
 )
 def test_weights_of_files(text: str, expected: tuple[str, float]) -> None:
-    assert _weighted(text) == (Path(expected[0]), expected[1])
+    assert weighted(text) == (Path(expected[0]), expected[1])
 
 
 def test_inspect(run: Run, bundle: Any, loras: list[Path]) -> None:

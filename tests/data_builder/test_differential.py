@@ -1,0 +1,100 @@
+"""Differential LoRAs: antisymmetric, pointing from before to after, written as an ordinary file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from data_builder.__main__ import app
+from data_builder.avatars import SPLITS, draw, identity, scene
+from data_builder.differential import STRENGTHS, differential
+from hyperlora import bundle as bundle_paths
+from hyperlora.data import to_tensor
+from hyperlora.encoders import Reader
+from hyperlora.errors import BadRequest
+from hyperlora.evaluation.personalisation import pixels_of
+from hyperlora.formats import load_lora
+from hyperlora.lora.merging import relative_error
+from hyperlora.pipelines import load_base, render
+
+
+@pytest.fixture(scope="module")
+def base(bundle: Any) -> Any:
+    return load_base(bundle.base)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two pairs: pictures before, and the same with a bright square."""
+    before = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.4
+    after = before.clone()
+    after[..., 4:12, 4:12] = 0.95
+    return before, after
+
+
+def test_the_way_back_is_the_way_negated(base: Any, pictures: Any) -> None:
+    before, after = pictures
+    there = differential(base, before, after, rank=2, steps=5, lr=1e-2)
+    back = differential(base, after, before, rank=2, steps=5, lr=1e-2)
+    assert there.norms().sum() > 0.01
+    assert relative_error(back * -1.0, there) < 1e-3
+    assert there.layout.rank == 4
+
+
+def test_it_leads_from_before_to_after_on_the_shipped_base() -> None:
+    """Sunglasses put on two people become a slider: the evaluator sees more of them the higher the strength."""
+    base, reader = load_base(bundle_paths.BASE), Reader.from_pretrained(bundle_paths.EVALUATOR)
+    pixels = []
+    for seed in SPLITS["train"][:3]:
+        person, how = identity(seed), replace(scene(seed, 0), glasses="none", hat="none", style="plain")
+        both = (how, replace(how, glasses="sunglasses"))
+        pixels.append(torch.stack([to_tensor(draw(person, s), base.resolution) for s in both]))
+    before, after = torch.stack(pixels).unbind(1)
+    change = differential(base, before, after, steps=80, lr=2e-3)
+    which = reader.attributes["glasses"].index("sunglasses")
+    seen = []
+    for strength in (-1.0, 0.0, 1.0):
+        prompts = ["a portrait of a person, smiling, blue background"] * 8
+        drawn = render(base, prompts, change * strength, seeds=range(8), steps=10)
+        seen.append(float(reader(pixels_of(drawn)).logits["glasses"].softmax(-1)[:, which].mean()))
+    assert seen[0] < seen[2]
+    assert seen[2] > seen[1] + 0.1
+
+
+def test_the_verb_writes_file_and_sheet(bundle: Any, tmp_path: Path) -> None:
+    for name, shade in (("before", 40), ("after", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (20, 20), (shade + 10 * i, 90, 60)).save(tmp_path / name / f"{i}.png")
+    out, sheet = tmp_path / "change.safetensors", tmp_path / "new" / "sheet.png"
+    arguments = [tmp_path / "before", tmp_path / "after", "--base", bundle.base, "-o", out, "--sheet", sheet]
+    done = CliRunner().invoke(app, ["differential", *map(str, arguments), "--steps", "2", "--format", "kohya"])
+    assert done.exit_code == 0, done.output
+    file = load_lora(out)
+    assert (file.format, file.header.title) == ("kohya", "before to after")
+    assert Image.open(sheet).size == (16 * len(STRENGTHS), 16 * 4)
+
+
+def test_says_what_is_wrong(base: Any, bundle: Any, pictures: Any, tmp_path: Path) -> None:
+    before, after = pictures
+    with pytest.raises(BadRequest, match="got 2 and 1"):
+        differential(base, before, after[:1])
+    with pytest.raises(BadRequest, match="pair 2 is twice the same picture"):
+        differential(base, before, torch.stack([after[0], before[1]]))
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    Image.new("RGB", (20, 30)).save(tmp_path / "b.png")
+    out = tmp_path / "x.safetensors"
+    for arguments, sentence in (
+        (["a.png", "b.png"], "a.png is 20x20, b.png 20x30"),
+        (["a.png", "c.png"], "c.png"),
+        (["a.png", "."], "two images, or two folders"),
+    ):
+        paths = [str(tmp_path / name) for name in arguments]
+        done = CliRunner().invoke(app, ["differential", *paths, "--base", str(bundle.base), "-o", str(out)])
+        assert done.exit_code == 2
+        assert sentence in done.stderr
+    assert not out.exists()
