@@ -8,6 +8,7 @@ Concept LoRAs are differential LoRAs, fitted to drawn pairs of training people; 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ CONCEPTS = {
     "background": ("background", "red"),
     "glasses": ("glasses", "sunglasses"),
     "style": ("style", "sepia"),
+}
+NEUTRAL = {
+    "glasses": "none",
+    "expression": "neutral",
+    "eyes": "open",
+    "garment": "t-shirt",
+    "background": "white",
+    "facial_hair": "none",
+    "style": "plain",
 }
 SLIDERS = {
     "sunglasses": ("glasses", "sunglasses"),
@@ -63,7 +73,7 @@ class World:
         for seed in SPLITS["train"][:pairs]:
             person, how = identity(seed), replace(scene(seed, 1), hat="none", style="plain")
             if getattr(how, attribute, None) == value or getattr(person, attribute, None) == value:
-                person, how = edited(person, how, **{attribute: {"full beard": "none"}.get(value, "none")})
+                person, how = edited(person, how, **{attribute: NEUTRAL[attribute]})
             after = edited(person, how, **{attribute: value})
             size = self.base.resolution
             made.append(torch.stack([to_tensor(draw(*both), size) for both in ((person, how), after)]))
@@ -173,9 +183,7 @@ def sliders(world: World, out: Path) -> None:
     strengths = (-2.0, -1.0, 0.0, 1.0, 2.0)
     prompt = "a portrait of sks person, serious, open eyes, wearing a blue sweater, gray background"
     watched = ("hair", "hair_color", "skin", "garment", "background", "glasses", "expression")
-    print(
-        "| edit | without | accuracy at 1 | at 2 | other attributes kept at 1 | monotone |\n|---|---|---|---|---|---|"
-    )
+    print("| edit | without | accuracy at 1 | at 2 | others kept at 1 | monotone |\n|---|---|---|---|---|---|")
     n, grid = len(world.people), []
     for name, (attribute, value) in SLIDERS.items():
         change = world.change(attribute, value)
@@ -191,7 +199,7 @@ def sliders(world: World, out: Path) -> None:
             sum(a == b for a, b in zip(world.read(drawn[0.0], o), world.read(drawn[1.0], o), strict=True)) / n
             for o in others
         ]
-        monotone = all(a <= b + 0.01 for a, b in zip(seen, seen[1:], strict=False))
+        monotone = all(a <= b + 0.01 for a, b in pairwise(seen))
         rates = [sum(right[s]) / n for s in (0.0, 1.0, 2.0)]
         print(
             f"| {name} | {rates[0]:.2f} | {rates[1]:.2f} | {rates[2]:.2f} | {sum(same) / len(same):.2f} | "
@@ -226,7 +234,6 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_heap()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_grad_enabled(True)
     world = World(arguments.people, arguments.steps)
     parts[arguments.part](world, arguments.out)
 
