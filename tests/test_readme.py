@@ -16,7 +16,7 @@ COMMANDS = [
     line.split("  #")[0].strip()
     for kind, block in BLOCKS
     if kind != "python"
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("hyperlora ")
 ]
 QUICKER = {"evaluate": ["--people", "2", "--steps", "2"]}  # the same paths with less work
@@ -60,15 +60,15 @@ def test_commands_do_what_they_say(desk):
             assert (ROOT / arguments[arguments.index("--config") + 1]).is_file()
             continue
         run([hyperlora, verb, *arguments, *QUICKER.get(verb, [])], desk)
-    assert verbs == {"generate", "render", "inspect", "evaluate", "train"}
+    assert verbs == {"generate", "render", "inspect", "evaluate", "train", "combine", "convert"}
     assert {p.name for p in (desk / "loras").iterdir()} >= {"index.jsonl"}
-    assert (desk / "out.png").stat().st_size > 1000
+    assert all((desk / f"{name}.png").stat().st_size > 1000 for name in ("out", "guided", "two"))
     assert (desk / "report" / "report.md").read_text().count("|") > 20
 
 
 def test_programs_do_what_they_say(desk):
     programs = [block for kind, block in BLOCKS if kind == "python"]
-    assert len(programs) == 2
+    assert len(programs) == 3
     for program in programs:
         (desk / "out.png").unlink(missing_ok=True)
         run([sys.executable, "-c", program], desk)
