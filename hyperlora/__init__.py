@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hyperlora.errors import HyperloraError
     from hyperlora.formats import LoraHeader, load_lora, save_lora
     from hyperlora.lora import LoraLayout, LoraWeights
-    from hyperlora.pipelines import ImageToLora, load_base, refine, render
+    from hyperlora.pipelines import ImageToLora, autolora, composed, load_base, refine, render
 
 __all__ = [
     "HyperloraError",
@@ -20,6 +20,8 @@ __all__ = [
     "LoraHeader",
     "LoraLayout",
     "LoraWeights",
+    "autolora",
+    "composed",
     "injected",
     "layout_of",
     "load_base",
@@ -35,6 +37,8 @@ _ROOMS = {
     "LoraHeader": "formats",
     "LoraLayout": "lora",
     "LoraWeights": "lora",
+    "autolora": "pipelines",
+    "composed": "pipelines",
     "injected": "adapters",
     "layout_of": "adapters",
     "load_base": "pipelines",

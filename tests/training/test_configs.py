@@ -65,6 +65,7 @@ RULES = {
     ),
     "avatars/vae_finish": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)),
     "avatars/evaluator": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
+    "avatars/encoder": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
     "avatars/base": Rule(
         load_base,
         (
@@ -77,12 +78,12 @@ RULES = {
     "avatars/image_to_lora": Rule(
         ImageToLora.from_pretrained,
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
-        ("avatars/base",),
+        ("avatars/base", "avatars/encoder"),
     ),
     "avatars/hyperdreambooth": Rule(
         ImageToLora.from_pretrained,
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
-        ("avatars/base", "codes"),
+        ("avatars/base", "avatars/encoder", "codes"),
     ),
     "sd15/hyperdreambooth": _for_real_base("sd15"),
     "sdxl/hyperdreambooth": _for_real_base("sdxl"),
