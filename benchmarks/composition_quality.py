@@ -93,7 +93,7 @@ class World:
 
 
 def regions(world: World, out: Path) -> None:
-    """Two people side by side, each in a window of its own, overlapping by an eighth; and by masks on one canvas."""
+    """Two people side by side, each in a window of its own; the windows overlap by a quarter of their width."""
     n = len(world.people)
     size = world.base.resolution
     width = 2 * size - size // 8 * 2
