@@ -67,7 +67,7 @@ class World:
             self.people = model.forward(self.judge.benchmark.photos[:, :1])
         self.steps = steps
 
-    def change(self, attribute: str, value: str, pairs: int = 6, steps: int = 150) -> LoraWeights:
+    def change(self, attribute: str, value: str, pairs: int = 4, steps: int = 120) -> LoraWeights:
         """A differential LoRA of one attribute, from drawn pairs of training people."""
         made = []
         for seed in SPLITS["train"][:pairs]:
