@@ -179,14 +179,21 @@ def autolora_sweep(world: World, out: Path) -> None:
 
 
 def sliders(world: World, out: Path) -> None:
-    """Six differential LoRAs on held-out people: does the attribute change, does the rest stay, is it monotone?"""
+    """Six differential LoRAs on held-out people, under a prompt that is silent about the attribute: does it change,
+    does the rest stay, is it monotone?"""
     strengths = (-2.0, -1.0, 0.0, 1.0, 2.0)
-    prompt = "a portrait of sks person, serious, open eyes, wearing a blue sweater, gray background"
+    words = {
+        "expression": "serious",
+        "eyes": "open eyes",
+        "garment": "wearing a blue sweater",
+        "background": "gray background",
+    }
     watched = ("hair", "hair_color", "skin", "garment", "background", "glasses", "expression")
     print("| edit | without | accuracy at 1 | at 2 | others kept at 1 | monotone |\n|---|---|---|---|---|---|")
     n, grid = len(world.people), []
     for name, (attribute, value) in SLIDERS.items():
         change = world.change(attribute, value)
+        prompt = ", ".join(["a portrait of sks person", *(w for a, w in words.items() if a != attribute)])
         drawn = {}
         for s in strengths:
             with composed(world.base.pipeline, [change * s]):
