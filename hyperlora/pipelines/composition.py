@@ -8,6 +8,7 @@ spatial      each LoRA's prediction in its region; boxes may also be windows    
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, Final, Literal
 
 import torch
@@ -75,11 +76,11 @@ def composed(
             assert schedule is not None
             stack.enter_context(caught(pipe, _merged_by_step(pipe, target, on, schedule)))
         else:
-            batch = align(on)
-            strengths = _Strengths(pipe, batch, schedule)
             if strategy == "composite":
+                strengths = _Strengths(pipe, align(on), schedule, len(on))
                 combine = _composite(target, strengths, _shares(shares, len(on)), chunk)
-            else:
+            else:  # the base draws what no region covers: a last LoRA of zeros
+                strengths = _Strengths(pipe, align([*on, on[0] * 0.0]), schedule, len(on))
                 combine = _spatial(target, strengths, _regions(regions, len(on)), window, chunk)
             stack.enter_context(caught(pipe, combine))
         yield
@@ -104,15 +105,15 @@ class Steps:
 
 
 class _Strengths:
-    """A batch of LoRAs as strong as the schedule says at each call."""
+    """A batch of LoRAs, the first k as strong as the schedule says at each call."""
 
-    def __init__(self, pipe: Any, batch: LoraWeights, schedule: Schedule | None) -> None:
-        self.steps, self.batch, self.schedule = Steps(pipe), batch, schedule
+    def __init__(self, pipe: Any, batch: LoraWeights, schedule: Schedule | None, k: int) -> None:
+        self.steps, self.batch, self.schedule, self.k = Steps(pipe), batch, schedule, k
 
     def at(self, call: Call) -> LoraWeights:
         if self.schedule is None:
             return self.batch
-        found = _scheduled(self.schedule, self.steps, call, len(self.batch))
+        found = _scheduled(self.schedule, self.steps, call, self.k) + [1.0] * (len(self.batch) - self.k)
         return self.batch * torch.tensor(found).to(self.batch.up[0])
 
 
@@ -159,24 +160,26 @@ def _composite(
 def _spatial(
     target: Mapping[str, nn.Module], strengths: _Strengths, regions: Sequence[Region], window: bool, chunk: int | None
 ) -> Callable[[Call], Tensor]:
-    def predict(call: Call) -> Tensor:
-        grid, loras = call.grid, strengths.at(call)
+    k = len(regions)
+
+    @cache  # the same for every step of a picture
+    def shares(grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Each region's share of every position (overlaps are averaged), and the base's, if any."""
         cover = masks(regions, grid)
         covered = cover.sum(0)
-        outside = bool((covered < 1).any())
+        return cover / covered.clamp_min(1), 1 - covered.clamp(max=1) if bool((covered < 1).any()) else None
+
+    def predict(call: Call) -> Tensor:
+        share, of_base = shares(call.grid)
+        loras = strengths.at(call)
         if window:
-            made = _in_windows(call, target, loras, windows(regions, grid))
-            alone = call() if outside else None
+            made = _in_windows(call, target, loras, windows(regions, call.grid))
+            made += [call()] if of_base is not None else []
         else:
-            each = [loras[i] for i in range(len(loras))]
-            with_base = LoraWeights.stack([*each, each[0] * 0.0]) if outside else loras
-            *made, last = predictions(call, target, with_base, chunk).unbind()
-            made, alone = (made, last) if outside else ([*made, last], None)
-        share = cover / covered.clamp_min(1)  # overlaps are averaged, edges shared with the base
-        out = sum(_spread(s, call) * m for s, m in zip(share.to(made[0]), made, strict=True))
-        if alone is not None:
-            out = out + _spread((1 - covered.clamp(max=1)).to(alone), call) * alone
-        return out  # type: ignore[return-value]
+            made = list(predictions(call, target, loras if of_base is not None else loras[:k], chunk))
+        weights = [*share, *([of_base] if of_base is not None else [])]
+        parts = [_spread(w.to(m), call) * m for w, m in zip(weights, made, strict=True)]
+        return torch.stack(parts).sum(0)
 
     return predict
 
