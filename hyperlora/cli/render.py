@@ -31,18 +31,14 @@ def render(
     height: Annotated[int | None, typer.Option(min=8)] = None,
 ) -> None:
     """Draw a prompt with LoRA files on their base."""
-    from contextlib import nullcontext
     from functools import partial
 
     from hyperlora import bundle
     from hyperlora.cli.output import require_file
     from hyperlora.errors import BadRequest
     from hyperlora.heap import keep_heap
-    from hyperlora.lora.merging import merge
     from hyperlora.pipelines import load_base
     from hyperlora.pipelines import render as draw
-    from hyperlora.pipelines.composition import composed
-    from hyperlora.pipelines.guidance import autolora
     from hyperlora.pipelines.prompts import called_for, mentions, strengths
 
     require_file(out, ".png")
@@ -55,16 +51,9 @@ def render(
     model = load_base(base or bundle.BASE)
     files = [_loaded(path, model) for path, _ in chosen] + called_for(named, lora_dir, model.modules)
     weights = [weight for _, weight in chosen] + [1.0] * len(named)
-    if not files:
-        context: Any = nullcontext()
-    elif gamma is not None:
-        context = autolora(model.pipeline, merge(files, weights), gamma)
-    else:
-        timed = any(not m.always for m in named)
-        schedule = partial(_schedule, len(chosen), partial(strengths, named)) if timed else None
-        options: Any = {"regions": regions, "window": window, "every": every, "schedule": schedule}
-        context = composed(model.pipeline, files, strategy, weights, **options)  # type: ignore[arg-type]
-    with context:
+    schedule = partial(_schedule, len(chosen), partial(strengths, named)) if any(not m.always for m in named) else None
+    options: Any = {"regions": regions, "window": window, "every": every, "schedule": schedule}
+    with _composing(model, files, weights, strategy, gamma, options):
         (image,) = draw(
             model,
             [text],
@@ -80,6 +69,22 @@ def render(
     image.save(part, "PNG")
     part.replace(out)
     typer.echo(str(out))
+
+
+def _composing(
+    model: "Base", files: "list[LoraWeights]", weights: list[float], strategy: Any, gamma: float | None, options: Any
+) -> Any:
+    """The context to draw in: all files by their strategy, or guided by their sum."""
+    from contextlib import nullcontext
+
+    from hyperlora.lora.merging import merge
+    from hyperlora.pipelines import autolora, composed
+
+    if not files:
+        return nullcontext()
+    if gamma is not None:
+        return autolora(model.pipeline, merge(files, weights), gamma)
+    return composed(model.pipeline, files, strategy, weights, **options)
 
 
 def weighted(text: str) -> tuple[Path, float]:

@@ -5,10 +5,10 @@ AutoLoRA (2410.03941):  e = ε^{w1} + γ (ε_L^{w2} - ε^{w1})       ε^{w} = ε
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from math import isfinite
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hyperlora.adapters import injected
@@ -81,14 +81,16 @@ def on_branches(pipe: Any, positive: LoraWeights | None = None, negative: LoraWe
     )
     target: Mapping[str, nn.Module] = {name: denoiser}
 
+    @cache  # the same for every step of a picture
+    def per_sample(samples: int, branches: int) -> LoraWeights:
+        text = 0 if branches == 3 else 1  # [text, image only, unconditional], or [unconditional, text]
+        return both[[int(i * branches // samples != text) for i in range(samples)]]
+
     def predict(call: Call) -> Tensor:
         branches = _branches(pipe, call)
         if branches == 1:
             raise BadRequest("on_branches needs classifier-free guidance in one batch: use a guidance scale above 1")
-        samples = len(call.sample)
-        text = 0 if branches == 3 else 1  # [text, image only, unconditional], or [unconditional, text]
-        which = torch.tensor([int(i * branches // samples != text) for i in range(samples)])
-        with injected(target, both[which.to(both.down[0].device)]):
+        with injected(target, per_sample(len(call.sample), branches)):
             return call()
 
     with caught(pipe, predict):
