@@ -30,6 +30,22 @@ def noised(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> t
     return (1 - sigma) * clean + sigma * noise, noise - clean
 
 
+def clean_of(scheduler: Any, x: Tensor, said: Tensor, timesteps: Tensor) -> Tensor:
+    """The clean latents that a network's output ``said`` for ``x`` stands for: undoes ``noised``."""
+    if not hasattr(scheduler, "add_noise"):
+        return x - scheduler.sigmas.to(x)[timesteps].view(-1, 1, 1, 1) * said
+    signal = scheduler.alphas_cumprod.to(x)[timesteps].view(-1, 1, 1, 1)
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return (x - (1 - signal).sqrt() * said) / signal.sqrt()
+        case "v_prediction":
+            return signal.sqrt() * x - (1 - signal).sqrt() * said
+        case "sample":
+            return said
+        case other:
+            raise ValueError(f"unknown prediction type {other!r}")
+
+
 def denoising_loss(
     denoiser: Any,
     scheduler: Any,
@@ -37,6 +53,7 @@ def denoising_loss(
     *,
     shift: float = 1.0,
     draw: tuple[Tensor, Tensor] | None = None,
+    weight: Tensor | None = None,
     **conditions: Any,
 ) -> Tensor:
     """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``injected``);
@@ -44,6 +61,7 @@ def denoising_loss(
 
     ``shift`` > 1 draws noisier timesteps more often, where text decides what is drawn (2403.03206, eq. 23). ``draw`` is
     what chance would decide: u [batch] in [0, 1), the place of the timestep, and the noise, shaped like ``clean``.
+    ``weight`` broadcasts onto ``clean``: how much each place counts, with a mean of 1 if the loss is to keep its scale.
     """
     steps = scheduler.config.num_train_timesteps
     u, noise = draw or (torch.rand(len(clean), device=clean.device), torch.randn_like(clean))
@@ -51,7 +69,8 @@ def denoising_loss(
     x, target = noised(scheduler, clean, noise, timesteps)
     with _attention_for(denoiser, clean):
         said = denoiser(x, timesteps, **conditions).sample
-    return F.mse_loss(said.float(), target.float(), reduction="none").mean((1, 2, 3))
+    error = F.mse_loss(said.float(), target.float(), reduction="none")
+    return (error if weight is None else error * weight).mean((1, 2, 3))
 
 
 def _attention_for(denoiser: Any, latents: Tensor) -> AbstractContextManager[Any]:

@@ -29,7 +29,8 @@ class BaseModel(L.LightningModule):
 
     Batches: ``latents`` [n, c, h, w], ``captions`` n strings (some empty, for classifier-free guidance). When training
     ends, ``out`` holds a complete ``StableDiffusionPipeline``, fp16. ``start_from`` is the folder of such a pipeline
-    whose UNet and text encoder training begins with.
+    whose UNet and text encoder training begins with. ``focus`` (top, left, bottom, right) is a box in fractions of the
+    picture that counts ``focus_weight`` times as much as the rest: a face's small parts are few latents.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class BaseModel(L.LightningModule):
         lr: float = 1e-3,
         timestep_shift: float = 1.0,
         start_from: str | None = None,
+        focus: tuple[float, float, float, float] | None = None,
+        focus_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -84,7 +87,18 @@ class BaseModel(L.LightningModule):
             batch["latents"],
             encoder_hidden_states=text,
             shift=self.hparams["timestep_shift"],
+            weight=self._weight(batch["latents"]),
         ).mean()
+
+    def _weight(self, latents: Tensor) -> Tensor | None:
+        """[h, w] with a mean of 1."""
+        if self.hparams["focus"] is None:
+            return None
+        h, w = latents.shape[-2:]
+        top, left, bottom, right = (round(x * n) for x, n in zip(self.hparams["focus"], (h, w, h, w), strict=True))
+        weight = latents.new_ones(h, w)
+        weight[top:bottom, left:right] = self.hparams["focus_weight"]
+        return weight / weight.mean()
 
     def on_train_end(self) -> None:
         if not self.trainer.is_global_zero:
