@@ -20,10 +20,10 @@ class ImageAutoencoder(L.LightningModule):
 
     ``out`` receives the diffusers folder when training ends, with every latent channel brought to zero mean and unit
     variance (measured in the last validation, folded into the two 1x1 convolutions around the latents).
-    ``start_from`` continues a released autoencoder; ``decoder_only`` does so without moving its latents. ``denoised_by``
-    is the folder of a base model: half of the latents are then noised (up to ``noised_until`` of its timesteps) and
-    brought back by one step of its UNet without a prompt, so that the decoder learns to draw crisply what a denoiser
-    leaves a little off (2510.11690 trains its decoder on noisy latents for that).
+    ``start_from`` continues a released autoencoder; ``decoder_only`` does so without moving its latents.
+    ``denoised_by`` is the folder of a base model: half of the latents are then noised (up to ``noised_until`` of its
+    timesteps) and brought back by one step of its UNet without a prompt, so that the decoder learns to draw crisply
+    what a denoiser leaves a little off (2510.11690 trains its decoder on noisy latents for that).
     """
 
     def __init__(
