@@ -6,9 +6,9 @@ Concept LoRAs are differential LoRAs, fitted to drawn pairs of training people; 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_builder.avatars import SPLITS, draw, edited, identity, scene
 from data_builder.differential import differential
+from data_builder.paired import paired
 from hyperlora import bundle
 from hyperlora.data import to_tensor
 from hyperlora.encoders import Reader
@@ -45,6 +46,14 @@ NEUTRAL = {
     "facial_hair": "none",
     "style": "plain",
 }
+WHERE = {
+    "person": (0.0, 0.0, 1.0, 0.75),
+    "garment": (0.0, 0.75, 1.0, 1.0),
+    "background": (0.0, 0.0, 1.0, 0.25),
+    "glasses": (0.25, 0.3, 0.75, 0.55),
+    "style": (0.0, 0.0, 1.0, 1.0),
+}
+"""Left, top, right, bottom of where a portrait shows each of them, for the spatial strategy."""
 SLIDERS = {
     "sunglasses": ("glasses", "sunglasses"),
     "smile": ("expression", "laughing"),
@@ -67,8 +76,10 @@ class World:
             self.people = model.forward(self.judge.benchmark.photos[:, :1])
         self.steps = steps
 
-    def change(self, attribute: str, value: str, pairs: int = 4, steps: int = 120) -> LoraWeights:
-        """A differential LoRA of one attribute, from drawn pairs of training people."""
+    def change(
+        self, attribute: str, value: str, pairs: int = 4, steps: int = 120, method: Callable[..., Any] = differential
+    ) -> LoraWeights:
+        """A LoRA of one attribute's change, from drawn pairs of training people."""
         made = []
         for seed in SPLITS["train"][:pairs]:
             person, how = identity(seed), replace(scene(seed, 1), hat="none", style="plain")
@@ -78,7 +89,7 @@ class World:
             size = self.base.resolution
             made.append(torch.stack([to_tensor(draw(*both), size) for both in ((person, how), after)]))
         before, after_ = torch.stack(made).unbind(1)
-        return differential(self.base, before, after_, steps=steps, label=f"{attribute} {value}")
+        return method(self.base, before, after_, steps=steps, label=f"{attribute} {value}")
 
     def identity_of(self, pictures: Sequence[Image.Image], people: Sequence[int]) -> Tensor:
         """Identity score of each picture as each person, on the benchmark's scale."""
@@ -129,11 +140,15 @@ def strategies(world: World, out: Path) -> None:
     n = len(world.people)
     for k in range(1, len(concepts) + 1):
         names = list(concepts)[:k]
-        for strategy in ("merge", "switch", "composite"):
+        where = [WHERE["person"], *(WHERE[name] for name in names)]
+        options: dict[str, dict[str, Any]] = {
+            "merge": {}, "switch": {"every": 1}, "composite": {}, "spatial": {"regions": where}
+        }  # fmt: skip
+        for strategy, given in options.items():
             drawn = []
             for i in range(n):
                 loras = [world.people[i], *(concepts[name] for name in names)]
-                with composed(world.base.pipeline, loras, strategy, every=1):  # type: ignore[arg-type]
+                with composed(world.base.pipeline, loras, strategy, **given):  # type: ignore[arg-type]
                     drawn += render(world.base, [prompt], None, seeds=[70 + i], steps=world.steps)
             kept = torch.tensor(
                 [[v == CONCEPTS[name][1] for v in world.read(drawn, CONCEPTS[name][0])] for name in names]
@@ -179,8 +194,8 @@ def autolora_sweep(world: World, out: Path) -> None:
 
 
 def sliders(world: World, out: Path) -> None:
-    """Six differential LoRAs on held-out people, under a prompt that is silent about the attribute: does it change,
-    does the rest stay, is it monotone?"""
+    """Six edits on held-out people, by differential LoRAs and by one LoRA fitted directly to the same pairs in as many
+    steps, under a prompt that is silent about the attribute: does it change, does the rest stay, is it monotone?"""
     strengths = (-2.0, -1.0, 0.0, 1.0, 2.0)
     words = {
         "expression": "serious",
@@ -189,10 +204,11 @@ def sliders(world: World, out: Path) -> None:
         "background": "gray background",
     }
     watched = ("hair", "hair_color", "skin", "garment", "background", "glasses", "expression")
-    print("| edit | without | accuracy at 1 | at 2 | others kept at 1 | monotone |\n|---|---|---|---|---|---|")
+    print("| edit | method | without | accuracy at 1 | at 2 | others kept at 1 | monotone |")
+    print("|---|---|---|---|---|---|---|")
     n, grid = len(world.people), []
-    for name, (attribute, value) in SLIDERS.items():
-        change = world.change(attribute, value)
+    for (name, (attribute, value)), method in product(SLIDERS.items(), (differential, paired)):
+        change = world.change(attribute, value, method=method)
         prompt = ", ".join(["a portrait of sks person", *(w for a, w in words.items() if a != attribute)])
         drawn = {}
         for s in strengths:
@@ -208,12 +224,11 @@ def sliders(world: World, out: Path) -> None:
         ]
         monotone = all(a <= b + 0.01 for a, b in pairwise(seen))
         rates = [sum(right[s]) / n for s in (0.0, 1.0, 2.0)]
-        print(
-            f"| {name} | {rates[0]:.2f} | {rates[1]:.2f} | {rates[2]:.2f} | {sum(same) / len(same):.2f} | "
-            f"{'yes' if monotone else 'no'}: {', '.join(f'{float(v):.2f}' for v in seen)} |",
+XX if monotone else 'no'}: {', '.join(f'{float(v):.2f}' for v in seen)} |",
             flush=True,
         )
-        grid.append([drawn[s][0] for s in strengths] + [drawn[s][1] for s in strengths])
+        if method is differential:
+            grid.append([drawn[s][0] for s in strengths] + [drawn[s][1] for s in strengths])
     _sheet(grid).save(out / "sliders.png")
 
 

@@ -43,10 +43,7 @@ def differential(
     All 2·pairs LoRAs are fitted at once. Raises ``BadRequest`` if the numbers of pictures differ or a pair is twice the
     same picture.
     """
-    if before.shape != after.shape:
-        raise BadRequest(f"as many pictures before as after expected, got {len(before)} and {len(after)}")
-    if same := [i for i in range(len(before)) if torch.equal(before[i], after[i])]:
-        raise BadRequest(f"pair {same[0] + 1} is twice the same picture: there is no change to learn")
+    check_pairs(before, after)
     component = next(iter(base.modules))
     layout = layout_of({component: base.denoiser}, preset, rank, base.id)
     examples = photo_examples(base, torch.cat([before, after])[:, None], prompt)
@@ -61,6 +58,14 @@ def differential(
     n = len(before)
     changes = fitted[slice(n, 2 * n)] - fitted[slice(n)]
     return changes[0] if n == 1 else changes.mean()
+
+
+def check_pairs(before: Tensor, after: Tensor) -> None:
+    """Raises ``BadRequest`` if the numbers of pictures differ or a pair is twice the same picture."""
+    if before.shape != after.shape:
+        raise BadRequest(f"as many pictures before as after expected, got {len(before)} and {len(after)}")
+    if same := [i for i in range(len(before)) if torch.equal(before[i], after[i])]:
+        raise BadRequest(f"pair {same[0] + 1} is twice the same picture: there is no change to learn")
 
 
 def slider(base: Base, change: LoraWeights, prompt: str, seeds: range, steps: int = 20) -> Image.Image:

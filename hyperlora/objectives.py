@@ -46,6 +46,31 @@ def clean_of(scheduler: Any, x: Tensor, said: Tensor, timesteps: Tensor) -> Tens
             raise ValueError(f"unknown prediction type {other!r}")
 
 
+def said_for(scheduler: Any, x: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+    """What a network has to say about ``x`` for ``clean`` to be its clean latents: inverse of ``clean_of``."""
+    if not hasattr(scheduler, "add_noise"):
+        return (x - clean) / scheduler.sigmas.to(x)[timesteps].view(-1, 1, 1, 1)
+    signal = scheduler.alphas_cumprod.to(x)[timesteps].view(-1, 1, 1, 1)
+    noise = (x - signal.sqrt() * clean) / (1 - signal).sqrt()
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
+        case "v_prediction":
+            return signal.sqrt() * noise - (1 - signal).sqrt() * clean
+        case "sample":
+            return clean
+        case other:
+            raise ValueError(f"unknown prediction type {other!r}")
+
+
+def noise_share(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """How much of a noised latent is noise, [batch, 1, 1, 1] from 0 to 1: the σ of flow matching, for any schedule."""
+    if not hasattr(scheduler, "add_noise"):
+        return scheduler.sigmas.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    signal = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    return (1 - signal).sqrt() / (signal.sqrt() + (1 - signal).sqrt())
+
+
 def denoising_loss(
     denoiser: Any,
     scheduler: Any,
@@ -54,6 +79,7 @@ def denoising_loss(
     shift: float = 1.0,
     draw: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
+    change: Tensor | None = None,
     **conditions: Any,
 ) -> Tensor:
     """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``injected``);
@@ -62,11 +88,15 @@ def denoising_loss(
     ``shift`` > 1 draws noisier timesteps more often, where text decides what is drawn (2403.03206, eq. 23). ``draw`` is
     what chance would decide: u [batch] in [0, 1), the place of the timestep, and the noise, shaped like ``clean``.
     ``weight`` broadcasts onto ``clean``: how much each place counts, with a mean of 1 if the loss is to keep its scale.
+    ``change``, shaped like ``clean``, is added to the clean latents that are wanted, in proportion to the noise: an
+    edit (2506.07992).
     """
     steps = scheduler.config.num_train_timesteps
     u, noise = draw or (torch.rand(len(clean), device=clean.device), torch.randn_like(clean))
     timesteps = (steps * shift * u / (1 + (shift - 1) * u)).long()
     x, target = noised(scheduler, clean, noise, timesteps)
+    if change is not None:
+        target = said_for(scheduler, x, clean + noise_share(scheduler, timesteps) * change, timesteps)
     with _attention_for(denoiser, clean):
         said = denoiser(x, timesteps, **conditions).sample
     error = F.mse_loss(said.float(), target.float(), reduction="none")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hyperlora.objectives import clean_of, denoising_loss, noised
+from hyperlora.objectives import clean_of, denoising_loss, noise_share, noised, said_for
 
 SCHEDULES = {
     **{kind: DDPMScheduler(prediction_type=kind) for kind in ("epsilon", "v_prediction", "sample")},
@@ -23,6 +23,24 @@ def test_the_target_leads_back_to_what_was_noised(name: str) -> None:
     x, target = noised(SCHEDULES[name], clean, noise, timesteps)
     assert not torch.allclose(x, clean, atol=0.1)
     torch.testing.assert_close(clean_of(SCHEDULES[name], x, target, timesteps), clean)
+    torch.testing.assert_close(said_for(SCHEDULES[name], x, clean, timesteps), target)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_change_is_wanted_in_proportion_to_the_noise(name: str) -> None:
+    clean, noise, change = torch.randn(3, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    schedule, heard = SCHEDULES[name], []
+
+    def perfect(x: torch.Tensor, timesteps: torch.Tensor, **_: Any) -> Any:
+        wanted = clean + noise_share(schedule, timesteps) * change
+        heard.append(noise_share(schedule, timesteps).flatten())
+        return SimpleNamespace(sample=said_for(schedule, x, wanted, timesteps))
+
+    draw = torch.tensor([0.05, 0.4, 0.6, 0.95]), noise
+    right = denoising_loss(perfect, schedule, clean, draw=draw, change=change)
+    assert float(right.max()) < 1e-8
+    assert float(denoising_loss(perfect, schedule, clean, draw=draw).min()) > 1e-5
+    assert float(heard[0].min()) >= 0 and float(heard[0].max()) <= 1
 
 
 def test_a_weight_counts_places() -> None:

@@ -59,6 +59,7 @@ def fit(
     frozen: LoraWeights | None = None,
     snapshots: Collection[int] = (),
     twins: int = 1,
+    changes: Tensor | None = None,
     label: str | None = None,
 ) -> Fitted:
     """Adam on K LoRAs at once. ``start`` [K, P] are the codes to begin with and ``expand`` their expansion to weights:
@@ -67,7 +68,8 @@ def fit(
     ``prior`` holds class images for DreamBooth's prior preservation (2208.12242, eq. 2); ``frozen`` weights (batch K)
     stay added below the fitted ones, as rank-relaxed fine-tuning needs. Subjects do not influence each other. With
     ``twins`` = t, subjects i, i + K/t, i + 2K/t... get the same timesteps and noise, so that they differ by their
-    examples alone.
+    examples alone. ``changes`` [K, n, c, h, w] are edits the LoRAs should make on the examples, as
+    ``denoising_loss`` takes them.
     """
     codes = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([codes], lr)
@@ -77,7 +79,7 @@ def fit(
         if frozen is not None:
             weights = frozen + weights
         with injected(denoiser, weights):
-            loss = _loss(denoiser, scheduler, examples, batch, k, twins)
+            loss = _loss(denoiser, scheduler, examples, batch, k, twins, changes)
             if prior is not None:
                 loss = loss + prior_weight * _loss(denoiser, scheduler, prior, batch, k, twins)
         (gradient,) = torch.autograd.grad(loss.sum(), codes)
@@ -90,7 +92,10 @@ def fit(
     return Fitted(codes, expand(codes), torch.stack(losses) if losses else torch.zeros(0, k), kept)
 
 
-def _loss(denoiser: nn.Module, scheduler: Any, examples: Examples, batch: int, k: int, twins: int) -> Tensor:
+def _loss(
+    denoiser: nn.Module, scheduler: Any, examples: Examples, batch: int, k: int, twins: int,
+    changes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     device = examples.latents.device
     choice = torch.randint(examples.latents.shape[1], (batch, k // twins), device=device).repeat(1, twins)
     latents, conditions = examples.pick(choice)
@@ -99,4 +104,5 @@ def _loss(denoiser: nn.Module, scheduler: Any, examples: Examples, batch: int, k
         u = torch.rand(batch, k // twins, device=device).repeat(1, twins).flatten()
         noise = torch.randn(batch, k // twins, *latents.shape[1:], device=device)
         draw = u, noise.repeat(1, twins, *[1] * (latents.ndim - 1)).flatten(0, 1)
-    return denoising_loss(denoiser, scheduler, latents, draw=draw, **conditions).view(batch, k).mean(0)
+    change = None if changes is None else Examples(changes, {}).pick(choice)[0]
+    return denoising_loss(denoiser, scheduler, latents, draw=draw, change=change, **conditions).view(batch, k).mean(0)

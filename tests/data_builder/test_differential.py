@@ -12,13 +12,17 @@ from typer.testing import CliRunner
 from data_builder.__main__ import app
 from data_builder.avatars import SPLITS, draw, identity, scene
 from data_builder.differential import STRENGTHS, differential
+from data_builder.paired import paired
 from hyperlora import bundle as bundle_paths
+from hyperlora.adapters import injected
 from hyperlora.data import to_tensor
 from hyperlora.encoders import Reader
 from hyperlora.errors import BadRequest
 from hyperlora.evaluation.personalisation import pixels_of
 from hyperlora.formats import load_lora
+from hyperlora.lora import LoraWeights
 from hyperlora.lora.merging import relative_error
+from hyperlora.objectives import denoising_loss
 from hyperlora.pipelines import load_base, render
 
 
@@ -43,6 +47,24 @@ def test_the_way_back_is_the_way_negated(base: Any, pictures: Any) -> None:
     assert there.norms().sum() > 0.01
     assert relative_error(back * -1.0, there) < 1e-3
     assert there.layout.rank == 4
+
+
+def test_a_lora_fitted_to_pairs_moves_the_expected_picture(base: Any, pictures: Any) -> None:
+    """On its own pairs it lowers the loss of making the change, and undoes it when negated."""
+    before, after = pictures
+    change = paired(base, before, after, rank=2, steps=60, lr=2e-2, eta=1.0)
+    assert change.layout.rank == 2 and not change.batch
+    clean = base.encode_images(before)
+    moved = base.encode_images(after) - clean
+    text = base.encode_prompts(["", ""])
+    draw = torch.tensor([0.8, 0.9]), torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
+
+    def loss(lora: Any) -> float:
+        with torch.no_grad(), injected(base.denoiser, LoraWeights.stack([lora, lora])):
+            given = denoising_loss(base.denoiser, base.noise_schedule, clean, draw=draw, change=moved, **text)
+        return float(given.mean())
+
+    assert loss(change) < loss(change * 0.0) < loss(change * -1.0)
 
 
 def test_it_leads_from_before_to_after_on_the_shipped_base() -> None:
