@@ -224,9 +224,10 @@ def sliders(world: World, out: Path) -> None:
         ]
         monotone = all(a <= b + 0.01 for a, b in pairwise(seen))
         rates = [sum(right[s]) / n for s in (0.0, 1.0, 2.0)]
+        curve = ", ".join(f"{float(v):.2f}" for v in seen)
         print(
             f"| {name} | {method.__name__} | {rates[0]:.2f} | {rates[1]:.2f} | {rates[2]:.2f} | "
-            f"{sum(same) / len(same):.2f} | {'yes' if monotone else 'no'}: {', '.join(f'{float(v):.2f}' for v in seen)} |",
+            f"{sum(same) / len(same):.2f} | {'yes' if monotone else 'no'}: {curve} |",
             flush=True,
         )
         if method is differential:
