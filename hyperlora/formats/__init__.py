@@ -6,6 +6,6 @@ LoraWeights ── save_lora ──▶ .safetensors (diffusers or kohya keys, he
 from hyperlora.formats.description import LoraDescription, describe
 from hyperlora.formats.header import LoraHeader
 from hyperlora.formats.reading import LoraFile, load_lora
-from hyperlora.formats.writing import save_lora
+from hyperlora.formats.writing import lora_bytes, save_lora
 
-__all__ = ["LoraDescription", "LoraFile", "LoraHeader", "describe", "load_lora", "save_lora"]
+__all__ = ["LoraDescription", "LoraFile", "LoraHeader", "describe", "load_lora", "lora_bytes", "save_lora"]

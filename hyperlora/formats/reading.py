@@ -32,11 +32,12 @@ class LoraFile:
 
 
 def load_lora(
-    path: str | PathLike[str],
+    source: str | PathLike[str] | bytes,
     layout: LoraLayout | None = None,
     modules: Mapping[str, nn.Module] | None = None,
 ) -> LoraFile:
-    """Read a diffusers- or kohya-keyed ``.safetensors`` file; sites of smaller rank are zero-padded to the largest.
+    """Read a diffusers- or kohya-keyed ``.safetensors`` file, or its bytes; sites of smaller rank are zero-padded to
+    the largest.
 
     With ``layout``, the file must cover exactly its sites (at any rank). With ``modules`` (``{"unet": unet, ...}``), it
     may cover any part of the live base but nothing outside it. With neither, sites and shapes are the file's own, CLIP
@@ -47,17 +48,18 @@ def load_lora(
     """
     if layout is not None and modules is not None:
         raise BadRequest("pass layout (a file for exactly these sites) or modules (any part of this base), not both")
-    path = Path(path)
-    tensors, metadata = read_tensors(path)
+    file = source if isinstance(source, bytes) else Path(source)
+    name = "the LoRA" if isinstance(file, bytes) else file.name
+    tensors, metadata = read_tensors(file, name)
     header = LoraHeader.from_metadata(metadata)
     known = _known_names(layout, modules)
-    pairs = folded_pairs(tensors, metadata, _namer(format_of(tensors), known, modules), path.name)
+    pairs = folded_pairs(tensors, metadata, _namer(format_of(tensors), known, modules), name)
     claimed = metadata.get("hyperlora.base", "")
     if layout is not None:
-        _require_same_sites(pairs.keys(), layout, claimed, path.name)
+        _require_same_sites(pairs.keys(), layout, claimed, name)
         expected = layout
     elif modules is not None:
-        expected = _part_of(modules, pairs.keys(), header.base_model or UNKNOWN_BASE, path.name)
+        expected = _part_of(modules, pairs.keys(), header.base_model or UNKNOWN_BASE, name)
     else:
         base = header.base_model or UNKNOWN_BASE
         expected = LoraLayout(tuple(pair.site for pair in pairs.values()), 1, base)
@@ -65,8 +67,14 @@ def load_lora(
     base = claimed if layout is not None and claimed else expected.base
     found = LoraLayout(tuple(pair.site for pair in ordered), max(pair.rank for pair in ordered), base)
     expected.require(found, any_rank=True)
-    weights = _padded(ordered, found, path.name)
-    return LoraFile(weights, header, format_of(tensors), tuple(p.rank for p in ordered), path.stat().st_size)
+    weights = _padded(ordered, found, name)
+    return LoraFile(
+        weights,
+        header,
+        format_of(tensors),
+        tuple(p.rank for p in ordered),
+        path.stat().st_size if path else len(source),
+    )
 
 
 def _known_names(layout: LoraLayout | None, modules: Mapping[str, nn.Module] | None) -> frozenset[str]:

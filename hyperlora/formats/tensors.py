@@ -1,5 +1,6 @@
 """Safetensors files as bytes on disk: ``read_tensors`` trusts nothing, ``write_tensors`` leaves all or nothing."""
 
+import io
 import json
 import os
 import re
@@ -24,54 +25,59 @@ _ALPHA_DTYPES: Final = _DTYPES | {"I64", "I32", "F64"}
 _KEY: Final = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of ``path``, after checking suffix, size, count, names, dtypes and finiteness.
+def read_tensors(source: Path | bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a file or its bytes, after checking size, count, names, dtypes and finiteness;
+    ``name`` is what messages call it.
 
     Raises ``BadLoraFile`` naming what is wrong; nothing is ever unpickled.
     """
-    if path.suffix != ".safetensors":
-        raise BadLoraFile(f"{path.name} is not a .safetensors file: other formats can run code and are never opened")
-    if not path.is_file():
-        raise BadLoraFile(f"there is no file {path}")
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise BadLoraFile(f"{path.name} is {size / 2**30:.1f} GiB, at most {MAX_BYTES >> 30} GiB are read")
-    entries = _table_of_contents(path)
-    metadata = _metadata(entries, path)
+    if isinstance(source, Path):
+        if source.suffix != ".safetensors":
+            raise BadLoraFile(f"{name} is not a .safetensors file: other formats can run code and are never opened")
+        if not source.is_file():
+            raise BadLoraFile(f"there is no file {source}")
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if size > MAX_BYTES:
+        raise BadLoraFile(f"{name} is {size / 2**30:.1f} GiB, at most {MAX_BYTES >> 30} GiB are read")
+    entries = _table_of_contents(source, size, name)
+    metadata = _metadata(entries, name)
     if not 0 < len(entries) <= MAX_TENSORS:
-        raise BadLoraFile(f"{path.name} holds {len(entries)} tensors, expected 1 to {MAX_TENSORS}")
+        raise BadLoraFile(f"{name} holds {len(entries)} tensors, expected 1 to {MAX_TENSORS}")
     for key, entry in entries.items():
         if len(key) > MAX_KEY_LENGTH or not _KEY.fullmatch(key):
-            raise BadLoraFile(f"{path.name} has a tensor named {key[:80]!r}, which is no module path")
+            raise BadLoraFile(f"{name} has a tensor named {key[:80]!r}, which is no module path")
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if dtype not in (_ALPHA_DTYPES if key.endswith(".alpha") else _DTYPES):
-            raise BadLoraFile(f"tensor {key} of {path.name} has dtype {dtype}, expected one of {sorted(_DTYPES)}")
+            raise BadLoraFile(f"tensor {key} of {name} has dtype {dtype}, expected one of {sorted(_DTYPES)}")
     try:
-        tensors = safetensors.torch.load_file(path)
+        load = safetensors.torch.load if isinstance(source, bytes) else safetensors.torch.load_file
+        tensors = load(source)  # type: ignore[arg-type]
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise BadLoraFile(f"{path.name} is not a sound safetensors file: {error}") from error
+        raise BadLoraFile(f"{name} is not a sound safetensors file: {error}") from error
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise BadLoraFile(f"tensor {key} of {path.name} holds NaN or infinity: the LoRA is broken")
+            raise BadLoraFile(f"tensor {key} of {name} holds NaN or infinity: the LoRA is broken")
     return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The header's table of texts alone. Raises ``BadLoraFile`` if it cannot be read."""
-    return _metadata(_table_of_contents(path), path)
+    return _metadata(_table_of_contents(path, path.stat().st_size, path.name), path.name)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write ``path`` (and missing parent folders) through a temporary file beside it, then rename. The same content
-    gives the same bytes."""
+def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A whole safetensors file; the same content gives the same bytes."""
+    contiguous = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return _with_sorted_metadata(safetensors.torch.save(contiguous, metadata={"format": "pt", **metadata}))
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Write ``path`` (and missing parent folders) through a temporary file beside it, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    contiguous = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     try:
-        safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt", **metadata})
-        _sort_metadata(temporary)
+        temporary.write_bytes(data)
         os.replace(temporary, path)
-    except safetensors.SafetensorError as error:  # how safetensors tells of a full disk or missing permissions
-        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,45 +87,42 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
-def _sort_metadata(path: Path) -> None:
+def _with_sorted_metadata(file: bytes) -> bytes:
     """Safetensors writes metadata in an order that changes from run to run."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        table = json.loads(file.read(length))
-        table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
-        ordered = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(ordered) <= length:
-            file.seek(8)
-            file.write(ordered.ljust(length))
+    length = int.from_bytes(file[:8], "little")
+    table = json.loads(file[8 : 8 + length])
+    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    ordered = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return file[:8] + ordered.ljust(length) + file[8 + length :] if len(ordered) <= length else file
 
 
-def _metadata(entries: dict[str, Any], path: Path) -> dict[str, str]:
+def _metadata(entries: dict[str, Any], name: str) -> dict[str, str]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadLoraFile(f"{path.name} has a header that is not a table of strings")
+        raise BadLoraFile(f"{name} has a header that is not a table of strings")
     return metadata
 
 
-def _table_of_contents(path: Path) -> dict[str, Any]:
+def _table_of_contents(source: Path | bytes, size: int, name: str) -> dict[str, Any]:
     """The file's JSON header; unlike safetensors' own reader it refuses duplicate keys."""
-    with path.open("rb") as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-            raise BadLoraFile(f"{path.name} is not a safetensors file: its header claims {length} bytes")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise BadLoraFile(f"{name} is not a safetensors file: its header claims {length} bytes")
         raw = file.read(length)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise BadLoraFile(f"{path.name} has the key {key[:80]!r} twice")
+                raise BadLoraFile(f"{name} has the key {key[:80]!r} twice")
             found[key] = value
         return found
 
     try:
         table = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise BadLoraFile(f"{path.name} is not a safetensors file: its header is no JSON") from error
+        raise BadLoraFile(f"{name} is not a safetensors file: its header is no JSON") from error
     if not isinstance(table, dict):
-        raise BadLoraFile(f"{path.name} is not a safetensors file: its header is no table")
+        raise BadLoraFile(f"{name} is not a safetensors file: its header is no table")
     return table

@@ -12,7 +12,7 @@ from hyperlora.errors import BadRequest
 from hyperlora.formats.header import LoraHeader
 from hyperlora.formats.names import COMPONENTS, KOHYA_PREFIXES, file_name, sgm_path
 from hyperlora.formats.pairs import LoraFormat
-from hyperlora.formats.tensors import first_not_finite, write_tensors
+from hyperlora.formats.tensors import encoded, first_not_finite, write_bytes
 from hyperlora.lora import LoraLayout, LoraWeights, Site
 
 FORMATS: Final = ("diffusers", "kohya", "sgm")
@@ -36,8 +36,23 @@ def save_lora(
     Raises ``BadRequest`` for a batch, NaN or infinity (also after rounding to ``dtype``), an unknown component or
     dtype, a text encoder LoRA that loaders refuse, or another suffix.
     """
-    path, header = Path(path), header or LoraHeader()
-    _check(weights, path, format, dtype)
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise BadRequest(f"LoRA files are written as .safetensors, got {path.name}")
+    write_bytes(lora_bytes(weights, format=format, header=header, dtype=dtype), path)
+    return path
+
+
+def lora_bytes(
+    weights: LoraWeights,
+    *,
+    format: LoraFormat | Literal["sgm"] = "diffusers",
+    header: LoraHeader | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> bytes:
+    """The file that ``save_lora`` writes, in memory; undone by ``load_lora``."""
+    header = header or LoraHeader()
+    _check(weights, format, dtype)
     tensors = _peft_tensors(weights, dtype, sgm=format == "sgm")
     if bad := first_not_finite(tensors):
         raise BadRequest(f"{bad} holds NaN or infinity as {dtype}: the LoRA is broken or needs float32")
@@ -52,13 +67,10 @@ def save_lora(
             or header.architecture.startswith("stable-diffusion-xl")
         )
         tensors = _kohya_tensors(tensors, sdxl)
-    write_tensors(tensors, metadata, path)
-    return path
+    return encoded(tensors, metadata)
 
 
-def _check(weights: LoraWeights, path: Path, format: str, dtype: torch.dtype) -> None:
-    if path.suffix != ".safetensors":
-        raise BadRequest(f"LoRA files are written as .safetensors, got {path.name}")
+def _check(weights: LoraWeights, format: str, dtype: torch.dtype) -> None:
     if format not in FORMATS:
         raise BadRequest(f"unknown LoRA format {format!r}; known: {', '.join(FORMATS)}")
     if dtype not in _DTYPES:

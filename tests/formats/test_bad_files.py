@@ -245,11 +245,12 @@ def test_a_failed_write_leaves_the_old_file(
     old, new = (random_lora(modules, seed=seed) for seed in (0, 1))
     path = save_lora(old, tmp_path / "x.safetensors")
 
-    def half_written(state: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
-        Path(target).write_bytes(b"half")
+    def half_written(target: Path, data: bytes) -> None:
+        with target.open("wb") as file:
+            file.write(data[:100])
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", half_written)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(OSError, match="disk full"):
         save_lora(new, path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
