@@ -68,13 +68,8 @@ def load_lora(
     found = LoraLayout(tuple(pair.site for pair in ordered), max(pair.rank for pair in ordered), base)
     expected.require(found, any_rank=True)
     weights = _padded(ordered, found, name)
-    return LoraFile(
-        weights,
-        header,
-        format_of(tensors),
-        tuple(p.rank for p in ordered),
-        path.stat().st_size if path else len(source),
-    )
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    return LoraFile(weights, header, format_of(tensors), tuple(p.rank for p in ordered), size)
 
 
 def _known_names(layout: LoraLayout | None, modules: Mapping[str, nn.Module] | None) -> frozenset[str]:
