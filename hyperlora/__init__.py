@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperlora.adapters import injected, layout_of
+    from hyperlora.client import AsyncClient, Client
     from hyperlora.errors import HyperloraError
     from hyperlora.formats import LoraHeader, load_lora, save_lora
     from hyperlora.lora import LoraLayout, LoraWeights
     from hyperlora.pipelines import ImageToLora, autolora, composed, load_base, refine, render
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "HyperloraError",
     "ImageToLora",
     "LoraHeader",
@@ -32,6 +35,8 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "AsyncClient": "client",
+    "Client": "client",
     "HyperloraError": "errors",
     "ImageToLora": "pipelines",
     "LoraHeader": "formats",

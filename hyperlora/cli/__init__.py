@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hyperlora.cli import algebra, demo, evaluate, generate, inspect, render, train
+from hyperlora.cli import algebra, demo, evaluate, generate, inspect, render, serve, train
 from hyperlora.errors import HyperloraError
 
 
@@ -33,6 +33,7 @@ app.command()(generate.generate)
 app.command()(render.render)
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
+app.command()(serve.serve)
 for verb in (algebra.convert, algebra.combine, algebra.diff, algebra.resize, algebra.scale, algebra.split):
     app.command()(verb)
 app.command(context_settings=train.PASS_THROUGH)(train.train)

@@ -57,7 +57,7 @@ def read_tensors(source: Path | bytes, name: str) -> tuple[dict[str, Tensor], di
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise BadLoraFile(f"tensor {key} of {name} holds NaN or infinity: the LoRA is broken")
-    return tensors, metadata
+    return {key: tensors[key] for key in entries}, metadata  # safetensors' own order changes from run to run
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.refining import refine
 from hyperlora.progress import track
 
-LoraFormat = Literal["diffusers", "kohya"]
+LoraFormat = Literal["diffusers", "kohya", "sgm"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,32 @@ def generate(
 
     Raises ``BadRequest`` for refining without a base, and for a rank that no site can fill.
     """
+    check(model, settings)
+    return finished(model, predicted(model, subjects), subjects, settings, base)
+
+
+def check(model: ImageToLora, settings: Settings) -> None:
+    """Raises ``BadRequest`` for a rank that no site can fill."""
     rank = settings.rank or model.layout.rank
     if rank > (widest := max(min(site.fan_in, site.fan_out) for site in model.layout.sites)):
         raise BadRequest(f"rank {rank} asked for, but no weight of {model.layout.base!r} has more than {widest}")
-    with torch.no_grad():
-        weights = model.forward(torch.stack([photos.seen for photos in subjects]).to(model.device))
+
+
+@torch.no_grad()
+def predicted(model: ImageToLora, subjects: Sequence[Photos]) -> LoraWeights:
+    """The one forward pass: LoRAs (batch axis) of subjects with equally many photos each."""
+    return model.forward(torch.stack([photos.seen for photos in subjects]).to(model.device))
+
+
+def finished(
+    model: ImageToLora,
+    weights: LoraWeights,
+    subjects: Sequence[Photos],
+    settings: Settings,
+    base: Base | None = None,
+) -> LoraWeights:
+    """Predicted LoRAs refined, resized and scaled as asked. Raises ``BadRequest`` for refining without a base."""
+    rank = settings.rank or model.layout.rank
     if settings.refine:
         if base is None:
             raise BadRequest("refining draws with the base model: give it too")
@@ -89,7 +110,7 @@ def generate(
     return weights * settings.strength if settings.strength != 1 else weights
 
 
-def header_of(model: ImageToLora, title: str, photos: Sequence[Path]) -> LoraHeader:
+def header_of(model: ImageToLora, title: str, photos: Sequence[Path | bytes]) -> LoraHeader:
     """Provenance of a generated LoRA."""
     card = model.card
     resolution = card.get("resolution")

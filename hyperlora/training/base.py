@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hyperlora.objectives import denoising_loss
 from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.widening import widen
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -29,8 +30,9 @@ class BaseModel(L.LightningModule):
 
     Batches: ``latents`` [n, c, h, w], ``captions`` n strings (some empty, for classifier-free guidance). When training
     ends, ``out`` holds a complete ``StableDiffusionPipeline``, fp16. ``start_from`` is the folder of such a pipeline
-    whose UNet and text encoder training begins with. ``focus`` (top, left, bottom, right) is a box in fractions of the
-    picture that counts ``focus_weight`` times as much as the rest: a face's small parts are few latents.
+    whose UNet and text encoder training begins with; the first level of the new UNet may be wider. ``focus`` (top,
+    left, bottom, right) is a box in fractions of the picture that counts ``focus_weight`` times as much as the rest: a
+    face's small parts are few latents.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class BaseModel(L.LightningModule):
         self.unet = UNet(cross_attention_dim=config.hidden_size, **unet)
         if start_from is not None:
             before = StableDiffusionPipeline.from_pretrained(start_from)
-            self.unet.load_state_dict(before.unet.float().state_dict())
+            widen(before.unet.float(), self.unet)
             self.text_encoder.load_state_dict(before.text_encoder.float().state_dict())
         self.scheduler = DDPMScheduler(**SCHEDULE)
 

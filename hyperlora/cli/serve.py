@@ -1,0 +1,68 @@
+"""``hyperlora serve``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to bind; other machines reach 0.0.0.0 (use keys then).")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of an ImageToLora model.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
+    loras: Annotated[Path | None, typer.Option(help="Folder of LoRA files that prompts may name.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Where jobs and kept files lie.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line; also HYPERLORA_API_KEYS.")] = None,
+    rate: Annotated[str, typer.Option(help="Requests per key, e.g. 60/minute.")] = "600/minute",
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 256,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds a synchronous request may take.")] = 120.0,
+) -> None:
+    """Serve LoRAs from images over HTTP; the API explains itself under /docs."""
+    from hyperlora.errors import BadRequest
+
+    try:
+        import uvicorn
+        from limits import parse
+
+        from hyperlora.service import LocalEngine, ServiceSettings, create_app
+        from hyperlora.service.settings import keys_from
+    except ImportError as error:
+        raise BadRequest(f"the server needs {error.name}, which is not installed: add the extra `serve`") from error
+    from hyperlora import bundle
+    from hyperlora.heap import keep_heap
+    from hyperlora.pipelines import ImageToLora, load_base
+    from hyperlora.service.observing import configure_logging
+
+    known = keys_from(keys)
+    if host not in ("127.0.0.1", "localhost", "::1") and not known:
+        raise BadRequest(f"binding {host} without API keys would let everyone in: give --keys, or HYPERLORA_API_KEYS")
+    if loras is not None and not loras.is_dir():
+        raise BadRequest(f"{str(loras)!r} is no folder of LoRA files")
+    try:
+        parse(rate)
+    except ValueError as error:
+        raise BadRequest(f"rate {rate!r} is not understood: write e.g. 60/minute") from error
+    settings = ServiceSettings(
+        state=state or Path(typer.get_app_dir("hyperlora")), loras=loras, keys=known, rate=rate, queue=queue,
+        deadline=deadline,
+    )  # fmt: skip
+    keep_heap()
+    frozen = load_base(base or bundle.BASE)
+    network = ImageToLora.from_pretrained(model or bundle.MODEL, base=frozen)
+
+    def engine(observe: object) -> LocalEngine:
+        return LocalEngine(
+            network, frozen, loras, queue=settings.queue, batch=settings.batch, pictures=settings.pictures,
+            observe=observe,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    app = create_app(engine, settings)
+    configure_logging()
+    typer.echo(f"http://{host}:{port}/docs", err=True)
+    uvicorn.run(
+        app, host=host, port=port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=30,
+        h11_max_incomplete_event_size=64 << 10,
+    )  # fmt: skip

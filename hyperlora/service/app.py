@@ -1,0 +1,72 @@
+"""``create_app``: the FastAPI application over an engine."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from starlette.formparsers import MultiPartParser
+
+from hyperlora.service.engine import Engine
+from hyperlora.service.jobs import Jobs
+from hyperlora.service.observing import Metrics, Observed
+from hyperlora.service.problems import Problem, add_handlers
+from hyperlora.service.routes import images, jobs, loras, system
+from hyperlora.service.security import BodyLimits, Gate
+from hyperlora.service.settings import ServiceSettings
+from hyperlora.service.storage import Files
+
+Observe = Callable[[str, int], None]
+
+
+@dataclass
+class Service:
+    """What the routes of one app share."""
+
+    settings: ServiceSettings
+    gate: Gate
+    files: Files
+    engine: Engine
+    jobs: Jobs
+    metrics: Metrics
+
+
+def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettings) -> FastAPI:
+    """The app. ``make_engine`` is called when the server starts, with what it should tell of its batches."""
+    MultiPartParser.spool_max_size = settings.max_body  # photos never touch the disk
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service = _service(make_engine, settings)
+        app.state.service = service
+        yield
+        await service.jobs.drain(settings.drain_seconds)
+        service.engine.close()
+
+    app = FastAPI(
+        title="hyperlora",
+        version=version("hyperlora"),
+        summary="Photos of a subject go in, a LoRA comes out in one forward pass.",
+        lifespan=lifespan,
+        responses={422: {"model": Problem, "description": "Malformed request"}},
+    )
+    for room in (loras, images, jobs, system):
+        app.include_router(room.router)
+    add_handlers(app)
+    app.add_middleware(BodyLimits, largest=settings.max_body, seconds=settings.body_seconds)
+    app.add_middleware(Observed, metrics=lambda: app.state.service.metrics)
+    return app
+
+
+def _service(make_engine: Callable[[Observe], Engine], settings: ServiceSettings) -> Service:
+    files = Files(settings.state / "files", settings.keep_seconds)
+    files.sweep()
+    held: list[Service] = []
+    metrics = Metrics(lambda: held[0].engine.waiting, lambda: held[0].jobs.open)
+    engine = make_engine(lambda work, size: metrics.batches.labels(work).observe(size))
+    jobs = Jobs(
+        settings.state / "jobs.sqlite", settings.jobs, lambda kind, state: metrics.jobs.labels(kind, state).inc()
+    )
+    held.append(Service(settings, Gate(settings.keys, settings.rate), files, engine, jobs, metrics))
+    return held[0]

@@ -1,0 +1,123 @@
+"""``Batcher``: one thread owns the model and does together what waits together."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from hyperlora.errors import HyperloraError
+
+
+class QueueFull(Exception):
+    """As many requests wait as may wait."""
+
+
+class Expired(Exception):
+    """A request's deadline passed before its turn came."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kind of work: payloads submitted under equal ``key`` may go through ``run`` together, ``largest`` at a time.
+    What is ``patient`` waits until nothing else does."""
+
+    key: Hashable
+    run: Callable[[list[Any]], Sequence[Any]] = field(compare=False)
+    largest: int = 1
+    patient: bool = False
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    work: Work
+    payload: Any
+    future: "Future[Any]"
+    until: float
+
+
+class Batcher:
+    """``observe`` is told the kind's key and size of every batch. ``close`` finishes what waits."""
+
+    def __init__(self, capacity: int, observe: Callable[[Hashable, int], None] | None = None) -> None:
+        self.capacity, self._observe = capacity, observe or (lambda key, size: None)
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="hyperlora-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed
+
+    def submit(self, work: Work, payload: Any, seconds: float = 120.0) -> "Future[Any]":
+        """The result, later. Cancelling the future before its turn takes it out of the queue; after ``seconds`` in
+        the queue it fails with ``Expired``. Raises ``QueueFull`` at once if too many wait."""
+        future: Future[Any] = Future()
+        with self._changed:
+            if self._closed:
+                raise QueueFull("the server is stopping: ask again in a moment")
+            if len(self._queue) >= self.capacity:
+                raise QueueFull(f"{self.capacity} requests are waiting already: ask again in a moment")
+            self._queue.append(_Waiting(work, payload, future, time.monotonic() + seconds))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Take nothing more, finish what waits, end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next():
+            self._observe(batch[0].work.key, len(batch))
+            _done(batch)
+
+    def _next(self) -> list[_Waiting]:
+        """The oldest waiting item (a patient one only if all are) and those that can go with it; none at the end."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return []
+                first = next((w for w in self._queue if not w.work.patient), self._queue[0])
+                chosen = [w for w in self._queue if w.work == first.work][: first.work.largest]
+                taken = set(map(id, chosen))
+                self._queue = deque(w for w in self._queue if id(w) not in taken)
+            if batch := [w for w in chosen if _still_wanted(w)]:
+                return batch
+
+
+def _still_wanted(item: _Waiting) -> bool:
+    if not item.future.set_running_or_notify_cancel():
+        return False
+    if time.monotonic() > item.until:
+        item.future.set_exception(Expired("the request waited longer than its deadline: ask again in a moment"))
+        return False
+    return True
+
+
+def _done(batch: list[_Waiting]) -> None:
+    """Set every future. Where one payload makes a batch fail, the others are done without it."""
+    try:
+        for item, result in zip(batch, batch[0].work.run([w.payload for w in batch]), strict=True):
+            item.future.set_result(result)
+    except HyperloraError as error:
+        if len(batch) == 1:
+            batch[0].future.set_exception(error)
+        else:
+            for item in batch:
+                _done([item])
+    except BaseException as error:
+        for item in batch:
+            if not item.future.done():
+                item.future.set_exception(error)

@@ -1,0 +1,227 @@
+"""``Engine``: what the routes need done. ``LocalEngine`` does it in this process, one thread owning the models."""
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from hyperlora.data import read_image
+from hyperlora.errors import BadRequest
+from hyperlora.formats import LoraHeader, load_lora, lora_bytes
+from hyperlora.lora import LoraWeights
+from hyperlora.lora.merging import align, merge
+from hyperlora.pipelines import Base, ImageToLora, autolora, composed, render
+from hyperlora.pipelines.generating import Photos, Settings, check, finished, header_of, predicted
+from hyperlora.pipelines.prompts import called_for, mentions, strengths
+from hyperlora.service.batching import Batcher, Work
+
+
+@dataclass(frozen=True)
+class LoraOrder:
+    """Photos of one subject (file bytes), and how their LoRA is made and written."""
+
+    photos: Sequence[bytes]
+    settings: Settings = field(default_factory=Settings)
+    title: str = "LoRA"
+    consent: bool = False
+
+
+@dataclass(frozen=True)
+class PictureOrder:
+    """A prompt (may hold ``<lora:...>``), LoRA files (bytes) with their weights, and how to draw."""
+
+    prompt: str
+    loras: Sequence[tuple[bytes, float]] = ()
+    strategy: str = "merge"
+    gamma: float | None = None
+    regions: Sequence[tuple[float, float, float, float]] | None = None
+    window: bool = False
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 3.0
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One model that the engine holds."""
+
+    id: str
+    kind: str
+    base: str
+    rank: int
+    sites: int
+    fingerprint: str
+    trigger_phrase: str
+    license: str
+    resolution: int
+
+
+class Engine(Protocol):
+    """Does the work; refuses with ``HyperloraError``, ``QueueFull`` or ``Expired``. Cancelling an awaited call takes
+    it out of the queue."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    def models(self) -> list[ModelFacts]: ...
+
+    async def lora(self, order: LoraOrder, seconds: float) -> bytes:
+        """A ``.safetensors`` file."""
+        ...
+
+    async def picture(self, order: PictureOrder, seconds: float) -> Image.Image: ...
+
+    async def read(self, file: bytes) -> None:
+        """Raises ``HyperloraError`` if this is no LoRA file for the engine's base."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalEngine:
+    """An ``ImageToLora`` and its base in this process. ``loras`` is the folder that prompts may name files of."""
+
+    def __init__(
+        self,
+        model: ImageToLora,
+        base: Base,
+        loras: Path | None = None,
+        *,
+        queue: int = 256,
+        batch: int = 32,
+        pictures: int = 8,
+        observe: Callable[[str, int], None] | None = None,
+    ) -> None:
+        model.layout.require_base(base.id)
+        self.model, self.base, self.folder = model, base, loras
+        self.batch, self.largest = batch, pictures
+
+        def seen(key: Hashable, size: int) -> None:
+            if observe is not None and isinstance(key, tuple):
+                observe(str(key[0]), size)
+
+        self._batcher = Batcher(queue, seen)
+
+    @property
+    def ready(self) -> bool:
+        return self._batcher.alive
+
+    @property
+    def waiting(self) -> int:
+        return self._batcher.waiting
+
+    def close(self) -> None:
+        self._batcher.close()
+
+    def models(self) -> list[ModelFacts]:
+        layout, card = self.model.layout, self.model.card
+        return [
+            ModelFacts(
+                "image-to-lora", "image-to-lora", layout.base, layout.rank, len(layout.sites), layout.fingerprint,
+                str(card.get("trigger_phrase", "")), str(card.get("license", "")), self.base.resolution,
+            )
+        ]  # fmt: skip
+
+    async def lora(self, order: LoraOrder, seconds: float) -> bytes:
+        settings = order.settings
+        check(self.model, settings)
+        photos = await asyncio.to_thread(self._decoded, order)
+        weights = await self._done(Work(("lora", len(order.photos)), self._predict, self.batch), photos, seconds)
+        finish = partial(self._finish, settings)
+        if settings.refine:
+            weights = await self._done(Work(("refine", settings), finish, patient=True), (weights, photos), seconds)
+        else:
+            (weights,) = await asyncio.to_thread(finish, [(weights, photos)])
+        return await asyncio.to_thread(self._written, weights, order)
+
+    async def picture(self, order: PictureOrder, seconds: float) -> Image.Image:
+        text, named = mentions(order.prompt)
+        if named and self.folder is None:
+            raise BadRequest("this server has no folder of LoRAs to name: send the file, or the id of a kept LoRA")
+        files = await asyncio.to_thread(self._opened, order, named)
+        weights = [weight for _, weight in order.loras] + [1.0] * len(named)
+        always = all(mention.always for mention in named)
+        if order.gamma is not None and (order.strategy != "merge" or not always):
+            raise BadRequest("gamma guides the sum of all LoRAs: use it with the strategy merge and without steps")
+        how = (order.steps, order.guidance, order.negative_prompt, order.width, order.height)
+        if order.strategy == "merge" and order.gamma is None and always:
+            lora = merge(files, weights) if files else None
+            work = Work(("picture", *how), partial(self._draw, replace(order, loras=())), self.largest)
+            return await self._done(work, (text, order.seed, lora), seconds)
+        schedule = None if always else partial(_schedule, len(order.loras), partial(strengths, named))
+        work = Work(("composed", object()), partial(self._compose, order, schedule))
+        return await self._done(work, (text, files, weights), seconds)
+
+    async def read(self, file: bytes) -> None:
+        await asyncio.to_thread(load_lora, file, None, self.base.modules)
+
+    async def _done(self, work: Work, payload: Any, seconds: float) -> Any:
+        return await asyncio.wrap_future(self._batcher.submit(work, payload, seconds))
+
+    def _decoded(self, order: LoraOrder) -> Photos:
+        images = [read_image(photo) for photo in order.photos]
+        return Photos.of(images, self.model, self.base if order.settings.refine else None)
+
+    def _predict(self, subjects: list[Photos]) -> list[LoraWeights]:
+        return list(predicted(self.model, subjects))  # type: ignore[call-overload]
+
+    def _finish(self, settings: Settings, items: list[tuple[LoraWeights, Photos]]) -> list[LoraWeights]:
+        stacked = LoraWeights.stack([weights for weights, _ in items])
+        done = finished(self.model, stacked, [photos for _, photos in items], settings, self.base)
+        return [done[i] for i in range(len(items))]
+
+    def _written(self, weights: LoraWeights, order: LoraOrder) -> bytes:
+        header: LoraHeader = header_of(self.model, order.title, order.photos)
+        if order.consent:
+            header = replace(header, extra={**header.extra, "hyperlora.consent": "given"})
+        return lora_bytes(weights.map(torch.Tensor.contiguous), format=order.settings.format, header=header)
+
+    def _opened(self, order: PictureOrder, named: Any) -> list[LoraWeights]:
+        given = [load_lora(file, modules=self.base.modules).weights for file, _ in order.loras]
+        return given + (called_for(named, self.folder, self.base.modules) if self.folder and named else [])
+
+    def _draw(self, order: PictureOrder, items: list[tuple[str, int, LoraWeights | None]]) -> list[Image.Image]:
+        """Several people's pictures in one denoising batch."""
+        present = next((lora for _, _, lora in items if lora is not None), None)
+        loras = None
+        if present is not None:
+            loras = align([lora if lora is not None else present * 0.0 for _, _, lora in items])
+        return render(
+            self.base, [text for text, _, _ in items], loras, seeds=[seed for _, seed, _ in items], **_how(order)
+        )  # fmt: skip
+
+    def _compose(self, order: PictureOrder, schedule: Any, items: list[Any]) -> list[Image.Image]:
+        ((text, files, weights),) = items
+        if not files:
+            raise BadRequest(f"the strategy {order.strategy!r} needs at least one LoRA, none was given")
+        if order.gamma is not None:
+            context = autolora(self.base.pipeline, merge(files, weights), order.gamma)
+        else:
+            context = composed(
+                self.base.pipeline, files, order.strategy, weights,  # type: ignore[arg-type]
+                schedule=schedule, regions=order.regions, window=order.window,
+            )  # fmt: skip
+        with context:
+            return render(self.base, [text], None, seeds=[order.seed], **_how(order))
+
+
+def _how(order: PictureOrder) -> dict[str, Any]:
+    return {
+        "steps": order.steps, "guidance": order.guidance, "negative_prompt": order.negative_prompt,
+        "width": order.width, "height": order.height,
+    }  # fmt: skip
+
+
+def _schedule(always: int, of_named: Any, step: int, steps: int) -> list[float]:
+    return [1.0] * always + of_named(step, steps)

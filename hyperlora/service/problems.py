@@ -1,0 +1,79 @@
+"""Errors as RFC 9457 problem documents: every refusal is one sentence with a status."""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from hyperlora.errors import BadImage, HyperloraError
+from hyperlora.service.batching import Expired, QueueFull
+
+MEDIA_TYPE: Final = "application/problem+json"
+_log = logging.getLogger("hyperlora.service")
+
+
+class Problem(BaseModel):
+    """What went wrong, for people (``detail``) and programs (``status``)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """A problem document as a response."""
+    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
+    return JSONResponse(body.model_dump(), status, headers, MEDIA_TYPE)
+
+
+def documented(
+    *statuses: int, also: Mapping[int | str, dict[str, Any]] | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for the refusals of a route, beside those every route may give, and for what else it answers."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status in sorted({401, 429, *statuses})
+    }
+    return {**(also or {}), **refusals}
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every exception becomes a problem document."""
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        return problem(422, "; ".join(_said(item) for item in error.errors()[:3]))
+
+    @app.exception_handler(HyperloraError)
+    async def mendable(request: Request, error: HyperloraError) -> JSONResponse:
+        return problem(415 if isinstance(error, BadImage) else 400, str(error))
+
+    @app.exception_handler(QueueFull)
+    async def busy(request: Request, error: QueueFull) -> JSONResponse:
+        return problem(503, str(error), {"Retry-After": "5"})
+
+    @app.exception_handler(Expired)
+    async def late(request: Request, error: Expired) -> JSONResponse:
+        return problem(504, str(error))
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        _log.error("unexpected error", exc_info=error)
+        return problem(500, "the server made a mistake; it is logged")
+
+
+def _said(item: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in item["loc"] if part not in ("body", "query", "path", "header"))
+    return f"{where or 'the request'}: {item['msg'][:1].lower()}{item['msg'][1:]}"

@@ -1,0 +1,88 @@
+"""How every route answers: now or later, as the file itself or as JSON, and not at all once the caller has gone."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from urllib.parse import quote
+
+from fastapi import Header, Request, Response
+
+from hyperlora.service.batching import Expired
+from hyperlora.service.jobs import Job, Report
+from hyperlora.service.schemas import JobInfo
+
+if TYPE_CHECKING:
+    from hyperlora.service.app import Service
+
+T = TypeVar("T")
+
+Prefer = Annotated[
+    str, Header(description="`respond-async`: 202 and a job at once, instead of waiting.", max_length=200)
+]
+Accept = Annotated[str, Header(description="`application/json`: JSON instead of the file itself.", max_length=1000)]
+
+
+def service_of(request: Request) -> "Service":
+    """What the app's routes share."""
+    service: Service = request.app.state.service
+    return service
+
+
+def wants_json(accept: str) -> bool:
+    """Whether JSON was asked for by name."""
+    return "application/json" in accept.lower()
+
+
+def wants_job(prefer: str) -> bool:
+    """RFC 7240's respond-async."""
+    return "respond-async" in prefer.lower()
+
+
+async def in_time(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """The result of ``work``; it is cancelled when the caller leaves. Raises ``Expired`` after ``seconds``."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Expired(f"this took longer than {seconds:g} s: ask for less, or with Prefer: respond-async")
+    finally:
+        for each in (task, gone):
+            each.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)
+
+
+def later(request: Request, kind: str, owner: str, work: Callable[[Report], Awaitable[str]]) -> Response:
+    """202 with the accepted job."""
+    job = service_of(request).jobs.accept(kind, owner, work)
+    headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
+    return Response(job_info(job).model_dump_json(), 202, headers, "application/json")
+
+
+def job_info(job: Job) -> JobInfo:
+    """A job as callers see it."""
+    paths = {"lora": "/v1/loras/", "image": "/v1/images/"}
+    fields = {k: v for k, v in job.__dict__.items() if k != "owner"}
+    return JobInfo(**fields | {"result": paths[job.kind] + job.result if job.result else None})
+
+
+def file_response(request: Request, data: bytes, sha256: str, media_type: str, name: str) -> Response:
+    """The file with its digest as ETag; 304 if the caller has it."""
+    headers = {
+        "ETag": f'"{sha256}"',
+        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}",
+    }
+    if request.method == "GET" and request.headers.get("if-none-match", "").strip(' W/"') == sha256:
+        return Response(status_code=304, headers=headers)
+    return Response(data, 200, headers, media_type)
+
+
+def binary(media_type: str, description: str) -> dict[str, Any]:
+    """OpenAPI entry for a 200 that is a file."""
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+    return {"description": description, "content": content}

@@ -1,0 +1,92 @@
+"""/v1/images: a prompt and LoRAs to a picture; pictures made by jobs."""
+
+import io
+from base64 import b64encode
+from hashlib import sha256
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+from starlette.exceptions import HTTPException
+
+from hyperlora.errors import BadRequest
+from hyperlora.service.engine import PictureOrder
+from hyperlora.service.jobs import Report
+from hyperlora.service.problems import documented
+from hyperlora.service.routes.answers import (
+    Accept,
+    Prefer,
+    binary,
+    file_response,
+    in_time,
+    later,
+    service_of,
+    wants_job,
+    wants_json,
+)
+from hyperlora.service.schemas import Id, JobInfo, LoraChoice, Picture, PictureRequest
+from hyperlora.service.security import Caller
+from hyperlora.service.storage import Files
+
+router = APIRouter(prefix="/v1/images", tags=["Images"])
+_FILE = binary("image/png", "The picture; its SHA-256 is the ETag")
+_ACCEPTED = {"model": JobInfo, "description": "Accepted"}
+
+
+@router.post(
+    "",
+    response_model=Picture,
+    responses=documented(400, 404, 408, 413, 503, 504, also={200: _FILE, 202: _ACCEPTED}),
+)
+async def draw(
+    request: Request, owner: Caller, wanted: PictureRequest, accept: Accept = "*/*", prefer: Prefer = ""
+) -> Response:
+    """A picture of a prompt, with LoRAs kept here, sent along, or named in the prompt. Requests of equal steps,
+    guidance and size are drawn in one batch, each with its own LoRAs."""
+    service = service_of(request)
+    files = [(_content(choice, service.files), choice.weight) for choice in wanted.loras]
+    for file, _ in files:
+        await service.engine.read(file)
+    fields = wanted.model_dump(exclude={"loras"})
+    order = PictureOrder(**fields | {"loras": files})
+
+    async def made(seconds: float) -> bytes:
+        picture = await service.engine.picture(order, seconds)
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    async def job(report: Report) -> str:
+        return service.files.put(await made(float("inf")), "image")
+
+    if wants_job(prefer):
+        return later(request, "image", owner, job)
+    data = await in_time(request, made(service.settings.deadline), service.settings.deadline)
+    found = sha256(data).hexdigest()
+    if wants_json(accept):
+        picture = Picture(sha256=found, seed=wanted.seed, content=b64encode(data).decode())
+        return Response(picture.model_dump_json(), media_type="application/json", headers={"ETag": f'"{found}"'})
+    return file_response(request, data, found, "image/png", f"{found[:12]}.png")
+
+
+@router.get(
+    "/{id}",
+    response_class=Response,
+    responses=documented(404, also={200: _FILE, 304: {"description": "As you have it"}}),
+)
+async def get_image(request: Request, owner: Caller, id: Annotated[Id, Path()]) -> Response:
+    """A picture that a job made."""
+    data = service_of(request).files.get(id, "image")
+    if data is None:
+        raise HTTPException(404, "no picture of this id is kept here (any more)")
+    return file_response(request, data, id, "image/png", f"{id[:12]}.png")
+
+
+def _content(choice: LoraChoice, files: Files) -> bytes:
+    if (choice.id is None) == (choice.content is None):
+        raise BadRequest("each LoRA needs either the id of a kept one or a file's content, and not both")
+    if choice.content is not None:
+        return choice.content
+    data = files.get(str(choice.id), "lora")
+    if data is None:
+        raise HTTPException(404, f"no LoRA {choice.id} is kept here (any more): make it again with keep=true")
+    return data

@@ -1,0 +1,94 @@
+"""/v1/loras: photos of a subject to a LoRA; kept LoRAs."""
+
+from base64 import b64encode
+from hashlib import sha256
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, File, Form, Path, Request, Response, UploadFile
+from starlette.exceptions import HTTPException
+
+from hyperlora.pipelines.generating import Settings
+from hyperlora.service.engine import LoraOrder
+from hyperlora.service.jobs import Report
+from hyperlora.service.problems import documented
+from hyperlora.service.routes.answers import (
+    Accept,
+    Prefer,
+    binary,
+    file_response,
+    in_time,
+    later,
+    service_of,
+    wants_job,
+    wants_json,
+)
+from hyperlora.service.schemas import Id, JobInfo, Made, Weight
+from hyperlora.service.security import Caller
+
+router = APIRouter(prefix="/v1/loras", tags=["LoRAs"])
+_MEDIA_TYPE = "application/octet-stream"
+_FILE = binary(_MEDIA_TYPE, "The .safetensors file; its SHA-256 is the ETag")
+_ACCEPTED = {"model": JobInfo, "description": "Accepted"}
+
+
+@router.post(
+    "",
+    response_model=Made,
+    responses=documented(400, 408, 413, 415, 503, 504, also={200: _FILE, 202: _ACCEPTED}),
+)
+async def make_lora(
+    request: Request,
+    owner: Caller,
+    photos: Annotated[list[UploadFile], File(description="PNG, JPEG or WEBP photos of one subject.")],
+    format: Annotated[Literal["diffusers", "kohya", "sgm"], Form()] = "diffusers",
+    rank: Annotated[int | None, Form(ge=1, le=128, description="The model's own if not given.")] = None,
+    strength: Annotated[Weight, Form()] = 1.0,
+    refine: Annotated[int, Form(ge=0, le=500, description="Fine-tuning steps on the photos.")] = 0,
+    title: Annotated[str, Form(max_length=100, description="Name of the file and in its header.")] = "LoRA",
+    keep: Annotated[bool, Form(description="Keep the file on the server for a while.")] = False,
+    consent: Annotated[bool, Form(description="The person shown agrees; recorded in the file's header.")] = False,
+    accept: Accept = "*/*",
+    prefer: Prefer = "",
+) -> Response:
+    """One LoRA from photos of one subject. Photos are held in memory only; the LoRA is kept only if asked, or if the
+    work is done as a job, whose result must lie somewhere."""
+    service = service_of(request)
+    if len(photos) > service.settings.max_photos:
+        raise HTTPException(413, f"{len(photos)} photos sent, at most {service.settings.max_photos} are taken")
+    order = LoraOrder(
+        [await photo.read() for photo in photos], Settings(format, rank, strength, refine), title, consent
+    )
+
+    async def job(report: Report) -> str:
+        return service.files.put(await service.engine.lora(order, float("inf")), "lora")
+
+    if wants_job(prefer):
+        return later(request, "lora", owner, job)
+    seconds = service.settings.deadline
+    data = await in_time(request, service.engine.lora(order, seconds), seconds)
+    found = service.files.put(data, "lora") if keep else sha256(data).hexdigest()
+    if wants_json(accept):
+        made = Made(sha256=found, size=len(data), format=format, kept=keep, content=b64encode(data).decode())
+        return Response(made.model_dump_json(), media_type="application/json", headers={"ETag": f'"{found}"'})
+    return file_response(request, data, found, _MEDIA_TYPE, f"{title}.safetensors")
+
+
+@router.get(
+    "/{id}",
+    response_class=Response,
+    responses=documented(404, also={200: _FILE, 304: {"description": "As you have it"}}),
+)
+async def get_lora(request: Request, owner: Caller, id: Annotated[Id, Path()]) -> Response:
+    """A kept LoRA."""
+    data = service_of(request).files.get(id, "lora")
+    if data is None:
+        raise HTTPException(404, "no LoRA of this id is kept here (any more): make it again with keep=true")
+    return file_response(request, data, id, _MEDIA_TYPE, f"{id[:12]}.safetensors")
+
+
+@router.delete("/{id}", status_code=204, response_class=Response, responses=documented(404))
+async def delete_lora(request: Request, owner: Caller, id: Annotated[Id, Path()]) -> Response:
+    """Forget a kept LoRA."""
+    if not service_of(request).files.delete(id, "lora"):
+        raise HTTPException(404, "no LoRA of this id is kept here (any more)")
+    return Response(status_code=204)

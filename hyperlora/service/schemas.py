@@ -1,0 +1,100 @@
+"""What goes over the wire, as OpenAPI shows it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, StringConstraints
+
+Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 of a kept file."""
+JobId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
+
+
+class Made(BaseModel):
+    """A LoRA, as JSON."""
+
+    sha256: Id
+    size: int = Field(description="Bytes of the file.")
+    format: Literal["diffusers", "kohya", "sgm"]
+    kept: bool = Field(description="Whether GET /v1/loras/{sha256} finds it.")
+    content: str = Field(description="The .safetensors file, base64.")
+
+
+class LoraChoice(BaseModel):
+    """A LoRA to draw with: the id of a kept one, or a file's content."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id | None = None
+    content: Base64Bytes | None = Field(None, description="A .safetensors file, base64.")
+    weight: Weight = 1.0
+
+
+class PictureRequest(BaseModel):
+    """What to draw."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, StringConstraints(max_length=1000)] = Field(
+        description="May hold <lora:NAME:WEIGHT> for LoRAs in the server's folder.",
+        examples=["a portrait of sks person, smiling"],
+    )
+    loras: list[LoraChoice] = Field(default_factory=list, max_length=8)
+    strategy: Literal["merge", "switch", "composite", "spatial"] = "merge"
+    gamma: Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)] | None = Field(
+        None, description="AutoLoRA guidance: 0 is the base, 1 the LoRA, more goes beyond."
+    )
+    regions: list[tuple[Fraction, Fraction, Fraction, Fraction]] | None = Field(
+        None, max_length=8, description="Left, top, right, bottom for each LoRA (strategy spatial)."
+    )
+    window: bool = Field(False, description="Draw each region as a picture of its own.")
+    negative_prompt: Annotated[str, StringConstraints(max_length=1000)] = ""
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    steps: int = Field(20, ge=1, le=50)
+    guidance: Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)] = 3.0
+    width: int | None = Field(None, ge=64, le=1024, multiple_of=8)
+    height: int | None = Field(None, ge=64, le=1024, multiple_of=8)
+
+
+class Picture(BaseModel):
+    """A picture, as JSON."""
+
+    sha256: Id
+    seed: int
+    content: str = Field(description="The PNG, base64.")
+
+
+class JobInfo(BaseModel):
+    """Work accepted with ``Prefer: respond-async``."""
+
+    id: JobId
+    kind: Literal["lora", "image"]
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    progress: float
+    created: float = Field(description="Seconds since 1970.")
+    finished: float | None
+    result: str | None = Field(description="Path of what was made, once it is there.")
+    error: str | None
+
+
+class ModelInfo(BaseModel):
+    """A model this server has."""
+
+    id: str
+    kind: str
+    base: str
+    rank: int
+    sites: int
+    fingerprint: str
+    trigger_phrase: str
+    license: str
+    resolution: int
+
+
+class Health(BaseModel):
+    """``ok``, or why not."""
+
+    status: str
+    waiting: int
+    jobs: int

@@ -1,0 +1,64 @@
+"""``Files``: what callers asked to keep, found by the SHA-256 of its content, for a while."""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+from uuid import uuid4
+
+_ID: Final = re.compile(r"[0-9a-f]{64}")
+KINDS: Final = {"lora": ".safetensors", "image": ".png"}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Content-addressed files below ``folder``, each gone ``seconds`` after it was last put there.
+
+    A name on disk is made of a digest that has been checked, never of anything else a caller sent.
+    """
+
+    folder: Path
+    seconds: float
+
+    def put(self, data: bytes, kind: str) -> str:
+        """Keep ``data``, whole or not at all; its id."""
+        found = sha256(data).hexdigest()
+        path = self._path(found, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return found
+
+    def get(self, id: str, kind: str) -> bytes | None:
+        """The content, or None if nothing of that id is kept (any more)."""
+        if not _ID.fullmatch(id):
+            return None
+        path = self._path(id, kind)
+        try:
+            return path.read_bytes() if path.stat().st_mtime + self.seconds > time.time() else None
+        except FileNotFoundError:
+            return None
+
+    def delete(self, id: str, kind: str) -> bool:
+        """Whether there was something to delete."""
+        if not _ID.fullmatch(id) or not (path := self._path(id, kind)).is_file():
+            return False
+        path.unlink(missing_ok=True)
+        return True
+
+    def sweep(self) -> int:
+        """Delete what has outlived its time, and halves of a killed write; how many."""
+        old = [p for p in self.folder.glob("*/*") if p.stat().st_mtime + self.seconds <= time.time()]
+        for path in old:
+            path.unlink(missing_ok=True)
+        return len(old)
+
+    def _path(self, id: str, kind: str) -> Path:
+        return self.folder / id[:2] / f"{id}{KINDS[kind]}"

@@ -1,0 +1,58 @@
+"""The real app over the real engine on the tiny bundle."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.service import LocalEngine, ServiceSettings, create_app
+
+
+@pytest.fixture(scope="session")
+def models(bundle: Any) -> tuple[Any, Any]:
+    base = load_base(bundle.base)
+    return ImageToLora.from_pretrained(bundle.model, base=base), base
+
+
+@pytest.fixture
+def serving(models: tuple[Any, Any], tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
+    """Starts a server with these settings; all are stopped at the end."""
+    running: list[TestClient] = []
+
+    def start(**settings: Any) -> TestClient:
+        given = ServiceSettings(**{"state": tmp_path / "state", "rate": "100000/minute"} | settings)
+
+        def engine(observe: Any) -> LocalEngine:
+            return LocalEngine(*models, given.loras, queue=given.queue, batch=given.batch, observe=observe)
+
+        client = TestClient(create_app(engine, given), raise_server_exceptions=False)
+        client.__enter__()
+        running.append(client)
+        return client
+
+    yield start
+    for client in running:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(serving: Callable[..., TestClient]) -> TestClient:
+    return serving()
+
+
+def photo(shade: int = 100, size: int = 20, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((size, size)).convert("RGB").point(lambda v: (v + shade) % 256).save(
+        buffer, format
+    )
+    return buffer.getvalue()
+
+
+def send(client: TestClient, *photos: bytes, headers: dict[str, str] | None = None, **fields: Any) -> Any:
+    files = [("photos", (f"{i}.png", data, "image/png")) for i, data in enumerate(photos or (photo(),))]
+    return client.post("/v1/loras", files=files, data={k: str(v) for k, v in fields.items()}, headers=headers or {})

@@ -1,0 +1,137 @@
+"""Requests from a fuzzer that knows the API, and uploads from one that knows images."""
+
+import io
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import schemathesis
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, settings
+from PIL import Image
+
+from hyperlora.service import LocalEngine, ServiceSettings, create_app
+from tests.service.conftest import photo, send
+
+
+@pytest.fixture(scope="module")
+def api(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from hyperlora.pipelines import ImageToLora, load_base
+
+    base = load_base(bundle.base)
+    model = ImageToLora.from_pretrained(bundle.model, base=base)
+    given = ServiceSettings(state=tmp_path_factory.mktemp("state"), rate="1000000/minute", deadline=20.0)
+    app = create_app(lambda observe: LocalEngine(model, base, observe=observe), given)
+    with TestClient(app, raise_server_exceptions=False):
+        yield schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+schema = schemathesis.pytest.from_fixture("api")
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_the_api_does_what_it_documents(case: Any) -> None:
+    """No server error, and no answer that OpenAPI does not announce."""
+    if isinstance(case.body, dict) and "refine" in case.body:
+        case.body["refine"] = 0
+    if isinstance(case.body, dict) and isinstance(case.body.get("steps"), int):
+        case.body["steps"] = min(case.body["steps"], 2)
+        case.body["width"], case.body["height"] = 64, 64
+    case.call_and_validate()
+
+
+def mutated(random: np.random.Generator) -> bytes:
+    """A photo of some format with bytes changed, cut off, repeated or put in front."""
+    data = bytearray(photo(int(random.integers(255)), 24, str(random.choice(["PNG", "JPEG", "WEBP"]))))
+    match int(random.integers(5)):
+        case 0:
+            for place in random.integers(0, len(data), 8):
+                data[place] = int(random.integers(256))
+        case 1:
+            del data[int(random.integers(1, len(data))) :]
+        case 2:
+            place = int(random.integers(len(data)))
+            data[place:place] = random.bytes(int(random.integers(1, 200)))
+        case 3:
+            data[:4] = random.bytes(4)
+        case 4:
+            data = bytearray(random.bytes(int(random.integers(0, 3000))))
+    return bytes(data)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that claims 60000x60000 pixels."""
+    header = b"IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+
+    def chunk(body: bytes) -> bytes:
+        return (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    pixels = chunk(b"IDAT" + zlib.compress(bytes(10_000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(header) + pixels + chunk(b"IEND")
+
+
+def test_mutated_photos_are_read_or_refused(client: TestClient) -> None:
+    random = np.random.default_rng(0)
+    answers = [send(client, mutated(random)) for _ in range(200)]
+    assert {a.status_code for a in answers} == {200, 415}
+    for answer in answers:
+        if answer.status_code == 415:
+            assert len(answer.json()["detail"].split()) > 5
+
+
+def test_bombs_cost_nothing(client: TestClient) -> None:
+    answer = send(client, bomb())
+    assert answer.status_code == 415
+    assert "60000×60000" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"--b\r\n",
+        b'--b\r\nContent-Disposition: form-data; name="photos"; filename="a"\r\n\r\nabc',
+        b'--b\r\nContent-Disposition: form-data; name="photos"\r\n\r\nabc\r\n--b--\r\n',
+        b"--b\r\nContent-Disposition: form-data\r\n\r\nabc\r\n--b--\r\n",
+        b"\xff\xfe\x00" * 50,
+    ],
+)
+def test_broken_multipart(client: TestClient, body: bytes) -> None:
+    answer = client.post("/v1/loras", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"})
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["detail"]
+
+
+def test_exif_and_place_do_not_reach_the_file(client: TestClient) -> None:
+    image = Image.open(io.BytesIO(photo(size=30)))
+    exif = Image.Exif()
+    exif[0x010E] = "SECRET-PLACE"
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    assert b"SECRET-PLACE" in buffer.getvalue()
+    answer = send(client, buffer.getvalue())
+    assert answer.status_code == 200
+    assert b"SECRET-PLACE" not in answer.content
+
+
+def test_uploads_never_touch_the_disk(
+    serving: Callable[..., TestClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body above the size at which form parsers spool to files; temporary files are made to fail."""
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a temporary file was opened")
+
+    client = serving()
+    monkeypatch.setattr("tempfile.TemporaryFile", forbidden)
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", forbidden)
+    noise = np.random.default_rng(0).integers(0, 255, (1000, 1000, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    assert len(buffer.getvalue()) > 2 << 20
+    assert send(client, buffer.getvalue()).status_code == 200

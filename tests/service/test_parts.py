@@ -1,0 +1,164 @@
+"""Batching, the job table after a crash, kept files, bodies that stall."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperlora.errors import BadRequest
+from hyperlora.service.batching import Batcher, Expired, QueueFull, Work
+from hyperlora.service.jobs import Jobs
+from hyperlora.service.settings import KEYS_VARIABLE, keys_from
+from hyperlora.service.storage import Files
+
+
+class Blocked:
+    """A batcher whose thread is held until ``go``; keeps the batches it ran."""
+
+    def __init__(self, capacity: int = 10) -> None:
+        self.batches: list[list[Any]] = []
+        self.go = threading.Event()
+        self.batcher = Batcher(capacity)
+        self.first = self.batcher.submit(Work("hold", self._hold), None)
+        while self.batcher.waiting:
+            time.sleep(0.001)
+
+    def _hold(self, payloads: list[Any]) -> list[Any]:
+        self.go.wait(5)
+        return payloads
+
+    def work(self, key: str, largest: int = 3, patient: bool = False) -> Work:
+        return Work(key, self._run, largest, patient)
+
+    def _run(self, payloads: list[Any]) -> list[Any]:
+        self.batches.append(payloads)
+        if "bad" in payloads:
+            raise BadRequest("bad one")
+        return [p * 2 for p in payloads]
+
+
+def test_what_waits_together_goes_together() -> None:
+    held = Blocked()
+    a, b = held.work("a"), held.work("b")
+    patient = held.batcher.submit(held.work("p", patient=True), 9)
+    futures = [held.batcher.submit(w, i) for i, w in enumerate((a, b, a, a, a))]
+    futures[2].cancel()
+    held.go.set()
+    assert [f.result(2) for f in (futures[0], futures[1], futures[3], futures[4])] == [0, 2, 6, 8]
+    assert patient.result(2) == 18
+    assert held.batches == [[0, 3], [1], [4], [9]]  # up to 3 taken, one of which was cancelled
+    held.batcher.close()
+
+
+def test_one_bad_payload_does_not_spoil_its_batch() -> None:
+    held = Blocked()
+    futures = [held.batcher.submit(held.work("a"), p) for p in ("x", "bad", "y")]
+    held.go.set()
+    assert (futures[0].result(2), futures[2].result(2)) == ("xx", "yy")
+    with pytest.raises(BadRequest, match="bad one"):
+        futures[1].result(2)
+
+
+def test_capacity_deadline_and_end() -> None:
+    held = Blocked(capacity=1)
+    late = held.batcher.submit(held.work("a"), 1, seconds=0.0)
+    with pytest.raises(QueueFull, match="1 requests are waiting"):
+        held.batcher.submit(held.work("a"), 2)
+    time.sleep(0.01)
+    held.go.set()
+    with pytest.raises(Expired):
+        late.result(2)
+    held.batcher.close()
+    with pytest.raises(QueueFull, match="stopping"):
+        held.batcher.submit(held.work("a"), 2)
+
+
+_ACCEPT = """
+import asyncio, sys
+from pathlib import Path
+from hyperlora.service.jobs import Jobs
+
+async def never(report):
+    await asyncio.sleep(1000)
+
+async def quick(report):
+    await report(0.5)
+    return "made"
+
+async def main():
+    jobs = Jobs(Path(sys.argv[1]), 50)
+    ids = [jobs.accept("lora", "me", quick).id]
+    async for job in jobs.follow(ids[0], "me"):
+        pass
+    ids += [jobs.accept("lora", "me", never).id for _ in range(20)]
+    print(*ids, flush=True)
+    await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+def test_no_job_vanishes_when_the_server_is_killed(tmp_path: Path) -> None:
+    table = tmp_path / "jobs.sqlite"
+    with subprocess.Popen([sys.executable, "-c", _ACCEPT, str(table)], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ids = server.stdout.readline().split()
+        server.kill()
+
+    async def restart() -> None:
+        jobs = Jobs(table, 50)
+        found = [jobs.get(id, "me") for id in ids]
+        assert [job.state for job in found if job] == ["succeeded"] + ["failed"] * 20
+        assert all("send it again" in str(job.error) for job in found[1:] if job)
+        assert jobs.get(ids[0], "you") is None
+
+    asyncio.run(restart())
+
+
+def test_stopping_waits_for_jobs(tmp_path: Path) -> None:
+    async def slow(report: Any) -> str:
+        await asyncio.sleep(0.2)
+        return "made"
+
+    async def stop() -> str:
+        jobs = Jobs(tmp_path / "jobs.sqlite", 50)
+        id = jobs.accept("lora", "me", slow).id
+        await asyncio.sleep(0.01)
+        await jobs.drain(5)
+        return str(Jobs(tmp_path / "jobs.sqlite", 50).get(id, "me").state)  # type: ignore[union-attr]
+
+    assert asyncio.run(stop()) == "succeeded"
+
+
+def test_files_are_found_by_content_and_by_nothing_else(tmp_path: Path) -> None:
+    files = Files(tmp_path / "files", 100)
+    id = files.put(b"abc", "lora")
+    assert files.get(id, "lora") == b"abc"
+    assert files.get(id, "image") is None
+    (tmp_path / "secret.safetensors").write_bytes(b"secret")
+    for odd in ("../secret", "../../secret", id.upper(), "", id + "\n", "."):
+        assert files.get(odd, "lora") is None
+        assert not files.delete(odd, "lora")
+    assert files.delete(id, "lora")
+    assert files.get(id, "lora") is None
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("first-key-123456\n\n  second-key-12345 \n")
+    monkeypatch.setenv(KEYS_VARIABLE, "third-key-1234567,")
+    assert len(keys_from(file)) == 3
+    file.write_text("short\n")
+    with pytest.raises(BadRequest, match="shorter than 16"):
+        keys_from(file)
+    file.write_text("\n")
+    monkeypatch.delenv(KEYS_VARIABLE)
+    with pytest.raises(BadRequest, match="holds no key"):
+        keys_from(file)
+    with pytest.raises(BadRequest, match="cannot be read"):
+        keys_from(tmp_path / "none")

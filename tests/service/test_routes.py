@@ -1,0 +1,231 @@
+"""The contract: what goes in, what comes out, and every refusal a problem document with a sentence."""
+
+import base64
+import hashlib
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from hyperlora.formats import load_lora, save_lora
+from hyperlora.lora.merging import merge
+from hyperlora.pipelines import render
+from tests.service.conftest import photo, send
+
+
+def refusal(response: Any, status: int, sentence: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == status
+    assert sentence in body["detail"], body["detail"]
+
+
+def test_a_photo_becomes_the_file_that_python_would_make(client: TestClient, models: Any) -> None:
+    response = send(client, photo(), photo(30), title="Zoë 1")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert response.headers["etag"] == f'"{hashlib.sha256(response.content).hexdigest()}"'
+    assert "Zo%C3%AB%201.safetensors" in response.headers["content-disposition"]
+    file = load_lora(response.content, models[0].layout)
+    expected = models[0]([photo(), photo(30)])
+    torch.testing.assert_close(file.weights.flatten(), expected.flatten())
+    assert file.header.title == "Zoë 1"
+    assert file.header.reference_sha256 == tuple(hashlib.sha256(p).hexdigest() for p in (photo(), photo(30)))
+    assert "hyperlora.consent" not in file.header.extra
+
+
+def test_options_reach_the_file(client: TestClient, models: Any) -> None:
+    plain, other = send(client), send(client, format="kohya", rank=1, strength=0.5, consent="true", refine=2)
+    file = load_lora(other.content)
+    assert (file.format, file.weights.layout.rank) == ("kohya", 1)
+    assert file.header.extra["hyperlora.consent"] == "given"
+    assert not torch.allclose(file.weights.norms(), load_lora(plain.content).weights.norms())
+
+
+def test_json_twin_and_keeping(client: TestClient) -> None:
+    body = send(client, headers={"Accept": "application/json"}, keep="true").json()
+    data = base64.b64decode(body["content"])
+    assert (body["sha256"], body["size"], body["kept"]) == (hashlib.sha256(data).hexdigest(), len(data), True)
+    path = f"/v1/loras/{body['sha256']}"
+    assert client.get(path).content == data
+    assert client.get(path, headers={"If-None-Match": f'"{body["sha256"]}"'}).status_code == 304
+    assert client.delete(path).status_code == 204
+    refusal(client.get(path), 404, "make it again")
+    refusal(client.delete(path), 404, "no LoRA")
+
+
+def test_nothing_is_kept_unless_asked(client: TestClient, tmp_path: Path) -> None:
+    found = send(client).headers["etag"].strip('"')
+    refusal(client.get(f"/v1/loras/{found}"), 404, "keep=true")
+    assert not list((tmp_path / "state" / "files").rglob("*.safetensors"))
+
+
+def test_what_is_kept_has_a_lifetime(serving: Callable[..., TestClient], tmp_path: Path) -> None:
+    client = serving(keep_seconds=0.5)
+    found = send(client, keep="true").headers["etag"].strip('"')
+    assert client.get(f"/v1/loras/{found}").status_code == 200
+    time.sleep(0.6)
+    refusal(client.get(f"/v1/loras/{found}"), 404, "any more")
+    serving(keep_seconds=0.5)
+    assert not list((tmp_path / "state" / "files").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "extra"),
+    [
+        ("merge", {}),
+        ("merge", {"gamma": 1.5}),
+        ("composite", {}),
+        ("spatial", {"regions": [[0, 0, 0.5, 1], [0.5, 0, 1, 1]]}),
+    ],
+)
+def test_a_picture_is_what_python_would_draw(
+    client: TestClient, models: Any, strategy: str, extra: dict[str, Any]
+) -> None:
+    from hyperlora.pipelines import autolora, composed
+
+    _, base = models
+    one, two = send(client, photo(10)).content, send(client, photo(90)).content
+    loras = [{"content": base64.b64encode(f).decode(), "weight": w} for f, w in ((one, 2.0), (two, 1.5))]
+    request = {"prompt": "a b", "loras": loras, "strategy": strategy, "steps": 3, "seed": 5, "width": 64, "height": 64}
+    response = client.post("/v1/images", json=request | extra)
+    assert response.status_code == 200, response.text
+    drawn = np.asarray(Image.open(io.BytesIO(response.content)))
+    opened = [load_lora(f).weights for f in (one, two)]
+    if "gamma" in extra:
+        context = autolora(base.pipeline, merge(opened, [2.0, 1.5]), 1.5)
+    else:
+        regions = [tuple(r) for r in extra.get("regions", [])] or None
+        context = composed(base.pipeline, opened, strategy, [2.0, 1.5], regions=regions)  # type: ignore[arg-type]
+    with context:
+        (expected,) = render(base, ["a b"], None, seeds=[5], steps=3, width=64, height=64)
+    assert np.abs(drawn.astype(int) - np.asarray(expected).astype(int)).max() <= 2
+    without = client.post("/v1/images", json={**request, "loras": [], "strategy": "merge"})
+    assert without.content != response.content
+
+
+def test_prompts_name_loras_of_the_folder(serving: Callable[..., TestClient], models: Any, tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    save_lora(models[0]([photo()]) * 3.0, tmp_path / "loras" / "anna.safetensors")
+    client = serving(loras=tmp_path / "loras")
+
+    def ask(prompt: str) -> Any:
+        return client.post("/v1/images", json={"prompt": prompt, "steps": 2, "width": 64, "height": 64})
+
+    assert ask("a b <lora:anna:1>").content != ask("a b").content
+    assert ask("a b <lora:anna:1:step=5-6>").content == ask("a b").content  # in none of the steps
+    refusal(ask("a b <lora:ana>"), 400, "did you mean 'anna'")
+    refusal(ask("a b <lora:../../etc/passwd>"), 400, "no LoRA called")
+
+
+def test_a_job_is_accepted_followed_and_done(client: TestClient) -> None:
+    accepted = send(client, headers={"Prefer": "respond-async"}, refine=3)
+    assert accepted.status_code == 202
+    assert accepted.headers["preference-applied"] == "respond-async"
+    events = client.get(accepted.headers["location"] + "/events").text
+    assert "event: succeeded" in events
+    job = client.get(accepted.headers["location"]).json()
+    assert (job["state"], job["progress"]) == ("succeeded", 1.0)
+    assert load_lora(client.get(job["result"]).content).weights.norms().max() > 0
+    assert client.delete(accepted.headers["location"]).json()["state"] == "succeeded"
+
+    picture = client.post(
+        "/v1/images", json={"prompt": "a", "steps": 2, "width": 64, "height": 64}, headers={"Prefer": "respond-async"}
+    )
+    client.get(picture.headers["location"] + "/events")
+    made = client.get(client.get(picture.headers["location"]).json()["result"])
+    assert Image.open(io.BytesIO(made.content)).size == (64, 64)
+
+
+def test_a_job_that_cannot_succeed_says_why(client: TestClient) -> None:
+    accepted = send(client, b"no image", headers={"Prefer": "respond-async"})
+    client.get(accepted.headers["location"] + "/events")
+    job = client.get(accepted.headers["location"]).json()
+    assert job["state"] == "failed"
+    assert "a PNG, JPEG or WEBP image was expected" in job["error"]
+
+
+def test_jobs_can_be_cancelled_and_belong_to_their_owner(serving: Callable[..., TestClient]) -> None:
+    from hyperlora.service.settings import digest
+
+    client = serving(keys=frozenset(digest(k) for k in ("a-long-enough-key", "another-long-key!")))
+    mine, yours = ({"Authorization": f"Bearer {k}"} for k in ("a-long-enough-key", "another-long-key!"))
+    first = send(client, headers={"Prefer": "respond-async", **mine}, refine=60)
+    second = send(client, headers={"Prefer": "respond-async", **mine}, refine=50)
+    refusal(client.get(second.headers["location"], headers=yours), 404, "you have no job")
+    assert client.delete(second.headers["location"], headers=mine).json()["state"] == "cancelled"
+    client.delete(first.headers["location"], headers=mine)
+
+
+@pytest.mark.parametrize("header", ["Authorization", "X-API-Key"])
+def test_keys(serving: Callable[..., TestClient], header: str) -> None:
+    from hyperlora.service.settings import digest
+
+    client = serving(keys=frozenset({digest("a-long-enough-key")}))
+    refusal(client.get("/v1/models"), 401, "an API key")
+    given = "Bearer " if header == "Authorization" else ""
+    refusal(client.get("/v1/models", headers={header: given + "wrong"}), 401, "an API key")
+    assert client.get("/v1/models", headers={header: given + "a-long-enough-key"}).status_code == 200
+    assert client.get("/healthz").status_code == 200
+
+
+def test_rate(serving: Callable[..., TestClient]) -> None:
+    client = serving(rate="3/minute")
+    assert [client.get("/v1/models").status_code for _ in range(4)] == [200, 200, 200, 429]
+    assert 0 < int(client.get("/v1/models").headers["retry-after"]) <= 60
+
+
+def test_what_is_here(client: TestClient, models: Any) -> None:
+    (model,) = client.get("/v1/models").json()
+    assert model["fingerprint"] == models[0].layout.fingerprint
+    assert client.get("/readyz").json()["status"] == "ready"
+    send(client)
+    metrics = client.get("/metrics").text
+    assert 'hyperlora_requests_total{method="POST",route="/v1/loras",status="200"} 1.0' in metrics
+    assert 'hyperlora_batch_size_count{work="lora"} 1.0' in metrics
+
+
+def test_bad_requests(serving: Callable[..., TestClient]) -> None:
+    client = serving(max_body=200_000, max_photos=2)
+    refusal(send(client, b""), 415, "is empty")
+    refusal(send(client, photo()[:60]), 415, "damaged or cut off")
+    refusal(send(client, photo(format="BMP")), 415, "another kind of file")
+    refusal(send(client, photo(), photo(), photo()), 413, "at most 2")
+    refusal(send(client, b"x" * 300_000), 413, "larger than")
+    refusal(send(client, rank=0), 422, "rank: ")
+    refusal(send(client, rank=99), 400, "rank 99")
+    refusal(send(client, strength="nan"), 422, "strength: ")
+    refusal(send(client, format="ckpt"), 422, "format: ")
+    refusal(client.post("/v1/loras", data={"rank": "4"}), 422, "photos: ")
+    refusal(client.post("/v1/loras", content=b"--x", headers={"Content-Type": "multipart/form-data"}), 400, "")
+    refusal(client.get("/v1/loras/..%2F..%2Fetc%2Fpasswd"), 404, "")
+    refusal(client.get("/v1/loras/xyz"), 422, "id: ")
+    refusal(client.put("/v1/loras"), 405, "")
+    draw = {"prompt": "a", "steps": 2}
+    refusal(client.post("/v1/images", json=draw | {"steps": 1000}), 422, "steps: ")
+    refusal(client.post("/v1/images", json=draw | {"loras": [{}]}), 400, "either the id")
+    refusal(client.post("/v1/images", json=draw | {"loras": [{"id": "0" * 64}]}), 404, "no LoRA 0000")
+    broken = base64.b64encode(b"not a file").decode()
+    refusal(client.post("/v1/images", json=draw | {"loras": [{"content": broken}]}), 400, "not a safetensors file")
+    refusal(client.post("/v1/images", json=draw | {"strategy": "composite"}), 400, "needs at least one LoRA")
+    refusal(client.post("/v1/images", json=draw | {"prompt": "<lora:x>"}), 400, "no folder of LoRAs")
+
+
+def test_deadline_and_full_queue(serving: Callable[..., TestClient]) -> None:
+    client = serving(deadline=0.3, queue=1)
+    slow = send(client, headers={"Prefer": "respond-async"}, refine=60)
+    time.sleep(0.3)
+    refusal(send(client), 504, "longer than 0.3 s")
+    waiting = [send(client, headers={"Prefer": "respond-async"}, refine=2) for _ in range(2)]
+    time.sleep(0.3)
+    states = [client.get(w.headers["location"]).json() for w in waiting]
+    assert any("requests are waiting already" in (s["error"] or "") for s in states)
+    client.delete(slow.headers["location"])
