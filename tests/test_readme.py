@@ -5,6 +5,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -50,25 +52,44 @@ def test_ci_runs_the_readmes_test_command():
     assert "\nuv run pytest\n" in (ROOT / ".ci/run").read_text()
 
 
+@pytest.fixture(scope="module")
+def server(desk):
+    """`hyperlora serve` as the README has it, at the address the README's program asks."""
+    hyperlora = str(Path(sys.executable).with_name("hyperlora"))
+    process = subprocess.Popen([hyperlora, "serve", "--state", str(desk / "state")], cwd=desk, stderr=subprocess.PIPE)
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:8000/readyz"):
+                break
+        except OSError:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.1)
+    yield
+    process.terminate()
+    assert process.wait(60) == 0
+
+
 def test_commands_do_what_they_say(desk):
     hyperlora = str(Path(sys.executable).with_name("hyperlora"))
     verbs = set()
     for command in COMMANDS:
         _, verb, *arguments = shlex.split(command)
         verbs.add(verb)
+        if verb == "serve":  # the fixture does it for the programs
+            continue
         if verb == "train":  # every configuration is run by test_configs
             assert (ROOT / arguments[arguments.index("--config") + 1]).is_file()
             continue
         run([hyperlora, verb, *arguments, *QUICKER.get(verb, [])], desk)
-    assert verbs == {"generate", "render", "inspect", "evaluate", "train", "combine", "convert"}
+    assert verbs == {"generate", "render", "inspect", "evaluate", "train", "combine", "convert", "serve"}
     assert {p.name for p in (desk / "loras").iterdir()} >= {"index.jsonl"}
     assert all((desk / f"{name}.png").stat().st_size > 1000 for name in ("out", "guided", "two"))
     assert (desk / "report" / "report.md").read_text().count("|") > 20
 
 
-def test_programs_do_what_they_say(desk):
+def test_programs_do_what_they_say(desk, server):
     programs = [block for kind, block in BLOCKS if kind == "python"]
-    assert len(programs) == 3
+    assert len(programs) == 4
     for program in programs:
         (desk / "out.png").unlink(missing_ok=True)
         run([sys.executable, "-c", program], desk)

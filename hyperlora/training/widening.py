@@ -15,6 +15,8 @@ def widen(narrow: UNet, wide: UNet, noise: float = 0.05) -> None:
     (and in ``time_embedding_dim``, which is then given). ``noise``, in standard deviations of each weight, makes the
     copies learn apart. Raises ``ValueError`` if the two do not fit together."""
     width, wider = narrow.config.block_out_channels[0], wide.config.block_out_channels[0]
+    if tuple(narrow.config.block_out_channels[1:]) != tuple(wide.config.block_out_channels[1:]):
+        raise ValueError("only the first level can grow: the other levels must be as wide as before")
     if wider % width:
         raise ValueError(f"the first level can grow from {width} to a multiple of it, not to {wider}")
     groups = narrow.config.norm_num_groups

@@ -59,6 +59,14 @@ def _for_real_base(name: str) -> Rule:
     )  # fmt: skip
 
 
+def _tiny_unet(first: int) -> tuple[str, ...]:
+    return (
+        f"--model.init_args.unet.block_out_channels=[{first},32,32]",
+        "--model.init_args.unet.sample_size=4",
+        "--data.init_args.batch_size=4",
+    )
+
+
 RULES = {
     "avatars/vae": Rule(
         AutoencoderKL.from_pretrained, ("--data.init_args.crop=16", "--data.init_args.batch_size=4"), ("drawn",)
@@ -66,25 +74,22 @@ RULES = {
     "avatars/vae_finish": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)),
     "avatars/evaluator": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
     "avatars/encoder": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
-    "avatars/base": Rule(
-        load_base,
-        (
-            "--model.init_args.unet.block_out_channels=[32,32,32]",
-            "--model.init_args.unet.sample_size=4",
-            "--data.init_args.batch_size=4",
-        ),
-        ("avatars/vae_finish", "tokenizer"),
+    "avatars/base": Rule(load_base, _tiny_unet(32), ("avatars/vae_finish", "tokenizer")),
+    "avatars/base_finish": Rule(
+        load_base, (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"), ("avatars/base",)
     ),
-    "avatars/vae_decoder": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/base",)),
+    "avatars/vae_decoder": Rule(
+        AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/base_finish",)
+    ),
     "avatars/image_to_lora": Rule(
         ImageToLora.from_pretrained,
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
-        ("avatars/base", "avatars/encoder"),
+        ("avatars/base_finish", "avatars/encoder"),
     ),
     "avatars/hyperdreambooth": Rule(
         ImageToLora.from_pretrained,
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
-        ("avatars/base", "avatars/encoder", "codes"),
+        ("avatars/base_finish", "avatars/encoder", "codes"),
     ),
     "sd15/hyperdreambooth": _for_real_base("sd15"),
     "sdxl/hyperdreambooth": _for_real_base("sdxl"),
