@@ -24,13 +24,13 @@ def outputs(*models: UNet2DConditionModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("times", [2, 3])
-def test_it_computes_nearly_the_same_and_can_learn_more(times: int) -> None:
+def test_it_computes_the_same_and_can_learn_more(times: int) -> None:
     narrow, wide = unet(16), unet(16 * times)
-    before, random = outputs(narrow, wide)
     widen(narrow, wide, noise=0.0)
-    (after,) = outputs(wide)
-    # the norm over hidden channels and a wider skip has other groups; all else is exact
-    assert (after - before).norm() < 0.1 * before.norm() < 0.5 * (random - before).norm()
+    for model in (narrow, wide):  # the one norm over hidden channels and a wider skip, whose groups shift
+        model.up_blocks[-1].resnets[0].norm1 = torch.nn.Identity()
+    torch.testing.assert_close(*outputs(narrow, wide), rtol=1e-4, atol=1e-5)
+    narrow, wide = unet(16), unet(16 * times)
     widen(narrow, wide, noise=0.05)
     kernel = wide.conv_in.weight.detach().unflatten(0, (8, times, -1))
     assert not torch.allclose(kernel[:, 0], kernel[:, 1], rtol=1e-3)
