@@ -1,7 +1,7 @@
 """Widen the first level of a trained UNet without changing what it computes (Net2Net, 1511.05641, §2.2).
 
 Channels are doubled (tripled, ...) within their normalisation group, and what reads them gets half (a third, ...) of
-each copy. One place cannot be kept exactly: the norm over hidden channels and a wider skip, whose groups shift.
+each copy. Two places cannot be kept exactly: norms over hidden channels and a wider skip, whose groups shift.
 """
 
 import torch

@@ -27,8 +27,8 @@ def outputs(*models: UNet2DConditionModel) -> list[torch.Tensor]:
 def test_it_computes_the_same_and_can_learn_more(times: int) -> None:
     narrow, wide = unet(16), unet(16 * times)
     widen(narrow, wide, noise=0.0)
-    for model in (narrow, wide):  # the one norm over hidden channels and a wider skip, whose groups shift
-        model.up_blocks[-1].resnets[0].norm1 = torch.nn.Identity()
+    for model in (narrow, wide):  # the two norms over hidden channels and a wider skip, whose groups shift
+        model.up_blocks[0].resnets[1].norm1 = model.up_blocks[1].resnets[0].norm1 = torch.nn.Identity()
     torch.testing.assert_close(*outputs(narrow, wide), rtol=1e-4, atol=1e-5)
     narrow, wide = unet(16), unet(16 * times)
     widen(narrow, wide, noise=0.05)
