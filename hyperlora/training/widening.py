@@ -21,6 +21,8 @@ def widen(narrow: UNet, wide: UNet, noise: float = 0.05) -> None:
         raise ValueError(f"the first level can grow from {width} to a multiple of it, not to {wider}")
     groups = narrow.config.norm_num_groups
     before, after = narrow.state_dict(), {}
+    if before.keys() != wide.state_dict().keys():
+        raise ValueError("the two have other layers: a level as wide as its neighbour has no shortcut to keep")
     for name, like in wide.state_dict().items():
         value = before[name].float()
         if name == "time_embedding.linear_1.weight":

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from hyperlora.training.widening import widen
 
 
-def unet(first: int, hidden: int = 32, time: int = 64, groups: int = 8) -> UNet2DConditionModel:
+def unet(first: int, hidden: int = 40, time: int = 64, groups: int = 8) -> UNet2DConditionModel:
     torch.manual_seed(first)
     return UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(first, hidden), layers_per_block=1,
@@ -47,3 +47,5 @@ def test_what_cannot_grow_is_refused() -> None:
         widen(unet(16), unet(24))
     with pytest.raises(ValueError, match="only the first level"):
         widen(unet(16), unet(32, hidden=64))
+    with pytest.raises(ValueError, match="other layers"):
+        widen(unet(16, hidden=32), unet(32, hidden=32))
