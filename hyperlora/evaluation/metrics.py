@@ -64,3 +64,13 @@ def prompt_score(reader: Reader, reading: Reading, truths: Sequence[Mapping[str,
         right = [int(reading.logits[k][i].argmax()) == reader.attributes[k].index(v) for k, v in truth.items()]
         rights.append(sum(right) / len(right))
     return torch.tensor(rights)
+
+
+def attribute_scores(reader: Reader, reading: Reading, truths: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """For each prompted attribute, the fraction of the images prompted with it where ``reader`` reads it back."""
+    found: dict[str, list[bool]] = {}
+    for i, truth in enumerate(truths):
+        for name, value in truth.items():
+            right = int(reading.logits[name][i].argmax()) == reader.attributes[name].index(value)
+            found.setdefault(name, []).append(right)
+    return {name: sum(rights) / len(rights) for name, rights in found.items()}

@@ -13,7 +13,7 @@ from hyperlora.encoders import Reader
 from hyperlora.encoders.reader import read_in_batches
 from hyperlora.errors import BadRequest
 from hyperlora.evaluation.benchmark import Benchmark
-from hyperlora.evaluation.metrics import IdentityScale, Score, prompt_score
+from hyperlora.evaluation.metrics import IdentityScale, Score, attribute_scores, prompt_score
 from hyperlora.lora import LoraWeights
 from hyperlora.pipelines import Base, render
 from hyperlora.progress import track
@@ -21,13 +21,15 @@ from hyperlora.progress import track
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``images`` [subject][prompt], ``seconds`` per LoRA."""
+    """One line of the table; ``images`` [subject][prompt], ``seconds`` per LoRA; ``attributes`` is the prompt score of
+    each prompted attribute alone."""
 
     name: str
     identity: Score
     prompt: Score | None
     seconds: float | None = None
     images: Sequence[Sequence[Image.Image]] = field(default=(), repr=False)
+    attributes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ class Judge:
         subjects, n = len(self.benchmark.names), len(self.benchmark.prompts)
         reading = read_in_batches(self.reader, pixels_of(images))
         identity = self.scale.score(reading.identity.unflatten(0, (subjects, n)))
-        prompt = None
+        prompt, attributes = None, {}
         if self.benchmark.has_truth:
             truths: list[Mapping[str, str]] = [p.truth for p in self.benchmark.prompts] * subjects
             prompt = Score.of(prompt_score(self.reader, reading, truths).view(subjects, n).mean(1))
+            attributes = attribute_scores(self.reader, reading, truths)
         grid = [list(images[i * n : (i + 1) * n]) for i in range(subjects)]
-        return Row(name, Score.of(identity), prompt, seconds, grid)
+        return Row(name, Score.of(identity), prompt, seconds, grid, attributes)
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

@@ -18,6 +18,10 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         seconds = f"{row.seconds:.3f}" if row.seconds is not None else "–"
         lines.append(f"| {row.name} | {row.identity} | {row.prompt or '–'} | {seconds} |")
+    if names := sorted({name for row in rows for name in row.attributes}):
+        lines += ["", f"| P of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for row in rows:
+            lines.append(f"| {row.name} | {' | '.join(f'{row.attributes[n]:.2f}' for n in names)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -30,6 +34,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
             "prompt": row.prompt.mean if row.prompt else None,
             "prompt_error": row.prompt.error if row.prompt else None,
             "seconds": row.seconds,
+            "attributes": dict(row.attributes),
         }
         for row in rows
     ]

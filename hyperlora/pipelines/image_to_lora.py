@@ -31,7 +31,8 @@ class ImageToLora(nn.Module, ModelHubMixin):
 
     ``ImageToLora.from_pretrained(folder_or_hub_id)(["me.jpg"])`` is a LoRA for ``layout.base``. ``card`` holds free
     facts (trigger word, licence, how it was trained) that travel in ``config.json``; ``card["base"]`` is where a model
-    that looks through its base finds it: a hub id, or a path relative to the model's folder.
+    that looks through its base finds it: a hub id, or a path relative to the model's folder; ``card["strength"]``
+    multiplies every LoRA it makes (chosen on validation people, see ``benchmarks/choose_strength.py``).
     """
 
     def __init__(self, encoder: Encoder, hypernetwork: Hypernetwork, card: dict[str, Any] | None = None) -> None:
@@ -68,7 +69,9 @@ class ImageToLora(nn.Module, ModelHubMixin):
 
     def forward(self, photos: Tensor) -> LoraWeights:
         """photos [batch, views, 3, h, w] in [0, 1]."""
-        return self.hypernetwork(self.features(photos))
+        weights: LoraWeights = self.hypernetwork(self.features(photos))
+        strength = float(self.card.get("strength", 1.0))
+        return weights * strength if strength != 1 else weights
 
     @torch.no_grad()
     def features(self, photos: Tensor) -> ImageFeatures:

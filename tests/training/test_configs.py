@@ -61,7 +61,7 @@ def _for_real_base(name: str) -> Rule:
 
 def _tiny_unet(first: int) -> tuple[str, ...]:
     return (
-        f"--model.init_args.unet.block_out_channels=[{first},32,32]",
+        f"--model.init_args.unet.block_out_channels=[{first},96,32]",
         "--model.init_args.unet.sample_size=4",
         "--data.init_args.batch_size=4",
     )
