@@ -62,6 +62,8 @@ class ModelFacts:
     trigger_phrase: str
     license: str
     resolution: int
+    lora_format: str
+    """What A1111, Forge and ComfyUI read for this base: kohya for UNets, diffusers for transformers."""
 
 
 class Engine(Protocol):
@@ -130,6 +132,7 @@ class LocalEngine:
             ModelFacts(
                 "image-to-lora", "image-to-lora", layout.base, layout.rank, len(layout.sites), layout.fingerprint,
                 str(card.get("trigger_phrase", "")), str(card.get("license", "")), self.base.resolution,
+                "kohya" if "unet" in layout.components else "diffusers",
             )
         ]  # fmt: skip
 

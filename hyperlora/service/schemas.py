@@ -90,6 +90,7 @@ class ModelInfo(BaseModel):
     trigger_phrase: str
     license: str
     resolution: int
+    lora_format: str = Field(description="What A1111, Forge and ComfyUI read for this base.")
 
 
 class Health(BaseModel):

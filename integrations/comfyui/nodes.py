@@ -1,0 +1,142 @@
+"""Three nodes: images to a LoRA (in this process or by a server), apply it, save it.
+
+A LoRA travels between them as the bytes of a ``.safetensors`` file, under the type HYPERLORA. ComfyUI reads kohya's
+keys for UNets and diffusers' for transformers, so that is how the file is written.
+"""
+
+import io
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+CATEGORY = "hyperlora"
+
+
+class ImagesToLora:
+    """All images of the batch show one subject."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("HYPERLORA",)
+    RETURN_NAMES = ("lora",)
+    DESCRIPTION = "A LoRA from one or several images of a subject, in one forward pass."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {"images": ("IMAGE",)},
+            "optional": {
+                "model": ("STRING", {"default": "", "tooltip": "Folder or hub id; empty: the avatars bundle."}),
+                "server": ("STRING", {"default": "", "tooltip": "http://... of a hyperlora server; empty: in here."}),
+                "key": ("STRING", {"default": "", "tooltip": "The server's API key, if it asks for one."}),
+                "rank": ("INT", {"default": 0, "min": 0, "max": 128, "tooltip": "0: the model's own."}),
+            },
+        }
+
+    def make(
+        self, images: torch.Tensor, model: str = "", server: str = "", key: str = "", rank: int = 0
+    ) -> tuple[bytes]:
+        """``images`` [n, h, w, 3] in [0, 1]."""
+        photos = [_png(image) for image in images]
+        if server:
+            from hyperlora import Client
+
+            with Client(server, key or None) as client:
+                (facts,) = client.models()[:1]
+                options: dict[str, Any] = {"format": facts["lora_format"]}
+                return (client.make_lora(photos, **options | ({"rank": rank} if rank else {})),)
+        from hyperlora.data import read_image
+        from hyperlora.formats import lora_bytes
+        from hyperlora.pipelines.generating import Photos, Settings, generate, header_of
+
+        network = _model(model)
+        subject = Photos.of([read_image(photo) for photo in photos], network)
+        weights = generate(network, [subject], Settings(rank=rank or None))[0]
+        style = "kohya" if "unet" in network.layout.components else "diffusers"
+        return (lora_bytes(weights, format=style, header=header_of(network, "LoRA", photos)),)
+
+
+class ApplyLora:
+    """On a model and, if given, its text encoder."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "apply"
+    RETURN_TYPES = ("MODEL", "CLIP")
+    DESCRIPTION = "The model with the LoRA added."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        strength = ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05})
+        return {
+            "required": {"model": ("MODEL",), "lora": ("HYPERLORA",), "strength": strength},
+            "optional": {"clip": ("CLIP",)},
+        }
+
+    def apply(self, model: Any, lora: bytes, strength: float, clip: Any = None) -> tuple[Any, Any]:
+        """ComfyUI's own loader does it, and warns of keys it does not know."""
+        import comfy.sd
+        from safetensors.torch import load
+
+        changed, text = comfy.sd.load_lora_for_models(model, clip, load(lora), strength, strength)
+        return changed, text
+
+
+class SaveLora:
+    """Into ComfyUI's folder of LoRAs, where its loader lists it."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "save"
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ()
+    OUTPUT_NODE = True
+    DESCRIPTION = "Writes the LoRA into the folder of LoRAs."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {"required": {"lora": ("HYPERLORA",), "name": ("STRING", {"default": "hyperlora"})}}
+
+    def save(self, lora: bytes, name: str) -> dict[str, Any]:
+        """Never over another file: a number is added."""
+        import folder_paths
+
+        folder = Path(folder_paths.get_folder_paths("loras")[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = re.sub(r"[^\w .-]|^\.+", "_", name).strip(" .") or "hyperlora"
+        number, path = 1, folder / f"{stem}.safetensors"
+        while True:
+            try:
+                with path.open("xb") as file:
+                    file.write(lora)
+                return {"ui": {"text": [path.name]}}
+            except FileExistsError:
+                number += 1
+                path = folder / f"{stem}-{number}.safetensors"
+
+
+NODE_CLASS_MAPPINGS = {
+    "HyperloraImagesToLora": ImagesToLora,
+    "HyperloraApply": ApplyLora,
+    "HyperloraSave": SaveLora,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "HyperloraImagesToLora": "Images to LoRA",
+    "HyperloraApply": "Apply LoRA (hyperlora)",
+    "HyperloraSave": "Save LoRA (hyperlora)",
+}
+
+
+@lru_cache(maxsize=1)
+def _model(name: str) -> Any:
+    from hyperlora import ImageToLora, bundle
+
+    return ImageToLora.from_pretrained(name or bundle.MODEL)
+
+
+def _png(image: torch.Tensor) -> bytes:
+    pixels = image[..., :3].clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
