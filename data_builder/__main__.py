@@ -51,6 +51,22 @@ def benchmark(
 
 
 @app.command()
+def fitted(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    people: Annotated[int, typer.Option(min=1)] = 6,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    lr: Annotated[float, typer.Option()] = 1e-3,
+) -> None:
+    """Fit a LoRA to one photo of each of the bundle's test people, as a baseline for the demo."""
+    from data_builder.fitted import fit_benchmark
+    from hyperlora.evaluation.table import FitSettings
+    from hyperlora.heap import keep_heap
+
+    keep_heap()
+    fit_benchmark(out, people, FitSettings(steps=steps, lr=lr))
+
+
+@app.command()
 def differential(
     before: Annotated[Path, typer.Argument(help="Image, or folder of images.")],
     after: Annotated[Path, typer.Argument(help="Image, or folder of as many images under the same names.")],
