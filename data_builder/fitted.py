@@ -1,4 +1,4 @@
-"""LoRAs fitted to one photo of each of a benchmark's people (DreamBooth): what ``hyperlora demo`` shows beside its own."""
+"""LoRAs fitted to one photo each of a benchmark's people (DreamBooth); ``hyperlora demo`` shows them beside its own."""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ from starlette.formparsers import MultiPartParser
 from hyperlora.service.engine import Engine
 from hyperlora.service.jobs import Jobs
 from hyperlora.service.observing import Metrics, Observed
-from hyperlora.service.problems import Problem, add_handlers
+from hyperlora.service.problems import add_handlers, document_problems
 from hyperlora.service.routes import images, jobs, loras, system
 from hyperlora.service.security import BodyLimits, Gate
 from hyperlora.service.settings import ServiceSettings
@@ -49,11 +49,11 @@ def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettin
         version=version("hyperlora"),
         summary="Photos of a subject go in, a LoRA comes out in one forward pass.",
         lifespan=lifespan,
-        responses={422: {"model": Problem, "description": "Malformed request"}},
     )
     for room in (loras, images, jobs, system):
         app.include_router(room.router)
     add_handlers(app)
+    document_problems(app)
     app.add_middleware(BodyLimits, largest=settings.max_body, seconds=settings.body_seconds)
     app.add_middleware(Observed, metrics=lambda: app.state.service.metrics)
     return app

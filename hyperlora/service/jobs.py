@@ -88,22 +88,21 @@ class Jobs:
             row = connection.execute(select(_JOBS).where(_JOBS.c.id == id, _JOBS.c.owner == owner)).mappings().first()
         return Job(**row) if row else None
 
-    async def cancel(self, id: str, owner: str) -> Job | None:
+    async def cancel(self, job: Job) -> Job:
         """The job after cancelling it; a finished one stays as it is."""
-        job = self.get(id, owner)
-        if job is not None and (task := self._tasks.get(id)) is not None:
+        if (task := self._tasks.get(job.id)) is not None:
             task.cancel()
             await asyncio.wait([task])
-        return self.get(id, owner)
+        return self.get(job.id, job.owner) or job
 
-    async def follow(self, id: str, owner: str) -> AsyncIterator[Job]:
+    async def follow(self, job: Job) -> AsyncIterator[Job]:
         """The job now and after every change, until it is finished."""
-        while (job := self.get(id, owner)) is not None:
-            yield job
-            if job.state not in OPEN:
+        while (now := self.get(job.id, job.owner)) is not None:
+            yield now
+            if now.state not in OPEN:
                 return
             async with self._changed:
-                while self.get(id, owner) == job:
+                while self.get(job.id, job.owner) == now:
                     await self._changed.wait()
 
     @property

@@ -40,9 +40,22 @@ def documented(
     schema = {"$ref": "#/components/schemas/Problem"}
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
-        for status in sorted({401, 429, *statuses})
+        for status in sorted({401, 422, 429, *statuses})
     }
     return {**(also or {}), **refusals}
+
+
+def document_problems(app: FastAPI) -> None:
+    """Let OpenAPI know the schema that ``documented`` refers to."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = made()
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        schemas.setdefault("Problem", Problem.model_json_schema())
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -92,9 +92,10 @@ async def quick(report):
 
 async def main():
     jobs = Jobs(Path(sys.argv[1]), 50)
-    ids = [jobs.accept("lora", "me", quick).id]
-    async for job in jobs.follow(ids[0], "me"):
+    first = jobs.accept("lora", "me", quick)
+    async for job in jobs.follow(first):
         pass
+    ids = [first.id]
     ids += [jobs.accept("lora", "me", never).id for _ in range(20)]
     print(*ids, flush=True)
     await asyncio.sleep(1000)
