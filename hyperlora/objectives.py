@@ -30,24 +30,8 @@ def noised(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> t
     return (1 - sigma) * clean + sigma * noise, noise - clean
 
 
-def clean_of(scheduler: Any, x: Tensor, said: Tensor, timesteps: Tensor) -> Tensor:
-    """The clean latents that a network's output ``said`` for ``x`` stands for: undoes ``noised``."""
-    if not hasattr(scheduler, "add_noise"):
-        return x - scheduler.sigmas.to(x)[timesteps].view(-1, 1, 1, 1) * said
-    signal = scheduler.alphas_cumprod.to(x)[timesteps].view(-1, 1, 1, 1)
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return (x - (1 - signal).sqrt() * said) / signal.sqrt()
-        case "v_prediction":
-            return signal.sqrt() * x - (1 - signal).sqrt() * said
-        case "sample":
-            return said
-        case other:
-            raise ValueError(f"unknown prediction type {other!r}")
-
-
 def said_for(scheduler: Any, x: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
-    """What a network has to say about ``x`` for ``clean`` to be its clean latents: inverse of ``clean_of``."""
+    """What a network that expects the latents ``clean`` behind ``x`` says: the target of ``noised``, for any ``x``."""
     if not hasattr(scheduler, "add_noise"):
         return (x - clean) / scheduler.sigmas.to(x)[timesteps].view(-1, 1, 1, 1)
     signal = scheduler.alphas_cumprod.to(x)[timesteps].view(-1, 1, 1, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hyperlora.objectives import clean_of, denoising_loss, noise_share, noised, said_for
+from hyperlora.objectives import denoising_loss, noise_share, noised, said_for
 
 SCHEDULES = {
     **{kind: DDPMScheduler(prediction_type=kind) for kind in ("epsilon", "v_prediction", "sample")},
@@ -16,13 +16,12 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_target_leads_back_to_what_was_noised(name: str) -> None:
+def test_the_target_says_what_was_noised(name: str) -> None:
     torch.manual_seed(0)
     clean, noise = torch.randn(2, 4, 3, 4, 4, dtype=torch.float64)
     timesteps = torch.tensor([10, 400, 900, 500])
     x, target = noised(SCHEDULES[name], clean, noise, timesteps)
     assert not torch.allclose(x, clean, atol=0.1)
-    torch.testing.assert_close(clean_of(SCHEDULES[name], x, target, timesteps), clean)
     torch.testing.assert_close(said_for(SCHEDULES[name], x, clean, timesteps), target)
 
 

@@ -29,8 +29,11 @@ def serve(
 
         from hyperlora.service import LocalEngine, ServiceSettings, create_app
         from hyperlora.service.settings import keys_from
+        from hyperlora.service.storage import owned
     except ImportError as error:
         raise BadRequest(f"the server needs {error.name}, which is not installed: add the extra `serve`") from error
+    from diffusers.utils import logging
+
     from hyperlora import bundle
     from hyperlora.heap import keep_heap
     from hyperlora.pipelines import ImageToLora, load_base
@@ -61,8 +64,18 @@ def serve(
 
     app = create_app(engine, settings)
     configure_logging()
-    typer.echo(f"http://{host}:{port}/docs", err=True)
-    uvicorn.run(
-        app, host=host, port=port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=30,
-        h11_max_incomplete_event_size=64 << 10,
-    )  # fmt: skip
+    logging.set_verbosity_error()  # diffusers quotes prompts that are too long
+    with owned(settings.state):
+        typer.echo(f"http://{host}:{port}/docs", err=True)
+        uvicorn.run(
+            app,
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # a caller could say it comes from anywhere
+            limit_concurrency=1024,
+            timeout_graceful_shutdown=int(deadline) + 5,
+            h11_max_incomplete_event_size=64 << 10,
+        )

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any, Final, Literal
 
 from torch import Tensor
@@ -17,6 +17,7 @@ LoraFormat = Literal["diffusers", "kohya"]
 
 _SIDES: Final = {"lora_A.weight": "down", "lora_down.weight": "down", "lora_B.weight": "up", "lora_up.weight": "up"}
 _KEY: Final = re.compile(r"(?P<stem>.+)\.(?P<side>lora_(?:A|B|down|up)\.weight|alpha)")
+_LARGEST: Final = 1e9
 _PLAIN_PATTERN: Final = re.compile(r"\^?[\w.]+\$?", re.ASCII)
 _OTHER_KINDS: Final = {
     "DoRA": ("dora_scale", "lora_magnitude_vector"),
@@ -140,6 +141,6 @@ def _patterned(fields: Mapping[str, Any], pattern: str, default: str, path: str,
     table = fields.get(pattern) or {}
     if isinstance(table, dict) and all(map(_PLAIN_PATTERN.fullmatch, table)):  # any regex could take forever
         value = table.get(get_pattern_key(table.keys(), path), fields.get(default))
-        if isinstance(value, int | float) and isfinite(value):
+        if isinstance(value, int | float) and abs(value) < _LARGEST:  # also refuses NaN, and integers beyond floats
             return float(value)
     raise BadLoraFile(f"{file} has no sound {default} and {pattern} in its lora_adapter_metadata header")

@@ -35,13 +35,15 @@ def load_lora(
     source: str | PathLike[str] | bytes,
     layout: LoraLayout | None = None,
     modules: Mapping[str, nn.Module] | None = None,
+    max_numbers: int = MAX_NUMBERS,
 ) -> LoraFile:
     """Read a diffusers- or kohya-keyed ``.safetensors`` file, or its bytes; sites of smaller rank are zero-padded to
     the largest.
 
     With ``layout``, the file must cover exactly its sites (at any rank). With ``modules`` (``{"unet": unet, ...}``), it
     may cover any part of the live base but nothing outside it. With neither, sites and shapes are the file's own, CLIP
-    text encoders under ``text_model.``, and the base is what the header claims or ``"unknown"``.
+    text encoders under ``text_model.``, and the base is what the header claims or ``"unknown"``. A file that would
+    unfold to more than ``max_numbers`` (all sites at the largest rank) is refused before it does.
 
     Raises ``BadLoraFile`` for a file that cannot be trusted or understood, ``LayoutMismatch`` if it is not for this
     base.
@@ -67,7 +69,9 @@ def load_lora(
     base = claimed if layout is not None and claimed else expected.base
     found = LoraLayout(tuple(pair.site for pair in ordered), max(pair.rank for pair in ordered), base)
     expected.require(found, any_rank=True)
-    weights = _padded(ordered, found, name)
+    if found.numel > max_numbers:
+        raise BadLoraFile(f"{name} would unfold to {found.numel:,} numbers at rank {found.rank}: too many")
+    weights = _padded(ordered, found)
     size = len(file) if isinstance(file, bytes) else file.stat().st_size
     return LoraFile(weights, header, format_of(tensors), tuple(p.rank for p in ordered), size)
 
@@ -130,9 +134,7 @@ def _part_of(modules: Mapping[str, nn.Module], names: Collection[str], base: str
     return LoraLayout(tuple(site for part in layouts for site in part.sites), 1, base)
 
 
-def _padded(pairs: list[Pair], layout: LoraLayout, file: str) -> LoraWeights:
-    if layout.numel > MAX_NUMBERS:
-        raise BadLoraFile(f"{file} would unfold to {layout.numel:,} numbers at rank {layout.rank}: too many")
+def _padded(pairs: list[Pair], layout: LoraLayout) -> LoraWeights:
     down: list[Tensor] = []
     up: list[Tensor] = []
     for pair in pairs:

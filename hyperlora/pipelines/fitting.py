@@ -61,6 +61,7 @@ def fit(
     twins: int = 1,
     changes: Tensor | None = None,
     label: str | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Fitted:
     """Adam on K LoRAs at once. ``start`` [K, P] are the codes to begin with and ``expand`` their expansion to weights:
     ``partial(LoraWeights.unflatten, layout)`` for plain LoRA, a parametrisation for LiDB.
@@ -69,12 +70,14 @@ def fit(
     stay added below the fitted ones, as rank-relaxed fine-tuning needs. Subjects do not influence each other. With
     ``twins`` = t, subjects i, i + K/t, i + 2K/t... get the same timesteps and noise, so that they differ by their
     examples alone. ``changes`` [K, n, c, h, w] are edits the LoRAs should make on the examples, as
-    ``denoising_loss`` takes them.
+    ``denoising_loss`` takes them. ``watch`` is told the number of every step before it and may raise to end them.
     """
     codes = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([codes], lr)
     k, losses, kept = len(start), [], {}
     for step in track(range(1, steps + 1), label, "steps", steps) if label else range(1, steps + 1):
+        if watch is not None:
+            watch(step)
         weights = expand(codes)
         if frozen is not None:
             weights = frozen + weights

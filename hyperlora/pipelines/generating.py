@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -51,6 +51,12 @@ class Photos:
         seen = torch.stack([to_tensor(image, model.encoder.image_size) for image in images])
         return cls(seen, torch.stack([to_tensor(image, base.resolution) for image in images]) if base else None)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Photos"]) -> "Photos":
+        """Photos of one subject that were decoded apart."""
+        fitted = [part.fitted for part in parts if part.fitted is not None]
+        return cls(torch.cat([part.seen for part in parts]), torch.cat(fitted) if fitted else None)
+
 
 @dataclass(frozen=True)
 class Made:
@@ -94,16 +100,20 @@ def finished(
     subjects: Sequence[Photos],
     settings: Settings,
     base: Base | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> LoraWeights:
-    """Predicted LoRAs refined, resized and scaled as asked. Raises ``BadRequest`` for refining without a base."""
+    """Predicted LoRAs refined, resized and scaled as asked; ``watch`` is told every step of refining.
+
+    Raises ``BadRequest`` for refining without a base.
+    """
     rank = settings.rank or model.layout.rank
     if settings.refine:
         if base is None:
             raise BadRequest("refining draws with the base model: give it too")
         targets = torch.stack([photos.fitted for photos in subjects if photos.fitted is not None])
         weights = refine(
-            base, weights, targets.to(model.device), steps=settings.refine, out_rank=rank, label="refining",
-            prompt=f"a portrait of {_trigger(model)}",
+            base, weights, targets.to(model.device), steps=settings.refine, out_rank=rank, watch=watch,
+            label=None if watch else "refining", prompt=f"a portrait of {_trigger(model)}",
         )  # fmt: skip
     elif rank != weights.layout.rank:
         weights = weights.resize(rank)

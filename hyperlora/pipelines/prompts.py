@@ -50,7 +50,7 @@ def mentions(prompt: str) -> tuple[str, tuple[Mention, ...]]:
     found = tuple(_mention(text) for text in _MENTION.findall(prompt))
     clean = re.sub(r"\s+", " ", _MENTION.sub(" ", prompt)).replace(" ,", ",").strip(" ,")
     if "<lora" in clean:
-        raise BadRequest(f"{prompt!r} has a <lora:...> that is not closed: write <lora:name:weight>")
+        raise BadRequest("the prompt has a <lora:...> that is not closed: write <lora:name:weight>")
     return clean, found
 
 

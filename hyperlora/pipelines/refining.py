@@ -1,5 +1,6 @@
 """Rank-relaxed fast fine-tuning (2307.06949, §4.3): a few steps on the photo, above the predicted LoRA."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,10 +24,11 @@ def refine(
     prompt: str = "a portrait of sks person",
     seed: int = 0,
     label: str | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> LoraWeights:
     """``predicted`` (batch K) stays frozen, a LoRA of larger ``rank`` starting at zero is fitted above it with the
     diffusion loss on ``photos`` [K, views, 3, h, w] in [0, 1], and both are merged by SVD to ``out_rank`` (default:
-    the predicted rank). The same arguments give the same LoRA."""
+    the predicted rank). The same arguments give the same LoRA. ``watch`` is told every step, as in ``fit``."""
     k = len(photos)
     layout = predicted.layout.with_rank(rank)
     examples = photo_examples(base, photos, prompt)
@@ -36,7 +38,7 @@ def refine(
         start = LoraWeights.zeros(layout, (), std).flatten().to(photos.device).expand(k, -1)
         fitted = fit(
             base.denoiser, base.noise_schedule, examples, start, partial(LoraWeights.unflatten, layout),
-            steps=steps, lr=lr, batch=batch, frozen=predicted, label=label,
+            steps=steps, lr=lr, batch=batch, frozen=predicted, label=label, watch=watch,
         )  # fmt: skip
     return (predicted + fitted.weights).resize(out_rank or predicted.layout.rank)
 

@@ -32,7 +32,7 @@ def windows(regions: Sequence[Region], grid: tuple[int, int]) -> list[tuple[int,
         if not isinstance(region, tuple):
             raise BadRequest(f"region {number} is a mask: windows are made of boxes (left, top, right, bottom)")
         left, top, right, bottom = _checked(region, number)
-        x0, y0 = round(left * width), round(top * height)
+        x0, y0 = min(round(left * width), width - 1), min(round(top * height), height - 1)
         out.append((y0, x0, max(1, round(bottom * height) - y0), max(1, round(right * width) - x0)))
     return out
 

@@ -1,5 +1,6 @@
 """``create_app``: the FastAPI application over an engine."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from hyperlora.service.jobs import Jobs
 from hyperlora.service.observing import Metrics, Observed
 from hyperlora.service.problems import add_handlers, document_problems
 from hyperlora.service.routes import images, jobs, loras, system
-from hyperlora.service.security import BodyLimits, Gate
+from hyperlora.service.security import BodyLimits, Gate, Guard
 from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.storage import Files
 
@@ -25,7 +26,6 @@ class Service:
     """What the routes of one app share."""
 
     settings: ServiceSettings
-    gate: Gate
     files: Files
     engine: Engine
     jobs: Jobs
@@ -40,9 +40,11 @@ def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettin
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service = _service(make_engine, settings)
         app.state.service = service
+        sweeping = asyncio.create_task(_sweep(service))
         yield
+        sweeping.cancel()
         await service.jobs.drain(settings.drain_seconds)
-        service.engine.close()
+        await asyncio.to_thread(service.engine.close, 10.0)
 
     app = FastAPI(
         title="hyperlora",
@@ -55,18 +57,27 @@ def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettin
     add_handlers(app)
     document_problems(app)
     app.add_middleware(BodyLimits, largest=settings.max_body, seconds=settings.body_seconds)
+    app.add_middleware(Guard, gate=Gate(settings.keys, settings.rate))
     app.add_middleware(Observed, metrics=lambda: app.state.service.metrics)
     return app
 
 
 def _service(make_engine: Callable[[Observe], Engine], settings: ServiceSettings) -> Service:
     files = Files(settings.state / "files", settings.keep_seconds)
-    files.sweep()
     held: list[Service] = []
     metrics = Metrics(lambda: held[0].engine.waiting, lambda: held[0].jobs.open)
     engine = make_engine(lambda work, size: metrics.batches.labels(work).observe(size))
     jobs = Jobs(
-        settings.state / "jobs.sqlite", settings.jobs, lambda kind, state: metrics.jobs.labels(kind, state).inc()
-    )
-    held.append(Service(settings, Gate(settings.keys, settings.rate), files, engine, jobs, metrics))
+        settings.state / "jobs.sqlite", settings.jobs, lambda kind, state: metrics.jobs.labels(kind, state).inc(),
+        per_owner=settings.jobs_per_owner,
+    )  # fmt: skip
+    held.append(Service(settings, files, engine, jobs, metrics))
     return held[0]
+
+
+async def _sweep(service: Service) -> None:
+    """Files and finished jobs go when their time is over."""
+    while True:
+        await asyncio.to_thread(service.files.sweep)
+        service.jobs.sweep(service.settings.keep_seconds)
+        await asyncio.sleep(service.settings.sweep_seconds)

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from hyperlora.errors import HyperloraError
+PATIENCE: Final = 10.0
 
 
 class QueueFull(Exception):
@@ -22,7 +22,7 @@ class Expired(Exception):
 @dataclass(frozen=True)
 class Work:
     """A kind of work: payloads submitted under equal ``key`` may go through ``run`` together, ``largest`` at a time.
-    What is ``patient`` waits until nothing else does."""
+    What is ``patient`` lets the others go first for ``PATIENCE`` seconds."""
 
     key: Hashable
     run: Callable[[list[Any]], Sequence[Any]] = field(compare=False)
@@ -35,11 +35,17 @@ class _Waiting:
     work: Work
     payload: Any
     future: "Future[Any]"
+    since: float
     until: float
+
+    @property
+    def urgent(self) -> bool:
+        return not self.work.patient or time.monotonic() > self.since + PATIENCE
 
 
 class Batcher:
-    """``observe`` is told the kind's key and size of every batch. ``close`` finishes what waits."""
+    """At most ``capacity`` patient and as many other payloads wait. ``observe`` is told the kind's key and size of
+    every batch."""
 
     def __init__(self, capacity: int, observe: Callable[[Hashable, int], None] | None = None) -> None:
         self.capacity, self._observe = capacity, observe or (lambda key, size: None)
@@ -51,7 +57,7 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return sum(not w.future.cancelled() for w in list(self._queue))
 
     @property
     def alive(self) -> bool:
@@ -61,21 +67,26 @@ class Batcher:
         """The result, later. Cancelling the future before its turn takes it out of the queue; after ``seconds`` in
         the queue it fails with ``Expired``. Raises ``QueueFull`` at once if too many wait."""
         future: Future[Any] = Future()
+        now = time.monotonic()
         with self._changed:
             if self._closed:
                 raise QueueFull("the server is stopping: ask again in a moment")
-            if len(self._queue) >= self.capacity:
+            self._queue = deque(w for w in self._queue if not w.future.cancelled())
+            if sum(w.work.patient == work.patient for w in self._queue) >= self.capacity:
                 raise QueueFull(f"{self.capacity} requests are waiting already: ask again in a moment")
-            self._queue.append(_Waiting(work, payload, future, time.monotonic() + seconds))
+            self._queue.append(_Waiting(work, payload, future, now, now + seconds))
             self._changed.notify()
         return future
 
-    def close(self) -> None:
-        """Take nothing more, finish what waits, end the thread."""
+    def close(self, seconds: float | None = None) -> None:
+        """Take nothing more, finish what waits and end the thread; after ``seconds``, cancel what waits and leave."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(seconds)
+        with self._changed:
+            for item in self._queue:
+                item.future.cancel()
 
     def _work(self) -> None:
         while batch := self._next():
@@ -83,13 +94,13 @@ class Batcher:
             _done(batch)
 
     def _next(self) -> list[_Waiting]:
-        """The oldest waiting item (a patient one only if all are) and those that can go with it; none at the end."""
+        """The oldest that is not patient (if all are, the oldest) and those that can go with it; none at the end."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return []
-                first = next((w for w in self._queue if not w.work.patient), self._queue[0])
+                first = next((w for w in self._queue if w.urgent), self._queue[0])
                 chosen = [w for w in self._queue if w.work == first.work][: first.work.largest]
                 taken = set(map(id, chosen))
                 self._queue = deque(w for w in self._queue if id(w) not in taken)
@@ -111,13 +122,10 @@ def _done(batch: list[_Waiting]) -> None:
     try:
         for item, result in zip(batch, batch[0].work.run([w.payload for w in batch]), strict=True):
             item.future.set_result(result)
-    except HyperloraError as error:
+    except Exception as error:
         if len(batch) == 1:
             batch[0].future.set_exception(error)
-        else:
-            for item in batch:
-                _done([item])
-    except BaseException as error:
+            return
         for item in batch:
             if not item.future.done():
-                item.future.set_exception(error)
+                _done([item])

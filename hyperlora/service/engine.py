@@ -1,11 +1,12 @@
 """``Engine``: what the routes need done. ``LocalEngine`` does it in this process, one thread owning the models."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from PIL import Image
@@ -18,7 +19,12 @@ from hyperlora.lora.merging import align, merge
 from hyperlora.pipelines import Base, ImageToLora, autolora, composed, render
 from hyperlora.pipelines.generating import Photos, Settings, check, finished, header_of, predicted
 from hyperlora.pipelines.prompts import called_for, mentions, strengths
-from hyperlora.service.batching import Batcher, Work
+from hyperlora.service.batching import Batcher, Expired, Work
+
+READERS: Final = 2
+"""Photos and LoRA files that are unfolded at a time."""
+MAX_NUMBERS: Final = 1 << 26
+"""Of all LoRAs sent with one request: 256 MiB once unfolded."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,12 @@ class ModelFacts:
     """What A1111, Forge and ComfyUI read for this base: kohya for UNets, diffusers for transformers."""
 
 
+Progress = Callable[[float], None]
+
+
 class Engine(Protocol):
     """Does the work; refuses with ``HyperloraError``, ``QueueFull`` or ``Expired``. Cancelling an awaited call takes
-    it out of the queue."""
+    it out of the queue, and ends refining at its next step."""
 
     @property
     def ready(self) -> bool: ...
@@ -78,17 +87,15 @@ class Engine(Protocol):
 
     def models(self) -> list[ModelFacts]: ...
 
-    async def lora(self, order: LoraOrder, seconds: float) -> bytes:
-        """A ``.safetensors`` file."""
+    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> bytes:
+        """A ``.safetensors`` file; ``progress`` is told, in another thread, which fraction of refining is done."""
         ...
 
     async def picture(self, order: PictureOrder, seconds: float) -> Image.Image: ...
 
-    async def read(self, file: bytes) -> None:
-        """Raises ``HyperloraError`` if this is no LoRA file for the engine's base."""
+    def close(self, seconds: float) -> None:
+        """Finish what waits; after ``seconds``, leave it."""
         ...
-
-    def close(self) -> None: ...
 
 
 class LocalEngine:
@@ -114,6 +121,7 @@ class LocalEngine:
                 observe(str(key[0]), size)
 
         self._batcher = Batcher(queue, seen)
+        self._readers = threading.Semaphore(READERS)
 
     @property
     def ready(self) -> bool:
@@ -123,8 +131,8 @@ class LocalEngine:
     def waiting(self) -> int:
         return self._batcher.waiting
 
-    def close(self) -> None:
-        self._batcher.close()
+    def close(self, seconds: float) -> None:
+        self._batcher.close(seconds)
 
     def models(self) -> list[ModelFacts]:
         layout, card = self.model.layout, self.model.card
@@ -136,16 +144,15 @@ class LocalEngine:
             )
         ]  # fmt: skip
 
-    async def lora(self, order: LoraOrder, seconds: float) -> bytes:
+    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> bytes:
         settings = order.settings
         check(self.model, settings)
         photos = await asyncio.to_thread(self._decoded, order)
         weights = await self._done(Work(("lora", len(order.photos)), self._predict, self.batch), photos, seconds)
-        finish = partial(self._finish, settings)
         if settings.refine:
-            weights = await self._done(Work(("refine", settings), finish, patient=True), (weights, photos), seconds)
+            weights = await self._refined(settings, weights, photos, seconds, progress)
         else:
-            (weights,) = await asyncio.to_thread(finish, [(weights, photos)])
+            weights = await asyncio.to_thread(self._finish, settings, weights, photos)
         return await asyncio.to_thread(self._written, weights, order)
 
     async def picture(self, order: PictureOrder, seconds: float) -> Image.Image:
@@ -159,30 +166,54 @@ class LocalEngine:
             raise BadRequest("gamma guides the sum of all LoRAs: use it with the strategy merge and without steps")
         how = (order.steps, order.guidance, order.negative_prompt, order.width, order.height)
         if order.strategy == "merge" and order.gamma is None and always:
-            lora = merge(files, weights) if files else None
+            lora = await asyncio.to_thread(merge, files, weights) if files else None
             work = Work(("picture", *how), partial(self._draw, replace(order, loras=())), self.largest)
             return await self._done(work, (text, order.seed, lora), seconds)
         schedule = None if always else partial(_schedule, len(order.loras), partial(strengths, named))
         work = Work(("composed", object()), partial(self._compose, order, schedule))
         return await self._done(work, (text, files, weights), seconds)
 
-    async def read(self, file: bytes) -> None:
-        await asyncio.to_thread(load_lora, file, None, self.base.modules)
-
     async def _done(self, work: Work, payload: Any, seconds: float) -> Any:
         return await asyncio.wrap_future(self._batcher.submit(work, payload, seconds))
 
+    async def _refined(
+        self, settings: Settings, weights: LoraWeights, photos: Photos, seconds: float, progress: Progress | None
+    ) -> LoraWeights:
+        stop = threading.Event()
+
+        def watch(step: int) -> None:
+            if stop.is_set():
+                raise Expired("nobody waits for this LoRA any more")
+            if progress is not None:
+                progress((step - 1) / settings.refine)
+
+        def run(items: list[tuple[LoraWeights, Photos]]) -> list[LoraWeights]:
+            return [self._finish(settings, *item, watch) for item in items]
+
+        try:
+            work = Work(("refine", object()), run, patient=True)
+            refined: LoraWeights = await self._done(work, (weights, photos), seconds)
+            return refined
+        except asyncio.CancelledError:
+            stop.set()
+            raise
+
     def _decoded(self, order: LoraOrder) -> Photos:
-        images = [read_image(photo) for photo in order.photos]
-        return Photos.of(images, self.model, self.base if order.settings.refine else None)
+        """One photo at a time at full size, and ``READERS`` of all requests together."""
+        base = self.base if order.settings.refine else None
+        parts = []
+        for photo in order.photos:
+            with self._readers:
+                parts.append(Photos.of([read_image(photo)], self.model, base))
+        return Photos.joined(parts)
 
     def _predict(self, subjects: list[Photos]) -> list[LoraWeights]:
         return list(predicted(self.model, subjects))  # type: ignore[call-overload]
 
-    def _finish(self, settings: Settings, items: list[tuple[LoraWeights, Photos]]) -> list[LoraWeights]:
-        stacked = LoraWeights.stack([weights for weights, _ in items])
-        done = finished(self.model, stacked, [photos for _, photos in items], settings, self.base)
-        return [done[i] for i in range(len(items))]
+    def _finish(
+        self, settings: Settings, weights: LoraWeights, photos: Photos, watch: Callable[[int], None] | None = None
+    ) -> LoraWeights:
+        return finished(self.model, LoraWeights.stack([weights]), [photos], settings, self.base, watch)[0]
 
     def _written(self, weights: LoraWeights, order: LoraOrder) -> bytes:
         header: LoraHeader = header_of(self.model, order.title, order.photos)
@@ -191,8 +222,18 @@ class LocalEngine:
         return lora_bytes(weights.map(torch.Tensor.contiguous), format=order.settings.format, header=header)
 
     def _opened(self, order: PictureOrder, named: Any) -> list[LoraWeights]:
-        given = [load_lora(file, modules=self.base.modules).weights for file, _ in order.loras]
-        return given + (called_for(named, self.folder, self.base.modules) if self.folder and named else [])
+        left, found = MAX_NUMBERS, []
+        for file, _ in order.loras:
+            with self._readers:
+                found.append(load_lora(file, modules=self.base.modules, max_numbers=left).weights)
+            left -= found[-1].layout.numel
+        if self.folder and named:
+            try:
+                found += called_for(named, self.folder, self.base.modules)
+            except BadRequest as error:
+                raise BadRequest(str(error).replace(str(self.folder), "the server's folder")) from error
+        # they fit this base, whatever name for it their files claim
+        return [replace(lora, layout=replace(lora.layout, base=self.base.id)) for lora in found]
 
     def _draw(self, order: PictureOrder, items: list[tuple[str, int, LoraWeights | None]]) -> list[Image.Image]:
         """Several people's pictures in one denoising batch."""

@@ -1,15 +1,29 @@
 """``Jobs``: accepted work that outlives its request, in a table that outlives the server."""
 
 import asyncio
+import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 from uuid import uuid4
 
-from sqlalchemy import Column, Float, MetaData, String, Table, create_engine, event, func, insert, select, update
+from sqlalchemy import (
+    Column,
+    Float,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.engine import Engine as Database
 
 from hyperlora.errors import HyperloraError
@@ -17,6 +31,8 @@ from hyperlora.service.batching import Expired, QueueFull
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 OPEN: Final = ("queued", "running")
+STOPPED: Final = "the server stopped before this job was done: send it again"
+_log = logging.getLogger("hyperlora.service")
 
 _METADATA = MetaData()
 _JOBS = Table(
@@ -33,7 +49,8 @@ _JOBS = Table(
     Column("error", String),
 )
 
-Report = Callable[[float], Awaitable[None]]
+Report = Callable[[float], None]
+"""Told, from any thread, which fraction is done."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +72,26 @@ class Jobs:
     """Runs accepted work as tasks of the running event loop.
 
     Opening the table reports what an earlier process accepted and did not finish as failed: photos are kept in memory
-    only, so it cannot be done again. ``observe`` is told of every change of state.
+    only, so it cannot be done again. ``at_once`` jobs run together, the others are queued. ``observe`` is told of every
+    change of state.
     """
 
-    def __init__(self, file: Path, capacity: int, observe: Callable[[str, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        capacity: int,
+        observe: Callable[[str, str], None] | None = None,
+        *,
+        per_owner: int | None = None,
+        at_once: int = 8,
+    ) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.capacity, self._observe = capacity, observe or (lambda kind, state: None)
+        self.capacity, self.per_owner = capacity, per_owner or capacity
+        self._observe = observe or (lambda kind, state: None)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._owners: Counter[str] = Counter()
+        self._turns = asyncio.Semaphore(at_once)
+        self._stopping = False
         self._changed = asyncio.Condition()
         self._database = _opened(file)
         self._fail_open("the server stopped before this job was done, and photos live in memory only: send it again")
@@ -69,18 +99,32 @@ class Jobs:
     def accept(self, kind: str, owner: str, work: Callable[[Report], Awaitable[str]]) -> Job:
         """Start ``work``, which returns the id of a kept file, and return at once. The job is in the table before.
 
-        Raises ``QueueFull`` if as many jobs are open as may be.
+        Raises ``QueueFull`` if as many jobs are open as may be, of all callers or of this one.
         """
         if len(self._tasks) >= self.capacity:
             raise QueueFull(f"{self.capacity} jobs are open already: ask again in a moment")
+        if self._owners[owner] >= self.per_owner:
+            raise QueueFull(f"you have {self.per_owner} open jobs already: wait for one of them")
         job = Job(uuid4().hex, owner, kind, "queued", 0.0, time.time(), None, None, None)
         with self._database.begin() as connection:
             connection.execute(insert(_JOBS).values(**job.__dict__))
         self._observe(kind, "queued")
         task = asyncio.create_task(self._run(job, work))
         self._tasks[job.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+        self._owners[owner] += 1
+        task.add_done_callback(lambda _: self._forget(job))
         return job
+
+    def _forget(self, job: Job) -> None:
+        self._tasks.pop(job.id, None)
+        self._owners[job.owner] -= 1
+        if not self._owners[job.owner]:
+            del self._owners[job.owner]
+
+    def sweep(self, seconds: float) -> None:
+        """Forget jobs that were finished ``seconds`` ago."""
+        with self._database.begin() as connection:
+            connection.execute(delete(_JOBS).where(_JOBS.c.finished < time.time() - seconds))
 
     def get(self, id: str, owner: str) -> Job | None:
         """The job, if it is this owner's."""
@@ -112,31 +156,44 @@ class Jobs:
         return int(count or 0)
 
     async def drain(self, seconds: float) -> None:
-        """Let open jobs finish; report those that do not as failed."""
+        """Let open jobs finish; after ``seconds``, report those that did not as failed."""
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=seconds)
+        self._stopping = True
         for task in list(self._tasks.values()):
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()))
-        self._fail_open("the server stopped before this job was done: send it again")
+        self._fail_open(STOPPED)
         self._database.dispose()
 
     async def _run(self, job: Job, work: Callable[[Report], Awaitable[str]]) -> None:
         try:
-            await self._set(job, state="running")
-            result = await work(partial(self._progress, job))
+            async with self._turns:
+                await self._set(job, state="running")
+                result = await work(self._reporter(job))
             await self._set(job, state="succeeded", progress=1.0, result=result, finished=time.time())
         except asyncio.CancelledError:
-            await self._set(job, state="cancelled", error="cancelled on request", finished=time.time())
+            if self._stopping:
+                await self._set(job, state="failed", error=STOPPED, finished=time.time())
+            else:
+                await self._set(job, state="cancelled", error="cancelled on request", finished=time.time())
         except (HyperloraError, QueueFull, Expired) as error:
             await self._set(job, state="failed", error=str(error), finished=time.time())
         except Exception:
+            _log.exception("a job failed unexpectedly")
             await self._set(job, state="failed", error="the server made a mistake; it is logged", finished=time.time())
-            raise
 
-    async def _progress(self, job: Job, progress: float) -> None:
-        await self._set(job, state="running", progress=progress)
+    def _reporter(self, job: Job) -> Report:
+        loop, last = asyncio.get_running_loop(), 0.0
+
+        def report(progress: float) -> None:
+            nonlocal last
+            if progress >= last + 0.05:  # each is a write to the disk
+                last = progress
+                asyncio.run_coroutine_threadsafe(self._set(job, state="running", progress=progress), loop)
+
+        return report
 
     async def _set(self, job: Job, **values: object) -> None:
         with self._database.begin() as connection:

@@ -4,11 +4,14 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hyperlora.service.problems import CLIENT_LEFT
+
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _log = logging.getLogger("hyperlora.service")
 
 
@@ -45,7 +48,7 @@ class Observed:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 499  # the client left before an answer
+        began, status = time.perf_counter(), CLIENT_LEFT
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -55,14 +58,18 @@ class Observed:
 
         try:
             await self.app(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
         finally:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "unmatched")
             metrics = self.metrics()
-            metrics.requests.labels(scope["method"], route, status).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "OTHER"  # a caller may invent one each time
+            metrics.requests.labels(method, route, status).inc()
             metrics.seconds.labels(route).observe(seconds)
             owner = scope.get("state", {}).get("owner", "")
-            fields = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 4)}
+            fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
             _log.info(json.dumps(fields | ({"key": owner} if owner else {})))
 
 

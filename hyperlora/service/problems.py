@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -15,7 +15,13 @@ from hyperlora.errors import BadImage, HyperloraError
 from hyperlora.service.batching import Expired, QueueFull
 
 MEDIA_TYPE: Final = "application/problem+json"
+CLIENT_LEFT: Final = 499
+"""In logs and metrics, as nginx counts them; nobody receives it."""
 _log = logging.getLogger("hyperlora.service")
+
+
+class Gone(Exception):
+    """The caller left before the answer."""
 
 
 class Problem(BaseModel):
@@ -29,7 +35,8 @@ class Problem(BaseModel):
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """A problem document as a response."""
-    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
+    readable = detail.encode("utf-8", "replace").decode()  # it may quote half a surrogate pair out of a file
+    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=readable)
     return JSONResponse(body.model_dump(), status, headers, MEDIA_TYPE)
 
 
@@ -76,6 +83,10 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(QueueFull)
     async def busy(request: Request, error: QueueFull) -> JSONResponse:
         return problem(503, str(error), {"Retry-After": "5"})
+
+    @app.exception_handler(Gone)
+    async def left(request: Request, error: Gone) -> Response:
+        return Response(status_code=CLIENT_LEFT)
 
     @app.exception_handler(Expired)
     async def late(request: Request, error: Expired) -> JSONResponse:

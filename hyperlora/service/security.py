@@ -4,7 +4,8 @@ import asyncio
 import hmac
 import math
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -12,10 +13,14 @@ from fastapi.security.http import HTTPAuthorizationCredentials
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hyperlora.service.problems import problem
 from hyperlora.service.settings import digest
+
+LOCAL: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, if the server asks for one.")
 _header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same, for tools without bearer tokens.")
@@ -36,17 +41,21 @@ class Gate:
             given = digest(key or "")
             known = [hmac.compare_digest(given, mine) for mine in self.keys]  # all of them, however early one fits
             if not any(known):
+                self._count(f"unknown at {host}")
                 raise HTTPException(
                     401,
                     "an API key of this server is needed: send Authorization: Bearer KEY",
                     {"WWW-Authenticate": "Bearer"},
                 )
             owner = given.hex()[:16]
+        self._count(owner)
+        return owner
+
+    def _count(self, owner: str) -> None:
         if not self._limiter.hit(self.rate, owner):
             reset = self._limiter.get_window_stats(self.rate, owner).reset_time
             wait = max(1, math.ceil(reset - time.time()))
             raise HTTPException(429, f"more than {self.rate}: wait {wait} s", {"Retry-After": str(wait)})
-        return owner
 
 
 async def _caller(
@@ -54,10 +63,8 @@ async def _caller(
     bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
     key: Annotated[str | None, Security(_header)],
 ) -> str:
-    gate: Gate = request.app.state.service.gate
-    host = request.client.host if request.client else "unknown"
-    owner = gate.owner(bearer.credentials if bearer else key, host)
-    request.state.owner = owner
+    """The guard has let the request in already; the parameters are for OpenAPI to name."""
+    owner: str = request.state.owner
     return owner
 
 
@@ -65,8 +72,45 @@ Caller = Annotated[str, Depends(_caller)]
 """The owner of a request, in a route's parameters."""
 
 
+class Guard:
+    """ASGI middleware, by headers alone: nothing of a body is read before its sender has been let in.
+
+    Without keys only this machine's own programs may call: pages of other sites (by Origin) and names that were made
+    to point here (by Host) are refused.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, guarded: str = "/v1/") -> None:
+        self.app, self.gate, self.guarded = app, gate, guarded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(self.guarded):
+            try:
+                headers = Headers(scope=scope)
+                if not self.gate.keys:
+                    _require_local(headers)
+                host = scope["client"][0] if scope.get("client") else "unknown"
+                scope.setdefault("state", {})["owner"] = self.gate.owner(_key(headers), host)
+            except HTTPException as error:
+                refusal = problem(error.status_code, str(error.detail), dict(error.headers or {}))
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _key(headers: Headers) -> str | None:
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" else headers.get("x-api-key")
+
+
+def _require_local(headers: Headers) -> None:
+    for name in ("host", "origin"):
+        given = headers.get(name)
+        if given is not None and urlsplit(given if "//" in given else f"//{given}").hostname not in LOCAL:
+            raise HTTPException(403, f"without API keys this server answers its own machine only, not {name} {given!r}")
+
+
 class BodyLimits:
-    """ASGI middleware: 413 for a body above ``largest`` bytes, 408 for one that stalls for ``seconds``."""
+    """ASGI middleware: 413 for a body above ``largest`` bytes, 408 for one that is not there after ``seconds``."""
 
     def __init__(self, app: ASGIApp, largest: int, seconds: float) -> None:
         self.app, self.largest, self.seconds = app, largest, seconds
@@ -75,20 +119,20 @@ class BodyLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        left, complete = self.largest, False
+        left, complete, until = self.largest, False, time.monotonic() + self.seconds
         sentence = f"the request is larger than {self.largest >> 20} MiB: send fewer or smaller files"
-        claimed = dict(scope["headers"]).get(b"content-length", b"0")
+        claimed = Headers(scope=scope).get("content-length", "0")
 
         async def limited() -> Message:
             nonlocal left, complete
             if complete:
                 return await receive()
-            if claimed.isdigit() and int(claimed) > self.largest:
+            if claimed.isdecimal() and int(claimed) > self.largest:
                 raise HTTPException(413, sentence)
             try:
-                message: Any = await asyncio.wait_for(receive(), self.seconds)
+                message: Any = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except TimeoutError:
-                raise HTTPException(408, f"nothing more of the request came for {self.seconds:g} s") from None
+                raise HTTPException(408, f"the request was not complete after {self.seconds:g} s") from None
             left -= len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if left < 0:

@@ -26,14 +26,16 @@ class ServiceSettings:
     rate: str = "600/minute"
     max_body: int = 64 << 20  # bytes of a request
     max_photos: int = 8
-    body_seconds: float = 30.0  # between two chunks of a request's body
+    body_seconds: float = 60.0  # until a request's body is complete
     deadline: float = 120.0  # seconds a synchronous request may take
     queue: int = 256  # requests waiting for the model
-    jobs: int = 1024  # accepted and not yet finished
+    jobs: int = 128  # accepted and not yet finished
+    jobs_per_owner: int = 64
     batch: int = 32  # LoRAs made in one forward
     pictures: int = 8  # pictures denoised in one batch
     keep_seconds: float = 24 * 3600.0  # lifetime of what is kept on request
     drain_seconds: float = 60.0  # for accepted jobs when the server stops
+    sweep_seconds: float = 600.0  # between two looks for what has outlived its time
 
 
 def keys_from(file: Path | None) -> frozenset[bytes]:

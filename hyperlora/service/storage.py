@@ -1,16 +1,35 @@
 """``Files``: what callers asked to keep, found by the SHA-256 of its content, for a while."""
 
+import fcntl
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
+from hyperlora.errors import BadRequest
+
 _ID: Final = re.compile(r"[0-9a-f]{64}")
 KINDS: Final = {"lora": ".safetensors", "image": ".png"}
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """While open, no other process can own ``folder``. Raises ``BadRequest`` if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadRequest(
+                f"another server uses {str(folder)!r} already: stop it, or give another --state"
+            ) from error
+        yield
 
 
 @dataclass(frozen=True)
@@ -55,10 +74,13 @@ class Files:
 
     def sweep(self) -> int:
         """Delete what has outlived its time, and halves of a killed write; how many."""
-        old = [p for p in self.folder.glob("*/*") if p.stat().st_mtime + self.seconds <= time.time()]
-        for path in old:
-            path.unlink(missing_ok=True)
-        return len(old)
+        swept = 0
+        for path in self.folder.glob("*/*"):
+            with suppress(FileNotFoundError):  # someone else deleted it
+                if path.stat().st_mtime + self.seconds <= time.time():
+                    path.unlink()
+                    swept += 1
+        return swept
 
     def _path(self, id: str, kind: str) -> Path:
         return self.folder / id[:2] / f"{id}{KINDS[kind]}"

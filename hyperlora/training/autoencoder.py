@@ -9,8 +9,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.objectives import clean_of, noised
-from hyperlora.pipelines import Base, load_base
 from hyperlora.training.optimizers import adamw_one_cycle
 
 
@@ -21,9 +19,6 @@ class ImageAutoencoder(L.LightningModule):
     ``out`` receives the diffusers folder when training ends, with every latent channel brought to zero mean and unit
     variance (measured in the last validation, folded into the two 1x1 convolutions around the latents).
     ``start_from`` continues a released autoencoder; ``decoder_only`` does so without moving its latents.
-    ``denoised_by`` is the folder of a base model: half of the latents are then noised (up to ``noised_until`` of its
-    timesteps) and brought back by one step of its UNet without a prompt, so that the decoder learns to draw crisply
-    what a denoiser leaves a little off (2510.11690 trains its decoder on noisy latents for that).
     """
 
     def __init__(
@@ -36,8 +31,6 @@ class ImageAutoencoder(L.LightningModule):
         squared_weight: float = 4.0,
         gradient_weight: float = 0.25,
         kl_weight: float = 1e-4,
-        denoised_by: str | None = None,
-        noised_until: float = 0.6,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -48,17 +41,10 @@ class ImageAutoencoder(L.LightningModule):
         if decoder_only:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
-        # a plain attribute in a tuple: the frozen base is no part of the checkpoint
-        self._base = (load_base(denoised_by),) if denoised_by else ()
 
     def training_step(self, images: Tensor, batch_index: int) -> Tensor:
         posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         z = posterior.sample()
-        for base in self._base:
-            half = len(z) // 2
-            scale = self.vae.config.scaling_factor
-            off = denoised(base, z[:half].float() * scale, self.hparams["noised_until"]) / scale
-            z = torch.cat([off.to(z), z[half:]])
         decoded = self.vae.decode(z).sample.float()
         l1 = F.l1_loss(decoded, images)
         edges = sum(F.l1_loss(torch.diff(decoded, dim=d), torch.diff(images, dim=d)) for d in (2, 3))
@@ -81,22 +67,10 @@ class ImageAutoencoder(L.LightningModule):
         if self.trainer.is_global_zero:
             if not self.hparams["decoder_only"]:
                 standardize_latents(self.vae, torch.cat(self.latents))
-            self.vae.to(torch.float16).save_pretrained(Path(self.hparams["out"]))
+            self.vae.save_pretrained(Path(self.hparams["out"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_one_cycle(self, self.parameters(), self.hparams["lr"], weight_decay=1e-4)
-
-
-@torch.no_grad()
-def denoised(base: Base, latents: Tensor, until: float) -> Tensor:
-    """Scaled ``latents`` [n, c, h, w] noised to a random timestep below ``until`` of all, and the clean latents that
-    the UNet of ``base`` then expects, for the empty prompt."""
-    schedule = base.noise_schedule
-    steps = schedule.config.num_train_timesteps
-    timesteps = (torch.rand(len(latents), device=latents.device) * until * steps).long()
-    x, _ = noised(schedule, latents, torch.randn_like(latents), timesteps)
-    said = base.denoiser(x, timesteps, **base.encode_prompts([""] * len(latents))).sample
-    return clean_of(schedule, x, said, timesteps)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ keys for UNets and diffusers' for transformers, so that is how the file is writt
 """
 
 import io
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 
 CATEGORY = "hyperlora"
+KEY_VARIABLE = "HYPERLORA_API_KEY"
+"""Where the server's API key is read from: what is typed into a node ends up in every picture's metadata."""
 
 
 class ImagesToLora:
@@ -32,20 +35,17 @@ class ImagesToLora:
             "optional": {
                 "model": ("STRING", {"default": "", "tooltip": "Folder or hub id; empty: the avatars bundle."}),
                 "server": ("STRING", {"default": "", "tooltip": "http://... of a hyperlora server; empty: in here."}),
-                "key": ("STRING", {"default": "", "tooltip": "The server's API key, if it asks for one."}),
                 "rank": ("INT", {"default": 0, "min": 0, "max": 128, "tooltip": "0: the model's own."}),
             },
         }
 
-    def make(
-        self, images: torch.Tensor, model: str = "", server: str = "", key: str = "", rank: int = 0
-    ) -> tuple[bytes]:
+    def make(self, images: torch.Tensor, model: str = "", server: str = "", rank: int = 0) -> tuple[bytes]:
         """``images`` [n, h, w, 3] in [0, 1]."""
         photos = [_png(image) for image in images]
         if server:
             from hyperlora import Client
 
-            with Client(server, key or None) as client:
+            with Client(server, os.environ.get(KEY_VARIABLE)) as client:
                 (facts,) = client.models()[:1]
                 options: dict[str, Any] = {"format": facts["lora_format"]}
                 return (client.make_lora(photos, **options | ({"rank": rank} if rank else {})),)

@@ -30,7 +30,7 @@ def serving(models: tuple[Any, Any], tmp_path: Path) -> Iterator[Callable[..., T
         def engine(observe: Any) -> LocalEngine:
             return LocalEngine(*models, given.loras, queue=given.queue, batch=given.batch, observe=observe)
 
-        client = TestClient(create_app(engine, given), raise_server_exceptions=False)
+        client = TestClient(create_app(engine, given), base_url="http://localhost", raise_server_exceptions=False)
         client.__enter__()
         running.append(client)
         return client

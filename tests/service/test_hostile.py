@@ -1,6 +1,9 @@
 """Requests from a fuzzer that knows the API, and uploads from one that knows images."""
 
+import asyncio
+import base64
 import io
+import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import schemathesis
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from hyperlora.formats import lora_bytes
 from hyperlora.service import LocalEngine, ServiceSettings, create_app
 from hyperlora.service.settings import digest
 from tests.service.conftest import photo, send
@@ -119,16 +125,76 @@ def test_broken_multipart(client: TestClient, body: bytes) -> None:
     assert answer.json()["detail"]
 
 
-def test_exif_and_place_do_not_reach_the_file(client: TestClient) -> None:
-    image = Image.open(io.BytesIO(photo(size=30)))
-    exif = Image.Exif()
-    exif[0x010E] = "SECRET-PLACE"
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", exif=exif)
-    assert b"SECRET-PLACE" in buffer.getvalue()
-    answer = send(client, buffer.getvalue())
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://127.0.0.1:8000"}, 200),
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "made-to-point-here.example"}, 403),
+    ],
+)
+def test_pages_of_other_sites_cannot_use_a_server_without_keys(
+    client: TestClient, headers: dict[str, str], status: int
+) -> None:
+    assert client.get("/v1/models", headers=headers).status_code == status
+
+
+def test_nothing_of_a_body_is_read_before_its_sender_is_let_in(serving: Callable[..., TestClient]) -> None:
+    read: list[bool] = []
+    app = serving(keys=frozenset({digest(KEY)})).app
+
+    async def call(key: str) -> int:
+        statuses: list[int] = []
+
+        async def receive() -> dict[str, Any]:
+            read.append(True)
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/images", "headers": headers, "query_string": b""}
+        await app(scope | {"raw_path": b"/v1/images", "root_path": "", "http_version": "1.1"}, receive, send)
+        return statuses[0]
+
+    assert asyncio.run(call("wrong")) == 401
+    assert not read
+    assert asyncio.run(call(KEY)) == 422
+    assert read
+
+
+def test_a_lora_cannot_unfold_to_more_than_was_agreed(client: TestClient, models: Any) -> None:
+    """Few bytes at a huge rank on one site make every site as wide."""
+    wide = {}
+    for site in models[0].layout.sites:
+        rank = 30_000 if not wide else 1
+        stem = f"unet.{site.path}"
+        wide[f"{stem}.lora_A.weight"] = torch.zeros(rank, site.fan_in, dtype=torch.float16)
+        wide[f"{stem}.lora_B.weight"] = torch.zeros(site.fan_out, rank, dtype=torch.float16)
+    wide = {k: v for k, v in wide.items() if v.ndim == 2}
+    content = base64.b64encode(safetensors.torch.save(wide)).decode()
+    bloated = {"prompt": "a", "loras": [{"content": content}] * 8}
+    answer = client.post("/v1/images", json=bloated)
+    assert answer.status_code == 400
+    assert "would unfold to" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("header", [{"unet.r": 10**400}, {"unet.use_dora": "\ud800"}])
+def test_odd_headers_of_loras_are_refused(client: TestClient, models: Any, header: dict[str, Any]) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps(header)}
+    file = safetensors.torch.save({"unet.x.lora_A.weight": torch.zeros(1, 1)}, metadata)
+    answer = client.post("/v1/images", json={"prompt": "a", "loras": [{"content": base64.b64encode(file).decode()}]})
+    assert answer.status_code == 400
+
+
+def test_a_window_at_the_edge(client: TestClient, models: Any) -> None:
+    lora = base64.b64encode(lora_bytes(models[0]([photo()]))).decode()
+    wanted = {"prompt": "a", "steps": 2, "width": 64, "height": 64, "strategy": "spatial", "window": True}
+    answer = client.post("/v1/images", json=wanted | {"loras": [{"content": lora}], "regions": [[0.99, 0, 1, 1]]})
     assert answer.status_code == 200
-    assert b"SECRET-PLACE" not in answer.content
 
 
 def test_uploads_never_touch_the_disk(

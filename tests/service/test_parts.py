@@ -14,7 +14,7 @@ from hyperlora.errors import BadRequest
 from hyperlora.service.batching import Batcher, Expired, QueueFull, Work
 from hyperlora.service.jobs import Jobs
 from hyperlora.service.settings import KEYS_VARIABLE, keys_from
-from hyperlora.service.storage import Files
+from hyperlora.service.storage import Files, owned
 
 
 class Blocked:
@@ -87,7 +87,7 @@ async def never(report):
     await asyncio.sleep(1000)
 
 async def quick(report):
-    await report(0.5)
+    report(0.5)
     return "made"
 
 async def main():
@@ -134,6 +134,65 @@ def test_stopping_waits_for_jobs(tmp_path: Path) -> None:
         return str(Jobs(tmp_path / "jobs.sqlite", 50).get(id, "me").state)  # type: ignore[union-attr]
 
     assert asyncio.run(stop()) == "succeeded"
+
+
+def test_a_job_that_cannot_finish_in_time_is_reported_as_failed(tmp_path: Path) -> None:
+    async def never(report: Any) -> str:
+        await asyncio.sleep(100)
+        return ""
+
+    async def stop() -> Any:
+        jobs = Jobs(tmp_path / "jobs.sqlite", 50, at_once=1)
+        ids = [jobs.accept("lora", "me", never).id for _ in range(2)]  # one runs, one is queued
+        await asyncio.sleep(0.05)
+        await jobs.drain(0.1)
+        return [Jobs(tmp_path / "jobs.sqlite", 50).get(id, "me") for id in ids]
+
+    for job in asyncio.run(stop()):
+        assert (job.state, job.error) == ("failed", "the server stopped before this job was done: send it again")
+
+
+def test_no_caller_takes_all_jobs_and_old_ones_are_forgotten(tmp_path: Path) -> None:
+    async def quick(report: Any) -> str:
+        return "made"
+
+    async def run() -> None:
+        jobs = Jobs(tmp_path / "jobs.sqlite", 50, per_owner=1)
+        first = jobs.accept("lora", "me", quick)
+        with pytest.raises(QueueFull, match="you have 1 open"):
+            jobs.accept("lora", "me", quick)
+        jobs.accept("lora", "you", quick)
+        async for _ in jobs.follow(first):
+            pass
+        await asyncio.sleep(0.01)
+        jobs.accept("lora", "me", quick)
+        jobs.sweep(100)
+        assert jobs.get(first.id, "me") is not None
+        jobs.sweep(0)
+        assert jobs.get(first.id, "me") is None
+
+    asyncio.run(run())
+
+
+def test_one_server_owns_its_state(tmp_path: Path) -> None:
+    with owned(tmp_path), pytest.raises(BadRequest, match="another server uses"), owned(tmp_path):
+        pass
+    with owned(tmp_path):
+        pass
+
+
+def test_cancelled_requests_do_not_fill_the_queue() -> None:
+    held = Blocked(capacity=2)
+    waiting = [held.batcher.submit(held.work("a"), i) for i in range(2)]
+    held.batcher.submit(held.work("p", patient=True), 9)  # counted apart
+    with pytest.raises(QueueFull):
+        held.batcher.submit(held.work("a"), 2)
+    for future in waiting:
+        future.cancel()
+    assert held.batcher.waiting == 1
+    assert held.batcher.submit(held.work("a"), 3)
+    held.go.set()
+    held.batcher.close()
 
 
 def test_files_are_found_by_content_and_by_nothing_else(tmp_path: Path) -> None:

@@ -69,12 +69,11 @@ def test_nothing_is_kept_unless_asked(client: TestClient, tmp_path: Path) -> Non
 
 
 def test_what_is_kept_has_a_lifetime(serving: Callable[..., TestClient], tmp_path: Path) -> None:
-    client = serving(keep_seconds=0.5)
+    client = serving(keep_seconds=0.5, sweep_seconds=0.2)
     found = send(client, keep="true").headers["etag"].strip('"')
     assert client.get(f"/v1/loras/{found}").status_code == 200
-    time.sleep(0.6)
+    time.sleep(1.0)
     refusal(client.get(f"/v1/loras/{found}"), 404, "any more")
-    serving(keep_seconds=0.5)
     assert not list((tmp_path / "state" / "files").rglob("*.safetensors"))
 
 
@@ -151,6 +150,16 @@ def test_a_job_that_cannot_succeed_says_why(client: TestClient) -> None:
     job = client.get(accepted.headers["location"]).json()
     assert job["state"] == "failed"
     assert "a PNG, JPEG or WEBP image was expected" in job["error"]
+
+
+def test_a_cancelled_job_frees_the_model(client: TestClient) -> None:
+    job = send(client, headers={"Prefer": "respond-async"}, refine=500).headers["location"]
+    while client.get(job).json()["progress"] == 0:
+        time.sleep(0.01)
+    assert client.delete(job).json()["state"] == "cancelled"
+    began = time.perf_counter()
+    assert send(client).status_code == 200
+    assert time.perf_counter() - began < 2  # 500 steps take longer
 
 
 def test_jobs_can_be_cancelled_and_belong_to_their_owner(serving: Callable[..., TestClient]) -> None:

@@ -9,6 +9,7 @@ from fastapi import Header, Request, Response
 
 from hyperlora.service.batching import Expired
 from hyperlora.service.jobs import Job, Report
+from hyperlora.service.problems import Gone
 from hyperlora.service.schemas import JobInfo
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ async def in_time(request: Request, work: Coroutine[Any, Any, T], seconds: float
         await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        if gone.done():
+            raise Gone
         raise Expired(f"this took longer than {seconds:g} s: ask for less, or with Prefer: respond-async")
     finally:
         for each in (task, gone):

@@ -1,11 +1,13 @@
 """/v1/images: a prompt and LoRAs to a picture; pictures made by jobs."""
 
+import asyncio
 import io
 from base64 import b64encode
 from hashlib import sha256
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
+from PIL import Image
 from starlette.exceptions import HTTPException
 
 from hyperlora.errors import BadRequest
@@ -35,7 +37,7 @@ _ACCEPTED = {"model": JobInfo, "description": "Accepted"}
 @router.post(
     "",
     response_model=Picture,
-    responses=documented(400, 404, 408, 413, 503, 504, also={200: _FILE, 202: _ACCEPTED}),
+    responses=documented(400, 403, 404, 408, 413, 503, 504, also={200: _FILE, 202: _ACCEPTED}),
 )
 async def draw(
     request: Request, owner: Caller, wanted: PictureRequest, accept: Accept = "*/*", prefer: Prefer = ""
@@ -44,19 +46,14 @@ async def draw(
     guidance and size are drawn in one batch, each with its own LoRAs."""
     service = service_of(request)
     files = [(_content(choice, service.files), choice.weight) for choice in wanted.loras]
-    for file, _ in files:
-        await service.engine.read(file)
     fields = wanted.model_dump(exclude={"loras"})
     order = PictureOrder(**fields | {"loras": files})
 
     async def made(seconds: float) -> bytes:
-        picture = await service.engine.picture(order, seconds)
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        return buffer.getvalue()
+        return await asyncio.to_thread(_png, await service.engine.picture(order, seconds))
 
     async def job(report: Report) -> str:
-        return service.files.put(await made(float("inf")), "image")
+        return await asyncio.to_thread(service.files.put, await made(float("inf")), "image")
 
     if wants_job(prefer):
         return later(request, "image", owner, job)
@@ -79,6 +76,20 @@ async def get_image(request: Request, owner: Caller, id: Annotated[Id, Path()]) 
     if data is None:
         raise HTTPException(404, "no picture of this id is kept here (any more)")
     return file_response(request, data, id, "image/png", f"{id[:12]}.png")
+
+
+@router.delete("/{id}", status_code=204, response_class=Response, responses=documented(404))
+async def delete_image(request: Request, owner: Caller, id: Annotated[Id, Path()]) -> Response:
+    """Forget a picture that a job made."""
+    if not service_of(request).files.delete(id, "image"):
+        raise HTTPException(404, "no picture of this id is kept here (any more)")
+    return Response(status_code=204)
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _content(choice: LoraChoice, files: Files) -> bytes:

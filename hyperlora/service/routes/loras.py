@@ -1,5 +1,6 @@
 """/v1/loras: photos of a subject to a LoRA; kept LoRAs."""
 
+import asyncio
 from base64 import b64encode
 from hashlib import sha256
 from typing import Annotated, Literal
@@ -34,7 +35,7 @@ _ACCEPTED = {"model": JobInfo, "description": "Accepted"}
 @router.post(
     "",
     response_model=Made,
-    responses=documented(400, 408, 413, 415, 503, 504, also={200: _FILE, 202: _ACCEPTED}),
+    responses=documented(400, 403, 408, 413, 415, 503, 504, also={200: _FILE, 202: _ACCEPTED}),
 )
 async def make_lora(
     request: Request,
@@ -60,13 +61,14 @@ async def make_lora(
     )
 
     async def job(report: Report) -> str:
-        return service.files.put(await service.engine.lora(order, float("inf")), "lora")
+        data = await service.engine.lora(order, float("inf"), report)
+        return await asyncio.to_thread(service.files.put, data, "lora")
 
     if wants_job(prefer):
         return later(request, "lora", owner, job)
     seconds = service.settings.deadline
     data = await in_time(request, service.engine.lora(order, seconds), seconds)
-    found = service.files.put(data, "lora") if keep else sha256(data).hexdigest()
+    found = await asyncio.to_thread(service.files.put, data, "lora") if keep else sha256(data).hexdigest()
     if wants_json(accept):
         made = Made(sha256=found, size=len(data), format=format, kept=keep, content=b64encode(data).decode())
         return Response(made.model_dump_json(), media_type="application/json", headers={"ETag": f'"{found}"'})
