@@ -6,6 +6,5 @@ from typing import Final
 AVATARS: Final = Path(__file__).parents[1] / "checkpoints" / "avatars"
 BASE: Final = AVATARS / "base"
 MODEL: Final = AVATARS / "image-to-lora"
-FAITHFUL: Final = AVATARS / "hyperdreambooth"
 EVALUATOR: Final = AVATARS / "evaluator"
 BENCHMARK: Final = AVATARS / "test"

@@ -51,7 +51,7 @@ def render(
     model = load_base(base or bundle.BASE)
     files = [_loaded(path, model) for path, _ in chosen] + called_for(named, lora_dir, model.modules)
     weights = [weight for _, weight in chosen] + [1.0] * len(named)
-    schedule = partial(_schedule, len(chosen), partial(strengths, named)) if any(not m.always for m in named) else None
+    schedule = partial(strengths, named, always=len(chosen)) if any(not m.always for m in named) else None
     options: Any = {"regions": regions, "window": window, "every": every, "schedule": schedule}
     with _composing(model, files, weights, strategy, gamma, options):
         (image,) = draw(
@@ -110,10 +110,6 @@ def _loaded(path: Path, model: "Base") -> "LoraWeights":
     if (made_for := file.header.base_model) not in ("", model.id):
         typer.echo(f"note: {path.name} was made for {made_for!r}, not for this base {model.id!r}", err=True)
     return file.weights
-
-
-def _schedule(always: int, of_named: Any, step: int, steps: int) -> list[float]:
-    return [1.0] * always + of_named(step, steps)
 
 
 def _region(text: str) -> Any:

@@ -1,7 +1,7 @@
 """``hyperlora serve``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ def serve(
     from hyperlora.errors import BadRequest
 
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
         from limits import parse
 
         from hyperlora.service import LocalEngine, ServiceSettings, create_app
@@ -67,15 +67,21 @@ def serve(
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with owned(settings.state):
         typer.echo(f"http://{host}:{port}/docs", err=True)
-        uvicorn.run(
-            app,
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # a caller could say it comes from anywhere
-            limit_concurrency=1024,
-            timeout_graceful_shutdown=int(deadline) + 5,
-            h11_max_incomplete_event_size=64 << 10,
-        )
+        _run(app, host, port, deadline)
+
+
+def _run(app: Any, host: str, port: int, deadline: float) -> None:
+    import uvicorn
+
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # a caller could say it comes from anywhere
+        limit_concurrency=1024,
+        timeout_graceful_shutdown=int(deadline) + 5,
+        h11_max_incomplete_event_size=64 << 10,
+    )

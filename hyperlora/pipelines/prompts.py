@@ -62,9 +62,10 @@ def called_for(
     return [_weighed(mention, load_lora(find_lora(folder, mention.name), modules=modules).weights) for mention in found]
 
 
-def strengths(found: Sequence[Mention], step: int, steps: int) -> list[float]:
-    """1 for each mention that is active in this step, else 0: a ``composed`` schedule."""
-    return [float(mention.active(step, steps)) for mention in found]
+def strengths(found: Sequence[Mention], step: int, steps: int, always: int = 0) -> list[float]:
+    """1 for each of ``always`` other LoRAs and each mention that is active in this step, else 0: a ``composed``
+    schedule."""
+    return [1.0] * always + [float(mention.active(step, steps)) for mention in found]
 
 
 def _weighed(mention: Mention, lora: LoraWeights) -> LoraWeights:

@@ -169,7 +169,7 @@ class LocalEngine:
             lora = await asyncio.to_thread(merge, files, weights) if files else None
             work = Work(("picture", *how), partial(self._draw, replace(order, loras=())), self.largest)
             return await self._done(work, (text, order.seed, lora), seconds)
-        schedule = None if always else partial(_schedule, len(order.loras), partial(strengths, named))
+        schedule = None if always else partial(strengths, named, always=len(order.loras))
         work = Work(("composed", object()), partial(self._compose, order, schedule))
         return await self._done(work, (text, files, weights), seconds)
 
@@ -265,7 +265,3 @@ def _how(order: PictureOrder) -> dict[str, Any]:
         "steps": order.steps, "guidance": order.guidance, "negative_prompt": order.negative_prompt,
         "width": order.width, "height": order.height,
     }  # fmt: skip
-
-
-def _schedule(always: int, of_named: Any, step: int, steps: int) -> list[float]:
-    return [1.0] * always + of_named(step, steps)

@@ -78,21 +78,6 @@ class JobInfo(BaseModel):
     error: str | None
 
 
-class ModelInfo(BaseModel):
-    """A model this server has."""
-
-    id: str
-    kind: str
-    base: str
-    rank: int
-    sites: int
-    fingerprint: str
-    trigger_phrase: str
-    license: str
-    resolution: int
-    lora_format: str = Field(description="What A1111, Forge and ComfyUI read for this base.")
-
-
 class Health(BaseModel):
     """``ok``, or why not."""
 

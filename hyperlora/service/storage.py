@@ -1,7 +1,6 @@
 """``Files``: what callers asked to keep, found by the SHA-256 of its content, for a while."""
 
 import fcntl
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -10,9 +9,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
-from uuid import uuid4
 
 from hyperlora.errors import BadRequest
+from hyperlora.formats.tensors import write_bytes
 
 _ID: Final = re.compile(r"[0-9a-f]{64}")
 KINDS: Final = {"lora": ".safetensors", "image": ".png"}
@@ -45,14 +44,7 @@ class Files:
     def put(self, data: bytes, kind: str) -> str:
         """Keep ``data``, whole or not at all; its id."""
         found = sha256(data).hexdigest()
-        path = self._path(found, kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid4().hex}.tmp")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(data, self._path(found, kind))
         return found
 
     def get(self, id: str, kind: str) -> bytes | None:

@@ -1,21 +1,20 @@
 """What is here, and how it does."""
 
-from dataclasses import asdict
-
 from fastapi import APIRouter, Request, Response
 
+from hyperlora.service.engine import ModelFacts
 from hyperlora.service.problems import documented
 from hyperlora.service.routes.answers import service_of
-from hyperlora.service.schemas import Health, ModelInfo
+from hyperlora.service.schemas import Health
 from hyperlora.service.security import Caller
 
 router = APIRouter(tags=["System"])
 
 
 @router.get("/v1/models", responses=documented())
-async def models(request: Request, owner: Caller) -> list[ModelInfo]:
+async def models(request: Request, owner: Caller) -> list[ModelFacts]:
     """The models of this server."""
-    return [ModelInfo(**asdict(facts)) for facts in service_of(request).engine.models()]
+    return service_of(request).engine.models()
 
 
 @router.get("/healthz")
