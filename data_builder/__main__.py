@@ -30,6 +30,33 @@ def avatars(
 
 
 @app.command()
+def edits(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    groups: Annotated[int, typer.Option(min=1, help="How many changes.")] = 8000,
+    people: Annotated[int, typer.Option(min=1, help="People that each is made on.")] = 2,
+    size: Annotated[int, typer.Option(min=16, help="Pixels.")] = 128,
+) -> None:
+    """Draw before/after pairs of avatars: the same change on PEOPLE persons, GROUPS times."""
+    from data_builder.avatars.pairs import PairPlan, draw_pairs
+
+    draw_pairs(out, PairPlan(split=split, groups=groups, people=people, size=size))
+
+
+@app.command()
+def edit_benchmark(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    each: Annotated[int, typer.Option(min=1, help="Edits of every kind.")] = 3,
+    others: Annotated[int, typer.Option(min=1, help="Pictures that each edit is asked for on.")] = 3,
+) -> None:
+    """Write the benchmark that `hyperlora evaluate --task edit` reads: edits shown and asked for on unseen people."""
+    from data_builder.avatars.edit_benchmark import write_edit_benchmark
+
+    write_edit_benchmark(out, split, each, others)
+
+
+@app.command()
 def tokenizer(out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]) -> None:
     """Build the avatar world's CLIP tokenizer."""
     from data_builder.avatars.tokenizer import build_tokenizer

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hyperlora.errors import HyperloraError
     from hyperlora.formats import LoraHeader, load_lora, save_lora
     from hyperlora.lora import LoraLayout, LoraWeights
-    from hyperlora.pipelines import ImageToLora, autolora, composed, load_base, refine, render
+    from hyperlora.pipelines import ImageToLora, PairToLora, autolora, composed, load_base, refine, render
 
 __all__ = [
     "AsyncClient",
@@ -23,6 +23,7 @@ __all__ = [
     "LoraHeader",
     "LoraLayout",
     "LoraWeights",
+    "PairToLora",
     "autolora",
     "composed",
     "injected",
@@ -42,6 +43,7 @@ _ROOMS = {
     "LoraHeader": "formats",
     "LoraLayout": "lora",
     "LoraWeights": "lora",
+    "PairToLora": "pipelines",
     "autolora": "pipelines",
     "composed": "pipelines",
     "injected": "adapters",

@@ -6,5 +6,8 @@ from typing import Final
 AVATARS: Final = Path(__file__).parents[1] / "checkpoints" / "avatars"
 BASE: Final = AVATARS / "base"
 MODEL: Final = AVATARS / "image-to-lora"
+EDIT_BASE: Final = AVATARS / "edit-base"
+PAIR_MODEL: Final = AVATARS / "pair-to-lora"
 EVALUATOR: Final = AVATARS / "evaluator"
 BENCHMARK: Final = AVATARS / "test"
+EDIT_BENCHMARK: Final = AVATARS / "test-edits"

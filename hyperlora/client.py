@@ -20,6 +20,8 @@ from PIL import Image
 from hyperlora.errors import HyperloraError
 
 Photo = str | PathLike[str] | bytes | Image.Image
+Pair = tuple[Photo, Photo]
+_SIDES = ("before", "after")
 
 
 class ServerRefused(HyperloraError):
@@ -39,6 +41,16 @@ class Client:
     def make_lora(self, photos: Sequence[Photo], **options: Any) -> bytes:
         """A ``.safetensors`` file from photos of one subject; ``options`` are the form's: format, rank, strength..."""
         return _checked(self._http.post("/v1/loras", **_form(photos, options))).content
+
+    def make_change(self, pairs: Sequence[Pair], **options: Any) -> bytes:
+        """A ``.safetensors`` file of the edit that pairs (before, after) show."""
+        return _checked(self._http.post("/v1/loras", **_change(pairs, options))).content
+
+    def edit(
+        self, picture: Photo, pairs: Sequence[Pair] = (), lora: bytes | None = None, **options: Any
+    ) -> Image.Image:
+        """The picture after the edit that pairs show, or a LoRA of a change holds; ``options``: strength, seed..."""
+        return _opened(_checked(self._http.post("/v1/edits", **_edit(picture, pairs, lora, options))))
 
     def draw(self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any) -> Image.Image:
         """A picture, with LoRA files or ids of kept ones; ``options`` are the request's: seed, steps, strategy..."""
@@ -65,6 +77,16 @@ class AsyncClient:
         """As ``Client.make_lora``."""
         return _checked(await self._http.post("/v1/loras", **_form(photos, options))).content
 
+    async def make_change(self, pairs: Sequence[Pair], **options: Any) -> bytes:
+        """As ``Client.make_change``."""
+        return _checked(await self._http.post("/v1/loras", **_change(pairs, options))).content
+
+    async def edit(
+        self, picture: Photo, pairs: Sequence[Pair] = (), lora: bytes | None = None, **options: Any
+    ) -> Image.Image:
+        """As ``Client.edit``."""
+        return _opened(_checked(await self._http.post("/v1/edits", **_edit(picture, pairs, lora, options))))
+
     async def draw(self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any) -> Image.Image:
         """As ``Client.draw``."""
         return _opened(_checked(await self._http.post("/v1/images", json=_wanted(prompt, loras, options))))
@@ -88,6 +110,17 @@ def _options(url: str, key: str | None, options: dict[str, Any]) -> dict[str, An
 def _form(photos: Sequence[Photo], options: dict[str, Any]) -> dict[str, Any]:
     files = [("photos", (f"{i}", _bytes(photo))) for i, photo in enumerate(photos)]
     return {"files": files, "data": {name: str(value) for name, value in options.items()}}
+
+
+def _change(pairs: Sequence[Pair], options: dict[str, Any]) -> dict[str, Any]:
+    files = [(side, (f"{i}", _bytes(p))) for i, pair in enumerate(pairs) for side, p in zip(_SIDES, pair, strict=True)]
+    return {"files": files, "data": {name: str(value) for name, value in options.items()}}
+
+
+def _edit(picture: Photo, pairs: Sequence[Pair], lora: bytes | None, options: dict[str, Any]) -> dict[str, Any]:
+    form = _change(pairs, options)
+    form["files"] += [("picture", ("picture", _bytes(picture))), *([("lora", ("lora", lora))] if lora else [])]
+    return form
 
 
 def _wanted(prompt: str, loras: Sequence[bytes | str], options: dict[str, Any]) -> dict[str, Any]:

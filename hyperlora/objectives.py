@@ -64,6 +64,7 @@ def denoising_loss(
     draw: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
     change: Tensor | None = None,
+    beside: Tensor | None = None,
     **conditions: Any,
 ) -> Tensor:
     """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``injected``);
@@ -73,7 +74,8 @@ def denoising_loss(
     what chance would decide: u [batch] in [0, 1), the place of the timestep, and the noise, shaped like ``clean``.
     ``weight`` broadcasts onto ``clean``: how much each place counts, with a mean of 1 if the loss is to keep its scale.
     ``change``, shaped like ``clean``, is added to the clean latents that are wanted, in proportion to the noise: an
-    edit (2506.07992).
+    edit (2506.07992). ``beside``, of the same height and width, is what the denoiser sees beside the noised latents,
+    as further channels (InstructPix2Pix, 2211.09800).
     """
     steps = scheduler.config.num_train_timesteps
     u, noise = draw or (torch.rand(len(clean), device=clean.device), torch.randn_like(clean))
@@ -82,9 +84,16 @@ def denoising_loss(
     if change is not None:
         target = said_for(scheduler, x, clean + noise_share(scheduler, timesteps) * change, timesteps)
     with _attention_for(denoiser, clean):
-        said = denoiser(x, timesteps, **conditions).sample
+        seen = x if beside is None else torch.cat([x, beside.to(x)], 1)
+        said = denoiser(seen, timesteps, **conditions).sample
     error = F.mse_loss(said.float(), target.float(), reduction="none")
     return (error if weight is None else error * weight).mean((1, 2, 3))
+
+
+def edit_weight(before: Tensor, after: Tensor, most: float) -> Tensor:
+    """How much each place of an edit counts, [n, 1, h, w]: 1 where nothing changes, up to 1 + ``most``."""
+    changed = (after - before).abs().mean(1, keepdim=True) / after.std()
+    return 1 + most * changed.clamp(max=1)
 
 
 def _attention_for(denoiser: Any, latents: Tensor) -> AbstractContextManager[Any]:

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import nn
 
 
-def tiny_unet() -> nn.Module:
+def tiny_unet(in_channels: int = 4) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
+        in_channels=in_channels,
         sample_size=8,
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -118,6 +119,9 @@ class Bundle:
     model: Path
     evaluator: Path
     benchmark: Path
+    edit_base: Path
+    pair_model: Path
+    edit_benchmark: Path
 
     @property
     def subjects(self) -> Path:
@@ -135,11 +139,15 @@ _BACKBONE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     root = tmp_path_factory.mktemp("tiny")
-    made = Bundle(root / "base", root / "image-to-lora", root / "evaluator", root / "test")
+    names = ("base", "image-to-lora", "evaluator", "test", "edit-base", "pair-to-lora", "test-edits")
+    made = Bundle(*(root / name for name in names))
     _save_base(made.base)
     _save_model(made)
     _save_evaluator(made.evaluator)
     _save_benchmark(made.benchmark)
+    _save_edit_base(made)
+    _save_pair_model(made)
+    _save_edit_benchmark(made.edit_benchmark)
     return made
 
 
@@ -193,3 +201,45 @@ def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
         {"prompt": "a portrait of sks person, round glasses", "truth": {"glasses": "round glasses"}},
     ]
     (folder / "prompts.json").write_text(json.dumps(prompts))
+
+
+def _save_edit_base(made: Bundle) -> None:
+    from hyperlora.training.edit_base import write_edit_base
+
+    write_edit_base(made.edit_base, made.base, tiny_unet(8))
+
+
+def _save_pair_model(made: Bundle) -> None:
+    from hyperlora.adapters import layout_of
+    from hyperlora.encoders import VisionEncoder
+    from hyperlora.models import ChangeNetwork
+    from hyperlora.pipelines import PairToLora, load_base
+
+    base = load_base(made.edit_base)
+    torch.manual_seed(7)
+    encoder = VisionEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
+    layout = layout_of({"unet": base.denoiser}, "attention", 2, base.id)
+    network = ChangeNetwork(
+        layout, encoder.width, antisymmetric=True, width=16, depth=1, heads=2, head="basis", head_options={"size": 4}
+    )
+    with torch.no_grad():
+        network.hypernetwork.head_weight.normal_(std=0.3)
+    PairToLora(encoder, network, {"resolution": 16}).save_pretrained(made.pair_model)
+
+
+def _save_edit_benchmark(folder: Path) -> None:
+    """Two edits, each shown twice and asked for on two pictures: inverted, and darker."""
+    random = np.random.default_rng(1)
+    edits = {"inverted": lambda x: 255 - x, "darker": lambda x: x // 3}
+    for name, change in edits.items():
+        (folder / name).mkdir(parents=True)
+        for stem in ("shown-0", "shown-1", "other-0", "other-1"):
+            before = np.kron(random.integers(0, 256, (4, 4, 3)), np.ones((5, 5, 1))).astype(np.uint8)
+            Image.fromarray(before).save(folder / name / f"{stem}_before.png")
+            Image.fromarray(change(before)).save(folder / name / f"{stem}_after.png")
+    facts = [
+        {"name": "inverted", "kind": "negative", "group": "seen kinds", "instruction": "negative", "truth": {}},
+        {"name": "darker", "kind": "glasses", "group": "unseen kinds", "instruction": "dark",
+         "truth": {"glasses": "round glasses"}},
+    ]  # fmt: skip
+    (folder / "edits.json").write_text(json.dumps(facts))

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import python_avatars as pa
 import resvg_py
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
 from data_builder.avatars import vocabulary as words
 from data_builder.avatars.people import Identity, Rgb, Scene
@@ -24,13 +24,13 @@ def draw(person: Identity, scene: Scene, size: int = 128) -> Image.Image:
     """The portrait, RGB, ``size`` x ``size`` pixels."""
     png = resvg_py.svg_to_bytes(
         svg_string=svg(person, scene),
-        background=words.BACKGROUND[scene.background],
+        background=words.color(words.BACKGROUND, scene.background),
         width=size,
         height=size,
         skip_system_fonts=True,
     )
     image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    return stylized(image, scene.style)
+    return toned(stylized(image, scene.style), scene.tone)
 
 
 def svg(person: Identity, scene: Scene) -> str:
@@ -39,7 +39,7 @@ def svg(person: Identity, scene: Scene) -> str:
     text = pa.Avatar(
         style=pa.AvatarStyle.TRANSPARENT,
         top=pa.HatType[hat] if hat != "NONE" else pa.HairType[words.HAIR[person.hair]],
-        hat_color=words.GARMENT_COLOR[scene.garment_color],
+        hat_color=words.color(words.GARMENT_COLOR, scene.garment_color),
         eyebrows=pa.EyebrowType[words.EYEBROWS[person.eyebrows]],
         eyes=pa.EyeType[words.EYES[scene.eyes]],
         nose=pa.NoseType[words.NOSE[person.nose]],
@@ -50,7 +50,7 @@ def svg(person: Identity, scene: Scene) -> str:
         facial_hair_color=_hex(person.facial_hair_rgb),
         accessory=pa.AccessoryType[words.GLASSES[scene.glasses]],
         clothing=pa.ClothingType[words.GARMENT[scene.garment]],
-        clothing_color=words.GARMENT_COLOR[scene.garment_color],
+        clothing_color=words.color(words.GARMENT_COLOR, scene.garment_color),
     ).render()
     d, h, n, m = person.eye_distance, person.eye_height, person.nose_scale, person.mouth_scale
     pose = f"translate({scene.shift_x:.3f} {scene.shift_y:.3f}) rotate({scene.roll:.3f} 132 200) " + _about(
@@ -89,6 +89,24 @@ def stylized(image: Image.Image, style: str) -> Image.Image:
             ratio = np.asarray(gray, np.float32) / np.maximum(np.asarray(blurred, np.float32), 1)
             return Image.fromarray((np.clip(ratio, 0, 1) ** 2 * 255).astype(np.uint8)).convert("RGB")
     raise ValueError(f"unknown style {style!r}; known: {', '.join(words.STYLE)}")
+
+
+def toned(image: Image.Image, tone: str) -> Image.Image:
+    """The picture in one of ``vocabulary.TONE``'s lights (same size)."""
+    match tone:
+        case "plain":
+            return image
+        case "dark":
+            return ImageEnhance.Brightness(image).enhance(0.55)
+        case "bright":
+            return Image.blend(image, Image.new("RGB", image.size, "white"), 0.4)
+        case "warm":
+            return ImageChops.multiply(image, Image.new("RGB", image.size, "#ffdca0"))
+        case "cold":
+            return ImageChops.multiply(image, Image.new("RGB", image.size, "#a8c8ff"))
+        case "soft":
+            return Image.blend(image, Image.new("RGB", image.size, "#808080"), 0.5)
+    raise ValueError(f"unknown light {tone!r}; known: {', '.join(words.TONE)}")
 
 
 def _about(x: float, y: float, scale_x: float, scale_y: float) -> str:

@@ -7,7 +7,7 @@ from data_builder.avatars.people import Identity, Scene
 
 EDITS: Final = (
     "glasses", "hat", "facial_hair", "hair_color", "hair", "expression", "eyes", "garment", "garment_color",
-    "background", "skin", "style",
+    "background", "skin", "style", "tone",
 )  # fmt: skip
 """Attributes that ``edited`` can change, promptable and identity ones."""
 
@@ -17,7 +17,8 @@ _RGB = {"hair_color": "hair_rgb", "skin": "skin_rgb", "facial_hair_color": "faci
 
 
 def edited(person: Identity, scene: Scene, **changes: str) -> tuple[Identity, Scene]:
-    """Person and scene after the named changes, e.g. ``edited(p, s, glasses="sunglasses", style="sepia")``.
+    """Person and scene after the named changes, e.g. ``edited(p, s, glasses="sunglasses", style="sepia")``. A colour is
+    a name or ``#rrggbb``.
 
     Raises ``ValueError`` for an attribute that is not in ``EDITS``.
     """
@@ -26,13 +27,12 @@ def edited(person: Identity, scene: Scene, **changes: str) -> tuple[Identity, Sc
     for name, value in changes.items():
         if name not in EDITS:
             raise ValueError(f"cannot edit {name!r}; editable: {', '.join(EDITS)}")
-        if name in words.PROMPT_ATTRIBUTES:
+        if name in words.PROMPT_ATTRIBUTES or name == "tone":
             scene = _with(scene, name, value)
             continue
         person = _with(person, name, value)
         if name in _RGB:
-            table = words.SKIN if name == "skin" else words.HAIR_COLOR
-            color = table[value]
+            color = words.color(words.SKIN if name == "skin" else words.HAIR_COLOR, value)
             person = _with(person, _RGB[name], tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)))
     return person, scene
 

@@ -9,7 +9,6 @@ from diffusers import AutoencoderKL
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from data_builder.avatars.portraits import Portraits
 from hyperlora.data.images import sha256_of
 from hyperlora.pipelines import load_base
 from hyperlora.pipelines.image_to_lora import denoiser_encoder
@@ -17,9 +16,9 @@ from hyperlora.progress import track
 
 
 def latents_of(folder: str | Path, vae: str | Path) -> np.ndarray:
-    """The scaled mean latents of a portraits folder, float16 [n, channels, h, w], memory-mapped; encoded on the first
-    call for an autoencoder (told apart by its weights)."""
-    images = Portraits(folder).images
+    """The scaled mean latents of a folder of drawn pictures, float16 [n, channels, h, w], memory-mapped; encoded on the
+    first call for an autoencoder (told apart by its weights)."""
+    images = np.load(Path(folder) / "images.npy", mmap_mode="r")
 
     def encoder() -> Callable[[int, int], Tensor]:
         model = AutoencoderKL.from_pretrained(vae).eval()

@@ -52,6 +52,7 @@ class Scene:
     background: str = "white"
     hat: str = "none"
     style: str = "plain"
+    tone: str = "plain"
     roll: float = 0.0
     shift_x: float = 0.0
     shift_y: float = 0.0

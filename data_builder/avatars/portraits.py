@@ -2,9 +2,11 @@
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -47,22 +49,31 @@ class Portraits:
 
 
 def draw_portraits(folder: Path, plan: Plan, workers: int | None = None) -> None:
-    """Draw a dataset into ``folder``; does nothing if the same plan is already there. ``plan.json`` is written last,
-    so an interrupted run leaves no dataset that looks complete."""
+    """Draw a dataset into ``folder``; does nothing if the same plan is already there."""
+    jobs = ((seed, plan.each, plan.size) for seed in plan.seeds())
+    draw_into(
+        folder, asdict(plan), plan.people, plan.each, plan.size, _draw_person, jobs, f"{plan.split} people", workers
+    )
+
+
+def draw_into(
+    folder: Path, plan: dict[str, Any], jobs_count: int, each: int, size: int, work: Callable[[Any], np.ndarray],
+    jobs: Iterable[Any], label: str, workers: int | None = None,
+) -> None:  # fmt: skip
+    """``images.npy`` of what ``work`` draws for every job, ``each`` pictures a job, and ``plan.json``, which is written
+    last, so an interrupted run leaves no dataset that looks complete."""
     done = folder / "plan.json"
-    if done.exists() and json.loads(done.read_text()) == asdict(plan):
+    if done.exists() and json.loads(done.read_text()) == plan:
         return
     done.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    shape = (plan.people * plan.each, plan.size, plan.size, 3)
-    images = open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+    images = open_memmap(folder / "images.npy", "w+", np.uint8, (jobs_count * each, size, size, 3))
     with get_context("spawn").Pool(workers or os.cpu_count()) as pool:
-        jobs = ((seed, plan.each, plan.size) for seed in plan.seeds())
-        drawn = pool.imap(_draw_person, jobs, chunksize=8)
-        for i, portraits in enumerate(track(drawn, f"drawing {plan.split}", "people", plan.people)):
-            images[i * plan.each : (i + 1) * plan.each] = portraits
+        drawn = pool.imap(work, jobs, chunksize=8)
+        for i, pictures in enumerate(track(drawn, "drawing", label, jobs_count)):
+            images[i * each : (i + 1) * each] = pictures
     images.flush()
-    done.write_text(json.dumps(asdict(plan)))
+    done.write_text(json.dumps(plan))
 
 
 def _draw_person(job: tuple[int, int, int]) -> np.ndarray:

@@ -68,6 +68,8 @@ HAT: Final = {
     "none": "NONE", "hat": "HAT", "hijab": "HIJAB", "turban": "TURBAN", "winter hat": "WINTER_HAT_2",
 }  # fmt: skip
 STYLE: Final = ("plain", "grayscale", "sepia", "pencil", "pixel", "negative")
+TONE: Final = ("plain", "dark", "bright", "warm", "cold", "soft")
+"""Light over the whole picture. No caption or prompt names it: only before/after pairs change it."""
 
 IDENTITY_ATTRIBUTES: Final = {
     "hair": tuple(HAIR), "hair_color": tuple(HAIR_COLOR), "skin": tuple(SKIN), "facial_hair": tuple(FACIAL_HAIR),
@@ -78,3 +80,8 @@ PROMPT_ATTRIBUTES: Final = {
     "garment_color": tuple(GARMENT_COLOR), "background": tuple(BACKGROUND), "hat": tuple(HAT), "style": STYLE,
 }  # fmt: skip
 GEOMETRY: Final = ("eye_distance", "eye_height", "nose_scale", "mouth_scale", "face_width")
+
+
+def color(table: dict[str, str], value: str) -> str:
+    """``#rrggbb`` of a colour given by its name in ``table`` or as ``#rrggbb``."""
+    return value if value.startswith("#") else table[value]

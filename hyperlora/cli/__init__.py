@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hyperlora.cli import algebra, demo, evaluate, generate, inspect, render, serve, train
+from hyperlora.cli import algebra, demo, edit, evaluate, generate, inspect, render, serve, train
 from hyperlora.errors import HyperloraError
 
 
@@ -30,6 +30,7 @@ class _Verbs(TyperGroup):
 app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command(cls=edit.EditCommand)(edit.edit)
 app.command()(render.render)
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)

@@ -68,6 +68,46 @@ def demo(
     Console().print(table)
     typer.echo(f"{seconds * 1000:.0f} ms from photo to LoRA on {torch.get_num_threads()} threads")
     typer.echo(f"pictures: {out / 'demo.png'}; LoRA files (diffusers and kohya): {out}")
+    _edits(out)
+
+
+def _edits(out: Path) -> None:
+    """``edits.png``: one edit of every kind shown by a pair, on three people never seen in training, and undone."""
+    from hyperlora import bundle
+    from hyperlora.data import to_image
+    from hyperlora.encoders import Reader
+    from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+    from hyperlora.evaluation.edit_table import pair_loras
+    from hyperlora.evaluation.editing import EditJudge
+    from hyperlora.evaluation.personalisation import pixels_of
+    from hyperlora.evaluation.report import contact_sheet
+    from hyperlora.formats import LoraHeader, save_lora
+    from hyperlora.pipelines import PairToLora, load_base
+    from hyperlora.pipelines.editing import apply_edit
+
+    base = load_base(bundle.EDIT_BASE)
+    model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=base)
+    benchmark = load_edit_benchmark(bundle.EDIT_BENCHMARK, base.resolution)
+    judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=12)
+    pair_loras(model, benchmark, 1)  # warm up
+    lora, seconds = pair_loras(model, benchmark, 1)
+    row = judge.row("edits", lora)
+    firsts = [sum(len(e.others) for e in benchmark.edits[:i]) for i in range(len(benchmark.edits))]
+    back = pixels_of(apply_edit(base, row.pictures[firsts], -lora, seeds=[0] * len(firsts), steps=judge.steps))
+    grid = []
+    for i, (edit, first) in enumerate(zip(benchmark.edits, firsts, strict=True)):
+        header = LoraHeader(title=edit.name, architecture=base.architecture)
+        save_lora(lora[i], out / "edits" / f"{edit.name}.safetensors", header=header)
+        pictures = [edit.shown[0, 0], edit.shown[0, 1]]
+        for j, other in enumerate(edit.others[:3]):
+            pictures += [other[0], row.pictures[first + j]]
+        grid.append([to_image(x) for x in (*pictures, back[i])])
+    people = [title for n in range(3) for title in (f"person {n + 1}", "edited alike")]
+    contact_sheet(["before", "after", *people, "undone again"], grid).save(out / "edits.png")
+    for group in benchmark.groups:
+        score, kept = row.score("accuracy", group), row.score("preservation", group)
+        typer.echo(f"edits, {group}: made {score}, the rest kept {kept}")
+    typer.echo(f"{seconds * 1000:.0f} ms from a pair to a LoRA; pictures: {out / 'edits.png'}; files: {out / 'edits'}")
 
 
 def _short(prompt: str) -> str:

@@ -8,11 +8,12 @@ import typer
 
 
 def evaluate(
-    subjects: Annotated[Path | None, typer.Argument(help="Benchmark, or any folder of subjects.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of an ImageToLora model.")] = None,
+    subjects: Annotated[Path | None, typer.Argument(help="Benchmark, or any folder of subjects or pairs.")] = None,
+    task: Annotated[str, typer.Option(help="portrait (LoRAs from photos) or edit (from pairs).")] = "portrait",
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of an ImageToLora (PairToLora) model.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     evaluator: Annotated[Path | None, typer.Option(help="Folder of the evaluator network.")] = None,
-    people: Annotated[int | None, typer.Option(min=1, help="Only the first so many subjects.")] = None,
+    people: Annotated[int | None, typer.Option(min=1, help="Only so many subjects (edits per group).")] = None,
     refine: Annotated[int, typer.Option(min=0, help="Also refined with so many steps.")] = 0,
     fit: Annotated[int, typer.Option(min=0, help="Also LoRAs fitted per subject, so many steps.")] = 0,
     fit_lr: Annotated[float, typer.Option(help="Learning rate of those.")] = 1e-3,
@@ -21,12 +22,22 @@ def evaluate(
     report: Annotated[Path | None, typer.Option(help="Folder for the table, pictures and plot.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
 ) -> None:
-    """Identity and prompt scores of a model on unseen subjects, with every control."""
+    """Scores of a model on unseen people, with every control: identity and prompt, or accuracy and preservation."""
+    from hyperlora.cli.output import require_folder
+    from hyperlora.errors import BadRequest
+
+    if task not in ("portrait", "edit"):
+        raise BadRequest(f"unknown task {task!r}; known: portrait, edit")
+    if report is not None:
+        require_folder(report)
+    if task == "edit":
+        _edits(subjects, model, base, evaluator, people, fit, fit_lr, steps, report, as_json)
+        return
+
     from rich.console import Console
     from rich.markdown import Markdown
 
     from hyperlora import bundle
-    from hyperlora.cli.output import require_folder
     from hyperlora.encoders import Reader
     from hyperlora.evaluation.benchmark import load_benchmark
     from hyperlora.evaluation.personalisation import Judge
@@ -36,8 +47,6 @@ def evaluate(
     from hyperlora.heap import keep_heap
     from hyperlora.pipelines import ImageToLora, load_base
 
-    if report is not None:
-        require_folder(report)
     keep_heap()
     frozen = load_base(base or bundle.BASE)
     network = ImageToLora.from_pretrained(model or bundle.MODEL, base=frozen)
@@ -58,3 +67,36 @@ def evaluate(
         typer.echo("P needs prompts with known truth (prompts.json with truth): left out")
     if benchmark.others.shape[1] < 2:
         typer.echo("I has no second real photo to compare with: 1 means an identical embedding")
+
+
+def _edits(
+    pairs: Path | None, model: str | None, base: str | None, evaluator: Path | None, limit: int | None, fit: int,
+    fit_lr: float, steps: int, report: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from hyperlora import bundle
+    from hyperlora.encoders import Reader
+    from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+    from hyperlora.evaluation.edit_report import edit_markdown, edits_as_json, write_edit_report
+    from hyperlora.evaluation.edit_table import edit_rows, pair_loras, undone
+    from hyperlora.evaluation.editing import EditJudge
+    from hyperlora.heap import keep_heap
+    from hyperlora.pipelines import PairToLora, load_base
+    from hyperlora.pipelines.editing import require_editing
+
+    keep_heap()
+    frozen = load_base(base or bundle.EDIT_BASE)
+    require_editing(frozen)
+    network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
+    benchmark = load_edit_benchmark(pairs or bundle.EDIT_BENCHMARK, frozen.resolution, limit)
+    judge = EditJudge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps)
+    rows = list(edit_rows(judge, network, fit_steps=fit, fit_lr=fit_lr))
+    reverse = undone(judge, pair_loras(network, benchmark, 1)[0])
+    if report is not None:
+        write_edit_report(report, rows, reverse)
+    if as_json:
+        typer.echo(json.dumps(edits_as_json(rows, reverse)))
+        return
+    Console().print(Markdown(edit_markdown(rows, reverse)))

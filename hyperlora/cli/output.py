@@ -1,9 +1,13 @@
-"""Where a verb may write, asked before anything slow begins."""
+"""Where a verb may write, asked before anything slow begins; and writing pictures."""
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hyperlora.errors import BadRequest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def require_file(path: Path, suffix: str) -> None:
@@ -22,3 +26,11 @@ def require_folder(path: Path) -> None:
         raise BadRequest(f"cannot write into {str(path)!r}: {str(nearest)!r} is a file, a folder was expected")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise BadRequest(f"cannot write into {str(path)!r}: no permission in {str(nearest)!r}, choose another folder")
+
+
+def write_picture(picture: "Image.Image", path: Path) -> None:
+    """``path`` (PNG), whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    picture.save(part, "PNG")
+    part.replace(path)

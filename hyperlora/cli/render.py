@@ -34,7 +34,7 @@ def render(
     from functools import partial
 
     from hyperlora import bundle
-    from hyperlora.cli.output import require_file
+    from hyperlora.cli.output import require_file, write_picture
     from hyperlora.errors import BadRequest
     from hyperlora.heap import keep_heap
     from hyperlora.pipelines import load_base
@@ -64,10 +64,7 @@ def render(
             width=width,
             height=height,
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    image.save(part, "PNG")
-    part.replace(out)
+    write_picture(image, out)
     typer.echo(str(out))
 
 

@@ -13,6 +13,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     model: Annotated[str | None, typer.Option(help="Folder or hub id of an ImageToLora model.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
+    pair_model: Annotated[str | None, typer.Option(help="PairToLora model, for before/after pairs.")] = None,
+    edit_base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix) of that model.")] = None,
+    edits: Annotated[bool, typer.Option(help="Take before/after pairs too.")] = True,
     loras: Annotated[Path | None, typer.Option(help="Folder of LoRA files that prompts may name.")] = None,
     state: Annotated[Path | None, typer.Option(help="Where jobs and kept files lie.")] = None,
     keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line; also HYPERLORA_API_KEYS.")] = None,
@@ -28,6 +31,7 @@ def serve(
         from limits import parse
 
         from hyperlora.service import LocalEngine, ServiceSettings, create_app
+        from hyperlora.service.changes import Changes
         from hyperlora.service.settings import keys_from
         from hyperlora.service.storage import owned
     except ImportError as error:
@@ -36,7 +40,7 @@ def serve(
 
     from hyperlora import bundle
     from hyperlora.heap import keep_heap
-    from hyperlora.pipelines import ImageToLora, load_base
+    from hyperlora.pipelines import ImageToLora, PairToLora, load_base
     from hyperlora.service.observing import configure_logging
 
     known = keys_from(keys)
@@ -55,11 +59,15 @@ def serve(
     keep_heap()
     frozen = load_base(base or bundle.BASE)
     network = ImageToLora.from_pretrained(model or bundle.MODEL, base=frozen)
+    changes = None
+    if edits:
+        canvas = load_base(edit_base or bundle.EDIT_BASE)
+        changes = Changes(PairToLora.from_pretrained(pair_model or bundle.PAIR_MODEL, base=canvas), canvas)
 
     def engine(observe: object) -> LocalEngine:
         return LocalEngine(
             network, frozen, loras, queue=settings.queue, batch=settings.batch, pictures=settings.pictures,
-            observe=observe,  # type: ignore[arg-type]
+            observe=observe, changes=changes,  # type: ignore[arg-type]
         )  # fmt: skip
 
     app = create_app(engine, settings)

@@ -1,6 +1,19 @@
 """What comes in: pictures read safely, and the subjects a folder of pictures holds."""
 
 from hyperlora.data.images import image_files, read_image, sha256_of, to_image, to_tensor
+from hyperlora.data.pairs import HubPairs, ImagePair, named_pairs, pairs_in
 from hyperlora.data.subjects import Subject, subjects_in
 
-__all__ = ["Subject", "image_files", "read_image", "sha256_of", "subjects_in", "to_image", "to_tensor"]
+__all__ = [
+    "HubPairs",
+    "ImagePair",
+    "Subject",
+    "image_files",
+    "named_pairs",
+    "pairs_in",
+    "read_image",
+    "sha256_of",
+    "subjects_in",
+    "to_image",
+    "to_tensor",
+]

@@ -2,12 +2,14 @@
 
 LiDB (2307.06949, eq. 2):  ΔW = (A_aux A_train)(B_train B_aux)   A_aux, B_aux fixed, random, orthogonal, from a seed
 learned basis (2503.16944, eq. 3):  down = D_0 + Σ c_i D_i,  up = Σ c'_i U_i    D, U learned with the hypernetwork
+softmax basis (LoRWeB, 2602.15727):  down = Σ softmax(c)_i D_i,  up = Σ softmax(c')_i U_i
+full:  the factors themselves, one linear layer for each (2411.19156)
 
-Both are modules whose ``forward`` takes one code per factor and site, [*batch, sites, code_size], and whose zero ``up``
-code gives ΔW = 0.
+All are modules whose ``forward`` takes one code per factor and site, [*batch, sites, code_size], and whose zero ``up``
+code gives ΔW = 0 (of the softmax basis: at initialisation).
 """
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -78,14 +80,54 @@ class LearnedBasis(nn.Module):
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
-def parametrisation(kind: str, layout: LoraLayout, **options: Any) -> "LiDB | LearnedBasis":
-    """``lidb`` or ``basis`` by name, as configs do. Raises ``BadRequest`` for another."""
-    match kind:
-        case "lidb":
-            return LiDB(layout, **options)
-        case "basis":
-            return LearnedBasis(layout, **options)
-    raise BadRequest(f"unknown parametrisation {kind!r}; known: lidb, basis")
+class SoftmaxBasis(LearnedBasis):
+    """A mix of ``size`` learned LoRAs whose shares are positive and add up to 1."""
+
+    def __init__(self, layout: LoraLayout, size: int = 32) -> None:
+        super().__init__(layout, size)
+        for up in self.up:
+            nn.init.zeros_(up)
+
+    def start(self) -> Tensor:
+        """Codes [2 * sites, size]: equal shares."""
+        return torch.zeros(2 * len(self.layout.sites), self.code_size)
+
+    def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
+        """``down``, ``up`` [*batch, sites, size], before the softmax."""
+        return super().forward(down.softmax(-1), up.softmax(-1))
+
+
+class Full(nn.Module):
+    """The factors themselves, padded to the widest site's: nothing is shared between sites."""
+
+    def __init__(self, layout: LoraLayout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.code_size = layout.rank * max(max(s.fan_in, s.fan_out) for s in layout.sites)
+
+    def start(self) -> Tensor:
+        """Codes [2 * sites, code_size]: ordinary LoRA initialisation."""
+        down = torch.stack([torch.randn(self.code_size) * s.fan_in**-0.5 for s in self.layout.sites])
+        return torch.cat([down, torch.zeros_like(down)])
+
+    def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
+        """``down``, ``up`` [*batch, sites, code_size]."""
+        rank, downs, ups = self.layout.rank, [], []
+        for i, site in enumerate(self.layout.sites):
+            downs.append(down[..., i, : rank * site.fan_in].unflatten(-1, (rank, site.fan_in)))
+            ups.append(up[..., i, : site.fan_out * rank].unflatten(-1, (site.fan_out, rank)))
+        return LoraWeights(self.layout, tuple(downs), tuple(ups))
+
+
+_KINDS: Final = {"lidb": LiDB, "basis": LearnedBasis, "softmax": SoftmaxBasis, "full": Full}
+
+
+def parametrisation(kind: str, layout: LoraLayout, **options: Any) -> "LiDB | LearnedBasis | Full":
+    """One of ``_KINDS`` by name, as configs do. Raises ``BadRequest`` for another."""
+    if kind not in _KINDS:
+        raise BadRequest(f"unknown parametrisation {kind!r}; known: {', '.join(_KINDS)}")
+    made: LiDB | LearnedBasis | Full = _KINDS[kind](layout, **options)
+    return made
 
 
 def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

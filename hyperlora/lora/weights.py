@@ -110,6 +110,11 @@ class LoraWeights:
         squares = (((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True))
         return torch.stack(tuple(squares), -1).clamp_min(0).sqrt()
 
+    def squared_norm(self) -> Tensor:
+        """‖ΔW‖², the mean over batch and sites; unlike ``norms`` it has a gradient at ΔW = 0, where training begins."""
+        squares = (((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True))
+        return torch.stack(tuple(squares)).mean()
+
     def __mul__(self, strength: float | Tensor) -> "LoraWeights":
         """ΔW times a number, or times one per LoRA of the batch ([*batch])."""
         if isinstance(strength, Tensor) and strength.ndim:

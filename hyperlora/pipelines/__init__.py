@@ -4,7 +4,8 @@ from hyperlora.pipelines.bases import Base, load_base
 from hyperlora.pipelines.composition import composed
 from hyperlora.pipelines.guidance import autolora
 from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.refining import refine
 from hyperlora.pipelines.rendering import render
 
-__all__ = ["Base", "ImageToLora", "autolora", "composed", "load_base", "refine", "render"]
+__all__ = ["Base", "ImageToLora", "PairToLora", "autolora", "composed", "load_base", "refine", "render"]

@@ -70,6 +70,8 @@ class Base:
         """What the UNet is called with for these prompts: ``encoder_hidden_states`` [n, tokens, width] and, for SDXL,
         ``added_cond_kwargs`` (pooled text, and sizes of an uncropped picture)."""
         pipe = self.pipeline
+        if not hasattr(pipe, "encode_prompt"):  # InstructPix2Pix
+            return {"encoder_hidden_states": pipe._encode_prompt(prompts, pipe.device, 1, False)}
         if not hasattr(pipe, "text_encoder_2"):
             text, _ = pipe.encode_prompt(prompts, pipe.device, 1, False)
             return {"encoder_hidden_states": text}

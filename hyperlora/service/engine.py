@@ -19,7 +19,9 @@ from hyperlora.lora.merging import align, merge
 from hyperlora.pipelines import Base, ImageToLora, autolora, composed, render
 from hyperlora.pipelines.generating import Photos, Settings, check, finished, header_of, predicted
 from hyperlora.pipelines.prompts import called_for, mentions, strengths
+from hyperlora.pipelines.released import ReleasedModel
 from hyperlora.service.batching import Batcher, Expired, Work
+from hyperlora.service.changes import ChangeOrder, Changes, EditOrder, Noticed
 
 READERS: Final = 2
 """Photos and LoRA files that are unfolded at a time."""
@@ -93,13 +95,22 @@ class Engine(Protocol):
 
     async def picture(self, order: PictureOrder, seconds: float) -> Image.Image: ...
 
+    async def change(self, order: ChangeOrder, seconds: float) -> Noticed:
+        """A ``.safetensors`` file of a before/after pair's change."""
+        ...
+
+    async def edited(self, order: EditOrder, seconds: float) -> Noticed:
+        """A picture with a change made on it."""
+        ...
+
     def close(self, seconds: float) -> None:
         """Finish what waits; after ``seconds``, leave it."""
         ...
 
 
 class LocalEngine:
-    """An ``ImageToLora`` and its base in this process. ``loras`` is the folder that prompts may name files of."""
+    """An ``ImageToLora`` and its base in this process, and what makes ``changes`` if it is there. ``loras`` is the
+    folder that prompts may name files of."""
 
     def __init__(
         self,
@@ -111,10 +122,11 @@ class LocalEngine:
         batch: int = 32,
         pictures: int = 8,
         observe: Callable[[str, int], None] | None = None,
+        changes: Changes | None = None,
     ) -> None:
         model.layout.require_base(base.id)
         self.model, self.base, self.folder = model, base, loras
-        self.batch, self.largest = batch, pictures
+        self.batch, self.largest, self.changes = batch, pictures, changes
 
         def seen(key: Hashable, size: int) -> None:
             if observe is not None and isinstance(key, tuple):
@@ -135,14 +147,8 @@ class LocalEngine:
         self._batcher.close(seconds)
 
     def models(self) -> list[ModelFacts]:
-        layout, card = self.model.layout, self.model.card
-        return [
-            ModelFacts(
-                "image-to-lora", "image-to-lora", layout.base, layout.rank, len(layout.sites), layout.fingerprint,
-                str(card.get("trigger_phrase", "")), str(card.get("license", "")), self.base.resolution,
-                "kohya" if "unet" in layout.components else "diffusers",
-            )
-        ]  # fmt: skip
+        facts = [_facts("image-to-lora", self.model, self.base)]
+        return [*facts, _facts("pair-to-lora", self.changes.model, self.changes.base)] if self.changes else facts
 
     async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> bytes:
         settings = order.settings
@@ -172,6 +178,17 @@ class LocalEngine:
         schedule = None if always else partial(strengths, named, always=len(order.loras))
         work = Work(("composed", object()), partial(self._compose, order, schedule))
         return await self._done(work, (text, files, weights), seconds)
+
+    async def change(self, order: ChangeOrder, seconds: float) -> Noticed:
+        return await self._changes().lora(order, seconds, self._done, self._readers)
+
+    async def edited(self, order: EditOrder, seconds: float) -> Noticed:
+        return await self._changes().picture(order, seconds, self._done, self._readers, MAX_NUMBERS)
+
+    def _changes(self) -> Changes:
+        if self.changes is None:
+            raise BadRequest("this server has no model for before/after pairs: send photos of a subject")
+        return self.changes
 
     async def _done(self, work: Work, payload: Any, seconds: float) -> Any:
         return await asyncio.wrap_future(self._batcher.submit(work, payload, seconds))
@@ -258,6 +275,15 @@ class LocalEngine:
             )  # fmt: skip
         with context:
             return render(self.base, [text], None, seeds=[order.seed], **_how(order))
+
+
+def _facts(kind: str, model: ReleasedModel, base: Base) -> ModelFacts:
+    layout, card = model.layout, model.card
+    return ModelFacts(
+        kind, kind, layout.base, layout.rank, len(layout.sites), layout.fingerprint,
+        str(card.get("trigger_phrase", "")), str(card.get("license", "")), base.resolution,
+        "kohya" if "unet" in layout.components else "diffusers",
+    )  # fmt: skip
 
 
 def _how(order: PictureOrder) -> dict[str, Any]:

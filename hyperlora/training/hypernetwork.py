@@ -11,7 +11,6 @@ from torch import Tensor
 from hyperlora.adapters import injected, layout_of
 from hyperlora.encoders import Reader, VisionEncoder
 from hyperlora.features import ImageFeatures
-from hyperlora.lora import LoraWeights
 from hyperlora.models import Hypernetwork
 from hyperlora.objectives import denoising_loss
 from hyperlora.pipelines import ImageToLora, load_base
@@ -85,7 +84,7 @@ class HypernetworkTraining(L.LightningModule):
         weights = self.model.hypernetwork.expand(codes)
         with injected(self.base.denoiser, weights):
             denoising = self._denoising(batch)
-        size = _squared_norm(weights)
+        size = weights.squared_norm()
         loss = denoising + self.hparams["output_l2"] * size
         self.log_dict({"train/loss": denoising, "train/delta": size.detach().sqrt()}, prog_bar=True)
         if self.codes is not None and self.hparams["weight_loss"] > 0:
@@ -120,9 +119,3 @@ class HypernetworkTraining(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_one_cycle(self, self.model.hypernetwork.parameters(), self.hparams["lr"])
-
-
-def _squared_norm(weights: LoraWeights) -> Tensor:
-    """‖ΔW‖², the mean over batch and sites. ``norms()`` has no gradient at ΔW = 0, where training begins."""
-    squares = [((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(weights.down, weights.up, strict=True)]
-    return torch.stack(squares).mean()

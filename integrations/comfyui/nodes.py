@@ -1,4 +1,4 @@
-"""Three nodes: images to a LoRA (in this process or by a server), apply it, save it.
+"""Four nodes: images, or a pair before and after an edit, to a LoRA (in this process or by a server); apply; save it.
 
 A LoRA travels between them as the bytes of a ``.safetensors`` file, under the type HYPERLORA. ComfyUI reads kohya's
 keys for UNets and diffusers' for transformers, so that is how the file is written.
@@ -60,6 +60,41 @@ class ImagesToLora:
         return (lora_bytes(weights, format=style, header=header_of(network, "LoRA", photos)),)
 
 
+class PairToLora:
+    """The change from one image to another; further images in the batches are further pairs of the same edit."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("HYPERLORA",)
+    DESCRIPTION = "A LoRA of the edit between an image before and after it, for an InstructPix2Pix model."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {"before": ("IMAGE",), "after": ("IMAGE",)},
+            "optional": {
+                "model": ("STRING", {"default": "", "tooltip": "Folder or hub id; empty: the bundled one."}),
+                "server": ("STRING", {"default": "", "tooltip": "Address of a hyperlora server; empty: here."}),
+            },
+        }
+
+    def make(self, before: torch.Tensor, after: torch.Tensor, model: str = "", server: str = "") -> tuple[bytes]:
+        """``before`` and ``after`` [n, h, w, 3] in [0, 1]."""
+        if before.shape != after.shape:
+            raise ValueError(f"before is {list(before.shape)}, after {list(after.shape)}: the same size is expected")
+        pairs = [(_png(a), _png(b)) for a, b in zip(before, after, strict=True)]
+        if server:
+            from hyperlora import Client
+
+            with Client(server, os.environ.get(KEY_VARIABLE)) as client:
+                return (client.make_change(pairs, format="kohya"),)
+        from hyperlora.formats import LoraHeader, lora_bytes
+
+        network = _pair_model(model)
+        header = LoraHeader(title="change", architecture=str(network.card.get("architecture", "")))
+        return (lora_bytes(network(pairs), format="kohya", header=header),)
+
+
 class ApplyLora:
     """On a model and, if given, its text encoder."""
 
@@ -118,11 +153,13 @@ class SaveLora:
 
 NODE_CLASS_MAPPINGS = {
     "HyperloraImagesToLora": ImagesToLora,
+    "HyperloraPairToLora": PairToLora,
     "HyperloraApply": ApplyLora,
     "HyperloraSave": SaveLora,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "HyperloraImagesToLora": "Images to LoRA",
+    "HyperloraPairToLora": "Pair to LoRA",
     "HyperloraApply": "Apply LoRA (hyperlora)",
     "HyperloraSave": "Save LoRA (hyperlora)",
 }
@@ -133,6 +170,13 @@ def _model(name: str) -> Any:
     from hyperlora import ImageToLora, bundle
 
     return ImageToLora.from_pretrained(name or bundle.MODEL)
+
+
+@lru_cache(maxsize=1)
+def _pair_model(name: str) -> Any:
+    from hyperlora import PairToLora, bundle
+
+    return PairToLora.from_pretrained(name or bundle.PAIR_MODEL)
 
 
 def _png(image: torch.Tensor) -> bytes:

@@ -77,3 +77,20 @@ def test_images_to_a_saved_lora(pack: ModuleType, bundle: Any, tmp_path: Path, m
     assert [p.name for p in sorted((tmp_path / "loras").iterdir())] == sorted(names)
     assert len(set(names)) == 2
     assert (tmp_path / "loras" / names[1]).read_bytes() == made
+
+
+def test_a_pair_to_a_lora(pack: ModuleType, bundle: Any) -> None:
+    from hyperlora.data import to_image
+    from hyperlora.pipelines import PairToLora
+
+    before = torch.rand(1, 20, 20, 3, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
+    after = 1 - before
+    node = pack.NODE_CLASS_MAPPINGS["HyperloraPairToLora"]()
+    (made,) = node.make(before, after, model=str(bundle.pair_model))
+    network = PairToLora.from_pretrained(bundle.pair_model)
+    expected = network(tuple(to_image(x[0].permute(2, 0, 1)) for x in (before, after)))
+    file = load_lora(made, network.layout)
+    assert file.format == "kohya"
+    torch.testing.assert_close(file.weights.flatten(), expected.flatten())
+    with pytest.raises(ValueError, match="the same size is expected"):
+        node.make(before, after[:, :10])

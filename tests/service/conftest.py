@@ -9,8 +9,9 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.pipelines import ImageToLora, PairToLora, load_base
 from hyperlora.service import LocalEngine, ServiceSettings, create_app
+from hyperlora.service.changes import Changes
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +20,14 @@ def models(bundle: Any) -> tuple[Any, Any]:
     return ImageToLora.from_pretrained(bundle.model, base=base), base
 
 
+@pytest.fixture(scope="session")
+def changes(bundle: Any) -> Changes:
+    base = load_base(bundle.edit_base)
+    return Changes(PairToLora.from_pretrained(bundle.pair_model, base=base), base)
+
+
 @pytest.fixture
-def serving(models: tuple[Any, Any], tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
+def serving(models: tuple[Any, Any], changes: Changes, tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
     """Starts a server with these settings; all are stopped at the end."""
     running: list[TestClient] = []
 
@@ -28,7 +35,9 @@ def serving(models: tuple[Any, Any], tmp_path: Path) -> Iterator[Callable[..., T
         given = ServiceSettings(**{"state": tmp_path / "state", "rate": "100000/minute"} | settings)
 
         def engine(observe: Any) -> LocalEngine:
-            return LocalEngine(*models, given.loras, queue=given.queue, batch=given.batch, observe=observe)
+            return LocalEngine(
+                *models, given.loras, queue=given.queue, batch=given.batch, observe=observe, changes=changes
+            )
 
         client = TestClient(create_app(engine, given), base_url="http://localhost", raise_server_exceptions=False)
         client.__enter__()

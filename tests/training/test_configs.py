@@ -20,8 +20,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from hyperlora.encoders import Reader
-from hyperlora.pipelines import ImageToLora, load_base
-from hyperlora.training import hypernetwork
+from hyperlora.pipelines import ImageToLora, PairToLora, load_base
+from hyperlora.training import change, edit_base, hypernetwork
 from hyperlora.training.cli import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,6 +35,7 @@ FOUR_STEPS = [
     "--trainer.callbacks.init_args.every_n_train_steps=2", "--trainer.callbacks.init_args.save_top_k=-1",
 ]  # fmt: skip
 SMALL_HYPERNETWORK = [f"--model.init_args.hypernetwork.{value}" for value in ("width=16", "depth=1", "heads=2")]
+SMALL_NETWORK = [f"--model.init_args.network.{value}" for value in ("width=16", "depth=1", "heads=2")]
 TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
@@ -56,6 +57,19 @@ def _for_real_base(name: str) -> Rule:
             *SMALL_HYPERNETWORK, "--data.init_args.resolution=16", "--data.init_args.encoder_size=16",
             "--data.init_args.batch_size=2", "--data.init_args.workers=0",
         ),
+    )  # fmt: skip
+
+
+def _for_real_edits(*arguments: str, needs: tuple[str, ...] = ()) -> Rule:
+    return Rule(
+        PairToLora.from_pretrained,
+        (
+            "--model.init_args.base=tiny/ip2p", "--model.init_args.encoder=vit_tiny_patch16_224",
+            "--model.init_args.encoder_options=" + json.dumps({"image_size": 16, "options": TINY_VIT}),
+            "--data.init_args.resolution=16", "--data.init_args.encoder_size=16",
+            "--data.init_args.batch_size=2", "--data.init_args.workers=0", *arguments,
+        ),
+        needs,
     )  # fmt: skip
 
 
@@ -87,6 +101,23 @@ RULES = {
         ImageToLora.from_pretrained,
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
         ("avatars/base_finish", "avatars/encoder", "codes"),
+    ),
+    "avatars/edit_base": Rule(
+        load_base,
+        (
+            "--model.init_args.unet.block_out_channels=[64,96,16]",
+            "--data.init_args.batch_size=4",
+        ),
+        ("avatars/base_finish", "edits"),
+    ),
+    "avatars/pair_to_lora": Rule(
+        PairToLora.from_pretrained,
+        (*SMALL_NETWORK, "--data.init_args.batch_size=2"),
+        ("avatars/edit_base", "avatars/encoder"),
+    ),
+    "ip2p/lora_of_change_pretrain": _for_real_edits(*SMALL_NETWORK),
+    "ip2p/lora_of_change_finetune": _for_real_edits(
+        "--data.init_args.folder=pairs/magic-brush", needs=("ip2p/lora_of_change_pretrain",)
     ),
     "sd15/hyperdreambooth": _for_real_base("sd15"),
     "sdxl/hyperdreambooth": _for_real_base("sdxl"),
@@ -158,7 +189,14 @@ def _fit_codes() -> None:
     )  # fmt: skip
 
 
-_PREPARED = {"drawn": _draw, "tokenizer": _build_tokenizer, "codes": _fit_codes}
+def _draw_edits() -> None:
+    from data_builder.avatars.pairs import PairPlan, draw_pairs
+
+    draw_pairs(Path("runs/data/edits"), PairPlan("train", groups=12, size=32), workers=1)
+    draw_pairs(Path("runs/data/edits-validation"), PairPlan("validation", groups=6, size=32), workers=1)
+
+
+_PREPARED = {"edits": _draw_edits, "drawn": _draw, "tokenizer": _build_tokenizer, "codes": _fit_codes}
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +215,8 @@ def frozen_bases(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple
         loaded.append((base, load_base(name, **options)))
         return base
 
-    monkeypatch.setattr(hypernetwork, "load_base", load)
+    for module in (hypernetwork, change, edit_base):
+        monkeypatch.setattr(module, "load_base", load)
     return loaded
 
 
@@ -191,7 +230,8 @@ def test_every_config_has_a_rule() -> None:
 def test_config_trains_and_resumes(name: str, stages: Stages, frozen_bases: list[tuple[Any, Any]]) -> None:
     straight = stages.run(name)
     model = _config(name)["model"]["init_args"]
-    _check_what_trains(straight.states, frozen="model.encoder." if "encoder" in model else None)
+    frozen = "encoder" in model and "Change" not in _config(name)["model"]["class_path"]
+    _check_what_trains(straight.states, frozen="model.encoder." if frozen else None)
     assert straight.losses.keys() == {0, 1, 2, 3}
     assert all(math.isfinite(value) for metrics in straight.losses.values() for value in metrics.values())
     _check_artifact(RULES[name].load(Path(model["out"])))
@@ -263,5 +303,10 @@ def _check_artifact(artifact: Any) -> None:
     if isinstance(artifact, ImageToLora):
         photo = Path("photos/train/person-0/0.png")
         norms = artifact([photo]).norms()
+        assert norms.isfinite().all()
+        assert norms.max() > 0
+    if isinstance(artifact, PairToLora):
+        before, after = (Path(f"pairs/validation/{n}_{side}.png") for n, side in ((0, "before"), (0, "after")))
+        norms = artifact((before, after)).norms()
         assert norms.isfinite().all()
         assert norms.max() > 0

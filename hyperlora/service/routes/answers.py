@@ -1,12 +1,14 @@
 """How every route answers: now or later, as the file itself or as JSON, and not at all once the caller has gone."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import quote
 
-from fastapi import Header, Request, Response
+from fastapi import Header, Request, Response, UploadFile
+from starlette.exceptions import HTTPException
 
+from hyperlora.errors import BadRequest
 from hyperlora.service.batching import Expired
 from hyperlora.service.jobs import Job, Report
 from hyperlora.service.problems import Gone
@@ -74,11 +76,32 @@ def job_info(job: Job) -> JobInfo:
     return JobInfo(**fields | {"result": paths[job.kind] + job.result if job.result else None})
 
 
-def file_response(request: Request, data: bytes, sha256: str, media_type: str, name: str) -> Response:
+def notice_headers(notices: Sequence[str]) -> dict[str, str]:
+    """``Hyperlora-Notice``, if there is something to say about the input."""
+    return {"Hyperlora-Notice": "; ".join(notices)} if notices else {}
+
+
+async def pairs_from(
+    before: list[UploadFile] | None, after: list[UploadFile] | None, most: int
+) -> list[tuple[bytes, bytes]]:
+    """The pairs of two lists of uploads. Raises ``BadRequest`` if they are not equally long, ``HTTPException`` 413 for
+    more than ``most``."""
+    one, other = before or [], after or []
+    if len(one) != len(other):
+        raise BadRequest(f"{len(one)} pictures before and {len(other)} after sent: one after for each before expected")
+    if len(one) > most:
+        raise HTTPException(413, f"{len(one)} pairs sent, at most {most} are taken")
+    return [(await a.read(), await b.read()) for a, b in zip(one, other, strict=True)]
+
+
+def file_response(
+    request: Request, data: bytes, sha256: str, media_type: str, name: str, notices: Sequence[str] = ()
+) -> Response:
     """The file with its digest as ETag; 304 if the caller has it."""
     headers = {
         "ETag": f'"{sha256}"',
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}",
+        **notice_headers(notices),
     }
     if request.method == "GET" and request.headers.get("if-none-match", "").strip(' W/"') == sha256:
         return Response(status_code=304, headers=headers)

@@ -50,7 +50,7 @@ async def draw(
     order = PictureOrder(**fields | {"loras": files})
 
     async def made(seconds: float) -> bytes:
-        return await asyncio.to_thread(_png, await service.engine.picture(order, seconds))
+        return await asyncio.to_thread(png_bytes, await service.engine.picture(order, seconds))
 
     async def job(report: Report) -> str:
         return await asyncio.to_thread(service.files.put, await made(float("inf")), "image")
@@ -86,7 +86,8 @@ async def delete_image(request: Request, owner: Caller, id: Annotated[Id, Path()
     return Response(status_code=204)
 
 
-def _png(picture: Image.Image) -> bytes:
+def png_bytes(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, File, Form, Path, Request, Response, UploadFile
 from starlette.exceptions import HTTPException
 
+from hyperlora.errors import BadRequest
 from hyperlora.pipelines.generating import Settings
+from hyperlora.service.changes import ChangeOrder, Noticed
 from hyperlora.service.engine import LoraOrder
 from hyperlora.service.jobs import Report
 from hyperlora.service.problems import documented
@@ -19,6 +21,8 @@ from hyperlora.service.routes.answers import (
     file_response,
     in_time,
     later,
+    notice_headers,
+    pairs_from,
     service_of,
     wants_job,
     wants_json,
@@ -40,7 +44,9 @@ _ACCEPTED = {"model": JobInfo, "description": "Accepted"}
 async def make_lora(
     request: Request,
     owner: Caller,
-    photos: Annotated[list[UploadFile], File(description="PNG, JPEG or WEBP photos of one subject.")],
+    photos: Annotated[list[UploadFile] | None, File(description="PNG, JPEG or WEBP photos of one subject.")] = None,
+    before: Annotated[list[UploadFile] | None, File(description="Or: pictures before an edit.")] = None,
+    after: Annotated[list[UploadFile] | None, File(description="The same pictures after it, in this order.")] = None,
     format: Annotated[Literal["diffusers", "kohya", "sgm"], Form()] = "diffusers",
     rank: Annotated[int | None, Form(ge=1, le=128, description="The model's own if not given.")] = None,
     strength: Annotated[Weight, Form()] = 1.0,
@@ -51,28 +57,42 @@ async def make_lora(
     accept: Accept = "*/*",
     prefer: Prefer = "",
 ) -> Response:
-    """One LoRA from photos of one subject. Photos are held in memory only; the LoRA is kept only if asked, or if the
-    work is done as a job, whose result must lie somewhere."""
+    """One LoRA from photos of one subject, or of the change between pictures before and after an edit. Pictures are
+    held in memory only; the LoRA is kept only if asked, or if the work is done as a job, whose result must lie
+    somewhere."""
     service = service_of(request)
+    photos = photos or []
+    pairs = await pairs_from(before, after, service.settings.max_photos)
     if len(photos) > service.settings.max_photos:
         raise HTTPException(413, f"{len(photos)} photos sent, at most {service.settings.max_photos} are taken")
+    if bool(photos) == bool(pairs):
+        raise BadRequest("send photos of one subject, or before and after, and not both")
+    if pairs and (refine or rank):
+        raise BadRequest("the LoRA of a pair has the model's rank and is not refined: leave rank and refine out")
     order = LoraOrder(
         [await photo.read() for photo in photos], Settings(format, rank, strength, refine), title, consent
     )
+    change = ChangeOrder(pairs, strength, format, title, consent)
+
+    async def made(seconds: float, report: Report | None = None) -> Noticed:
+        if pairs:
+            return await service.engine.change(change, seconds)
+        return Noticed(await service.engine.lora(order, seconds, report))
 
     async def job(report: Report) -> str:
-        data = await service.engine.lora(order, float("inf"), report)
-        return await asyncio.to_thread(service.files.put, data, "lora")
+        return await asyncio.to_thread(service.files.put, (await made(float("inf"), report)).made, "lora")
 
     if wants_job(prefer):
         return later(request, "lora", owner, job)
     seconds = service.settings.deadline
-    data = await in_time(request, service.engine.lora(order, seconds), seconds)
+    noticed = await in_time(request, made(seconds), seconds)
+    data: bytes = noticed.made
     found = await asyncio.to_thread(service.files.put, data, "lora") if keep else sha256(data).hexdigest()
     if wants_json(accept):
-        made = Made(sha256=found, size=len(data), format=format, kept=keep, content=b64encode(data).decode())
-        return Response(made.model_dump_json(), media_type="application/json", headers={"ETag": f'"{found}"'})
-    return file_response(request, data, found, _MEDIA_TYPE, f"{title}.safetensors")
+        body = Made(sha256=found, size=len(data), format=format, kept=keep, content=b64encode(data).decode())
+        headers = {"ETag": f'"{found}"', **notice_headers(noticed.notices)}
+        return Response(body.model_dump_json(), media_type="application/json", headers=headers)
+    return file_response(request, data, found, _MEDIA_TYPE, f"{title}.safetensors", noticed.notices)
 
 
 @router.get(

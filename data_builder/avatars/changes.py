@@ -1,0 +1,167 @@
+"""Before/after pairs of the avatar world: one change (or two), the same on several people, exact in every pixel."""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from data_builder.avatars import vocabulary as words
+from data_builder.avatars.edits import edited
+from data_builder.avatars.people import SPLITS, Identity, Scene, hidden, identity, scene
+
+Portrait = tuple[Identity, Scene]
+
+EXACT: Final = "exact "
+"""What the kinds begin with whose values are any colour, ``#rrggbb``, and no name says which."""
+
+_VALUES: Final = {
+    "glasses": words.GLASSES, "hat": words.HAT, "facial_hair": words.FACIAL_HAIR, "hair_color": words.HAIR_COLOR,
+    "hair": words.HAIR, "expression": words.EXPRESSION, "eyes": words.EYES, "garment": words.GARMENT,
+    "garment_color": words.GARMENT_COLOR, "background": words.BACKGROUND, "skin": words.SKIN, "style": words.STYLE,
+    "tone": words.TONE,
+}  # fmt: skip
+_OPTIONAL: Final = {"glasses": "none", "hat": "none", "facial_hair": "none", "style": "plain", "tone": "plain"}
+"""Kinds that are something added (or taken away): one of the two values is this one."""
+
+KINDS: Final = (*_VALUES, *(EXACT + name for name in ("background", "garment_color", "hair_color")))
+UNSEEN_KINDS: Final = ("hat", "skin")
+"""No network that reads pairs is ever trained on these; the edit base knows them by name."""
+UNSEEN_VALUE: Final = ("style", "negative")
+"""No edit of any training, not even of the edit base, is this one."""
+UNSEEN_TOGETHER: Final = (
+    frozenset({"glasses", "background"}), frozenset({"expression", "hair_color"}), frozenset({"garment", "tone"}),
+    frozenset({"facial_hair", "garment_color"}),
+)  # fmt: skip
+"""Attributes that no pair a network is trained on changes at once, though each is seen alone."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """``attribute`` goes from ``before`` to ``after``: the same edit on whomever it is made."""
+
+    attribute: str
+    before: str
+    after: str
+
+    @property
+    def kind(self) -> str:
+        return EXACT + self.attribute if self.after.startswith("#") else self.attribute
+
+    @property
+    def instruction(self) -> str:
+        """The edit in words; of an exact colour, the nearest one that has a name."""
+        return instruction(self.attribute, self.after)
+
+    def reversed(self) -> "Change":
+        return replace(self, before=self.after, after=self.before)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One person ``before`` and ``after`` some changes."""
+
+    before: Portrait
+    after: Portrait
+    changes: tuple[Change, ...]
+
+    @property
+    def instruction(self) -> str:
+        return ", ".join(change.instruction for change in self.changes)
+
+
+def instruction(attribute: str, value: str) -> str:
+    """What a user would type to have ``attribute`` become ``value``, in words of the captions."""
+    if value.startswith("#"):
+        value = nearest(attribute, value)
+    absent = value == "none"
+    match attribute:
+        case "glasses":
+            return "no glasses" if absent else f"wearing {value}"
+        case "hat":
+            return "no hat" if absent else f"wearing a {value}"
+        case "facial_hair":
+            return "no beard" if absent else f"a {value}"
+        case "hair_color":
+            return f"{value} hair"
+        case "hair":
+            return f"{value} haircut"
+        case "eyes":
+            return f"{value} eyes"
+        case "garment":
+            return f"wearing a {value}"
+        case "garment_color":
+            return f"{value} clothes"
+        case "background" | "skin" | "style":
+            return f"{value} {attribute}"
+        case "tone":
+            return f"{value} light"
+    return value  # an expression
+
+
+def nearest(attribute: str, color: str) -> str:
+    """The named colour of ``attribute`` that is closest to ``#rrggbb``."""
+    table = _VALUES[attribute]
+    assert isinstance(table, dict)
+    return min(table, key=lambda name: float(np.abs(_rgb(table[name]) - _rgb(color)).sum()))
+
+
+def change(rng: np.random.Generator, kind: str) -> Change:
+    """A random edit of this kind, ``UNSEEN_VALUE`` aside."""
+    attribute = kind.removeprefix(EXACT)
+    if kind != attribute:
+        before, after = (f"#{r:02x}{g:02x}{b:02x}" for r, g, b in rng.integers(20, 245, (2, 3)))
+        return Change(attribute, before, after)
+    values = [v for v in _VALUES[kind] if (kind, v) != UNSEEN_VALUE]
+    if kind in _OPTIONAL:
+        nothing = _OPTIONAL[kind]
+        something = str(rng.choice([v for v in values if v != nothing]))
+        before, after = (nothing, something) if rng.random() < 0.7 else (something, nothing)
+    else:
+        before, after = (str(v) for v in rng.choice(values, 2, replace=False))
+    return Change(attribute, before, after)
+
+
+def changes(rng: np.random.Generator, kinds: tuple[str, ...] = KINDS, two: float = 0.2) -> tuple[Change, ...]:
+    """One change, or with probability ``two`` two of kinds that training may see together."""
+    first = str(rng.choice(kinds))
+    others = [k for k in kinds if _together(first, k) and frozenset({first, k}) not in UNSEEN_TOGETHER]
+    if rng.random() >= two or not others:
+        return (change(rng, first),)
+    return change(rng, first), change(rng, str(rng.choice(others)))
+
+
+def _together(one: str, other: str) -> bool:
+    """Whether both can be seen at once: not two of the same attribute, no hair under a hat, no colours in sepia."""
+    attributes = {one.removeprefix(EXACT), other.removeprefix(EXACT)}
+    unseen = ({"hat", "hair"}, {"hat", "hair_color"}, {"glasses", "eyes"})
+    return len(attributes) == 2 and attributes not in unseen and "style" not in attributes
+
+
+def pair(portrait: Portrait, made: tuple[Change, ...]) -> Pair:
+    """The changes on one person, in a scene that shows them."""
+    person, how = _showing(portrait, {c.attribute for c in made})
+    before, after = {c.attribute: c.before for c in made}, {c.attribute: c.after for c in made}
+    return Pair(edited(person, how, **before), edited(person, how, **after), made)
+
+
+def pairs_of(split: str, group: int, people: int, kinds: tuple[str, ...] = KINDS, two: float = 0.2) -> list[Pair]:
+    """The ``group``-th change of a split, on ``people`` people of their own. Nobody of a split's first 50,000 seeds
+    takes part, whom portraits and benchmarks are drawn from."""
+    seeds = SPLITS[split]
+    made = changes(np.random.default_rng([20261123, seeds.start, group]), kinds, two)
+    first = 50_000 + group * people
+    return [pair((identity(seed), scene(seed, 0)), made) for seed in seeds[first : first + people]]
+
+
+def _showing(portrait: Portrait, attributes: set[str]) -> Portrait:
+    person, how = portrait
+    how = replace(how, style="plain", tone="plain", hat="none")
+    if "eyes" in attributes and "eyes" in hidden(how):
+        how = replace(how, glasses="none")
+    if "garment_color" in attributes and how.garment in words.COLORLESS_GARMENTS:
+        how = replace(how, garment="hoodie")
+    return person, how
+
+
+def _rgb(color: str) -> np.ndarray:
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])

@@ -1,0 +1,72 @@
+"""The benchmark of edits: changes on people of one split, with the drawn answers, in groups of what was trained on."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from data_builder.avatars.changes import (
+    EXACT,
+    KINDS,
+    UNSEEN_KINDS,
+    UNSEEN_TOGETHER,
+    UNSEEN_VALUE,
+    Change,
+    Pair,
+    change,
+    pair,
+)
+from data_builder.avatars.drawing import draw
+from data_builder.avatars.people import SPLITS, hidden, identity, scene
+from data_builder.avatars.vocabulary import IDENTITY_ATTRIBUTES, PROMPT_ATTRIBUTES
+
+SEEN: Final = "seen kinds"
+COMBINED: Final = "unseen combinations"
+UNSEEN: Final = "unseen kinds"
+UNSEEN_EVERYWHERE: Final = "unseen by the edit base too"
+
+
+def write_edit_benchmark(out: Path, split: str = "test", each: int = 3, others: int = 3, shown: int = 2) -> None:
+    """``out`` as ``hyperlora.evaluation.edit_benchmark`` reads it: ``each`` edits of every kind (and of every unseen
+    combination, and of the unseen value), each shown on ``shown`` people and asked for on ``others`` more."""
+    facts = []
+    for number, (group, name, changes) in enumerate(_edits(each)):
+        seeds = SPLITS[split][number * (others + shown) : (number + 1) * (others + shown)]
+        pairs = [pair((identity(seed), scene(seed, 0)), changes) for seed in seeds]
+        folder = out / f"{number:03d}-{name.replace(' ', '-')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, drawn in enumerate(pairs):
+            stem = f"shown-{i}" if i < shown else f"other-{i - shown}"
+            for side, portrait in (("before", drawn.before), ("after", drawn.after)):
+                draw(*portrait).save(folder / f"{stem}_{side}.webp", lossless=True, method=6)
+        facts.append({
+            "name": folder.name, "kind": name, "group": group, "instruction": pairs[0].instruction,
+            "truth": _truth(pairs[0]),
+        })  # fmt: skip
+    (out / "edits.json").write_text(json.dumps(facts, indent=1))
+
+
+def _edits(each: int) -> Iterator[tuple[str, str, tuple[Change, ...]]]:
+    """(group, kind, changes), the first of every kind before the second of any."""
+    for round_ in range(each):
+        rng = np.random.default_rng([20261124, round_])
+        for kind in KINDS:
+            yield (UNSEEN if kind in UNSEEN_KINDS else SEEN), kind, (change(rng, kind),)
+        for kinds in UNSEEN_TOGETHER:
+            one, other = sorted(kinds)
+            yield COMBINED, f"{one} + {other}", (change(rng, one), change(rng, other))
+        attribute, value = UNSEEN_VALUE
+        yield UNSEEN_EVERYWHERE, value, (Change(attribute, "plain", value),)
+
+
+def _truth(drawn: Pair) -> dict[str, str]:
+    """What the evaluator should read in the answers: of what changes, all that has a name and can be seen."""
+    known = IDENTITY_ATTRIBUTES | PROMPT_ATTRIBUTES
+    unseen = hidden(drawn.after[1])
+    return {
+        c.attribute: c.after
+        for c in drawn.changes
+        if c.attribute in known and c.attribute not in unseen and not c.kind.startswith(EXACT)
+    }

@@ -1,0 +1,113 @@
+"""Lightning data modules over drawn before/after pairs."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Pair, instruction
+from data_builder.avatars.latents import latents_of
+from data_builder.avatars.pairs import DrawnPairs
+
+
+class _Edits(Dataset[dict[str, Any]]):
+    """Latents of pairs in both directions, each with its instruction: item 2 i forward, 2 i + 1 backward."""
+
+    def __init__(self, folder: str, vae: str, nothing: float) -> None:
+        self.pairs, self.nothing = DrawnPairs(folder).pairs(), nothing
+        self.latents = latents_of(folder, vae)
+
+    def __len__(self) -> int:
+        return 2 * len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, backward = divmod(index, 2)
+        changes = self.pairs[number].changes
+        words = [instruction(c.attribute, c.before if backward else c.after) for c in changes]
+        before, after = index, index ^ 1  # picture 2 i is before, 2 i + 1 after: going back they change places
+        if float(torch.rand(())) < self.nothing:
+            words, after = [], before
+        return {"before": self._latent(before), "after": self._latent(after), "instructions": ", ".join(words)}
+
+    def _latent(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self.latents[index])).float()
+
+
+class EditLatents(L.LightningDataModule):
+    """``before``, ``after`` and ``instructions``: for the edit base. With probability ``nothing`` the instruction is
+    empty and the picture stays as it is."""
+
+    def __init__(self, folder: str, validation: str, vae: str, batch_size: int = 32, nothing: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        data = _Edits(self.hparams["folder"], self.hparams["vae"], self.hparams["nothing"])
+        return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return DataLoader(_Edits(self.hparams["validation"], self.hparams["vae"], 0.0), 64)
+
+
+class _Shown(Dataset[dict[str, Any]]):
+    """A pair as pictures, and the same change elsewhere: on another person as latents, or on the pictures mirrored."""
+
+    def __init__(self, folder: str, vae: str, target: str, nothing: float) -> None:
+        self.drawn, self.target, self.nothing = DrawnPairs(folder), target, nothing
+        self.pairs, self.people = self.drawn.pairs(), self.drawn.plan.people
+        if target == "other" and self.people < 2:
+            raise ValueError(f"the same change on another person needs 2 people per change, {folder} has {self.people}")
+        self.latents = latents_of(folder, vae)
+        self.seen = [i for i, pair in enumerate(self.pairs) if _may_be_seen(pair)]
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = self.seen[index]
+        first = number - number % self.people
+        others = [i for i in range(first, first + self.people) if i != number]
+        nothing = float(torch.rand(())) < self.nothing
+        goal = number if self.target == "mirrored" else others[int(torch.randint(len(others), ()))]
+        shown = [number] if self.target == "mirrored" else [number, *(i for i in others if i != goal)]
+        item: dict[str, Any] = {
+            "pairs": torch.stack([self._pictures(i, nothing) for i in shown]),
+            "instructions": "" if nothing else self.pairs[goal].instruction,
+        }
+        if self.target == "mirrored":
+            return item | {"images": self._pictures(goal, nothing).flip(-1)}
+        before, after = (torch.from_numpy(np.array(self.latents[2 * goal + i])).float() for i in (0, 1))
+        return item | {"before": before, "after": before if nothing else after}
+
+    def _pictures(self, number: int, nothing: bool) -> Tensor:
+        pixels = torch.from_numpy(np.array(self.drawn.images[2 * number : 2 * number + 2])).permute(0, 3, 1, 2)
+        pixels = pixels.float().div_(255)
+        return pixels[[0, 0]] if nothing else pixels
+
+
+def _may_be_seen(pair: Pair) -> bool:
+    attributes = frozenset(change.attribute for change in pair.changes)
+    return not attributes & set(UNSEEN_KINDS) and attributes not in UNSEEN_TOGETHER
+
+
+class PairsToPairs(L.LightningDataModule):
+    """What ``ChangeTraining`` takes, of kinds a network may be trained on. ``target``: ``other``, the same change on
+    another person (its further people are views), or ``mirrored``, the same pictures mirrored, which any pair allows.
+    With probability ``nothing`` neither side changes."""
+
+    def __init__(
+        self, folder: str, validation: str, vae: str, batch_size: int = 16, target: str = "other", nothing: float = 0.03
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        h = self.hparams
+        data = _Shown(h["folder"], h["vae"], h["target"], h["nothing"])
+        return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return DataLoader(_Shown(self.hparams["validation"], self.hparams["vae"], "other", 0.0), 50)

@@ -1,0 +1,128 @@
+"""``hyperlora edit``."""
+
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from hyperlora.errors import BadRequest
+
+
+class EditCommand(TyperCommand):
+    """``--pair BEFORE AFTER``, as often as wanted, and ``--apply IMAGE...``: typer's repeated options take one value
+    each, so the two of a pair go as two lines, and each image under an option of its own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        rest = list(args)
+        while rest:
+            option = rest.pop(0)
+            values = list(takewhile(lambda arg: not arg.startswith("-"), rest))
+            if option == "--pair":
+                if len(values) < 2:
+                    raise BadRequest("--pair needs two pictures: --pair BEFORE AFTER")
+                given += [option, "\n".join(values[:2])]
+                del rest[:2]
+            elif option == "--apply" and values:
+                given += [part for value in values for part in (option, value)]
+                del rest[: len(values)]
+            else:
+                given.append(option)
+        return super().parse_args(ctx, given)
+
+
+def edit(
+    before: Annotated[Path | None, typer.Argument(help="Picture before the edit.", show_default=False)] = None,
+    after: Annotated[Path | None, typer.Argument(help="The same picture after it.", show_default=False)] = None,
+    pair: Annotated[
+        list[str] | None, typer.Option(metavar="BEFORE AFTER", help="A further pair of the same edit; repeat.")
+    ] = None,
+    apply: Annotated[list[Path] | None, typer.Option(metavar="IMAGE...", help="Pictures to edit alike.")] = None,
+    images_out: Annotated[Path, typer.Option(help="Folder for the edited pictures.")] = Path("edited"),
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="LoRA file of the change to write.")] = None,
+    strength: Annotated[float, typer.Option(help="How much of the change.")] = 1.0,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Undo the change instead.")] = False,
+    instruction: Annotated[str, typer.Option(help="Words besides, if the base should also follow some.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a PairToLora model.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix): folder or hub id.")] = None,
+    format: Annotated[str, typer.Option(help="diffusers or kohya.")] = "diffusers",
+) -> None:
+    """A picture before and after an edit in, the LoRA of the change out; and the same edit on other pictures."""
+    from hyperlora.cli.output import require_file, require_folder, write_picture
+
+    pairs = _pairs(before, after, pair or [])
+    if out is None and not apply:
+        raise BadRequest("what should become of the change? Give -o FILE, or --apply IMAGE, or both")
+    if format not in ("diffusers", "kohya"):
+        raise BadRequest(f"unknown format {format!r}; known: diffusers, kohya")
+    if not -10 <= strength <= 10:  # also refuses NaN
+        raise BadRequest(f"strength between -10 and 10 expected, got {strength}")
+    if out is not None:
+        require_file(out, ".safetensors")
+    if apply:
+        require_folder(images_out)
+
+    from hyperlora import bundle
+    from hyperlora.data import read_image, sha256_of
+    from hyperlora.formats import LoraHeader, save_lora
+    from hyperlora.heap import keep_heap
+    from hyperlora.pipelines import PairToLora, load_base
+    from hyperlora.pipelines.doubts import doubts
+    from hyperlora.pipelines.editing import apply_edit
+    from hyperlora.pipelines.pair_to_lora import read_pair
+
+    keep_heap()
+    opened = [read_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
+    pictures = [read_image(path) for path in apply or []]
+    for paths, images in zip(pairs, opened, strict=True):
+        for doubt in doubts(*images):
+            typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {doubt}", err=True)
+    frozen = load_base(base or bundle.EDIT_BASE) if apply else None
+    network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
+    change = network(opened, -strength if reverse else strength)
+    if out is not None:
+        header = LoraHeader(
+            title=out.stem,
+            architecture=network.card.get("architecture", "stable-diffusion-v1"),
+            license=network.card.get("license", ""),
+            encoder=str(network.encoder.config["name"]),
+            encoder_license=network.encoder.licence,
+            reference_sha256=tuple(sha256_of(path) for paths in pairs for path in paths),
+        )
+        save_lora(change, out, format=format, header=header)  # type: ignore[arg-type]
+        typer.echo(f"{out}: rank {change.layout.rank} for {change.layout.base}")
+    if frozen is not None:
+        seeds = [seed] * len(pictures)
+        edited = apply_edit(frozen, pictures, change, seeds=seeds, instructions=instruction, steps=steps)
+        for path, picture in zip(_names(apply or [], images_out), edited, strict=True):
+            write_picture(picture, path)
+            typer.echo(str(path))
+
+
+def _pairs(before: Path | None, after: Path | None, more: list[str]) -> list[tuple[Path, Path]]:
+    if (before is None) != (after is None):
+        raise BadRequest("one picture given: a picture before and one after the edit are expected")
+    pairs = [*([(before, after)] if before is not None and after is not None else []), *map(_two, more)]
+    if not pairs:
+        raise BadRequest("no pair given: name a picture before and one after the edit")
+    return pairs
+
+
+def _two(lines: str) -> tuple[Path, Path]:
+    before, _, after = lines.partition("\n")
+    return Path(before), Path(after)
+
+
+def _names(pictures: list[Path], folder: Path) -> list[Path]:
+    """``folder/STEM.png`` for each, numbered where two have the same stem."""
+    names: list[Path] = []
+    for path in pictures:
+        name, n = folder / f"{path.stem}.png", 2
+        while name in names:
+            name, n = folder / f"{path.stem}-{n}.png", n + 1
+        names.append(name)
+    return names

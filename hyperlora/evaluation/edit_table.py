@@ -1,0 +1,95 @@
+"""The table of a pair network: its LoRAs and every control, and how well their negatives undo the edits."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hyperlora.evaluation.edit_benchmark import EditBenchmark
+from hyperlora.evaluation.editing import EditJudge, EditRow
+from hyperlora.evaluation.metrics import Score
+from hyperlora.lora import LoraLayout, LoraWeights
+from hyperlora.pipelines import Base, PairToLora
+from hyperlora.pipelines.fitting import Examples, fit
+
+
+@dataclass(frozen=True)
+class Undone:
+    """Mean errors, of 1, of the picture before against: what -Δ makes of the answer; the round trip through the
+    autoencoder, which no edit is better than; and the answer itself, as if nothing was undone."""
+
+    undone: Score
+    round_trip: Score
+    untouched: Score
+
+
+def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr: float = 1e-3) -> Iterator[EditRow]:
+    """Score the ceiling, the copies, the base with and without words, the model, its controls and, if asked, LoRAs
+    optimised for each pair."""
+    benchmark = judge.benchmark
+    sizes = [len(edit.others) for edit in benchmark.edits]
+    shown = [edit.shown[0, 1].expand(n, *edit.shown.shape[2:]) for edit, n in zip(benchmark.edits, sizes, strict=True)]
+    yield judge.scored("the answers, through the autoencoder", judge.round_trip)
+    yield judge.scored("copy of B", judge.before)
+    yield judge.scored("copy of A'", torch.cat(shown))
+    yield judge.row("no LoRA", None)
+    if any(edit.instruction for edit in benchmark.edits):
+        yield judge.row("words instead of a pair", None, instructed=True)
+    lora, seconds = pair_loras(model, benchmark, 1)
+    yield judge.row("one pair", lora, seconds=seconds)
+    fewest = min(len(edit.shown) for edit in benchmark.edits)
+    if fewest > 1:
+        several, took = pair_loras(model, benchmark, fewest)
+        yield judge.row(f"{fewest} pairs", several, seconds=took)
+    if len(lora) > 1:  # of a single edit these would be its own
+        yield judge.row("another edit's pair", lora[torch.arange(len(lora)).roll(1)])
+        yield judge.row("mean LoRA, one for all", lora.mean())
+    if fit_steps:
+        fitted, took = fitted_to_pairs(judge.base, model.layout, benchmark, fit_steps, fit_lr)
+        yield judge.row(f"fitted to the pair, {fit_steps} steps", fitted, seconds=took)
+
+
+def undone(judge: EditJudge, lora: LoraWeights) -> Undone:
+    """``lora`` holds one LoRA per edit of the benchmark."""
+    made = judge.edited("undone", -lora, judge.answers)
+    around = judge.through_autoencoder(judge.before)
+    return Undone(*(_error(x, judge.before) for x in (made, around, judge.answers)))
+
+
+@torch.no_grad()
+def pair_loras(model: PairToLora, benchmark: EditBenchmark, pairs: int) -> tuple[LoraWeights, float]:
+    """One LoRA per edit from its first ``pairs`` pairs, in single forward passes as a user makes them, and seconds."""
+    began = time.perf_counter()
+    loras = [model.forward(edit.shown[None, :pairs])[0] for edit in benchmark.edits]
+    return LoraWeights.stack(loras), (time.perf_counter() - began) / len(loras)
+
+
+def fitted_to_pairs(
+    base: Base, layout: LoraLayout, benchmark: EditBenchmark, steps: int, lr: float, chunk: int = 16
+) -> tuple[LoraWeights, float]:
+    """LoRAs of the network's sites and rank, each optimised on its one pair alone through the edit base (what a network
+    is to be faster than), and seconds for each."""
+    began = time.perf_counter()
+    shown = torch.stack([edit.shown[0] for edit in benchmark.edits])
+    std = (sum(s.fan_in for s in layout.sites) / len(layout.sites)) ** -0.5
+    parts = []
+    for some in shown.split(chunk):
+        before, after = (base.encode_images(some[:, side])[:, None] for side in (0, 1))
+        text = base.encode_prompts([""])["encoder_hidden_states"].expand(len(some), 1, -1, -1)
+        conditions = {"encoder_hidden_states": text, "beside": before / base.pipeline.vae.config.scaling_factor}
+        start = LoraWeights.zeros(layout, (len(some),), std).flatten()
+        expand = partial(LoraWeights.unflatten, layout)
+        done = fit(
+            base.denoiser, base.noise_schedule, Examples(after, conditions), start, expand, steps=steps, lr=lr,
+            label="fitting",
+        )  # fmt: skip
+        parts.append(done.weights.flatten())
+    weights = LoraWeights.unflatten(layout, torch.cat(parts))
+    return weights, (time.perf_counter() - began) / len(weights)
+
+
+def _error(made: Tensor, wanted: Tensor) -> Score:
+    return Score.of((made - wanted).abs().mean((1, 2, 3)))

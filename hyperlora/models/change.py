@@ -1,0 +1,68 @@
+"""``ChangeNetwork``: features of a picture before and after an edit to the LoRA that makes the same edit elsewhere.
+
+Δ = H(A, A'),   H(A, A) and, at initialisation, all Δ are 0        LoRA of Change (2411.19156, §3.2)
+"""
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from hyperlora.errors import BadRequest
+from hyperlora.features import ImageFeatures
+from hyperlora.lora import LoraLayout, LoraWeights
+from hyperlora.models.hypernetwork import Hypernetwork
+
+JOINS: Final = {"concat": 2, "difference": 1, "both": 3}
+"""How many times as wide as one picture's tokens those of a pair are."""
+
+
+class ChangeNetwork(nn.Module):
+    """Tokens of both pictures, joined place by place, as the memory of a ``Hypernetwork``; several pairs that show the
+    same edit are views.
+
+    ``join``: ``concat`` (A, A') as in the paper, ``difference`` (A' - A), or ``both``. With ``antisymmetric`` the
+    ``up`` factors are u(A, A') - u(A', A) and the ``down`` factors the mean of both orders, so that Δ(A', A) is
+    -Δ(A, A') and Δ(A, A) is 0 by construction: what LoRA Reverse and random exchange train for. Other arguments are the
+    ``Hypernetwork``'s.
+    """
+
+    def __init__(
+        self,
+        layout: LoraLayout,
+        feature_width: int,
+        join: str = "concat",
+        antisymmetric: bool = False,
+        **decoder: Any,
+    ) -> None:
+        super().__init__()
+        if join not in JOINS:
+            raise BadRequest(f"unknown way to join a pair {join!r}; known: {', '.join(JOINS)}")
+        if antisymmetric and decoder.get("head") == "softmax":
+            raise BadRequest("shares of a softmax basis cannot change sign: antisymmetric needs another head")
+        self.join, self.antisymmetric = join, antisymmetric
+        self.hypernetwork = Hypernetwork(layout, JOINS[join] * feature_width, **decoder)
+        inner = {k: v for k, v in self.hypernetwork.config.items() if k != "feature_width"}
+        self.config = {"feature_width": feature_width, "join": join, "antisymmetric": antisymmetric, **inner}
+
+    @property
+    def layout(self) -> LoraLayout:
+        return self.hypernetwork.layout
+
+    def codes(self, before: ImageFeatures, after: ImageFeatures) -> Tensor:
+        """[batch, 2 * sites, code_size]."""
+        forward = self.hypernetwork.codes(self._joined(before, after))
+        if not self.antisymmetric:
+            return forward
+        backward = self.hypernetwork.codes(self._joined(after, before))
+        (down, up), (other_down, other_up) = forward.chunk(2, -2), backward.chunk(2, -2)
+        return torch.cat([(down + other_down) / 2, (up - other_up) / 2], -2)
+
+    def forward(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:
+        """One LoRA per edit of the batch; both [batch, pairs, tokens, width]."""
+        return self.hypernetwork.expand(self.codes(before, after))
+
+    def _joined(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:
+        a, b = before.tokens, after.tokens
+        parts = {"concat": (a, b), "difference": (b - a,), "both": (a, b, b - a)}[self.join]
+        return ImageFeatures(torch.cat(parts, -1))

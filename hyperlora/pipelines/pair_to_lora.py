@@ -1,0 +1,78 @@
+"""``PairToLora``: a picture before and after an edit in, the LoRA that makes the same edit on any picture out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hyperlora.data import read_image, to_tensor
+from hyperlora.data.images import Source
+from hyperlora.encoders import VisionEncoder
+from hyperlora.errors import BadRequest
+from hyperlora.lora import LoraLayout, LoraWeights
+from hyperlora.models import ChangeNetwork
+from hyperlora.pipelines.bases import Base
+from hyperlora.pipelines.released import ReleasedModel
+
+SourcePair = tuple[Source, Source]
+
+
+class PairToLora(ReleasedModel):
+    """A picture encoder, which both pictures of a pair go through, and the network that makes a LoRA of what changed:
+    one released artifact (LoRA of Change, 2411.19156).
+
+    ``PairToLora.from_pretrained(folder_or_hub_id)(("before.png", "after.png"))`` is a LoRA for ``layout.base``, an
+    InstructPix2Pix pipeline; its negative undoes the edit.
+    """
+
+    def __init__(self, encoder: VisionEncoder, network: ChangeNetwork, card: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.encoder, self.network = encoder, network
+        self.card = card or {}
+
+    @property
+    def layout(self) -> LoraLayout:
+        return self.network.layout
+
+    def parts(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.config, "network": self.network.config}
+
+    @classmethod
+    def built(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: Base | None) -> Self:
+        return cls(VisionEncoder(**config["encoder"]), ChangeNetwork(layout, **config["network"]))
+
+    @torch.no_grad()
+    def __call__(self, pairs: SourcePair | Sequence[SourcePair], strength: float = 1.0) -> LoraWeights:
+        """One LoRA (no batch axis) from one or several pairs that show the same edit.
+
+        Raises ``BadImage`` for a picture that cannot be read, ``BadRequest`` for none or for one whose two pictures are
+        not of the same size.
+        """
+        if not pairs:
+            raise BadRequest("no pair given: at least one picture before and one after are needed")
+        several = pairs if isinstance(pairs[0], tuple | list) else [pairs]
+        weights = self.forward(self.seen([read_pair(*pair) for pair in several])[None])[0]  # type: ignore[misc]
+        return weights * strength if strength != 1 else weights
+
+    def seen(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
+        """Pictures as the encoder takes them, [pairs, 2, 3, size, size] in [0, 1]."""
+        size = self.encoder.image_size
+        return torch.stack([torch.stack([to_tensor(p, size) for p in pair]) for pair in pairs]).to(self.device)
+
+    def forward(self, pairs: Tensor) -> LoraWeights:
+        """pairs [batch, views, 2, 3, h, w] in [0, 1], of each the picture before and after."""
+        return self.strong(self.network(self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1])))
+
+
+def read_pair(before: Source, after: Source) -> tuple[Image.Image, Image.Image]:
+    """Both pictures. Raises ``BadRequest`` if they are not of the same size: what changed cannot be told then."""
+    a, b = read_image(before), read_image(after)
+    if a.size != b.size:
+        raise BadRequest(
+            f"the picture before is {a.width}×{a.height}, the one after {b.width}×{b.height}: the same size is "
+            f"expected, so crop or turn one of them"
+        )
+    return a, b

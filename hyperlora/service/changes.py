@@ -1,0 +1,145 @@
+"""LoRAs from before/after pairs, and pictures edited with them, by the thread that owns the models."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hyperlora.data import read_image, sha256_of, to_tensor
+from hyperlora.errors import BadRequest
+from hyperlora.formats import LoraHeader, load_lora, lora_bytes
+from hyperlora.lora import LoraWeights
+from hyperlora.lora.merging import align
+from hyperlora.pipelines import Base, PairToLora
+from hyperlora.pipelines.doubts import doubts
+from hyperlora.pipelines.editing import apply_edit, require_editing
+from hyperlora.pipelines.generating import LoraFormat
+from hyperlora.pipelines.pair_to_lora import read_pair
+from hyperlora.service.batching import Work
+
+
+@dataclass(frozen=True)
+class ChangeOrder:
+    """Pairs that show one edit (file bytes: before, after), and how the LoRA of it is made and written."""
+
+    pairs: Sequence[tuple[bytes, bytes]]
+    strength: float = 1.0
+    format: LoraFormat = "diffusers"
+    title: str = "change"
+    consent: bool = False
+
+
+@dataclass(frozen=True)
+class EditOrder:
+    """A picture to edit, by the change that ``pairs`` show or by a LoRA file (bytes)."""
+
+    picture: bytes
+    pairs: Sequence[tuple[bytes, bytes]] = ()
+    lora: bytes | None = None
+    strength: float = 1.0
+    instruction: str = ""
+    seed: int = 0
+    steps: int = 20
+
+
+@dataclass(frozen=True)
+class Noticed:
+    """What was made (file bytes, or a picture), and what may be wrong with it, a sentence each."""
+
+    made: Any
+    notices: tuple[str, ...] = ()
+
+
+class Do(Protocol):
+    """Hands work to the thread that owns the models."""
+
+    def __call__(self, work: Work, payload: Any, seconds: float) -> Awaitable[Any]: ...
+
+
+class Changes:
+    """A ``PairToLora`` and its base of edits; ``readers`` limits how many pictures are unfolded at a time."""
+
+    def __init__(self, model: PairToLora, base: Base, *, batch: int = 32, pictures: int = 8) -> None:
+        model.layout.require_base(base.id)
+        require_editing(base)
+        self.model, self.base, self.batch, self.largest = model, base, batch, pictures
+
+    async def lora(self, order: ChangeOrder, seconds: float, do: Do, readers: threading.Semaphore) -> Noticed:
+        """A ``.safetensors`` file."""
+        if not order.pairs:
+            raise BadRequest("no pair given: at least one picture before and one after are needed")
+        seen, notices = await asyncio.to_thread(self._seen, order.pairs, readers)
+        weights = await self._predicted(seen, seconds, do)
+        return Noticed(await asyncio.to_thread(self._written, weights * order.strength, order), notices)
+
+    async def picture(
+        self, order: EditOrder, seconds: float, do: Do, readers: threading.Semaphore, most: int
+    ) -> Noticed:
+        """The edited picture; ``most`` numbers are read from a LoRA file."""
+        notices: tuple[str, ...] = ()
+        target = await asyncio.to_thread(self._target, order.picture, readers)
+        lora: LoraWeights | None = None
+        if order.pairs:
+            seen, notices = await asyncio.to_thread(self._seen, order.pairs, readers)
+            lora = await self._predicted(seen, seconds, do)
+        elif order.lora is not None:
+            file = await asyncio.to_thread(partial(load_lora, order.lora, modules=self.base.modules, max_numbers=most))
+            lora = replace(file.weights, layout=replace(file.weights.layout, base=self.base.id))
+        elif not order.instruction:
+            raise BadRequest("nothing says what to change: send before and after, a LoRA, or an instruction")
+        if lora is not None:
+            lora = lora * order.strength
+        work = Work(("edit", order.steps), partial(self._edit, order.steps), self.largest)
+        made = await do(work, (target, lora, order.instruction, order.seed), seconds)
+        return Noticed(made, notices)
+
+    async def _predicted(self, seen: Tensor, seconds: float, do: Do) -> LoraWeights:
+        weights: LoraWeights = await do(Work(("change", len(seen)), self._predict, self.batch), seen, seconds)
+        return weights
+
+    def _seen(
+        self, pairs: Sequence[tuple[bytes, bytes]], readers: threading.Semaphore
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        parts, notices = [], []
+        for pair in pairs:
+            with readers:
+                opened = read_pair(*pair)
+                parts.append(self.model.seen([opened]))
+                notices += doubts(*opened)
+        return torch.cat(parts), tuple(notices)
+
+    def _target(self, picture: bytes, readers: threading.Semaphore) -> Tensor:
+        with readers:
+            return to_tensor(read_image(picture), self.base.resolution)
+
+    @torch.no_grad()
+    def _predict(self, pairs: list[Tensor]) -> list[LoraWeights]:
+        return list(self.model.forward(torch.stack(pairs)))  # type: ignore[call-overload]
+
+    def _edit(self, steps: int, items: list[tuple[Tensor, LoraWeights | None, str, int]]) -> list[Image.Image]:
+        """Several people's edits in one denoising batch."""
+        pictures, found, words, seeds = zip(*items, strict=True)
+        present = next((lora for lora in found if lora is not None), None)
+        loras = None
+        if present is not None:
+            loras = align([lora if lora is not None else present * 0.0 for lora in found])
+        return apply_edit(self.base, torch.stack(pictures), loras, seeds=seeds, instructions=list(words), steps=steps)
+
+    def _written(self, weights: LoraWeights, order: ChangeOrder) -> bytes:
+        card = self.model.card
+        header = LoraHeader(
+            title=order.title,
+            architecture=card.get("architecture", "stable-diffusion-v1"),
+            license=card.get("license", ""),
+            encoder=str(self.model.encoder.config["name"]),
+            encoder_license=self.model.encoder.licence,
+            reference_sha256=tuple(sha256_of(side) for pair in order.pairs for side in pair),
+            extra={"hyperlora.consent": "given"} if order.consent else {},
+        )
+        return lora_bytes(weights.map(torch.Tensor.contiguous), format=order.format, header=header)

@@ -1,0 +1,109 @@
+"""Train the base of edits: an InstructPix2Pix UNet (2211.09800) over the autoencoder and text encoder of a base."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionInstructPix2PixPipeline
+from diffusers import UNet2DConditionModel as UNet
+from torch import Tensor
+
+from hyperlora.objectives import denoising_loss, edit_weight
+from hyperlora.pipelines import load_base
+from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.pruning import prune
+
+
+class EditBaseModel(L.LightningModule):
+    """A UNet that reads the picture before beside the noise, and the instruction as text.
+
+    Batches: ``before`` and ``after`` [n, c, h, w] scaled latents, ``instructions`` n strings. ``base`` is the pipeline
+    whose autoencoder, text encoder and (as far as it fits) UNet are taken; ``unet`` changes its UNet's configuration.
+    Places that the edit changes count up to ``change_weight`` times more than the rest: an edit is few latents. With
+    probability ``unconditional`` the picture before and the instruction are left out together, for guidance. When
+    training ends, ``out`` holds a ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with
+    ``base``: these are links to it.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        out: str,
+        unet: dict[str, Any] | None = None,
+        lr: float = 5e-4,
+        timestep_shift: float = 1.0,
+        change_weight: float = 4.0,
+        unconditional: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self._base = (load_base(base),)  # a plain attribute in a tuple: the frozen base is no part of the checkpoint
+        whole = dict(self.base.denoiser.config)
+        self.unet = UNet.from_config(whole | {"in_channels": 2 * whole["in_channels"]} | (unet or {}))
+        prune(self.base.denoiser, self.unet)
+
+    @property
+    def base(self) -> Any:
+        return self._base[0]
+
+    def on_fit_start(self) -> None:
+        self.base.pipeline.to(self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        dropped = torch.rand(len(batch["before"]), device=self.device) < self.hparams["unconditional"]
+        words = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["instructions"], strict=True)]
+        loss = self._loss(batch | {"instructions": words}, dropped)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        none = torch.zeros(len(batch["before"]), dtype=torch.bool, device=self.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(batch_index)  # the same noise every time
+            self.log("val/loss", self._loss(batch, none), prog_bar=True, batch_size=len(none))
+
+    def _loss(self, batch: dict[str, Any], dropped: Tensor) -> Tensor:
+        before, after = batch["before"].float(), batch["after"].float()
+        # diffusers' pipeline shows the UNet latents that are not scaled
+        seen = before / self.base.pipeline.vae.config.scaling_factor
+        return denoising_loss(
+            self.unet,
+            self.base.noise_schedule,
+            after,
+            beside=seen * ~dropped[:, None, None, None],
+            shift=self.hparams["timestep_shift"],
+            weight=edit_weight(before, after, self.hparams["change_weight"]),
+            **self.base.encode_prompts(batch["instructions"]),
+        ).mean()
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            write_edit_base(Path(self.hparams["out"]), Path(self.hparams["base"]), self.unet)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw_one_cycle(self, self.unet.parameters(), self.hparams["lr"])
+
+
+def write_edit_base(out: Path, base: Path, unet: UNet) -> None:
+    """``out`` as a pipeline folder; autoencoder, text encoder and tokenizer are relative links to those of ``base``."""
+    home = load_base(base).pipeline
+    pipeline = StableDiffusionInstructPix2PixPipeline(
+        vae=AutoencoderKL.from_pretrained(base / "vae"),
+        text_encoder=home.text_encoder,
+        tokenizer=home.tokenizer,
+        unet=unet.half(),
+        scheduler=DPMSolverMultistepScheduler.from_config(home.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    pipeline.save_config(out)
+    pipeline.unet.save_pretrained(out / "unet", max_shard_size="16MB")
+    pipeline.scheduler.save_pretrained(out / "scheduler")
+    for shared in ("vae", "text_encoder", "tokenizer"):
+        link = out / shared
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath((base / shared).resolve(), out.resolve()), target_is_directory=True)

@@ -1,0 +1,81 @@
+"""Before/after pairs, from folders and public datasets: what a pair network for a real base is trained on."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hyperlora.data import ImagePair, pairs_in, read_image, to_tensor
+from hyperlora.errors import BadImage, BadRequest
+
+
+class PairFolders(L.LightningDataModule):
+    """Pairs (``hyperlora.data.pairs_in``) as ``ChangeTraining`` takes them: ``pairs`` at ``encoder_size``, and as the
+    edit to make ``images`` at ``resolution`` (the base's), the same pair mirrored (2411.19156, §3.3); ``instructions``.
+
+    ``folder`` and ``validation`` are folders or Hugging Face ids, whose ``split`` and ``validation_split`` are taken.
+    A pair that cannot be read is left out for another: large sets hold some.
+    Raises ``BadImage`` for folders without pairs, ``BadRequest`` for fewer pairs than one step takes.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        validation: str,
+        resolution: int,
+        encoder_size: int = 224,
+        split: str = "train",
+        validation_split: str = "train",
+        batch_size: int = 4,
+        workers: int = 4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        data = self._pairs(self.hparams["folder"], self.hparams["split"])
+        together = self.hparams["batch_size"] * (self.trainer.world_size if self.trainer else 1)
+        if len(data) < together:
+            raise BadRequest(
+                f"{self.hparams['folder']!r} holds {len(data)} pairs, one step takes {together}: add pairs, or lower "
+                f"batch_size ({self.hparams['batch_size']} per device)"
+            )
+        return self._loader(data, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self._pairs(self.hparams["validation"], self.hparams["validation_split"]))
+
+    def _pairs(self, source: str, split: str) -> "_Pairs":
+        return _Pairs(pairs_in(source, split), self.hparams["encoder_size"], self.hparams["resolution"])
+
+    def _loader(self, data: "_Pairs", **options: Any) -> DataLoader[dict[str, Any]]:
+        size, workers = self.hparams["batch_size"], self.hparams["workers"]
+        if workers:
+            options |= {"num_workers": workers, "persistent_workers": True, "pin_memory": True}
+        return DataLoader(data, size, **options)
+
+
+class _Pairs(Dataset[dict[str, Any]]):
+    def __init__(self, pairs: Any, encoder_size: int, resolution: int) -> None:
+        self.pairs, self.encoder_size, self.resolution = pairs, encoder_size, resolution
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for attempt in range(8):
+            pair: ImagePair = self.pairs[(index + attempt) % len(self)]
+            try:
+                sides = [read_image(side) for side in (pair.before, pair.after)]
+            except BadImage as error:
+                problem = error
+                continue
+            small, large = (self._stacked(sides, size) for size in (self.encoder_size, self.resolution))
+            return {"pairs": small[None], "images": large.flip(-1), "instructions": pair.instruction}
+        raise problem
+
+    @staticmethod
+    def _stacked(sides: list[Any], size: int) -> Tensor:
+        return torch.stack([to_tensor(side, size) for side in sides])

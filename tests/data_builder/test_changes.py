@@ -1,0 +1,117 @@
+"""Before/after pairs of the avatar world: exact, the same on everyone, and what is held out stays out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_builder.avatars.changes import (
+    KINDS,
+    UNSEEN_TOGETHER,
+    UNSEEN_VALUE,
+    Change,
+    change,
+    instruction,
+    pair,
+    pairs_of,
+)
+from data_builder.avatars.drawing import draw
+from data_builder.avatars.edit_benchmark import UNSEEN, write_edit_benchmark
+from data_builder.avatars.pairs import DrawnPairs, PairPlan, draw_pairs
+from data_builder.avatars.people import SPLITS, identity, scene
+from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+
+GROUPS = range(400)
+
+
+def portrait(seed=3):
+    return identity(seed), scene(seed, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_visible_and_undone_by_its_reverse(kind):
+    made = change(np.random.default_rng(1), kind)
+    drawn = pair(portrait(), (made,))
+    back = pair(portrait(), (made.reversed(),))
+    assert made.kind == kind and made.before != made.after
+    assert (drawn.before, drawn.after) == (back.after, back.before)
+    before, after = (np.asarray(draw(*p, 64)).astype(int) for p in (drawn.before, drawn.after))
+    assert (before != after).any()
+
+
+def test_a_pair_differs_in_what_changed_only():
+    drawn = pair(portrait(), (Change("glasses", "none", "sunglasses"), Change("background", "#102030", "#a0b0c0")))
+    (who, before), (same, after) = drawn.before, drawn.after
+    assert who == same
+    assert after == replace(before, glasses="sunglasses", background="#a0b0c0")
+    assert before.background == "#102030"
+
+
+def test_the_same_change_on_all_people_of_a_group():
+    for group in range(30):
+        drawn = pairs_of("train", group, 3)
+        assert len({p.changes for p in drawn}) == 1 and len({p.before[0].seed for p in drawn}) == 3
+
+
+def test_training_pairs_hold_nothing_that_is_held_out():
+    drawn = [pairs_of("train", group, 1)[0] for group in GROUPS]
+    kinds = [frozenset(c.kind for c in p.changes) for p in drawn]
+    assert set(KINDS) <= set().union(*kinds), "all kinds are drawn: the network's data leaves the unseen ones out"
+    assert not set(kinds) & set(UNSEEN_TOGETHER)
+    values = {(c.attribute, v) for p in drawn for c in p.changes for v in (c.before, c.after)}
+    assert UNSEEN_VALUE not in values
+    assert 0.1 < np.mean([len(k) > 1 for k in kinds]) < 0.3
+
+
+def test_people_of_splits_are_apart():
+    people = {split: {p.before[0].seed for group in range(50) for p in pairs_of(split, group, 2)} for split in SPLITS}
+    for split, seeds in people.items():
+        assert seeds < set(SPLITS[split])
+
+
+def test_words_name_what_becomes():
+    assert instruction("glasses", "none") == "no glasses"
+    assert instruction("facial_hair", "full beard") == "a full beard"
+    assert instruction("background", "#ff0000").endswith("red background")
+    assert instruction("garment_color", "blue") == "blue clothes"
+    assert instruction("expression", "sad") == "sad"
+
+
+def test_drawn_pairs_on_disk(tmp_path):
+    plan = PairPlan("validation", groups=3, people=2, size=32)
+    draw_pairs(tmp_path, plan, workers=1)
+    drawn = DrawnPairs(tmp_path)
+    assert len(drawn) == 6 and drawn.images.shape == (12, 32, 32, 3)
+    last = drawn.pairs()[5]
+    assert np.array_equal(drawn.images[10], np.asarray(draw(*last.before, 32)))
+    assert np.array_equal(drawn.images[11], np.asarray(draw(*last.after, 32)))
+
+
+def test_the_training_set_of_pair_networks_leaves_unseen_kinds_out(tmp_path, monkeypatch):
+    from data_builder.avatars import edit_data
+
+    draw_pairs(tmp_path, PairPlan("train", groups=60, people=2, size=16), workers=1)
+    monkeypatch.setattr(edit_data, "latents_of", lambda folder, vae: np.zeros((240, 4, 2, 2), np.float16))
+    shown = edit_data._Shown(str(tmp_path), "vae", "other", 0.0)
+    kinds = {c.kind for i in shown.seen for c in shown.pairs[i].changes}
+    assert kinds and not kinds & {"hat", "skin"}
+    together = {frozenset(c.attribute for c in shown.pairs[i].changes) for i in shown.seen}
+    assert not together & set(UNSEEN_TOGETHER)
+    item = shown[0]
+    assert item["pairs"].shape == (1, 2, 3, 16, 16) and item["before"].shape == (4, 2, 2)
+    mirrored = edit_data._Shown(str(tmp_path), "vae", "mirrored", 0.0)[0]
+    assert np.array_equal(mirrored["images"], mirrored["pairs"][0].flip(-1))
+    nothing = edit_data._Shown(str(tmp_path), "vae", "mirrored", 1.0)[0]
+    assert np.array_equal(nothing["pairs"][0, 0], nothing["pairs"][0, 1]) and nothing["instructions"] == ""
+
+
+def test_the_benchmark_of_edits(tmp_path):
+    write_edit_benchmark(tmp_path, each=1, others=2)
+    found = load_edit_benchmark(tmp_path, 32)
+    assert {e.kind for e in found.edits} >= set(KINDS)
+    assert {e.kind for e in found.edits if e.group == UNSEEN} == {"hat", "skin"}
+    for edit in found.edits:
+        assert edit.shown.shape == (2, 2, 3, 32, 32) and edit.others.shape == (2, 2, 3, 32, 32)
+        assert edit.instruction and (edit.others[:, 0] != edit.others[:, 1]).any()
+    assert next(e for e in found.edits if e.kind == "glasses").truth.keys() == {"glasses"}
+    assert len(load_edit_benchmark(tmp_path, 32, limit=1).edits) == len(found.groups)

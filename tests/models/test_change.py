@@ -1,0 +1,90 @@
+"""The network from pairs to LoRAs: zero at start, antisymmetric where asked, and pairs do not mix."""
+
+import pytest
+import torch
+
+from hyperlora.errors import BadRequest
+from hyperlora.features import ImageFeatures
+from hyperlora.lora import LoraLayout, Site
+from hyperlora.models import ChangeNetwork
+
+LAYOUT = LoraLayout((Site("unet.a", 24, 40), Site("unet.b", 6, 8)), rank=2, base="tiny")
+SHAPES = [
+    {"join": "concat"}, {"join": "difference"}, {"join": "both", "antisymmetric": True},
+    {"head": "softmax", "head_options": {"size": 5}}, {"head": "full", "head_options": {}},
+]  # fmt: skip
+
+
+def network(**options):
+    torch.manual_seed(0)
+    return ChangeNetwork(LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options)
+
+
+def stirred(**options):
+    """As after some training: no part is zero."""
+    model = network(**options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def pair(batch=3, pairs=1, tokens=5):
+    return ImageFeatures(torch.randn(batch, pairs, tokens, 12)), ImageFeatures(torch.randn(batch, pairs, tokens, 12))
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_zero_at_start_and_gradients_flow(options):
+    model = network(**options)
+    weights = model(*pair())
+    assert weights.batch == (3,) and weights.layout == LAYOUT
+    assert weights.norms().max() == 0
+    sum((d - 1).square().sum() for d in weights.delta()).backward()
+    assert sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_pairs_of_a_batch_do_not_mix_and_order_matters(options):
+    model = stirred(**options)
+    before, after = pair()
+    together = model(before, after).flatten()
+    alone = model(ImageFeatures(before.tokens[1:2]), ImageFeatures(after.tokens[1:2])).flatten()
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(model(after, before).flatten(), together, atol=1e-3)
+
+
+def test_antisymmetric_by_construction():
+    model = stirred(join="both", antisymmetric=True)
+    before, after = pair()
+    forward, backward = model(before, after), model(after, before)
+    for one, other in zip(forward.delta(), backward.delta(), strict=True):
+        torch.testing.assert_close(one, -other, atol=1e-5, rtol=1e-4)
+    assert forward.norms().min() > 0
+    assert model(before, before).norms().max() < 1e-6
+
+
+def test_further_pairs_are_a_set():
+    model = stirred()
+    before, after = pair(pairs=3)
+    turned = [ImageFeatures(x.tokens.flip(1)) for x in (before, after)]
+    torch.testing.assert_close(model(*turned).flatten(), model(before, after).flatten(), atol=1e-5, rtol=1e-4)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(BadRequest, match="known: concat, difference, both"):
+        network(join="sideways")
+    with pytest.raises(BadRequest, match="softmax"):
+        network(antisymmetric=True, head="softmax")
+    with pytest.raises(BadRequest, match="known: lidb, basis, softmax, full"):
+        network(head="nonsense")
+
+
+def test_shares_of_a_softmax_basis_are_a_mix():
+    model = stirred(head="softmax")
+    codes = model.codes(*pair())
+    down, _ = codes.chunk(2, -2)
+    first = model.hypernetwork.expand(codes).down[0]
+    shares = down[..., 0, :].softmax(-1)
+    basis = model.hypernetwork.basis
+    expected = (shares @ basis.down[0]).unflatten(-1, (2, 24)) + basis.constant[0]
+    torch.testing.assert_close(first, expected)

@@ -1,0 +1,128 @@
+"""Pairs to LoRAs and edits with them: as plain diffusers does it, each picture by its own LoRA."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+
+from hyperlora.data import to_image
+from hyperlora.errors import BadArtifact, BadRequest
+from hyperlora.pipelines import PairToLora, load_base
+from hyperlora.pipelines.doubts import doubts
+from hyperlora.pipelines.editing import apply_edit
+
+
+@pytest.fixture(scope="module")
+def base(bundle: Any) -> Any:
+    return load_base(bundle.edit_base)
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Any, base: Any) -> PairToLora:
+    return PairToLora.from_pretrained(bundle.pair_model, base=base)
+
+
+def shown(bundle: Any, number: int = 0, edit: str = "inverted") -> tuple[Path, Path]:
+    folder = bundle.edit_benchmark / edit
+    return folder / f"shown-{number}_before.png", folder / f"shown-{number}_after.png"
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(i).astype(int) for i in images])
+
+
+def test_the_saved_change_in_plain_diffusers_draws_the_same(bundle: Any, base: Any, model: Any, tmp_path: Path) -> None:
+    change = model(shown(bundle)) * 8  # untrained: else too little to see
+    change.save(tmp_path / "change.safetensors")
+    picture = Image.open(shown(bundle, 1)[0]).convert("RGB").resize((16, 16))
+    ours = apply_edit(base, [picture], change, seeds=[5], instructions="dark", steps=3, guidance=2.0)
+    without = apply_edit(base, [picture], None, seeds=[5], instructions="dark", steps=3, guidance=2.0)
+    plain = StableDiffusionInstructPix2PixPipeline.from_pretrained(bundle.edit_base)
+    plain.set_progress_bar_config(disable=True)
+    plain.load_lora_weights(tmp_path / "change.safetensors")
+    theirs = plain(
+        "dark", image=picture, num_inference_steps=3, guidance_scale=2.0, image_guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images  # fmt: skip
+    assert abs(pixels(ours) - pixels(theirs)).max() <= 2
+    assert abs(pixels(ours) - pixels(without)).max() > 5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_each_picture_by_its_own_lora_as_if_alone(bundle: Any, base: Any, model: Any, guidance: float) -> None:
+    from hyperlora.lora import LoraWeights
+
+    loras = LoraWeights.stack([model(shown(bundle, 0, e)) * 5 for e in ("inverted", "darker")])
+    pictures = [Image.open(shown(bundle, i)[0]) for i in (0, 1)]
+    together = apply_edit(base, pictures, loras, seeds=[1, 2], instructions=["a", "b"], steps=2, guidance=guidance)
+    for i, words in enumerate("ab"):
+        (alone,) = apply_edit(
+            base, [pictures[i]], loras[i], seeds=[i + 1], instructions=words, steps=2, guidance=guidance
+        )
+        assert abs(pixels([alone]) - pixels([together[i]])).max() <= 2
+
+
+def test_the_network_says_minus_for_the_way_back(bundle: Any, model: Any) -> None:
+    before, after = shown(bundle)
+    there, back = model((before, after)), model([(after, before)])
+    torch.testing.assert_close(torch.cat([d.flatten() for d in there.delta()]),
+                               -torch.cat([d.flatten() for d in back.delta()]), atol=1e-5, rtol=1e-3)  # fmt: skip
+    assert there.norms().max() > 100 * model((before, before)).norms().max()
+    torch.testing.assert_close(model((before, after), strength=0.5).norms(), there.norms() * 0.5)
+
+
+def test_several_pairs_and_a_batch(bundle: Any, model: Any) -> None:
+    pairs = [shown(bundle, 0), shown(bundle, 1)]
+    both = model(pairs)
+    assert both.batch == () and not torch.equal(both.flatten(), model(pairs[0]).flatten())
+    torch.testing.assert_close(model(pairs[::-1]).flatten(), both.flatten(), atol=1e-5, rtol=1e-4)
+
+
+def test_pairs_that_are_none_are_refused(model: Any) -> None:
+    wide, tall = Image.new("RGB", (20, 10)), Image.new("RGB", (10, 20))
+    with pytest.raises(BadRequest, match="20×10, the one after 10×20: the same size is expected"):
+        model((wide, tall))
+    with pytest.raises(BadRequest, match="no pair given"):
+        model([])
+
+
+def test_a_base_that_edits_nothing_is_refused(bundle: Any) -> None:
+    with pytest.raises(BadRequest, match="one that edits pictures was expected"):
+        apply_edit(load_base(bundle.base), [Image.new("RGB", (16, 16))], seeds=[0])
+    with pytest.raises(BadArtifact, match=r"ImageToLora|PairToLora"):
+        PairToLora.from_pretrained(bundle.model)
+
+
+def test_numbers_that_do_not_fit_are_refused(base: Any, bundle: Any, model: Any) -> None:
+    picture = Image.new("RGB", (16, 16))
+    with pytest.raises(BadRequest, match="need as many seeds"):
+        apply_edit(base, [picture], seeds=[])
+    with pytest.raises(BadRequest, match="one for each picture"):
+        apply_edit(base, [picture], model.forward(torch.rand(2, 1, 2, 3, 16, 16)), seeds=[0])
+    with pytest.raises(BadRequest, match="guidance between 0 and 100"):
+        apply_edit(base, [picture], seeds=[0], guidance=float("nan"))
+
+
+def noise(seed: int, side: int = 12) -> Image.Image:
+    blocks = torch.rand(3, side, side, generator=torch.Generator().manual_seed(seed))
+    return to_image(blocks.repeat_interleave(120 // side, 1).repeat_interleave(120 // side, 2))
+
+
+def test_what_is_said_of_a_pair() -> None:
+    picture = noise(0)
+    inverted = picture.point(lambda x: 255 - x)
+    assert doubts(picture, inverted) == []
+    assert "no change found" in doubts(picture, picture.copy())[0]
+    assert "unrelated" in doubts(picture, noise(1, 5))[0]
+
+
+def test_saving_again_as_jpeg_is_no_change(tmp_path: Path) -> None:
+    smooth = noise(0).resize((30, 30)).resize((120, 120), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "a.jpg", quality=85)
+    again = Image.open(tmp_path / "a.jpg")
+    again.save(tmp_path / "b.jpg", quality=80)
+    assert "no change found" in doubts(again.convert("RGB"), Image.open(tmp_path / "b.jpg").convert("RGB"))[0]
