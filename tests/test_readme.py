@@ -22,7 +22,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("hyperlora ")
 ]
-QUICKER = {"evaluate": ["--people", "2", "--steps", "2"]}  # the same paths with less work
+QUICKER = {"evaluate": ["--people", "2", "--steps", "2"], "edit": ["--steps", "4"]}  # the same paths with less work
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,9 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("desk")
     people = sorted((ROOT / "checkpoints/avatars/test/subjects").iterdir())
     shutil.copy(people[0] / "0.webp", folder / "me.png")  # formats are told by content
+    edit = ROOT / "checkpoints/avatars/test-edits/000-glasses"
+    shutil.copy(edit / "shown-0_before.webp", folder / "a.png")
+    shutil.copy(edit / "shown-0_after.webp", folder / "a-edited.png")
     (folder / "photos").mkdir()
     for person in people[:3]:
         shutil.copy(person / "0.webp", folder / "photos" / f"{person.name}.webp")
@@ -82,19 +85,22 @@ def test_commands_do_what_they_say(desk):
             assert (ROOT / arguments[arguments.index("--config") + 1]).is_file()
             continue
         run([hyperlora, verb, *arguments, *QUICKER.get(verb, [])], desk)
-    assert verbs == {"generate", "render", "inspect", "evaluate", "train", "combine", "convert", "serve"}
+    assert verbs == {"generate", "render", "inspect", "edit", "evaluate", "train", "combine", "convert", "serve"}
+    assert (desk / "edited" / "me.png").stat().st_size > 1000
     assert {p.name for p in (desk / "loras").iterdir()} >= {"index.jsonl"}
     assert all((desk / f"{name}.png").stat().st_size > 1000 for name in ("out", "guided", "two"))
-    assert (desk / "report" / "report.md").read_text().count("|") > 20
+    for report in ("report", "report-edits"):
+        assert (desk / report / "report.md").read_text().count("|") > 20
 
 
 def test_programs_do_what_they_say(desk, server):
     programs = [block for kind, block in BLOCKS if kind == "python"]
-    assert len(programs) == 4
+    assert len(programs) == 5
     for program in programs:
         (desk / "out.png").unlink(missing_ok=True)
         run([sys.executable, "-c", program], desk)
-    assert (desk / "me.safetensors").stat().st_size > 10_000
+    for name in ("me", "change", "undo"):
+        assert (desk / f"{name}.safetensors").stat().st_size > 10_000
     assert (desk / "out.png").stat().st_size > 1000
 
 
@@ -103,5 +109,6 @@ def test_demo(desk):
     told = run([hyperlora, "demo", "--people", "2"], desk)
     assert "ms from photo to LoRA" in told
     names = {p.name for p in (desk / "demo").iterdir()}
-    assert "demo.png" in names
+    assert {"demo.png", "edits.png"} <= names
+    assert "ms from a pair to a LoRA" in told
     assert len([n for n in names if n.endswith(".safetensors")]) == 4

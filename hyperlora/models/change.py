@@ -51,10 +51,10 @@ class ChangeNetwork(nn.Module):
 
     def codes(self, before: ImageFeatures, after: ImageFeatures) -> Tensor:
         """[batch, 2 * sites, code_size]."""
-        forward = self.hypernetwork.codes(self._joined(before, after))
+        forward = self.hypernetwork.codes(self.joined(before, after))
         if not self.antisymmetric:
             return forward
-        backward = self.hypernetwork.codes(self._joined(after, before))
+        backward = self.hypernetwork.codes(self.joined(after, before))
         (down, up), (other_down, other_up) = forward.chunk(2, -2), backward.chunk(2, -2)
         return torch.cat([(down + other_down) / 2, (up - other_up) / 2], -2)
 
@@ -62,7 +62,8 @@ class ChangeNetwork(nn.Module):
         """One LoRA per edit of the batch; both [batch, pairs, tokens, width]."""
         return self.hypernetwork.expand(self.codes(before, after))
 
-    def _joined(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:
+    def joined(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:
+        """What the decoder sees of a pair."""
         a, b = before.tokens, after.tokens
         parts = {"concat": (a, b), "difference": (b - a,), "both": (a, b, b - a)}[self.join]
         return ImageFeatures(torch.cat(parts, -1))

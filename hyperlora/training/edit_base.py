@@ -6,7 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionInstructPix2PixPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+)
 from diffusers import UNet2DConditionModel as UNet
 from torch import Tensor
 
@@ -22,9 +27,11 @@ class EditBaseModel(L.LightningModule):
     Batches: ``before`` and ``after`` [n, c, h, w] scaled latents, ``instructions`` n strings. ``base`` is the pipeline
     whose autoencoder, text encoder and (as far as it fits) UNet are taken; ``unet`` changes its UNet's configuration.
     Places that the edit changes count up to ``change_weight`` times more than the rest: an edit is few latents. With
-    probability ``unconditional`` the picture before and the instruction are left out together, for guidance. When
-    training ends, ``out`` holds a ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with
-    ``base``: these are links to it.
+    probability ``unconditional`` the picture before and the instruction are left out together, for guidance.
+    ``prediction`` is what the UNet says: of an edit nearly all of the sample is known, and saying it is copying what is
+    seen, while velocity is a difference of what is seen that changes with every step. ``start_from`` is an edit base
+    that training goes on from. When training ends, ``out`` holds a ``StableDiffusionInstructPix2PixPipeline``, fp16,
+    without the parts it shares with ``base``: these are links to it.
     """
 
     def __init__(
@@ -36,13 +43,23 @@ class EditBaseModel(L.LightningModule):
         timestep_shift: float = 1.0,
         change_weight: float = 4.0,
         unconditional: float = 0.05,
+        prediction: str = "v_prediction",
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self._base = (load_base(base),)  # a plain attribute in a tuple: the frozen base is no part of the checkpoint
         whole = dict(self.base.denoiser.config)
         self.unet = UNet.from_config(whole | {"in_channels": 2 * whole["in_channels"]} | (unet or {}))
-        prune(self.base.denoiser, self.unet)
+        self.schedule = DDPMScheduler.from_config(self.base.noise_schedule.config, prediction_type=prediction)
+        if start_from is None:
+            prune(self.base.denoiser, self.unet)
+        else:
+            before = load_base(start_from)
+            self.unet.load_state_dict(before.denoiser.state_dict())
+            if (before.noise_schedule.config.prediction_type, prediction) == ("v_prediction", "sample"):
+                for parameter in self.unet.conv_out.parameters():
+                    parameter.data.neg_()  # v is minus the sample where all is noise
 
     @property
     def base(self) -> Any:
@@ -70,7 +87,7 @@ class EditBaseModel(L.LightningModule):
         seen = before / self.base.pipeline.vae.config.scaling_factor
         return denoising_loss(
             self.unet,
-            self.base.noise_schedule,
+            self.schedule,
             after,
             beside=seen * ~dropped[:, None, None, None],
             shift=self.hparams["timestep_shift"],
@@ -80,21 +97,22 @@ class EditBaseModel(L.LightningModule):
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            write_edit_base(Path(self.hparams["out"]), Path(self.hparams["base"]), self.unet)
+            write_edit_base(Path(self.hparams["out"]), Path(self.hparams["base"]), self.unet, self.schedule)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_one_cycle(self, self.unet.parameters(), self.hparams["lr"])
 
 
-def write_edit_base(out: Path, base: Path, unet: UNet) -> None:
-    """``out`` as a pipeline folder; autoencoder, text encoder and tokenizer are relative links to those of ``base``."""
+def write_edit_base(out: Path, base: Path, unet: UNet, schedule: DDPMScheduler | None = None) -> None:
+    """``out`` as a pipeline folder; autoencoder, text encoder and tokenizer are relative links to those of ``base``,
+    whose ``schedule`` is kept unless given."""
     home = load_base(base).pipeline
     pipeline = StableDiffusionInstructPix2PixPipeline(
         vae=AutoencoderKL.from_pretrained(base / "vae"),
         text_encoder=home.text_encoder,
         tokenizer=home.tokenizer,
         unet=unet.half(),
-        scheduler=DPMSolverMultistepScheduler.from_config(home.scheduler.config),
+        scheduler=DPMSolverMultistepScheduler.from_config(schedule.config if schedule else home.scheduler.config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -20,6 +20,7 @@ Run = Callable[..., Any]
 PROMPT = "a portrait of sks person, smiling"
 VERBS = [
     "demo",
+    "edit",
     "generate",
     "render",
     "inspect",
@@ -163,15 +164,20 @@ def test_a_benchmark_is_halved(bundle: Any) -> None:
 def test_demo(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hyperlora import bundle as shipped
 
-    for name, folder in {"BASE": bundle.base, "MODEL": bundle.model, "EVALUATOR": bundle.evaluator}.items():
+    tiny = {
+        "BASE": bundle.base, "MODEL": bundle.model, "EVALUATOR": bundle.evaluator, "BENCHMARK": bundle.benchmark,
+        "EDIT_BASE": bundle.edit_base, "PAIR_MODEL": bundle.pair_model, "EDIT_BENCHMARK": bundle.edit_benchmark,
+    }  # fmt: skip
+    for name, folder in tiny.items():
         monkeypatch.setattr(shipped, name, folder)
-    monkeypatch.setattr(shipped, "BENCHMARK", bundle.benchmark)
     ran = run("demo", "-o", tmp_path / "demo", "--people", 2)
     assert ran.code == 0, ran
     assert "ms from photo to LoRA" in ran.out
-    made = sorted(p.name for p in (tmp_path / "demo").iterdir())
+    edits = tmp_path / "demo" / "edits"
+    assert sorted(p.name for p in edits.iterdir()) == ["darker.safetensors", "inverted.safetensors"]
+    made = sorted(p.name for p in (tmp_path / "demo").iterdir() if p != edits)
     people = ("person-0", "person-1")
-    assert made == ["demo.png", *(f"{p}.{end}" for p in people for end in ("kohya.safetensors", "safetensors"))]
+    assert made == ["demo.png", "edits.png", *(f"{p}.{end}" for p in people for end in ("kohya.safetensors", "safetensors"))]
     assert load_lora(tmp_path / "demo" / "person-1.kohya.safetensors").format == "kohya"
 
 
