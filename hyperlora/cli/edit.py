@@ -67,13 +67,13 @@ def edit(
         require_folder(images_out)
 
     from hyperlora import bundle
-    from hyperlora.data import read_image, sha256_of
-    from hyperlora.formats import LoraHeader, save_lora
+    from hyperlora.data import read_image
+    from hyperlora.formats import save_lora
     from hyperlora.heap import keep_heap
     from hyperlora.pipelines import PairToLora, load_base
     from hyperlora.pipelines.doubts import doubts
     from hyperlora.pipelines.editing import apply_edit
-    from hyperlora.pipelines.pair_to_lora import read_pair
+    from hyperlora.pipelines.pair_to_lora import change_header, read_pair
 
     keep_heap()
     opened = [read_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
@@ -85,14 +85,7 @@ def edit(
     network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
     change = network(opened, -strength if reverse else strength)
     if out is not None:
-        header = LoraHeader(
-            title=out.stem,
-            architecture=network.card.get("architecture", "stable-diffusion-v1"),
-            license=network.card.get("license", ""),
-            encoder=str(network.encoder.config["name"]),
-            encoder_license=network.encoder.licence,
-            reference_sha256=tuple(sha256_of(path) for paths in pairs for path in paths),
-        )
+        header = change_header(network, out.stem, pairs)
         save_lora(change, out, format=format, header=header)  # type: ignore[arg-type]
         typer.echo(f"{out}: rank {change.layout.rank} for {change.layout.base}")
     if frozen is not None:

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.data import read_image, to_tensor
+from hyperlora.data import read_image, sha256_of, to_tensor
 from hyperlora.data.images import Source
 from hyperlora.encoders import VisionEncoder
 from hyperlora.errors import BadRequest
+from hyperlora.formats import LoraHeader
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.models import ChangeNetwork
 from hyperlora.pipelines.bases import Base
@@ -65,6 +66,19 @@ class PairToLora(ReleasedModel):
     def forward(self, pairs: Tensor) -> LoraWeights:
         """pairs [batch, views, 2, 3, h, w] in [0, 1], of each the picture before and after."""
         return self.strong(self.network(self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1])))
+
+
+def change_header(model: PairToLora, title: str, pairs: Sequence[SourcePair], **extra: str) -> LoraHeader:
+    """Provenance of the LoRA of a change; ``pairs`` are paths or file bytes."""
+    return LoraHeader(
+        title=title,
+        architecture=model.card.get("architecture", "stable-diffusion-v1"),
+        license=model.card.get("license", ""),
+        encoder=str(model.encoder.config["name"]),
+        encoder_license=model.encoder.licence,
+        reference_sha256=tuple(sha256_of(side) for pair in pairs for side in pair if not isinstance(side, Image.Image)),
+        extra=extra,
+    )
 
 
 def read_pair(before: Source, after: Source) -> tuple[Image.Image, Image.Image]:

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.data import read_image, sha256_of, to_tensor
+from hyperlora.data import read_image, to_tensor
 from hyperlora.errors import BadRequest
-from hyperlora.formats import LoraHeader, load_lora, lora_bytes
+from hyperlora.formats import load_lora, lora_bytes
 from hyperlora.lora import LoraWeights
 from hyperlora.lora.merging import align
 from hyperlora.pipelines import Base, PairToLora
 from hyperlora.pipelines.doubts import doubts
 from hyperlora.pipelines.editing import apply_edit, require_editing
 from hyperlora.pipelines.generating import LoraFormat
-from hyperlora.pipelines.pair_to_lora import read_pair
+from hyperlora.pipelines.pair_to_lora import change_header, read_pair
 from hyperlora.service.batching import Work
 
 
@@ -132,14 +132,6 @@ class Changes:
         return apply_edit(self.base, torch.stack(pictures), loras, seeds=seeds, instructions=list(words), steps=steps)
 
     def _written(self, weights: LoraWeights, order: ChangeOrder) -> bytes:
-        card = self.model.card
-        header = LoraHeader(
-            title=order.title,
-            architecture=card.get("architecture", "stable-diffusion-v1"),
-            license=card.get("license", ""),
-            encoder=str(self.model.encoder.config["name"]),
-            encoder_license=self.model.encoder.licence,
-            reference_sha256=tuple(sha256_of(side) for pair in order.pairs for side in pair),
-            extra={"hyperlora.consent": "given"} if order.consent else {},
-        )
+        extra = {"hyperlora.consent": "given"} if order.consent else {}
+        header = change_header(self.model, order.title, order.pairs, **extra)
         return lora_bytes(weights.map(torch.Tensor.contiguous), format=order.format, header=header)

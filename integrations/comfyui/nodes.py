@@ -88,11 +88,11 @@ class PairToLora:
 
             with Client(server, os.environ.get(KEY_VARIABLE)) as client:
                 return (client.make_change(pairs, format="kohya"),)
-        from hyperlora.formats import LoraHeader, lora_bytes
+        from hyperlora.formats import lora_bytes
+        from hyperlora.pipelines.pair_to_lora import change_header
 
         network = _pair_model(model)
-        header = LoraHeader(title="change", architecture=str(network.card.get("architecture", "")))
-        return (lora_bytes(network(pairs), format="kohya", header=header),)
+        return (lora_bytes(network(pairs), format="kohya", header=change_header(network, "change", pairs)),)
 
 
 class ApplyLora:

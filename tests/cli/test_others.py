@@ -177,7 +177,11 @@ def test_demo(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(p.name for p in edits.iterdir()) == ["darker.safetensors", "inverted.safetensors"]
     made = sorted(p.name for p in (tmp_path / "demo").iterdir() if p != edits)
     people = ("person-0", "person-1")
-    assert made == ["demo.png", "edits.png", *(f"{p}.{end}" for p in people for end in ("kohya.safetensors", "safetensors"))]
+    assert made == [
+        "demo.png",
+        "edits.png",
+        *(f"{p}.{end}" for p in people for end in ("kohya.safetensors", "safetensors")),
+    ]
     assert load_lora(tmp_path / "demo" / "person-1.kohya.safetensors").format == "kohya"
 
 

@@ -81,6 +81,7 @@ def _tiny_unet(first: int) -> tuple[str, ...]:
     )
 
 
+TINY_EDITS = ("--model.init_args.unet.block_out_channels=[64,96,16]", "--data.init_args.batch_size=4")
 RULES = {
     "avatars/vae": Rule(
         AutoencoderKL.from_pretrained, ("--data.init_args.crop=16", "--data.init_args.batch_size=4"), ("drawn",)
@@ -102,18 +103,12 @@ RULES = {
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
         ("avatars/base_finish", "avatars/encoder", "codes"),
     ),
-    "avatars/edit_base": Rule(
-        load_base,
-        (
-            "--model.init_args.unet.block_out_channels=[64,96,16]",
-            "--data.init_args.batch_size=4",
-        ),
-        ("avatars/base_finish", "edits"),
-    ),
+    "avatars/edit_base": Rule(load_base, TINY_EDITS, ("avatars/base_finish", "edits")),
+    "avatars/edit_base_finish": Rule(load_base, TINY_EDITS, ("avatars/edit_base",)),
     "avatars/pair_to_lora": Rule(
         PairToLora.from_pretrained,
         (*SMALL_NETWORK, "--data.init_args.batch_size=2"),
-        ("avatars/edit_base", "avatars/encoder"),
+        ("avatars/edit_base_finish", "avatars/encoder"),
     ),
     "ip2p/lora_of_change_pretrain": _for_real_edits(*SMALL_NETWORK),
     "ip2p/lora_of_change_finetune": _for_real_edits(
