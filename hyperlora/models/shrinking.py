@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hyperlora.errors import BadRequest
-from hyperlora.lora.parametrisation import LearnedBasis
+from hyperlora.lora.parametrisation import LearnedBasis, SoftmaxBasis
 from hyperlora.models.hypernetwork import Hypernetwork
 
 
@@ -14,10 +14,11 @@ def shrunk(network: Hypernetwork, codes: Tensor, size: int) -> Hypernetwork:
     ``codes`` [n, 2 * sites, old size], as seen in training, the principal components in weight space (of ``down``,
     around its mean, which goes into the constant). Raises ``BadRequest`` for another parametrisation than ``basis``."""
     old = network.basis
-    if type(old) is not LearnedBasis or not 1 <= size <= old.code_size:
+    if not isinstance(old, LearnedBasis) or isinstance(old, SoftmaxBasis) or not 1 <= size <= old.code_size:
         raise BadRequest(f"only a learned basis can shrink, to 1 ... {old.code_size} directions; {size} asked for")
-    options = network.config | {"head_options": network.config["head_options"] | {"size": size}}
-    new = Hypernetwork(network.layout, **options)
+    new = Hypernetwork(network.layout, **{**network.config, "head_options": {"size": size}})  # type: ignore[arg-type]
+    fresh = new.basis
+    assert isinstance(fresh, LearnedBasis)
     same = {k: v for k, v in network.state_dict().items() if new.state_dict()[k].shape == v.shape}
     new.load_state_dict(same, strict=False)
     sites = len(network.layout.sites)
@@ -27,13 +28,13 @@ def shrunk(network: Hypernetwork, codes: Tensor, size: int) -> Hypernetwork:
         seen = codes[:, factor]
         middle = seen.mean(0) if down else torch.zeros_like(seen[0])
         to_small, from_small = _components(seen - middle, directions, size)
-        (new.basis.down if down else new.basis.up)[site].copy_(from_small @ directions)  # type: ignore[union-attr,operator]
+        (fresh.down if down else fresh.up)[site].copy_(from_small @ directions)
         new.head_weight[factor] = to_small.mT @ network.head_weight[factor]
         new.start[factor] = network.start[factor] @ to_small
         if down:
             rest = (middle - middle @ to_small @ from_small) @ directions
             constant = old.constant[site] + rest.view_as(old.constant[site])
-            new.basis.constant[site].copy_(constant)  # type: ignore[union-attr,operator]
+            fresh.constant[site].copy_(constant)
     return new
 
 

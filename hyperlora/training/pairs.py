@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from hyperlora.data import ImagePair, pairs_in, read_image, to_tensor
-from hyperlora.errors import BadImage, BadRequest
+from hyperlora.errors import BadImage
+from hyperlora.training.folders import FolderData
 
 
-class PairFolders(L.LightningDataModule):
+class PairFolders(FolderData):
     """Pairs (``hyperlora.data.pairs_in``) as ``ChangeTraining`` takes them: ``pairs`` at ``encoder_size``, and as the
     edit to make ``images`` at ``resolution`` (the base's), the same pair mirrored (2411.19156, §3.3); ``instructions``.
 
@@ -19,6 +19,8 @@ class PairFolders(L.LightningDataModule):
     A pair that cannot be read is left out for another: large sets hold some.
     Raises ``BadImage`` for folders without pairs, ``BadRequest`` for fewer pairs than one step takes.
     """
+
+    noun = "pairs"
 
     def __init__(
         self,
@@ -34,27 +36,10 @@ class PairFolders(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        data = self._pairs(self.hparams["folder"], self.hparams["split"])
-        together = self.hparams["batch_size"] * (self.trainer.world_size if self.trainer else 1)
-        if len(data) < together:
-            raise BadRequest(
-                f"{self.hparams['folder']!r} holds {len(data)} pairs, one step takes {together}: add pairs, or lower "
-                f"batch_size ({self.hparams['batch_size']} per device)"
-            )
-        return self._loader(data, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._pairs(self.hparams["validation"], self.hparams["validation_split"]))
-
-    def _pairs(self, source: str, split: str) -> "_Pairs":
-        return _Pairs(pairs_in(source, split), self.hparams["encoder_size"], self.hparams["resolution"])
-
-    def _loader(self, data: "_Pairs", **options: Any) -> DataLoader[dict[str, Any]]:
-        size, workers = self.hparams["batch_size"], self.hparams["workers"]
-        if workers:
-            options |= {"num_workers": workers, "persistent_workers": True, "pin_memory": True}
-        return DataLoader(data, size, **options)
+    def dataset(self, training: bool) -> "_Pairs":
+        h = self.hparams
+        source, split = (h["folder"], h["split"]) if training else (h["validation"], h["validation_split"])
+        return _Pairs(pairs_in(source, split), h["encoder_size"], h["resolution"])
 
 
 class _Pairs(Dataset[dict[str, Any]]):

@@ -4,16 +4,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from hyperlora.data import Subject, read_image, subjects_in, to_tensor
 from hyperlora.data.batches import collate_subjects
-from hyperlora.errors import BadRequest
+from hyperlora.training.folders import FolderData
 
 
-class PhotoFolders(L.LightningDataModule):
+class PhotoFolders(FolderData):
     """Reference photos and other photos of the same subjects (``hyperlora.data.subjects_in``), with captions.
 
     Batches are what ``HypernetworkTraining`` takes: ``photos`` at ``encoder_size``, target ``images`` at ``resolution``
@@ -27,6 +26,9 @@ class PhotoFolders(L.LightningDataModule):
     Raises ``BadImage`` for folders without subjects and photos that cannot be read, ``BadRequest`` if there are fewer
     training subjects than one step takes.
     """
+
+    noun = "subjects"
+    collate = staticmethod(collate_subjects)
 
     def __init__(
         self,
@@ -45,32 +47,14 @@ class PhotoFolders(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)  # `targets` means another thing in HypernetworkTraining
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        data = self._subjects(self.hparams["folder"], self.hparams["targets"], fixed=False)
-        together = self.hparams["batch_size"] * (self.trainer.world_size if self.trainer else 1)
-        if len(data) < together:
-            raise BadRequest(
-                f"{self.hparams['folder']!r} holds {len(data)} subjects, one step takes {together}: add subjects, or "
-                f"lower batch_size ({self.hparams['batch_size']} per device)"
-            )
-        return self._loader(data, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._subjects(self.hparams["validation"], 1, fixed=True))
-
-    def _subjects(self, folder: str, targets: int, fixed: bool) -> "_Photos":
+    def dataset(self, training: bool) -> "_Photos":
         h = self.hparams
+        folder, targets = (h["folder"], h["targets"]) if training else (h["validation"], 1)
         template = h["prompt_template"].format(identifier=h["identifier"], class_noun=h["class_noun"])
         return _Photos(
             subjects_in(folder), (h["encoder_size"], h["resolution"]), (h["views"], targets),
-            (h["identifier"], h["class_noun"], template), fixed,
+            (h["identifier"], h["class_noun"], template), fixed=not training,
         )  # fmt: skip
-
-    def _loader(self, data: "_Photos", **options: Any) -> DataLoader[dict[str, Any]]:
-        size, workers = self.hparams["batch_size"], self.hparams["workers"]
-        if workers:
-            options |= {"num_workers": workers, "persistent_workers": True, "pin_memory": True}
-        return DataLoader(data, size, collate_fn=collate_subjects, **options)
 
 
 class _Photos(Dataset[dict[str, Any]]):

@@ -1,0 +1,42 @@
+"""Steps and strength of edits, chosen on validation people: what becomes the default and the model's card.
+
+python -m data_builder edit-benchmark -o runs/data/edits-validation-benchmark --split validation --each 2
+python benchmarks/choose_edit.py runs/data/edits-validation-benchmark [--steps 2 4 8 20] [--strengths 1 1.3]
+"""
+
+import argparse
+from dataclasses import replace
+
+from hyperlora import bundle
+from hyperlora.encoders import Reader
+from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+from hyperlora.evaluation.edit_table import pair_loras
+from hyperlora.evaluation.editing import EditJudge
+from hyperlora.heap import keep_heap
+from hyperlora.pipelines import PairToLora, load_base
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--model", default=bundle.PAIR_MODEL)
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 20])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 1.3])
+    parser.add_argument("--pictures", type=int, default=1, help="Of each edit.")
+    arguments = parser.parse_args()
+    keep_heap()
+    base = load_base(bundle.EDIT_BASE)
+    found = load_edit_benchmark(arguments.folder, base.resolution)
+    benchmark = replace(found, edits=tuple(replace(e, others=e.others[: arguments.pictures]) for e in found.edits))
+    reader = Reader.from_pretrained(bundle.EVALUATOR)
+    lora, _ = pair_loras(PairToLora.from_pretrained(arguments.model, base=base), benchmark, 1)
+    for steps in arguments.steps:
+        judge = EditJudge(base, reader, benchmark, steps)
+        for strength in arguments.strengths:
+            row = judge.row(f"{steps} steps, strength {strength:g}", lora * strength)
+            scores = {m: row.score(m, "seen kinds") for m in ("accuracy", "preservation", "made", "psnr")}
+            print(row.name, *(f"{name} {score}" for name, score in scores.items()), sep="   ")
+
+
+if __name__ == "__main__":
+    main()
