@@ -88,7 +88,7 @@ def _edits(out: Path) -> None:
     base = load_base(bundle.EDIT_BASE)
     model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=base)
     benchmark = load_edit_benchmark(bundle.EDIT_BENCHMARK, base.resolution)
-    judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=12)
+    judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=model.steps)
     pair_loras(model, benchmark, 1)  # warm up
     lora, seconds = pair_loras(model, benchmark, 1)
     row = judge.row("edits", lora)

@@ -45,7 +45,7 @@ def edit(
     strength: Annotated[float, typer.Option(help="How much of the change.")] = 1.0,
     reverse: Annotated[bool, typer.Option("--reverse", help="Undo the change instead.")] = False,
     instruction: Annotated[str, typer.Option(help="Words besides, if the base should also follow some.")] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")] = 20,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a PairToLora model.")] = None,
     base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix): folder or hub id.")] = None,
@@ -90,7 +90,9 @@ def edit(
         typer.echo(f"{out}: rank {change.layout.rank} for {change.layout.base}")
     if frozen is not None:
         seeds = [seed] * len(pictures)
-        edited = apply_edit(frozen, pictures, change, seeds=seeds, instructions=instruction, steps=steps)
+        edited = apply_edit(
+            frozen, pictures, change, seeds=seeds, instructions=instruction, steps=steps or network.steps
+        )
         for path, picture in zip(_names(apply or [], images_out), edited, strict=True):
             write_picture(picture, path)
             typer.echo(str(path))

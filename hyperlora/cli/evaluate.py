@@ -17,7 +17,7 @@ def evaluate(
     refine: Annotated[int, typer.Option(min=0, help="Also refined with so many steps.")] = 0,
     fit: Annotated[int, typer.Option(min=0, help="Also LoRAs fitted per subject, so many steps.")] = 0,
     fit_lr: Annotated[float, typer.Option(help="Learning rate of those.")] = 1e-3,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per picture.")] = 20,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; 20, or the pair model's own.")] = None,
     guidance: Annotated[float, typer.Option(min=0, max=100)] = 3.0,
     report: Annotated[Path | None, typer.Option(help="Folder for the table, pictures and plot.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
@@ -52,7 +52,7 @@ def evaluate(
     network = ImageToLora.from_pretrained(model or bundle.MODEL, base=frozen)
     network.layout.require_base(frozen.id)
     benchmark = load_benchmark(subjects or bundle.BENCHMARK, frozen.resolution, people)
-    judge = Judge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps, guidance)
+    judge = Judge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps or 20, guidance)
     fitting = FitSettings(steps=fit, lr=fit_lr) if fit else None
     table = list(rows(judge, network, refine_steps=refine, fitting=fitting))
     if report is not None:
@@ -71,7 +71,7 @@ def evaluate(
 
 def _edits(
     pairs: Path | None, model: str | None, base: str | None, evaluator: Path | None, limit: int | None, fit: int,
-    fit_lr: float, steps: int, report: Path | None, as_json: bool,
+    fit_lr: float, steps: int | None, report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     from rich.console import Console
     from rich.markdown import Markdown
@@ -91,7 +91,7 @@ def _edits(
     require_editing(frozen)
     network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
     benchmark = load_edit_benchmark(pairs or bundle.EDIT_BENCHMARK, frozen.resolution, limit)
-    judge = EditJudge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps)
+    judge = EditJudge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps or network.steps)
     rows = list(edit_rows(judge, network, fit_steps=fit, fit_lr=fit_lr))
     reverse = undone(judge, pair_loras(network, benchmark, 1)[0])
     if report is not None:

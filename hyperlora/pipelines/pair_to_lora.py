@@ -38,6 +38,11 @@ class PairToLora(ReleasedModel):
     def layout(self) -> LoraLayout:
         return self.network.layout
 
+    @property
+    def steps(self) -> int:
+        """Denoising steps that suit its LoRAs, as the card tells."""
+        return int(self.card.get("steps", 20))
+
     def parts(self) -> dict[str, Any]:
         return {"encoder": self.encoder.config, "network": self.network.config}
 

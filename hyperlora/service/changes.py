@@ -45,7 +45,8 @@ class EditOrder:
     strength: float = 1.0
     instruction: str = ""
     seed: int = 0
-    steps: int = 20
+    steps: int | None = None
+    """The model's own if not given."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Changes:
             raise BadRequest("nothing says what to change: send before and after, a LoRA, or an instruction")
         if lora is not None:
             lora = lora * order.strength
-        work = Work(("edit", order.steps), partial(self._edit, order.steps), self.largest)
+        steps = order.steps or self.model.steps
+        work = Work(("edit", steps), partial(self._edit, steps), self.largest)
         made = await do(work, (target, lora, order.instruction, order.seed), seconds)
         return Noticed(made, notices)
 

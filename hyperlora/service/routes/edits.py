@@ -46,7 +46,7 @@ async def edit(
     strength: Annotated[Weight, Form(description="Below 0 undoes the change.")] = 1.0,
     instruction: Annotated[str, Form(max_length=1000, description="Words besides, or instead.")] = "",
     seed: Annotated[int, Form(ge=0, le=2**63 - 1)] = 0,
-    steps: Annotated[int, Form(ge=1, le=50)] = 20,
+    steps: Annotated[int | None, Form(ge=1, le=50, description="The model's own if not given.")] = None,
     prefer: Prefer = "",
 ) -> Response:
     """One picture edited as the pair shows. Edits of equal steps are made in one batch, each with its own LoRA."""
