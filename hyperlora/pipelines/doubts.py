@@ -14,7 +14,7 @@ UNCHANGED: Final = 0.05
 visible of 320 drawn edits is at twice that."""
 UNRELATED: Final = 0.5
 """Pictures of one pair are more alike than this: 99 % of 320 drawn pairs of all kinds are, of pictures of two
-different avatars 22 % (``benchmarks/doubts.py``)."""
+different avatars 28 % (``benchmarks/doubts.py``)."""
 
 
 def doubts(before: Image.Image, after: Image.Image) -> list[str]:
