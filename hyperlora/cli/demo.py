@@ -106,7 +106,7 @@ def _edits(out: Path) -> None:
     contact_sheet(["before", "after", *people, "undone again"], grid).save(out / "edits.png")
     for group in benchmark.groups:
         score, kept = row.score("accuracy", group), row.score("preservation", group)
-        typer.echo(f"edits, {group}: made {score}, the rest kept {kept}")
+        typer.echo(f"edits, {group}: right {score}, the rest kept {kept}")
     typer.echo(f"{seconds * 1000:.0f} ms from a pair to a LoRA; pictures: {out / 'edits.png'}; files: {out / 'edits'}")
 
 
