@@ -6,9 +6,9 @@ Concept LoRAs are differential LoRAs, fitted to drawn pairs of training people; 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from data_builder.avatars import SPLITS, draw, edited, identity, scene
 from data_builder.differential import differential
 from data_builder.paired import paired
 from hyperlora import bundle
-from hyperlora.data import to_tensor
+from hyperlora.data import to_image, to_tensor
 from hyperlora.encoders import Reader
 from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.evaluation.metrics import Score
 from hyperlora.evaluation.personalisation import Judge, pixels_of
 from hyperlora.heap import keep_heap
 from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import ImageToLora, load_base, render
+from hyperlora.pipelines import ImageToLora, PairToLora, load_base, render
 from hyperlora.pipelines.composition import composed
+from hyperlora.pipelines.editing import apply_edit
 from hyperlora.pipelines.guidance import autolora
 
 CONCEPTS = {
@@ -64,6 +65,17 @@ SLIDERS = {
 }
 
 
+STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+SILENT = {
+    "expression": "serious",
+    "eyes": "open eyes",
+    "garment": "wearing a blue sweater",
+    "background": "gray background",
+}
+"""What the sliders' prompt says, but for what they slide."""
+WATCHED = ("hair", "hair_color", "skin", "garment", "background", "glasses", "expression")
+
+
 class World:
     """The bundle, its benchmark and LoRAs of its people."""
 
@@ -79,7 +91,12 @@ class World:
     def change(
         self, attribute: str, value: str, pairs: int = 4, steps: int = 120, method: Callable[..., Any] = differential
     ) -> LoraWeights:
-        """A LoRA of one attribute's change, from drawn pairs of training people."""
+        """A LoRA of one attribute's change, fitted to drawn pairs of training people."""
+        before, after = self.pairs(attribute, value, pairs)
+        return method(self.base, before, after, steps=steps, label=f"{attribute} {value}")
+
+    def pairs(self, attribute: str, value: str, pairs: int = 4) -> tuple[Tensor, Tensor]:
+        """Drawn pairs of training people, before and after, [pairs, 3, size, size] each."""
         made = []
         for seed in SPLITS["train"][:pairs]:
             person, how = identity(seed), replace(scene(seed, 1), hat="none", style="plain")
@@ -89,7 +106,7 @@ class World:
             size = self.base.resolution
             made.append(torch.stack([to_tensor(draw(*both), size) for both in ((person, how), after)]))
         before, after_ = torch.stack(made).unbind(1)
-        return method(self.base, before, after_, steps=steps, label=f"{attribute} {value}")
+        return before, after_
 
     def identity_of(self, pictures: Sequence[Image.Image], people: Sequence[int]) -> Tensor:
         """Identity score of each picture as each person, on the benchmark's scale."""
@@ -194,45 +211,62 @@ def autolora_sweep(world: World, out: Path) -> None:
 
 
 def sliders(world: World, out: Path) -> None:
-    """Six edits on held-out people, by differential LoRAs and by one LoRA fitted directly to the same pairs in as many
-    steps, under a prompt that is silent about the attribute: does it change, does the rest stay, is it monotone?"""
-    strengths = (-2.0, -1.0, 0.0, 1.0, 2.0)
-    words = {
-        "expression": "serious",
-        "eyes": "open eyes",
-        "garment": "wearing a blue sweater",
-        "background": "gray background",
-    }
-    watched = ("hair", "hair_color", "skin", "garment", "background", "glasses", "expression")
+    """Six edits on held-out people: does it change, does the rest stay, is it monotone? By differential LoRAs and by
+    one LoRA fitted directly to the same pairs in as many steps, under a prompt that is silent about the attribute; and
+    by the pair network's LoRA of those pairs, on drawn pictures of the same people, with the base of edits."""
     print("| edit | method | without | accuracy at 1 | at 2 | others kept at 1 | monotone |")
     print("|---|---|---|---|---|---|---|")
-    n, grid = len(world.people), []
-    for (name, (attribute, value)), method in product(SLIDERS.items(), (differential, paired)):
-        change = world.change(attribute, value, method=method)
-        prompt = ", ".join(["a portrait of sks person", *(w for a, w in words.items() if a != attribute)])
-        drawn = {}
-        for s in strengths:
-            with composed(world.base.pipeline, [change * s]):
-                drawn[s] = render(world.base, [prompt] * n, world.people, seeds=range(n), steps=world.steps)
-        index = world.reader.attributes[attribute].index(value)
-        seen = [world.reader(pixels_of(drawn[s])).logits[attribute].softmax(-1)[:, index].mean() for s in strengths]
-        right = {s: [v == value for v in world.read(drawn[s], attribute)] for s in strengths}
-        others = [a for a in watched if a != attribute]
-        same = [
-            sum(a == b for a, b in zip(world.read(drawn[0.0], o), world.read(drawn[1.0], o), strict=True)) / n
-            for o in others
-        ]
-        monotone = all(a <= b + 0.01 for a, b in pairwise(seen))
-        rates = [sum(right[s]) / n for s in (0.0, 1.0, 2.0)]
-        curve = ", ".join(f"{float(v):.2f}" for v in seen)
-        print(
-            f"| {name} | {method.__name__} | {rates[0]:.2f} | {rates[1]:.2f} | {rates[2]:.2f} | "
-            f"{sum(same) / len(same):.2f} | {'yes' if monotone else 'no'}: {curve} |",
-            flush=True,
-        )
-        if method is differential:
-            grid.append([drawn[s][0] for s in strengths] + [drawn[s][1] for s in strengths])
+    grid = []
+    for name, (attribute, value) in SLIDERS.items():
+        for method in (differential, paired):
+            drawn = drawn_with(world, attribute, world.change(attribute, value, method=method))
+            print(f"| {name} | {method.__name__} | {slid(world, drawn, attribute, value)} |", flush=True)
+            if method is differential:
+                grid.append([drawn[s][0] for s in STRENGTHS] + [drawn[s][1] for s in STRENGTHS])
+        drawn = edited_with_network(world, attribute, value)
+        print(f"| {name} | LoRA of Change | {slid(world, drawn, attribute, value)} |", flush=True)
     _sheet(grid).save(out / "sliders.png")
+
+
+def drawn_with(world: World, attribute: str, change: LoraWeights) -> dict[float, list[Image.Image]]:
+    """Every person at every strength of a change, by prompt."""
+    prompt = ", ".join(["a portrait of sks person", *(w for a, w in SILENT.items() if a != attribute)])
+    n, drawn = len(world.people), {}
+    for s in STRENGTHS:
+        with composed(world.base.pipeline, [change * s]):
+            drawn[s] = render(world.base, [prompt] * n, world.people, seeds=range(n), steps=world.steps)
+    return drawn
+
+
+def edited_with_network(world: World, attribute: str, value: str) -> dict[float, list[Image.Image]]:
+    """Drawn pictures of every person, edited at every strength by the pair network's LoRA."""
+    canvas = load_base(bundle.EDIT_BASE)
+    model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=canvas)
+    before, after = world.pairs(attribute, value)
+    shown = [tuple(to_image(side) for side in pair) for pair in zip(before, after, strict=True)]
+    change = model(shown)  # type: ignore[arg-type]
+    plain, pictures = {k: v for k, v in NEUTRAL.items() if k == attribute}, []
+    for seed in SPLITS["test"][: len(world.people)]:
+        person, how = edited(identity(seed), replace(scene(seed, 1), hat="none", style="plain"), **plain)
+        pictures.append(draw(person, how, canvas.resolution))
+    seeds = range(len(pictures))
+    return {s: apply_edit(canvas, pictures, change * s, seeds=seeds, steps=model.steps) for s in STRENGTHS}
+
+
+def slid(world: World, drawn: Mapping[float, Sequence[Image.Image]], attribute: str, value: str) -> str:
+    """Columns of the table of ``sliders``."""
+    index, n = world.reader.attributes[attribute].index(value), len(drawn[0.0])
+    seen = [world.reader(pixels_of(drawn[s])).logits[attribute].softmax(-1)[:, index].mean() for s in STRENGTHS]
+    rates = [sum(v == value for v in world.read(drawn[s], attribute)) / n for s in (0.0, 1.0, 2.0)]
+    same = [
+        sum(a == b for a, b in zip(world.read(drawn[0.0], other), world.read(drawn[1.0], other), strict=True)) / n
+        for other in WATCHED
+        if other != attribute
+    ]
+    monotone = all(a <= b + 0.01 for a, b in pairwise(seen))
+    curve = ", ".join(f"{float(v):.2f}" for v in seen)
+    columns = [*(f"{rate:.2f}" for rate in rates), f"{sum(same) / len(same):.2f}"]
+    return " | ".join([*columns, f"{'yes' if monotone else 'no'}: {curve}"])
 
 
 def _sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

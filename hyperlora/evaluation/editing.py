@@ -87,6 +87,18 @@ class EditJudge:
         """The answers through the autoencoder and back: what no edit can be better than."""
         return self.through_autoencoder(self.answers)
 
+    @cached_property
+    def answered(self) -> dict[str, list[int]]:
+        """What the evaluator reads in the answers, by attribute."""
+        return self._classes(self.answers)
+
+    @cached_property
+    def features(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The evaluator's, of the answers, the pictures to edit, and of the first pair shown before and after."""
+        shown = torch.stack([edit.shown[0] for edit in self.edits])
+        answers, before, first, second = map(self._features, (self.answers, self.before, shown[:, 0], shown[:, 1]))
+        return answers, before, first, second
+
     @torch.no_grad()
     def through_autoencoder(self, pictures: Tensor) -> Tensor:
         vae = self.base.pipeline.vae
@@ -132,9 +144,8 @@ class EditJudge:
         region = ((answers - before).abs().amax(1, keepdim=True) > CHANGED).float()
         away = _mean((before - answers).abs(), region).clamp(min=1e-6)
         gone = 1 - _mean((made - answers).abs(), region) / away
-        features, wanted = self._features(made), self._features(answers)
-        shown = torch.stack([edit.shown[0] for edit in self.edits])
-        shown_before, shown_after = self._features(shown[:, 0]), self._features(shown[:, 1])
+        features = self._features(made)
+        wanted, features_before, shown_before, shown_after = self.features
         right, kept = self._read(made, gone)
         values = {
             "accuracy": right,
@@ -142,7 +153,7 @@ class EditJudge:
             "made": gone,
             "outside": _mean((made - answers).abs(), 1 - region),
             "psnr": -10 * (made - answers).square().mean((1, 2, 3)).clamp(min=1e-8).log10(),
-            "direction": F.cosine_similarity(shown_after - shown_before, features - self._features(before)),
+            "direction": F.cosine_similarity(shown_after - shown_before, features - features_before),
             "leakage": F.cosine_similarity(features, shown_after) - F.cosine_similarity(wanted, shown_after),
         }
         sizes = [len(edit.others) for edit in self.benchmark.edits]
@@ -151,7 +162,7 @@ class EditJudge:
 
     def _read(self, made: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
         """Per picture: whether the edit was made, and the fraction of other attributes read as in the answer."""
-        found, wanted, known = self._classes(made), self._classes(self.answers), self.reader.attributes
+        found, wanted, known = self._classes(made), self.answered, self.reader.attributes
         right, kept = [], []
         for i, edit in enumerate(self.edits):
             asked = [found[k][i] == known[k].index(v) for k, v in edit.truth.items()]
