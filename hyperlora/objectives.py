@@ -1,5 +1,6 @@
 """Denoising objectives: what a noised latent is made of, what the network should say, and the loss."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -47,6 +48,22 @@ def said_for(scheduler: Any, x: Tensor, clean: Tensor, timesteps: Tensor) -> Ten
             raise ValueError(f"unknown prediction type {other!r}")
 
 
+def clean_for(scheduler: Any, x: Tensor, said: Tensor, timesteps: Tensor) -> Tensor:
+    """The clean latents that a network expects behind ``x`` when it says ``said``; undoes ``said_for``."""
+    if not hasattr(scheduler, "add_noise"):
+        return x - scheduler.sigmas.to(x)[timesteps].view(-1, 1, 1, 1) * said
+    signal = scheduler.alphas_cumprod.to(x)[timesteps].view(-1, 1, 1, 1)
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return (x - (1 - signal).sqrt() * said) / signal.sqrt()
+        case "v_prediction":
+            return signal.sqrt() * x - (1 - signal).sqrt() * said
+        case "sample":
+            return said
+        case other:
+            raise ValueError(f"unknown prediction type {other!r}")
+
+
 def noise_share(scheduler: Any, timesteps: Tensor) -> Tensor:
     """How much of a noised latent is noise, [batch, 1, 1, 1] from 0 to 1: the σ of flow matching, for any schedule."""
     if not hasattr(scheduler, "add_noise"):
@@ -65,6 +82,7 @@ def denoising_loss(
     weight: Tensor | None = None,
     change: Tensor | None = None,
     beside: Tensor | None = None,
+    also: Callable[[Tensor], Tensor] | None = None,
     **conditions: Any,
 ) -> Tensor:
     """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``injected``);
@@ -75,7 +93,8 @@ def denoising_loss(
     ``weight`` broadcasts onto ``clean``: how much each place counts, with a mean of 1 if the loss is to keep its scale.
     ``change``, shaped like ``clean``, is added to the clean latents that are wanted, in proportion to the noise: an
     edit (2506.07992). ``beside``, of the same height and width, is what the denoiser sees beside the noised latents,
-    as further channels (InstructPix2Pix, 2211.09800).
+    as further channels (InstructPix2Pix, 2211.09800). ``also`` maps the clean latents that the denoiser expects to a
+    further loss per sample [batch], which counts less the more noise there was (as identity losses do, 2404.16022).
     """
     steps = scheduler.config.num_train_timesteps
     u, noise = draw or (torch.rand(len(clean), device=clean.device), torch.randn_like(clean))
@@ -87,7 +106,11 @@ def denoising_loss(
         seen = x if beside is None else torch.cat([x, beside.to(x)], 1)
         said = denoiser(seen, timesteps, **conditions).sample
     error = F.mse_loss(said.float(), target.float(), reduction="none")
-    return (error if weight is None else error * weight).mean((1, 2, 3))
+    loss = (error if weight is None else error * weight).mean((1, 2, 3))
+    if also is not None:
+        sure = 1 - noise_share(scheduler, timesteps).flatten()
+        loss = loss + sure * also(clean_for(scheduler, x.float(), said.float(), timesteps))
+    return loss
 
 
 def edit_weight(before: Tensor, after: Tensor, most: float) -> Tensor:

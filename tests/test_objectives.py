@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hyperlora.objectives import denoising_loss, noise_share, noised, said_for
+from hyperlora.objectives import clean_for, denoising_loss, noise_share, noised, said_for
 
 SCHEDULES = {
     **{kind: DDPMScheduler(prediction_type=kind) for kind in ("epsilon", "v_prediction", "sample")},
@@ -23,6 +23,7 @@ def test_the_target_says_what_was_noised(name: str) -> None:
     x, target = noised(SCHEDULES[name], clean, noise, timesteps)
     assert not torch.allclose(x, clean, atol=0.1)
     torch.testing.assert_close(said_for(SCHEDULES[name], x, clean, timesteps), target)
+    torch.testing.assert_close(clean_for(SCHEDULES[name], x, target, timesteps), clean)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -56,3 +57,24 @@ def test_a_weight_counts_places() -> None:
     torch.testing.assert_close(weighted, noise[:, :, 0, 0].square().mean(1))
     plain = denoising_loss(silent, schedule, clean, draw=draw)
     torch.testing.assert_close(denoising_loss(silent, schedule, clean, draw=draw, weight=torch.ones(4, 4)), plain)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_is_expected_may_be_judged_too(name: str) -> None:
+    clean, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    schedule, draw = SCHEDULES[name], (torch.tensor([0.3, 0.6]), noise)
+
+    def brighter(x: torch.Tensor, timesteps: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(sample=said_for(schedule, x, clean + 0.5, timesteps))
+
+    def apart(latents: torch.Tensor) -> torch.Tensor:
+        return (latents - clean).mean((1, 2, 3))
+
+    alone = denoising_loss(brighter, schedule, clean, draw=draw)
+    share = noise_share(schedule, torch.tensor([300, 600])).flatten()
+    torch.testing.assert_close(
+        denoising_loss(brighter, schedule, clean, draw=draw, also=apart) - alone,
+        0.5 * (1 - share),
+        atol=1e-4,
+        rtol=1e-3,
+    )

@@ -1,6 +1,6 @@
 """Lightning data modules over drawn portraits."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from data_builder.avatars.captions import caption, prompt
+from data_builder.avatars.captions import caption, named, prompt
 from data_builder.avatars.latents import latents_of, tokens_of
-from data_builder.avatars.people import hidden
+from data_builder.avatars.people import Identity, Scene, hidden
 from data_builder.avatars.portraits import Portraits
 from data_builder.avatars.vocabulary import GEOMETRY, IDENTITY_ATTRIBUTES, PROMPT_ATTRIBUTES
 from hyperlora.data.batches import collate_subjects
@@ -33,6 +33,19 @@ class _Images(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(np.array(self.portraits.images[index])).permute(2, 0, 1).float().div_(255)
+
+
+class _Latents(Dataset[Tensor]):
+    """Scaled latents [c, h, w]."""
+
+    def __init__(self, folder: str, vae: str) -> None:
+        self.latents = latents_of(folder, vae)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self.latents[index])).float()
 
 
 class PortraitImages(L.LightningDataModule):
@@ -63,28 +76,39 @@ class PortraitImages(L.LightningDataModule):
 
 
 class _Labelled(Dataset[dict[str, Any]]):
-    def __init__(self, folder: str) -> None:
-        self.images = _Images(folder)
+    """Pictures, or with ``vae`` their scaled latents, and all that is known about them."""
+
+    def __init__(self, folder: str, vae: str | None) -> None:
+        self.portraits = Portraits(folder)
+        self.images = _Images(folder) if vae is None else _Latents(folder, vae)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.portraits)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         labels, geometry = self._labels[index]
-        subject = index // self.images.portraits.plan.each
+        subject = index // self.portraits.plan.each
         return {"images": self.images[index], "labels": labels, "geometry": geometry, "subject": subject}
 
     @cached_property
     def _labels(self) -> list[tuple[dict[str, int], Tensor]]:
+        portraits = self.portraits
         out = []
         for index in range(len(self)):
-            person, scene = self.images.portraits.person(index), self.images.portraits.scene(index)
-            names = vars(person) | vars(scene)
-            unseen = hidden(scene)
-            labels = {k: UNSEEN if k in unseen else c.index(names[k]) for k, c in ATTRIBUTES.items()}
+            person, scene = portraits.person(index), portraits.scene(index)
             geometry = torch.tensor([getattr(person, k) for k in GEOMETRY])
-            out.append((labels, (geometry - 1) * 8))  # about unit variance
+            out.append((labels_of(person, scene), (geometry - 1) * 8))  # about unit variance
         return out
+
+
+def labels_of(person: Identity, scene: Scene, told: Collection[str] = tuple(ATTRIBUTES)) -> dict[str, int]:
+    """The class of every attribute of a portrait; ``UNSEEN`` of what it does not show, what has no name, and what is
+    not among ``told``."""
+    names, unseen = vars(person) | vars(scene), hidden(scene)
+    return {
+        k: classes.index(names[k]) if k in told and k not in unseen and names[k] in classes else UNSEEN
+        for k, classes in ATTRIBUTES.items()
+    }
 
 
 class _PeopleTogether(Sampler[list[int]]):
@@ -103,26 +127,27 @@ class _PeopleTogether(Sampler[list[int]]):
 
 
 class LabelledPortraits(L.LightningDataModule):
-    """Portraits with all their attributes, two of each person in a batch: for readers."""
+    """Portraits (with ``vae``, their latents) with all their attributes, two of each person in a batch: for readers."""
 
-    def __init__(self, folder: str, validation: str, people_per_batch: int = 32) -> None:
+    def __init__(self, folder: str, validation: str, people_per_batch: int = 32, vae: str | None = None) -> None:
         super().__init__()
         self.save_hyperparameters()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        data = _Labelled(self.hparams["folder"])
-        return DataLoader(data, batch_sampler=_PeopleTogether(data.images.portraits, self.hparams["people_per_batch"]))
+        data = _Labelled(self.hparams["folder"], self.hparams["vae"])
+        return DataLoader(data, batch_sampler=_PeopleTogether(data.portraits, self.hparams["people_per_batch"]))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(_Labelled(self.hparams["validation"]), 64)
+        return DataLoader(_Labelled(self.hparams["validation"], self.hparams["vae"]), 64)
 
 
 class _Captioned(Dataset[dict[str, Any]]):
-    """Latents with captions that name the person's attributes, drawn anew each time."""
+    """Latents with captions that name the person's attributes, drawn anew each time, and as ``labels`` the classes of
+    those that the caption names."""
 
     def __init__(self, folder: str, vae: str, empty: float) -> None:
         self.portraits, self.empty = Portraits(folder), empty
-        self.latents = latents_of(folder, vae)
+        self.latents = _Latents(folder, vae)
         n = len(self.portraits)
         self.who = [(self.portraits.person(i), self.portraits.scene(i)) for i in range(n)]
 
@@ -132,7 +157,8 @@ class _Captioned(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         text = "" if rng.random() < self.empty else caption(*self.who[index], rng)
-        return {"latents": torch.from_numpy(np.array(self.latents[index])).float(), "captions": text}
+        labels = labels_of(*self.who[index], named(*self.who[index], text))
+        return {"latents": self.latents[index], "captions": text, "labels": labels}
 
 
 class CaptionedLatents(L.LightningDataModule):
@@ -178,6 +204,7 @@ class _Subjects(Dataset[dict[str, Any]]):
         return seen | {
             "latents": torch.stack([torch.from_numpy(np.array(self.latents[i])).float() for i in targets]),
             "captions": [prompt(portraits.scene(i)) for i in targets],
+            "labels": [labels_of(portraits.person(i), portraits.scene(i)) for i in targets],
             "subject": person,
         }
 

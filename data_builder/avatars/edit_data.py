@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Pair, instruction
+from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
 from data_builder.avatars.latents import latents_of
 from data_builder.avatars.pairs import DrawnPairs
 
@@ -30,7 +31,10 @@ class _Edits(Dataset[dict[str, Any]]):
         before, after = index, index ^ 1  # picture 2 i is before, 2 i + 1 after: going back they change places
         if float(torch.rand(())) < self.nothing:
             words, after = [], before
-        return {"before": self._latent(before), "after": self._latent(after), "instructions": ", ".join(words)}
+        return {
+            "before": self._latent(before), "after": self._latent(after), "instructions": ", ".join(words),
+            "labels": _labels(self.pairs[number], after % 2),
+        }  # fmt: skip
 
     def _latent(self, index: int) -> Tensor:
         return torch.from_numpy(np.array(self.latents[index])).float()
@@ -80,12 +84,19 @@ class _Shown(Dataset[dict[str, Any]]):
         if self.target == "mirrored":
             return item | {"images": self._pictures(goal, nothing).flip(-1)}
         before, after = (torch.from_numpy(np.array(self.latents[2 * goal + i])).float() for i in (0, 1))
+        item["labels"] = [_labels(self.pairs[goal], 0 if nothing else side) for side in (0, 1)]
         return item | {"before": before, "after": before if nothing else after}
 
     def _pictures(self, number: int, nothing: bool) -> Tensor:
         pixels = torch.from_numpy(np.array(self.drawn.images[2 * number : 2 * number + 2])).permute(0, 3, 1, 2)
         pixels = pixels.float().div_(255)
         return pixels[[0, 0]] if nothing else pixels
+
+
+def _labels(pair: Pair, side: int) -> dict[str, int]:
+    """The classes of what a side (0 before, 1 after) shows: nothing under a light that changes all colours."""
+    person, scene = pair.after if side else pair.before
+    return labels_of(person, scene, () if scene.tone != "plain" else tuple(ATTRIBUTES))
 
 
 def _may_be_seen(pair: Pair) -> bool:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hyperlora.encoders.trunks import trunk_of
 from hyperlora.encoders.vision import VisionEncoder
-from hyperlora.errors import BadArtifact
+from hyperlora.errors import BadArtifact, BadRequest
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Reading:
 class Reader(nn.Module):
     """A backbone with one linear head per attribute, one for face geometry and one for identity.
 
-    ``attributes`` maps each attribute to its class names; ``geometry`` names the measures.
+    ``attributes`` maps each attribute to its class names; ``geometry`` names the measures. ``backbone`` is a timm id,
+    or ``latents`` for a reader of scaled latents instead of pictures.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Reader(nn.Module):
         super().__init__()
         self.attributes = {name: tuple(classes) for name, classes in attributes.items()}
         self.geometry = tuple(geometry)
-        self.encoder = VisionEncoder(backbone, image_size, options=options)
+        self.encoder = trunk_of(backbone, image_size, options)
         self.config = {
             "backbone": backbone,
             "image_size": image_size,
@@ -58,7 +60,7 @@ class Reader(nn.Module):
         self.identity_head = nn.Linear(width, identity_width)
 
     def forward(self, images: Tensor) -> Reading:
-        """images [n, 3, h, w] in [0, 1]."""
+        """images [n, 3, h, w] in [0, 1], or latents."""
         pooled = self.encoder.pooled(images)
         identity = F.normalize(self.identity_head(pooled), dim=-1)
         return Reading({k: head(pooled) for k, head in self.heads.items()}, self.geometry_head(pooled), identity)
@@ -85,6 +87,19 @@ class Reader(nn.Module):
         reader = cls(**json.loads((folder / "config.json").read_text()))
         reader.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
         return reader.eval().requires_grad_(False)
+
+
+def photo_encoder(name: str, options: dict[str, Any] | None = None) -> VisionEncoder:
+    """What a released reader of pictures (a folder) looks through, or the timm backbone ``name`` with ``options``.
+
+    Raises ``BadRequest`` for a reader of latents.
+    """
+    if not (Path(name) / "config.json").is_file():
+        return VisionEncoder(name, **(options or {}))
+    trunk = Reader.from_pretrained(name).encoder
+    if not isinstance(trunk, VisionEncoder):
+        raise BadRequest(f"{name} reads latents, a reader of pictures was expected")
+    return trunk
 
 
 @torch.no_grad()

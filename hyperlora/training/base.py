@@ -1,5 +1,6 @@
 """Train a small text-to-image base (UNet and text encoder) over a given autoencoder, for the embedded world."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hyperlora.objectives import denoising_loss
 from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.reader import Misreading
 from hyperlora.training.widening import widen
 
 SCHEDULE = {
@@ -32,7 +34,9 @@ class BaseModel(L.LightningModule):
     ends, ``out`` holds a complete ``StableDiffusionPipeline``, fp16. ``start_from`` is the folder of such a pipeline
     whose UNet and text encoder training begins with; the first level of the new UNet may be wider. ``focus`` (top,
     left, bottom, right) is a box in fractions of the picture that counts ``focus_weight`` times as much as the rest: a
-    face's small parts are few latents.
+    face's small parts are few latents. ``reader`` is the folder of a released reader of latents; what it reads in the
+    clean latents that the UNet expects then counts ``reading_weight`` times its cross-entropy with the batch's
+    ``labels`` ({attribute: [n]}, ``UNSEEN`` for what the caption does not name).
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class BaseModel(L.LightningModule):
         start_from: str | None = None,
         focus: tuple[float, float, float, float] | None = None,
         focus_weight: float = 1.0,
+        reader: str | None = None,
+        reading_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -66,9 +72,13 @@ class BaseModel(L.LightningModule):
             widen(before.unet.float(), self.unet)
             self.text_encoder.load_state_dict(before.text_encoder.float().state_dict())
         self.scheduler = DDPMScheduler(**SCHEDULE)
+        self.misreading = Misreading(reader, reading_weight)
+
+    def on_fit_start(self) -> None:
+        self.misreading.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        loss = self._loss(batch)
+        loss = self._loss(batch, self.misreading.of(batch.get("labels")))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -77,7 +87,7 @@ class BaseModel(L.LightningModule):
             torch.manual_seed(batch_index)  # the same noise every time
             self.log("val/loss", self._loss(batch), prog_bar=True, batch_size=len(batch["captions"]))
 
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
+    def _loss(self, batch: dict[str, Any], also: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         ids = self.tokenizer(
             batch["captions"], padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
@@ -90,6 +100,7 @@ class BaseModel(L.LightningModule):
             encoder_hidden_states=text,
             shift=self.hparams["timestep_shift"],
             weight=self._weight(batch["latents"]),
+            also=also,
         ).mean()
 
     def _weight(self, latents: Tensor) -> Tensor | None:

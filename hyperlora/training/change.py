@@ -1,6 +1,6 @@
 """Train a network that makes LoRAs from before/after pairs, through the frozen edit base."""
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from hyperlora.adapters import injected, layout_of
-from hyperlora.encoders import Reader, VisionEncoder
+from hyperlora.encoders import photo_encoder
 from hyperlora.lora import LoraWeights
 from hyperlora.models import ChangeNetwork
 from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import PairToLora, load_base
 from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.reader import Misreading
 
 
 class ChangeTraining(L.LightningModule):
@@ -27,6 +28,7 @@ class ChangeTraining(L.LightningModule):
     reader's folder or a timm id with ``encoder_options``; it learns too unless ``freeze_encoder``.
     Places that the edit changes count up to ``change_weight`` times more than the rest. ``start_from`` is the folder of
     a released ``PairToLora`` that training goes on from (the second of the paper's two stages).
+    ``reader`` and ``reading_weight`` are ``BaseModel``'s; ``labels`` of a batch are then those before and after.
     Every validation logs the loss with the pair's own LoRA, with another pair's and with none, and of undoing.
     """
 
@@ -49,6 +51,8 @@ class ChangeTraining(L.LightningModule):
         change_weight: float = 4.0,
         timestep_shift: float = 1.0,
         output_l2: float = 1e-4,
+        reader: str | None = None,
+        reading_weight: float = 0.0,
         max_views: int = 4,
         lr: float = 6e-4,
         card: dict[str, Any] | None = None,
@@ -62,12 +66,10 @@ class ChangeTraining(L.LightningModule):
         else:
             component = next(iter(self.base.modules))
             layout = layout_of({component: self.base.denoiser}, preset, rank, self.base.id)
-            if (Path(encoder) / "config.json").is_file():
-                vision = Reader.from_pretrained(encoder).encoder
-            else:
-                vision = VisionEncoder(encoder, **(encoder_options or {}))
+            vision = photo_encoder(encoder, encoder_options)
             self.model = PairToLora(vision, ChangeNetwork(layout, vision.width, **(network or {})), card)
         self.model.encoder.requires_grad_(not freeze_encoder)
+        self.misreading = Misreading(reader, reading_weight)
         if gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
 
@@ -77,6 +79,7 @@ class ChangeTraining(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.base.pipeline.to(self.device)
+        self.misreading.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self.model.encoder.eval()  # statistics of batch norms stay as they were learned
@@ -90,10 +93,11 @@ class ChangeTraining(L.LightningModule):
         shown = (torch.rand(n) < self.hparams["instructed"]).tolist()
         texts = [w if keep and not s else "" for w, keep, s in zip(words, shown, swapped.tolist(), strict=True)]
         weights = self.model.forward(pairs[:, :views])
-        loss = self._denoising(weights, before, after, texts)
+        first, second = _exchanged(batch["labels"], swapped) if self.misreading.reader else ({}, {})
+        loss = self._denoising(weights, before, after, texts, self.misreading.of(second))
         logs = {"train/loss": loss}
         if self.hparams["reverse"]:
-            undone = self._denoising(-weights, after, before, [""] * n)
+            undone = self._denoising(-weights, after, before, [""] * n, self.misreading.of(first))
             logs["train/reverse"] = undone
             loss = loss + self.hparams["reverse"] * undone
         self.log_dict(logs, prog_bar=True)
@@ -121,7 +125,10 @@ class ChangeTraining(L.LightningModule):
         before, after = (self.base.encode_images(batch["images"][:, i]).float() for i in (0, 1))
         return batch["pairs"], before, after, batch["instructions"]
 
-    def _denoising(self, weights: LoraWeights, seen: Tensor, wanted: Tensor, texts: list[str]) -> Tensor:
+    def _denoising(
+        self, weights: LoraWeights, seen: Tensor, wanted: Tensor, texts: list[str],
+        also: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         with injected(self.base.denoiser, weights):
             return denoising_loss(
                 self.base.denoiser,
@@ -130,6 +137,7 @@ class ChangeTraining(L.LightningModule):
                 shift=self.hparams["timestep_shift"],
                 beside=seen / self.base.pipeline.vae.config.scaling_factor,
                 weight=edit_weight(seen, wanted, self.hparams["change_weight"]),
+                also=also,
                 **self.base.encode_prompts(texts),
             ).mean()
 
@@ -139,3 +147,13 @@ class ChangeTraining(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_one_cycle(self, self.model.parameters(), self.hparams["lr"])
+
+
+Labels = dict[str, Tensor]
+
+
+def _exchanged(labels: Sequence[Labels], swapped: Tensor) -> tuple[Labels, Labels]:
+    """Labels before and after, the samples ``swapped`` [n] having changed places."""
+    before, after = labels
+    first = {k: torch.where(swapped, after[k], before[k]) for k in before}
+    return first, {k: torch.where(swapped, before[k], after[k]) for k in before}

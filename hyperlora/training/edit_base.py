@@ -1,6 +1,7 @@
 """Train the base of edits: an InstructPix2Pix UNet (2211.09800) over the autoencoder and text encoder of a base."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import load_base
 from hyperlora.training.optimizers import adamw_one_cycle
 from hyperlora.training.pruning import prune
+from hyperlora.training.reader import Misreading
 
 
 class EditBaseModel(L.LightningModule):
@@ -30,8 +32,9 @@ class EditBaseModel(L.LightningModule):
     probability ``unconditional`` the picture before and the instruction are left out together, for guidance.
     ``prediction`` is what the UNet says: of an edit nearly all of the sample is known, and saying it is copying what is
     seen, while velocity is a difference of what is seen that changes with every step. ``start_from`` is an edit base
-    that training goes on from. When training ends, ``out`` holds a ``StableDiffusionInstructPix2PixPipeline``, fp16,
-    without the parts it shares with ``base``: these are links to it.
+    that training goes on from. ``reader`` and ``reading_weight`` are ``BaseModel``'s, on the picture after. When
+    training ends, ``out`` holds a ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with
+    ``base``: these are links to it.
     """
 
     def __init__(
@@ -45,12 +48,15 @@ class EditBaseModel(L.LightningModule):
         unconditional: float = 0.05,
         prediction: str = "v_prediction",
         start_from: str | None = None,
+        reader: str | None = None,
+        reading_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self._base = (load_base(base),)  # a plain attribute in a tuple: the frozen base is no part of the checkpoint
         whole = dict(self.base.denoiser.config)
         self.unet = UNet.from_config(whole | {"in_channels": 2 * whole["in_channels"]} | (unet or {}))
+        self.misreading = Misreading(reader, reading_weight)
         self.schedule = DDPMScheduler.from_config(self.base.noise_schedule.config, prediction_type=prediction)
         if start_from is None:
             prune(self.base.denoiser, self.unet)
@@ -67,11 +73,12 @@ class EditBaseModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.base.pipeline.to(self.device)
+        self.misreading.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         dropped = torch.rand(len(batch["before"]), device=self.device) < self.hparams["unconditional"]
         words = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["instructions"], strict=True)]
-        loss = self._loss(batch | {"instructions": words}, dropped)
+        loss = self._loss(batch | {"instructions": words}, dropped, self.misreading.of(batch.get("labels")))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -81,7 +88,7 @@ class EditBaseModel(L.LightningModule):
             torch.manual_seed(batch_index)  # the same noise every time
             self.log("val/loss", self._loss(batch, none), prog_bar=True, batch_size=len(none))
 
-    def _loss(self, batch: dict[str, Any], dropped: Tensor) -> Tensor:
+    def _loss(self, batch: dict[str, Any], dropped: Tensor, also: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         before, after = batch["before"].float(), batch["after"].float()
         # diffusers' pipeline shows the UNet latents that are not scaled
         seen = before / self.base.pipeline.vae.config.scaling_factor
@@ -92,6 +99,7 @@ class EditBaseModel(L.LightningModule):
             beside=seen * ~dropped[:, None, None, None],
             shift=self.hparams["timestep_shift"],
             weight=edit_weight(before, after, self.hparams["change_weight"]),
+            also=also,
             **self.base.encode_prompts(batch["instructions"]),
         ).mean()
 

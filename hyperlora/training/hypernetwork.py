@@ -1,6 +1,6 @@
 """Train a hypernetwork through the frozen base with one LoRA per sample."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hyperlora.adapters import injected, layout_of
-from hyperlora.encoders import Reader, VisionEncoder
+from hyperlora.encoders import photo_encoder
 from hyperlora.features import ImageFeatures
 from hyperlora.models import Hypernetwork
 from hyperlora.objectives import denoising_loss
 from hyperlora.pipelines import ImageToLora, load_base
 from hyperlora.pipelines.image_to_lora import Encoder, denoiser_encoder
 from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.reader import Misreading
 
 
 class HypernetworkTraining(L.LightningModule):
@@ -25,7 +26,9 @@ class HypernetworkTraining(L.LightningModule):
     says about them), ``captions`` and ``latents`` [targets * batch, c, h, w] (or ``images`` in [0, 1], encoded here),
     target j of subject i at j * batch + i, ``subject`` [batch]. ``encoder`` is ``denoiser`` (the base itself), a
     released reader's folder, or a timm id, with ``encoder_options``; it is frozen. ``targets`` is a file of codes
-    fitted beforehand (``python -m data_builder codes``) to the first so many subjects, for the weight loss. Every
+    fitted beforehand (``python -m data_builder codes``) to the first so many subjects, for the weight loss. ``reader``
+    and ``reading_weight`` are ``BaseModel``'s; all that a target shows is known, by its prompt or by the photos.
+    ``start_from`` is the folder of a released ``ImageToLora`` whose hypernetwork training goes on from. Every
     validation logs the denoising loss of unseen subjects without LoRA, with their own photo's and with another's:
     own < base < shuffled is the sign of learning.
     """
@@ -44,6 +47,9 @@ class HypernetworkTraining(L.LightningModule):
         targets: str | None = None,
         weight_loss: float = 0.0,
         output_l2: float = 1e-3,
+        reader: str | None = None,
+        reading_weight: float = 0.0,
+        start_from: str | None = None,
         max_views: int = 8,
         lr: float = 3e-4,
         card: dict[str, Any] | None = None,
@@ -55,12 +61,15 @@ class HypernetworkTraining(L.LightningModule):
         layout = layout_of({self.denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
         if encoder == "denoiser":
             vision: Encoder = denoiser_encoder(self.base, **(encoder_options or {}))
-        elif (Path(encoder) / "config.json").is_file():
-            vision = Reader.from_pretrained(encoder).encoder
         else:
-            vision = VisionEncoder(encoder, **(encoder_options or {}))
-        network = Hypernetwork(layout, vision.width, **(hypernetwork or {}))
+            vision = photo_encoder(encoder, encoder_options)
+        if start_from is None:
+            network = Hypernetwork(layout, vision.width, **(hypernetwork or {}))
+        else:
+            network = ImageToLora.from_pretrained(start_from, base=self.base).hypernetwork.requires_grad_(True)
+            network.layout.require(layout)
         self.model = ImageToLora(vision.requires_grad_(False), network, card)
+        self.misreading = Misreading(reader, reading_weight)
         self.codes = load_file(targets)["codes"] if targets else None
         if gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
@@ -75,6 +84,7 @@ class HypernetworkTraining(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.base.pipeline.to(self.device)
+        self.misreading.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self.model.encoder.eval()
@@ -83,7 +93,7 @@ class HypernetworkTraining(L.LightningModule):
         codes = self.model.hypernetwork.codes(ImageFeatures(features.tokens[:, :views]))
         weights = self.model.hypernetwork.expand(codes)
         with injected(self.base.denoiser, weights):
-            denoising = self._denoising(batch)
+            denoising = self._denoising(batch, self.misreading.of(batch.get("labels")))
         size = weights.squared_norm()
         loss = denoising + self.hparams["output_l2"] * size
         self.log_dict({"train/loss": denoising, "train/delta": size.detach().sqrt()}, prog_bar=True)
@@ -107,11 +117,13 @@ class HypernetworkTraining(L.LightningModule):
     def _features(self, batch: dict[str, Any]) -> ImageFeatures:
         return ImageFeatures(batch["tokens"]) if "tokens" in batch else self.model.features(batch["photos"])
 
-    def _denoising(self, batch: dict[str, Any]) -> Tensor:
+    def _denoising(self, batch: dict[str, Any], also: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         latents = batch["latents"] if "latents" in batch else self.base.encode_images(batch["images"])
         conditions = self.base.encode_prompts(batch["captions"])
         # in float32: bfloat16 would round away the little noise of early timesteps
-        return denoising_loss(self.base.denoiser, self.base.noise_schedule, latents.float(), **conditions).mean()
+        return denoising_loss(
+            self.base.denoiser, self.base.noise_schedule, latents.float(), also=also, **conditions
+        ).mean()
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:

@@ -1,6 +1,6 @@
 """Train a ``Reader`` (the evaluator of a world, or the encoder that conditions a hypernetwork)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import lightning as L
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.encoders import Reader
+from hyperlora.encoders import Reader, Reading
+from hyperlora.encoders.trunks import LATENTS
+from hyperlora.errors import BadRequest
 from hyperlora.training.optimizers import adamw_one_cycle
 
 UNSEEN: Final = -100
@@ -22,7 +24,8 @@ class ReaderTraining(L.LightningModule):
 
     Batches: ``images`` [n, 3, h, w] in [0, 1], ``labels`` {attribute: [n]} (``UNSEEN`` where there is nothing to see),
     ``geometry`` [n, measures] (standardised), ``subject`` [n]. Training images are degraded at random (blur, noise) so
-    that pictures a model has painted are read as well as drawn ones.
+    that pictures a model has painted are read as well as drawn ones. With the backbone ``latents``, ``images`` are
+    scaled latents [n, c, h, w] (degraded too), for losses on what a denoiser expects (see ``BaseModel``).
     """
 
     def __init__(
@@ -44,13 +47,9 @@ class ReaderTraining(L.LightningModule):
         self.reader = Reader(backbone, image_size, attributes, geometry, options=options)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        reading = self.reader(_degraded(batch["images"]))
-        attributes = torch.stack(
-            [
-                F.cross_entropy(reading.logits[k], batch["labels"][k], ignore_index=UNSEEN)
-                for k in self.reader.attributes
-            ]
-        ).sum()
+        degraded = _noised if self.hparams["backbone"] == LATENTS else _degraded
+        reading = self.reader(degraded(batch["images"]))
+        attributes = attribute_loss(reading, batch["labels"]).mean()
         geometry = F.mse_loss(reading.geometry.float(), batch["geometry"])
         identity = _supervised_contrast(reading.identity.float(), batch["subject"], self.hparams["temperature"])
         self.log_dict({"train/attributes": attributes, "train/identity": identity, "train/geometry": geometry})
@@ -74,6 +73,35 @@ class ReaderTraining(L.LightningModule):
         return adamw_one_cycle(self, self.parameters(), self.hparams["lr"], self.hparams["weight_decay"])
 
 
+def attribute_loss(reading: Reading, labels: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy per sample [n], summed over the attributes of ``labels`` ({attribute: [n]}; ``UNSEEN`` is 0)."""
+    logits = {name: reading.logits[name].float() for name in labels}
+    parts = [F.cross_entropy(logits[k], v, ignore_index=UNSEEN, reduction="none") for k, v in labels.items()]
+    return torch.stack(parts).sum(0)
+
+
+class Misreading:
+    """``weight`` times what a released reader of latents (a folder; None for no such loss) misreads."""
+
+    def __init__(self, reader: str | None, weight: float) -> None:
+        self.reader = Reader.from_pretrained(reader) if reader else None
+        self.weight = weight
+
+    def to(self, device: torch.device) -> None:
+        if self.reader is not None:
+            self.reader.to(device)
+
+    def of(self, labels: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+        """A loss per sample of latents [n, c, h, w], as ``denoising_loss`` takes it. Raises ``BadRequest`` if there is
+        a reader, but the data do not say what it should read."""
+        reader = self.reader
+        if reader is None:
+            return None
+        if labels is None:
+            raise BadRequest("a reader is given, but the data have no labels: leave it out, or use drawn portraits")
+        return lambda latents: self.weight * attribute_loss(reader(latents), labels)
+
+
 def _supervised_contrast(identity: Tensor, subject: Tensor, temperature: float) -> Tensor:
     """Khosla et al. 2020, eq. 2: pull an identity's portraits together, push all others away."""
     similarity = identity @ identity.mT / temperature
@@ -92,3 +120,14 @@ def _degraded(images: Tensor) -> Tensor:
     pick = torch.rand(n, 1, 1, 1, device=images.device) < 0.35
     noise = torch.randn_like(images) * torch.rand(n, 1, 1, 1, device=images.device) * 0.04
     return (torch.where(pick, blurred, images) + noise).clamp(0, 1)
+
+
+def _noised(latents: Tensor) -> Tensor:
+    """Half of the latents blurred, all with noise of random size: what a denoiser expects is like that."""
+    n, _, h, w = latents.shape
+    small = F.interpolate(
+        latents, scale_factor=float(torch.empty(1).uniform_(0.4, 0.9)), mode="bilinear", antialias=True
+    )
+    share = torch.rand(n, 1, 1, 1, device=latents.device) * (torch.rand(n, 1, 1, 1, device=latents.device) < 0.5)
+    blurred = latents + share * (F.interpolate(small, (h, w), mode="bilinear") - latents)
+    return blurred + torch.randn_like(latents) * torch.rand(n, 1, 1, 1, device=latents.device) * 0.5

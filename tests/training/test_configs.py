@@ -89,6 +89,11 @@ RULES = {
     "avatars/vae_finish": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)),
     "avatars/evaluator": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
     "avatars/encoder": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
+    "avatars/latent_reader": Rule(
+        Reader.from_pretrained,
+        ("--data.init_args.people_per_batch=4", "--model.init_args.image_size=4"),
+        ("avatars/vae_finish",),
+    ),
     "avatars/base": Rule(load_base, _tiny_unet(32), ("avatars/vae_finish", "tokenizer")),
     "avatars/base_finish": Rule(
         load_base, (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"), ("avatars/base",)
