@@ -8,7 +8,10 @@ import pytest
 from data_builder.avatars import EDITS, SPLITS, Scene, caption, draw, edited, identity, prompt, scene
 from data_builder.avatars import vocabulary as words
 from data_builder.avatars.benchmark import SCENES, write_benchmark
+from data_builder.avatars.captions import named
+from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
 from data_builder.avatars.portraits import Plan, Portraits, draw_portraits
+from hyperlora.training.reader import UNSEEN
 
 
 def pixels(person, how, size=128):
@@ -96,3 +99,26 @@ def test_benchmark_has_only_test_people_and_true_prompts(tmp_path):
     names = sorted(p.name for p in (tmp_path / "subjects").iterdir())
     assert [int(name.split("-")[1]) for name in names] == list(SPLITS["test"][:2])
     assert len(SCENES) >= 8
+
+
+def test_labels_are_of_what_a_caption_names_and_a_portrait_shows():
+    person, how = identity(5), replace(scene(5, 0), expression="sad", glasses="none", hat="none", style="plain")
+    text = "a portrait of a person, sad, wearing a red hoodie"
+    how = replace(how, garment="hoodie", garment_color="red")
+    assert named(person, how, text) == {"expression", "garment", "garment_color"}
+    labels = labels_of(person, how, named(person, how, text))
+    told = {k: ATTRIBUTES[k][v] for k, v in labels.items() if v != UNSEEN}
+    assert told == {"expression": "sad", "garment": "hoodie", "garment_color": "red"}
+    everything = labels_of(person, replace(how, glasses="sunglasses", hat="turban"))
+    assert {k for k, v in everything.items() if v == UNSEEN} == {"eyes", "hair", "hair_color"}
+    assert labels_of(person, replace(how, background="#123456"))["background"] == UNSEEN
+
+
+def test_captions_name_what_they_say():
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        person, how = identity(seed), scene(seed, 0)
+        text = caption(person, how, rng, name_identity=1.0)
+        said = named(person, how, text)
+        assert {"skin", "nose", "eyebrows"} <= said
+        assert ("expression" in said) == (how.expression in text.split(", "))

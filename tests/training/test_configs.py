@@ -98,17 +98,22 @@ RULES = {
     "avatars/base_finish": Rule(
         load_base, (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"), ("avatars/base",)
     ),
+    "avatars/base_read": Rule(
+        load_base,
+        (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"),
+        ("avatars/base_finish", "avatars/latent_reader"),
+    ),
     "avatars/image_to_lora": Rule(
         ImageToLora.from_pretrained,
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
-        ("avatars/base_finish", "avatars/encoder"),
+        ("avatars/base_read", "avatars/encoder"),
     ),
     "avatars/hyperdreambooth": Rule(
         ImageToLora.from_pretrained,
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
-        ("avatars/base_finish", "avatars/encoder", "codes"),
+        ("avatars/base_read", "avatars/encoder", "codes"),
     ),
-    "avatars/edit_base": Rule(load_base, TINY_EDITS, ("avatars/base_finish", "edits")),
+    "avatars/edit_base": Rule(load_base, TINY_EDITS, ("avatars/base_read", "edits")),
     "avatars/edit_base_finish": Rule(load_base, TINY_EDITS, ("avatars/edit_base",)),
     "avatars/pair_to_lora": Rule(
         PairToLora.from_pretrained,
