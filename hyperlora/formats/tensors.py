@@ -72,11 +72,14 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def write_bytes(data: bytes, path: Path) -> None:
-    """Write ``path`` (and missing parent folders) through a temporary file beside it, then rename."""
+    """Write ``path`` (and missing parent folders) through a temporary file beside it, synced to disk, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
