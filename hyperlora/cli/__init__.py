@@ -9,7 +9,7 @@ from hyperlora.cli import algebra, demo, edit, evaluate, generate, inspect, rend
 from hyperlora.errors import HyperloraError
 
 
-class _Verbs(TyperGroup):
+class Verbs(TyperGroup):
     """What a user can mend is one sentence on stderr and exit code 2. What the machine refuses half-way (disk full,
     permissions lost) is one sentence and exit code 1; anything else is a bug and keeps its traceback."""
 
@@ -27,7 +27,7 @@ class _Verbs(TyperGroup):
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command(cls=edit.EditCommand)(edit.edit)
