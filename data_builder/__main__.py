@@ -7,10 +7,11 @@ import typer
 
 from data_builder import verbs
 from hyperlora.cli import Verbs
+from hyperlora.cli.cluster import RayCommand
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for verb in (verbs.plan, verbs.run, verbs.status, verbs.pack):
-    app.command(cls=verbs.RunCommand if verb is verbs.run else None)(verb)
+for verb in (verbs.plan, verbs.run, verbs.status, verbs.audit, verbs.pack, verbs.collect):
+    app.command(cls=RayCommand if verb is verbs.run else None)(verb)
 
 
 @app.callback()
@@ -127,7 +128,8 @@ def differential(
     from data_builder.differential import build
 
     build(
-        before, after, base, out, sheet=sheet, prompt=prompt, preset=preset, rank=rank, steps=steps, lr=lr, format=format
+        before, after, base, out, sheet=sheet, prompt=prompt, preset=preset, rank=rank, steps=steps, lr=lr,
+        format=format
     )  # fmt: skip
 
 

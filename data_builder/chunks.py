@@ -95,5 +95,3 @@ def require_whole(chunks: Chunks, partial: bool) -> None:
                 f"{len(left)} of {chunks.plan.chunks} chunks are not finished: data-builder run {chunks.folder}, "
                 "or take what there is with --partial"
             )
-
-

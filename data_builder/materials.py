@@ -36,7 +36,7 @@ def material(row: Planned, source: Source, base: Base, recipe: Recipe) -> Materi
     kept = recipe.held_out if len(images) > recipe.held_out else 0
     learned = list(range(len(images) - kept))
     rng = np.random.default_rng([row.seed, 1])
-    pictures, captions = [], []
+    pictures, captions = list[Image.Image](), list[Photo]()
     for i in learned:
         square = row.photos[i].square or centre(images[i])
         squares = [square, *(varied(square, rng) for _ in range(recipe.variants - 1))]

@@ -103,12 +103,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """``source`` says where photos are read (``sources.opened``), ``skipped`` what was left out and why."""
+    """``source`` says where photos are read (``sources.opened``), ``skipped`` what was left out and why, ``remarks``
+    what else is worth knowing of photos."""
 
     recipe: Recipe
     source: Mapping[str, Any]
     rows: tuple[Planned, ...]
     skipped: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -134,7 +136,7 @@ class Plan:
         data = json.loads(text)
         recipe = Recipe(**{**data["recipe"], "templates": tuple(data["recipe"]["templates"])})
         rows = tuple(Planned(**{**row, "photos": tuple(map(_photo, row["photos"]))}) for row in data["rows"])
-        return cls(recipe, data["source"], rows, tuple(data["skipped"]), data["notes"])
+        return cls(recipe, data["source"], rows, tuple(data["skipped"]), tuple(data["remarks"]), data["notes"])
 
 
 def write_plan(plan: Plan, folder: Path) -> None:

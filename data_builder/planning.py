@@ -32,11 +32,11 @@ def make_plan(
     ``BadRequest`` if no subject is left.
     """
     recipe.check()
-    skipped: list[str] = []
+    skipped, remarks = list[str](), list[str]()
     found = list(source.subjects(skipped))[:limit]
     rows: list[Planned] = []
     for subject in track(found, "reading photos", "subjects", len(found)):
-        photos = _photos(subject, source, crop, skipped)
+        photos = _photos(subject, source, crop, skipped, remarks)
         if not photos:
             skipped.append(f"{subject.name}: no photo of it can be used")
             continue
@@ -47,7 +47,7 @@ def make_plan(
         ]
     if not rows:
         raise BadRequest("no subject can be used: " + "; ".join(skipped[:3]))
-    return Plan(recipe, to_dict(source), tuple(rows), tuple(skipped), dict(notes or {}))
+    return Plan(recipe, to_dict(source), tuple(rows), tuple(skipped), tuple(remarks), dict(notes or {}))
 
 
 def crop_of(kind: str, face_pack: str | Path | None = None, which: int = 0, margin: float = 1.8) -> Crop | None:
@@ -64,19 +64,21 @@ def crop_of(kind: str, face_pack: str | Path | None = None, which: int = 0, marg
     raise BadRequest(f"unknown crop {kind!r}; known: face, center, none")
 
 
-def _photos(subject: Listed, source: Source, crop: Crop | None, skipped: list[str]) -> tuple[Photo, ...]:
+def _photos(
+    subject: Listed, source: Source, crop: Crop | None, skipped: list[str], remarks: list[str]
+) -> tuple[Photo, ...]:
     if isinstance(source, Avatars):  # drawn when they are needed, always whole
         return tuple(Photo(ref, caption=caption) for ref, caption in subject.photos)
     photos: list[Photo] = []
     for ref, caption in subject.photos:
-        remarks: list[str] = []
+        said: list[str] = []
         try:
             image, digest = source.read(ref)
-            square = crop(image, remarks) if crop is not None else centre(image)
+            square = crop(image, said) if crop is not None else centre(image)
         except BadImage as error:
             skipped.append(f"{subject.name}: {error}" if ref in str(error) else f"{subject.name}, {ref}: {error}")
             continue
-        skipped += [f"{subject.name}, {ref}: {remark}" for remark in remarks]
+        remarks += [f"{subject.name}, {ref}: {remark}" for remark in said]
         photos.append(Photo(ref, digest, caption, square))
     return tuple(photos)
 

@@ -146,7 +146,9 @@ def source_of(text: str, *, each: int, size: int, split: str, columns: Mapping[s
     if text.startswith("avatars:"):
         first, _, last = text.removeprefix("avatars:").partition("-")
         if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-            raise BadRequest(f"{text!r} names no people of the avatar world: write avatars:FIRST-LAST, as avatars:0-200")
+            raise BadRequest(
+                f"{text!r} names no people of the avatar world: write avatars:FIRST-LAST, as avatars:0-200"
+            )
         return Avatars(int(first), int(last), each, size)
     folder = Path(text)
     marks = ("dataset_info.json", "dataset_dict.json")

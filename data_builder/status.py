@@ -11,7 +11,7 @@ from data_builder.plan import read_plan
 
 @dataclass(frozen=True)
 class Status:
-    """``rows`` of LoRAs finished of ``planned``; ``per_hour`` None before the first chunk, ``seconds_left`` likewise."""
+    """``rows`` of LoRAs finished of ``planned``; ``per_hour`` and ``seconds_left`` are None before the first."""
 
     planned: int
     finished: int

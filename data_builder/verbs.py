@@ -2,29 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 Build = Annotated[Path, typer.Argument(help="Folder of the build.")]
 
 
-class RunCommand(TyperCommand):
-    """Lets ``--ray`` stand alone, for a cluster on this machine."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)
-        if "--ray" in given:
-            place = given.index("--ray")
-            after = given[place + 1 : place + 2]
-            if not after or after[0].startswith("-"):
-                given.insert(place + 1, "local")
-        return super().parse_args(ctx, given)
-
-
 def plan(
-    source: Annotated[str, typer.Argument(help="avatars:FIRST-LAST, a folder of photos, a dataset's folder or hub id.")],
+    source: Annotated[
+        str, typer.Argument(help="avatars:FIRST-LAST, a folder of photos, a dataset's folder or hub id.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the build.")],
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     preset: Annotated[str, typer.Option(help="Sites: attention, attention+mlp, attention+conv.")] = "attention+mlp",
@@ -38,8 +26,12 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Examples of each subject per step.")] = 2,
     at_once: Annotated[int, typer.Option(min=0, help="Subjects fitted together; 0: by the GPU's memory.")] = 16,
     identifier: Annotated[str, typer.Option(help="What the subject is called where it is learned.")] = "sks person",
-    class_name: Annotated[str, typer.Option("--class", help="What it is called where its class is drawn.")] = "a person",
-    template: Annotated[list[str] | None, typer.Option(help="Caption with {} for the subject; may be repeated.")] = None,
+    class_name: Annotated[
+        str, typer.Option("--class", help="What it is called where its class is drawn.")
+    ] = "a person",
+    template: Annotated[
+        list[str] | None, typer.Option(help="Caption with {} for the subject; may be repeated.")
+    ] = None,
     prior_images: Annotated[int, typer.Option(min=0, help="Class pictures for prior preservation.")] = 0,
     prior_weight: Annotated[float, typer.Option()] = 1.0,
     variants: Annotated[int, typer.Option(min=1, help="Random crops of each photo.")] = 1,
@@ -81,7 +73,7 @@ def plan(
     recipe.check()
     columns = {"image": image_column, "subject": subject_column, "caption": caption_column}
     where = source_of(source, each=each, size=128, split=split, columns=columns)
-    cropped = crop_of(crop, face_pack, face)
+    cropped = crop_of(crop, face_pack, face)  # a bad pack is told before any photo is read
     notes = {"crop": crop, **getattr(cropped, "notes", {})}
     made = make_plan(where, recipe, crop=cropped, views=views, validation=validation, limit=limit, notes=notes)
     if at_once == 0:
@@ -91,6 +83,8 @@ def plan(
     write_plan(made, out)
     for line in made.skipped:
         typer.echo(f"skipped: {line}", err=True)
+    for line in made.remarks:
+        typer.echo(f"note: {line}", err=True)
     for line in summary(made):
         typer.echo(line)
 
@@ -114,9 +108,7 @@ def run(
     typer.echo(f"{made} LoRAs made; {build} is complete")
 
 
-def status(
-    build: Build, as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False
-) -> None:
+def status(build: Build, as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """How far a build is: LoRAs done and left, LoRAs/hour, time left, what was skipped."""
     from rich.console import Console
 
@@ -150,5 +142,69 @@ def pack(
     typer.echo(f"{n} LoRAs and table.parquet in {out}, {left_out} left out")
 
 
+def audit(
+    build: Build,
+    evaluator: Annotated[str | None, typer.Option(help="Folder of a reader; `none`: score by the loss.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Score below which a row is flagged.")] = None,
+    sample: Annotated[int | None, typer.Option(min=2, help="Draw only so many rows for the score.")] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Best, median and worst rows on the page, each.")] = 4,
+    partial: Annotated[bool, typer.Option("--partial", help="Take what is finished.")] = False,
+) -> None:
+    """Find rows that are broken, odd, doubled or unlike their subject; write a page with pictures."""
+    from data_builder.auditing import PAGE, Audit, audit
+    from data_builder.plan import read_plan
+    from hyperlora import bundle
+
+    drawn = read_plan(build).source["kind"] == "avatars"
+    reader = Path(evaluator) if evaluator not in (None, "none") else bundle.EVALUATOR if drawn else None
+    reader = None if evaluator == "none" else reader
+    least = threshold if threshold is not None else 0.3 if reader else 0.0
+    found = audit(build, Audit(reader, least, sample, pictures), partial)
+    flagged = [finding for finding in found if finding.flags]
+    for finding in flagged:
+        typer.echo(
+            f"flagged: {finding.subject}"
+            + (f"#{finding.view}" if finding.view else "")
+            + f": {'; '.join(finding.flags)}"
+        )
+    typer.echo(f"{len(found)} LoRAs, {len(flagged)} flagged; {build / PAGE}")
+
+
+def collect(
+    files: Annotated[Path, typer.Argument(help="Folder of LoRA files.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Base model that they are for: folder or hub id.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Sites that each must have; unless given, the first file's.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank that is stored; unless given, the first file's.")
+    ] = None,
+    rows_per_shard: Annotated[int, typer.Option(min=1)] = 4096,
+) -> None:
+    """Make a dataset of a folder of ordinary LoRA files of any dialect; those that do not fit are refused by name."""
+    from hyperlora import bundle
+    from hyperlora.adapters import layout_of
+    from hyperlora.cli.output import require_folder
+    from hyperlora.data.collecting import collect, layout_of_files
+    from hyperlora.pipelines import load_base
+
+    require_folder(out)
+    model = load_base(base or bundle.BASE)
+    if preset is None:
+        layout = layout_of_files(files, dict(model.modules), model.id)
+    else:
+        layout = layout_of({next(iter(model.modules)): model.denoiser}, preset, rank or 4, model.id)
+    done = collect(files, out, layout.with_rank(rank or layout.rank), rows_per_shard)
+    for line in (*done.refused, *done.remarks):
+        typer.echo(line, err=True)
+    typer.echo(f"{done.rows} LoRAs of rank {rank or layout.rank} in {out}, {len(done.refused)} refused")
+
+
 def _audited(build: Path) -> tuple[dict[tuple[str, int], float], set[tuple[str, int]]]:
-    return {}, set()
+    """Scores, and rows that an audit refused, by subject and view."""
+    from data_builder.audit import read_findings
+
+    found = read_findings(build)
+    scores = {(f.subject, f.view): f.score for f in found if f.score is not None}
+    return scores, {(f.subject, f.view) for f in found if f.flags}

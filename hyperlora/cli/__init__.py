@@ -6,6 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from hyperlora.cli import algebra, demo, edit, evaluate, generate, inspect, render, serve, train
+from hyperlora.cli.cluster import RayCommand
 from hyperlora.errors import HyperloraError
 
 
@@ -29,7 +30,7 @@ class Verbs(TyperGroup):
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo.demo)
-app.command()(generate.generate)
+app.command(cls=RayCommand)(generate.generate)
 app.command(cls=edit.EditCommand)(edit.edit)
 app.command()(render.render)
 app.command()(inspect.inspect)

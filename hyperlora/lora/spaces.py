@@ -152,7 +152,9 @@ def space(kind: str, layout: LoraLayout, inner: int | None = None, a: int = 100,
     raise BadRequest(f"unknown space {kind!r}; known: {', '.join(KINDS)}")
 
 
-def _he_except(layout: LoraLayout, shapes: Callable[[Site], tuple[tuple[int, int], ...]], zero: int, generator: Generator) -> Tensor:
+def _he_except(
+    layout: LoraLayout, shapes: Callable[[Site], tuple[tuple[int, int], ...]], zero: int, generator: Generator
+) -> Tensor:
     """``kaiming_uniform_(a=√5)``, which is uniform in ± 1 / √columns, and zeros for the matrix in place ``zero``."""
     flat = []
     for site in layout.sites:

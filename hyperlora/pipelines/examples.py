@@ -1,4 +1,4 @@
-"""What K subjects are fitted to, what chance decides at each step, and the draws on which their progress is followed."""
+"""What K subjects are fitted to, what chance decides at each step, and the draws that follow their progress."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

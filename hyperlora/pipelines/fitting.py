@@ -165,9 +165,7 @@ def _probed(
     with injected(denoiser, weights):
         for choice, u, noise in zip(probe.choice, probe.u, probe.noise, strict=True):
             latents, conditions = probe.examples.pick(choice[going][None], going)
-            parts.append(
-                denoising_loss(denoiser, scheduler, latents, draw=(u[going], noise[going]), **conditions)
-            )
+            parts.append(denoising_loss(denoiser, scheduler, latents, draw=(u[going], noise[going]), **conditions))
     return torch.stack(parts).mean(0)
 
 

@@ -1,6 +1,5 @@
 """LoHa and LoKr as parametrisations, against PEFT's own modules; rows scaled and back."""
 
-
 import peft
 import pytest
 import torch
@@ -115,7 +114,7 @@ def test_starts_at_nothing_and_can_leave_it(kind):
 
 
 def test_an_unknown_space_is_named():
-    with pytest.raises(BadRequest, match="'dora'.*lora, lidb, loha, lokr"):
+    with pytest.raises(BadRequest, match=r"'dora'.*lora, lidb, loha, lokr"):
         space("dora", layout(2))
 
 
