@@ -10,7 +10,7 @@ from hyperlora.cli import Verbs
 from hyperlora.cli.cluster import RayCommand
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for verb in (verbs.plan, verbs.run, verbs.status, verbs.audit, verbs.pack, verbs.collect):
+for verb in (verbs.plan, verbs.run, verbs.status, verbs.audit, verbs.pack, verbs.collect, verbs.sample):
     app.command(cls=RayCommand if verb is verbs.run else None)(verb)
 
 

@@ -89,9 +89,8 @@ def require_whole(chunks: Chunks, partial: bool) -> None:
     """Raise ``BadRequest`` if chunks are missing (unless ``partial``, and then if there is none at all)."""
     if not chunks.done():
         raise BadRequest(f"no chunk of {str(chunks.folder)!r} is finished: data-builder run {chunks.folder}")
-    if left := chunks.left():
-        if not partial:
-            raise BadRequest(
-                f"{len(left)} of {chunks.plan.chunks} chunks are not finished: data-builder run {chunks.folder}, "
-                "or take what there is with --partial"
-            )
+    if (left := chunks.left()) and not partial:
+        raise BadRequest(
+            f"{len(left)} of {chunks.plan.chunks} chunks are not finished: data-builder run {chunks.folder}, "
+            "or take what there is with --partial"
+        )

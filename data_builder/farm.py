@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -42,7 +43,8 @@ class Farm:
         self.mean = _mean(recipe, self.layout)
         self.prior = None if class_latents is None else class_examples(base, recipe, class_latents)
         if recipe.checkpointing:
-            base.denoiser.enable_gradient_checkpointing()
+            denoiser: Any = base.denoiser
+            denoiser.enable_gradient_checkpointing()
 
     def chunk(self, number: int) -> bytes:
         """The shard of chunk ``number``; subjects whose photos cannot be read any more are named in its header."""

@@ -1,6 +1,7 @@
 """The verbs of a build: plan, run, status, pack, audit, collect. Heavy libraries are imported inside each."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ def plan(
         str, typer.Argument(help="avatars:FIRST-LAST, a folder of photos, a dataset's folder or hub id.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the build.")],
+    recipe: Annotated[Path | None, typer.Option(help="recipe.json: in place of the options on how to fit.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     preset: Annotated[str, typer.Option(help="Sites: attention, attention+mlp, attention+conv.")] = "attention+mlp",
     rank: Annotated[int, typer.Option(min=1, help="Rank that is stored.")] = 4,
@@ -58,24 +60,27 @@ def plan(
     """Decide a dataset of LoRAs: whose, and how each is fitted. Photos are read once, what is skipped is named."""
     from data_builder.plan import Recipe, write_plan
     from data_builder.planning import crop_of, make_plan, summary
+    from data_builder.sampling import read_recipe
     from data_builder.sources import source_of
     from hyperlora import bundle
     from hyperlora.cli.output import require_folder
 
     require_folder(out)
-    recipe = Recipe(
+    fitting = Recipe(
         base=base or str(bundle.BASE), preset=preset, rank=rank, space=space, inner=inner, start=start,
         start_from=start_from, steps=steps, lr=lr, batch=batch, at_once=at_once or 16, identifier=identifier,
         class_name=class_name, templates=tuple(template or ("a portrait of {}",)), prior_images=prior_images,
         prior_weight=prior_weight, variants=variants, flip=flip, held_out=held_out, every=every, patience=patience,
         dtype=dtype, checkpointing=checkpointing, rows=rows, seed=seed,
     )  # fmt: skip
-    recipe.check()
+    if recipe is not None:
+        fitting = replace(read_recipe(recipe), base=fitting.base)
+    fitting.check()
     columns = {"image": image_column, "subject": subject_column, "caption": caption_column}
     where = source_of(source, each=each, size=128, split=split, columns=columns)
     cropped = crop_of(crop, face_pack, face)  # a bad pack is told before any photo is read
     notes = {"crop": crop, **getattr(cropped, "notes", {})}
-    made = make_plan(where, recipe, crop=cropped, views=views, validation=validation, limit=limit, notes=notes)
+    made = make_plan(where, fitting, crop=cropped, views=views, validation=validation, limit=limit, notes=notes)
     if at_once == 0:
         from data_builder.memory import as_many_as_fit
 
@@ -199,6 +204,19 @@ def collect(
     for line in (*done.refused, *done.remarks):
         typer.echo(line, err=True)
     typer.echo(f"{done.rows} LoRAs of rank {rank or layout.rank} in {out}, {len(done.refused)} refused")
+
+
+def sample(
+    dataset: Annotated[Path, typer.Argument(help="Folder of a pack or a build.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    most: Annotated[int, typer.Option(min=1, help="Bytes, all together.")] = 2_000_000,
+) -> None:
+    """Write what is worth shipping of a dataset: its recipe, its statistics and a few rows."""
+    from data_builder.sampling import ship
+    from hyperlora.cli.output import require_folder
+
+    require_folder(out)
+    typer.echo(f"recipe, statistics and {ship(dataset, out, most)} rows in {out}")
 
 
 def _audited(build: Path) -> tuple[dict[tuple[str, int], float], set[tuple[str, int]]]:

@@ -80,3 +80,29 @@ def test_likeness_is_read_by_an_evaluator(build: Path, bundle: Any) -> None:
     assert done.exit_code == 0, done.output
     scored = [f for f in read_findings(build) if f.score is not None]
     assert len(scored) == 4 and "identity" in (build / "audit" / "index.html").read_text()
+
+
+def test_a_sample_is_a_small_dataset_with_the_recipe_of_the_whole(build: Path, tmp_path: Path) -> None:
+    from data_builder.sampling import read_recipe
+
+    CliRunner().invoke(app, ["audit", str(build), "--evaluator", "none", "--threshold", "-9", "--pictures", "0"])
+    CliRunner().invoke(app, ["pack", str(build), "-o", str(tmp_path / "out")])
+    whole = LoraDataset(tmp_path / "out")
+    most = 24_000 + 6 * whole[0].nbytes
+    done = CliRunner().invoke(app, ["sample", str(tmp_path / "out"), "-o", str(tmp_path / "few"), "--most", str(most)])
+    assert done.exit_code == 0, done.output
+    few = LoraDataset(tmp_path / "few")
+    assert 1 <= len(few) < len(whole) and sum(f.stat().st_size for f in (tmp_path / "few").iterdir()) <= most
+    assert torch.equal(few[0], whole[0]) and few.records[0] == whole.records[0]
+    recipe = read_recipe(tmp_path / "few" / "recipe.json")
+    assert recipe.steps == 8 and recipe.base == whole.layout.base
+    arguments = [
+        "plan",
+        "avatars:0-2",
+        "-o",
+        str(tmp_path / "again"),
+        "--recipe",
+        str(tmp_path / "few" / "recipe.json"),
+    ]
+    again = CliRunner().invoke(app, [*arguments, "--base", "some/base"])
+    assert again.exit_code == 0 and "some/base, lora, rank 2, 8 steps" in again.stdout
