@@ -3,7 +3,7 @@
     python benchmarks/starts.py [--people 8] [--steps 60] [--starts zero shared network]
 
 Each person of the avatar world is fitted twice, by different seeds. Printed for each start: the loss on fixed draws
-before and after, the loss of the *midpoint* of a person's two rows (a smooth weight space keeps it as low), the cosine of
+before and after, the loss of the *midpoint* of a person's two rows (in a smooth weight space as low), the cosine of
 the two rows' deviations from the mean, and the share of all variance that the first principal components hold.
 """
 

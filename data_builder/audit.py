@@ -37,7 +37,7 @@ def examine(dataset: LoraDataset, scores: Mapping[int, float], threshold: float,
     """Every row of ``dataset``. ``scores`` by row say how well it reproduces its subject; below ``threshold`` (or not
     a number) it is flagged."""
     finite, norms, digests, sketches = [], [], [], []
-    project = torch.randn(dataset.layout.numel, 64, generator=torch.Generator().manual_seed(0))
+    project = torch.randn(dataset.layout.numel, 32, generator=torch.Generator().manual_seed(0))
     batches = dataset.batches(batch)
     for rows in track(batches, "looking at rows", "rows", len(dataset), batch):
         digests += [hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).digest() for row in rows]

@@ -27,6 +27,11 @@ class Chunks:
     def path(self, number: int) -> Path:
         return self.folder / "chunks" / f"{number:06d}.safetensors"
 
+    def check(self) -> None:
+        """Raises what ``open`` raises for any finished chunk."""
+        for number in self.done():
+            self.open(number)
+
     def done(self) -> list[int]:
         return [number for number in range(self.plan.chunks) if self.path(number).is_file()]
 

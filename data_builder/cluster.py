@@ -8,13 +8,16 @@ photos) the folder under the same path.
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from data_builder.chunks import Chunks, alone
 from data_builder.plan import Plan, read_plan
 from hyperlora.errors import HyperloraError
 from hyperlora.pipelines.ray_batches import connected
 from hyperlora.progress import track
+
+RETRIES: Final = 16
+"""How often a chunk is begun again when its worker or node dies."""
 
 _open: dict[str, Any] = {}
 """The farm of this worker's last plan: the base is loaded once per process."""
@@ -29,6 +32,7 @@ def run_on_ray(folder: Path, address: str = "local") -> int:
     ray = connected(address)
     chunks = Chunks(read_plan(folder), folder)
     with alone(folder):
+        chunks.check()
         left, plan = chunks.left(), chunks.plan
         if not left:
             return 0
@@ -54,7 +58,7 @@ def fit_chunk(plan: Plan, latents: Any, number: int) -> tuple[int, bytes, float]
 
 def _results(ray: Any, plan: Plan, latents: Any, left: list[int]) -> Iterator[tuple[int, bytes, float]]:
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1)(fit_chunk)  # again as often as machines die
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(fit_chunk)
     shared, pictures = ray.put(plan), ray.put(latents)
     waiting = [task.remote(shared, pictures, number) for number in left]
     while waiting:

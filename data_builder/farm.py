@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from data_builder.materials import Material, class_examples, material
-from data_builder.plan import Plan, Planned, Recipe
+from data_builder.plan import Plan, Planned, Recipe, printable
 from data_builder.sources import opened
 from hyperlora import bundle
 from hyperlora.adapters import layout_of
@@ -54,7 +54,7 @@ class Farm:
                 materials.append(material(row, self.source, self.base, recipe))
                 rows.append(row)
             except BadImage as error:
-                skipped.append(f"{row.subject}: {error}")
+                skipped.append(printable(f"{row.subject}: {error}"))
         numbers = torch.zeros(0, self.layout.numel, dtype=getattr(torch, recipe.rows))
         table: list[LoraRecord] = []
         if rows:

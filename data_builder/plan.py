@@ -159,6 +159,11 @@ def read_plan(folder: Path) -> Plan:
         raise BadRequest(f"{str(file)!r} is no plan ({' '.join(str(error).split())[:100]}): make it again") from error
 
 
+def printable(text: str) -> str:
+    """``text`` without the bytes that are no UTF-8, which names of files may hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def seed_of(recipe_seed: int, subject: str, view: int) -> int:
     """A subject's own seed, whatever its place in the list."""
     digest = hashlib.sha256(f"{recipe_seed}/{subject}/{view}".encode("utf-8", "surrogateescape")).digest()

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from data_builder.cutting import centre, whole
-from data_builder.plan import Photo, Plan, Planned, Recipe, Square, seed_of
+from data_builder.plan import Photo, Plan, Planned, Recipe, Square, printable, seed_of
 from data_builder.sources import Avatars, Listed, Source, to_dict
 from hyperlora.errors import BadImage, BadRequest
 from hyperlora.progress import track
@@ -42,12 +42,19 @@ def make_plan(
             continue
         split = subject.split or _split(subject.name, validation)
         rows += [
-            Planned(subject.name, photos, seed_of(recipe.seed, subject.name, view), split, view)
+            Planned(printable(subject.name), photos, seed_of(recipe.seed, subject.name, view), split, view)
             for view in range(views)
         ]
     if not rows:
         raise BadRequest("no subject can be used: " + "; ".join(skipped[:3]))
-    return Plan(recipe, to_dict(source), tuple(rows), tuple(skipped), tuple(remarks), dict(notes or {}))
+    return Plan(
+        recipe,
+        to_dict(source),
+        tuple(rows),
+        tuple(map(printable, skipped)),
+        tuple(map(printable, remarks)),
+        dict(notes or {}),
+    )
 
 
 def crop_of(kind: str, face_pack: str | Path | None = None, which: int = 0, margin: float = 1.8) -> Crop | None:

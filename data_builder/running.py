@@ -23,6 +23,7 @@ def run(folder: Path) -> int:
     """
     chunks = Chunks(read_plan(folder), folder)
     with alone(folder):
+        chunks.check()
         left = chunks.left()
         if not left:
             return 0

@@ -46,6 +46,7 @@ def plan(
     rows: Annotated[str, typer.Option(help="Numbers on disk: float32, float16, bfloat16.")] = "float16",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     each: Annotated[int, typer.Option(min=1, help="Portraits of each avatar.")] = 4,
+    size: Annotated[int, typer.Option(min=16, help="Pixels that avatars are drawn at.")] = 128,
     views: Annotated[int, typer.Option(min=1, help="LoRAs of each subject.")] = 1,
     validation: Annotated[float, typer.Option(min=0, max=1, help="Fraction of subjects for validation.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many subjects.")] = None,
@@ -77,7 +78,7 @@ def plan(
         fitting = replace(read_recipe(recipe), base=fitting.base)
     fitting.check()
     columns = {"image": image_column, "subject": subject_column, "caption": caption_column}
-    where = source_of(source, each=each, size=128, split=split, columns=columns)
+    where = source_of(source, each=each, size=size, split=split, columns=columns)
     cropped = crop_of(crop, face_pack, face)  # a bad pack is told before any photo is read
     notes = {"crop": crop, **getattr(cropped, "notes", {})}
     made = make_plan(where, fitting, crop=cropped, views=views, validation=validation, limit=limit, notes=notes)
@@ -163,7 +164,7 @@ def audit(
     drawn = read_plan(build).source["kind"] == "avatars"
     reader = Path(evaluator) if evaluator not in (None, "none") else bundle.EVALUATOR if drawn else None
     reader = None if evaluator == "none" else reader
-    least = threshold if threshold is not None else 0.3 if reader else 0.0
+    least = threshold if threshold is not None else 0.3 if reader else 0.01
     found = audit(build, Audit(reader, least, sample, pictures), partial)
     flagged = [finding for finding in found if finding.flags]
     for finding in flagged:

@@ -54,7 +54,7 @@ class LoraDataset(Sequence[Tensor]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         """Row [P] of a number, rows [n, P] of a slice or of many numbers, in the dtype of the shards."""
         if isinstance(index, int):
-            return self._row(index)
+            return self._row(index).clone()  # what is done to it stays out of the mapped pages
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
         if isinstance(index, Tensor):

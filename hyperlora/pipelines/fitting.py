@@ -1,7 +1,7 @@
 """Fit LoRAs to photos: K subjects at a time on one frozen base, each as if it were alone."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ __all__ = ["Chance", "Examples", "Fitted", "Probe", "fit"]
 
 @dataclass(frozen=True)
 class Fitted:
-    """``codes`` [K, P] as fitted, ``weights`` they expand to (batch K), ``losses`` [steps, K]; ``snapshots`` their
+    """``codes`` [K, P] as fitted, ``weights`` they expand to (batch K), ``losses`` [steps, K] (as many steps as the
+    longest took); ``snapshots`` their
     state after as many steps as were asked for. ``looks`` [n, K] are the losses on the probe's draws, the first before
     any step, and ``taken`` [K] the steps of each subject. Losses and looks are NaN once a subject has ended."""
 
@@ -69,61 +70,68 @@ def fit(
     codes = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([codes], lr)
     chance = None if seeds is None else Chance(seeds)
-    course = _Course(start.detach().clone())
+    course = _Course(start.detach(), probe is not None)
     losses, kept = [], {}
+
+    def lora() -> LoraWeights:
+        return expand(codes) if frozen is None else _of(frozen, going) + expand(codes)
+
+    def look(step: int) -> None:
+        assert probe is not None
+        with torch.no_grad(), injected(denoiser, lora()):
+            course.look(going, codes, _probed(denoiser, scheduler, probe, going), step)
+
     if probe is not None:
-        course.look(going, codes, _probed(denoiser, scheduler, probe, expand, codes, going, frozen), 0)
+        look(0)
     for step in track(range(1, steps + 1), label, "steps", steps) if label else range(1, steps + 1):
         if watch is not None:
             watch(step)
-        weights = expand(codes)
-        if frozen is not None:
-            weights = _of(frozen, going) + weights
-        with injected(denoiser, weights):
+        with injected(denoiser, lora()):
             loss = _loss(denoiser, scheduler, examples, batch, going, twins, changes, chance)
             if prior is not None:
                 loss = loss + prior_weight * _loss(denoiser, scheduler, prior, batch, going, twins, None, chance)
         (codes.grad,) = torch.autograd.grad(loss.sum(), codes)
         optimizer.step()
         losses.append(_spread(loss.detach(), going, k))
-        course.took(going, codes, step)
+        course.taken[going] = step
         if step in snapshots:
-            kept[step] = expand(course.codes.clone())
+            kept[step] = expand(course.now(going, codes).clone())
         if probe is not None and (step % probe.every == 0 or step == steps):
-            course.look(going, codes, _probed(denoiser, scheduler, probe, expand, codes, going, frozen), step)
+            look(step)
             on = course.goes_on(going, probe.patience)
-            if not on.any():
-                break
             if not on.all():
+                course.now(going, codes)
                 going, codes, optimizer = going[on], *_fewer(codes, optimizer, on)
-    final = course.best_codes if probe is not None else course.codes
+            if not len(going):
+                break
+    final = course.now(going, codes) if course.best_codes is None else course.best_codes
     return Fitted(
         final, expand(final), torch.stack(losses) if losses else torch.zeros(0, k), kept,
         torch.stack(course.looks) if course.looks else torch.zeros(0, k), course.taken,
     )  # fmt: skip
 
 
-@dataclass
 class _Course:
-    """Where each of the K subjects stands: its ``codes`` now, and the best of those that were looked at."""
+    """Where each of the K subjects stands, and with ``followed`` what it was at its best look."""
 
-    codes: Tensor
-    looks: list[Tensor] = field(default_factory=list)
+    def __init__(self, start: Tensor, followed: bool) -> None:
+        k, device = len(start), start.device
+        self.codes = start.clone()
+        self.best_codes = start.clone() if followed else None
+        self.best = torch.full((k,), torch.inf, device=device)
+        self.taken, self.worse = (torch.zeros(k, dtype=torch.long, device=device) for _ in range(2))
+        self.looks: list[Tensor] = []
 
-    def __post_init__(self) -> None:
-        k = len(self.codes)
-        self.best_codes = self.codes.clone()
-        self.best = torch.full((k,), torch.inf, device=self.codes.device)
-        self.taken, self.worse = (torch.zeros(k, dtype=torch.long, device=self.codes.device) for _ in range(2))
-
-    def took(self, going: Tensor, codes: Tensor, step: int) -> None:
+    def now(self, going: Tensor, codes: Tensor) -> Tensor:
+        """The codes [K, P] of all, those of ``going`` as they are."""
         self.codes[going] = codes.detach()
-        self.taken[going] = step
+        return self.codes
 
     def look(self, going: Tensor, codes: Tensor, losses: Tensor, step: int) -> None:
-        better = (losses < self.best[going]) | (step == 0)  # a NaN from the first step on is kept as it is
+        better = (losses < self.best[going]) | (step == 0)
         self.best[going] = torch.where(better, losses, self.best[going])
-        self.best_codes[going[better]] = codes.detach()[better]
+        if self.best_codes is not None:
+            self.best_codes[going[better]] = codes.detach()[better]
         self.worse[going] = torch.where(better, 0, self.worse[going] + 1)
         self.looks.append(_spread(losses, going, len(self.codes)))
 
@@ -152,20 +160,12 @@ def _loss(
     return denoising_loss(denoiser, scheduler, latents, draw=draw, change=change, **conditions).view(batch, k).mean(0)
 
 
-@torch.no_grad()
-def _probed(
-    denoiser: nn.Module, scheduler: Any, probe: Probe, expand: Callable[[Tensor], LoraWeights], codes: Tensor,
-    going: Tensor, frozen: LoraWeights | None,
-) -> Tensor:  # fmt: skip
+def _probed(denoiser: nn.Module, scheduler: Any, probe: Probe, going: Tensor) -> Tensor:
     """Mean loss over the probe's draws, per subject [k]."""
-    weights = expand(codes)
-    if frozen is not None:
-        weights = _of(frozen, going) + weights
     parts = []
-    with injected(denoiser, weights):
-        for choice, u, noise in zip(probe.choice, probe.u, probe.noise, strict=True):
-            latents, conditions = probe.examples.pick(choice[going][None], going)
-            parts.append(denoising_loss(denoiser, scheduler, latents, draw=(u[going], noise[going]), **conditions))
+    for choice, u, noise in zip(probe.choice, probe.u, probe.noise, strict=True):
+        latents, conditions = probe.examples.pick(choice[going][None], going)
+        parts.append(denoising_loss(denoiser, scheduler, latents, draw=(u[going], noise[going]), **conditions))
     return torch.stack(parts).mean(0)
 
 
