@@ -44,9 +44,10 @@ def material(row: Planned, source: Source, base: Base, recipe: Recipe) -> Materi
         pictures += found + ([p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in found] if recipe.flip else [])
         captions += [row.photos[i]] * (len(pictures) - len(captions))
     plain = [cut(im, p.square or centre(im), base.resolution) for im, p in zip(images, row.photos, strict=True)]
-    examples = _examples(base, pictures, captions, recipe)
-    measured = range(len(images) - kept, len(images)) if kept else learned
-    measure = _examples(base, [plain[i] for i in measured], [row.photos[i] for i in measured], recipe)
+    examples = measure = _examples(base, pictures, captions, recipe)
+    if kept or len(pictures) > len(learned):
+        measured = range(len(images) - kept, len(images)) if kept else learned
+        measure = _examples(base, [plain[i] for i in measured], [row.photos[i] for i in measured], recipe)
     pixels = torch.stack([to_tensor(p, base.resolution) for p in plain])
     return Material(examples, measure, pixels, tuple(digest for _, digest in opened))
 

@@ -95,7 +95,10 @@ class Hub:
             raise BadRequest("reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'") from error
         on_disk = any((Path(self.where) / f).is_file() for f in ("dataset_info.json", "dataset_dict.json"))
         try:
-            rows = datasets.load_from_disk(self.where) if on_disk else datasets.load_dataset(self.where)
+            if on_disk:
+                rows = datasets.load_from_disk(self.where)
+            else:
+                rows = datasets.load_dataset(self.where, split=self.split)
             if isinstance(rows, Mapping):
                 rows = rows[self.split]
         except (OSError, ValueError, KeyError) as error:

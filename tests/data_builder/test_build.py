@@ -220,6 +220,14 @@ def test_what_cannot_be_is_said(bundle: Any, photos: Path, tmp_path: Path) -> No
         run(out)
 
 
+def test_as_many_subjects_as_a_gpu_holds() -> None:
+    from data_builder.memory import within
+
+    gib = 2**30
+    assert within(80 * gib, 8 * gib, 10 * gib) == 31  # 8 + 30 · 2 GiB are 85 % of 80 GiB
+    assert within(8 * gib, 9 * gib, 12 * gib) == 1 and within(80 * gib, gib, gib + 1) == 256
+
+
 def test_packing_keeps_rows_and_their_order(bundle: Any, photos: Path, tmp_path: Path) -> None:
     made = built(bundle, photos, tmp_path / "build", rows="float16")
     done = CliRunner().invoke(
