@@ -1,13 +1,17 @@
-"""``python -m data_builder``: build the datasets that training reads."""
+"""``data-builder`` (or ``python -m data_builder``): build the datasets that training reads."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hyperlora.errors import HyperloraError
+from data_builder import verbs
+from hyperlora.cli import Verbs
+from hyperlora.cli.cluster import RayCommand
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for verb in (verbs.plan, verbs.run, verbs.status, verbs.audit, verbs.pack, verbs.collect, verbs.sample):
+    app.command(cls=RayCommand if verb is verbs.run else None)(verb)
 
 
 @app.callback()
@@ -123,23 +127,10 @@ def differential(
     """Fit a LoRA to each image of a before/after pair (or of many) and keep the difference: a slider."""
     from data_builder.differential import build
 
-    try:
-        build(
-            before,
-            after,
-            base,
-            out,
-            sheet=sheet,
-            prompt=prompt,
-            preset=preset,
-            rank=rank,
-            steps=steps,
-            lr=lr,
-            format=format,
-        )
-    except HyperloraError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    build(
+        before, after, base, out, sheet=sheet, prompt=prompt, preset=preset, rank=rank, steps=steps, lr=lr,
+        format=format
+    )  # fmt: skip
 
 
 @app.command()

@@ -6,10 +6,11 @@ import typer
 from typer.core import TyperGroup
 
 from hyperlora.cli import algebra, demo, edit, evaluate, generate, inspect, render, serve, train
+from hyperlora.cli.cluster import RayCommand
 from hyperlora.errors import HyperloraError
 
 
-class _Verbs(TyperGroup):
+class Verbs(TyperGroup):
     """What a user can mend is one sentence on stderr and exit code 2. What the machine refuses half-way (disk full,
     permissions lost) is one sentence and exit code 1; anything else is a bug and keeps its traceback."""
 
@@ -27,9 +28,9 @@ class _Verbs(TyperGroup):
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo.demo)
-app.command()(generate.generate)
+app.command(cls=RayCommand)(generate.generate)
 app.command(cls=edit.EditCommand)(edit.edit)
 app.command()(render.render)
 app.command()(inspect.inspect)

@@ -19,6 +19,9 @@ def generate(
     strength: Annotated[float, typer.Option(help="Scale of the LoRA.")] = 1.0,
     refine: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on the photos.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Subjects at a time with --batch.")] = 32,
+    ray: Annotated[
+        str | None, typer.Option(help="With --batch: on the Ray cluster at this address, or `local`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
 ) -> None:
     """Photo(s) of a subject in, a LoRA file out."""
@@ -29,6 +32,8 @@ def generate(
         raise BadRequest("where should the LoRA go? Give -o FILE (or -o FOLDER with --batch)")
     if (batch is None) == (not photos):
         raise BadRequest("give photos of one subject, or --batch FOLDER, and not both")
+    if ray and batch is None:
+        raise BadRequest("--ray is for many subjects: give --batch FOLDER too")
     if format not in ("diffusers", "kohya", "sgm"):
         raise BadRequest(f"unknown format {format!r}; known: diffusers, kohya, sgm")
     if not -10 <= strength <= 10:  # also refuses NaN
@@ -56,7 +61,12 @@ def generate(
     if batch is None:
         made = [generate_file(network, photos or [], out, settings, frozen, opened)]
     else:
-        made = generate_folder(network, batch, out, settings, frozen, batch_size)
+        maker = None
+        if ray is not None:
+            from hyperlora.pipelines.ray_batches import on_ray
+
+            maker = on_ray(ray, str(model or bundle.MODEL), str(base or bundle.BASE) if refine else None, settings)
+        made = generate_folder(network, batch, out, settings, frozen, batch_size, maker)
     if as_json:
         typer.echo(json.dumps([asdict(m) for m in made] if batch else asdict(made[0])))
     bad = [item for item in made if item.error]

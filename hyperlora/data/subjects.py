@@ -21,25 +21,39 @@ class Subject:
     captions: tuple[str | None, ...]
 
 
-def subjects_in(folder: str | os.PathLike[str]) -> list[Subject]:
+def subjects_in(folder: str | os.PathLike[str], skipped: list[str] | None = None) -> list[Subject]:
     """Each sub-folder is a subject with several photos, each image directly in ``folder`` a subject of its own.
 
     A caption is the first line of the ``.txt`` beside the photo (``me.jpg``, ``me.txt``), as in kohya's scripts. Hidden
     files do not count, nor do links that lead out of ``folder``. Sorted by name. Raises ``BadImage`` if there is no
-    subject, a sub-folder holds no image, or two subjects share a name.
+    subject, a sub-folder holds no image, or two subjects share a name; with a list of ``skipped``, subjects that cannot
+    be listed are left out and why is added to it.
     """
     root = Path(folder)
     found = [p for p in entries(root) if is_inside(p, root)]
-    subjects = [_subject(p.name, image_files(p, within=root), root) for p in found if p.is_dir()]
-    subjects += [_subject(p.stem, [p], root) for p in found if p.suffix.lower() in SUFFIXES and p.is_file()]
+    subjects = []
+    for p in found:
+        try:
+            if p.is_dir():
+                subjects.append(_subject(p.name, image_files(p, within=root), root))
+            elif p.suffix.lower() in SUFFIXES and p.is_file():
+                subjects.append(_subject(p.stem, [p], root))
+        except BadImage as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
     if not subjects:
         raise BadImage(
             f"{str(root)!r} holds no subject: put PNG, JPEG or WEBP images there, or one sub-folder of them per subject"
         )
     subjects.sort(key=lambda subject: subject.name)
-    for one, other in pairwise(subjects):
-        if one.name == other.name:
-            raise BadImage(f"{str(root)!r} holds two subjects called {one.name!r}, one expected: rename one of them")
+    twice = [one for one, other in pairwise(subjects) if one.name == other.name]
+    for subject in twice:
+        reason = f"{str(root)!r} holds two subjects called {subject.name!r}, one expected: rename one of them"
+        if skipped is None:
+            raise BadImage(reason)
+        skipped.append(reason)
+        subjects.remove(subject)
     return subjects
 
 

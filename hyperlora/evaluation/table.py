@@ -75,7 +75,7 @@ def fitted_loras(
         done = fit(
             base.denoiser, base.noise_schedule, examples, start, partial(LoraWeights.unflatten, layout),
             steps=settings.steps, lr=settings.lr, batch=settings.batch, prior_weight=settings.prior_weight,
-            prior=_shared(prior, len(chunk)) if prior else None, snapshots=wanted, label="fitting",
+            prior=prior.shared(len(chunk)) if prior else None, snapshots=wanted, label="fitting",
         )  # fmt: skip
         for n in wanted:
             parts[n].append(done.snapshots[n].flatten())
@@ -87,17 +87,6 @@ def _prior(judge: Judge, settings: FitSettings) -> Examples:
     n = settings.prior_images
     pictures = render(judge.base, [prompt] * n, seeds=range(n), steps=judge.steps, guidance=judge.guidance)
     return photo_examples(judge.base, pixels_of(pictures)[None], prompt)
-
-
-def _shared(prior: Examples, k: int) -> Examples:
-    def spread(value: Tensor) -> Tensor:
-        return value.expand(k, *value.shape[1:])
-
-    conditions = {
-        name: {i: spread(v) for i, v in value.items()} if isinstance(value, dict) else spread(value)
-        for name, value in prior.conditions.items()
-    }
-    return Examples(spread(prior.latents), conditions)
 
 
 def _one_by_one(model: ImageToLora, photos: Tensor) -> LoraWeights:

@@ -39,7 +39,7 @@ def read_tensors(source: Path | bytes, name: str) -> tuple[dict[str, Tensor], di
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > MAX_BYTES:
         raise BadLoraFile(f"{name} is {size / 2**30:.1f} GiB, at most {MAX_BYTES >> 30} GiB are read")
-    entries = _table_of_contents(source, size, name)
+    entries = table_of_contents(source, size, name)
     metadata = _metadata(entries, name)
     if not 0 < len(entries) <= MAX_TENSORS:
         raise BadLoraFile(f"{name} holds {len(entries)} tensors, expected 1 to {MAX_TENSORS}")
@@ -62,7 +62,7 @@ def read_tensors(source: Path | bytes, name: str) -> tuple[dict[str, Tensor], di
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The header's table of texts alone. Raises ``BadLoraFile`` if it cannot be read."""
-    return _metadata(_table_of_contents(path, path.stat().st_size, path.name), path.name)
+    return _metadata(table_of_contents(path, path.stat().st_size, path.name), path.name)
 
 
 def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -72,11 +72,14 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def write_bytes(data: bytes, path: Path) -> None:
-    """Write ``path`` (and missing parent folders) through a temporary file beside it, then rename."""
+    """Write ``path`` (and missing parent folders) through a temporary file beside it, synced to disk, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -103,7 +106,7 @@ def _metadata(entries: dict[str, Any], name: str) -> dict[str, str]:
     return metadata
 
 
-def _table_of_contents(source: Path | bytes, size: int, name: str) -> dict[str, Any]:
+def table_of_contents(source: Path | bytes, size: int, name: str) -> dict[str, Any]:
     """The file's JSON header; unlike safetensors' own reader it refuses duplicate keys."""
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

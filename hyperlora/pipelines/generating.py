@@ -5,8 +5,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, TextIO
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hyperlora.data import Subject, read_image, sha256_of, subjects_in, to_tensor
 from hyperlora.errors import BadImage, BadRequest, HyperloraError
-from hyperlora.formats import LoraHeader, save_lora
+from hyperlora.formats import LoraHeader, lora_bytes, save_lora
+from hyperlora.formats.tensors import write_bytes
 from hyperlora.lora import LoraWeights
 from hyperlora.pipelines.bases import Base
 from hyperlora.pipelines.image_to_lora import ImageToLora
@@ -153,6 +154,10 @@ def generate_file(
     return Made(out.stem, out.name, len(photos), time.perf_counter() - began)
 
 
+Maker = Callable[[Sequence[list[Subject]]], Iterable[list[tuple[Made, bytes]]]]
+"""Batches of subjects to what was made of each: an index line, and the file's bytes where there is one."""
+
+
 def generate_folder(
     model: ImageToLora,
     folder: Path,
@@ -160,12 +165,15 @@ def generate_folder(
     settings: Settings,
     base: Base | None = None,
     batch_size: int = 32,
+    maker: Maker | None = None,
 ) -> list[Made]:
     """One LoRA file per subject of ``folder`` (see ``subjects_in``) and ``index.jsonl`` beside them.
 
     A photo that cannot be read is reported in the index and skipped, its subject made from the others. Subjects in the
     index are not made again if their file is there, of this model and these settings, and of as many photos as now.
+    ``maker`` makes the batches (``ray_batches.on_ray``), in this process unless given; files are written here.
     """
+    maker = maker or (lambda batches: (make_batch(model, batch, settings, base) for batch in batches))
     subjects = subjects_in(folder)
     out.mkdir(parents=True, exist_ok=True)
     index, recipe = out / "index.jsonl", _recipe(model, settings)
@@ -177,36 +185,42 @@ def generate_folder(
         _write(lines, made)
         os.replace(fresh_index, index)  # the old index stands until the new one is whole; lines are added to it below
         batches = [waiting[i : i + batch_size] for i in range(0, len(waiting), batch_size)]
-        for batch in track(batches, "LoRAs", "LoRAs", len(waiting), batch_size):
-            fresh = _make(model, batch, out, settings, base, recipe)
+        for results in track(maker(batches), "LoRAs", "LoRAs", len(waiting), batch_size):
+            fresh = []
+            for item, data in results:
+                if item.file:
+                    write_bytes(data, out / item.file)
+                fresh.append(replace(item, recipe=recipe if item.file else ""))
             _write(lines, fresh)
             made += fresh
     return made
 
 
-def _make(
-    model: ImageToLora, batch: list[Subject], out: Path, settings: Settings, base: Base | None, recipe: str
-) -> list[Made]:
+def make_batch(
+    model: ImageToLora, batch: Sequence[Subject], settings: Settings, base: Base | None = None
+) -> list[tuple[Made, bytes]]:
+    """What ``generate_folder`` writes of some subjects: index lines, each with its file's bytes (or none)."""
     began = time.perf_counter()
-    made: list[Made] = []
+    made: list[tuple[Made, bytes]] = []
     good: list[tuple[Subject, list[Path], Photos]] = []
     for subject in batch:
         paths, images, problems = _readable(subject)
-        made += [Made(subject.name, None, 0, 0.0, problem) for problem in problems]
+        made += [(Made(subject.name, None, 0, 0.0, problem), b"") for problem in problems]
         if paths:
             good.append((subject, paths, Photos.of(images, model, base)))
     for _, group in groupby(sorted(good, key=lambda g: len(g[1])), key=lambda g: len(g[1])):
         members = list(group)
         weights = generate(model, [photos for _, _, photos in members], settings, base)
         for i, (subject, paths, _) in enumerate(members):
-            file = out / f"{file_stem(subject.name)}.safetensors"
+            header = header_of(model, subject.name, paths)
             try:
-                save_lora(weights[i], file, format=settings.format, header=header_of(model, subject.name, paths))
+                data = lora_bytes(weights[i], format=settings.format, header=header)
             except HyperloraError as error:  # e.g. a LoRA of NaN: one subject's trouble, not the folder's
-                made.append(Made(subject.name, None, len(paths), 0.0, f"{subject.name!r}: {error}"))
+                made.append((Made(subject.name, None, len(paths), 0.0, f"{subject.name!r}: {error}"), b""))
                 continue
             seconds = (time.perf_counter() - began) / len(batch)
-            made.append(Made(subject.name, file.name, len(paths), seconds, recipe=recipe))
+            file = f"{file_stem(subject.name)}.safetensors"
+            made.append((Made(subject.name, file, len(paths), seconds), data))
     return made
 
 

@@ -1,0 +1,71 @@
+"""LoRAs read per second from shards, at random and in order, against one file per LoRA, in one run.
+
+    python benchmarks/reading.py [--rows 2000] [--numbers 82000] [--batch 64] [--seconds 3]
+
+Rows are random fp16 numbers of an attention LoRA's size. The page cache is warm, as in every epoch after the first.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hyperlora.data.loras import LoraDataset, write_table
+from hyperlora.data.shards import LoraRecord, shard_bytes
+from hyperlora.formats.tensors import write_bytes
+from hyperlora.lora import LoraLayout, Site
+
+
+def written(folder: Path, rows: int, numbers: int, per_shard: int = 512) -> LoraDataset:
+    """A packed dataset of random rows."""
+    sites = tuple(Site(f"unet.layer{i}", 320, 320) for i in range(max(1, numbers // 1280)))
+    layout = LoraLayout(sites, 2, "random")
+    for i, first in enumerate(range(0, rows, per_shard)):
+        block = torch.randn(min(per_shard, rows - first), layout.numel).half()
+        write_bytes(shard_bytes(block, layout, ()), folder / f"loras-{i:05d}.safetensors")
+    write_table([LoraRecord(f"subject-{i}") for i in range(rows)], folder / "table.parquet")
+    return LoraDataset(folder)
+
+
+def per_second(read: Callable[[list[int]], object], rows: int, batch: int, seconds: float, in_order: bool) -> float:
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        first = count % rows
+        read([(first + i) % rows for i in range(batch)] if in_order else torch.randint(rows, (batch,)).tolist())
+        count += batch
+    return count / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--numbers", type=int, default=82_000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, n = Path(name), arguments.rows
+        data = written(folder / "shards", n, arguments.numbers)
+        print(f"{n} LoRAs of {data.layout.numel:,} fp16 numbers")
+        for kind, in_order in (("random", False), ("in order", True)):
+            rate = per_second(lambda i: data[i], n, arguments.batch, arguments.seconds, in_order)
+            print(f"shards, {kind}: {rate:,.0f} LoRAs/s ({rate * data.layout.numel * 2 / 1e9:.1f} GB/s)")
+        alone = min(n, 256)
+        for i in range(alone):
+            weights = data.lora(i)
+            pairs = zip(data.layout.sites, weights.down, weights.up, strict=True)
+            tensors = {f"{s.name}.{k}": t.half().contiguous() for s, d, u in pairs for k, t in (("down", d), ("up", u))}
+            save_file(tensors, folder / f"{i}.safetensors")
+        rate = per_second(
+            lambda chosen: [load_file(folder / f"{i}.safetensors") for i in chosen], alone, arguments.batch,
+            arguments.seconds, False,
+        )  # fmt: skip
+        print(f"one file per LoRA, random: {rate:,.0f} LoRAs/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""From a source to a plan: every photo is opened once, what cannot be used is named."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from data_builder.cutting import centre, whole
+from data_builder.plan import Photo, Plan, Planned, Recipe, Square, printable, seed_of
+from data_builder.sources import Avatars, Listed, Source, to_dict
+from hyperlora.errors import BadImage, BadRequest
+from hyperlora.progress import track
+
+Crop = Callable[[Image.Image, list[str]], Square]
+"""The square of a photo that is learned; may add remarks, may raise ``BadImage`` for a photo without one."""
+
+
+def make_plan(
+    source: Source,
+    recipe: Recipe,
+    *,
+    crop: Crop | None = None,
+    views: int = 1,
+    validation: float = 0.0,
+    limit: int | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan for all subjects of ``source``, ``views`` LoRAs of each; what is skipped is listed with its reason.
+
+    A fraction of the subjects is for ``validation`` (by their names) where the source does not say. Raises
+    ``BadRequest`` if no subject is left.
+    """
+    recipe.check()
+    skipped, remarks = list[str](), list[str]()
+    found = list(source.subjects(skipped))[:limit]
+    rows: list[Planned] = []
+    for subject in track(found, "reading photos", "subjects", len(found)):
+        photos = _photos(subject, source, crop, skipped, remarks)
+        if not photos:
+            skipped.append(f"{subject.name}: no photo of it can be used")
+            continue
+        split = subject.split or _split(subject.name, validation)
+        rows += [
+            Planned(printable(subject.name), photos, seed_of(recipe.seed, subject.name, view), split, view)
+            for view in range(views)
+        ]
+    if not rows:
+        raise BadRequest("no subject can be used: " + "; ".join(skipped[:3]))
+    return Plan(
+        recipe,
+        to_dict(source),
+        tuple(rows),
+        tuple(map(printable, skipped)),
+        tuple(map(printable, remarks)),
+        dict(notes or {}),
+    )
+
+
+def crop_of(kind: str, face_pack: str | Path | None = None, which: int = 0, margin: float = 1.8) -> Crop | None:
+    """``center``, ``none`` (all of it, on white) or ``face`` by name. Raises ``BadRequest`` for another."""
+    match kind:
+        case "center":
+            return lambda image, remarks: centre(image)
+        case "none":
+            return lambda image, remarks: whole(image)
+        case "face":
+            from data_builder.faces import face_crop
+
+            return face_crop(face_pack, which, margin)
+    raise BadRequest(f"unknown crop {kind!r}; known: face, center, none")
+
+
+def _photos(
+    subject: Listed, source: Source, crop: Crop | None, skipped: list[str], remarks: list[str]
+) -> tuple[Photo, ...]:
+    if isinstance(source, Avatars):  # drawn when they are needed, always whole
+        return tuple(Photo(ref, caption=caption) for ref, caption in subject.photos)
+    photos: list[Photo] = []
+    for ref, caption in subject.photos:
+        said: list[str] = []
+        try:
+            image, digest = source.read(ref)
+            square = crop(image, said) if crop is not None else centre(image)
+        except BadImage as error:
+            skipped.append(f"{subject.name}: {error}" if ref in str(error) else f"{subject.name}, {ref}: {error}")
+            continue
+        remarks += [f"{subject.name}, {ref}: {remark}" for remark in said]
+        photos.append(Photo(ref, digest, caption, square))
+    return tuple(photos)
+
+
+def _split(name: str, validation: float) -> str:
+    place = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") / 2**32
+    return "validation" if place < validation else "train"
+
+
+def summary(plan: Plan) -> Sequence[str]:
+    """What was planned, one line each."""
+    subjects, photos = len({r.subject for r in plan.rows}), sum(len(r.photos) for r in plan.rows if r.view == 0)
+    recipe = plan.recipe
+    return (
+        f"{len(plan.rows)} LoRAs of {subjects} subjects ({photos} photos) in {plan.chunks} chunks",
+        f"base {recipe.base}, {recipe.space}, rank {recipe.rank}, {recipe.steps} steps, start {recipe.start}",
+    )

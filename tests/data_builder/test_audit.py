@@ -1,0 +1,108 @@
+"""The audit finds what was broken on purpose, shows rows, and packing leaves the flagged out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from data_builder.__main__ import app
+from data_builder.audit import examine, gains, read_findings
+from data_builder.chunks import Chunks
+from data_builder.plan import Recipe, write_plan
+from data_builder.planning import make_plan
+from data_builder.running import run
+from data_builder.sources import Avatars
+from hyperlora.data.loras import LoraDataset
+from hyperlora.data.shards import open_shard, shard_bytes
+
+N = 12
+
+
+@pytest.fixture(scope="module")
+def build(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen people; row 3 is not finite, row 5 is ten times too large, row 7 is row 6 again."""
+    folder = tmp_path_factory.mktemp("audited")
+    recipe = Recipe(str(bundle.base), preset="attention", rank=2, steps=8, at_once=4, every=4, lr=1e-2, start="zero",
+                    rows="float32")  # fmt: skip
+    plan = make_plan(Avatars(0, N, each=2, size=16), recipe)
+    write_plan(plan, folder)
+    run(folder)
+    chunks = Chunks(plan, folder)
+    for number in range(3):
+        shard = open_shard(chunks.path(number))
+        rows = shard.rows.clone()
+        for i in range(4):
+            row = 4 * number + i
+            if row == 3:
+                rows[i, 7] = torch.nan
+            if row == 5:
+                rows[i] *= 10
+            if row == 7:
+                rows[i] = rows[i - 1]
+        notes = {k: v for k, v in shard.notes.items() if k in ("hyperlora.plan", "hyperlora.skipped")}
+        chunks.path(number).write_bytes(shard_bytes(rows, shard.layout, shard.table, notes))
+    return folder
+
+
+def test_finds_what_was_broken(build: Path) -> None:
+    data = LoraDataset(build)
+    scores = {**gains(data), 10: -0.5}
+    found = examine(data, scores, threshold=-0.1)
+    flagged = {i: f.flags for i, f in enumerate(found) if f.flags}
+    assert flagged.keys() == {3, 5, 7, 10}
+    assert flagged[3] == ("not finite",) and "is usual" in flagged[5][0]
+    assert flagged[7] == ("the same row as person-6",) and "score -0.500" in flagged[10][0]
+    assert found[3].norm is None and found[0].norm is not None and found[0].norm > 0
+
+
+def test_the_verb_writes_a_page_and_packing_leaves_out_what_it_refused(build: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["audit", str(build), "--evaluator", "none", "--threshold", "-9", "--pictures", "1"])
+    assert done.exit_code == 0, done.output
+    assert "12 LoRAs, 3 flagged" in done.stdout
+    page = (build / "audit" / "index.html").read_text()
+    assert all(f"<h2>{name}</h2>" in page for name in ("best", "median", "worst", "flagged"))
+    assert page.count("data:image/png;base64,") == 9, "a photo and two pictures of each"
+    assert {f.subject for f in read_findings(build) if f.flags} == {"person-3", "person-5", "person-7"}
+    packed = CliRunner().invoke(app, ["pack", str(build), "-o", str(tmp_path / "out")])
+    assert packed.exit_code == 0 and "9 LoRAs" in packed.stdout and "3 left out" in packed.stdout
+    data = LoraDataset(tmp_path / "out")
+    assert {r.subject for r in data.records} == {f"person-{i}" for i in range(N)} - {"person-3", "person-5", "person-7"}
+    assert all(r.score is not None for r in data.records)
+    everything = CliRunner().invoke(app, ["pack", str(build), "-o", str(tmp_path / "all"), "--keep-flagged"])
+    assert everything.exit_code == 0 and len(LoraDataset(tmp_path / "all")) == N
+
+
+def test_likeness_is_read_by_an_evaluator(build: Path, bundle: Any) -> None:
+    arguments = ["audit", str(build), "--evaluator", str(bundle.evaluator), "--sample", "4", "--pictures", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--threshold", "-99"])
+    assert done.exit_code == 0, done.output
+    scored = [f for f in read_findings(build) if f.score is not None]
+    assert len(scored) == 4 and "identity" in (build / "audit" / "index.html").read_text()
+
+
+def test_a_sample_is_a_small_dataset_with_the_recipe_of_the_whole(build: Path, tmp_path: Path) -> None:
+    from data_builder.sampling import read_recipe
+
+    CliRunner().invoke(app, ["audit", str(build), "--evaluator", "none", "--threshold", "-9", "--pictures", "0"])
+    CliRunner().invoke(app, ["pack", str(build), "-o", str(tmp_path / "out")])
+    whole = LoraDataset(tmp_path / "out")
+    most = 24_000 + 6 * whole[0].nbytes
+    done = CliRunner().invoke(app, ["sample", str(tmp_path / "out"), "-o", str(tmp_path / "few"), "--most", str(most)])
+    assert done.exit_code == 0, done.output
+    few = LoraDataset(tmp_path / "few")
+    assert 1 <= len(few) < len(whole) and sum(f.stat().st_size for f in (tmp_path / "few").iterdir()) <= most
+    assert torch.equal(few[0], whole[0]) and few.records[0] == whole.records[0]
+    recipe = read_recipe(tmp_path / "few" / "recipe.json")
+    assert recipe.steps == 8 and recipe.base == whole.layout.base
+    arguments = [
+        "plan",
+        "avatars:0-2",
+        "-o",
+        str(tmp_path / "again"),
+        "--recipe",
+        str(tmp_path / "few" / "recipe.json"),
+    ]
+    again = CliRunner().invoke(app, [*arguments, "--base", "some/base"])
+    assert again.exit_code == 0 and "some/base, lora, rank 2, 8 steps" in again.stdout

@@ -1,0 +1,85 @@
+"""Builds and folders of photos on a Ray cluster of two nodes, one of which dies."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ray = pytest.importorskip("ray")
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from data_builder.chunks import Chunks  # noqa: E402
+from data_builder.cluster import run_on_ray  # noqa: E402
+from data_builder.plan import Recipe, write_plan  # noqa: E402
+from data_builder.planning import make_plan  # noqa: E402
+from data_builder.running import run  # noqa: E402
+from data_builder.sources import Avatars  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200_000_000,
+                                                         "include_dashboard": False})  # fmt: skip
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_node_that_dies_loses_and_repeats_nothing(bundle: Any, cluster: Any, tmp_path: Path) -> None:
+    recipe = Recipe(str(bundle.base), preset="attention", rank=2, steps=20, at_once=1, every=10)
+    plan = make_plan(Avatars(0, 12, each=2, size=16), recipe)
+    for name in ("here", "there"):
+        write_plan(plan, tmp_path / name)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a Ray worker of one CPU computes: sums in another order round otherwise
+    try:
+        run(tmp_path / "here")
+    finally:
+        torch.set_num_threads(threads)
+    second = cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
+    chunks, killed_at = Chunks(plan, tmp_path / "there"), list[int]()
+
+    def kill_when_begun() -> None:
+        while not chunks.done():
+            time.sleep(0.01)
+        cluster.remove_node(second, allow_graceful=False)
+        killed_at.append(len(chunks.done()))
+
+    killer = threading.Thread(target=kill_when_begun)
+    killer.start()
+    assert run_on_ray(tmp_path / "there") == 12
+    killer.join()
+    assert 0 < killed_at[0] < plan.chunks
+    for number in range(plan.chunks):
+        assert chunks.path(number).read_bytes() == Chunks(plan, tmp_path / "here").path(number).read_bytes()
+    lines = (tmp_path / "there" / "log.jsonl").read_text().splitlines()
+    assert len(lines) == plan.chunks, "every chunk was written once"
+    assert run_on_ray(tmp_path / "there") == 0
+
+
+def test_photos_become_loras_through_ray_data(bundle: Any, cluster: Any, tmp_path: Path) -> None:
+    from hyperlora.formats import load_lora
+    from hyperlora.pipelines import ImageToLora
+    from hyperlora.pipelines.generating import Settings, generate_folder
+    from hyperlora.pipelines.ray_batches import on_ray
+
+    model, settings = ImageToLora.from_pretrained(bundle.model), Settings()
+    here = generate_folder(model, bundle.subjects, tmp_path / "here", settings, batch_size=2)
+    maker = on_ray("local", str(bundle.model), None, settings)
+    there = generate_folder(model, bundle.subjects, tmp_path / "there", settings, batch_size=2, maker=maker)
+    assert sorted(m.subject for m in there) == sorted(m.subject for m in here) and all(m.recipe for m in there)
+    for made in here:
+        one, other = (load_lora(tmp_path / name / str(made.file)).weights.flatten() for name in ("here", "there"))
+        assert (one - other).abs().max() < 1e-6
+    assert generate_folder(model, bundle.subjects, tmp_path / "there", settings, maker=maker) == there
