@@ -15,15 +15,12 @@ from hyperlora.lora import LoraLayout
 
 
 class LoraAutoencoder(nn.Module):
-    """Flat LoRAs [batch, layout.numel] to latents [batch, tokens, width] and back.
+    """Normalised rows (``RowScale``) [batch, layout.numel] to latents [batch, tokens, width] and back.
 
     Every stage of ``channels`` makes the line ``stride`` times shorter; ``width`` numbers are left of each place.
-    With ``variational`` the encoder tells a mean and a variance (β-VAE). ``mean`` and ``scale`` (shaped like a LoRA and
-    one number) bring LoRAs to zero mean and unit variance; ``set_statistics`` takes them from data.
+    With ``variational`` the encoder tells a mean and a variance (β-VAE).
     """
 
-    mean: Tensor
-    scale: Tensor
     order: Tensor
 
     def __init__(
@@ -51,23 +48,16 @@ class LoraAutoencoder(nn.Module):
             _Stage(inner[i + 1], inner[i], stride, lengths[i], up=True) for i in reversed(range(len(channels)))
         )
         self.register_buffer("order", rank_order(layout), persistent=False)
-        self.register_buffer("mean", torch.zeros(layout.numel))
-        self.register_buffer("scale", torch.ones(()))
 
     @property
     def compression(self) -> float:
         """Numbers of a LoRA per number of its latents."""
         return self.layout.numel / (self.tokens * self.width)
 
-    def set_statistics(self, mean: Tensor, scale: Tensor) -> None:
-        """``mean`` [numel] over a dataset and ``scale``, the standard deviation of what is left (one number)."""
-        self.mean.copy_(mean)
-        self.scale.copy_(scale)
-
-    def moments(self, loras: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of the latents, [batch, tokens, width] each (the latter -inf unless
         variational)."""
-        line = ((loras - self.mean) / self.scale)[..., self.order]
+        line = rows[..., self.order]
         x = F.pad(line, (0, self.tokens * self.step - line.shape[-1]))[:, None]
         for stage in self.down:
             x = stage(x)
@@ -77,9 +67,9 @@ class LoraAutoencoder(nn.Module):
         mean, logvar = found.chunk(2, -1)
         return mean, logvar.clamp(-20, 10)
 
-    def encode(self, loras: Tensor) -> Tensor:
+    def encode(self, rows: Tensor) -> Tensor:
         """The latents' mean, [batch, tokens, width]."""
-        return self.moments(loras)[0]
+        return self.moments(rows)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """[batch, layout.numel]."""
@@ -88,14 +78,52 @@ class LoraAutoencoder(nn.Module):
             x = stage(x)
         line = torch.empty_like(x[:, 0, : self.layout.numel])
         line[:, self.order] = x[:, 0, : self.layout.numel]
-        return line * self.scale + self.mean
+        return line
 
-    def forward(self, loras: Tensor) -> Tensor:
-        """Encode (sampling if variational and in training) and decode."""
-        mean, logvar = self.moments(loras)
-        if self.variational and self.training:
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded (sampled if variational and in training) and decoded rows, and the divergence of the latents from a
+        standard normal distribution per number [batch] (0 unless variational)."""
+        mean, logvar = self.moments(rows)
+        if not self.variational:
+            return self.decode(mean), mean.new_zeros(len(mean))
+        divergence = (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2)) / 2
+        if self.training:
             mean = mean + torch.randn_like(mean) * (logvar / 2).exp()
-        return self.decode(mean)
+        return self.decode(mean), divergence
+
+
+class LinearAutoencoder(nn.Module):
+    """Principal components: the control of equal latent size, and what a convolution has to beat.
+
+    ``learn`` takes rows; ``size`` of the latents is split into ``tokens`` of ``width`` numbers.
+    """
+
+    basis: Tensor
+
+    def __init__(self, layout: LoraLayout, tokens: int = 16, width: int = 16) -> None:
+        super().__init__()
+        self.layout, self.tokens, self.width = layout, tokens, width
+        self.config: dict[str, Any] = {"tokens": tokens, "width": width}
+        self.register_buffer("basis", torch.zeros(tokens * width, layout.numel))
+
+    @property
+    def compression(self) -> float:
+        """Numbers of a LoRA per number of its latents."""
+        return self.layout.numel / len(self.basis)
+
+    def learn(self, rows: Tensor) -> None:
+        """The directions of most variance of rows [n, numel] of mean 0; fewer rows than directions leave zeros."""
+        directions = torch.linalg.svd(rows.float(), full_matrices=False).Vh[: len(self.basis)]
+        self.basis.zero_()
+        self.basis[: len(directions)] = directions
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """[batch, tokens, width]."""
+        return (rows @ self.basis.mT).unflatten(-1, (self.tokens, self.width))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[batch, numel]."""
+        return latents.flatten(-2) @ self.basis
 
 
 class _Stage(nn.Module):

@@ -1,26 +1,22 @@
 """``ImageToLora``: photos of a subject in, LoRA weights out, in one forward pass."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from hyperlora.data import read_image, to_tensor
-from hyperlora.data.images import Source
 from hyperlora.encoders import DenoiserEncoder, VisionEncoder
-from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.models import Hypernetwork
 from hyperlora.pipelines.bases import Base, load_base
-from hyperlora.pipelines.released import ReleasedModel
+from hyperlora.pipelines.photo_model import PhotoModel
 
 Encoder = VisionEncoder | DenoiserEncoder
 
 
-class ImageToLora(ReleasedModel):
+class ImageToLora(PhotoModel):
     """A photo encoder and the hypernetwork it conditions: one released artifact.
 
     ``ImageToLora.from_pretrained(folder_or_hub_id)(["me.jpg"])`` is a LoRA for ``layout.base``. ``card["base"]`` is
@@ -43,25 +39,6 @@ class ImageToLora(ReleasedModel):
     @classmethod
     def built(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: Base | None) -> Self:
         return cls(_encoder(config, folder, base), Hypernetwork(layout, **config["hypernetwork"]))
-
-    @torch.no_grad()
-    def __call__(self, images: Source | Sequence[Source], strength: float = 1.0) -> LoraWeights:
-        """One LoRA (no batch axis) from one or several photos of the same subject.
-
-        Raises ``BadImage`` for a photo that cannot be read, ``BadRequest`` for none.
-        """
-        photos = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
-        weights = self.batch([photos])[0]
-        return weights * strength if strength != 1 else weights
-
-    @torch.no_grad()
-    def batch(self, subjects: Sequence[Sequence[Source]]) -> LoraWeights:
-        """One LoRA per subject (batch axis), each from as many photos as the others."""
-        if not subjects or not all(subjects) or len({len(photos) for photos in subjects}) > 1:
-            raise BadRequest("every subject needs at least one photo, and all of a batch equally many")
-        size = self.encoder.image_size
-        photos = torch.stack([torch.stack([to_tensor(read_image(p), size) for p in s]) for s in subjects])
-        return self.forward(photos.to(self.device))
 
     def forward(self, photos: Tensor) -> LoraWeights:
         """photos [batch, views, 3, h, w] in [0, 1]."""

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from hyperlora.encoders import Reader
 from hyperlora.pipelines import ImageToLora, PairToLora, load_base
+from hyperlora.pipelines.lora_codec import LoraCodec
+from hyperlora.pipelines.lora_diffusion import LoraDiffusion
+from hyperlora.pipelines.photo_model import PhotoModel
 from hyperlora.training import change, edit_base, hypernetwork
 from hyperlora.training.cli import train
 
@@ -120,6 +123,20 @@ RULES = {
         (*SMALL_NETWORK, "--data.init_args.batch_size=2"),
         ("avatars/edit_base_finish", "avatars/encoder"),
     ),
+    "avatars/lora_codec": Rule(
+        LoraCodec.from_pretrained,
+        ("--model.init_args.autoencoder={channels: [4, 8], width: 4}", "--data.init_args.batch_size=2"),
+        ("build",),
+    ),
+    "avatars/difflora": Rule(
+        LoraDiffusion.from_pretrained,
+        (
+            "--model.init_args.mixture={width: 16, tokens: 4}",
+            "--model.init_args.denoiser={width: 16, depth: 1, heads: 2}",
+            "--data.init_args.batch_size=2",
+        ),
+        ("avatars/lora_codec", "avatars/encoder"),
+    ),
     "ip2p/lora_of_change_pretrain": _for_real_edits(*SMALL_NETWORK),
     "ip2p/lora_of_change_finetune": _for_real_edits(
         "--data.init_args.folder=pairs/magic-brush", needs=("ip2p/lora_of_change_pretrain",)
@@ -201,7 +218,19 @@ def _draw_edits() -> None:
     draw_pairs(Path("runs/data/edits-validation"), PairPlan("validation", groups=6, size=32), workers=1)
 
 
-_PREPARED = {"edits": _draw_edits, "drawn": _draw, "tokenizer": _build_tokenizer, "codes": _fit_codes}
+def _build_loras() -> None:
+    from data_builder.farm import run
+    from data_builder.plan import Recipe, write_plan
+    from data_builder.planning import make_plan
+    from data_builder.sources import Avatars
+
+    for name, first in (("build", 0), ("build-validation", 1_000_000)):
+        recipe = Recipe("tiny/sd15", preset="attention", rank=1, steps=1, at_once=4)
+        write_plan(make_plan(Avatars(first, first + 4, each=2, size=16), recipe), Path("runs/avatars") / name)
+        run(Path("runs/avatars") / name)
+
+
+_PREPARED = {"build": _build_loras, "edits": _draw_edits, "drawn": _draw, "tokenizer": _build_tokenizer, "codes": _fit_codes}
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +335,7 @@ def _check_what_trains(states: dict[int, dict[str, Tensor]], frozen: str | None)
 
 def _check_artifact(artifact: Any) -> None:
     """It loads; and a hypernetwork, which starts at ΔW = 0, now makes LoRAs."""
-    if isinstance(artifact, ImageToLora):
+    if isinstance(artifact, PhotoModel):
         photo = Path("photos/train/person-0/0.png")
         norms = artifact([photo]).norms()
         assert norms.isfinite().all()

@@ -1,0 +1,41 @@
+"""What all networks that make LoRAs from photos have in common, whatever they do with them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperlora.data import read_image, to_tensor
+from hyperlora.data.images import Source
+from hyperlora.errors import BadRequest
+from hyperlora.lora import LoraWeights
+from hyperlora.pipelines.released import ReleasedModel
+
+
+class PhotoModel(ReleasedModel):
+    """``encoder`` looks at the photos; ``forward`` takes them as a tensor [batch, views, 3, h, w] in [0, 1]."""
+
+    encoder: Any
+
+    @torch.no_grad()
+    def __call__(self, images: Source | Sequence[Source], strength: float = 1.0) -> LoraWeights:
+        """One LoRA (no batch axis) from one or several photos of the same subject.
+
+        Raises ``BadImage`` for a photo that cannot be read, ``BadRequest`` for none.
+        """
+        photos = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+        weights = self.batch([photos])[0]
+        return weights * strength if strength != 1 else weights
+
+    @torch.no_grad()
+    def batch(self, subjects: Sequence[Sequence[Source]]) -> LoraWeights:
+        """One LoRA per subject (batch axis), each from as many photos as the others."""
+        if not subjects or not all(subjects) or len({len(photos) for photos in subjects}) > 1:
+            raise BadRequest("every subject needs at least one photo, and all of a batch equally many")
+        size = self.encoder.image_size
+        photos = torch.stack([torch.stack([to_tensor(read_image(p), size) for p in s]) for s in subjects])
+        return self.forward(photos.to(self.device))
+
+    def forward(self, photos: Tensor) -> LoraWeights:
+        raise NotImplementedError

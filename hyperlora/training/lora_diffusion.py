@@ -1,0 +1,91 @@
+"""Train a diffusion model over LoRAs: what a photo shows to the latents of its subject's LoRA."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from hyperlora.encoders import photo_encoder
+from hyperlora.encoders.face import FaceFinder
+from hyperlora.features import ImageFeatures
+from hyperlora.models import LoraDenoiser, MixtureOfFeatures
+from hyperlora.models.denoiser import flow_pair
+from hyperlora.pipelines.lora_codec import LoraCodec
+from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
+from hyperlora.training.lora_codec import apart
+from hyperlora.training.optimizers import adamw_one_cycle
+
+
+class LoraDiffusionTraining(L.LightningModule):
+    """L = ‖v(x_t, t, photos) - (ε - x)‖², x the latents of a subject's LoRA, t uniform     (2210.02747)
+
+    Batches: ``rows`` [n, P] of a dataset of LoRAs and ``photos`` [n, views, 3, h, w] of the same subjects. ``codec`` is
+    a released ``LoraCodec``, ``encoder`` a released reader's folder or a timm id with ``encoder_options``,
+    ``face_pack`` a pack for insightface; all three stay frozen. With probability ``unconditional`` nothing is said of
+    the photos, for guidance. Every validation logs the loss, the cosine of the sampled ΔW to the subject's own and to
+    another's, and the mean gate (1 where only the face is heard).
+    """
+
+    def __init__(
+        self,
+        codec: str,
+        encoder: str,
+        out: str,
+        encoder_options: dict[str, Any] | None = None,
+        face_pack: str | None = None,
+        mixture: dict[str, Any] | None = None,
+        denoiser: dict[str, Any] | None = None,
+        unconditional: float = 0.1,
+        lr: float = 5e-4,
+        card: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        vision = photo_encoder(encoder, encoder_options).requires_grad_(False)
+        latents = LoraCodec.from_pretrained(codec)
+        mixed = MixtureOfFeatures(
+            FACE_WIDTH, vision.width, **({"mode": "gate" if face_pack else "image"} | (mixture or {}))
+        )
+        network = LoraDenoiser(*latents.shape, mixed.width, **(denoiser or {}))
+        face = FaceFinder(face_pack) if face_pack else None
+        self.model = LoraDiffusion(vision, mixed, network, latents, face, card)
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        self.model.encoder.eval()
+        self.model.codec.eval()
+        dropped = torch.rand(len(batch["rows"]), device=self.device) < self.hparams["unconditional"]
+        loss = self._loss(batch, *self.model.mixture.mixed(*self.model.features(batch["photos"]))[:1], dropped)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        told, gate = self.model.mixture.mixed(*self.model.features(batch["photos"]))
+        n = len(batch["rows"])
+        with torch.random.fork_rng():
+            torch.manual_seed(batch_index)  # the same noise every time
+            loss = self._loss(batch, told, None)
+            noise = torch.randn(n, *self.model.codec.shape).to(self.device)
+        made = self.model.codec.decode(self.model.denoiser.sample(told, noise))
+        own = self.model.codec.decode(self.model.codec.encode_rows(batch["rows"]))
+        other = own[torch.arange(n, device=self.device).roll(1)]
+        values = {
+            "val/loss": loss, "val/own": apart(own, made)[1].mean(), "val/another": apart(other, made)[1].mean(),
+            "val/gate": gate.mean(),
+        }  # fmt: skip
+        self.log_dict(values, prog_bar=True, batch_size=n, sync_dist=True)
+
+    def _loss(self, batch: dict[str, Tensor], told: ImageFeatures, dropped: Tensor | None) -> Tensor:
+        latents = self.model.codec.encode_rows(batch["rows"])
+        t = torch.rand(len(latents), device=self.device)
+        noisy, velocity = flow_pair(latents, torch.randn_like(latents), t)
+        said = self.model.denoiser(noisy, t, told, dropped)
+        return torch.nn.functional.mse_loss(said.float(), velocity.float())
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.model.save_pretrained(self.hparams["out"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trained = [*self.model.mixture.parameters(), *self.model.denoiser.parameters()]
+        return adamw_one_cycle(self, trained, self.hparams["lr"])
