@@ -129,7 +129,7 @@ def field(random: Random) -> bytes:
         ("title", "x" * 9999),
     ]
     bad += [("strength", "1e999"), ("refine", "501"), ("refine", "1.5"), ("format", "ckpt"), ("keep", "perhaps")]
-    bad += [("strength", "\u0661\ud7ff"), ("rank", "99"), ("refine", ""), ("before", "text"), ("consent", "\0")]
+    bad += [("strength", "\u0661\ud7ff"), ("rank", "129"), ("refine", "-0.5"), ("before", "text"), ("consent", "\0")]
     return photos(photo(random, "PNG"), bad[random.integers(len(bad))])
 
 
@@ -174,7 +174,11 @@ def multipart(random: Random) -> bytes:
         b"--b--\r\n",
         random.bytes(900),
     ]
-    bodies += [whole.replace(b'name="photos"; ', b""), whole.replace(b"form-data", b"x"), whole.replace(b"\r\n", b"\n")]
+    bodies += [
+        whole.replace(b'name="photos"; ', b""),
+        whole.replace(b"photos", b"photo"),
+        whole.replace(b"\r\n", b"\n"),
+    ]
     kinds = [FORM, FORM, FORM, "multipart/form-data", "multipart/form-data; boundary=" + "b" * 5000, "text/plain"]
     kinds += [
         "multipart/form-data; boundary=other",

@@ -75,7 +75,7 @@ def send(client: TestClient, *photos: bytes, headers: dict[str, str] | None = No
 
 @contextmanager
 def process(
-    bundle: Any, state: Path, *options: str, seconds: float = 240
+    bundle: Any, state: Path, *options: str, seconds: float = 600
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server process as users start it, on the tiny bundle and a free port: its address, once it is ready. What it
     logs is in ``state``/log."""

@@ -15,7 +15,7 @@ from hyperlora.formats import load_lora
 from hyperlora.service import LocalEngine, ServiceSettings, create_app
 from tests.service.conftest import photo, process
 
-CLIENTS, EACH = 6, 4
+CLIENTS, EACH = 6, 3
 
 
 def replicas(server: int) -> list[int]:
@@ -63,7 +63,7 @@ async def _under_fire(url: str, server: int) -> list[httpx.Response]:
 
         async def caller(number: int) -> list[httpx.Response]:
             return [
-                await client.post("/v1/loras", files={"photos": photo(number * 10 + i)}, data={"refine": 40})
+                await client.post("/v1/loras", files={"photos": photo(number * 10 + i)}, data={"refine": 5})
                 for i in range(EACH)
             ]
 
