@@ -31,6 +31,7 @@ from hyperlora.service.ray_engine import RayEngine, Replica
 
 APP: Final = "hyperlora"
 REPLICAS: Final = "Models"
+_QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,16 @@ def cluster(models: Models, settings: ServiceSettings, scale: Scale) -> Iterator
     """An engine over replicas: in the cluster that ``RAY_ADDRESS`` names, or in one on this machine that ends with the
     context. Raises ``HyperloraError`` for models that cannot be loaded."""
     with ExitStack() as stack:
-        ray.init(**_joined() if "RAY_ADDRESS" in os.environ else _own(scale))
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **{} if "RAY_ADDRESS" in os.environ else own_cluster(scale),
+        )
         stack.callback(ray.shutdown)
-        serve.start(proxy_location="Disabled")
-        stack.callback(serve.shutdown)
-        handle = serve.run(models_deployment(models, settings, scale), name=APP, route_prefix=None)
+        serve.start(proxy_location="Disabled", logging_config=_QUIET)
+        stack.callback(serve.delete, APP)
+        deployment = models_deployment(models, settings, scale)
+        handle = serve.run(deployment, name=APP, route_prefix=None, logging_config=_QUIET)
         engine = RayEngine(handle, APP, REPLICAS)
         engine.models()
         yield engine
@@ -105,11 +111,7 @@ def application(args: dict[str, Any]) -> Application:
     return deployment.bind(models_deployment(models, settings, scale))
 
 
-def _joined() -> dict[str, Any]:
-    return {"log_to_driver": False}
-
-
-def _own(scale: Scale) -> dict[str, Any]:
+def own_cluster(scale: Scale) -> dict[str, Any]:
     """A cluster of this machine alone. It listens to other machines too, but only we have the token it asks for; and it
     never writes to a disk what it is handed."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -118,7 +120,5 @@ def _own(scale: Scale) -> dict[str, Any]:
         "num_cpus": max(os.cpu_count() or 1, round(scale.cpus * max(scale.replicas, scale.most or 0)) + 1),
         "include_dashboard": False,
         "object_store_memory": 512 << 20,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
         "_system_config": {"automatic_object_spilling_enabled": False, "worker_niceness": 0},
     }

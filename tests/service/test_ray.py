@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,35 @@ async def _under_fire(url: str, server: int) -> list[httpx.Response]:
         assert len(found) == 2
         os.kill(found[0], signal.SIGKILL)
         return [answer for answers in await asyncio.gather(*callers) for answer in answers]
+
+
+@pytest.mark.slow
+def test_the_app_as_a_deployment_has_the_same_routes(bundle: Any, models: Any, tmp_path: Path) -> None:
+    """As Kubernetes runs it: behind Ray's proxy."""
+    ray = pytest.importorskip("ray")
+    from ray import serve
+
+    from hyperlora.service.ray_serve import Scale, application, own_cluster
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    chosen = {"model": str(bundle.model), "base": str(bundle.base), "edits": False, "state": str(tmp_path / "state")}
+    ray.init(log_to_driver=False, **own_cluster(Scale()))
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application(chosen), name="deployed")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            alone = create_app(lambda observe: LocalEngine(*models, observe=observe), ServiceSettings(tmp_path / "x"))
+            assert client.get("/openapi.json").json() == alone.openapi()
+            assert client.get("/readyz").json()["status"] == "ready"
+            made = client.post("/v1/loras", files={"photos": photo()})
+            assert load_lora(made.content, models[0].layout).weights.norms().max() > 0
+            job = client.post("/v1/loras", files={"photos": photo()}, headers={"Prefer": "respond-async"})
+            assert "event: succeeded" in client.get(job.headers["location"] + "/events").text
+            assert client.post("/v1/loras", files={"photos": b"no photo"}).status_code == 415
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 @pytest.mark.parametrize(
