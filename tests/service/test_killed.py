@@ -15,7 +15,7 @@ JOBS = 20
 @pytest.mark.slow
 def test_every_accepted_job_is_done_or_reported_after_a_kill(bundle: Any, tmp_path: Path) -> None:
     """Photos live in memory only, so what was not done cannot be: it is reported, and nothing vanishes."""
-    with process(bundle, tmp_path) as (url, server), httpx.Client(base_url=url) as client:
+    with process(bundle, tmp_path) as (url, server), httpx.Client(base_url=url, timeout=60) as client:
         places = []
         for i in range(JOBS):
             files = {"photos": ("a.png", photo(i))}
@@ -28,7 +28,7 @@ def test_every_accepted_job_is_done_or_reported_after_a_kill(bundle: Any, tmp_pa
             time.sleep(0.05)
         server.kill()
 
-    with process(bundle, tmp_path) as (url, _), httpx.Client(base_url=url) as client:
+    with process(bundle, tmp_path) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
         jobs = [client.get(place).json() for place in places]
         states = [job["state"] for job in jobs]
         assert set(states) == {"succeeded", "failed"}, states

@@ -43,13 +43,13 @@ def test_no_request_is_lost_when_a_replica_dies(bundle: Any, models: Any, tmp_pa
     pytest.importorskip("ray")
     with process(bundle, tmp_path, "--ray", "--replicas", "2") as (url, server):
         alone = create_app(lambda observe: LocalEngine(*models, observe=observe), ServiceSettings(state=tmp_path / "x"))
-        assert httpx.get(url + "/openapi.json").json() == alone.openapi()
         answers = asyncio.run(_under_fire(url, server.pid))
-        job = httpx.post(
-            url + "/v1/loras", files={"photos": photo()}, data={"refine": 3}, headers={"Prefer": "respond-async"}
-        )
-        assert "event: succeeded" in httpx.get(url + job.headers["location"] + "/events", timeout=60).text
-        refused = httpx.post(url + "/v1/loras", files={"photos": b"no photo"})
+        with httpx.Client(base_url=url, timeout=120) as client:
+            assert client.get("/openapi.json").json() == alone.openapi()
+            prefer = {"Prefer": "respond-async"}
+            job = client.post("/v1/loras", files={"photos": photo()}, data={"refine": 3}, headers=prefer)
+            assert "event: succeeded" in client.get(job.headers["location"] + "/events").text
+            refused = client.post("/v1/loras", files={"photos": b"no photo"})
         assert (refused.status_code, refused.json()["status"]) == (415, 415)
         assert "image was expected" in refused.json()["detail"]
     assert [answer.status_code for answer in answers] == [200] * CLIENTS * EACH
