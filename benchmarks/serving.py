@@ -35,15 +35,15 @@ def photos() -> list[bytes]:
 
 
 @contextmanager
-def server() -> Iterator[tuple[str, int]]:
-    """(url, process id) of a server on a free port."""
+def server(*options: str) -> Iterator[tuple[str, int]]:
+    """(url, process id) of a server on a free port, started with these ``options`` too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as state, open(os.devnull, "w") as nowhere:
         verb = [str(Path(sys.executable).with_name("hyperlora")), "serve"]
-        command = [*verb, "--port", str(port), "--state", state, "--rate", "1000000/minute"]
+        command = [*verb, "--port", str(port), "--state", state, "--rate", "1000000/minute", *options]
         process = subprocess.Popen(command, stderr=nowhere)
         try:
             for _ in range(600):
@@ -148,14 +148,14 @@ def soak(seconds: float) -> None:
         fast = asyncio.run(load(url, people, 8, 10))
         pause = statistics.mean(fast) * 0.25  # 8 clients at 80 % of what they can
         asyncio.run(load(url, people, 8, 10, pause))
-        before = _memory(pid)
+        before = memory(pid)
         found = asyncio.run(load(url, people, 8, seconds, pause))
-        after = _memory(pid)
-        memory = f"memory {before:.0f} to {after:.0f} MiB ({after / before - 1:+.1%})"
-        print(f"{len(found)} requests in {seconds:.0f} s, no error; {memory}")
+        after = memory(pid)
+        grown = f"memory {before:.0f} to {after:.0f} MiB ({after / before - 1:+.1%})"
+        print(f"{len(found)} requests in {seconds:.0f} s, no error; {grown}")
 
 
-def _memory(pid: int) -> float:
+def memory(pid: int) -> float:
     """Resident memory of a process in MiB."""
     line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
     return int(line.split()[1]) / 1024

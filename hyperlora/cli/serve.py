@@ -1,5 +1,7 @@
 """``hyperlora serve``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,9 @@ def serve(
     rate: Annotated[str, typer.Option(help="Requests per key, e.g. 60/minute.")] = "600/minute",
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 256,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds a synchronous request may take.")] = 120.0,
+    ray: Annotated[bool, typer.Option("--ray", help="The models in replicas of Ray Serve (extra `scale`).")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas, with --ray.")] = 1,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Up to so many as requests wait.")] = None,
 ) -> None:
     """Serve LoRAs from images over HTTP; the API explains itself under /docs."""
     from hyperlora.errors import BadRequest
@@ -30,17 +35,15 @@ def serve(
         import uvicorn  # noqa: F401
         from limits import parse
 
-        from hyperlora.service import LocalEngine, ServiceSettings, create_app
-        from hyperlora.service.changes import Changes
+        from hyperlora import bundle
+        from hyperlora.service import ServiceSettings, create_app
+        from hyperlora.service.opening import Models
         from hyperlora.service.settings import keys_from
         from hyperlora.service.storage import owned
     except ImportError as error:
         raise BadRequest(f"the server needs {error.name}, which is not installed: add the extra `serve`") from error
     from diffusers.utils import logging
 
-    from hyperlora import bundle
-    from hyperlora.heap import keep_heap
-    from hyperlora.pipelines import ImageToLora, PairToLora, load_base
     from hyperlora.service.observing import configure_logging
 
     known = keys_from(keys)
@@ -48,6 +51,10 @@ def serve(
         raise BadRequest(f"binding {host} without API keys would let everyone in: give --keys, or HYPERLORA_API_KEYS")
     if loras is not None and not loras.is_dir():
         raise BadRequest(f"{str(loras)!r} is no folder of LoRA files")
+    if not ray and (replicas > 1 or max_replicas is not None):
+        raise BadRequest("replicas are Ray Serve's: add --ray")
+    if max_replicas is not None and max_replicas < replicas:
+        raise BadRequest(f"--max-replicas {max_replicas} is below --replicas {replicas}: at least as many expected")
     try:
         parse(rate)
     except ValueError as error:
@@ -56,32 +63,45 @@ def serve(
         state=state or Path(typer.get_app_dir("hyperlora")), loras=loras, keys=known, rate=rate, queue=queue,
         deadline=deadline,
     )  # fmt: skip
-    keep_heap()
-    frozen = load_base(base or bundle.BASE)
-    network = ImageToLora.from_pretrained(model or bundle.MODEL, base=frozen)
-    changes = None
-    if edits:
-        canvas = load_base(edit_base or bundle.EDIT_BASE)
-        changes = Changes(PairToLora.from_pretrained(pair_model or bundle.PAIR_MODEL, base=canvas), canvas)
-
-    def engine(observe: object) -> LocalEngine:
-        return LocalEngine(
-            network, frozen, loras, queue=settings.queue, batch=settings.batch, pictures=settings.pictures,
-            observe=observe, changes=changes,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    app = create_app(engine, settings)
-    configure_logging()
+    models = Models(
+        str(model or bundle.MODEL), str(base or bundle.BASE), str(pair_model or bundle.PAIR_MODEL),
+        str(edit_base or bundle.EDIT_BASE), edits,
+    )  # fmt: skip
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
-    with owned(settings.state):
+    with owned(settings.state), _engine(models, settings, (replicas, max_replicas) if ray else None) as engine:
+        app = create_app(engine, settings)
+        configure_logging()
         typer.echo(f"http://{host}:{port}/docs", err=True)
         _run(app, host, port, deadline)
+
+
+@contextmanager
+def _engine(models: Any, settings: Any, scale: tuple[int, int | None] | None) -> Iterator[Any]:
+    """What ``create_app`` makes its engine with: one in this process, or Ray's replicas for as long as this is open."""
+    if scale is None:
+        from hyperlora.service.opening import open_engine
+
+        yield open_engine(models, settings)
+        return
+    from hyperlora.errors import BadRequest
+
+    try:
+        from hyperlora.service.ray_serve import Scale, cluster
+    except ImportError as error:
+        raise BadRequest(f"--ray needs {error.name}, which is not installed: add the extra `scale`") from error
+    with cluster(models, settings, Scale(*scale)) as engine:
+        yield lambda observe: engine
 
 
 def _run(app: Any, host: str, port: int, deadline: float) -> None:
     import uvicorn
 
-    uvicorn.run(
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            await app.state.service.jobs.dismiss()
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
         app,
         host=host,
         port=port,
@@ -93,3 +113,8 @@ def _run(app: Any, host: str, port: int, deadline: float) -> None:
         timeout_graceful_shutdown=int(deadline) + 5,
         h11_max_incomplete_event_size=64 << 10,
     )
+    server = Server(config)
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        raise typer.Exit(3)

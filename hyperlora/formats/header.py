@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from math import isfinite
 from typing import Any, Final
@@ -46,6 +47,11 @@ _MACHINE: Final = frozenset(
 """Keys computed from the weights or from fields that are not plain text."""
 
 
+@cache
+def _version() -> str:
+    return version("hyperlora")  # reads files
+
+
 @dataclass(frozen=True)
 class LoraHeader:
     """Who made a LoRA, from what, for which base, and how to use it. Empty fields are unknown.
@@ -63,7 +69,7 @@ class LoraHeader:
     license: str = ""
     date: str = ""
     generator: str = "hyperlora"
-    generator_version: str = field(default_factory=lambda: version("hyperlora"))
+    generator_version: str = field(default_factory=_version)
     layout_fingerprint: str = ""
     encoder: str = ""
     encoder_license: str = ""

@@ -20,7 +20,8 @@ MAX_BYTES: Final = 4 << 30
 MAX_HEADER_BYTES: Final = 16 << 20
 MAX_TENSORS: Final = 20_000
 MAX_KEY_LENGTH: Final = 300
-_DTYPES: Final = frozenset({"F32", "F16", "BF16"})
+_NAMES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES: Final = frozenset(_NAMES.values())
 _ALPHA_DTYPES: Final = _DTYPES | {"I64", "I32", "F64"}
 _KEY: Final = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
@@ -66,9 +67,18 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A whole safetensors file; the same content gives the same bytes."""
-    contiguous = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    return _with_sorted_metadata(safetensors.torch.save(contiguous, metadata={"format": "pt", **metadata}))
+    """A whole safetensors file, the bytes that ``safetensors.torch.save`` writes but for the order of the metadata: its
+    own changes from run to run. A LoRA has hundreds of small tensors, and it takes 50 µs for each."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    table: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    end = 0
+    for key, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        table[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    numbers: list[Any] = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, t in ordered]
+    return b"".join((len(header).to_bytes(8, "little"), header, *numbers))
 
 
 def write_bytes(data: bytes, path: Path) -> None:
@@ -87,16 +97,9 @@ def write_bytes(data: bytes, path: Path) -> None:
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The key of the first tensor with NaN or infinity."""
+    if torch.nn.utils.get_total_norm(tensors.values(), float("inf")).isfinite():  # one call for all
+        return None
     return next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
-
-
-def _with_sorted_metadata(file: bytes) -> bytes:
-    """Safetensors writes metadata in an order that changes from run to run."""
-    length = int.from_bytes(file[:8], "little")
-    table = json.loads(file[8 : 8 + length])
-    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
-    ordered = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    return file[:8] + ordered.ljust(length) + file[8 + length :] if len(ordered) <= length else file
 
 
 def _metadata(entries: dict[str, Any], name: str) -> dict[str, str]:

@@ -56,7 +56,7 @@ def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettin
         app.include_router(room.router)
     add_handlers(app)
     document_problems(app)
-    app.add_middleware(BodyLimits, largest=settings.max_body, seconds=settings.body_seconds)
+    app.add_middleware(BodyLimits, form=settings.max_body, other=settings.max_json, seconds=settings.body_seconds)
     app.add_middleware(Guard, gate=Gate(settings.keys, settings.rate))
     app.add_middleware(Observed, metrics=lambda: app.state.service.metrics)
     return app

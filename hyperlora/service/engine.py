@@ -157,8 +157,6 @@ class LocalEngine:
         weights = await self._done(Work(("lora", len(order.photos)), self._predict, self.batch), photos, seconds)
         if settings.refine:
             weights = await self._refined(settings, weights, photos, seconds, progress)
-        else:
-            weights = await asyncio.to_thread(self._finish, settings, weights, photos)
         return await asyncio.to_thread(self._written, weights, order)
 
     async def picture(self, order: PictureOrder, seconds: float) -> Image.Image:
@@ -205,7 +203,7 @@ class LocalEngine:
                 progress((step - 1) / settings.refine)
 
         def run(items: list[tuple[LoraWeights, Photos]]) -> list[LoraWeights]:
-            return [self._finish(settings, *item, watch) for item in items]
+            return [self._refine(settings, *item, watch) for item in items]
 
         try:
             work = Work(("refine", object()), run, patient=True)
@@ -227,12 +225,14 @@ class LocalEngine:
     def _predict(self, subjects: list[Photos]) -> list[LoraWeights]:
         return list(predicted(self.model, subjects))  # type: ignore[call-overload]
 
-    def _finish(
-        self, settings: Settings, weights: LoraWeights, photos: Photos, watch: Callable[[int], None] | None = None
+    def _refine(
+        self, settings: Settings, weights: LoraWeights, photos: Photos, watch: Callable[[int], None]
     ) -> LoraWeights:
         return finished(self.model, LoraWeights.stack([weights]), [photos], settings, self.base, watch)[0]
 
     def _written(self, weights: LoraWeights, order: LoraOrder) -> bytes:
+        if not order.settings.refine:
+            weights = finished(self.model, weights, (), order.settings)
         header: LoraHeader = header_of(self.model, order.title, order.photos)
         if order.consent:
             header = replace(header, extra={**header.extra, "hyperlora.consent": "given"})

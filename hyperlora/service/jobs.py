@@ -91,7 +91,7 @@ class Jobs:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._owners: Counter[str] = Counter()
         self._turns = asyncio.Semaphore(at_once)
-        self._stopping = False
+        self._stopping = self._leaving = False
         self._changed = asyncio.Condition()
         self._database = _opened(file)
         self._fail_open("the server stopped before this job was done, and photos live in memory only: send it again")
@@ -140,14 +140,22 @@ class Jobs:
         return self.get(job.id, job.owner) or job
 
     async def follow(self, job: Job) -> AsyncIterator[Job]:
-        """The job now and after every change, until it is finished."""
+        """The job now and after every change, until it is finished or the server stops."""
         while (now := self.get(job.id, job.owner)) is not None:
             yield now
             if now.state not in OPEN:
                 return
             async with self._changed:
                 while self.get(job.id, job.owner) == now:
+                    if self._leaving:
+                        return
                     await self._changed.wait()
+
+    async def dismiss(self) -> None:
+        """End every ``follow``: an open stream would hold a server that stops."""
+        self._leaving = True
+        async with self._changed:
+            self._changed.notify_all()
 
     @property
     def open(self) -> int:

@@ -17,6 +17,11 @@ from hyperlora.service.batching import Expired, QueueFull
 MEDIA_TYPE: Final = "application/problem+json"
 CLIENT_LEFT: Final = 499
 """In logs and metrics, as nginx counts them; nobody receives it."""
+_UNSAID: Final = {
+    "Not Found": "nothing is found at this path: /docs describes what is here",
+    "Method Not Allowed": "this path does not take this method: /docs describes what it takes",
+}
+"""Sentences for what the router refuses by status alone."""
 _log = logging.getLogger("hyperlora.service")
 
 
@@ -70,7 +75,8 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+        detail = _UNSAID.get(str(error.detail), str(error.detail))
+        return problem(error.status_code, detail, dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -110,24 +110,28 @@ def _require_local(headers: Headers) -> None:
 
 
 class BodyLimits:
-    """ASGI middleware: 413 for a body above ``largest`` bytes, 408 for one that is not there after ``seconds``."""
+    """ASGI middleware: 413 for a form above ``form`` bytes or another body above ``other``, 408 for a body that is not
+    there after ``seconds``."""
 
-    def __init__(self, app: ASGIApp, largest: int, seconds: float) -> None:
-        self.app, self.largest, self.seconds = app, largest, seconds
+    def __init__(self, app: ASGIApp, form: int, other: int, seconds: float) -> None:
+        self.app, self.form, self.other, self.seconds = app, form, other, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        left, complete, until = self.largest, False, time.monotonic() + self.seconds
-        sentence = f"the request is larger than {self.largest >> 20} MiB: send fewer or smaller files"
-        claimed = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        largest = self.form if is_form else self.other
+        left, complete, until = largest, False, time.monotonic() + self.seconds
+        sentence = f"the request is larger than {largest / 2**20:.3g} MiB: send fewer or smaller files"
+        claimed = headers.get("content-length", "0")
 
         async def limited() -> Message:
             nonlocal left, complete
             if complete:
                 return await receive()
-            if claimed.isdecimal() and int(claimed) > self.largest:
+            if claimed.isdecimal() and int(claimed) > largest:
                 raise HTTPException(413, sentence)
             try:
                 message: Any = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))

@@ -24,7 +24,8 @@ class ServiceSettings:
     loras: Path | None = None
     keys: frozenset[bytes] = field(default_factory=frozenset, repr=False)
     rate: str = "600/minute"
-    max_body: int = 64 << 20  # bytes of a request
+    max_body: int = 64 << 20  # bytes of a form
+    max_json: int = 16 << 20  # bytes of any other body: JSON takes many times its size while it is read
     max_photos: int = 8
     body_seconds: float = 60.0  # until a request's body is complete
     deadline: float = 120.0  # seconds a synchronous request may take

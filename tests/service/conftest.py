@@ -1,10 +1,16 @@
 """The real app over the real engine on the tiny bundle."""
 
 import io
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -65,3 +71,35 @@ def photo(shade: int = 100, size: int = 20, format: str = "PNG") -> bytes:
 def send(client: TestClient, *photos: bytes, headers: dict[str, str] | None = None, **fields: Any) -> Any:
     files = [("photos", (f"{i}.png", data, "image/png")) for i, data in enumerate(photos or (photo(),))]
     return client.post("/v1/loras", files=files, data={k: str(v) for k, v in fields.items()}, headers=headers or {})
+
+
+@contextmanager
+def process(
+    bundle: Any, state: Path, *options: str, seconds: float = 600
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server process as users start it, on the tiny bundle and a free port: its address, once it is ready. What it
+    logs is in ``state``/log."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    models = ["--model", str(bundle.model), "--base", str(bundle.base), "--no-edits", "--state", str(state)]
+    code = "from hyperlora.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--port", str(port), "--rate", "100000/minute", *models, *options]
+    state.mkdir(exist_ok=True)
+    with (state / "log").open("a") as log, subprocess.Popen(command, stderr=log, stdout=log) as running:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(url, running, state / "log", time.monotonic() + seconds)
+            yield url, running
+        finally:
+            running.terminate()
+            running.wait(30)
+
+
+def _wait(url: str, running: "subprocess.Popen[bytes]", log: Path, until: float) -> None:
+    while time.monotonic() < until and running.poll() is None:
+        try:
+            if httpx.get(url + "/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise AssertionError(f"the server did not start:\n{log.read_text()}")

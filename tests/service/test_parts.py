@@ -222,3 +222,26 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
         keys_from(file)
     with pytest.raises(BadRequest, match="cannot be read"):
         keys_from(tmp_path / "none")
+
+
+def test_a_server_that_stops_ends_event_streams_and_finishes_their_jobs(tmp_path: Path) -> None:
+    async def slow(report: Any) -> str:
+        await asyncio.sleep(0.3)
+        return "made"
+
+    async def stop() -> tuple[list[str], str]:
+        jobs = Jobs(tmp_path / "jobs.sqlite", 50)
+        job = jobs.accept("lora", "me", slow)
+        following = asyncio.create_task(_states(jobs, job))
+        await asyncio.sleep(0.05)
+        await jobs.dismiss()
+        seen = await asyncio.wait_for(following, 0.1)
+        await jobs.drain(5)
+        return seen, str(Jobs(tmp_path / "jobs.sqlite", 50).get(job.id, "me").state)  # type: ignore[union-attr]
+
+    async def _states(jobs: Jobs, job: Any) -> list[str]:
+        return [now.state async for now in jobs.follow(job)]
+
+    seen, state = asyncio.run(stop())
+    assert seen[-1] in ("queued", "running")
+    assert state == "succeeded"

@@ -203,7 +203,7 @@ def test_what_is_here(client: TestClient, models: Any) -> None:
 
 
 def test_bad_requests(serving: Callable[..., TestClient]) -> None:
-    client = serving(max_body=200_000, max_photos=2)
+    client = serving(max_body=200_000, max_json=3000, max_photos=2)
     refusal(send(client, b""), 415, "is empty")
     refusal(send(client, photo()[:60]), 415, "damaged or cut off")
     refusal(send(client, photo(format="BMP")), 415, "another kind of file")
@@ -219,6 +219,7 @@ def test_bad_requests(serving: Callable[..., TestClient]) -> None:
     refusal(client.get("/v1/loras/xyz"), 422, "id: ")
     refusal(client.put("/v1/loras"), 405, "")
     draw = {"prompt": "a", "steps": 2}
+    refusal(client.post("/v1/images", content=b"[" * 4000), 413, "larger than 0.00286 MiB")
     refusal(client.post("/v1/images", json=draw | {"steps": 1000}), 422, "steps: ")
     refusal(client.post("/v1/images", json=draw | {"loras": [{}]}), 400, "either the id")
     refusal(client.post("/v1/images", json=draw | {"loras": [{"id": "0" * 64}]}), 404, "no LoRA 0000")

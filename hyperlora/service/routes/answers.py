@@ -1,18 +1,23 @@
 """How every route answers: now or later, as the file itself or as JSON, and not at all once the caller has gone."""
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from hashlib import sha256
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import Header, Request, Response, UploadFile
+from PIL import Image
 from starlette.exceptions import HTTPException
 
 from hyperlora.errors import BadRequest
 from hyperlora.service.batching import Expired
+from hyperlora.service.changes import Noticed
 from hyperlora.service.jobs import Job, Report
 from hyperlora.service.problems import Gone
 from hyperlora.service.schemas import JobInfo
+from hyperlora.service.storage import Files
 
 if TYPE_CHECKING:
     from hyperlora.service.app import Service
@@ -62,6 +67,25 @@ async def _gone(request: Request) -> None:
         await asyncio.sleep(0.1)
 
 
+Make = Callable[[float, Report | None], Coroutine[Any, Any, Noticed]]
+"""Makes a file (bytes) within some seconds, and reports on the way."""
+
+
+async def now_or_later(
+    request: Request, owner: str, prefer: str, kind: Literal["lora", "image"], make: Make
+) -> Noticed | Response:
+    """What ``make`` makes, within the server's deadline; 202 with a job that keeps it, if that is preferred."""
+    service = service_of(request)
+
+    async def job(report: Report) -> str:
+        noticed = await make(float("inf"), report)
+        return await asyncio.to_thread(service.files.put, noticed.made, kind)
+
+    if wants_job(prefer):
+        return later(request, kind, owner, job)
+    return await in_time(request, make(service.settings.deadline, None), service.settings.deadline)
+
+
 def later(request: Request, kind: str, owner: str, work: Callable[[Report], Awaitable[str]]) -> Response:
     """202 with the accepted job."""
     job = service_of(request).jobs.accept(kind, owner, work)
@@ -74,6 +98,26 @@ def job_info(job: Job) -> JobInfo:
     paths = {"lora": "/v1/loras/", "image": "/v1/images/"}
     fields = {k: v for k, v in job.__dict__.items() if k != "owner"}
     return JobInfo(**fields | {"result": paths[job.kind] + job.result if job.result else None})
+
+
+def kept_lora(files: Files, id: str) -> bytes:
+    """The file of a kept LoRA. Raises 404."""
+    if (data := files.get(id, "lora")) is None:
+        raise HTTPException(404, f"no LoRA {id} is kept here (any more): make it again with keep=true")
+    return data
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def png_response(request: Request, noticed: Noticed) -> Response:
+    """A picture's file, named after its digest."""
+    found = sha256(noticed.made).hexdigest()
+    return file_response(request, noticed.made, found, "image/png", f"{found[:12]}.png", noticed.notices)
 
 
 def notice_headers(notices: Sequence[str]) -> dict[str, str]:

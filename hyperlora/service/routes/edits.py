@@ -1,11 +1,9 @@
 """/v1/edits: the change that a pair shows (or a LoRA holds) made on another picture."""
 
 import asyncio
-from hashlib import sha256
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, Response, UploadFile
-from starlette.exceptions import HTTPException
 
 from hyperlora.errors import BadRequest
 from hyperlora.service.changes import EditOrder, Noticed
@@ -14,14 +12,13 @@ from hyperlora.service.problems import documented
 from hyperlora.service.routes.answers import (
     Prefer,
     binary,
-    file_response,
-    in_time,
-    later,
+    kept_lora,
+    now_or_later,
     pairs_from,
+    png_bytes,
+    png_response,
     service_of,
-    wants_job,
 )
-from hyperlora.service.routes.images import png_bytes
 from hyperlora.service.schemas import Id, JobInfo, Weight
 from hyperlora.service.security import Caller
 
@@ -56,20 +53,12 @@ async def edit(
         raise BadRequest("send before and after, or a LoRA, or the id of a kept one: only one of these")
     file = await lora.read() if lora is not None else None
     if lora_id is not None:
-        file = service.files.get(lora_id, "lora")
-        if file is None:
-            raise HTTPException(404, f"no LoRA {lora_id} is kept here (any more): make it again with keep=true")
+        file = kept_lora(service.files, lora_id)
     order = EditOrder(await picture.read(), pairs, file, strength, instruction, seed, steps)
 
-    async def made(seconds: float) -> Noticed:
+    async def make(seconds: float, report: Report | None) -> Noticed:
         noticed = await service.engine.edited(order, seconds)
         return Noticed(await asyncio.to_thread(png_bytes, noticed.made), noticed.notices)
 
-    async def job(report: Report) -> str:
-        return await asyncio.to_thread(service.files.put, (await made(float("inf"))).made, "image")
-
-    if wants_job(prefer):
-        return later(request, "image", owner, job)
-    noticed = await in_time(request, made(service.settings.deadline), service.settings.deadline)
-    found = sha256(noticed.made).hexdigest()
-    return file_response(request, noticed.made, found, "image/png", f"{found[:12]}.png", noticed.notices)
+    made = await now_or_later(request, owner, prefer, "image", make)
+    return made if isinstance(made, Response) else png_response(request, made)

@@ -1,16 +1,15 @@
 """/v1/images: a prompt and LoRAs to a picture; pictures made by jobs."""
 
 import asyncio
-import io
 from base64 import b64encode
 from hashlib import sha256
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
-from PIL import Image
 from starlette.exceptions import HTTPException
 
 from hyperlora.errors import BadRequest
+from hyperlora.service.changes import Noticed
 from hyperlora.service.engine import PictureOrder
 from hyperlora.service.jobs import Report
 from hyperlora.service.problems import documented
@@ -19,10 +18,11 @@ from hyperlora.service.routes.answers import (
     Prefer,
     binary,
     file_response,
-    in_time,
-    later,
+    kept_lora,
+    now_or_later,
+    png_bytes,
+    png_response,
     service_of,
-    wants_job,
     wants_json,
 )
 from hyperlora.service.schemas import Id, JobInfo, LoraChoice, Picture, PictureRequest
@@ -49,20 +49,17 @@ async def draw(
     fields = wanted.model_dump(exclude={"loras"})
     order = PictureOrder(**fields | {"loras": files})
 
-    async def made(seconds: float) -> bytes:
-        return await asyncio.to_thread(png_bytes, await service.engine.picture(order, seconds))
+    async def make(seconds: float, report: Report | None) -> Noticed:
+        return Noticed(await asyncio.to_thread(png_bytes, await service.engine.picture(order, seconds)))
 
-    async def job(report: Report) -> str:
-        return await asyncio.to_thread(service.files.put, await made(float("inf")), "image")
-
-    if wants_job(prefer):
-        return later(request, "image", owner, job)
-    data = await in_time(request, made(service.settings.deadline), service.settings.deadline)
-    found = sha256(data).hexdigest()
+    made = await now_or_later(request, owner, prefer, "image", make)
+    if isinstance(made, Response):
+        return made
     if wants_json(accept):
-        picture = Picture(sha256=found, seed=wanted.seed, content=b64encode(data).decode())
+        found = sha256(made.made).hexdigest()
+        picture = Picture(sha256=found, seed=wanted.seed, content=b64encode(made.made).decode())
         return Response(picture.model_dump_json(), media_type="application/json", headers={"ETag": f'"{found}"'})
-    return file_response(request, data, found, "image/png", f"{found[:12]}.png")
+    return png_response(request, made)
 
 
 @router.get(
@@ -86,19 +83,9 @@ async def delete_image(request: Request, owner: Caller, id: Annotated[Id, Path()
     return Response(status_code=204)
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """The picture as a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _content(choice: LoraChoice, files: Files) -> bytes:
     if (choice.id is None) == (choice.content is None):
         raise BadRequest("each LoRA needs either the id of a kept one or a file's content, and not both")
     if choice.content is not None:
         return choice.content
-    data = files.get(str(choice.id), "lora")
-    if data is None:
-        raise HTTPException(404, f"no LoRA {choice.id} is kept here (any more): make it again with keep=true")
-    return data
+    return kept_lora(files, str(choice.id))

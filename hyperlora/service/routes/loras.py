@@ -19,12 +19,10 @@ from hyperlora.service.routes.answers import (
     Prefer,
     binary,
     file_response,
-    in_time,
-    later,
     notice_headers,
+    now_or_later,
     pairs_from,
     service_of,
-    wants_job,
     wants_json,
 )
 from hyperlora.service.schemas import Id, JobInfo, Made, Weight
@@ -74,18 +72,14 @@ async def make_lora(
     )
     change = ChangeOrder(pairs, strength, format, title, consent)
 
-    async def made(seconds: float, report: Report | None = None) -> Noticed:
+    async def make(seconds: float, report: Report | None) -> Noticed:
         if pairs:
             return await service.engine.change(change, seconds)
         return Noticed(await service.engine.lora(order, seconds, report))
 
-    async def job(report: Report) -> str:
-        return await asyncio.to_thread(service.files.put, (await made(float("inf"), report)).made, "lora")
-
-    if wants_job(prefer):
-        return later(request, "lora", owner, job)
-    seconds = service.settings.deadline
-    noticed = await in_time(request, made(seconds), seconds)
+    noticed = await now_or_later(request, owner, prefer, "lora", make)
+    if isinstance(noticed, Response):
+        return noticed
     data: bytes = noticed.made
     found = await asyncio.to_thread(service.files.put, data, "lora") if keep else sha256(data).hexdigest()
     if wants_json(accept):

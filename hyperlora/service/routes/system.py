@@ -9,10 +9,11 @@ from hyperlora.service.schemas import Health
 from hyperlora.service.security import Caller
 
 router = APIRouter(tags=["System"])
+# models and readyz are no coroutines: an engine may ask other processes
 
 
 @router.get("/v1/models", responses=documented())
-async def models(request: Request, owner: Caller) -> list[ModelFacts]:
+def models(request: Request, owner: Caller) -> list[ModelFacts]:
     """The models of this server."""
     return service_of(request).engine.models()
 
@@ -24,7 +25,7 @@ async def healthz(request: Request) -> Health:
 
 
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready"}})
-async def readyz(request: Request, response: Response) -> Health:
+def readyz(request: Request, response: Response) -> Health:
     """Whether requests would be taken."""
     ready = service_of(request).engine.ready
     response.status_code = 200 if ready else 503

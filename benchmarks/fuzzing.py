@@ -1,0 +1,101 @@
+"""schemathesis over the whole OpenAPI of a real server process, all its checks.
+
+    python benchmarks/fuzzing.py [--cases 2000] [--seed 0]
+
+Prints a table by operation (cases, answers) and every failure by its check, and exits 1 if there is one. One check is
+left out, positive_data_acceptance: that random bytes are no photo, no schema says.
+"""
+
+import argparse
+import tempfile
+from collections import Counter
+from typing import Any
+
+import schemathesis
+from hypothesis import HealthCheck, given, seed, settings
+from rich.console import Console
+from rich.table import Table
+from schemathesis.core.failures import FailureGroup
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serving import server
+
+KEY = "a-right-key-0123456"
+PASS = 25  # cases of one operation at a time: some have few parameters, and so few cases
+
+
+class Fuzzed:
+    """Answers by operation and failures by check."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Counter[int]] = {}
+        self.failures: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    @property
+    def cases(self) -> int:
+        return sum(counter.total() for counter in self.answers.values())
+
+    def one(self, name: str, case: Any) -> None:
+        """Send a case and run every check on its answer."""
+        headers = {"Authorization": f"Bearer {KEY}"}
+        _cheapen(case.body)
+        response = case.call(headers=headers, timeout=60)
+        self.answers.setdefault(name, Counter())[response.status_code] += 1
+        try:
+            case.validate_response(response, headers=headers, excluded_checks=[positive_data_acceptance])
+        except FailureGroup as group:
+            for failure in group.exceptions:
+                self.failures[type(failure).__name__] += 1
+                self.examples.setdefault(type(failure).__name__, f"{name}: {failure}")
+
+
+def _cheapen(body: Any) -> None:
+    """What takes long and is no news: steps of refining and of drawing."""
+    if isinstance(body, dict):
+        if "refine" in body:
+            body["refine"] = 0
+        if isinstance(body.get("steps"), int):
+            body |= {"steps": min(body["steps"], 2), "width": 64, "height": 64}
+
+
+def fuzz(fuzzed: Fuzzed, operation: Any, number: int) -> None:
+    """``PASS`` cases of an operation, or as many as it has."""
+
+    @seed(number)
+    @settings(max_examples=PASS, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(case=operation.as_strategy())
+    def send(case: Any) -> None:
+        fuzzed.one(operation.label, case)
+
+    send()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    fuzzed, number = Fuzzed(), arguments.seed
+    with tempfile.NamedTemporaryFile("w") as keys:
+        keys.write(KEY)
+        keys.flush()
+        with server("--keys", keys.name) as (url, _):
+            api = schemathesis.openapi.from_url(url + "/openapi.json")
+            operations = [result.ok() for result in api.get_all_operations()]
+            while fuzzed.cases < arguments.cases:
+                for operation in operations:
+                    fuzz(fuzzed, operation, number)
+                number += 1
+    table = Table("operation", "cases", "answers")
+    for name, answers in fuzzed.answers.items():
+        table.add_row(name, str(answers.total()), ", ".join(f"{k}: {n}" for k, n in sorted(answers.items())))
+    Console(width=120).print(table)
+    errors = sum(n for counter in fuzzed.answers.values() for status, n in counter.items() if status >= 500)
+    print(f"{fuzzed.cases} cases, {errors} server errors, {fuzzed.failures.total()} failures {dict(fuzzed.failures)}")
+    for example in fuzzed.examples.values():
+        print(example)
+    raise SystemExit(1 if fuzzed.failures else 0)
+
+
+if __name__ == "__main__":
+    main()
