@@ -1,20 +1,22 @@
 """Kill a build again and again (SIGKILL, at random moments): is anything lost, done twice, or different in the end?
 
-    python benchmarks/killing.py [--subjects 208] [--kills 20] [--folder FOLDER]
+    python benchmarks/killing.py [--subjects 208] [--kills 20] [--folder FOLDER] [--fork]
 
-Builds the same plan twice on a tiny Stable Diffusion, once undisturbed and once killed, each with real processes, and
-compares the chunks byte for byte and the packed rows one by one. The base is random: what is tested is the bookkeeping.
+Builds the same plan twice on a tiny Stable Diffusion, once undisturbed and once killed, each in processes of their own,
+and compares the chunks byte for byte and the rows one by one. The base is random: what is tested is the bookkeeping.
+With ``--fork`` the processes begin with everything imported, so that kills hit work and not Python's imports.
 """
 
 import argparse
+import os
 import random
 import signal
 import string
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data_builder.chunks import Chunks
 from data_builder.plan import Plan, Recipe, write_plan
 from data_builder.planning import make_plan
+from data_builder.running import run
 from data_builder.sources import Avatars
 from hyperlora.data.loras import LoraDataset
 
@@ -51,28 +54,43 @@ def tiny_base(folder: Path) -> Path:
     return folder
 
 
-def start(build: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "data_builder", "run", str(build)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(build: Path, fork: bool) -> BaseProcess:
+    """A process that runs the build, with its output thrown away."""
+    made = get_context("fork" if fork else "spawn").Process(target=_run_quietly, args=(build,))
+    made.start()
+    return made
 
 
-def killed_build(plan: Plan, build: Path, kills: int) -> tuple[int, list[int]]:
-    """How many kills hit a living run, and the chunks that were finished at each."""
+def _run_quietly(build: Path) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    run(build)
+
+
+def killed_build(plan: Plan, build: Path, kills: int, pause: float, fork: bool) -> tuple[int, list[int]]:
+    """How many kills hit a living run, and the chunks that were finished at each; each kill comes up to ``pause``
+    seconds after a random chunk."""
     draw, chunks, finished, hit = random.Random(0), Chunks(plan, build), list[int](), 0
     share = max(1, plan.chunks // (kills + 1))
     while hit < kills:
-        child, target = start(build), min(len(chunks.done()) + draw.randint(0, 2 * share), plan.chunks - 1)
-        while child.poll() is None and len(chunks.done()) < target:
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.3))  # in the middle of whatever comes next: starting, fitting, writing
-        if child.poll() is None:
-            child.send_signal(signal.SIGKILL)
+        child, target = start(build, fork), min(len(chunks.done()) + draw.randint(0, 2 * share), plan.chunks - 1)
+        while child.is_alive() and len(chunks.done()) < target:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, pause))  # in the middle of whatever comes next: loading, fitting, writing
+        if child.is_alive() and child.pid:
+            os.kill(child.pid, signal.SIGKILL)
             hit += 1
-        child.wait()
+        child.join()
         finished.append(len(chunks.done()))
         if not chunks.left():
             break
     return hit, finished
+
+
+def finish(build: Path, fork: bool) -> None:
+    child = start(build, fork)
+    child.join()
+    if child.exitcode:
+        raise SystemExit(f"the build in {build} failed")
 
 
 def main() -> None:
@@ -80,20 +98,20 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=208)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--fork", action="store_true")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp())
-    recipe = Recipe(str(tiny_base(folder / "base")), preset="attention", rank=2, steps=12, at_once=2, every=6)
-    plan = make_plan(Avatars(0, arguments.subjects, each=2, size=16), recipe)
+    recipe = Recipe(str(tiny_base(folder / "base")), preset="attention", rank=2, steps=4, at_once=4, every=4)
+    plan = make_plan(Avatars(0, arguments.subjects, each=1, size=16), recipe)
     for name in ("whole", "killed"):
         write_plan(plan, folder / name)
     began = time.perf_counter()
-    if start(folder / "whole").wait():
-        raise SystemExit("the undisturbed build failed")
-    print(f"undisturbed: {len(plan.rows)} LoRAs in {time.perf_counter() - began:.0f} s")
-    hit, finished = killed_build(plan, folder / "killed", arguments.kills)
+    finish(folder / "whole", arguments.fork)
+    seconds = time.perf_counter() - began
+    print(f"undisturbed: {len(plan.rows)} LoRAs in {seconds:.0f} s")
+    hit, finished = killed_build(plan, folder / "killed", arguments.kills, 1.5 * seconds / plan.chunks, arguments.fork)
     print(f"{hit} kills, chunks finished at each (of {plan.chunks}): {finished}")
-    if start(folder / "killed").wait():
-        raise SystemExit("the killed build could not be finished")
+    finish(folder / "killed", arguments.fork)
     one, other = (LoraDataset(folder / name) for name in ("whole", "killed"))
     twice = [who for who, n in Counter((r.subject, r.view) for r in other.records).items() if n > 1]
     lost = {r.subject for r in one.records} ^ {r.subject for r in other.records}

@@ -19,7 +19,7 @@ FINDINGS: Final = Path("audit") / "findings.jsonl"
 ODD: Final = 6.0
 """Robust standard deviations of log ‖ΔW‖ beyond which a row is an outlier."""
 ALIKE: Final = 0.9999
-"""Cosine of two rows' deviations from the mean above which they count as the same LoRA."""
+"""Cosine of two rows' deviations from the median above which they count as the same LoRA."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ def _same_photos(dataset: LoraDataset) -> list[tuple[int, int]]:
 
 
 def _alike(sketches: Tensor, good: Tensor, block: int = 1024) -> list[tuple[int, int]]:
-    """Pairs (row, earlier row) whose random projections, less their mean, point the same way."""
+    """Pairs (row, earlier row) whose random projections, less their median, point the same way."""
     if int(good.sum()) < 3:
         return []
-    turned = torch.nn.functional.normalize(sketches - sketches[good].mean(0), dim=-1)
+    turned = torch.nn.functional.normalize(sketches - sketches[good].median(0).values, dim=-1)
     turned = torch.where(good[:, None], turned, torch.zeros(()))
     found: dict[int, int] = {}
     for first in range(0, len(turned), block):

@@ -98,7 +98,8 @@ class Farm:
 
 def open_base(recipe: Recipe) -> Base:
     """The recipe's base, on a GPU where there is one."""
-    return load_base(recipe.base, recipe.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_base(recipe.base, recipe.dtype, device, variant=recipe.variant)
 
 
 def _network(recipe: Recipe, base: Base) -> ImageToLora | None:

@@ -31,7 +31,7 @@ class Recipe:
     on the ``prior_images`` that the base draws (DreamBooth's prior preservation). ``variants`` are random crops of each
     photo; photos are mirrored only where ``flip`` says that the subjects are symmetric. ``held_out`` photos of each
     subject only measure it, every ``every`` steps; it ends after ``patience`` looks without a better one.
-    ``at_once`` subjects make a chunk, ``rows`` is the dtype on disk.
+    ``at_once`` subjects make a chunk, ``variant`` names the base's files (fp16), ``rows`` is the dtype on disk.
     """
 
     base: str
@@ -56,6 +56,7 @@ class Recipe:
     every: int = 25
     patience: int | None = None
     dtype: str = "float32"
+    variant: str | None = None
     checkpointing: bool = False
     rows: str = "float16"
     seed: int = 0

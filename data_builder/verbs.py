@@ -1,4 +1,4 @@
-"""The verbs of a build: plan, run, status, pack, audit, collect. Heavy libraries are imported inside each."""
+"""The verbs of a build: plan, run, status, audit, pack, collect, sample. Heavy libraries are imported inside each."""
 
 import json
 from dataclasses import replace
@@ -42,6 +42,7 @@ def plan(
     every: Annotated[int, typer.Option(min=1, help="Steps between looks at a subject's loss.")] = 25,
     patience: Annotated[int | None, typer.Option(min=1, help="Looks without a better loss that end a subject.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16, float16.")] = "float32",
+    variant: Annotated[str | None, typer.Option(help="Of the base's files, as fp16.")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
     rows: Annotated[str, typer.Option(help="Numbers on disk: float32, float16, bfloat16.")] = "float16",
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -72,7 +73,7 @@ def plan(
         start_from=start_from, steps=steps, lr=lr, batch=batch, at_once=at_once or 16, identifier=identifier,
         class_name=class_name, templates=tuple(template or ("a portrait of {}",)), prior_images=prior_images,
         prior_weight=prior_weight, variants=variants, flip=flip, held_out=held_out, every=every, patience=patience,
-        dtype=dtype, checkpointing=checkpointing, rows=rows, seed=seed,
+        dtype=dtype, variant=variant, checkpointing=checkpointing, rows=rows, seed=seed,
     )  # fmt: skip
     if recipe is not None:
         fitting = replace(read_recipe(recipe), base=fitting.base)

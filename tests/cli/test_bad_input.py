@@ -218,7 +218,7 @@ def test_a_full_disk(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device", "x.safetensors")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     ran = run("generate", bundle.photo, "-o", tmp_path / "x.safetensors", "--model", bundle.model)
     refused(ran, "x.safetensors: No space left on device", code=1)
     assert not list(tmp_path.iterdir())

@@ -144,7 +144,7 @@ def test_a_killed_run_resumes(
     whole, out = tmp_path / "whole", tmp_path / "out"
     arguments = ["generate", "--batch", photos, "--model", bundle.model, "--batch-size", 1]
     run(*arguments, "-o", whole)
-    save, saved = generating.save_lora, []
+    save, saved = generating.write_bytes, []
 
     def killed(*args: Any, **options: Any) -> Any:
         if len(saved) == 2:
@@ -153,7 +153,7 @@ def test_a_killed_run_resumes(
         return save(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generating, "save_lora", killed)
+        patch.setattr(generating, "write_bytes", killed)
         run(*arguments, "-o", out)
     assert len(index(out)) == 2
     with (out / "index.jsonl").open("a") as lines:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,32 @@ def test_bfloat16_and_checkpointing(bundle: Any, photos: Path, tmp_path: Path) -
     assert torch.allclose(saving[0], plain[0], atol=1e-4)
     assert half[0].dtype == torch.bfloat16 and torch.allclose(half[0].float(), plain[0], atol=0.05)
     assert half.records[0].after < half.records[0].before * 1.01  # type: ignore[operator]
+
+
+def test_sdxl_in_bfloat16_with_checkpointing(bundle: Any, photos: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    pipe = StableDiffusionPipeline.from_pretrained(bundle.base)
+    torch.manual_seed(6)
+    unet = UNet2DConditionModel.from_config(
+        pipe.unet.config,
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    text = CLIPTextModelWithProjection(CLIPTextConfig(**pipe.text_encoder.config.to_dict() | {"projection_dim": 16}))
+    parts = (pipe.vae, pipe.text_encoder, text, pipe.tokenizer, pipe.tokenizer, unet, pipe.scheduler)
+    xl = StableDiffusionXLPipeline(*parts, add_watermarker=False)
+    xl.to(torch.float16).save_pretrained(tmp_path / "tiny" / "xl", variant="fp16")
+    facts = {"base": str(tmp_path / "tiny" / "xl"), "variant": "fp16", "dtype": "bfloat16", "checkpointing": True}
+    plan = make_plan(Folder(str(photos)), replace(recipe(bundle, steps=8, prior_images=2), **facts), limit=3)
+    write_plan(plan, tmp_path / "build")
+    run(tmp_path / "build")
+    made = LoraDataset(tmp_path / "build")
+    assert made.layout.base == "tiny/xl" and len(made) == 3
+    assert all(r.after < r.before for r in made.records)  # type: ignore[operator]
 
 
 def test_bad_photos_are_named_and_the_rest_goes_on(bundle: Any, photos: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Builds and folders of photos on a Ray cluster of two nodes, one of which dies."""
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -26,14 +25,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200_000_000,
-                                                         "include_dashboard": False})  # fmt: skip
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "object_store_memory": 200_000_000, "include_dashboard": False},
+        )
+        ray.init(address=made.address, log_to_driver=False)
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 def test_a_node_that_dies_loses_and_repeats_nothing(bundle: Any, cluster: Any, tmp_path: Path) -> None:

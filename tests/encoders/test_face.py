@@ -81,7 +81,7 @@ def test_finds_the_largest_first_and_squares_it_by_its_keypoints(pack: Path) -> 
     assert faces[0].box == pytest.approx((272, 208, 368, 304), abs=1)
     assert faces[0].embedding is not None and np.linalg.norm(faces[0].embedding) == pytest.approx(1, abs=1e-3)
     x, y, side, angle = faces[0].square(1.0)
-    assert abs(x - 320) < 8 and abs(y - 256) < 12 and 60 < side < 140 and abs(angle) < 1
+    assert abs(x - 320) < 8 and 230 < y < 250 and 100 < side < 140 and abs(angle) < 1
     red = np.asarray(cut(photo(), faces[0].square(1.0), 32)).reshape(-1, 3)
     assert (red[:, 0] > 128).mean() > 0.05, "the square holds the face"
 

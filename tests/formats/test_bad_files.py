@@ -1,6 +1,7 @@
 """Every file or request that cannot be trusted ends in one sentence, and nothing is written."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -245,12 +246,11 @@ def test_a_failed_write_leaves_the_old_file(
     old, new = (random_lora(modules, seed=seed) for seed in (0, 1))
     path = save_lora(old, tmp_path / "x.safetensors")
 
-    def half_written(target: Path, data: bytes) -> None:
-        with target.open("wb") as file:
-            file.write(data[:100])
+    def full(descriptor: int) -> None:
+        os.truncate(descriptor, 100)
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_bytes", half_written)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         save_lora(new, path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
