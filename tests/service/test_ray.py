@@ -16,7 +16,7 @@ from hyperlora.formats import load_lora
 from hyperlora.service import LocalEngine, ServiceSettings, create_app
 from tests.service.conftest import photo, process
 
-CLIENTS, EACH = 6, 3
+CLIENTS, EACH = 8, 2
 
 
 def replicas(server: int) -> list[int]:
@@ -61,19 +61,21 @@ def test_no_request_is_lost_when_a_replica_dies(bundle: Any, models: Any, tmp_pa
 async def _under_fire(url: str, server: int) -> list[httpx.Response]:
     """Answers to requests of ``CLIENTS`` at once, of which those in one replica lose it."""
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        answers: list[httpx.Response] = []
 
-        async def caller(number: int) -> list[httpx.Response]:
-            return [
-                await client.post("/v1/loras", files={"photos": photo(number * 10 + i)}, data={"refine": 5})
-                for i in range(EACH)
-            ]
+        async def caller(number: int) -> None:
+            for i in range(EACH):
+                files = {"photos": photo(number * 10 + i)}
+                answers.append(await client.post("/v1/loras", files=files, data={"refine": 5}))
 
-        callers = [asyncio.create_task(caller(i)) for i in range(CLIENTS)]
-        await asyncio.sleep(1)
+        callers = asyncio.gather(*(caller(i) for i in range(CLIENTS)))
         found = replicas(server)
-        assert len(found) == 2
+        while len(answers) < 2:  # then both replicas are at work
+            await asyncio.sleep(0.01)
         os.kill(found[0], signal.SIGKILL)
-        return [answer for answers in await asyncio.gather(*callers) for answer in answers]
+        await callers
+        assert len(found) == 2
+        return answers
 
 
 @pytest.mark.slow
