@@ -57,6 +57,9 @@ def generate(
         made = [generate_file(network, photos or [], out, settings, frozen, opened)]
     else:
         made = generate_folder(network, batch, out, settings, frozen, batch_size)
+    for item in made:
+        for notice in item.notices:
+            typer.echo(f"warning: {item.subject}: {notice}", err=True)
     if as_json:
         typer.echo(json.dumps([asdict(m) for m in made] if batch else asdict(made[0])))
     bad = [item for item in made if item.error]

@@ -15,6 +15,7 @@ from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.models import Hypernetwork
 from hyperlora.pipelines.bases import Base, load_base
+from hyperlora.pipelines.domain import Domain
 from hyperlora.pipelines.released import ReleasedModel
 
 Encoder = VisionEncoder | DenoiserEncoder
@@ -25,8 +26,11 @@ class ImageToLora(ReleasedModel):
 
     ``ImageToLora.from_pretrained(folder_or_hub_id)(["me.jpg"])`` is a LoRA for ``layout.base``. ``card["base"]`` is
     where a model that looks through its base finds it: a hub id, or a path relative to the model's folder;
-    ``card["strength"]`` was chosen on validation people (``benchmarks/choose_strength.py``).
+    ``card["strength"]`` was chosen on validation people (``benchmarks/choose_strength.py``). ``domain`` tells photos
+    like those it was trained on from others, where its folder holds one.
     """
+
+    domain: Domain | None = None
 
     def __init__(self, encoder: Encoder, hypernetwork: Hypernetwork, card: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -65,12 +69,24 @@ class ImageToLora(ReleasedModel):
 
     def forward(self, photos: Tensor) -> LoraWeights:
         """photos [batch, views, 3, h, w] in [0, 1]."""
-        return self.strong(self.hypernetwork(self.features(photos)))
+        return self.made(self.features(photos))
+
+    def made(self, features: ImageFeatures) -> LoraWeights:
+        """One LoRA per subject (batch axis) from what the encoder says."""
+        return self.strong(self.hypernetwork(features))
 
     @torch.no_grad()
     def features(self, photos: Tensor) -> ImageFeatures:
         """The encoder is frozen everywhere: its features never carry gradients."""
         return self.encoder(photos)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if self.domain is not None:
+            self.domain.save(save_directory)
+
+    def opened(self, folder: Path) -> None:
+        self.domain = Domain.load(folder, self.encoder)
 
 
 def denoiser_encoder(base: Base, **options: Any) -> DenoiserEncoder:

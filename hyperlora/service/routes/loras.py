@@ -77,7 +77,7 @@ async def make_lora(
     async def made(seconds: float, report: Report | None = None) -> Noticed:
         if pairs:
             return await service.engine.change(change, seconds)
-        return Noticed(await service.engine.lora(order, seconds, report))
+        return await service.engine.lora(order, seconds, report)
 
     async def job(report: Report) -> str:
         return await asyncio.to_thread(service.files.put, (await made(float("inf"), report)).made, "lora")
