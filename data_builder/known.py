@@ -15,7 +15,7 @@ from hyperlora.encoders.reader import read_in_batches
 from hyperlora.errors import BadRequest
 from hyperlora.evaluation.metrics import IdentityScale
 from hyperlora.pipelines import ImageToLora
-from hyperlora.pipelines.domain import Domain, digest, pooled
+from hyperlora.pipelines.domain import Domain, described, digest
 from hyperlora.progress import track
 
 _TRAINING: Final = 6000
@@ -49,12 +49,12 @@ def write_identity_scale(evaluator: Path, portraits: Path) -> tuple[float, float
 
 
 def _seen(network: ImageToLora, drawn: Portraits, most: int) -> Tensor:
-    """Pooled features of up to ``most`` portraits, evenly from all people."""
+    """Up to ``most`` portraits as the network describes them, evenly from all people."""
     chosen = np.linspace(0, len(drawn) - 1, min(most, len(drawn))).astype(int)
     size, parts = network.encoder.image_size, []
     for some in track([chosen[i : i + 64] for i in range(0, len(chosen), 64)], "looking", "portraits", len(chosen), 64):
         photos = torch.stack([to_tensor(Image.fromarray(x), size) for x in drawn.images[some]])
-        parts.append(pooled(network.features(photos[:, None]))[:, 0])
+        parts.append(described(network.features(photos[:, None]))[:, 0])
     return torch.cat(parts)
 
 

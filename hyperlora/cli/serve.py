@@ -16,6 +16,8 @@ def serve(
     pair_model: Annotated[str | None, typer.Option(help="PairToLora model, for before/after pairs.")] = None,
     edit_base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix) of that model.")] = None,
     edits: Annotated[bool, typer.Option(help="Take before/after pairs too.")] = True,
+    evaluator: Annotated[str | None, typer.Option(help="Folder of a reader, for the likeness of portraits.")] = None,
+    page: Annotated[bool, typer.Option(help="Also a page for people at / (needs the extra `ui`).")] = True,
     loras: Annotated[Path | None, typer.Option(help="Folder of LoRA files that prompts may name.")] = None,
     state: Annotated[Path | None, typer.Option(help="Where jobs and kept files lie.")] = None,
     keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line; also HYPERLORA_API_KEYS.")] = None,
@@ -41,6 +43,7 @@ def serve(
     from hyperlora import bundle
     from hyperlora.heap import keep_heap
     from hyperlora.pipelines import ImageToLora, PairToLora, load_base
+    from hyperlora.pipelines.likeness import Likeness
     from hyperlora.service.observing import configure_logging
 
     known = keys_from(keys)
@@ -64,18 +67,32 @@ def serve(
         canvas = load_base(edit_base or bundle.EDIT_BASE)
         changes = Changes(PairToLora.from_pretrained(pair_model or bundle.PAIR_MODEL, base=canvas), canvas)
 
+    judge = evaluator or (bundle.EVALUATOR if model is None and base is None else None)
+    likeness = Likeness.from_pretrained(judge) if judge else None
+
     def engine(observe: object) -> LocalEngine:
         return LocalEngine(
             network, frozen, loras, queue=settings.queue, batch=settings.batch, pictures=settings.pictures,
-            observe=observe, changes=changes,  # type: ignore[arg-type]
+            observe=observe, changes=changes, likeness=likeness,  # type: ignore[arg-type]
         )  # fmt: skip
 
     app = create_app(engine, settings)
+    if page:
+        _add_page(app, settings)
     configure_logging()
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with owned(settings.state):
-        typer.echo(f"http://{host}:{port}/docs", err=True)
+        typer.echo(f"http://{host}:{port}/ (the API: /docs)", err=True)
         _run(app, host, port, deadline)
+
+
+def _add_page(app: Any, settings: Any) -> None:
+    try:
+        from hyperlora.service.page import add_page
+    except ImportError as error:
+        typer.echo(f"no page at /: it needs {error.name}, which is not installed; add the extra `ui`", err=True)
+    else:
+        add_page(app, settings)
 
 
 def _run(app: Any, host: str, port: int, deadline: float) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
@@ -10,54 +10,61 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hyperlora.errors import BadArtifact
 from hyperlora.features import ImageFeatures
 
 FILE: Final = "domain.safetensors"
-_RIDGE: Final = 0.01
-"""Added to every variance, as a part of their mean: directions that hardly vary in training say little."""
+_GROUPS: Final = 4
+_TENSORS: Final = ("mean", "axes", "variances")
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A Gaussian around the features of training pictures (Mahalanobis distance, 1807.03888).
+    """A Gaussian around the described photos of training: ``axes`` with their variances, and ``rest``, one variance for
+    all other directions (probabilistic PCA). Its Mahalanobis distance tells other photos, on features of unit length
+    much better than on raw ones (2505.18032).
 
-    A photo's features are its tokens' mean [width]; ``mean`` [width] and ``whitening`` [width, width] turn them into
-    uncorrelated numbers of variance at most one. Photos up to ``farthest`` from the mean are known. ``subjects`` is
-    what people call the pictures, ``encoder`` the digest of the network whose features they are.
+    ``mean`` [width], ``axes`` [width, kept], ``variances`` [kept]. Photos up to ``farthest`` are known. ``subjects`` is
+    what people call the pictures, ``encoder`` the digest of the network that sees them.
     """
 
     mean: Tensor
-    whitening: Tensor
+    axes: Tensor
+    variances: Tensor
+    rest: float
     farthest: float
     subjects: str
     encoder: str
 
     @classmethod
-    def of(cls, training: Tensor, held_out: Tensor, subjects: str, encoder: str, passing: float = 0.995) -> Self:
-        """From pooled features [n, width] of training pictures; the fraction ``passing`` of the ``held_out`` is known."""
-        training = training.double()
-        mean = training.mean(0)
-        variance, axes = torch.linalg.eigh((training - mean).mT @ (training - mean) / len(training))
-        whitening = axes / (variance.clamp(min=0) + _RIDGE * variance.mean()).sqrt()
-        found = cls(mean.float(), whitening.half().float(), 0.0, subjects, encoder)
-        farthest = float(found.distances(held_out).quantile(passing))
-        return cls(found.mean, found.whitening, farthest, subjects, encoder)
+    def of(
+        cls, training: Tensor, held_out: Tensor, subjects: str, encoder: str, kept: int = 90, passing: float = 0.995
+    ) -> Self:
+        """From described photos [n, width] of training; the fraction ``passing`` of those ``held_out`` is known."""
+        mean, kept = training.mean(0), min(kept, training.shape[1] // 2)
+        variances, axes = torch.linalg.eigh((training - mean).mT @ (training - mean) / len(training))
+        variances, axes = variances.flip(0).clamp(min=0), axes.flip(1)
+        rest = float(variances[kept:].mean())
+        found = cls(mean, axes[:, :kept].half().float(), variances[:kept], rest, 0.0, subjects, encoder)
+        return replace(found, farthest=float(found.distances(held_out).quantile(passing)))
 
-    def distances(self, pooled: Tensor) -> Tensor:
-        """[..., width] to [...]."""
-        return ((pooled.cpu() - self.mean) @ self.whitening).norm(dim=-1)
+    def distances(self, described: Tensor) -> Tensor:
+        """Squared Mahalanobis distances, [..., width] to [...]."""
+        centred = described.cpu() - self.mean
+        along = (centred @ self.axes).square()
+        return (along / self.variances).sum(-1) + (centred.square().sum(-1) - along.sum(-1)) / self.rest
 
     def known(self, features: ImageFeatures) -> Tensor:
         """Whether each photo looks like the training pictures, [batch, views]."""
-        return self.distances(pooled(features)) <= self.farthest
+        return self.distances(described(features)) <= self.farthest
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``domain.safetensors`` (fp16 whitening) into the folder of the model."""
-        facts = {"subjects": self.subjects, "encoder": self.encoder, "farthest": repr(self.farthest)}
-        tensors = {"mean": self.mean, "whitening": self.whitening.half()}
-        save_file(tensors, Path(folder) / FILE, facts)
+        """Write ``domain.safetensors`` into the folder of the model."""
+        numbers = {"rest": repr(self.rest), "farthest": repr(self.farthest)}
+        tensors = {"mean": self.mean, "axes": self.axes.half().contiguous(), "variances": self.variances}
+        save_file(tensors, Path(folder) / FILE, numbers | {"subjects": self.subjects, "encoder": self.encoder})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: nn.Module) -> Self | None:
@@ -70,10 +77,9 @@ class Domain:
         try:
             with safe_open(path, "pt") as file:
                 facts = file.metadata()
-                tensors = {name: file.get_tensor(name).float() for name in ("mean", "whitening")}
-            found = cls(
-                **tensors, farthest=float(facts["farthest"]), subjects=facts["subjects"], encoder=facts["encoder"]
-            )
+                tensors = {name: file.get_tensor(name).float() for name in _TENSORS}
+            numbers = {name: float(facts[name]) for name in ("rest", "farthest")}
+            found = cls(**tensors, **numbers, subjects=facts["subjects"], encoder=facts["encoder"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadArtifact(f"{path} is damaged: {again}") from error
         if found.encoder != digest(encoder):
@@ -81,9 +87,12 @@ class Domain:
         return found
 
 
-def pooled(features: ImageFeatures) -> Tensor:
-    """[batch, views, tokens, width] to [batch, views, width]."""
-    return features.tokens.mean(-2)
+def described(features: ImageFeatures) -> Tensor:
+    """Each photo in one vector of unit length, [batch, views, width]: the means of up to four groups of tokens."""
+    tokens = features.tokens.flatten(0, 1).float()
+    if tokens.shape[1] > _GROUPS:
+        tokens = F.adaptive_avg_pool1d(tokens.mT, _GROUPS).mT
+    return F.normalize(tokens.flatten(1), dim=-1).unflatten(0, features.tokens.shape[:2])
 
 
 def digest(encoder: nn.Module) -> str:

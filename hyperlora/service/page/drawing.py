@@ -1,0 +1,68 @@
+"""Drawing several pictures through the API, and the inputs that all tabs share."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+import gradio as gr
+from PIL import Image
+
+from hyperlora.service.page.asking import Api, Asked
+from hyperlora.service.page.words import presets
+
+PICTURES: Final = 4
+"""In each row."""
+
+Pictures = list[Image.Image | None]
+
+
+async def drawn(
+    server: Asked, prompt: str, rows: Sequence[Sequence[bytes]], seed: int, **options: Any
+) -> AsyncIterator[list[Pictures]]:
+    """Rows of ``PICTURES`` with the LoRAs of each row and the same seeds, told again whenever one more is there."""
+    grid: list[Pictures] = [[None] * PICTURES for _ in rows]
+
+    async def one(row: int, i: int) -> tuple[int, int, Image.Image]:
+        return row, i, await server.draw(prompt, rows[row], seed=seed + i, **options)
+
+    tasks = [asyncio.create_task(one(row, i)) for row in range(len(rows)) for i in range(PICTURES)]
+    try:
+        for done in asyncio.as_completed(tasks):
+            row, i, picture = await done
+            grid[row][i] = picture
+            yield grid
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def prompt_box(api: Api, blocks: gr.Blocks) -> gr.Textbox:
+    """A prompt with chips of examples in the words that the server's model knows."""
+    prompt = gr.Textbox(label="Prompt", lines=2, max_lines=4)
+    labels = list(presets({"trigger_phrase": "", "base": ""}))
+    chips = gr.Dataset(
+        components=[gr.Textbox(visible=False)], samples=[[""]] * len(labels), sample_labels=labels, type="index",
+        show_label=False, elem_classes="chips",
+    )  # fmt: skip
+
+    async def greet(visitor: gr.Request) -> Any:
+        async with api.of(visitor) as server:
+            known = presets((await server.models())[0])
+        return next(iter(known.values())), gr.Dataset(samples=[[p] for p in known.values()], sample_labels=list(known))
+
+    async def chosen(index: int, visitor: gr.Request) -> str:
+        async with api.of(visitor) as server:
+            return list(presets((await server.models())[0]).values())[index]
+
+    blocks.load(greet, None, [prompt, chips], show_progress="hidden", api_visibility="private")
+    chips.click(chosen, chips, prompt, show_progress="hidden", api_visibility="private")
+    return prompt
+
+
+def more(steps: int = 20) -> tuple[gr.Slider, gr.Number]:
+    """Denoising steps and the seed of the first picture."""
+    with gr.Row():
+        return (
+            gr.Slider(4, 50, steps, step=1, label="Steps", min_width=140),
+            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=100),
+        )

@@ -1,0 +1,87 @@
+"""From a pair: the LoRA of an edit, and the same edit on other pictures."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from hyperlora.errors import BadImage
+from hyperlora.service.page.asking import Api, contents, refused
+from hyperlora.service.page.showing import Dropped, download, notice, section, thumbnail
+from hyperlora.service.page.words import NO_EDITS, edit_snippet
+
+
+def pair_tab(api: Api) -> None:
+    """Lay the tab out and connect it."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=300):
+            with gr.Row(elem_classes="two"):
+                before, after = (_picture(side) for side in ("Before", "After"))
+            others = gr.Gallery(
+                label="Make the same change on", sources=["upload", "webcam", "clipboard"], file_types=["image"],
+                columns=3, height=170, object_fit="cover", interactive=True, elem_id="others", buttons=[],
+            )  # fmt: skip
+            strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the change")
+            reverse = gr.Checkbox(label="Undo the change instead")
+            go = gr.Button("Make the change", variant="primary", size="lg", elem_id="change")
+        with gr.Column(scale=7, min_width=300):
+            said = gr.HTML()
+            edited = gr.HTML(NO_EDITS, elem_id="edited")
+            with gr.Group(visible=False) as result, gr.Row():
+                diffusers = gr.DownloadButton("Download for diffusers")
+                kohya = gr.DownloadButton("Download for ComfyUI, A1111, kohya")
+            program = gr.Code(language="python", label="In diffusers", interactive=False, visible=False)
+
+    async def make(
+        before: str | None, after: str | None, others: Any, strength: float, reverse: bool, visitor: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> AsyncIterator[dict[Any, Any]]:  # fmt: skip
+        if not before or not after:
+            raise refused("a picture before and the same picture after the edit are needed")
+        pair = (contents([before])[0], contents([after])[0])
+        pictures = contents(others) or [pair[1] if reverse else pair[0]]
+        async with api.of(visitor) as server:
+            progress(0, "Making the LoRA of the change …")
+            amount = -strength if reverse else strength
+            options = {"title": "change", "strength": amount}
+            lora = await server.make_change([pair], **options)
+            twin = await server.make_change([pair], **options, format="kohya")
+            facts = (await server.models())[-1]
+            yield {
+                said: notice(list(dict.fromkeys(server.notices))),
+                diffusers: download(diffusers, lora, "change"),
+                kohya: download(kohya, twin, "change", kohya=True),
+                program: gr.Code(edit_snippet(facts["base"], "change.safetensors"), visible=True),
+                result: gr.Group(visible=True),
+            }
+            tasks = [asyncio.create_task(server.edit(picture, lora=lora)) for picture in pictures]
+            made: list[Image.Image | None] = [None] * len(pictures)
+            try:
+                for i, task in enumerate(tasks):
+                    progress((i, len(tasks)), "Editing …", unit="pictures")
+                    made[i] = await task
+                    yield {edited: _shown(pictures, made)}
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    inputs: list[Any] = [before, after, others, strength, reverse]
+    outputs: list[Any] = [said, edited, diffusers, kohya, program, result]
+    go.click(make, inputs, outputs, show_progress_on=edited, api_visibility="private")
+
+
+def _picture(side: str) -> gr.Image:
+    return Dropped(
+        label=side, sources=["upload", "webcam", "clipboard"], height=190, min_width=130, buttons=[],
+        elem_id=side.lower(),
+    )  # fmt: skip
+
+
+def _shown(pictures: list[bytes], made: list[Image.Image | None]) -> str:
+    try:
+        given: list[Image.Image | None] = [thumbnail(picture) for picture in pictures]
+    except BadImage as error:
+        raise refused(str(error)) from error
+    return section("Changed", "", made) + section("As they were", "", given)
