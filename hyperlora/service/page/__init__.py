@@ -24,6 +24,12 @@ __all__ = ["add_page"]
 
 _FONT: Final = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 _MONO: Final = ("ui-monospace", "SF Mono", "Consolas", "Liberation Mono", "monospace")
+_UPLOADS: Final = {
+    "drop_gallery": "Drop photos here",
+    "drop_image": "Drop a picture",
+    "drop_file": "Drop files here",
+    "click_to_upload": "choose from this device",
+}
 _KEPT_SECONDS: Final = 3600
 """What visitors drop and make lies in Gradio's temporary folder for so long, and is gone when the server stops."""
 
@@ -34,6 +40,7 @@ def add_page(app: FastAPI, settings: ServiceSettings) -> None:
     gr.mount_gradio_app(
         app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
         enable_monitoring=False, show_error=False, max_file_size=settings.max_body, theme=_theme(),
+        i18n=gr.I18n(en={f"upload_text.{key}": text for key, text in _UPLOADS.items()}),
         css_paths=Path(__file__).with_name("page.css"),
     )  # fmt: skip
     mounted: Any = app.router.routes.pop()

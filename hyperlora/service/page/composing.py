@@ -7,15 +7,15 @@ from typing import Any
 import gradio as gr
 
 from hyperlora.service.page.asking import Api, contents, refused
-from hyperlora.service.page.drawing import PICTURES, drawn, more, prompt_box
+from hyperlora.service.page.drawing import drawn, fraction, more, prompt_box
 from hyperlora.service.page.shelf import MOST, Kept, with_one_more
-from hyperlora.service.page.showing import section
+from hyperlora.service.page.showing import section, status
 from hyperlora.service.page.words import NO_COMPOSITION, NO_LORAS, STRATEGIES
 
 
 def compose_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
     """Lay the tab out and connect it."""
-    with gr.Row(equal_height=False):
+    with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=4, min_width=300):
             files = gr.File(
                 label="Add LoRA files", file_count="multiple", file_types=[".safetensors"], height=120, elem_id="files"
@@ -25,7 +25,7 @@ def compose_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
             strategy = gr.Radio(STRATEGIES, value="merge", label="How they work together")
             prompt = prompt_box(api, blocks)
             with gr.Accordion("More", open=False):
-                steps, seed = more()
+                steps, seed = more("compose")
             with gr.Row():
                 clear = gr.Button("Start over", min_width=100)
                 go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=160, scale=2)
@@ -42,22 +42,19 @@ def compose_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
         return [gr.HTML(visible=not now), *sliders, *[gr.Slider(visible=False)] * (MOST - len(now))]
 
     async def draw(
-        now: list[Kept], strategy: str, prompt: str, steps: int, seed: int, *amounts: float, visitor: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> AsyncIterator[str]:  # fmt: skip
+        visitor: gr.Request, now: list[Kept], strategy: str, prompt: str, steps: int, seed: int, *amounts: float
+    ) -> AsyncIterator[str]:
         if not now:
             raise refused("there is no LoRA yet: make one from photos, or add a file")
         options = {"strategy": strategy, "weights": amounts[: len(now)], "steps": int(steps)}
-        count = 0
+        title = " + ".join(kept.name for kept in now)
         async with api.of(visitor) as server:
-            progress(0, "Drawing …")
-            async for (row,) in drawn(server, prompt, [[kept.data for kept in now]], seed, **options):
-                count += 1
-                progress((count, PICTURES), "Drawing …", unit="pictures")
-                yield section(" + ".join(kept.name for kept in now), "", row)
+            async for grid in drawn(server, prompt, [[kept.data for kept in now]], seed, **options):
+                yield status("Drawing …", fraction(grid)) + section(title, "", grid[0])
+            yield section(title, "", grid[0])
 
-    private: dict[str, Any] = {"api_visibility": "private"}
-    files.upload(added, [files, shelf], [shelf, files], show_progress="hidden", **private)
-    shelf.change(shown, shelf, [nothing, *weights], show_progress="hidden", **private)
-    clear.click(lambda: ([], NO_COMPOSITION), None, [shelf, pictures], show_progress="hidden", **private)
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    files.upload(added, [files, shelf], [shelf, files], **private)
+    shelf.change(shown, shelf, [nothing, *weights], **private)
+    clear.click(lambda: ([], NO_COMPOSITION), None, [shelf, pictures], **private)
     go.click(draw, [shelf, strategy, prompt, steps, seed, *weights], pictures, **private)

@@ -19,21 +19,29 @@ Pictures = list[Image.Image | None]
 async def drawn(
     server: Asked, prompt: str, rows: Sequence[Sequence[bytes]], seed: int, **options: Any
 ) -> AsyncIterator[list[Pictures]]:
-    """Rows of ``PICTURES`` with the LoRAs of each row and the same seeds, told again whenever one more is there."""
+    """Rows of ``PICTURES`` with the LoRAs of each row and the same seeds, told again whenever one more is there. A row
+    is drawn in one batch."""
     grid: list[Pictures] = [[None] * PICTURES for _ in rows]
 
-    async def one(row: int, i: int) -> tuple[int, int, Image.Image]:
-        return row, i, await server.draw(prompt, rows[row], seed=seed + i, **options)
+    async def one(row: int, i: int) -> None:
+        grid[row][i] = await server.draw(prompt, rows[row], seed=seed + i, **options)
 
-    tasks = [asyncio.create_task(one(row, i)) for row in range(len(rows)) for i in range(PICTURES)]
-    try:
-        for done in asyncio.as_completed(tasks):
-            row, i, picture = await done
-            grid[row][i] = picture
-            yield grid
-    finally:
-        for task in tasks:
-            task.cancel()
+    for row in range(len(rows)):
+        yield grid
+        tasks = [asyncio.create_task(one(row, i)) for i in range(PICTURES)]
+        try:
+            for done in asyncio.as_completed(tasks):
+                await done
+                yield grid
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def fraction(grid: list[Pictures]) -> float:
+    """How many of the pictures are there."""
+    cells = [cell for row in grid for cell in row]
+    return sum(cell is not None for cell in cells) / len(cells)
 
 
 def prompt_box(api: Api, blocks: gr.Blocks) -> gr.Textbox:
@@ -59,10 +67,10 @@ def prompt_box(api: Api, blocks: gr.Blocks) -> gr.Textbox:
     return prompt
 
 
-def more(steps: int = 20) -> tuple[gr.Slider, gr.Number]:
+def more(tab: str) -> tuple[gr.Slider, gr.Number]:
     """Denoising steps and the seed of the first picture."""
     with gr.Row():
         return (
-            gr.Slider(4, 50, steps, step=1, label="Steps", min_width=140),
+            gr.Slider(4, 50, 20, step=1, label="Steps", min_width=140, elem_id=f"steps-{tab}"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=100),
         )

@@ -9,67 +9,69 @@ from PIL import Image
 
 from hyperlora.errors import BadImage
 from hyperlora.service.page.asking import Api, contents, refused
-from hyperlora.service.page.showing import Dropped, download, notice, section, thumbnail
+from hyperlora.service.page.showing import Dropped, download, notice, section, status, thumbnail
 from hyperlora.service.page.words import NO_EDITS, edit_snippet
 
 
 def pair_tab(api: Api) -> None:
     """Lay the tab out and connect it."""
-    with gr.Row(equal_height=False):
+    with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=4, min_width=300):
             with gr.Row(elem_classes="two"):
                 before, after = (_picture(side) for side in ("Before", "After"))
             others = gr.Gallery(
-                label="Make the same change on", sources=["upload", "webcam", "clipboard"], file_types=["image"],
-                columns=3, height=170, object_fit="cover", interactive=True, elem_id="others", buttons=[],
+                label="Make the same change on", sources=["upload", "clipboard"], file_types=["image"], columns=3,
+                height=170, object_fit="cover", fit_columns=False, interactive=True, elem_id="others", buttons=[],
             )  # fmt: skip
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the change")
             reverse = gr.Checkbox(label="Undo the change instead")
             go = gr.Button("Make the change", variant="primary", size="lg", elem_id="change")
         with gr.Column(scale=7, min_width=300):
-            said = gr.HTML()
+            said = gr.HTML(visible=False)
             edited = gr.HTML(NO_EDITS, elem_id="edited")
-            with gr.Group(visible=False) as result, gr.Row():
-                diffusers = gr.DownloadButton("Download for diffusers")
-                kohya = gr.DownloadButton("Download for ComfyUI, A1111, kohya")
-            program = gr.Code(language="python", label="In diffusers", interactive=False, visible=False)
+            with gr.Column(visible=False) as result:
+                with gr.Row():
+                    diffusers = gr.DownloadButton("Download for diffusers", size="md")
+                    kohya = gr.DownloadButton("Download for ComfyUI, A1111", size="md")
+                program = gr.Code(language="python", label="In diffusers", interactive=False, wrap_lines=True)
 
     async def make(
-        before: str | None, after: str | None, others: Any, strength: float, reverse: bool, visitor: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> AsyncIterator[dict[Any, Any]]:  # fmt: skip
+        before: str | None, after: str | None, others: Any, strength: float, reverse: bool, visitor: gr.Request
+    ) -> AsyncIterator[dict[Any, Any]]:
         if not before or not after:
             raise refused("a picture before and the same picture after the edit are needed")
         pair = (contents([before])[0], contents([after])[0])
         pictures = contents(others) or [pair[1] if reverse else pair[0]]
         async with api.of(visitor) as server:
-            progress(0, "Making the LoRA of the change …")
+            yield {said: gr.HTML(status("Making the LoRA of the change …", 0), visible=True)}
             amount = -strength if reverse else strength
             options = {"title": "change", "strength": amount}
             lora = await server.make_change([pair], **options)
             twin = await server.make_change([pair], **options, format="kohya")
             facts = (await server.models())[-1]
             yield {
-                said: notice(list(dict.fromkeys(server.notices))),
                 diffusers: download(diffusers, lora, "change"),
                 kohya: download(kohya, twin, "change", kohya=True),
-                program: gr.Code(edit_snippet(facts["base"], "change.safetensors"), visible=True),
-                result: gr.Group(visible=True),
+                program: gr.Code(edit_snippet(facts["base"], "change.safetensors")),
+                result: gr.Column(visible=True),
             }
+            doubts = notice(list(dict.fromkeys(server.notices)))
             tasks = [asyncio.create_task(server.edit(picture, lora=lora)) for picture in pictures]
             made: list[Image.Image | None] = [None] * len(pictures)
             try:
                 for i, task in enumerate(tasks):
-                    progress((i, len(tasks)), "Editing …", unit="pictures")
+                    yield {said: doubts + status("Editing …", i / len(tasks)), edited: _shown(pictures, made)}
                     made[i] = await task
-                    yield {edited: _shown(pictures, made)}
+                yield {said: doubts, edited: _shown(pictures, made)}
             finally:
                 for task in tasks:
                     task.cancel()
 
     inputs: list[Any] = [before, after, others, strength, reverse]
     outputs: list[Any] = [said, edited, diffusers, kohya, program, result]
-    go.click(make, inputs, outputs, show_progress_on=edited, api_visibility="private")
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    made = go.click(make, inputs, outputs, **private)
+    made.failure(lambda: gr.HTML(visible=False), None, said, **private)
 
 
 def _picture(side: str) -> gr.Image:

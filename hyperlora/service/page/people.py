@@ -7,68 +7,75 @@ from typing import Any
 import gradio as gr
 
 from hyperlora.service.page.asking import Api, Asked, contents, refused
-from hyperlora.service.page.drawing import PICTURES, Pictures, drawn, more, prompt_box
+from hyperlora.service.page.drawing import Pictures, drawn, fraction, more, prompt_box
 from hyperlora.service.page.shelf import Kept, with_one_more
-from hyperlora.service.page.showing import download, file_name, likeness, notice, section
-from hyperlora.service.page.words import NO_PORTRAITS, snippet
+from hyperlora.service.page.showing import Dropped, download, file_name, likeness, notice, section, status
+from hyperlora.service.page.words import NO_PORTRAITS, presets, snippet
 
 
 def photo_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
     """Lay the tab out and connect it."""
-    with gr.Row(equal_height=False):
+    with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=4, min_width=300):
             photos = gr.Gallery(
-                label="Photos of one person", sources=["upload", "webcam", "clipboard"], file_types=["image"],
-                columns=3, height=230, object_fit="cover", interactive=True, elem_id="photos", buttons=[],
+                label="Photos of one person", sources=["upload", "clipboard"], file_types=["image"], columns=3,
+                height=210, object_fit="cover", fit_columns=False, interactive=True, elem_id="photos", buttons=[],
             )  # fmt: skip
+            with gr.Accordion("Use the camera", open=False):
+                camera = Dropped(label="Camera", sources=["webcam"], height=280, buttons=[])
             prompt = prompt_box(api, blocks)
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the LoRA")
             with gr.Accordion("More", open=False):
                 name = gr.Textbox("me", label="Name of the file", max_length=60)
-                steps, seed = more()
+                steps, seed = more("photos")
             go = gr.Button("Make the LoRA", variant="primary", size="lg", elem_id="make")
         with gr.Column(scale=7, min_width=300):
-            said = gr.HTML()
+            said = gr.HTML(visible=False, elem_id="said")
             portraits = gr.HTML(NO_PORTRAITS, elem_id="portraits")
-            with gr.Group(visible=False) as result, gr.Row():
-                diffusers = gr.DownloadButton("Download for diffusers", elem_id="download")
-                kohya = gr.DownloadButton("Download for ComfyUI, A1111, kohya", elem_id="download-kohya")
-            program = gr.Code(language="python", label="In diffusers", interactive=False, visible=False)
+            with gr.Column(visible=False) as result:
+                with gr.Row():
+                    diffusers = gr.DownloadButton("Download for diffusers", size="md", elem_id="download")
+                    kohya = gr.DownloadButton("Download for ComfyUI, A1111", size="md", elem_id="download-kohya")
+                program = gr.Code(language="python", label="In diffusers", interactive=False, wrap_lines=True)
 
     async def make(
         photos: Any, prompt: str, strength: float, name: str, steps: int, seed: int, shelf_now: list[Kept],
-        visitor: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008
+        visitor: gr.Request,
     ) -> AsyncIterator[dict[Any, Any]]:  # fmt: skip
         files = contents(photos)
         if not files:
             raise refused("there is no photo yet: drop one, paste one, or use the camera")
         async with api.of(visitor) as server:
-            progress(0, "Making the LoRA …")
+            yield {said: gr.HTML(status("Making the LoRA …", 0), visible=True)}
             began = time.perf_counter()
             lora = await server.make_lora(files, title=name, strength=strength)
             seconds = time.perf_counter() - began
             twin = await server.make_lora(files, title=name, strength=strength, format="kohya")
             (facts, *_), doubts = await server.models(), list(dict.fromkeys(server.notices))
+            prompt = prompt.strip() or next(iter(presets(facts).values()))
             yield {
-                said: notice(doubts),
                 diffusers: download(diffusers, lora, name),
                 kohya: download(kohya, twin, name, kohya=True),
-                program: gr.Code(snippet(facts["base"], f"{file_name(name)}.safetensors", prompt), visible=True),
-                result: gr.Group(visible=True),
+                program: gr.Code(snippet(facts["base"], f"{file_name(name)}.safetensors", prompt)),
+                result: gr.Column(visible=True),
                 shelf: with_one_more(shelf_now, name, lora),
             }
-            count, made = 0, f"The LoRA took {seconds:.1f} s."
+            took = f"The LoRA took {seconds:.1f} s"
             async for rows in drawn(server, prompt, [[lora], []], seed, steps=int(steps)):
-                count += 1
-                progress((count, 2 * PICTURES), f"{made} Drawing portraits …", unit="portraits")
-                yield {portraits: _shown(rows)}
-            if facts["likeness"] and not doubts:
-                progress(1, "Comparing …")
-                yield {portraits: _shown(rows, await _likeness(server, files, rows))}
+                drawing = status(f"{took}; drawing portraits …", fraction(rows))
+                yield {said: notice(doubts) + drawing, portraits: _shown(rows)}
+            scores = await _likeness(server, files, rows) if facts["likeness"] and not doubts else None
+            yield {said: notice(doubts) + status(f"{took}."), portraits: _shown(rows, scores)}
+
+    def photographed(shot: str | None, photos: Any) -> Any:
+        return [*(photos or []), (shot, None)] if shot else photos, None
 
     inputs = [photos, prompt, strength, name, steps, seed, shelf]
     outputs: list[Any] = [said, portraits, diffusers, kohya, program, result, shelf]
-    go.click(make, inputs, outputs, show_progress_on=portraits, api_visibility="private")
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    made = go.click(make, inputs, outputs, **private)
+    made.failure(lambda: gr.HTML(visible=False), None, said, **private)
+    camera.input(photographed, [camera, photos], [photos, camera], **private)
 
 
 async def _likeness(server: Asked, files: list[bytes], rows: list[Pictures]) -> list[list[float]]:

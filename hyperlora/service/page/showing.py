@@ -41,7 +41,13 @@ def likeness(scores: Sequence[float], words: bool = True) -> str:
 def notice(sentences: Sequence[str]) -> str:
     """What may be wrong with the input, in a box; nothing if nothing is."""
     said = " ".join(f"{s[:1].upper()}{s[1:]}." for s in sentences)
-    return f'<div class="notice" role="status">{html.escape(said, quote=False)}</div>' if said else ""
+    return f'<div class="notice" role="alert">{html.escape(said, quote=False)}</div>' if said else ""
+
+
+def status(said: str, done: float | None = None) -> str:
+    """What is being done, with a bar up to ``done`` (of 1) while it lasts."""
+    bar = "" if done is None else f'<progress max="1" value="{done:.3f}"></progress>'
+    return f'<div class="status" role="status"><span>{html.escape(said)}</span>{bar}</div>'
 
 
 def thumbnail(data: bytes, size: int = 256) -> Image.Image:

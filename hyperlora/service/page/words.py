@@ -1,5 +1,6 @@
 """What the page says."""
 
+import json
 from typing import Any, Final
 
 HEADER: Final = """<header class="masthead"><div><h1>hyperlora</h1>
@@ -65,9 +66,10 @@ def snippet(base: str, file: str, prompt: str) -> str:
     """A program that draws with the file in plain diffusers."""
     return f'''from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{base}")  # its folder or hub id
 pipe.load_lora_weights("{file}")
-pipe({prompt!r}).images[0].save("portrait.png")
+picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]
+picture.save("portrait.png")
 '''
 
 
@@ -76,7 +78,7 @@ def edit_snippet(base: str, file: str) -> str:
     return f'''from diffusers import DiffusionPipeline
 from PIL import Image
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{base}")  # its folder or hub id
 pipe.load_lora_weights("{file}")
 pipe("", image=Image.open("me.png").convert("RGB")).images[0].save("edited.png")
 '''
