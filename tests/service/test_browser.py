@@ -1,5 +1,9 @@
-"""The page in a real browser, on the shipped bundle: what a visitor does, sees and takes home."""
+"""The page in a real browser, on the shipped bundle: what a visitor does, sees and takes home.
 
+PAGE_PICTURES=docs/images pytest tests/service/test_browser.py    # also writes the pictures of the documentation
+"""
+
+import os
 import re
 import shutil
 import socket
@@ -21,6 +25,8 @@ from hyperlora.service.page import add_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE = 120_000  # milliseconds, for a machine that does other things too
+PICTURES = os.environ.get("PAGE_PICTURES")
+STEPS = "20" if PICTURES else "4"
 PHOTO = bundle.BENCHMARK / "subjects" / "person-1100002" / "0.webp"
 EDIT = bundle.EDIT_BENCHMARK / "000-glasses"
 
@@ -69,8 +75,9 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
         page.goto(address)
         page.wait_for_function("document.querySelector('textarea')?.value.includes('sks person')")
-        page.get_by_role("button", name="More", exact=False).first.click()
-        page.locator("#steps-photos input[type=number]").fill("4")
+        page.get_by_role("button", name="More").first.click()
+        page.locator("#steps-photos input[type=number]").fill(STEPS)
+        page.get_by_role("button", name="More").first.click()
         return page
 
     yield opened
@@ -86,6 +93,13 @@ def make(page: Any, photo: Path) -> None:
     page.wait_for_selector("#said progress", state="detached")
 
 
+def pictured(page: Any, name: str) -> None:
+    """Kept for the documentation, if asked for."""
+    if PICTURES:
+        page.mouse.move(0, 0)
+        page.screenshot(path=Path(PICTURES, f"{name}.png"), full_page=True)
+
+
 def fits(page: Any) -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"))
 
@@ -96,6 +110,7 @@ def test_photos_to_portraits_to_a_file_to_a_composition(visit: Any) -> None:
     assert page.locator(".notice").count() == 0
     with_it, without = (float(chip.get_attribute("data-likeness")) for chip in page.locator(".chip").all())
     assert with_it > without + 0.2
+    pictured(page, "page")
     assert 'pipe.load_lora_weights("me.safetensors")' in page.locator(".cm-content").first.inner_text()
     for button, format in (("#download", "diffusers"), ("#download-kohya", "kohya")):
         with page.expect_download() as download:
@@ -134,6 +149,7 @@ def test_on_a_phone_an_unknown_picture_is_told_and_drawn(visit: Any, tmp_path: P
     make(page, tmp_path / "gradient.png")
     assert "does not look like the avatars this model knows" in page.locator(".notice").inner_text()
     assert page.locator(".chip").count() == 0  # the evaluator does not know such pictures either
+    pictured(page, "page-phone")
     assert fits(page)
 
 

@@ -27,7 +27,7 @@ def compose_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
             with gr.Accordion("More", open=False):
                 steps, seed = more("compose")
             with gr.Row():
-                clear = gr.Button("Start over", min_width=100)
+                clear = gr.Button("Clear", min_width=100)
                 go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=160, scale=2)
         with gr.Column(scale=7, min_width=300):
             pictures = gr.HTML(NO_COMPOSITION, elem_id="composed")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hyperlora.errors import BadImage
 from hyperlora.service.page.asking import Api, contents, refused
-from hyperlora.service.page.showing import Dropped, download, notice, section, status, thumbnail
+from hyperlora.service.page.showing import Dropped, code, download, notice, section, status, thumbnail
 from hyperlora.service.page.words import NO_EDITS, edit_snippet
 
 
@@ -33,7 +33,7 @@ def pair_tab(api: Api) -> None:
                 with gr.Row():
                     diffusers = gr.DownloadButton("Download for diffusers", size="md")
                     kohya = gr.DownloadButton("Download for ComfyUI, A1111", size="md")
-                program = gr.Code(language="python", label="In diffusers", interactive=False, wrap_lines=True)
+                program = code()
 
     async def make(
         before: str | None, after: str | None, others: Any, strength: float, reverse: bool, visitor: gr.Request

@@ -9,7 +9,7 @@ import gradio as gr
 from hyperlora.service.page.asking import Api, Asked, contents, refused
 from hyperlora.service.page.drawing import Pictures, drawn, fraction, more, prompt_box
 from hyperlora.service.page.shelf import Kept, with_one_more
-from hyperlora.service.page.showing import Dropped, download, file_name, likeness, notice, section, status
+from hyperlora.service.page.showing import Dropped, code, download, file_name, likeness, notice, section, status
 from hyperlora.service.page.words import NO_PORTRAITS, presets, snippet
 
 
@@ -36,7 +36,7 @@ def photo_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
                 with gr.Row():
                     diffusers = gr.DownloadButton("Download for diffusers", size="md", elem_id="download")
                     kohya = gr.DownloadButton("Download for ComfyUI, A1111", size="md", elem_id="download-kohya")
-                program = gr.Code(language="python", label="In diffusers", interactive=False, wrap_lines=True)
+                program = code()
 
     async def make(
         photos: Any, prompt: str, strength: float, name: str, steps: int, seed: int, shelf_now: list[Kept],

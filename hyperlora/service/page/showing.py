@@ -55,6 +55,13 @@ def thumbnail(data: bytes, size: int = 256) -> Image.Image:
     return ImageOps.fit(read_image(data), (size, size))
 
 
+def code() -> gr.Code:
+    """A program to copy."""
+    return gr.Code(
+        language="python", label="In diffusers", interactive=False, lines=1, wrap_lines=True, show_line_numbers=False
+    )
+
+
 def download(button: gr.DownloadButton, data: bytes, name: str, kohya: bool = False) -> Any:
     """The button with the file behind it."""
     file = f"{file_name(name)}{'-kohya' if kohya else ''}.safetensors"
