@@ -1,7 +1,9 @@
 """The page beside the API: who may see it, and that it asks the API as its visitor."""
 
 import asyncio
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +40,20 @@ def test_the_page_stands_beside_the_api(serving: Callable[..., TestClient]) -> N
     assert client.get("/docs").status_code == client.get("/v1/models").status_code == 200
     refusal(client.put("/v1/loras"), 405, "")
     refusal(client.get("/v1/nothing"), 404, "")
+    assert client.get(f"/gradio_api/file={Path(__file__)}").status_code == 403
+
+
+def test_what_visitors_drop_is_theirs_alone_and_not_for_ever(
+    serving: Callable[..., TestClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    left = tmp_path / "state" / "page" / "old" / "me.png"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    os.utime(left, (0, 0))
+    client = serving(page=True)
+    (path,) = client.post("/gradio_api/upload", files=UPLOAD).json()
+    assert Path(path).is_relative_to(tmp_path / "state" / "page") and not left.exists()
 
 
 def test_other_sites_are_kept_out(serving: Callable[..., TestClient]) -> None:

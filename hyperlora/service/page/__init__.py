@@ -3,6 +3,8 @@
 visitor ── Door (key, or this machine only) ──▶ Gradio ── asking ──▶ /v1 of the same app, in process
 """
 
+import os
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,11 +33,12 @@ _UPLOADS: Final = {
     "click_to_upload": "choose from this device",
 }
 _KEPT_SECONDS: Final = 3600
-"""What visitors drop and make lies in Gradio's temporary folder for so long, and is gone when the server stops."""
+"""What visitors drop and make lies in a folder of the server's own for so long, and is gone when the server stops."""
 
 
 def add_page(app: FastAPI, settings: ServiceSettings) -> None:
     """Mount the page on ``app``, whose API stays as it is. Nothing of it asks another server for anything."""
+    _own_folder(settings.state / "page")
     blocks = _blocks(Api(app))
     gr.mount_gradio_app(
         app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
@@ -45,6 +48,16 @@ def add_page(app: FastAPI, settings: ServiceSettings) -> None:
     )  # fmt: skip
     mounted: Any = app.router.routes.pop()
     app.router.routes.append(_BesideTheApi("/", Door(mounted.app, Gate(settings.keys, settings.rate))))
+
+
+def _own_folder(folder: Path) -> None:
+    """Gradio's files go to ``folder``, which others on this machine cannot read, unless the operator has named another;
+    what a killed server left there is deleted."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(folder))
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mtime + _KEPT_SECONDS < time.time():
+            path.unlink(missing_ok=True)
 
 
 class _BesideTheApi(Mount):
