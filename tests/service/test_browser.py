@@ -75,9 +75,9 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
         page.goto(address)
         page.wait_for_function("document.querySelector('textarea')?.value.includes('sks person')")
-        page.get_by_role("button", name="More").first.click()
+        page.locator("#more-photos button").first.click()
         page.locator("#steps-photos input[type=number]").fill(STEPS)
-        page.get_by_role("button", name="More").first.click()
+        page.locator("#more-photos button").first.click()
         return page
 
     yield opened
@@ -104,7 +104,7 @@ def fits(page: Any) -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"))
 
 
-def test_photos_to_portraits_to_a_file_to_a_composition(visit: Any) -> None:
+def test_photos_to_portraits_to_a_file_to_a_composition(visit: Any, tmp_path: Path) -> None:
     page = visit(1280, 900)
     make(page, PHOTO)
     assert page.locator(".notice").count() == 0
@@ -115,15 +115,16 @@ def test_photos_to_portraits_to_a_file_to_a_composition(visit: Any) -> None:
     for button, format in (("#download", "diffusers"), ("#download-kohya", "kohya")):
         with page.expect_download() as download:
             page.click(button)
-        file = load_lora(download.value.path().read_bytes())
+        download.value.save_as(tmp_path / f"{format}.safetensors")
+        file = load_lora(tmp_path / f"{format}.safetensors")
         assert (file.format, file.header.title) == (format, "me")
         assert re.fullmatch(r"me(-kohya)?\.safetensors", download.value.suggested_filename)
 
     page.get_by_role("tab", name="Compose").click()
-    assert page.get_by_text("Weight of me").is_visible()
-    page.set_input_files("#files input[type=file]", download.value.path())
-    page.get_by_text("Weight of me").nth(1).wait_for()
-    page.get_by_role("button", name="More").last.click()
+    page.get_by_text("Weight of me").wait_for()
+    page.set_input_files("#files input[type=file]", tmp_path / "kohya.safetensors")
+    page.get_by_text("Weight of kohya").wait_for()
+    page.locator("#more-compose button").first.click()
     page.locator("#steps-compose input[type=number]").fill("4")
     page.click("#draw")
     page.wait_for_function("document.querySelectorAll('#composed img').length == 4")
@@ -159,10 +160,10 @@ def test_on_a_phone_an_unknown_picture_is_told_and_drawn(visit: Any, tmp_path: P
 def test_a_refusal_is_one_sentence(visit: Any, tmp_path: Path) -> None:
     page = visit(390, 844)
     page.click("#make")
-    page.get_by_text("there is no photo yet").wait_for()
+    page.get_by_text("there is no photo yet").first.wait_for()
     (tmp_path / "broken.png").write_bytes(PHOTO.read_bytes()[:200])
     page.set_input_files("#photos input[type=file]", tmp_path / "broken.png")
     page.wait_for_selector("#photos img", state="attached")
     page.click("#make")
-    page.get_by_text("is damaged or cut off").wait_for()
+    page.get_by_text("is damaged or cut off").first.wait_for()
     page.wait_for_selector("#said progress", state="detached")

@@ -52,4 +52,7 @@ def refused(sentence: str) -> gr.Error:
 
 def contents(paths: Any) -> list[bytes]:
     """The uploads of a gallery, which come as (path, caption), or of a list of files."""
-    return [Path(item[0] if isinstance(item, tuple | list) else item).read_bytes() for item in paths or []]
+    try:
+        return [Path(item[0] if isinstance(item, tuple | list) else item).read_bytes() for item in paths or []]
+    except FileNotFoundError as error:
+        raise refused("what was dropped here is no longer kept on the server: drop it again") from error

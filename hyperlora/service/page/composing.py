@@ -24,7 +24,7 @@ def compose_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
             weights = [gr.Slider(-1, 2, 1, step=0.05, visible=False) for _ in range(MOST)]
             strategy = gr.Radio(STRATEGIES, value="merge", label="How they work together")
             prompt = prompt_box(api, blocks)
-            with gr.Accordion("More", open=False):
+            with gr.Accordion("More", open=False, elem_id="more-compose"):
                 steps, seed = more("compose")
             with gr.Row():
                 clear = gr.Button("Clear", min_width=100)
@@ -42,7 +42,13 @@ def compose_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
         return [gr.HTML(visible=not now), *sliders, *[gr.Slider(visible=False)] * (MOST - len(now))]
 
     async def draw(
-        visitor: gr.Request, now: list[Kept], strategy: str, prompt: str, steps: int, seed: int, *amounts: float
+        visitor: gr.Request,
+        now: list[Kept],
+        strategy: str,
+        prompt: str,
+        steps: int,
+        seed: float | None,
+        *amounts: float,
     ) -> AsyncIterator[str]:
         if not now:
             raise refused("there is no LoRA yet: make one from photos, or add a file")

@@ -1,14 +1,17 @@
 """Drawing several pictures through the API, and the inputs that all tabs share."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeVar
 
 import gradio as gr
 from PIL import Image
 
 from hyperlora.service.page.asking import Api, Asked
 from hyperlora.service.page.words import presets
+
+T = TypeVar("T")
 
 PICTURES: Final = 4
 """In each row."""
@@ -17,25 +20,34 @@ Pictures = list[Image.Image | None]
 
 
 async def drawn(
-    server: Asked, prompt: str, rows: Sequence[Sequence[bytes]], seed: int, **options: Any
+    server: Asked, prompt: str, rows: Sequence[Sequence[bytes]], seed: float | None, **options: Any
 ) -> AsyncIterator[list[Pictures]]:
     """Rows of ``PICTURES`` with the LoRAs of each row and the same seeds, told again whenever one more is there. A row
     is drawn in one batch."""
     grid: list[Pictures] = [[None] * PICTURES for _ in rows]
+    first = int(seed or 0)  # an emptied field is None
 
     async def one(row: int, i: int) -> None:
-        grid[row][i] = await server.draw(prompt, rows[row], seed=seed + i, **options)
+        grid[row][i] = await server.draw(prompt, rows[row], seed=first + i, **options)
 
     for row in range(len(rows)):
         yield grid
-        tasks = [asyncio.create_task(one(row, i)) for i in range(PICTURES)]
-        try:
+        async with together(one(row, i) for i in range(PICTURES)) as tasks:
             for done in asyncio.as_completed(tasks):
                 await done
                 yield grid
-        finally:
-            for task in tasks:
-                task.cancel()
+
+
+@asynccontextmanager
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncIterator[list["asyncio.Task[T]"]]:
+    """Tasks that end with the block: after an error, or when the visitor leaves, nobody waits for the others."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def fraction(grid: list[Pictures]) -> float:

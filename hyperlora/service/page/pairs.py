@@ -1,6 +1,5 @@
 """From a pair: the LoRA of an edit, and the same edit on other pictures."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +8,7 @@ from PIL import Image
 
 from hyperlora.errors import BadImage
 from hyperlora.service.page.asking import Api, contents, refused
+from hyperlora.service.page.drawing import together
 from hyperlora.service.page.showing import Dropped, code, download, notice, section, status, thumbnail
 from hyperlora.service.page.words import NO_EDITS, edit_snippet
 
@@ -17,7 +17,7 @@ def pair_tab(api: Api) -> None:
     """Lay the tab out and connect it."""
     with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=4, min_width=300):
-            with gr.Row(elem_classes="two"):
+            with gr.Row():
                 before, after = (_picture(side) for side in ("Before", "After"))
             others = gr.Gallery(
                 label="Make the same change on", sources=["upload", "clipboard"], file_types=["image"], columns=3,
@@ -56,16 +56,12 @@ def pair_tab(api: Api) -> None:
                 result: gr.Column(visible=True),
             }
             doubts = notice(list(dict.fromkeys(server.notices)))
-            tasks = [asyncio.create_task(server.edit(picture, lora=lora)) for picture in pictures]
             made: list[Image.Image | None] = [None] * len(pictures)
-            try:
+            async with together(server.edit(picture, lora=lora) for picture in pictures) as tasks:
                 for i, task in enumerate(tasks):
                     yield {said: doubts + status("Editing …", i / len(tasks)), edited: _shown(pictures, made)}
                     made[i] = await task
-                yield {said: doubts, edited: _shown(pictures, made)}
-            finally:
-                for task in tasks:
-                    task.cancel()
+            yield {said: doubts, edited: _shown(pictures, made)}
 
     inputs: list[Any] = [before, after, others, strength, reverse]
     outputs: list[Any] = [said, edited, diffusers, kohya, program, result]

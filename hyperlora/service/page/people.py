@@ -25,7 +25,7 @@ def photo_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
                 camera = Dropped(label="Camera", sources=["webcam"], height=280, buttons=[])
             prompt = prompt_box(api, blocks)
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the LoRA")
-            with gr.Accordion("More", open=False):
+            with gr.Accordion("More", open=False, elem_id="more-photos"):
                 name = gr.Textbox("me", label="Name of the file", max_length=60)
                 steps, seed = more("photos")
             go = gr.Button("Make the LoRA", variant="primary", size="lg", elem_id="make")
@@ -39,7 +39,7 @@ def photo_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
                 program = code()
 
     async def make(
-        photos: Any, prompt: str, strength: float, name: str, steps: int, seed: int, shelf_now: list[Kept],
+        photos: Any, prompt: str, strength: float, name: str, steps: int, seed: float | None, shelf_now: list[Kept],
         visitor: gr.Request,
     ) -> AsyncIterator[dict[Any, Any]]:  # fmt: skip
         files = contents(photos)
