@@ -49,7 +49,7 @@ def compose_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
         steps: int,
         seed: float | None,
         *amounts: float,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[str]:  # fmt: skip
         if not now:
             raise refused("there is no LoRA yet: make one from photos, or add a file")
         options = {"strategy": strategy, "weights": amounts[: len(now)], "steps": int(steps)}
