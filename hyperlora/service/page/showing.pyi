@@ -21,11 +21,8 @@ class Dropped(gr.Image):
 
     def preprocess(self, payload: Any) -> str | None:
         return payload.path if payload is not None else None
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
