@@ -9,7 +9,7 @@ from PIL import Image
 from hyperlora.errors import BadImage
 from hyperlora.service.page.asking import Api, contents, refused
 from hyperlora.service.page.drawing import together
-from hyperlora.service.page.showing import Dropped, code, download, notice, section, status, thumbnail
+from hyperlora.service.page.showing import code, download, dropped, notice, section, status, thumbnail
 from hyperlora.service.page.words import NO_EDITS, edit_snippet
 
 
@@ -71,10 +71,7 @@ def pair_tab(api: Api) -> None:
 
 
 def _picture(side: str) -> gr.Image:
-    return Dropped(
-        label=side, sources=["upload", "webcam", "clipboard"], height=190, min_width=130, buttons=[],
-        elem_id=side.lower(),
-    )  # fmt: skip
+    return dropped(side, ["upload", "webcam", "clipboard"], height=190, min_width=130, elem_id=side.lower())
 
 
 def _shown(pictures: list[bytes], made: list[Image.Image | None]) -> str:

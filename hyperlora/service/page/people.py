@@ -9,7 +9,7 @@ import gradio as gr
 from hyperlora.service.page.asking import Api, Asked, contents, refused
 from hyperlora.service.page.drawing import Pictures, drawn, fraction, more, prompt_box
 from hyperlora.service.page.shelf import Kept, with_one_more
-from hyperlora.service.page.showing import Dropped, code, download, file_name, likeness, notice, section, status
+from hyperlora.service.page.showing import code, download, dropped, file_name, likeness, notice, section, status
 from hyperlora.service.page.words import NO_PORTRAITS, presets, snippet
 
 
@@ -22,7 +22,7 @@ def photo_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
                 height=210, object_fit="cover", fit_columns=False, interactive=True, elem_id="photos", buttons=[],
             )  # fmt: skip
             with gr.Accordion("Use the camera", open=False):
-                camera = Dropped(label="Camera", sources=["webcam"], height=280, buttons=[])
+                camera = dropped("Camera", ["webcam"], height=280)
             prompt = prompt_box(api, blocks)
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the LoRA")
             with gr.Accordion("More", open=False, elem_id="more-photos"):

@@ -5,7 +5,7 @@ import io
 import re
 from base64 import b64encode
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
@@ -14,14 +14,14 @@ from PIL import Image, ImageOps
 from hyperlora.data import read_image
 from hyperlora.service.page.words import alike, number
 
+Source = Literal["upload", "webcam", "clipboard"]
 
-class Dropped(gr.Image):
-    """An uploaded picture as the path of its bytes: the API decides what a picture is."""
 
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload is not None else None
+def dropped(label: str, sources: list[Source], **options: Any) -> gr.Image:
+    """A place for a picture; what it gives is the path of the bytes as they came: the API decides what a picture is."""
+    place = gr.Image(label=label, sources=sources, buttons=[], **options)
+    place.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+    return place
 
 
 def section(title: str, aside: str, pictures: Sequence[Image.Image | None], captions: Sequence[str] = ()) -> str:
