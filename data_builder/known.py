@@ -29,8 +29,8 @@ def write_domain(model: Path, portraits: Path, held_out: Path, subjects: str) ->
     training, others = Portraits(portraits), Portraits(held_out)
     if (training.plan.split, others.plan.split) != ("train", "validation"):
         raise BadRequest("training portraits first and validation portraits second are expected: test stays unseen")
-    seen = [_seen(network, drawn, most) for drawn, most in ((training, _TRAINING), (others, _HELD_OUT))]
-    domain = Domain.of(*seen, subjects, digest(network.encoder))
+    seen, unseen = _seen(network, training, _TRAINING), _seen(network, others, _HELD_OUT)
+    domain = Domain.of(seen, unseen, subjects, digest(network.encoder))
     domain.save(model)
     return domain.farthest
 

@@ -12,7 +12,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 from PIL import Image
@@ -64,7 +64,7 @@ class Client:
         """What the server has."""
         return list(_checked(self._http.get("/v1/models")).json())
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,7 +104,7 @@ class AsyncClient:
         """As ``Client.models``."""
         return list(_checked(await self._http.get("/v1/models")).json())
 
-    async def __aenter__(self) -> "AsyncClient":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

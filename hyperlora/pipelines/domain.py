@@ -78,8 +78,8 @@ class Domain:
             with safe_open(path, "pt") as file:
                 facts = file.metadata()
                 tensors = {name: file.get_tensor(name).float() for name in _TENSORS}
-            numbers = {name: float(facts[name]) for name in ("rest", "farthest")}
-            found = cls(**tensors, **numbers, subjects=facts["subjects"], encoder=facts["encoder"])
+            rest, farthest = float(facts["rest"]), float(facts["farthest"])
+            found = cls(**tensors, rest=rest, farthest=farthest, subjects=facts["subjects"], encoder=facts["encoder"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadArtifact(f"{path} is damaged: {again}") from error
         if found.encoder != digest(encoder):
