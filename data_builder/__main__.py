@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from data_builder import verbs
+from hyperlora import bundle
 from hyperlora.cli import Verbs
 from hyperlora.cli.cluster import RayCommand
 
@@ -79,6 +80,31 @@ def benchmark(
     from data_builder.avatars.benchmark import write_benchmark
 
     write_benchmark(out, split, people, photos)
+
+
+@app.command()
+def domain(
+    portraits: Annotated[Path, typer.Argument(help="Drawn training portraits (`avatars`).")],
+    held_out: Annotated[Path, typer.Argument(help="Drawn validation portraits.")],
+    model: Annotated[Path, typer.Option(help="Folder of an ImageToLora model to write into.")] = bundle.MODEL,
+    subjects: Annotated[str, typer.Option(help="What people call these pictures.")] = "avatars",
+) -> None:
+    """Measure what a model's training portraits look like, so that it can tell other photos from them."""
+    from data_builder.known import write_domain
+
+    typer.echo(f"{model}: photos farther than {write_domain(model, portraits, held_out, subjects):.1f} are unknown")
+
+
+@app.command()
+def likeness(
+    portraits: Annotated[Path, typer.Argument(help="Drawn validation portraits, several of each person.")],
+    evaluator: Annotated[Path, typer.Option(help="Folder of a reader to write into.")] = bundle.EVALUATOR,
+) -> None:
+    """Measure an evaluator's identity scale: its cosines between portraits of different people, and of the same."""
+    from data_builder.known import write_identity_scale
+
+    different, same = write_identity_scale(evaluator, portraits)
+    typer.echo(f"{evaluator}: {different:.3f} between people, {same:.3f} between portraits of one person")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 from PIL import Image
@@ -56,11 +56,15 @@ class Client:
         """A picture, with LoRA files or ids of kept ones; ``options`` are the request's: seed, steps, strategy..."""
         return _opened(_checked(self._http.post("/v1/images", json=_wanted(prompt, loras, options))))
 
+    def likeness(self, photos: Sequence[Photo], pictures: Sequence[Photo]) -> list[float]:
+        """How much each picture shows the person of the photos: 0 anyone, 1 another real photo of the same person."""
+        return list(_checked(self._http.post("/v1/likeness", files=_compared(photos, pictures))).json()["pictures"])
+
     def models(self) -> list[dict[str, Any]]:
         """What the server has."""
         return list(_checked(self._http.get("/v1/models")).json())
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,11 +95,16 @@ class AsyncClient:
         """As ``Client.draw``."""
         return _opened(_checked(await self._http.post("/v1/images", json=_wanted(prompt, loras, options))))
 
+    async def likeness(self, photos: Sequence[Photo], pictures: Sequence[Photo]) -> list[float]:
+        """As ``Client.likeness``."""
+        answer = await self._http.post("/v1/likeness", files=_compared(photos, pictures))
+        return list(_checked(answer).json()["pictures"])
+
     async def models(self) -> list[dict[str, Any]]:
         """As ``Client.models``."""
         return list(_checked(await self._http.get("/v1/models")).json())
 
-    async def __aenter__(self) -> "AsyncClient":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -121,6 +130,11 @@ def _edit(picture: Photo, pairs: Sequence[Pair], lora: bytes | None, options: di
     form = _change(pairs, options)
     form["files"] += [("picture", ("picture", _bytes(picture))), *([("lora", ("lora", lora))] if lora else [])]
     return form
+
+
+def _compared(photos: Sequence[Photo], pictures: Sequence[Photo]) -> list[tuple[str, tuple[str, bytes]]]:
+    parts = {"photos": photos, "pictures": pictures}
+    return [(name, (f"{i}", _bytes(one))) for name, many in parts.items() for i, one in enumerate(many)]
 
 
 def _wanted(prompt: str, loras: Sequence[bytes | str], options: dict[str, Any]) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def _save_evaluator(folder: Path) -> None:
     from hyperlora.encoders import Reader
 
     torch.manual_seed(5)
-    Reader("vit_tiny_patch16_224", 16, ATTRIBUTES, ["age"], 8, _BACKBONE).save_pretrained(folder)
+    scale = (0.1, 0.9)
+    Reader("vit_tiny_patch16_224", 16, ATTRIBUTES, ["age"], 8, _BACKBONE, scale).save_pretrained(folder)
 
 
 def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:

@@ -25,7 +25,7 @@ def test_imports_keep_the_contracts(capsys: pytest.CaptureFixture[str]) -> None:
 TOP_LEVEL = {"errors", "progress", "features", "bundle", "heap", "objectives"}
 SPEAKS_TO = {
     "evaluation": {"pipelines", "encoders", "data", "lora", "formats"},
-    "service": {"pipelines", "data", "formats", "lora"},  # photos and LoRA files come and go as bytes
+    "service": {"pipelines", "data", "formats", "lora", "client"},  # files come and go as bytes; the page is a client
 }
 
 

@@ -67,6 +67,9 @@ def generate(
 
             maker = on_ray(ray, str(model or bundle.MODEL), str(base or bundle.BASE) if refine else None, settings)
         made = generate_folder(network, batch, out, settings, frozen, batch_size, maker)
+    for item in made:
+        for notice in item.notices:
+            typer.echo(f"warning: {item.subject}: {notice}", err=True)
     if as_json:
         typer.echo(json.dumps([asdict(m) for m in made] if batch else asdict(made[0])))
     bad = [item for item in made if item.error]

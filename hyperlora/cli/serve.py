@@ -18,6 +18,8 @@ def serve(
     pair_model: Annotated[str | None, typer.Option(help="PairToLora model, for before/after pairs.")] = None,
     edit_base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix) of that model.")] = None,
     edits: Annotated[bool, typer.Option(help="Take before/after pairs too.")] = True,
+    evaluator: Annotated[str | None, typer.Option(help="Folder of a reader, for the likeness of portraits.")] = None,
+    page: Annotated[bool, typer.Option(help="Also a page for people at / (needs the extra `ui`).")] = True,
     loras: Annotated[Path | None, typer.Option(help="Folder of LoRA files that prompts may name.")] = None,
     state: Annotated[Path | None, typer.Option(help="Where jobs and kept files lie.")] = None,
     keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line; also HYPERLORA_API_KEYS.")] = None,
@@ -63,15 +65,18 @@ def serve(
         state=state or Path(typer.get_app_dir("hyperlora")), loras=loras, keys=known, rate=rate, queue=queue,
         deadline=deadline,
     )  # fmt: skip
+    judge = evaluator or (bundle.EVALUATOR if model is None and base is None else None)
     models = Models(
         str(model or bundle.MODEL), str(base or bundle.BASE), str(pair_model or bundle.PAIR_MODEL),
-        str(edit_base or bundle.EDIT_BASE), edits,
+        str(edit_base or bundle.EDIT_BASE), edits, str(judge) if judge else None,
     )  # fmt: skip
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with owned(settings.state), _engine(models, settings, (replicas, max_replicas) if ray else None) as engine:
         app = create_app(engine, settings)
+        if page:
+            _add_page(app, settings)
         configure_logging()
-        typer.echo(f"http://{host}:{port}/docs", err=True)
+        typer.echo(f"http://{host}:{port}/ (the API: /docs)", err=True)
         _run(app, host, port, deadline)
 
 
@@ -91,6 +96,15 @@ def _engine(models: Any, settings: Any, scale: tuple[int, int | None] | None) ->
         raise BadRequest(f"--ray needs {error.name}, which is not installed: add the extra `scale`") from error
     with cluster(models, settings, Scale(*scale)) as engine:
         yield lambda observe: engine
+
+
+def _add_page(app: Any, settings: Any) -> None:
+    try:
+        from hyperlora.service.page import add_page
+    except ImportError as error:
+        typer.echo(f"no page at /: it needs {error.name}, which is not installed; add the extra `ui`", err=True)
+    else:
+        add_page(app, settings)
 
 
 def _run(app: Any, host: str, port: int, deadline: float) -> None:

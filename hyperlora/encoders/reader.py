@@ -30,7 +30,8 @@ class Reader(nn.Module):
     """A backbone with one linear head per attribute, one for face geometry and one for identity.
 
     ``attributes`` maps each attribute to its class names; ``geometry`` names the measures. ``backbone`` is a timm id,
-    or ``latents`` for a reader of scaled latents instead of pictures.
+    or ``latents`` for a reader of scaled latents instead of pictures. ``identity_scale`` holds the mean cosines of real
+    photos of different people and of the same person, once they are measured.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Reader(nn.Module):
         geometry: Sequence[str] = (),
         identity_width: int = 64,
         options: dict[str, Any] | None = None,
+        identity_scale: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
+        self.identity_scale = identity_scale
         self.attributes = {name: tuple(classes) for name, classes in attributes.items()}
         self.geometry = tuple(geometry)
         self.encoder = trunk_of(backbone, image_size, options)
@@ -75,7 +78,8 @@ class Reader(nn.Module):
         """Write ``config.json`` and ``model.safetensors`` (fp16)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1))
+        scale = {"identity_scale": self.identity_scale} if self.identity_scale else {}
+        (folder / "config.json").write_text(json.dumps(self.config | scale, indent=1))
         save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod

@@ -1,4 +1,5 @@
-"""What to say about a before/after pair before a LoRA is made of it: nothing changed, or the two are not related."""
+"""What to say about photos, or a before/after pair, before a LoRA is made of them: they look like nothing the model was
+trained on; nothing changed; the two are not related."""
 
 from typing import Final
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperlora.data import to_tensor
+from hyperlora.features import ImageFeatures
+from hyperlora.pipelines.domain import Domain
 
 UNCHANGED: Final = 0.05
 """No block of 1/16 of a side changes by more than this, of 1: what saving as JPEG again does stays below, the least
@@ -25,6 +28,20 @@ def doubts(before: Image.Image, after: Image.Image) -> list[str]:
     if likeness(a, b) < UNRELATED:
         return ["the two pictures look unrelated: give the same picture before and after an edit"]
     return []
+
+
+def unknown(domain: Domain | None, features: ImageFeatures) -> list[tuple[str, ...]]:
+    """For each subject, one sentence if some of its photos look like nothing that the model was trained on."""
+    if domain is None:
+        return [()] * len(features.tokens)
+    return [_unknown(domain.subjects, int((~known).sum()), len(known)) for known in domain.known(features)]
+
+
+def _unknown(subjects: str, odd: int, photos: int) -> tuple[str, ...]:
+    if not odd:
+        return ()
+    which = f"{odd} of {photos} photos do" if odd < photos else "this photo does" if photos == 1 else "these photos do"
+    return (f"{which} not look like the {subjects} this model knows: the LoRA is the nearest it can make",)
 
 
 def is_unchanged(a: Tensor, b: Tensor) -> bool:

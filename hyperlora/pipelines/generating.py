@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, TextIO
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from hyperlora.data import Subject, read_image, sha256_of, subjects_in, to_tensor
 from hyperlora.errors import BadImage, BadRequest, HyperloraError
+from hyperlora.features import ImageFeatures
 from hyperlora.formats import LoraHeader, lora_bytes, save_lora
 from hyperlora.formats.tensors import write_bytes
 from hyperlora.lora import LoraWeights
 from hyperlora.pipelines.bases import Base
+from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.refining import refine
 from hyperlora.progress import track
@@ -61,7 +63,8 @@ class Photos:
 
 @dataclass(frozen=True)
 class Made:
-    """One line of the index: the subject, its file, or why there is none; ``recipe`` tells model and settings apart."""
+    """One line of the index: the subject, its file, or why there is none; ``recipe`` tells model and settings apart,
+    ``notices`` say what may be wrong with the photos."""
 
     subject: str
     file: str | None
@@ -69,17 +72,24 @@ class Made:
     seconds: float
     error: str | None = None
     recipe: str = ""
+    notices: Sequence[str] = field(default_factory=list)
 
 
 def generate(
-    model: ImageToLora, subjects: Sequence[Photos], settings: Settings, base: Base | None = None
+    model: ImageToLora,
+    subjects: Sequence[Photos],
+    settings: Settings,
+    base: Base | None = None,
+    features: ImageFeatures | None = None,
 ) -> LoraWeights:
-    """LoRAs (batch axis) of subjects with equally many photos each, refined and resized as asked.
+    """LoRAs (batch axis) of subjects with equally many photos each, refined and resized as asked; ``features`` are
+    those of their photos where the encoder has seen them already.
 
     Raises ``BadRequest`` for refining without a base, and for a rank that no site can fill.
     """
     check(model, settings)
-    return finished(model, predicted(model, subjects), subjects, settings, base)
+    weights = predicted(model, features or features_of(model, subjects))
+    return finished(model, weights, subjects, settings, base)
 
 
 def check(model: ImageToLora, settings: Settings) -> None:
@@ -89,10 +99,15 @@ def check(model: ImageToLora, settings: Settings) -> None:
         raise BadRequest(f"rank {rank} asked for, but no weight of {model.layout.base!r} has more than {widest}")
 
 
+def features_of(model: ImageToLora, subjects: Sequence[Photos]) -> ImageFeatures:
+    """What the encoder says about subjects with equally many photos each."""
+    return model.features(torch.stack([photos.seen for photos in subjects]).to(model.device))
+
+
 @torch.no_grad()
-def predicted(model: ImageToLora, subjects: Sequence[Photos]) -> LoraWeights:
-    """The one forward pass: LoRAs (batch axis) of subjects with equally many photos each."""
-    return model.forward(torch.stack([photos.seen for photos in subjects]).to(model.device))
+def predicted(model: ImageToLora, features: ImageFeatures) -> LoraWeights:
+    """The one forward pass, after the encoder: LoRAs (batch axis)."""
+    return model.made(features)
 
 
 def finished(
@@ -149,9 +164,12 @@ def generate_file(
     anything fails."""
     began = time.perf_counter()
     images = opened if opened is not None else [read_image(p) for p in photos]
-    weights = generate(model, [Photos.of(images, model, base)], settings, base)[0]
+    subject = [Photos.of(images, model, base)]
+    features = features_of(model, subject)
+    weights = generate(model, subject, settings, base, features)[0]
     save_lora(weights, out, format=settings.format, header=header_of(model, out.stem, photos))
-    return Made(out.stem, out.name, len(photos), time.perf_counter() - began)
+    (notices,) = unknown(model.domain, features)
+    return Made(out.stem, out.name, len(photos), time.perf_counter() - began, notices=notices)
 
 
 Maker = Callable[[Sequence[list[Subject]]], Iterable[list[tuple[Made, bytes]]]]
@@ -210,7 +228,10 @@ def make_batch(
             good.append((subject, paths, Photos.of(images, model, base)))
     for _, group in groupby(sorted(good, key=lambda g: len(g[1])), key=lambda g: len(g[1])):
         members = list(group)
-        weights = generate(model, [photos for _, _, photos in members], settings, base)
+        together = [photos for _, _, photos in members]
+        features = features_of(model, together)
+        notices = unknown(model.domain, features)
+        weights = generate(model, together, settings, base, features)
         for i, (subject, paths, _) in enumerate(members):
             header = header_of(model, subject.name, paths)
             try:
@@ -220,7 +241,7 @@ def make_batch(
                 continue
             seconds = (time.perf_counter() - began) / len(batch)
             file = f"{file_stem(subject.name)}.safetensors"
-            made.append((Made(subject.name, file, len(paths), seconds), data))
+            made.append((Made(subject.name, file, len(paths), seconds, notices=notices[i]), data))
     return made
 
 

@@ -21,7 +21,8 @@ class ImageToLora(PhotoModel):
 
     ``ImageToLora.from_pretrained(folder_or_hub_id)(["me.jpg"])`` is a LoRA for ``layout.base``. ``card["base"]`` is
     where a model that looks through its base finds it: a hub id, or a path relative to the model's folder;
-    ``card["strength"]`` was chosen on validation people (``benchmarks/choose_strength.py``).
+    ``card["strength"]`` was chosen on validation people (``benchmarks/choose_strength.py``). ``domain`` tells photos
+    like those it was trained on from others, where its folder holds one.
     """
 
     def __init__(self, encoder: Encoder, hypernetwork: Hypernetwork, card: dict[str, Any] | None = None) -> None:
@@ -40,9 +41,9 @@ class ImageToLora(PhotoModel):
     def built(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: Base | None) -> Self:
         return cls(_encoder(config, folder, base), Hypernetwork(layout, **config["hypernetwork"]))
 
-    def forward(self, photos: Tensor) -> LoraWeights:
-        """photos [batch, views, 3, h, w] in [0, 1]."""
-        return self.strong(self.hypernetwork(self.features(photos)))
+    def made(self, features: ImageFeatures) -> LoraWeights:
+        """One LoRA per subject (batch axis) from what the encoder says."""
+        return self.strong(self.hypernetwork(features))
 
     @torch.no_grad()
     def features(self, photos: Tensor) -> ImageFeatures:

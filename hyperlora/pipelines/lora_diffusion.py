@@ -72,11 +72,11 @@ class LoraDiffusion(PhotoModel):
         return ImageFeatures(embeddings.unflatten(0, photos.shape[:2])[:, :, None]), image
 
     @torch.no_grad()
-    def forward(self, photos: Tensor, seed: int = 0) -> LoraWeights:
-        """photos [batch, views, 3, h, w] in [0, 1]."""
-        told = self.mixture(*self.features(photos))
+    def made(self, features: tuple[ImageFeatures, ImageFeatures], seed: int = 0) -> LoraWeights:
+        """One LoRA per subject (batch axis); another for every seed."""
+        told = self.mixture(*features)
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(photos), *self.codec.shape, generator=generator).to(photos)
+        noise = torch.randn(len(told.tokens), *self.codec.shape, generator=generator).to(told.tokens)
         steps, guidance = int(self.card.get("steps", 10)), float(self.card.get("guidance", 1.0))
         return self.strong(self.codec.decode(self.denoiser.sample(told, noise, steps, guidance)))
 

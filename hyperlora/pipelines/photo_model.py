@@ -1,6 +1,7 @@
 """What all networks that make LoRAs from photos have in common, whatever they do with them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ from hyperlora.data import read_image, to_tensor
 from hyperlora.data.images import Source
 from hyperlora.errors import BadRequest
 from hyperlora.lora import LoraWeights
+from hyperlora.pipelines.domain import Domain
 from hyperlora.pipelines.released import ReleasedModel
 
 
 class PhotoModel(ReleasedModel):
-    """``encoder`` looks at the photos; ``forward`` takes them as a tensor [batch, views, 3, h, w] in [0, 1]."""
+    """``encoder`` looks at the photos; ``domain`` tells photos like those it was trained on from others, where the
+    model's folder holds one."""
 
     encoder: Any
+    domain: Domain | None = None
 
     @torch.no_grad()
     def __call__(self, images: Source | Sequence[Source], strength: float = 1.0) -> LoraWeights:
@@ -38,4 +42,21 @@ class PhotoModel(ReleasedModel):
         return self.forward(photos.to(self.device))
 
     def forward(self, photos: Tensor) -> LoraWeights:
+        """photos [batch, views, 3, h, w] in [0, 1]."""
+        return self.made(self.features(photos))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if self.domain is not None:
+            self.domain.save(save_directory)
+
+    def opened(self, folder: Path) -> None:
+        self.domain = Domain.load(folder, self.encoder)
+
+    def features(self, photos: Tensor) -> Any:
+        """What is seen in photos [batch, views, 3, h, w]."""
+        raise NotImplementedError
+
+    def made(self, features: Any) -> LoraWeights:
+        """One LoRA per subject (batch axis) from what was seen."""
         raise NotImplementedError

@@ -40,6 +40,9 @@ class ReleasedModel(nn.Module, ModelHubMixin):
         """The untrained network of a configuration; ``folder`` is where it lies."""
         raise NotImplementedError
 
+    def opened(self, folder: Path) -> None:
+        """Read what else lies in the model's ``folder``, once its weights are there."""
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -87,4 +90,5 @@ class ReleasedModel(nn.Module, ModelHubMixin):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BadArtifact(f"{folder} holds a damaged {cls.__name__} model ({reason}): fetch it again") from error
+        model.opened(folder)
         return model.eval().requires_grad_(False)

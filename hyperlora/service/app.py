@@ -13,7 +13,7 @@ from hyperlora.service.engine import Engine
 from hyperlora.service.jobs import Jobs
 from hyperlora.service.observing import Metrics, Observed
 from hyperlora.service.problems import add_handlers, document_problems
-from hyperlora.service.routes import edits, images, jobs, loras, system
+from hyperlora.service.routes import edits, images, jobs, likeness, loras, system
 from hyperlora.service.security import BodyLimits, Gate, Guard
 from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.storage import Files
@@ -52,7 +52,7 @@ def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettin
         summary="A photo, or a picture before and after an edit, goes in; a LoRA comes out in one forward pass.",
         lifespan=lifespan,
     )
-    for room in (loras, images, edits, jobs, system):
+    for room in (loras, images, edits, likeness, jobs, system):
         app.include_router(room.router)
     add_handlers(app)
     document_problems(app)

@@ -17,11 +17,14 @@ from hyperlora.formats import LoraHeader, load_lora, lora_bytes
 from hyperlora.lora import LoraWeights
 from hyperlora.lora.merging import align, merge
 from hyperlora.pipelines import Base, ImageToLora, autolora, composed, render
-from hyperlora.pipelines.generating import Photos, Settings, check, finished, header_of, predicted
+from hyperlora.pipelines.doubts import unknown
+from hyperlora.pipelines.generating import Photos, Settings, check, features_of, finished, header_of, predicted
+from hyperlora.pipelines.likeness import Likeness
 from hyperlora.pipelines.prompts import called_for, mentions, strengths
-from hyperlora.pipelines.released import ReleasedModel
 from hyperlora.service.batching import Batcher, Expired, Work
 from hyperlora.service.changes import ChangeOrder, Changes, EditOrder, Noticed
+from hyperlora.service.comparing import LikenessOrder, compared
+from hyperlora.service.facts import ModelFacts, facts_of
 
 READERS: Final = 2
 """Photos and LoRA files that are unfolded at a time."""
@@ -57,23 +60,6 @@ class PictureOrder:
     height: int | None = None
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """One model that the engine holds."""
-
-    id: str
-    kind: str
-    base: str
-    rank: int
-    sites: int
-    fingerprint: str
-    trigger_phrase: str
-    license: str
-    resolution: int
-    lora_format: str
-    """What A1111, Forge and ComfyUI read for this base: kohya for UNets, diffusers for transformers."""
-
-
 Progress = Callable[[float], None]
 
 
@@ -89,11 +75,15 @@ class Engine(Protocol):
 
     def models(self) -> list[ModelFacts]: ...
 
-    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> bytes:
+    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> Noticed:
         """A ``.safetensors`` file; ``progress`` is told, in another thread, which fraction of refining is done."""
         ...
 
     async def picture(self, order: PictureOrder, seconds: float) -> Image.Image: ...
+
+    async def likeness(self, order: LikenessOrder, seconds: float) -> list[float]:
+        """Of each picture to the photos: 0 is anyone, 1 another photo of the same person."""
+        ...
 
     async def change(self, order: ChangeOrder, seconds: float) -> Noticed:
         """A ``.safetensors`` file of a before/after pair's change."""
@@ -109,8 +99,8 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """An ``ImageToLora`` and its base in this process, and what makes ``changes`` if it is there. ``loras`` is the
-    folder that prompts may name files of."""
+    """An ``ImageToLora`` and its base in this process, and what makes ``changes`` and compares portraits (``likeness``)
+    if it is there. ``loras`` is the folder that prompts may name files of."""
 
     def __init__(
         self,
@@ -123,10 +113,11 @@ class LocalEngine:
         pictures: int = 8,
         observe: Callable[[str, int], None] | None = None,
         changes: Changes | None = None,
+        likeness: Likeness | None = None,
     ) -> None:
         model.layout.require_base(base.id)
         self.model, self.base, self.folder = model, base, loras
-        self.batch, self.largest, self.changes = batch, pictures, changes
+        self.batch, self.largest, self.changes, self.comparing = batch, pictures, changes, likeness
 
         def seen(key: Hashable, size: int) -> None:
             if observe is not None and isinstance(key, tuple):
@@ -147,17 +138,23 @@ class LocalEngine:
         self._batcher.close(seconds)
 
     def models(self) -> list[ModelFacts]:
-        facts = [_facts("image-to-lora", self.model, self.base)]
-        return [*facts, _facts("pair-to-lora", self.changes.model, self.changes.base)] if self.changes else facts
+        facts = [facts_of("image-to-lora", self.model, self.base, self.comparing is not None)]
+        return [*facts, facts_of("pair-to-lora", self.changes.model, self.changes.base)] if self.changes else facts
 
-    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> bytes:
+    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> Noticed:
         settings = order.settings
         check(self.model, settings)
         photos = await asyncio.to_thread(self._decoded, order)
-        weights = await self._done(Work(("lora", len(order.photos)), self._predict, self.batch), photos, seconds)
+        work = Work(("lora", len(order.photos)), self._predict, self.batch)
+        weights, notices = await self._done(work, photos, seconds)
         if settings.refine:
             weights = await self._refined(settings, weights, photos, seconds, progress)
-        return await asyncio.to_thread(self._written, weights, order)
+        return Noticed(await asyncio.to_thread(self._written, weights, order), notices)
+
+    async def likeness(self, order: LikenessOrder, seconds: float) -> list[float]:
+        if self.comparing is None:
+            raise BadRequest("this server has no evaluator for what its model draws: start it with --evaluator")
+        return await compared(self.comparing, order, seconds, self._done, self._readers)
 
     async def picture(self, order: PictureOrder, seconds: float) -> Image.Image:
         text, named = mentions(order.prompt)
@@ -222,8 +219,10 @@ class LocalEngine:
                 parts.append(Photos.of([read_image(photo)], self.model, base))
         return Photos.joined(parts)
 
-    def _predict(self, subjects: list[Photos]) -> list[LoraWeights]:
-        return list(predicted(self.model, subjects))  # type: ignore[call-overload]
+    def _predict(self, subjects: list[Photos]) -> list[tuple[LoraWeights, tuple[str, ...]]]:
+        features = features_of(self.model, subjects)
+        weights: Any = predicted(self.model, features)
+        return list(zip(weights, unknown(self.model.domain, features), strict=True))
 
     def _refine(
         self, settings: Settings, weights: LoraWeights, photos: Photos, watch: Callable[[int], None]
@@ -275,15 +274,6 @@ class LocalEngine:
             )  # fmt: skip
         with context:
             return render(self.base, [text], None, seeds=[order.seed], **_how(order))
-
-
-def _facts(kind: str, model: ReleasedModel, base: Base) -> ModelFacts:
-    layout, card = model.layout, model.card
-    return ModelFacts(
-        kind, kind, layout.base, layout.rank, len(layout.sites), layout.fingerprint,
-        str(card.get("trigger_phrase", "")), str(card.get("license", "")), base.resolution,
-        "kohya" if "unet" in layout.components else "diffusers",
-    )  # fmt: skip
 
 
 def _how(order: PictureOrder) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hyperlora import bundle
 from hyperlora.heap import keep_heap
 from hyperlora.pipelines import ImageToLora, PairToLora, load_base
+from hyperlora.pipelines.likeness import Likeness
 from hyperlora.service.changes import Changes
 from hyperlora.service.engine import LocalEngine
 from hyperlora.service.settings import ServiceSettings
@@ -15,13 +16,15 @@ Observe = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Models:
-    """Folders or hub ids of the models of one server. Without ``edits`` before/after pairs are refused."""
+    """Folders or hub ids of the models of one server. Without ``edits`` before/after pairs are refused; without an
+    ``evaluator`` (the folder of a reader) the likeness of portraits is."""
 
     model: str = str(bundle.MODEL)
     base: str = str(bundle.BASE)
     pair_model: str = str(bundle.PAIR_MODEL)
     edit_base: str = str(bundle.EDIT_BASE)
     edits: bool = True
+    evaluator: str | None = None
 
 
 def open_engine(models: Models, settings: ServiceSettings) -> Callable[[Observe], LocalEngine]:
@@ -40,10 +43,12 @@ def open_engine(models: Models, settings: ServiceSettings) -> Callable[[Observe]
             batch=settings.batch, pictures=settings.pictures,
         )  # fmt: skip
 
+    likeness = Likeness.from_pretrained(models.evaluator) if models.evaluator else None
+
     def engine(observe: Observe) -> LocalEngine:
         return LocalEngine(
             network, base, settings.loras, queue=settings.queue, batch=settings.batch, pictures=settings.pictures,
-            observe=observe, changes=changes,
+            observe=observe, changes=changes, likeness=likeness,
         )  # fmt: skip
 
     return engine

@@ -19,7 +19,9 @@ from ray.serve.metrics import Histogram
 from hyperlora.errors import HyperloraError
 from hyperlora.service.batching import Expired, QueueFull
 from hyperlora.service.changes import ChangeOrder, EditOrder, Noticed
-from hyperlora.service.engine import LocalEngine, LoraOrder, ModelFacts, PictureOrder, Progress
+from hyperlora.service.comparing import LikenessOrder
+from hyperlora.service.engine import LocalEngine, LoraOrder, PictureOrder, Progress
+from hyperlora.service.facts import ModelFacts
 
 ATTEMPTS: Final = 3
 """Replicas that may die over one request before it is refused: it may be what kills them."""
@@ -106,9 +108,13 @@ class RayEngine:
             self._facts = facts
         return self._facts
 
-    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> bytes:
-        made: bytes = await self._done("lora", order, seconds, progress)
+    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> Noticed:
+        made: Noticed = await self._done("lora", order, seconds, progress)
         return made
+
+    async def likeness(self, order: LikenessOrder, seconds: float) -> list[float]:
+        found: list[float] = await self._done("likeness", order, seconds)
+        return found
 
     async def picture(self, order: PictureOrder, seconds: float) -> Image.Image:
         drawn: Image.Image = await self._done("picture", order, seconds)

@@ -65,6 +65,13 @@ class Picture(BaseModel):
     content: str = Field(description="The PNG, base64.")
 
 
+class Likeness(BaseModel):
+    """How much pictures show the person of the photos: 0 is anyone, 1 another real photo of the same person."""
+
+    likeness: float = Field(description="The mean of all pictures.")
+    pictures: list[float] = Field(description="Of each picture, in the order sent.")
+
+
 class JobInfo(BaseModel):
     """Work accepted with ``Prefer: respond-async``."""
 

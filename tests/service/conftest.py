@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from hyperlora.pipelines import ImageToLora, PairToLora, load_base
+from hyperlora.pipelines.likeness import Likeness
 from hyperlora.service import LocalEngine, ServiceSettings, create_app
 from hyperlora.service.changes import Changes
 
@@ -32,20 +33,33 @@ def changes(bundle: Any) -> Changes:
     return Changes(PairToLora.from_pretrained(bundle.pair_model, base=base), base)
 
 
+@pytest.fixture(scope="session")
+def likeness(bundle: Any) -> Likeness:
+    return Likeness.from_pretrained(bundle.evaluator)
+
+
 @pytest.fixture
-def serving(models: tuple[Any, Any], changes: Changes, tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
-    """Starts a server with these settings; all are stopped at the end."""
+def serving(
+    models: tuple[Any, Any], changes: Changes, likeness: Likeness, tmp_path: Path
+) -> Iterator[Callable[..., TestClient]]:
+    """Starts a server with these settings, and the page if wanted; all are stopped at the end."""
     running: list[TestClient] = []
 
-    def start(**settings: Any) -> TestClient:
+    def start(page: bool = False, **settings: Any) -> TestClient:
         given = ServiceSettings(**{"state": tmp_path / "state", "rate": "100000/minute"} | settings)
 
         def engine(observe: Any) -> LocalEngine:
             return LocalEngine(
-                *models, given.loras, queue=given.queue, batch=given.batch, observe=observe, changes=changes
-            )
+                *models, given.loras, queue=given.queue, batch=given.batch, observe=observe, changes=changes,
+                likeness=likeness,
+            )  # fmt: skip
 
-        client = TestClient(create_app(engine, given), base_url="http://localhost", raise_server_exceptions=False)
+        app = create_app(engine, given)
+        if page:
+            from hyperlora.service.page import add_page
+
+            add_page(app, given)
+        client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
         client.__enter__()
         running.append(client)
         return client

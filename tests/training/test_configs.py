@@ -230,7 +230,13 @@ def _build_loras() -> None:
         run(Path("runs/avatars") / name)
 
 
-_PREPARED = {"build": _build_loras, "edits": _draw_edits, "drawn": _draw, "tokenizer": _build_tokenizer, "codes": _fit_codes}
+_PREPARED = {
+    "build": _build_loras,
+    "edits": _draw_edits,
+    "drawn": _draw,
+    "tokenizer": _build_tokenizer,
+    "codes": _fit_codes,
+}
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ async def make_lora(
     async def make(seconds: float, report: Report | None) -> Noticed:
         if pairs:
             return await service.engine.change(change, seconds)
-        return Noticed(await service.engine.lora(order, seconds, report))
+        return await service.engine.lora(order, seconds, report)
 
     noticed = await now_or_later(request, owner, prefer, "lora", make)
     if isinstance(noticed, Response):

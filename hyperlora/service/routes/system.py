@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
-from hyperlora.service.engine import ModelFacts
+from hyperlora.service.facts import ModelFacts
 from hyperlora.service.problems import documented
 from hyperlora.service.routes.answers import service_of
 from hyperlora.service.schemas import Health

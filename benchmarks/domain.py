@@ -1,0 +1,91 @@
+"""How often pictures count as unknown to the bundle's model: drawn test portraits, and others of all kinds.
+
+python benchmarks/domain.py [FOLDER OF PICTURES ...]
+
+Photographs are those that scikit-image brings, and its faces of `lfw_subset`, if it is installed (`hyperlora[face]`).
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from hyperlora import bundle
+from hyperlora.data import image_files, read_image, to_tensor
+from hyperlora.features import ImageFeatures
+from hyperlora.pipelines import ImageToLora
+
+SIZE = 128
+
+
+def drawn() -> list[Image.Image]:
+    """All photos of the bundle's test people."""
+    people = sorted((bundle.BENCHMARK / "subjects").iterdir())
+    return [read_image(photo) for person in people for photo in image_files(person)]
+
+
+def made_up(random: np.random.Generator, n: int = 50) -> Iterator[tuple[str, list[Image.Image]]]:
+    """Pictures that nobody draws as a portrait."""
+
+    def blown_up(cells: int, how: Image.Resampling) -> list[Image.Image]:
+        small = random.integers(0, 256, (n, cells, cells, 3), dtype=np.uint8)
+        return [Image.fromarray(x).resize((SIZE, SIZE), how) for x in small]
+
+    yield "noise", blown_up(SIZE, Image.Resampling.NEAREST)
+    yield "coloured tiles", blown_up(8, Image.Resampling.NEAREST)
+    yield "gradients", blown_up(2, Image.Resampling.BILINEAR)
+    yield "one colour", blown_up(1, Image.Resampling.NEAREST)
+    yield "pages of text", [_page(random) for _ in range(n)]
+
+
+def photographs() -> Iterator[tuple[str, list[Image.Image]]]:
+    """What scikit-image brings in its wheel."""
+    found = find_spec("skimage")
+    if found is None or found.origin is None:
+        return
+    folder = Path(found.origin).parent / "data"
+    yield "pictures of scikit-image", [read_image(p) for p in image_files(folder)]
+    patches = np.load(folder / "lfw_subset.npy")
+    opened = [Image.fromarray((x * 255).astype(np.uint8)).convert("RGB").resize((SIZE, SIZE)) for x in patches]
+    yield "faces (25 pixels, LFW)", opened[:100]
+    yield "other patches (25 pixels, LFW)", opened[100:]
+
+
+def unknown(model: ImageToLora, pictures: Sequence[Image.Image]) -> float:
+    """The fraction that the model does not know."""
+    assert model.domain is not None
+    photos = torch.stack([to_tensor(p, model.encoder.image_size) for p in pictures])
+    tokens = torch.cat([model.features(part[:, None]).tokens for part in photos.split(64)])
+    return float((~model.domain.known(ImageFeatures(tokens))).float().mean())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model = ImageToLora.from_pretrained(bundle.MODEL)
+    portraits = drawn()
+    kinds = [
+        ("test portraits (false alarms)", portraits),
+        ("  upside down", [ImageOps.flip(p) for p in portraits]),
+        ("  inverted (a style of the training)", [ImageOps.invert(p) for p in portraits]),
+        *made_up(np.random.default_rng(0)),
+        *photographs(),
+        *((folder, [read_image(p) for p in image_files(folder)]) for folder in sys.argv[1:]),
+    ]
+    for name, pictures in kinds:
+        print(f"{name:38s} {unknown(model, pictures):6.1%} of {len(pictures)} unknown", flush=True)
+
+
+def _page(random: np.random.Generator) -> Image.Image:
+    page = Image.new("RGB", (SIZE, SIZE), "white")
+    for y in range(4, SIZE - 8, 11):
+        words = "".join(random.choice(list("etaoin shrdlu cmfwyp vbgkjq"), 20))
+        ImageDraw.Draw(page).text((4, y), words, fill="black")
+    return page
+
+
+if __name__ == "__main__":
+    main()
