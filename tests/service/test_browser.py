@@ -39,7 +39,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     model = ImageToLora.from_pretrained(bundle.MODEL, base=base)
     changes = Changes(PairToLora.from_pretrained(bundle.PAIR_MODEL, base=edit_base), edit_base)
     likeness = Likeness.from_pretrained(bundle.EVALUATOR)
-    settings = ServiceSettings(state=tmp_path_factory.mktemp("state"))
+    settings = ServiceSettings(state=tmp_path_factory.mktemp("state"), deadline=PATIENCE / 1000)
     app = create_app(
         lambda observe: LocalEngine(model, base, observe=observe, changes=changes, likeness=likeness), settings
     )
