@@ -29,7 +29,7 @@ def on_ray(address: str, model: str, base: str | None, settings: Settings) -> Ma
         rows = data.from_items([{"subjects": pickle.dumps(batch)} for batch in batches])
         made = rows.map_batches(
             _Worker, batch_size=1, fn_constructor_args=(model, base, settings), num_cpus=0 if gpus else 1,
-            num_gpus=gpus, concurrency=(1, min(workers, len(batches))),
+            num_gpus=gpus, compute=data.ActorPoolStrategy(min_size=1, max_size=min(workers, len(batches))),
         )  # fmt: skip
         for row in made.iter_rows():
             lines, files = json.loads(row["made"]), pickle.loads(row["files"])
