@@ -20,7 +20,7 @@ from data_builder.running import run  # noqa: E402
 from data_builder.sources import Avatars  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,10 @@ STEPS = "20" if PICTURES else "4"
 PHOTO = bundle.BENCHMARK / "subjects" / "person-1100002" / "0.webp"
 EDIT = bundle.EDIT_BENCHMARK / "000-glasses"
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium in PATH: apt-get install chromium")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium in PATH: apt-get install chromium"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def _title(folder: Path) -> str:
         return ""
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_no_request_is_lost_when_a_replica_dies(bundle: Any, models: Any, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     with process(bundle, tmp_path, "--ray", "--replicas", "2") as (url, server):
@@ -78,7 +78,7 @@ async def _under_fire(url: str, server: int) -> list[httpx.Response]:
         return answers
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_app_as_a_deployment_has_the_same_routes(bundle: Any, models: Any, tmp_path: Path) -> None:
     """As Kubernetes runs it: behind Ray's proxy."""
     ray = pytest.importorskip("ray")
