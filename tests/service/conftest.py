@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,10 @@ def process(
 
 
 def _wait(url: str, running: "subprocess.Popen[bytes]", log: Path, until: float) -> None:
-    while time.monotonic() < until and running.poll() is None:
-        try:
-            if httpx.get(url + "/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
+    with httpx.Client(base_url=url) as client:
+        while time.monotonic() < until and running.poll() is None:
+            with suppress(httpx.TransportError):
+                if client.get("/readyz").status_code == 200:
+                    return
             time.sleep(0.1)
     raise AssertionError(f"the server did not start:\n{log.read_text()}")
