@@ -12,12 +12,14 @@ from hyperlora.data.shards import shard_bytes
 from hyperlora.errors import BadRequest
 from hyperlora.formats.tensors import encoded, write_bytes
 
-RECIPE, STATISTICS = "recipe.json", "statistics.safetensors"
+RECIPE = "recipe.json"
+STATISTICS = "statistics/rows.safetensors"
+"""In a folder of its own: all ``*.safetensors`` of a dataset's folder are shards."""
 
 
 def ship(dataset: Path, out: Path, most: int = 2_000_000) -> int:
-    """Write ``out/recipe.json`` (recipe, source, counts), ``statistics.safetensors`` (mean and std of all rows, fp16),
-    and a dataset of evenly spread rows, together under ``most`` bytes; how many rows.
+    """Write ``out/recipe.json`` (recipe, source, counts), ``statistics/rows.safetensors`` (mean and std of all rows,
+    fp16), and a dataset of evenly spread rows, together under ``most`` bytes; how many rows.
 
     Raises ``BadRequest`` if not even one row fits.
     """
