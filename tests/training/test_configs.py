@@ -126,7 +126,7 @@ RULES = {
     "avatars/lora_codec": Rule(
         LoraCodec.from_pretrained,
         ("--model.init_args.autoencoder={channels: [4, 8], width: 4}", "--data.init_args.batch_size=2"),
-        ("build",),
+        ("avatars/base_read", "build"),
     ),
     "avatars/difflora": Rule(
         LoraDiffusion.from_pretrained,
@@ -219,13 +219,13 @@ def _draw_edits() -> None:
 
 
 def _build_loras() -> None:
-    from data_builder.farm import run
     from data_builder.plan import Recipe, write_plan
     from data_builder.planning import make_plan
+    from data_builder.running import run
     from data_builder.sources import Avatars
 
     for name, first in (("build", 0), ("build-validation", 1_000_000)):
-        recipe = Recipe("tiny/sd15", preset="attention", rank=1, steps=1, at_once=4)
+        recipe = Recipe("checkpoints/avatars/base", preset="attention", rank=1, steps=1, at_once=4)
         write_plan(make_plan(Avatars(first, first + 4, each=2, size=16), recipe), Path("runs/avatars") / name)
         run(Path("runs/avatars") / name)
 
@@ -271,7 +271,7 @@ def test_config_trains_and_resumes(name: str, stages: Stages, frozen_bases: list
     straight = stages.run(name)
     model = _config(name)["model"]["init_args"]
     frozen = "encoder" in model and "Change" not in _config(name)["model"]["class_path"]
-    _check_what_trains(straight.states, frozen="model.encoder." if frozen else None)
+    _check_what_trains(straight.states, frozen=("model.encoder.", "model.codec.") if frozen else ())
     assert straight.losses.keys() == {0, 1, 2, 3}
     assert all(math.isfinite(value) for metrics in straight.losses.values() for value in metrics.values())
     _check_artifact(RULES[name].load(Path(model["out"])))
@@ -327,11 +327,11 @@ def _losses(name: str) -> dict[int, dict[str, float]]:
     return losses
 
 
-def _check_what_trains(states: dict[int, dict[str, Tensor]], frozen: str | None) -> None:
+def _check_what_trains(states: dict[int, dict[str, Tensor]], frozen: tuple[str, ...]) -> None:
     """Between steps 2 and 4, what is frozen stays as it is and of the rest nearly everything moves."""
     assert states.keys() == {2, 4}
     moved = {name: not torch.equal(value, states[4][name]) for name, value in states[2].items()}
-    still = {name for name in moved if frozen and name.startswith(frozen)}
+    still = {name for name in moved if name.startswith(frozen)}
     assert not any(moved[name] for name in still)
     statistics = {name for name in moved if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
     trained = [moved[name] for name in moved.keys() - still - statistics]
