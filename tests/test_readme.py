@@ -1,5 +1,6 @@
 """Every command and program of the README does what it says, on the shipped bundle."""
 
+import os
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("hyperlora ")
 ]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # all cores, as a reader has them
 QUICKER = {"evaluate": ["--people", "2", "--steps", "2"], "edit": ["--steps", "4"]}  # the same paths with less work
 
 
@@ -42,7 +44,7 @@ def desk(tmp_path_factory):
 
 
 def run(arguments, folder):
-    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
