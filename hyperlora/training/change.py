@@ -93,7 +93,7 @@ class ChangeTraining(L.LightningModule):
         shown = (torch.rand(n) < self.hparams["instructed"]).tolist()
         texts = [w if keep and not s else "" for w, keep, s in zip(words, shown, swapped.tolist(), strict=True)]
         weights = self.model.forward(pairs[:, :views])
-        first, second = _exchanged(batch["labels"], swapped) if self.misreading.reader else ({}, {})
+        first, second = _exchanged(batch.get("labels"), swapped)
         loss = self._denoising(weights, before, after, texts, self.misreading.of(second))
         logs = {"train/loss": loss}
         if self.hparams["reverse"]:
@@ -152,8 +152,10 @@ class ChangeTraining(L.LightningModule):
 Labels = dict[str, Tensor]
 
 
-def _exchanged(labels: Sequence[Labels], swapped: Tensor) -> tuple[Labels, Labels]:
-    """Labels before and after, the samples ``swapped`` [n] having changed places."""
+def _exchanged(labels: Sequence[Labels] | None, swapped: Tensor) -> tuple[Labels | None, Labels | None]:
+    """Labels before and after, if there are any, the samples ``swapped`` [n] having changed places."""
+    if labels is None:
+        return None, None
     before, after = labels
     first = {k: torch.where(swapped, after[k], before[k]) for k in before}
     return first, {k: torch.where(swapped, before[k], after[k]) for k in before}
