@@ -36,7 +36,9 @@ class BaseModel(L.LightningModule):
     left, bottom, right) is a box in fractions of the picture that counts ``focus_weight`` times as much as the rest: a
     face's small parts are few latents. ``reader`` is the folder of a released reader of latents; what it reads in the
     clean latents that the UNet expects then counts ``reading_weight`` times its cross-entropy with the batch's
-    ``labels`` ({attribute: [n]}, ``UNSEEN`` for what the caption does not name).
+    ``labels`` ({attribute: [n]}, ``UNSEEN`` for what the caption does not name); ``reading_emphasis`` {attribute: how
+    many times more}. Without ``train_text_encoder`` that of ``start_from`` is kept, and what else was trained with it
+    (an edit base) still fits.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class BaseModel(L.LightningModule):
         focus_weight: float = 1.0,
         reader: str | None = None,
         reading_weight: float = 0.0,
+        reading_emphasis: dict[str, float] | None = None,
+        train_text_encoder: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -72,7 +76,8 @@ class BaseModel(L.LightningModule):
             widen(before.unet.float(), self.unet)
             self.text_encoder.load_state_dict(before.text_encoder.float().state_dict())
         self.scheduler = DDPMScheduler(**SCHEDULE)
-        self.misreading = Misreading(reader, reading_weight)
+        self.text_encoder.requires_grad_(train_text_encoder)
+        self.misreading = Misreading(reader, reading_weight, reading_emphasis)
 
     def on_fit_start(self) -> None:
         self.misreading.to(self.device)
