@@ -1,35 +1,24 @@
-"""How well LoRAs live together on the avatar base: regions, strategies, AutoLoRA, sliders; tables and pictures.
+"""How well LoRAs live together on the avatar base: regions, strategies, AutoLoRA; tables and pictures.
 
-    python benchmarks/composition_quality.py regions|strategies|autolora|sliders [--people 16] [-o docs/composition]
-
-Concept LoRAs are differential LoRAs, fitted to drawn pairs of training people; people are the benchmark's, never seen.
+python benchmarks/composition_quality.py regions|strategies|autolora [--people 16] [-o docs/composition]
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from concepts import World
 from PIL import Image
-from torch import Tensor
 
-from data_builder.avatars import SPLITS, draw, edited, identity, scene
-from data_builder.differential import differential
-from data_builder.paired import paired
-from hyperlora import bundle
-from hyperlora.data import to_image, to_tensor
-from hyperlora.encoders import Reader
-from hyperlora.evaluation.benchmark import load_benchmark
+from hyperlora.data import to_image
 from hyperlora.evaluation.metrics import Score
-from hyperlora.evaluation.personalisation import Judge, pixels_of
+from hyperlora.evaluation.personalisation import pixels_of
+from hyperlora.evaluation.report import contact_sheet
 from hyperlora.heap import keep_heap
-from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import ImageToLora, PairToLora, load_base, render
+from hyperlora.pipelines import render
 from hyperlora.pipelines.composition import composed
-from hyperlora.pipelines.editing import apply_edit
 from hyperlora.pipelines.guidance import autolora
 
 CONCEPTS = {
@@ -37,15 +26,6 @@ CONCEPTS = {
     "background": ("background", "red"),
     "glasses": ("glasses", "sunglasses"),
     "style": ("style", "sepia"),
-}
-NEUTRAL = {
-    "glasses": "none",
-    "expression": "neutral",
-    "eyes": "open",
-    "garment": "t-shirt",
-    "background": "white",
-    "facial_hair": "none",
-    "style": "plain",
 }
 WHERE = {
     "person": (0.0, 0.0, 1.0, 0.75),
@@ -55,69 +35,8 @@ WHERE = {
     "style": (0.0, 0.0, 1.0, 1.0),
 }
 """Left, top, right, bottom of where a portrait shows each of them, for the spatial strategy."""
-SLIDERS = {
-    "sunglasses": ("glasses", "sunglasses"),
-    "smile": ("expression", "laughing"),
-    "closed eyes": ("eyes", "closed"),
-    "spacesuit": ("garment", "spacesuit"),
-    "red background": ("background", "red"),
-    "beard": ("facial_hair", "full beard"),
-}
-
-
-STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
-SILENT = {
-    "expression": "serious",
-    "eyes": "open eyes",
-    "garment": "wearing a blue sweater",
-    "background": "gray background",
-}
-"""What the sliders' prompt says, but for what they slide."""
-WATCHED = ("hair", "hair_color", "skin", "garment", "background", "glasses", "expression")
-
-
-class World:
-    """The bundle, its benchmark and LoRAs of its people."""
-
-    def __init__(self, people: int, steps: int) -> None:
-        self.base = load_base(bundle.BASE)
-        self.reader = Reader.from_pretrained(bundle.EVALUATOR)
-        self.judge = Judge(self.base, self.reader, load_benchmark(bundle.BENCHMARK, self.base.resolution, people))
-        model = ImageToLora.from_pretrained(bundle.MODEL, base=self.base)
-        with torch.no_grad():
-            self.people = model.forward(self.judge.benchmark.photos[:, :1])
-        self.steps = steps
-
-    def change(
-        self, attribute: str, value: str, pairs: int = 4, steps: int = 120, method: Callable[..., Any] = differential
-    ) -> LoraWeights:
-        """A LoRA of one attribute's change, fitted to drawn pairs of training people."""
-        before, after = self.pairs(attribute, value, pairs)
-        return method(self.base, before, after, steps=steps, label=f"{attribute} {value}")
-
-    def pairs(self, attribute: str, value: str, pairs: int = 4) -> tuple[Tensor, Tensor]:
-        """Drawn pairs of training people, before and after, [pairs, 3, size, size] each."""
-        made = []
-        for seed in SPLITS["train"][:pairs]:
-            person, how = identity(seed), replace(scene(seed, 1), hat="none", style="plain")
-            if getattr(how, attribute, None) == value or getattr(person, attribute, None) == value:
-                person, how = edited(person, how, **{attribute: NEUTRAL[attribute]})
-            after = edited(person, how, **{attribute: value})
-            size = self.base.resolution
-            made.append(torch.stack([to_tensor(draw(*both), size) for both in ((person, how), after)]))
-        before, after_ = torch.stack(made).unbind(1)
-        return before, after_
-
-    def identity_of(self, pictures: Sequence[Image.Image], people: Sequence[int]) -> Tensor:
-        """Identity score of each picture as each person, on the benchmark's scale."""
-        found = self.reader(pixels_of(pictures)).identity
-        real = self.judge.scale.real[list(people)].mean(1)
-        scale = self.judge.scale
-        return ((found * real).sum(-1) - scale.different) / (scale.same - scale.different)
-
-    def read(self, pictures: Sequence[Image.Image], attribute: str) -> list[str]:
-        classes = self.reader.attributes[attribute]
-        return [classes[i] for i in self.reader(pixels_of(pictures)).logits[attribute].argmax(-1).tolist()]
+STRATEGIES: dict[str, dict[str, Any]] = {"merge": {}, "switch": {"every": 1}, "composite": {}, "spatial": {}}
+GAMMAS = {0.0: "o", 0.5: "s", 1.0: "^", 1.5: "D", 2.0: "*"}
 
 
 def regions(world: World, out: Path) -> None:
@@ -139,7 +58,8 @@ def regions(world: World, out: Path) -> None:
         left.append(world.identity_of([halves[0]], [i])[0])
         right.append(world.identity_of([halves[1]], [j])[0])
         crossed += [world.identity_of([halves[0]], [j])[0], world.identity_of([halves[1]], [i])[0]]
-        sheet.append(both)
+        photos = [to_image(world.judge.benchmark.photos[person, 0]) for person in (i, j)]
+        sheet.append(_sheet([[photos[0], both, photos[1]]]))
     rows = {"alone": alone, "left region": left, "right region": right, "cross-talk": crossed}
     for name, values in rows.items():
         print(f"| {name} | {Score.of(torch.stack(values))} |")
@@ -157,11 +77,9 @@ def strategies(world: World, out: Path) -> None:
     n = len(world.people)
     for k in range(1, len(concepts) + 1):
         names = list(concepts)[:k]
-        where = [WHERE["person"], *(WHERE[name] for name in names)]
-        options: dict[str, dict[str, Any]] = {
-            "merge": {}, "switch": {"every": 1}, "composite": {}, "spatial": {"regions": where}
-        }  # fmt: skip
-        for strategy, given in options.items():
+        where = {"regions": [WHERE["person"], *(WHERE[name] for name in names)]}
+        for strategy, options in STRATEGIES.items():
+            given = options | (where if strategy == "spatial" else {})
             drawn = []
             for i in range(n):
                 loras = [world.people[i], *(concepts[name] for name in names)]
@@ -172,8 +90,11 @@ def strategies(world: World, out: Path) -> None:
             ).float()
             who = Score.of(world.identity_of(drawn, range(n)))
             print(f"| person + {' + '.join(names)} | {strategy} | {who} | {Score.of(kept.mean(0))} |", flush=True)
-            pictures[k, strategy] = drawn[:6]
-    _sheet(list(pictures.values())).save(out / "strategies.png")
+            pictures[k, strategy] = drawn[:2]
+    counts = range(1, len(concepts) + 1)
+    grid = [[pictures[k, s][i] for i in range(2) for s in STRATEGIES] for k in counts]
+    labels = ["person + " + " + ".join(list(concepts)[:k]) for k in counts]
+    contact_sheet([*STRATEGIES, *STRATEGIES], grid, labels=labels).save(out / "strategies.png")
 
 
 def autolora_sweep(world: World, out: Path) -> None:
@@ -188,7 +109,7 @@ def autolora_sweep(world: World, out: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     for w in (1.5, 3.0, 5.0):
         curve = []
-        for gamma in (0.0, 0.5, 1.0, 1.5, 2.0):
+        for gamma in GAMMAS:
             who, spread = [], []
             for i in range(n):
                 with autolora(world.base.pipeline, world.people[i], gamma):
@@ -199,9 +120,11 @@ def autolora_sweep(world: World, out: Path) -> None:
             one, other = Score.of(torch.stack(who)), Score.of(torch.stack(spread))
             print(f"| {w:g} | {gamma:g} | {one} | {other} |", flush=True)
             curve.append((other.mean, one.mean, gamma))
-        axes.plot([c[0] for c in curve], [c[1] for c in curve], "o-", label=f"guidance {w:g}")
+        (line,) = axes.plot([c[0] for c in curve], [c[1] for c in curve], label=f"guidance {w:g}")
         for x, y, gamma in curve:
-            axes.annotate(f"{gamma:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+            axes.plot(x, y, GAMMAS[gamma], color=line.get_color(), markersize=7)
+    for gamma, marker in GAMMAS.items():
+        axes.plot([], [], marker, color="gray", label=f"γ {gamma:g}")
     axes.set_xlabel("diversity (RMS difference between seeds)")
     axes.set_ylabel("identity score I")
     axes.set_title("AutoLoRA: γ along each curve")
@@ -210,71 +133,13 @@ def autolora_sweep(world: World, out: Path) -> None:
     figure.savefig(out / "autolora.png", dpi=110)
 
 
-def sliders(world: World, out: Path) -> None:
-    """Six edits on held-out people: does it change, does the rest stay, is it monotone? By differential LoRAs and by
-    one LoRA fitted directly to the same pairs in as many steps, under a prompt that is silent about the attribute; and
-    by the pair network's LoRA of those pairs, on drawn pictures of the same people, with the base of edits."""
-    print("| edit | method | without | accuracy at 1 | at 2 | others kept at 1 | monotone |")
-    print("|---|---|---|---|---|---|---|")
-    grid = []
-    for name, (attribute, value) in SLIDERS.items():
-        for method in (differential, paired):
-            drawn = drawn_with(world, attribute, world.change(attribute, value, method=method))
-            print(f"| {name} | {method.__name__} | {slid(world, drawn, attribute, value)} |", flush=True)
-            if method is differential:
-                grid.append([drawn[s][0] for s in STRENGTHS] + [drawn[s][1] for s in STRENGTHS])
-        drawn = edited_with_network(world, attribute, value)
-        print(f"| {name} | LoRA of Change | {slid(world, drawn, attribute, value)} |", flush=True)
-    _sheet(grid).save(out / "sliders.png")
-
-
-def drawn_with(world: World, attribute: str, change: LoraWeights) -> dict[float, list[Image.Image]]:
-    """Every person at every strength of a change, by prompt."""
-    prompt = ", ".join(["a portrait of sks person", *(w for a, w in SILENT.items() if a != attribute)])
-    n, drawn = len(world.people), {}
-    for s in STRENGTHS:
-        with composed(world.base.pipeline, [change * s]):
-            drawn[s] = render(world.base, [prompt] * n, world.people, seeds=range(n), steps=world.steps)
-    return drawn
-
-
-def edited_with_network(world: World, attribute: str, value: str) -> dict[float, list[Image.Image]]:
-    """Drawn pictures of every person, edited at every strength by the pair network's LoRA."""
-    canvas = load_base(bundle.EDIT_BASE)
-    model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=canvas)
-    before, after = world.pairs(attribute, value)
-    shown = [tuple(to_image(side) for side in pair) for pair in zip(before, after, strict=True)]
-    change = model(shown)  # type: ignore[arg-type]
-    plain, pictures = {k: v for k, v in NEUTRAL.items() if k == attribute}, []
-    for seed in SPLITS["test"][: len(world.people)]:
-        person, how = edited(identity(seed), replace(scene(seed, 1), hat="none", style="plain"), **plain)
-        pictures.append(draw(person, how, canvas.resolution))
-    seeds = range(len(pictures))
-    return {s: apply_edit(canvas, pictures, change * s, seeds=seeds, steps=model.steps) for s in STRENGTHS}
-
-
-def slid(world: World, drawn: Mapping[float, Sequence[Image.Image]], attribute: str, value: str) -> str:
-    """Columns of the table of ``sliders``."""
-    index, n = world.reader.attributes[attribute].index(value), len(drawn[0.0])
-    seen = [world.reader(pixels_of(drawn[s])).logits[attribute].softmax(-1)[:, index].mean() for s in STRENGTHS]
-    rates = [sum(v == value for v in world.read(drawn[s], attribute)) / n for s in (0.0, 1.0, 2.0)]
-    same = [
-        sum(a == b for a, b in zip(world.read(drawn[0.0], other), world.read(drawn[1.0], other), strict=True)) / n
-        for other in WATCHED
-        if other != attribute
-    ]
-    monotone = all(a <= b + 0.01 for a, b in pairwise(seen))
-    curve = ", ".join(f"{float(v):.2f}" for v in seen)
-    columns = [*(f"{rate:.2f}" for rate in rates), f"{sum(same) / len(same):.2f}"]
-    return " | ".join([*columns, f"{'yes' if monotone else 'no'}: {curve}"])
-
-
 def _sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
+    """Pictures of equal height in rows, unlabelled."""
+    height = rows[0][0].height
+    sheet = Image.new("RGB", (max(sum(p.width for p in row) for row in rows), len(rows) * height), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            sheet.paste(picture, (x * width, y * height))
+            sheet.paste(picture, (sum(p.width for p in row[:x]), y * height))
     return sheet
 
 
@@ -283,7 +148,6 @@ def main() -> None:
         "regions": regions,
         "strategies": strategies,
         "autolora": autolora_sweep,
-        "sliders": sliders,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=parts)

@@ -56,19 +56,27 @@ def write_report(folder: Path, rows: Sequence[Row], photos: Sequence[Image.Image
     plt.close("all")
 
 
-def contact_sheet(titles: Sequence[str], grid: Sequence[Sequence[Image.Image]], cell: int = 128) -> Image.Image:
-    """Pictures in rows under column titles (wrapped), on white."""
+def contact_sheet(
+    titles: Sequence[str], grid: Sequence[Sequence[Image.Image]], cell: int = 128, labels: Sequence[str] = ()
+) -> Image.Image:
+    """Pictures in rows under column titles (wrapped), on white; ``labels`` stand at the left of their rows."""
     font = ImageFont.load_default(size=12)
     wrapped = [_wrap(title, font, cell - 8) for title in titles]
     top = 10 + 15 * max(len(lines) for lines in wrapped)
     gap = 4
-    sheet = Image.new("RGB", (len(titles) * (cell + gap) + gap, top + len(grid) * (cell + gap)), "white")
+    left = gap + (cell if labels else 0)
+    sheet = Image.new("RGB", (left + len(titles) * (cell + gap), top + len(grid) * (cell + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for x, lines in enumerate(wrapped):
-        pen.multiline_text((gap + x * (cell + gap) + 2, 4), "\n".join(lines), fill="#222222", font=font, spacing=2)
+        pen.multiline_text((left + x * (cell + gap) + 2, 4), "\n".join(lines), fill="#222222", font=font, spacing=2)
+    for y, label in enumerate(labels):
+        lines = _wrap(label, font, cell - 8)
+        pen.multiline_text(
+            (gap + 2, top + y * (cell + gap) + 4), "\n".join(lines), fill="#222222", font=font, spacing=2
+        )
     for y, row in enumerate(grid):
         for x, picture in enumerate(row):
-            at = (gap + x * (cell + gap), top + y * (cell + gap))
+            at = (left + x * (cell + gap), top + y * (cell + gap))
             sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), at)
     return sheet
 

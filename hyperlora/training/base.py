@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from hyperlora.objectives import denoising_loss
 from hyperlora.training.optimizers import adamw_one_cycle
 from hyperlora.training.reader import Misreading
+from hyperlora.training.spreading import spread_words
 from hyperlora.training.widening import widen
 
 SCHEDULE = {
@@ -38,7 +39,7 @@ class BaseModel(L.LightningModule):
     clean latents that the UNet expects then counts ``reading_weight`` times its cross-entropy with the batch's
     ``labels`` ({attribute: [n]}, ``UNSEEN`` for what the caption does not name); ``reading_emphasis`` {attribute: how
     many times more}. Without ``train_text_encoder`` that of ``start_from`` is kept, and what else was trained with it
-    (an edit base) still fits.
+    (an edit base) still fits. ``apart`` (words, factor) begins with words pulled apart, as ``spread_words`` does.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class BaseModel(L.LightningModule):
         reading_weight: float = 0.0,
         reading_emphasis: dict[str, float] | None = None,
         train_text_encoder: bool = True,
+        apart: tuple[list[str], float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -75,6 +77,8 @@ class BaseModel(L.LightningModule):
             before = StableDiffusionPipeline.from_pretrained(start_from)
             widen(before.unet.float(), self.unet)
             self.text_encoder.load_state_dict(before.text_encoder.float().state_dict())
+        if apart is not None:
+            spread_words(self.text_encoder, self.tokenizer, *apart)
         self.scheduler = DDPMScheduler(**SCHEDULE)
         self.text_encoder.requires_grad_(train_text_encoder)
         self.misreading = Misreading(reader, reading_weight, reading_emphasis)
