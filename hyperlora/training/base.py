@@ -14,7 +14,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from hyperlora.objectives import denoising_loss
 from hyperlora.training.optimizers import adamw_one_cycle
 from hyperlora.training.reader import Misreading
-from hyperlora.training.spreading import spread_words
 from hyperlora.training.widening import widen
 
 SCHEDULE = {
@@ -37,9 +36,7 @@ class BaseModel(L.LightningModule):
     left, bottom, right) is a box in fractions of the picture that counts ``focus_weight`` times as much as the rest: a
     face's small parts are few latents. ``reader`` is the folder of a released reader of latents; what it reads in the
     clean latents that the UNet expects then counts ``reading_weight`` times its cross-entropy with the batch's
-    ``labels`` ({attribute: [n]}, ``UNSEEN`` for what the caption does not name); ``reading_emphasis`` {attribute: how
-    many times more}. Without ``train_text_encoder`` that of ``start_from`` is kept, and what else was trained with it
-    (an edit base) still fits. ``apart`` (words, factor) begins with words pulled apart, as ``spread_words`` does.
+    ``labels`` ({attribute: [n]}, ``UNSEEN`` for what the caption does not name).
     """
 
     def __init__(
@@ -56,9 +53,6 @@ class BaseModel(L.LightningModule):
         focus_weight: float = 1.0,
         reader: str | None = None,
         reading_weight: float = 0.0,
-        reading_emphasis: dict[str, float] | None = None,
-        train_text_encoder: bool = True,
-        apart: tuple[list[str], float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -77,11 +71,8 @@ class BaseModel(L.LightningModule):
             before = StableDiffusionPipeline.from_pretrained(start_from)
             widen(before.unet.float(), self.unet)
             self.text_encoder.load_state_dict(before.text_encoder.float().state_dict())
-        if apart is not None:
-            spread_words(self.text_encoder, self.tokenizer, *apart)
         self.scheduler = DDPMScheduler(**SCHEDULE)
-        self.text_encoder.requires_grad_(train_text_encoder)
-        self.misreading = Misreading(reader, reading_weight, reading_emphasis)
+        self.misreading = Misreading(reader, reading_weight)
 
     def on_fit_start(self) -> None:
         self.misreading.to(self.device)

@@ -26,11 +26,11 @@ class HypernetworkTraining(L.LightningModule):
     says about them), ``captions`` and ``latents`` [targets * batch, c, h, w] (or ``images`` in [0, 1], encoded here),
     target j of subject i at j * batch + i, ``subject`` [batch]. ``encoder`` is ``denoiser`` (the base itself), a
     released reader's folder, or a timm id, with ``encoder_options``; it is frozen. ``targets`` is a file of codes
-    fitted beforehand (``python -m data_builder codes``) to the first so many subjects, for the weight loss. ``reader``,
-    ``reading_weight`` and ``reading_emphasis`` are ``BaseModel``'s; all that a target shows is known, by its
-    prompt or by the photos. ``start_from`` is the folder of a released ``ImageToLora`` whose hypernetwork training goes
-    on from. Every validation logs the denoising loss of unseen subjects without LoRA, with their own photo's and with
-    another's: own < base < shuffled is the sign of learning.
+    fitted beforehand (``python -m data_builder codes``) to the first so many subjects, for the weight loss. ``reader``
+    and ``reading_weight`` are ``BaseModel``'s; all that a target shows is known, by its prompt or by the photos.
+    ``start_from`` is the folder of a released ``ImageToLora`` whose hypernetwork training goes on from. Every
+    validation logs the denoising loss of unseen subjects without LoRA, with their own photo's and with another's:
+    own < base < shuffled is the sign of learning.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class HypernetworkTraining(L.LightningModule):
         output_l2: float = 1e-3,
         reader: str | None = None,
         reading_weight: float = 0.0,
-        reading_emphasis: dict[str, float] | None = None,
         start_from: str | None = None,
         max_views: int = 8,
         lr: float = 3e-4,
@@ -70,7 +69,7 @@ class HypernetworkTraining(L.LightningModule):
             network = ImageToLora.from_pretrained(start_from, base=self.base).hypernetwork.requires_grad_(True)
             network.layout.require(layout)
         self.model = ImageToLora(vision.requires_grad_(False), network, card)
-        self.misreading = Misreading(reader, reading_weight, reading_emphasis)
+        self.misreading = Misreading(reader, reading_weight)
         self.codes = load_file(targets)["codes"] if targets else None
         if gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()

@@ -73,27 +73,19 @@ class ReaderTraining(L.LightningModule):
         return adamw_one_cycle(self, self.parameters(), self.hparams["lr"], self.hparams["weight_decay"])
 
 
-def attribute_loss(
-    reading: Reading, labels: Mapping[str, Tensor], emphasis: Mapping[str, float] | None = None
-) -> Tensor:
-    """Cross-entropy per sample [n], summed over the attributes of ``labels`` ({attribute: [n]}; ``UNSEEN`` is 0), each
-    times its ``emphasis`` (1 where not named)."""
+def attribute_loss(reading: Reading, labels: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy per sample [n], summed over the attributes of ``labels`` ({attribute: [n]}; ``UNSEEN`` is 0)."""
     logits = {name: reading.logits[name].float() for name in labels}
-    parts = [
-        (emphasis or {}).get(k, 1.0) * F.cross_entropy(logits[k], v, ignore_index=UNSEEN, reduction="none")
-        for k, v in labels.items()
-    ]
+    parts = [F.cross_entropy(logits[k], v, ignore_index=UNSEEN, reduction="none") for k, v in labels.items()]
     return torch.stack(parts).sum(0)
 
 
 class Misreading:
-    """``weight`` times what a released reader of latents (a folder; None for no such loss) misreads; ``emphasis``
-    {attribute: factor} for what is small in a picture or read badly."""
+    """``weight`` times what a released reader of latents (a folder; None for no such loss) misreads."""
 
-    def __init__(self, reader: str | None, weight: float, emphasis: Mapping[str, float] | None = None) -> None:
+    def __init__(self, reader: str | None, weight: float) -> None:
         self.reader = Reader.from_pretrained(reader) if reader else None
         self.weight = weight
-        self.emphasis = emphasis
 
     def to(self, device: torch.device) -> None:
         if self.reader is not None:
@@ -107,7 +99,7 @@ class Misreading:
             return None
         if labels is None:
             raise BadRequest("a reader is given, but the data have no labels: leave it out, or use drawn portraits")
-        return lambda latents: self.weight * attribute_loss(reader(latents), labels, self.emphasis)
+        return lambda latents: self.weight * attribute_loss(reader(latents), labels)
 
 
 def _supervised_contrast(identity: Tensor, subject: Tensor, temperature: float) -> Tensor:

@@ -34,13 +34,6 @@ def test_what_cannot_be_seen_counts_nothing(folder):
     assert float(second) == 0
 
 
-def test_emphasis_weighs_an_attribute(folder):
-    reading = Reader.from_pretrained(folder)(torch.randn(2, 4, 8, 8))
-    hair, hat = {"hair": torch.tensor([0, 1])}, {"hat": torch.tensor([1, 1])}
-    expected = 4 * attribute_loss(reading, hair) + attribute_loss(reading, hat)
-    torch.testing.assert_close(attribute_loss(reading, {**hair, **hat}, {"hair": 4.0}), expected)
-
-
 def test_descending_the_loss_makes_latents_that_are_read_as_labelled(folder):
     labels = {"hair": torch.tensor([0, 1]), "hat": torch.tensor([1, 0])}
     loss = Misreading(folder, 0.5).of(labels)
