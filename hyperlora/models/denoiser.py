@@ -1,10 +1,12 @@
 """``LoraDenoiser``: a diffusion transformer over the latents of LoRAs (DiT, 2212.09748, under DiffLoRA's conditions).
 
-Flow matching (2210.02747): x_t = (1 - t) x + t ε, the network says v = ε - x; dx/dt = v from t = 1 to 0 makes a LoRA.
+Flow matching (2210.02747): x_t = (1 - t) x + t ε; dx/dt = v = ε - x from t = 1 to 0 makes a LoRA. The network's output
+is the clean x, which says v = (x_t - x) / t (2511.13720): latents lie near few directions, noise in all of them, and a
+narrow network can name the former but not carry the latter.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +15,16 @@ from torch.nn import functional as F
 from hyperlora.features import ImageFeatures
 
 
+LEAST_TIME: Final = 0.05
+"""Times below this divide as if they were it: v would have no bound."""
+
+
 class LoraDenoiser(nn.Module):
     """Latents [batch, tokens, latent_width] at times [batch] in [0, 1], and what photos say, to velocities.
 
     Blocks of self-attention, cross-attention to the photos' tokens and a feed-forward layer; the time (and the mean of
     the photos' tokens) scales, shifts and gates each (AdaLN-zero), so every block begins as the identity. A learned
-    token stands for no condition, for classifier-free guidance.
+    token stands for no condition, for classifier-free guidance. At initialisation it expects x = 0.
     """
 
     def __init__(
@@ -52,12 +58,15 @@ class LoraDenoiser(nn.Module):
         for block in self.blocks:
             h = block(h, seen, how)
         scale, shift = self.modulate(how)[:, None].chunk(2, -1)
-        return self.leave(_normed(h) * (1 + scale) + shift)
+        with torch.autocast(x.device.type, enabled=False):  # divided by t, bfloat16's rounding would be all of v
+            clean = self.leave(_normed(h.float()) * (1 + scale.float()) + shift.float())
+        return (x - clean) / t.clamp(min=LEAST_TIME)[:, None, None]
 
     @torch.no_grad()
     def sample(self, photos: ImageFeatures, noise: Tensor, steps: int = 10, guidance: float = 1.0) -> Tensor:
         """Latents from ``noise`` [batch, tokens, latent_width] by Euler's method in ``steps`` equal steps; at
-        ``guidance`` w, v = v_none + w (v - v_none) (2207.12598, eq. 6)."""
+        ``guidance`` w, v = v_none + w (v - v_none) (2207.12598, eq. 6). The last step ends on what the network says is
+        clean, and a single one is its guess from noise alone."""
         x, n = noise, len(noise)
         for i in range(steps):
             t = x.new_full((n,), 1 - i / steps)
