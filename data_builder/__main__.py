@@ -11,7 +11,16 @@ from hyperlora.cli import Verbs
 from hyperlora.cli.cluster import RayCommand
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for verb in (verbs.plan, verbs.run, verbs.status, verbs.audit, verbs.pack, verbs.collect, verbs.sample, verbs.components):
+for verb in (
+    verbs.plan,
+    verbs.run,
+    verbs.status,
+    verbs.audit,
+    verbs.pack,
+    verbs.collect,
+    verbs.sample,
+    verbs.components,
+):
     app.command(cls=RayCommand if verb is verbs.run else None)(verb)
 
 

@@ -1,4 +1,4 @@
-"""The verbs of a build: plan, run, status, audit, pack, collect, sample, components. Heavy libraries are imported inside each."""
+"""The verbs of a build, from plan to components. Heavy libraries are imported inside each."""
 
 import json
 from dataclasses import replace

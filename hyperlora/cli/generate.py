@@ -106,7 +106,9 @@ def generate(
     if as_json:
         return
     if batch is None:
+        written = rank or network.layout.rank
         for item in made:
-            typer.echo(f"{out.with_name(str(item.file))}: rank {rank or network.layout.rank} for {network.layout.base}, {item.seconds:.2f} s")
+            file = out.with_name(str(item.file))
+            typer.echo(f"{file}: rank {written} for {network.layout.base}, {item.seconds:.2f} s")
     else:
         typer.echo(f"{len(made) - len(bad)} LoRAs and index.jsonl in {out}, {len(bad)} photos skipped")

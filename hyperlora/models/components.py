@@ -9,7 +9,7 @@ from hyperlora.lora import LoraLayout
 
 
 class LinearAutoencoder(nn.Module):
-    """Normalised rows [batch, numel] to latents [batch, tokens, width] by ``tokens`` * ``width`` directions, and back."""
+    """Rows [batch, numel] to latents [batch, tokens, width] by as many directions as they have numbers, and back."""
 
     basis: Tensor
 
@@ -84,8 +84,8 @@ class PartedAutoencoder(nn.Module):
 
 
 def directions(rows: Tensor, count: int, least: float = 1e-6) -> Tensor:
-    """The ``count`` orthonormal directions of most variance of rows [n, width] of mean 0, [count, width]; zeros in place
-    of those whose variance is below ``least`` of the first's.
+    """The ``count`` orthonormal directions of most variance of rows [n, width] of mean 0, [count, width]; zeros in
+    place of those whose variance is below ``least`` of the first's.
 
     From the eigenvectors of the smaller of rows rowsᵀ and rowsᵀ rows.
     """

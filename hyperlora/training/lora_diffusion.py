@@ -9,21 +9,21 @@ from torch import Tensor
 from hyperlora.encoders import photo_encoder
 from hyperlora.encoders.face import FaceFinder
 from hyperlora.features import ImageFeatures
+from hyperlora.lora.merging import apart
 from hyperlora.models import LoraDenoiser, MixtureOfFeatures
-from hyperlora.models.denoiser import flow_pair
+from hyperlora.models.denoiser import mixed_with
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
-from hyperlora.training.lora_codec import apart
 from hyperlora.training.optimizers import adamw_one_cycle
 
 
 class LoraDiffusionTraining(L.LightningModule):
-    """L = ‖v(x_t, t, photos) - (ε - x)‖², x the latents of a subject's LoRA     (2210.02747)
+    """L = ‖x̂(x_t, t, photos) - x‖², x_t = (1 - t) x + t ε, x the latents of a subject's LoRA     (2210.02747)
 
     t = s u / (1 + (s - 1) u), u uniform; s = ``shift`` > 1 asks more often for much noise, where the photos decide
-    (2403.03206, eq. 23). Batches: ``latents`` [n, tokens, width] of LoRAs, and what the model's frozen parts see in photos
-    of the same subjects, ``face`` [n, views, 1, width] and ``image`` [n, views, k, width]; of the views, a random number
-    is told. ``codec`` is a released ``LoraCodec``, ``encoder`` a released reader's folder or a timm id with
+    (2403.03206, eq. 23). Batches: ``latents`` [n, tokens, width] of LoRAs, and what the model's frozen parts see in
+    photos of the same subjects, ``face`` [n, views, 1, width] and ``image`` [n, views, k, width]; of the views, a random
+    number is told. ``codec`` is a released ``LoraCodec``, ``encoder`` a released reader's folder or a timm id with
     ``encoder_options``, ``face_pack`` a pack for insightface; all three stay frozen. With probability ``unconditional``
     nothing is said of the photos, for guidance. Every validation logs the loss, the cosine of the sampled ΔW to the
     subject's own and to another's, and the mean gate (1 where only the face is heard).
@@ -86,9 +86,8 @@ class LoraDiffusionTraining(L.LightningModule):
     def _loss(self, latents: Tensor, told: ImageFeatures, dropped: Tensor | None) -> Tensor:
         u, shift = torch.rand(len(latents), device=self.device), self.hparams["shift"]
         t = shift * u / (1 + (shift - 1) * u)
-        noisy, velocity = flow_pair(latents, torch.randn_like(latents), t)
-        said = self.model.denoiser(noisy, t, told, dropped)
-        return torch.nn.functional.mse_loss(said.float(), velocity.float())
+        said = self.model.denoiser(mixed_with(torch.randn_like(latents), latents, t), t, told, dropped)
+        return torch.nn.functional.mse_loss(said.float(), latents.float())
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
