@@ -8,9 +8,9 @@
         --codecs runs/avatars/lora-components runs/avatars/lora-codec --components 512 \
         --model runs/avatars/difflora/model [--sampling-steps 1 4 10 50] [--people 16]
 
-I *of the fitted* is the share of the I that the LoRAs have as they were fitted. *Nearest of training* is the mean cosine
-of each LoRA's numbers (normalised by the training set) to the nearest training LoRA's: samples nearer than held-out
-fitted LoRAs would be copies. *Spread* is 1 - the mean cosine between samples of one photo.
+I *of the fitted* is the share of the I that the LoRAs have as they were fitted. *Nearest of training* is the mean
+cosine of each LoRA's numbers (normalised by the training set) to the nearest training LoRA's: samples nearer than
+held-out fitted LoRAs would be copies. *Spread* is 1 - the mean cosine between samples of one photo.
 """
 
 import argparse

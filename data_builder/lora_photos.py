@@ -49,9 +49,9 @@ class SeenLoras(Dataset[dict[str, Tensor]]):
 
 
 class LorasAndPhotos(L.LightningDataModule):
-    """``latents``, ``face`` and ``image`` (``SeenLoras``) of a build (``data-builder run``) or a pack: its split ``train``,
-    and the split ``validation`` of the build ``validation``, or of the same one. The model that is trained looks at the
-    photos, so the data are ready once it is attached."""
+    """``latents``, ``face`` and ``image`` (``SeenLoras``) of a build (``data-builder run``) or a pack: its split
+    ``train``, and the split ``validation`` of the build ``validation``, or of the same one. The model that is trained
+    looks at the photos, so the data are ready once it is attached."""
 
     def __init__(self, build: str, validation: str | None = None, batch_size: int = 64, views: int = 4) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class LorasAndPhotos(L.LightningDataModule):
 
     @property
     def _model(self) -> LoraDiffusion:
-        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        module: Any = self.trainer.lightning_module
         model: LoraDiffusion = module.model
         return model
 

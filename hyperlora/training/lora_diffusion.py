@@ -22,8 +22,8 @@ class LoraDiffusionTraining(L.LightningModule):
 
     t = s u / (1 + (s - 1) u), u uniform; s = ``shift`` > 1 asks more often for much noise, where the photos decide
     (2403.03206, eq. 23). Batches: ``latents`` [n, tokens, width] of LoRAs, and what the model's frozen parts see in
-    photos of the same subjects, ``face`` [n, views, 1, width] and ``image`` [n, views, k, width]; of the views, a random
-    number is told. ``codec`` is a released ``LoraCodec``, ``encoder`` a released reader's folder or a timm id with
+    photos of the same subjects, ``face`` [n, views, 1, width] and ``image`` [n, views, k, width]; a random number of
+    the views is told. ``codec`` is a released ``LoraCodec``, ``encoder`` a released reader's folder or a timm id with
     ``encoder_options``, ``face_pack`` a pack for insightface; all three stay frozen. With probability ``unconditional``
     nothing is said of the photos, for guidance. Every validation logs the loss, the cosine of the sampled ΔW to the
     subject's own and to another's, and the mean gate (1 where only the face is heard).

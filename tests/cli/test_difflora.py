@@ -11,8 +11,8 @@ import torch
 from hyperlora.errors import BadArtifact
 from hyperlora.formats import load_lora
 from hyperlora.pipelines import ImageToLora, generating
-from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.domain import Domain, described, digest
+from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.generating import Photos, Settings
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
