@@ -5,7 +5,7 @@
     hyperlora train fit --config configs/avatars/lora_codec.yaml
     hyperlora train fit --config configs/avatars/difflora.yaml
     python benchmarks/difflora.py runs/avatars/build runs/avatars/build-validation \
-        --codecs runs/avatars/lora-components runs/avatars/lora-codec --components 512 \
+        --codecs runs/avatars/lora-components runs/avatars/lora-codec --components 128 \
         --model runs/avatars/difflora/model [--sampling-steps 1 4 10 50] [--people 16]
 
 I *of the fitted* is the share of the I that the LoRAs have as they were fitted. *Nearest of training* is the mean

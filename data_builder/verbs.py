@@ -224,9 +224,9 @@ def sample(
 def components(
     dataset: Annotated[Path, typer.Argument(help="Folder of a pack or a build; its rows of the split train count.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the LoraCodec to write.")],
-    tokens: Annotated[int, typer.Option(min=1)] = 16,
-    width: Annotated[int, typer.Option(min=1, help="Numbers of each token.")] = 32,
-    each: Annotated[int, typer.Option(min=0, help="Directions of every factor; 0: of whole LoRAs at once.")] = 24,
+    tokens: Annotated[int, typer.Option(min=1)] = 8,
+    width: Annotated[int, typer.Option(min=1, help="Numbers of each token.")] = 16,
+    each: Annotated[int, typer.Option(min=0, help="Directions of every factor; 0: of whole LoRAs at once.")] = 20,
     balanced: Annotated[bool, typer.Option("--balanced", help="Factors of equal singular values first.")] = False,
 ) -> None:
     """Learn the principal components of a dataset: a codec in closed form, in place of a trained autoencoder."""

@@ -48,7 +48,7 @@ class PartedAutoencoder(nn.Module):
     parts: Tensor
     joint: Tensor
 
-    def __init__(self, layout: LoraLayout, tokens: int = 16, width: int = 32, each: int = 24) -> None:
+    def __init__(self, layout: LoraLayout, tokens: int = 8, width: int = 16, each: int = 20) -> None:
         super().__init__()
         self.layout, self.tokens, self.width, self.each = layout, tokens, width, each
         self.config: dict[str, Any] = {"tokens": tokens, "width": width, "each": each}
