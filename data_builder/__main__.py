@@ -11,7 +11,16 @@ from hyperlora.cli import Verbs
 from hyperlora.cli.cluster import RayCommand
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for verb in (verbs.plan, verbs.run, verbs.status, verbs.audit, verbs.pack, verbs.collect, verbs.sample):
+for verb in (
+    verbs.plan,
+    verbs.run,
+    verbs.status,
+    verbs.audit,
+    verbs.pack,
+    verbs.collect,
+    verbs.sample,
+    verbs.components,
+):
     app.command(cls=RayCommand if verb is verbs.run else None)(verb)
 
 
@@ -86,7 +95,7 @@ def benchmark(
 def domain(
     portraits: Annotated[Path, typer.Argument(help="Drawn training portraits (`avatars`).")],
     held_out: Annotated[Path, typer.Argument(help="Drawn validation portraits.")],
-    model: Annotated[Path, typer.Option(help="Folder of an ImageToLora model to write into.")] = bundle.MODEL,
+    model: Annotated[Path, typer.Option(help="Folder of a model from photos to write into.")] = bundle.MODEL,
     subjects: Annotated[str, typer.Option(help="What people call these pictures.")] = "avatars",
 ) -> None:
     """Measure what a model's training portraits look like, so that it can tell other photos from them."""

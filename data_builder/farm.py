@@ -87,7 +87,9 @@ class Farm:
                 with torch.no_grad():
                     parts = [self.network.forward(m.pixels[None]) for m in materials]
                 predicted = LoraWeights.unflatten(parts[0].layout, torch.cat([p.flatten() for p in parts]))
-                return predicted.resize(self.layout.rank).flatten()
+                if predicted.layout.rank != self.layout.rank:
+                    predicted = predicted.resize(self.layout.rank)  # by SVD, whose signs differ from row to row
+                return predicted.flatten()
             case "mean":
                 assert self.mean is not None
                 return self.mean.expand(len(rows), -1)

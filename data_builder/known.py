@@ -1,4 +1,4 @@
-"""What the released networks know: the pictures an ImageToLora was trained on, the identity scale of an evaluator."""
+"""What released networks know: the pictures a model from photos was trained on, the identity scale of an evaluator."""
 
 from pathlib import Path
 from typing import Final
@@ -14,8 +14,9 @@ from hyperlora.encoders import Reader
 from hyperlora.encoders.reader import read_in_batches
 from hyperlora.errors import BadRequest
 from hyperlora.evaluation.metrics import IdentityScale
-from hyperlora.pipelines import ImageToLora
 from hyperlora.pipelines.domain import Domain, described, digest
+from hyperlora.pipelines.methods import open_photo_model
+from hyperlora.pipelines.photo_model import PhotoModel
 from hyperlora.progress import track
 
 _TRAINING: Final = 6000
@@ -25,7 +26,7 @@ _HELD_OUT: Final = 1000
 def write_domain(model: Path, portraits: Path, held_out: Path, subjects: str) -> float:
     """``domain.safetensors`` beside the model in ``model``, from drawn training and validation portraits; the distance
     up to which photos are known."""
-    network = ImageToLora.from_pretrained(model)
+    network = open_photo_model(model)
     training, others = Portraits(portraits), Portraits(held_out)
     if (training.plan.split, others.plan.split) != ("train", "validation"):
         raise BadRequest("training portraits first and validation portraits second are expected: test stays unseen")
@@ -48,13 +49,13 @@ def write_identity_scale(evaluator: Path, portraits: Path) -> tuple[float, float
     return reader.identity_scale
 
 
-def _seen(network: ImageToLora, drawn: Portraits, most: int) -> Tensor:
+def _seen(network: PhotoModel, drawn: Portraits, most: int) -> Tensor:
     """Up to ``most`` portraits as the network describes them, evenly from all people."""
     chosen = np.linspace(0, len(drawn) - 1, min(most, len(drawn))).astype(int)
     size, parts = network.encoder.image_size, []
     for some in track([chosen[i : i + 64] for i in range(0, len(chosen), 64)], "looking", "portraits", len(chosen), 64):
         photos = torch.stack([to_tensor(Image.fromarray(x), size) for x in drawn.images[some]])
-        parts.append(described(network.features(photos[:, None]))[:, 0])
+        parts.append(described(network.image_features(network.features(photos[:, None])))[:, 0])
     return torch.cat(parts)
 
 

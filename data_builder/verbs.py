@@ -1,4 +1,4 @@
-"""The verbs of a build: plan, run, status, audit, pack, collect, sample. Heavy libraries are imported inside each."""
+"""The verbs of a build, from plan to components. Heavy libraries are imported inside each."""
 
 import json
 from dataclasses import replace
@@ -219,6 +219,26 @@ def sample(
 
     require_folder(out)
     typer.echo(f"recipe, statistics and {ship(dataset, out, most)} rows in {out}")
+
+
+def components(
+    dataset: Annotated[Path, typer.Argument(help="Folder of a pack or a build; its rows of the split train count.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the LoraCodec to write.")],
+    tokens: Annotated[int, typer.Option(min=1)] = 8,
+    width: Annotated[int, typer.Option(min=1, help="Numbers of each token.")] = 16,
+    each: Annotated[int, typer.Option(min=0, help="Directions of every factor; 0: of whole LoRAs at once.")] = 20,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Factors of equal singular values first.")] = False,
+) -> None:
+    """Learn the principal components of a dataset: a codec in closed form, in place of a trained autoencoder."""
+    from hyperlora.cli.output import require_folder
+    from hyperlora.data import LoraDataset
+    from hyperlora.pipelines.lora_codec import LoraCodec
+
+    require_folder(out)
+    data = LoraDataset(dataset, "train")
+    codec = LoraCodec.of_principal_components(data, tokens, width, balanced, each or None)
+    codec.save_pretrained(out)
+    typer.echo(f"{out}: {tokens} x {width} numbers for {data.layout.numel} of {len(data)} LoRAs")
 
 
 def _audited(build: Path) -> tuple[dict[tuple[str, int], float], set[tuple[str, int]]]:

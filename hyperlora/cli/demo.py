@@ -8,6 +8,7 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("demo"),
+    method: Annotated[str, typer.Option(help="hyperdreambooth or difflora.")] = "hyperdreambooth",
     people: Annotated[int, typer.Option(min=1, help="How many people never seen in training.")] = 6,
 ) -> None:
     """Portraits of people never seen in training, from one photo each: pictures, LoRA files, seconds and scores."""
@@ -25,12 +26,13 @@ def demo(
     from hyperlora.formats import LoraHeader, load_lora, save_lora
     from hyperlora.heap import keep_heap
     from hyperlora.lora import LoraWeights
-    from hyperlora.pipelines import ImageToLora, load_base
+    from hyperlora.pipelines import load_base
+    from hyperlora.pipelines.methods import open_photo_model
 
     require_folder(out)
     keep_heap()
     base = load_base(bundle.BASE)
-    model = ImageToLora.from_pretrained(bundle.MODEL, base=base)
+    model = open_photo_model(method=method, base=base)
     benchmark = load_benchmark(bundle.BENCHMARK, base.resolution, people)
     judge = Judge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark)
     model.forward(benchmark.photos[:1, :1])  # warm up, so that the time told is a second photo's

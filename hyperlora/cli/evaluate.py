@@ -10,13 +10,18 @@ import typer
 def evaluate(
     subjects: Annotated[Path | None, typer.Argument(help="Benchmark, or any folder of subjects or pairs.")] = None,
     task: Annotated[str, typer.Option(help="portrait (LoRAs from photos) or edit (from pairs).")] = "portrait",
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of an ImageToLora (PairToLora) model.")] = None,
+    method: Annotated[str | None, typer.Option(help="hyperdreambooth or difflora: whose model of the bundle.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a model of either (or a PairToLora).")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     evaluator: Annotated[Path | None, typer.Option(help="Folder of the evaluator network.")] = None,
     people: Annotated[int | None, typer.Option(min=1, help="Only so many subjects (edits per group).")] = None,
     refine: Annotated[int, typer.Option(min=0, help="Also refined with so many steps.")] = 0,
     fit: Annotated[int, typer.Option(min=0, help="Also LoRAs fitted per subject, so many steps.")] = 0,
     fit_lr: Annotated[float, typer.Option(help="Learning rate of those.")] = 1e-3,
+    best_of: Annotated[int, typer.Option(min=1, help="Also the likest of so many samples (difflora).")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first person's sample; then + 1 (difflora).")] = 0,
+    sampling_steps: Annotated[int | None, typer.Option(min=1, help="Of the diffusion over LoRAs.")] = None,
+    sampling_guidance: Annotated[float | None, typer.Option(min=0, max=100, help="By the photos, likewise.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; 20, or the pair model's own.")] = None,
     guidance: Annotated[float, typer.Option(min=0, max=100)] = 3.0,
     report: Annotated[Path | None, typer.Option(help="Folder for the table, pictures and plot.")] = None,
@@ -45,16 +50,31 @@ def evaluate(
     from hyperlora.evaluation.report import markdown, write_report
     from hyperlora.evaluation.table import FitSettings, rows
     from hyperlora.heap import keep_heap
-    from hyperlora.pipelines import ImageToLora, load_base
+    from hyperlora.pipelines import load_base
+    from hyperlora.pipelines.choosing import Chooser, portraits_of
+    from hyperlora.pipelines.generating import Settings, check
+    from hyperlora.pipelines.likeness import Likeness
+    from hyperlora.pipelines.methods import open_photo_model
+    from hyperlora.pipelines.photo_model import Sampling
 
     keep_heap()
     frozen = load_base(base or bundle.BASE)
-    network = ImageToLora.from_pretrained(model or bundle.MODEL, base=frozen)
+    network = open_photo_model(model, method, frozen)
     network.layout.require_base(frozen.id)
     benchmark = load_benchmark(subjects or bundle.BENCHMARK, frozen.resolution, people)
     judge = Judge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps or 20, guidance)
     fitting = FitSettings(steps=fit, lr=fit_lr) if fit else None
-    table = list(rows(judge, network, refine_steps=refine, fitting=fitting))
+    sampling = Sampling(seed, sampling_steps, sampling_guidance)
+    check(network, Settings(sampling=sampling, best_of=best_of))
+    chooser = None
+    if best_of > 1:
+        likeness = Likeness.from_pretrained(evaluator or bundle.EVALUATOR)
+        chooser = Chooser(frozen, likeness, portraits_of(network.trigger))
+    table = list(
+        rows(
+            judge, network, refine_steps=refine, fitting=fitting, sampling=sampling, best_of=best_of, chooser=chooser
+        )
+    )  # fmt: skip
     if report is not None:
         from hyperlora.data import to_image
 

@@ -13,7 +13,9 @@ def serve(
         str, typer.Option(help="Address to bind; other machines reach 0.0.0.0 (use keys then).")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of an ImageToLora model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a model from photos, of either method.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     pair_model: Annotated[str | None, typer.Option(help="PairToLora model, for before/after pairs.")] = None,
     edit_base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix) of that model.")] = None,

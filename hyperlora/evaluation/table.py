@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from hyperlora.evaluation.personalisation import Judge, Row, pixels_of
 from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import ImageToLora, refine, render
+from hyperlora.pipelines import refine, render
+from hyperlora.pipelines.choosing import Chooser
 from hyperlora.pipelines.fitting import Examples, fit
+from hyperlora.pipelines.generating import Photos, Settings, candidates
+from hyperlora.pipelines.photo_model import PhotoModel, Sampling
 from hyperlora.pipelines.refining import photo_examples
 
 
@@ -30,23 +33,30 @@ class FitSettings:
 
 def rows(
     judge: Judge,
-    model: ImageToLora,
+    model: PhotoModel,
     *,
     strengths: tuple[float, ...] = (0.6, 0.8),
     refine_steps: int = 0,
     fitting: FitSettings | None = None,
+    sampling: Sampling | None = None,
+    best_of: int = 1,
+    chooser: Chooser | None = None,
 ) -> Iterator[Row]:
-    """Score the base, the model from one photo and from all, its controls and, if asked, refined and fitted LoRAs."""
+    """Score the base, the model from one photo and from all, its controls and, if asked, refined and fitted LoRAs, and
+    the likest of ``best_of`` samples (as ``chooser`` finds)."""
     photos = judge.benchmark.photos
     one = photos[:, :1]
     yield judge.row("base, no LoRA", None)
-    lora, seconds = _timed(lambda: _one_by_one(model, one))
+    lora, seconds = _timed(lambda: one_by_one(model, one, sampling))
     yield judge.row("one photo", lora, seconds)
     for strength in strengths:
         yield judge.row(f"one photo, strength {strength:g}", lora * strength, seconds)
     if photos.shape[1] > 1:
-        many, seconds = _timed(lambda: _one_by_one(model, photos))
+        many, seconds = _timed(lambda: one_by_one(model, photos, sampling))
         yield judge.row(f"{photos.shape[1]} photos", many, seconds)
+    if best_of > 1:
+        best, took = _timed(lambda: _best(model, one, sampling or Sampling(), best_of, chooser))
+        yield judge.row(f"one photo, best of {best_of}", best, took)
     if len(lora) > 1:  # of a single subject these would be its own
         yield judge.row("shuffled: another's LoRA", lora[torch.arange(len(lora)).roll(1)])
         yield judge.row("mean LoRA", lora.mean())
@@ -59,7 +69,7 @@ def rows(
 
 
 def fitted_loras(
-    judge: Judge, model: ImageToLora, photos: Tensor, settings: FitSettings, snapshots: Sequence[int] = ()
+    judge: Judge, model: PhotoModel, photos: Tensor, settings: FitSettings, snapshots: Sequence[int] = ()
 ) -> dict[int, LoraWeights]:
     """DreamBooth-LoRA per subject, ``settings.chunk`` subjects at once; by number of steps: each of ``snapshots``, and
     ``settings.steps``."""
@@ -89,10 +99,22 @@ def _prior(judge: Judge, settings: FitSettings) -> Examples:
     return photo_examples(judge.base, pixels_of(pictures)[None], prompt)
 
 
-def _one_by_one(model: ImageToLora, photos: Tensor) -> LoraWeights:
-    """Single forward passes, as a user makes them, so that the time per LoRA is honest."""
+def one_by_one(model: PhotoModel, photos: Tensor, sampling: Sampling | None = None) -> LoraWeights:
+    """Single forward passes, as a user makes them, so that the time per LoRA is honest; each by a seed of its own."""
+    how = sampling or Sampling()
     with torch.no_grad():
-        return LoraWeights.stack([model.forward(p[None])[0] for p in photos])
+        made = [model.forward(p[None], replace(how, seed=how.seed + i))[0] for i, p in enumerate(photos)]
+    return LoraWeights.stack(made)
+
+
+def _best(
+    model: PhotoModel, photos: Tensor, sampling: Sampling, best_of: int, chooser: Chooser | None
+) -> LoraWeights:  # fmt: skip
+    settings, made = Settings(best_of=best_of), []
+    for i, p in enumerate(photos):
+        how = replace(settings, sampling=replace(sampling, seed=sampling.seed + best_of * i))
+        made.append(candidates(model, model.features(p[None]), [Photos(p)], how, 1, chooser)[0][0])
+    return LoraWeights.stack(made)
 
 
 def _refined(judge: Judge, lora: LoraWeights, photos: Tensor, steps: int) -> LoraWeights:

@@ -71,6 +71,20 @@ def relative_error(approximation: LoraWeights, exact: LoraWeights) -> float:
     return float(difference / size) if size > 0 else float(difference)
 
 
+def apart(one: LoraWeights, other: LoraWeights) -> tuple[Tensor, Tensor]:
+    """‖ΔW - ΔŴ‖ / ‖ΔW‖ and the cosine of ΔW and ΔŴ, over all sites together, per LoRA [*batch]."""
+    aa, bb, ab = _dot(one, one), _dot(other, other), _dot(one, other)
+    return ((aa + bb - 2 * ab).clamp(min=0) / aa).sqrt(), ab / (aa * bb).sqrt().clamp(min=1e-12)
+
+
+def _dot(one: LoraWeights, other: LoraWeights) -> Tensor:
+    """Σ ΔW ∘ ΔŴ = Σ tr(upᵀ ûp (dôwn downᵀ)), which needs no ΔW."""
+    dots = torch.zeros(one.batch, device=one.down[0].device)
+    for down, up, down2, up2 in zip(one.down, one.up, other.down, other.up, strict=True):
+        dots = dots + ((up.mT @ up2) * (down @ down2.mT)).sum((-2, -1))
+    return dots
+
+
 def checked_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     """``n`` finite weights, 1 each by default. Raises ``BadRequest`` for another number of them, NaN or infinity."""
     if n == 0:

@@ -92,40 +92,6 @@ class LoraAutoencoder(nn.Module):
         return self.decode(mean), divergence
 
 
-class LinearAutoencoder(nn.Module):
-    """Principal components: the control of equal latent size, and what a convolution has to beat.
-
-    ``learn`` takes rows; ``size`` of the latents is split into ``tokens`` of ``width`` numbers.
-    """
-
-    basis: Tensor
-
-    def __init__(self, layout: LoraLayout, tokens: int = 16, width: int = 16) -> None:
-        super().__init__()
-        self.layout, self.tokens, self.width = layout, tokens, width
-        self.config: dict[str, Any] = {"tokens": tokens, "width": width}
-        self.register_buffer("basis", torch.zeros(tokens * width, layout.numel))
-
-    @property
-    def compression(self) -> float:
-        """Numbers of a LoRA per number of its latents."""
-        return self.layout.numel / len(self.basis)
-
-    def learn(self, rows: Tensor) -> None:
-        """The directions of most variance of rows [n, numel] of mean 0; fewer rows than directions leave zeros."""
-        directions = torch.linalg.svd(rows.float(), full_matrices=False).Vh[: len(self.basis)]
-        self.basis.zero_()
-        self.basis[: len(directions)] = directions
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """[batch, tokens, width]."""
-        return (rows @ self.basis.mT).unflatten(-1, (self.tokens, self.width))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """[batch, numel]."""
-        return latents.flatten(-2) @ self.basis
-
-
 class _Stage(nn.Module):
     """One convolution that shortens (or lengthens) the line, a scale and shift for every place, a residual block."""
 

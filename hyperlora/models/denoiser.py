@@ -1,6 +1,8 @@
 """``LoraDenoiser``: a diffusion transformer over the latents of LoRAs (DiT, 2212.09748, under DiffLoRA's conditions).
 
-Flow matching (2210.02747): x_t = (1 - t) x + t ε, the network says v = ε - x; dx/dt = v from t = 1 to 0 makes a LoRA.
+Flow matching (2210.02747): x_t = (1 - t) x + t ε; dx/dt = v = ε - x = (x_t - x) / t from t = 1 to 0 makes a LoRA. The
+network says x (2511.13720): latents lie near few directions, noise in all of them, and a narrow network can name the
+former but not carry the latter.
 """
 
 from collections.abc import Sequence
@@ -14,11 +16,11 @@ from hyperlora.features import ImageFeatures
 
 
 class LoraDenoiser(nn.Module):
-    """Latents [batch, tokens, latent_width] at times [batch] in [0, 1], and what photos say, to velocities.
+    """Latents [batch, tokens, latent_width] at times [batch] in [0, 1], and what photos say, to clean latents.
 
     Blocks of self-attention, cross-attention to the photos' tokens and a feed-forward layer; the time (and the mean of
     the photos' tokens) scales, shifts and gates each (AdaLN-zero), so every block begins as the identity. A learned
-    token stands for no condition, for classifier-free guidance.
+    token stands for no condition, for classifier-free guidance. At initialisation it expects x = 0.
     """
 
     def __init__(
@@ -57,18 +59,19 @@ class LoraDenoiser(nn.Module):
     @torch.no_grad()
     def sample(self, photos: ImageFeatures, noise: Tensor, steps: int = 10, guidance: float = 1.0) -> Tensor:
         """Latents from ``noise`` [batch, tokens, latent_width] by Euler's method in ``steps`` equal steps; at
-        ``guidance`` w, v = v_none + w (v - v_none) (2207.12598, eq. 6)."""
+        ``guidance`` w, x = x_none + w (x - x_none) (2207.12598, eq. 6; v likewise). The last step ends on what the
+        network says, and a single one is its guess from noise alone."""
         x, n = noise, len(noise)
         for i in range(steps):
             t = x.new_full((n,), 1 - i / steps)
             if guidance == 1:
-                v = self(x, t, photos)
+                clean = self(x, t, photos)
             else:
                 both = ImageFeatures(photos.tokens.repeat(2, 1, 1, 1))
                 without = torch.arange(2 * n, device=x.device) >= n
-                v, v_none = self(x.repeat(2, 1, 1), t.repeat(2), both, without).chunk(2)
-                v = v_none + guidance * (v - v_none)
-            x = x - v / steps
+                clean, plain = self(x.repeat(2, 1, 1), t.repeat(2), both, without).chunk(2)
+                clean = plain + guidance * (clean - plain)
+            x = x + (clean - x) / (steps - i)
         return x
 
 
@@ -97,10 +100,10 @@ class _Block(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def flow_pair(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t and the velocity ε - x that the network should say there; ``t`` [batch] in [0, 1]."""
+def mixed_with(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """x_t at times ``t`` [batch] in [0, 1]."""
     at = t.view(-1, *[1] * (x.ndim - 1))
-    return (1 - at) * x + at * noise, noise - x
+    return (1 - at) * x + at * noise
 
 
 def _silent(fan_in: int, fan_out: int) -> nn.Linear:

@@ -1,31 +1,24 @@
-"""Photos to LoRA files: one subject, or a folder of them offline."""
+"""Photos of subjects to finished LoRAs, and one subject's to files."""
 
-import hashlib
-import json
-import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.data import Subject, read_image, sha256_of, subjects_in, to_tensor
-from hyperlora.errors import BadImage, BadRequest, HyperloraError
-from hyperlora.features import ImageFeatures
-from hyperlora.formats import LoraHeader, lora_bytes, save_lora
-from hyperlora.formats.tensors import write_bytes
+from hyperlora.data import read_image, sha256_of, to_tensor
+from hyperlora.errors import BadRequest
+from hyperlora.formats import LoraHeader, save_lora
 from hyperlora.lora import LoraWeights
 from hyperlora.pipelines.bases import Base
+from hyperlora.pipelines.choosing import Chooser
 from hyperlora.pipelines.doubts import unknown
-from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.photo_model import PhotoModel, Sampling
 from hyperlora.pipelines.refining import refine
-from hyperlora.progress import track
 
 LoraFormat = Literal["diffusers", "kohya", "sgm"]
 
@@ -33,12 +26,15 @@ LoraFormat = Literal["diffusers", "kohya", "sgm"]
 @dataclass(frozen=True)
 class Settings:
     """How LoRAs are made and written. ``rank`` None keeps the model's; ``refine`` counts fine-tuning steps, which need
-    a ``base``."""
+    a ``base``. A model that samples makes ``best_of`` LoRAs of each subject, which need a ``Chooser`` if more than are
+    asked for."""
 
     format: LoraFormat = "diffusers"
     rank: int | None = None
     strength: float = 1.0
     refine: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    best_of: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Photos:
     fitted: Tensor | None = None
 
     @classmethod
-    def of(cls, images: Sequence[Image.Image], model: ImageToLora, base: Base | None = None) -> "Photos":
+    def of(cls, images: Sequence[Image.Image], model: PhotoModel, base: Base | None = None) -> "Photos":
         seen = torch.stack([to_tensor(image, model.encoder.image_size) for image in images])
         return cls(seen, torch.stack([to_tensor(image, base.resolution) for image in images]) if base else None)
 
@@ -76,42 +72,71 @@ class Made:
 
 
 def generate(
-    model: ImageToLora,
+    model: PhotoModel,
     subjects: Sequence[Photos],
     settings: Settings,
     base: Base | None = None,
-    features: ImageFeatures | None = None,
+    features: Any = None,
+    chooser: Chooser | None = None,
 ) -> LoraWeights:
     """LoRAs (batch axis) of subjects with equally many photos each, refined and resized as asked; ``features`` are
     those of their photos where the encoder has seen them already.
 
-    Raises ``BadRequest`` for refining without a base, and for a rank that no site can fill.
+    Raises ``BadRequest`` for refining without a base, choosing without a ``chooser``, a rank that no site can fill, and
+    several samples of a model that makes one LoRA.
     """
     check(model, settings)
-    weights = predicted(model, features or features_of(model, subjects))
+    seen = features if features is not None else features_of(model, subjects)
+    (weights,) = candidates(model, seen, subjects, settings, 1, chooser)
     return finished(model, weights, subjects, settings, base)
 
 
-def check(model: ImageToLora, settings: Settings) -> None:
-    """Raises ``BadRequest`` for a rank that no site can fill."""
+def check(model: PhotoModel, settings: Settings, samples: int = 1) -> None:
+    """Raises ``BadRequest`` for a rank that no site can fill, and for samples of a model that makes one LoRA."""
     rank = settings.rank or model.layout.rank
     if rank > (widest := max(min(site.fan_in, site.fan_out) for site in model.layout.sites)):
         raise BadRequest(f"rank {rank} asked for, but no weight of {model.layout.base!r} has more than {widest}")
+    if not model.samples and (max(samples, settings.best_of) > 1 or settings.sampling != Sampling()):
+        raise BadRequest(
+            "this model makes one LoRA of a photo and leaves nothing to chance: n, best-of, seed, sampling steps and "
+            "guidance are for a model that samples (--method difflora)"
+        )
 
 
-def features_of(model: ImageToLora, subjects: Sequence[Photos]) -> ImageFeatures:
+@torch.no_grad()
+def candidates(
+    model: PhotoModel, features: Any, subjects: Sequence[Photos], settings: Settings, count: int,
+    chooser: Chooser | None = None,
+) -> list[LoraWeights]:  # fmt: skip
+    """``count`` LoRAs of every subject, each of batch subjects, by the seeds from the settings' on; of more
+    (``best_of``), those that ``chooser`` finds most like the photos, the likest first."""
+    many, how = max(count, settings.best_of), settings.sampling
+    made = [model.made(features, replace(how, seed=how.seed + i)) for i in range(many)]
+    if many == 1 or (chooser is None and many == count):
+        return made
+    if chooser is None:
+        raise BadRequest("choosing the best of several LoRAs draws with the base model: give it too")
+    likeness = [
+        chooser(LoraWeights.stack([lora[i] for lora in made]), photos.seen if photos.fitted is None else photos.fitted)
+        for i, photos in enumerate(subjects)
+    ]
+    orders = [scores.argsort(descending=True).tolist() for scores in likeness]
+    return [LoraWeights.stack([made[order[place]][i] for i, order in enumerate(orders)]) for place in range(count)]
+
+
+def features_of(model: PhotoModel, subjects: Sequence[Photos]) -> Any:
     """What the encoder says about subjects with equally many photos each."""
     return model.features(torch.stack([photos.seen for photos in subjects]).to(model.device))
 
 
 @torch.no_grad()
-def predicted(model: ImageToLora, features: ImageFeatures) -> LoraWeights:
+def predicted(model: PhotoModel, features: Any) -> LoraWeights:
     """The one forward pass, after the encoder: LoRAs (batch axis)."""
     return model.made(features)
 
 
 def finished(
-    model: ImageToLora,
+    model: PhotoModel,
     weights: LoraWeights,
     subjects: Sequence[Photos],
     settings: Settings,
@@ -129,14 +154,14 @@ def finished(
         targets = torch.stack([photos.fitted for photos in subjects if photos.fitted is not None])
         weights = refine(
             base, weights, targets.to(model.device), steps=settings.refine, out_rank=rank, watch=watch,
-            label=None if watch else "refining", prompt=f"a portrait of {_trigger(model)}",
+            label=None if watch else "refining", prompt=f"a portrait of {model.trigger}",
         )  # fmt: skip
     elif rank != weights.layout.rank:
         weights = weights.resize(rank)
     return weights * settings.strength if settings.strength != 1 else weights
 
 
-def header_of(model: ImageToLora, title: str, photos: Sequence[Path | bytes]) -> LoraHeader:
+def header_of(model: PhotoModel, title: str, photos: Sequence[Path | bytes]) -> LoraHeader:
     """Provenance of a generated LoRA."""
     card = model.card
     resolution = card.get("resolution")
@@ -144,7 +169,7 @@ def header_of(model: ImageToLora, title: str, photos: Sequence[Path | bytes]) ->
         title=title.encode("utf-8", "replace").decode(),  # file names may hold bytes that are no text
         architecture=card.get("architecture", "stable-diffusion-v1"),
         resolution=(resolution, resolution) if resolution else None,
-        trigger_phrase=_trigger(model),
+        trigger_phrase=model.trigger,
         license=card.get("license", ""),
         encoder=str(model.encoder.config["name"]),
         encoder_license=model.encoder.licence,
@@ -152,143 +177,31 @@ def header_of(model: ImageToLora, title: str, photos: Sequence[Path | bytes]) ->
     )
 
 
-def generate_file(
-    model: ImageToLora,
+def generate_files(
+    model: PhotoModel,
     photos: Sequence[Path],
-    out: Path,
+    files: Sequence[Path],
     settings: Settings,
     base: Base | None = None,
     opened: Sequence[Image.Image] | None = None,
-) -> Made:
-    """One subject's LoRA file; ``opened`` are the photos where they have been read already. Nothing is written if
-    anything fails."""
-    began = time.perf_counter()
-    images = opened if opened is not None else [read_image(p) for p in photos]
-    subject = [Photos.of(images, model, base)]
-    features = features_of(model, subject)
-    weights = generate(model, subject, settings, base, features)[0]
-    save_lora(weights, out, format=settings.format, header=header_of(model, out.stem, photos))
-    (notices,) = unknown(model.domain, features)
-    return Made(out.stem, out.name, len(photos), time.perf_counter() - began, notices=notices)
-
-
-Maker = Callable[[Sequence[list[Subject]]], Iterable[list[tuple[Made, bytes]]]]
-"""Batches of subjects to what was made of each: an index line, and the file's bytes where there is one."""
-
-
-def generate_folder(
-    model: ImageToLora,
-    folder: Path,
-    out: Path,
-    settings: Settings,
-    base: Base | None = None,
-    batch_size: int = 32,
-    maker: Maker | None = None,
+    chooser: Chooser | None = None,
 ) -> list[Made]:
-    """One LoRA file per subject of ``folder`` (see ``subjects_in``) and ``index.jsonl`` beside them.
-
-    A photo that cannot be read is reported in the index and skipped, its subject made from the others. Subjects in the
-    index are not made again if their file is there, of this model and these settings, and of as many photos as now.
-    ``maker`` makes the batches (``ray_batches.on_ray``), in this process unless given; files are written here.
-    """
-    maker = maker or (lambda batches: (make_batch(model, batch, settings, base) for batch in batches))
-    subjects = subjects_in(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    index, recipe = out / "index.jsonl", _recipe(model, settings)
-    earlier = {made.subject: made for made in _read(index) if made.file and (out / made.file).is_file()}
-    waiting = [s for s in subjects if not _is_done(earlier.get(s.name), s, recipe)]
-    made = [old for name, old in earlier.items() if name not in {s.name for s in waiting}]
-    fresh_index = index.with_suffix(".tmp")
-    with fresh_index.open("w") as lines:
-        _write(lines, made)
-        os.replace(fresh_index, index)  # the old index stands until the new one is whole; lines are added to it below
-        batches = [waiting[i : i + batch_size] for i in range(0, len(waiting), batch_size)]
-        for results in track(maker(batches), "LoRAs", "LoRAs", len(waiting), batch_size):
-            fresh = []
-            for item, data in results:
-                if item.file:
-                    write_bytes(data, out / item.file)
-                fresh.append(replace(item, recipe=recipe if item.file else ""))
-            _write(lines, fresh)
-            made += fresh
-    return made
-
-
-def make_batch(
-    model: ImageToLora, batch: Sequence[Subject], settings: Settings, base: Base | None = None
-) -> list[tuple[Made, bytes]]:
-    """What ``generate_folder`` writes of some subjects: index lines, each with its file's bytes (or none)."""
+    """One subject's LoRAs, as many as ``files``, each another sample; ``opened`` are the photos where they have been
+    read already. Nothing is written if making them fails."""
     began = time.perf_counter()
-    made: list[tuple[Made, bytes]] = []
-    good: list[tuple[Subject, list[Path], Photos]] = []
-    for subject in batch:
-        paths, images, problems = _readable(subject)
-        made += [(Made(subject.name, None, 0, 0.0, problem), b"") for problem in problems]
-        if paths:
-            good.append((subject, paths, Photos.of(images, model, base)))
-    for _, group in groupby(sorted(good, key=lambda g: len(g[1])), key=lambda g: len(g[1])):
-        members = list(group)
-        together = [photos for _, _, photos in members]
-        features = features_of(model, together)
-        notices = unknown(model.domain, features)
-        weights = generate(model, together, settings, base, features)
-        for i, (subject, paths, _) in enumerate(members):
-            header = header_of(model, subject.name, paths)
-            try:
-                data = lora_bytes(weights[i], format=settings.format, header=header)
-            except HyperloraError as error:  # e.g. a LoRA of NaN: one subject's trouble, not the folder's
-                made.append((Made(subject.name, None, len(paths), 0.0, f"{subject.name!r}: {error}"), b""))
-                continue
-            seconds = (time.perf_counter() - began) / len(batch)
-            file = f"{file_stem(subject.name)}.safetensors"
-            made.append((Made(subject.name, file, len(paths), seconds, notices=notices[i]), data))
-    return made
+    check(model, settings, len(files))
+    images = opened if opened is not None else [read_image(p) for p in photos]
+    subject = [Photos.of(images, model, base or (chooser.base if chooser else None))]
+    features = features_of(model, subject)
+    made = candidates(model, features, subject, settings, len(files), chooser)
+    done = [finished(model, weights, subject, settings, base)[0] for weights in made]
+    (notices,) = unknown(model.domain, model.image_features(features))
+    seconds = (time.perf_counter() - began) / len(files)
+    for weights, file in zip(done, files, strict=True):
+        save_lora(weights, file, format=settings.format, header=header_of(model, file.stem, photos))
+    return [Made(file.stem, file.name, len(photos), seconds, notices=notices) for file in files]
 
 
-def file_stem(subject: str) -> str:
-    """``subject`` where every file system takes it as a name, otherwise what it takes and 8 digits to tell it apart."""
-    safe = re.sub(r"[^\w. -]|^-", "_", subject).encode()[:150].decode(errors="ignore").strip(" .")
-    if safe == subject:
-        return subject
-    return f"{safe}-{hashlib.sha256(subject.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-
-
-def _readable(subject: Subject) -> tuple[list[Path], list[Image.Image], list[str]]:
-    paths, images, problems = [], [], []
-    for photo in subject.photos:
-        try:
-            images.append(read_image(photo))
-            paths.append(photo)
-        except BadImage as error:
-            problems.append(str(error))
-    return paths, images, problems
-
-
-def _trigger(model: ImageToLora) -> str:
-    return str(model.card.get("trigger_phrase", "sks person"))
-
-
-def _recipe(model: ImageToLora, settings: Settings) -> str:
-    digest = hashlib.sha256(f"{model.layout.fingerprint} {settings}".encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _is_done(made: Made | None, subject: Subject, recipe: str) -> bool:
-    return made is not None and (made.recipe, made.photos) == (recipe, len(subject.photos))
-
-
-def _read(index: Path) -> Iterator[Made]:
-    if index.is_file():
-        for line in index.read_text().splitlines():
-            try:
-                yield Made(**json.loads(line))
-            except (ValueError, TypeError):  # a killed run may leave half a line
-                continue
-
-
-def _write(lines: TextIO, made: list[Made]) -> None:
-    lines.writelines(json.dumps(asdict(item)) + "\n" for item in made)
-    lines.flush()
-    os.fsync(lines.fileno())
+def numbered(file: Path, count: int) -> list[Path]:
+    """``me.safetensors`` for one, ``me-1.safetensors``, ``me-2.safetensors``, ... for several."""
+    return [file] if count == 1 else [file.with_name(f"{file.stem}-{i + 1}{file.suffix}") for i in range(count)]

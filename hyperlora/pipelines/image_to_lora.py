@@ -11,7 +11,7 @@ from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.models import Hypernetwork
 from hyperlora.pipelines.bases import Base, load_base
-from hyperlora.pipelines.photo_model import PhotoModel
+from hyperlora.pipelines.photo_model import PhotoModel, Sampling
 
 Encoder = VisionEncoder | DenoiserEncoder
 
@@ -41,8 +41,8 @@ class ImageToLora(PhotoModel):
     def built(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: Base | None) -> Self:
         return cls(_encoder(config, folder, base), Hypernetwork(layout, **config["hypernetwork"]))
 
-    def made(self, features: ImageFeatures) -> LoraWeights:
-        """One LoRA per subject (batch axis) from what the encoder says."""
+    def made(self, features: ImageFeatures, sampling: Sampling | None = None) -> LoraWeights:
+        """One LoRA per subject (batch axis) from what the encoder says; nothing is left to chance."""
         return self.strong(self.hypernetwork(features))
 
     @torch.no_grad()

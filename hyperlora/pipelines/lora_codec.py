@@ -9,24 +9,26 @@ from torch import Tensor
 from hyperlora.data import LoraDataset
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.lora.scaling import RowScale
-from hyperlora.models import LinearAutoencoder, LoraAutoencoder
+from hyperlora.models import LinearAutoencoder, LoraAutoencoder, PartedAutoencoder
 from hyperlora.pipelines.bases import Base
 from hyperlora.pipelines.released import ReleasedModel
 
-KINDS: Final = {"convolutional": LoraAutoencoder, "linear": LinearAutoencoder}
+Autoencoder = LoraAutoencoder | LinearAutoencoder | PartedAutoencoder
+KINDS: Final[dict[str, type[Autoencoder]]] = {
+    "convolutional": LoraAutoencoder, "linear": LinearAutoencoder, "parted": PartedAutoencoder
+}  # fmt: skip
 
 
 class LoraCodec(ReleasedModel):
     """``encode`` gives latents [*batch, tokens, width] of about unit variance, ``decode`` brings them back.
 
-    ``kind`` of the autoencoder is ``convolutional`` or ``linear`` (principal components).
+    ``kind`` of the autoencoder is ``convolutional``, ``linear`` (principal components) or ``parted`` (of each factor,
+    then of all together).
     """
 
     latent_std: Tensor
 
-    def __init__(
-        self, scale: RowScale, autoencoder: LoraAutoencoder | LinearAutoencoder, card: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, scale: RowScale, autoencoder: Autoencoder, card: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.scale, self.autoencoder = scale, autoencoder
         self.card = card or {}
@@ -62,9 +64,16 @@ class LoraCodec(ReleasedModel):
         return LoraWeights.unflatten(self.layout, rows)
 
     @classmethod
-    def of_principal_components(cls, data: LoraDataset, tokens: int, width: int, balanced: bool = False) -> Self:
-        """The linear codec of a dataset: nothing to train, and the control of those that are."""
-        scale, components = data.scale(balanced), LinearAutoencoder(data.layout, tokens, width)
+    def of_principal_components(
+        cls, data: LoraDataset, tokens: int, width: int, balanced: bool = False, each: int | None = None
+    ) -> Self:
+        """The linear codec of a dataset, or with ``each`` the parted one: nothing to train."""
+        components: LinearAutoencoder | PartedAutoencoder
+        if each is None:
+            components = LinearAutoencoder(data.layout, tokens, width)
+        else:
+            components = PartedAutoencoder(data.layout, tokens, width, each)
+        scale = data.scale(balanced)
         rows = torch.cat(list(data.batches()))
         components.learn(scale.normalize(rows))
         made = cls(scale, components)
@@ -75,4 +84,4 @@ class LoraCodec(ReleasedModel):
     def measure(self, rows: Tensor) -> None:
         """Take the latents' standard deviation from rows [n, P]."""
         self.latent_std.fill_(1.0)
-        self.latent_std.copy_(self.encode_rows(rows).std())
+        self.latent_std.copy_(torch.cat([self.encode_rows(some) for some in rows.split(256)]).std())

@@ -5,7 +5,7 @@ photos ─ encoder (and face pack) ─▶ mixture ─▶ denoiser: noise ─▶ 
 
 import os
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.models import LoraDenoiser, MixtureOfFeatures
 from hyperlora.pipelines.bases import Base
 from hyperlora.pipelines.lora_codec import LoraCodec
-from hyperlora.pipelines.photo_model import PhotoModel
+from hyperlora.pipelines.photo_model import PhotoModel, Sampling
 
 FACE_WIDTH: Final = 512
 """Numbers in a face embedding of the ArcFace kind."""
@@ -30,6 +30,8 @@ class LoraDiffusion(PhotoModel):
 
     ``face`` is None for a mixture that does not listen to faces. The card says ``steps`` and ``guidance`` of sampling.
     """
+
+    samples: ClassVar[bool] = True
 
     def __init__(
         self, encoder: VisionEncoder, mixture: MixtureOfFeatures, denoiser: LoraDenoiser, codec: LoraCodec,
@@ -71,14 +73,18 @@ class LoraDiffusion(PhotoModel):
         embeddings = torch.stack([torch.as_tensor(e) for e in found]).to(photos)
         return ImageFeatures(embeddings.unflatten(0, photos.shape[:2])[:, :, None]), image
 
+    def image_features(self, features: tuple[ImageFeatures, ImageFeatures]) -> ImageFeatures:
+        return features[1]
+
     @torch.no_grad()
-    def made(self, features: tuple[ImageFeatures, ImageFeatures], seed: int = 0) -> LoraWeights:
-        """One LoRA per subject (batch axis); another for every seed."""
-        told = self.mixture(*features)
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(told.tokens), *self.codec.shape, generator=generator).to(told.tokens)
-        steps, guidance = int(self.card.get("steps", 10)), float(self.card.get("guidance", 1.0))
-        return self.strong(self.codec.decode(self.denoiser.sample(told, noise, steps, guidance)))
+    def made(self, features: tuple[ImageFeatures, ImageFeatures], sampling: Sampling | None = None) -> LoraWeights:
+        """One LoRA per subject (batch axis), from noise that depends on the seed alone, not on who else is made."""
+        told, how = self.mixture(*features), sampling or Sampling()
+        noise = torch.randn(self.codec.shape, generator=torch.Generator().manual_seed(how.seed)).to(told.tokens)
+        steps = how.steps if how.steps is not None else int(self.card.get("steps", 10))
+        guidance = how.guidance if how.guidance is not None else float(self.card.get("guidance", 1.0))
+        latents = self.denoiser.sample(told, noise.expand(len(told.tokens), -1, -1), steps, guidance)
+        return self.strong(self.codec.decode(latents))
 
 
 def _pack(folder: Path, name: str) -> str | os.PathLike[str]:

@@ -1,8 +1,9 @@
 """What all networks that make LoRAs from photos have in common, whatever they do with them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,17 +11,35 @@ from torch import Tensor
 from hyperlora.data import read_image, to_tensor
 from hyperlora.data.images import Source
 from hyperlora.errors import BadRequest
+from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraWeights
 from hyperlora.pipelines.domain import Domain
 from hyperlora.pipelines.released import ReleasedModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a model that makes LoRAs out of noise is told: the ``seed`` of the noise and, where not as its card says,
+    the ``steps`` and the ``guidance``."""
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
 
 
 class PhotoModel(ReleasedModel):
     """``encoder`` looks at the photos; ``domain`` tells photos like those it was trained on from others, where the
     model's folder holds one."""
 
+    samples: ClassVar[bool] = False
+    """Whether other seeds give other LoRAs of the same photos."""
     encoder: Any
     domain: Domain | None = None
+
+    @property
+    def trigger(self) -> str:
+        """What a prompt calls the subject."""
+        return str(self.card.get("trigger_phrase", "sks person"))
 
     @torch.no_grad()
     def __call__(self, images: Source | Sequence[Source], strength: float = 1.0) -> LoraWeights:
@@ -41,9 +60,9 @@ class PhotoModel(ReleasedModel):
         photos = torch.stack([torch.stack([to_tensor(read_image(p), size) for p in s]) for s in subjects])
         return self.forward(photos.to(self.device))
 
-    def forward(self, photos: Tensor) -> LoraWeights:
+    def forward(self, photos: Tensor, sampling: Sampling | None = None) -> LoraWeights:
         """photos [batch, views, 3, h, w] in [0, 1]."""
-        return self.made(self.features(photos))
+        return self.made(self.features(photos), sampling)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -57,6 +76,11 @@ class PhotoModel(ReleasedModel):
         """What is seen in photos [batch, views, 3, h, w]."""
         raise NotImplementedError
 
-    def made(self, features: Any) -> LoraWeights:
-        """One LoRA per subject (batch axis) from what was seen."""
+    def image_features(self, features: Any) -> ImageFeatures:
+        """Of what was seen, what ``encoder`` said: ``domain`` knows photos by it."""
+        found: ImageFeatures = features
+        return found
+
+    def made(self, features: Any, sampling: Sampling | None = None) -> LoraWeights:
+        """One LoRA per subject (batch axis) from what was seen; ``sampling`` is for those that ``samples``."""
         raise NotImplementedError

@@ -9,7 +9,8 @@ from typing import Any
 
 from hyperlora.data import Subject
 from hyperlora.errors import BadRequest
-from hyperlora.pipelines.generating import Made, Maker, Settings, make_batch
+from hyperlora.pipelines.folder_generating import Maker, make_batch
+from hyperlora.pipelines.generating import Made, Settings
 
 
 def on_ray(address: str, model: str, base: str | None, settings: Settings) -> Maker:
@@ -61,10 +62,11 @@ class _Worker:
     """Holds the model in one process of the cluster."""
 
     def __init__(self, model: str, base: str | None, settings: Settings) -> None:
-        from hyperlora.pipelines import ImageToLora, load_base
+        from hyperlora.pipelines import load_base
+        from hyperlora.pipelines.methods import open_photo_model
 
         self.base = load_base(base) if base else None
-        self.model = ImageToLora.from_pretrained(model, base=self.base)
+        self.model = open_photo_model(model, base=self.base)
         self.settings = settings
 
     def __call__(self, batch: Any) -> Any:

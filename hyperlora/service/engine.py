@@ -16,10 +16,11 @@ from hyperlora.errors import BadRequest
 from hyperlora.formats import LoraHeader, load_lora, lora_bytes
 from hyperlora.lora import LoraWeights
 from hyperlora.lora.merging import align, merge
-from hyperlora.pipelines import Base, ImageToLora, autolora, composed, render
+from hyperlora.pipelines import Base, autolora, composed, render
 from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.generating import Photos, Settings, check, features_of, finished, header_of, predicted
 from hyperlora.pipelines.likeness import Likeness
+from hyperlora.pipelines.photo_model import PhotoModel
 from hyperlora.pipelines.prompts import called_for, mentions, strengths
 from hyperlora.service.batching import Batcher, Expired, Work
 from hyperlora.service.changes import ChangeOrder, Changes, EditOrder, Noticed
@@ -99,12 +100,12 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """An ``ImageToLora`` and its base in this process, and what makes ``changes`` and compares portraits (``likeness``)
-    if it is there. ``loras`` is the folder that prompts may name files of."""
+    """A model from photos and its base in this process, and what makes ``changes`` and compares portraits
+    (``likeness``) if it is there. ``loras`` is the folder that prompts may name files of."""
 
     def __init__(
         self,
-        model: ImageToLora,
+        model: PhotoModel,
         base: Base,
         loras: Path | None = None,
         *,
@@ -222,7 +223,7 @@ class LocalEngine:
     def _predict(self, subjects: list[Photos]) -> list[tuple[LoraWeights, tuple[str, ...]]]:
         features = features_of(self.model, subjects)
         weights: Any = predicted(self.model, features)
-        return list(zip(weights, unknown(self.model.domain, features), strict=True))
+        return list(zip(weights, unknown(self.model.domain, self.model.image_features(features)), strict=True))
 
     def _refine(
         self, settings: Settings, weights: LoraWeights, photos: Photos, watch: Callable[[int], None]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from hyperlora import bundle
 from hyperlora.heap import keep_heap
-from hyperlora.pipelines import ImageToLora, PairToLora, load_base
+from hyperlora.pipelines import PairToLora, load_base
 from hyperlora.pipelines.likeness import Likeness
+from hyperlora.pipelines.methods import open_photo_model
 from hyperlora.service.changes import Changes
 from hyperlora.service.engine import LocalEngine
 from hyperlora.service.settings import ServiceSettings
@@ -34,7 +35,7 @@ def open_engine(models: Models, settings: ServiceSettings) -> Callable[[Observe]
     """
     keep_heap()
     base = load_base(models.base)
-    network = ImageToLora.from_pretrained(models.model, base=base)
+    network = open_photo_model(models.model, base=base)
     changes = None
     if models.edits:
         canvas = load_base(models.edit_base)

@@ -3,12 +3,12 @@
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hyperlora.data import LoraDataset
 from hyperlora.lora import LoraWeights
+from hyperlora.lora.merging import apart
 from hyperlora.models import LoraAutoencoder
 from hyperlora.models.autoencoder import weight_preserved_loss
 from hyperlora.pipelines.lora_codec import LoraCodec
@@ -76,12 +76,3 @@ class LoraCodecTraining(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_one_cycle(self, self.parameters(), self.hparams["lr"])
-
-
-def apart(one: LoraWeights, other: LoraWeights) -> tuple[Tensor, Tensor]:
-    """‖ΔW - ΔŴ‖ / ‖ΔW‖ and the cosine of ΔW and ΔŴ, over all sites together, per LoRA [batch]."""
-    dots = torch.zeros(3, len(one), device=one.down[0].device)
-    for a, b in zip(one.delta(), other.delta(), strict=True):
-        dots += torch.stack([(x * y).sum((-2, -1)) for x, y in ((a, a), (b, b), (a, b))])
-    aa, bb, ab = dots
-    return ((aa + bb - 2 * ab).clamp(min=0) / aa).sqrt(), ab / (aa * bb).sqrt().clamp(min=1e-12)

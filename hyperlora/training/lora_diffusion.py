@@ -9,22 +9,24 @@ from torch import Tensor
 from hyperlora.encoders import photo_encoder
 from hyperlora.encoders.face import FaceFinder
 from hyperlora.features import ImageFeatures
+from hyperlora.lora.merging import apart
 from hyperlora.models import LoraDenoiser, MixtureOfFeatures
-from hyperlora.models.denoiser import flow_pair
+from hyperlora.models.denoiser import mixed_with
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
-from hyperlora.training.lora_codec import apart
 from hyperlora.training.optimizers import adamw_one_cycle
 
 
 class LoraDiffusionTraining(L.LightningModule):
-    """L = ‖v(x_t, t, photos) - (ε - x)‖², x the latents of a subject's LoRA, t uniform     (2210.02747)
+    """L = ‖x̂(x_t, t, photos) - x‖², x_t = (1 - t) x + t ε, x the latents of a subject's LoRA     (2210.02747)
 
-    Batches: ``rows`` [n, P] of a dataset of LoRAs and ``photos`` [n, views, 3, h, w] of the same subjects. ``codec`` is
-    a released ``LoraCodec``, ``encoder`` a released reader's folder or a timm id with ``encoder_options``,
-    ``face_pack`` a pack for insightface; all three stay frozen. With probability ``unconditional`` nothing is said of
-    the photos, for guidance. Every validation logs the loss, the cosine of the sampled ΔW to the subject's own and to
-    another's, and the mean gate (1 where only the face is heard).
+    t = s u / (1 + (s - 1) u), u uniform; s = ``shift`` > 1 asks more often for much noise, where the photos decide
+    (2403.03206, eq. 23). Batches: ``latents`` [n, tokens, width] of LoRAs, and what the model's frozen parts see in
+    photos of the same subjects, ``face`` [n, views, 1, width] and ``image`` [n, views, k, width]; a random number of
+    the views is told. ``codec`` is a released ``LoraCodec``, ``encoder`` a released reader's folder or a timm id with
+    ``encoder_options``, ``face_pack`` a pack for insightface; all three stay frozen. With probability ``unconditional``
+    nothing is said of the photos, for guidance. Every validation logs the loss, the cosine of the sampled ΔW to the
+    subject's own and to another's, and the mean gate (1 where only the face is heard).
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class LoraDiffusionTraining(L.LightningModule):
         mixture: dict[str, Any] | None = None,
         denoiser: dict[str, Any] | None = None,
         unconditional: float = 0.1,
+        shift: float = 2.0,
         lr: float = 5e-4,
         card: dict[str, Any] | None = None,
     ) -> None:
@@ -54,20 +57,21 @@ class LoraDiffusionTraining(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         self.model.encoder.eval()
         self.model.codec.eval()
-        dropped = torch.rand(len(batch["rows"]), device=self.device) < self.hparams["unconditional"]
-        loss = self._loss(batch, *self.model.mixture.mixed(*self.model.features(batch["photos"]))[:1], dropped)
+        views = int(torch.randint(1, batch["image"].shape[1] + 1, ()))
+        dropped = torch.rand(len(batch["latents"]), device=self.device) < self.hparams["unconditional"]
+        loss = self._loss(batch["latents"], self._told(batch, views)[0], dropped)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        told, gate = self.model.mixture.mixed(*self.model.features(batch["photos"]))
-        n = len(batch["rows"])
+        told, gate = self._told(batch, 1)
+        latents, n = batch["latents"], len(batch["latents"])
         with torch.random.fork_rng():
             torch.manual_seed(batch_index)  # the same noise every time
-            loss = self._loss(batch, told, None)
+            loss = self._loss(latents, told, None)
             noise = torch.randn(n, *self.model.codec.shape).to(self.device)
         made = self.model.codec.decode(self.model.denoiser.sample(told, noise))
-        own = self.model.codec.decode(self.model.codec.encode_rows(batch["rows"]))
+        own = self.model.codec.decode(latents)
         other = own[torch.arange(n, device=self.device).roll(1)]
         values = {
             "val/loss": loss, "val/own": apart(own, made)[1].mean(), "val/another": apart(other, made)[1].mean(),
@@ -75,12 +79,15 @@ class LoraDiffusionTraining(L.LightningModule):
         }  # fmt: skip
         self.log_dict(values, prog_bar=True, batch_size=n, sync_dist=True)
 
-    def _loss(self, batch: dict[str, Tensor], told: ImageFeatures, dropped: Tensor | None) -> Tensor:
-        latents = self.model.codec.encode_rows(batch["rows"])
-        t = torch.rand(len(latents), device=self.device)
-        noisy, velocity = flow_pair(latents, torch.randn_like(latents), t)
-        said = self.model.denoiser(noisy, t, told, dropped)
-        return torch.nn.functional.mse_loss(said.float(), velocity.float())
+    def _told(self, batch: dict[str, Tensor], views: int) -> tuple[ImageFeatures, Tensor]:
+        face, image = (ImageFeatures(batch[name][:, :views]) for name in ("face", "image"))
+        return self.model.mixture.mixed(face, image)
+
+    def _loss(self, latents: Tensor, told: ImageFeatures, dropped: Tensor | None) -> Tensor:
+        u, shift = torch.rand(len(latents), device=self.device), self.hparams["shift"]
+        t = shift * u / (1 + (shift - 1) * u)
+        said = self.model.denoiser(mixed_with(torch.randn_like(latents), latents, t), t, told, dropped)
+        return torch.nn.functional.mse_loss(said.float(), latents.float())
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:

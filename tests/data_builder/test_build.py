@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from data_builder.__main__ import app
 from data_builder.chunks import Chunks, alone
 from data_builder.farm import Farm
+from data_builder.materials import material
 from data_builder.plan import Plan, Recipe, read_plan, write_plan
 from data_builder.planning import crop_of, make_plan
 from data_builder.running import run
@@ -137,6 +138,16 @@ def test_starts(bundle: Any, photos: Path, tmp_path: Path) -> None:
     assert float(network.lora(0).norms().min()) > 0, "a network's LoRA changes every site"
     shared = Farm(read_plan(tmp_path / "shared"), base).start(plan.chunk(0), [])
     assert torch.equal(shared[0], shared[1])
+
+
+def test_a_networks_loras_are_fitted_from_as_they_are(bundle: Any, photos: Path) -> None:
+    """Not only the same ΔW: factors turned by SVD have nothing in common from row to row."""
+    plan = make_plan(Folder(str(photos)), recipe(bundle, start="network", start_from=str(bundle.model)))
+    farm = Farm(plan, load_base(bundle.base))
+    assert farm.network is not None
+    materials = [material(row, farm.source, farm.base, plan.recipe) for row in plan.rows]
+    wanted = [farm.network.forward(m.pixels[None]).flatten() for m in materials]
+    torch.testing.assert_close(farm.start(plan.rows, materials), torch.cat(wanted))
 
 
 def test_dreambooth_options(bundle: Any, photos: Path, tmp_path: Path) -> None:

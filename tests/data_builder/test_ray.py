@@ -73,7 +73,8 @@ def test_a_node_that_dies_loses_and_repeats_nothing(bundle: Any, cluster: Any, t
 def test_photos_become_loras_through_ray_data(bundle: Any, cluster: Any, tmp_path: Path) -> None:
     from hyperlora.formats import load_lora
     from hyperlora.pipelines import ImageToLora
-    from hyperlora.pipelines.generating import Settings, generate_folder
+    from hyperlora.pipelines.folder_generating import generate_folder
+    from hyperlora.pipelines.generating import Settings
     from hyperlora.pipelines.ray_batches import on_ray
 
     model, settings = ImageToLora.from_pretrained(bundle.model), Settings()

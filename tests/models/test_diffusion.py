@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraLayout, LoraWeights, Site
-from hyperlora.models import LinearAutoencoder, LoraAutoencoder, LoraDenoiser, MixtureOfFeatures
+from hyperlora.models import LinearAutoencoder, LoraAutoencoder, LoraDenoiser, MixtureOfFeatures, PartedAutoencoder
 from hyperlora.models.autoencoder import rank_order, weight_preserved_loss
-from hyperlora.models.denoiser import flow_pair
+from hyperlora.models.components import directions
+from hyperlora.models.denoiser import mixed_with
 
 LAYOUT = LoraLayout((Site("unet.a", 24, 40), Site("unet.b", 6, 8), Site("unet.c", 36, 16, (3, 3))), 2, "tiny")
 
@@ -52,10 +53,20 @@ def test_autoencoder_learns_a_few_loras(variational):
 def test_principal_components_keep_what_lies_in_them():
     torch.manual_seed(0)
     rows = torch.randn(20, 4) @ torch.randn(4, LAYOUT.numel)
-    model = LinearAutoencoder(LAYOUT, tokens=2, width=2)
-    model.learn(rows[:10])
-    torch.testing.assert_close(model.decode(model.encode(rows[10:])), rows[10:], rtol=1e-3, atol=1e-3)
-    assert model.compression == LAYOUT.numel / 4
+    for model in (LinearAutoencoder(LAYOUT, tokens=2, width=3), PartedAutoencoder(LAYOUT, 2, 3, each=5)):
+        model.learn(rows[:10])
+        assert model.encode(rows).shape == (20, 2, 3)
+        torch.testing.assert_close(model.decode(model.encode(rows[10:])), rows[10:], rtol=1e-3, atol=1e-3)
+        assert model.compression == LAYOUT.numel / 6
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8))
+def test_directions_are_those_of_the_singular_value_decomposition(n, width, count):
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(n * 13 + width))
+    found = directions(rows, count)
+    values, exact = torch.linalg.svd(rows, full_matrices=False)[1:]
+    kept = min(count, int((values > 1e-3 * values[0]).sum()))
+    torch.testing.assert_close(rows @ found.mT @ found, rows @ exact[:kept].mT @ exact[:kept], rtol=1e-2, atol=1e-2)
 
 
 def test_large_numbers_count_more():
@@ -79,7 +90,7 @@ def test_mixture_hears_both_or_one():
         MixtureOfFeatures(6, 12, mode="both")
 
 
-def test_denoiser_begins_silent_and_learns_whose_latents():
+def test_denoiser_begins_at_zero_and_learns_whose_latents():
     torch.manual_seed(0)
     x, photos = torch.randn(4, 6, 3), seen(4, 1)
     model = LoraDenoiser(6, 3, 12, width=32, depth=2, heads=2)
@@ -88,8 +99,7 @@ def test_denoiser_begins_silent_and_learns_whose_latents():
     for _ in range(400):
         optimizer.zero_grad()
         t, dropped = torch.rand(4), torch.rand(4) < 0.1
-        noisy, velocity = flow_pair(x, torch.randn_like(x), t)
-        (model(noisy, t, photos, dropped) - velocity).square().mean().backward()
+        (model(mixed_with(torch.randn_like(x), x, t), t, photos, dropped) - x).square().mean().backward()
         optimizer.step()
     made = model.sample(photos, torch.randn_like(x), steps=10)
     near = torch.cdist(made.flatten(1), x.flatten(1)).argmin(1)

@@ -135,7 +135,7 @@ RULES = {
             "--model.init_args.denoiser={width: 16, depth: 1, heads: 2}",
             "--data.init_args.batch_size=2",
         ),
-        ("avatars/lora_codec", "avatars/encoder"),
+        ("avatars/base_read", "build", "components", "avatars/encoder"),
     ),
     "ip2p/lora_of_change_pretrain": _for_real_edits(*SMALL_NETWORK),
     "ip2p/lora_of_change_finetune": _for_real_edits(
@@ -230,12 +230,21 @@ def _build_loras() -> None:
         run(Path("runs/avatars") / name)
 
 
+def _learn_components() -> None:
+    from hyperlora.data import LoraDataset
+    from hyperlora.pipelines.lora_codec import LoraCodec
+
+    data = LoraDataset("runs/avatars/build", "train")
+    LoraCodec.of_principal_components(data, 2, 2, each=2).save_pretrained("runs/avatars/lora-components")
+
+
 _PREPARED = {
     "build": _build_loras,
     "edits": _draw_edits,
     "drawn": _draw,
     "tokenizer": _build_tokenizer,
     "codes": _fit_codes,
+    "components": _learn_components,
 }
 
 

@@ -1,0 +1,80 @@
+"""What codecs keep of held-out LoRAs, and what a diffusion model over LoRAs makes of one photo of held-out people.
+
+    data-builder run runs/avatars/build; data-builder run runs/avatars/build-validation
+    data-builder components runs/avatars/build -o runs/avatars/lora-components
+    hyperlora train fit --config configs/avatars/lora_codec.yaml
+    hyperlora train fit --config configs/avatars/difflora.yaml
+    python benchmarks/difflora.py runs/avatars/build runs/avatars/build-validation \
+        --codecs runs/avatars/lora-components runs/avatars/lora-codec --components 128 \
+        --model runs/avatars/difflora/model [--sampling-steps 1 4 10 50] [--people 16]
+
+I *of the fitted* is the share of the I that the LoRAs have as they were fitted. *Nearest of training* is the mean
+cosine of each LoRA's numbers (normalised by the training set) to the nearest training LoRA's: samples nearer than
+held-out fitted LoRAs would be copies. *Spread* is 1 - the mean cosine between samples of one photo.
+"""
+
+import argparse
+from pathlib import Path
+
+from data_builder.held_out import HeldOut, held_out, table
+from hyperlora import bundle
+from hyperlora.data import LoraDataset
+from hyperlora.encoders import Reader
+from hyperlora.evaluation.benchmark import Benchmark, load_benchmark
+from hyperlora.evaluation.personalisation import Judge
+from hyperlora.heap import keep_heap
+from hyperlora.pipelines import load_base
+from hyperlora.pipelines.lora_codec import LoraCodec
+from hyperlora.pipelines.methods import open_photo_model
+from hyperlora.pipelines.photo_model import Sampling
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", type=Path, help="Build or pack that codecs and model were trained on.")
+    parser.add_argument("held_out", type=Path, help="Build of other people.")
+    parser.add_argument("--split", default="validation", help="Of the held-out build.")
+    parser.add_argument("--codecs", nargs="*", default=[])
+    parser.add_argument("--components", type=int, nargs="*", default=[], help="Also plain ones, so many.")
+    parser.add_argument("--model", nargs="*", default=[], help="Models from photos, of any method.")
+    parser.add_argument("--sampling-steps", type=int, nargs="+", default=[1, 4, 10, 50])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--people", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10, help="Of drawing.")
+    arguments = parser.parse_args()
+    keep_heap()
+    base = load_base(bundle.BASE)
+    reader = Reader.from_pretrained(bundle.EVALUATOR)
+    prompts = load_benchmark(bundle.BENCHMARK, base.resolution, 1).prompts[: arguments.prompts]
+
+    def judge(benchmark: Benchmark) -> Judge:
+        return Judge(base, reader, benchmark, arguments.steps)
+
+    trial = held_out(
+        arguments.dataset, arguments.held_out, judge, prompts, base.resolution, arguments.people, arguments.split
+    )
+    original = trial.original()
+    rows = [original]
+    for name in arguments.codecs:
+        rows.append(trial.decoded(Path(name).name, LoraCodec.from_pretrained(name), original))
+    for count in arguments.components:
+        codec = LoraCodec.of_principal_components(LoraDataset(arguments.dataset, "train"), 1, count)
+        rows.append(trial.decoded(f"{count} principal components", codec, original))
+    rows += [row for name in arguments.model for row in _sampled(trial, name, original, arguments)]
+    print(*table(rows), sep="\n")
+
+
+def _sampled(trial: HeldOut, name: str, original: object, arguments: argparse.Namespace) -> list:
+    model = open_photo_model(name, base=trial.judge.base)
+    if not model.samples:
+        return [trial.sampled(f"{name}, one photo", model, original, Sampling(), 1)]
+    return [
+        trial.sampled(f"{name}, one photo, {n} steps, guidance {g:g}", model, original, Sampling(0, n, g))
+        for n in arguments.sampling_steps
+        for g in arguments.guidance
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A diffusion over LoRAs behind the verbs: samples, the likest of them, the same table, and who is told otherwise."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hyperlora.errors import BadArtifact
+from hyperlora.formats import load_lora
+from hyperlora.pipelines import ImageToLora, generating
+from hyperlora.pipelines.domain import Domain, described, digest
+from hyperlora.pipelines.doubts import unknown
+from hyperlora.pipelines.generating import Photos, Settings
+from hyperlora.pipelines.lora_codec import LoraCodec
+from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
+from hyperlora.pipelines.methods import open_photo_model
+from hyperlora.pipelines.photo_model import Sampling
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def difflora(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ``LoraDiffusion`` over the bundle's base, whose LoRAs differ by photo and by seed."""
+    from hyperlora.lora.scaling import RowScale
+    from hyperlora.models import LoraDenoiser, MixtureOfFeatures, PartedAutoencoder
+
+    other = ImageToLora.from_pretrained(str(bundle.model))
+    torch.manual_seed(8)
+    components = PartedAutoencoder(other.layout, 2, 3, each=3)
+    components.learn(torch.randn(12, other.layout.numel))
+    codec = LoraCodec(RowScale(other.layout), components)
+    mixture = MixtureOfFeatures(FACE_WIDTH, other.encoder.width, width=16, tokens=2, heads=2, mode="image")
+    denoiser = LoraDenoiser(*codec.shape, 16, width=16, depth=1, heads=2)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("difflora")
+    LoraDiffusion(other.encoder, mixture, denoiser, codec, None, {"steps": 3, "resolution": 16}).save_pretrained(folder)
+    return folder
+
+
+def norm(one: Path, other: Path) -> float:
+    return float((load_lora(one).weights - load_lora(other).weights).norms().sum())
+
+
+def test_a_photo_to_samples(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "me.safetensors"
+    ran = run("generate", bundle.photo, "-o", out, "--model", difflora, "--method", "difflora", "--n", 3)
+    assert ran.code == 0, ran
+    files = [tmp_path / f"me-{i}.safetensors" for i in (1, 2, 3)]
+    assert sorted(tmp_path.iterdir()) == files
+    assert all(str(file) in ran.out for file in files)
+    assert norm(files[0], files[1]) > 1e-3
+    again = tmp_path / "again.safetensors"
+    assert run("generate", bundle.photo, "-o", again, "--model", difflora, "--seed", 1).code == 0  # no --method: told
+    assert norm(again, files[1]) == 0
+    for option in (["--sampling-steps", 1], ["--guidance", 3]):
+        other = tmp_path / "other.safetensors"
+        assert run("generate", bundle.photo, "-o", other, "--model", difflora, *option).code == 0
+        assert norm(other, files[0]) > 1e-4
+
+
+def test_the_best_of_several_is_one_of_them(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
+    common = ["--model", difflora, "--base", bundle.base, "--evaluator", bundle.evaluator]
+    assert run("generate", bundle.photo, "-o", tmp_path / "s.safetensors", *common, "--n", 3).code == 0
+    ran = run("generate", bundle.photo, "-o", tmp_path / "b.safetensors", *common, "--best-of", 3, "--n", 2, "--json")
+    assert ran.code == 0, ran
+    assert [line["file"] for line in json.loads(ran.out)] == ["b-1.safetensors", "b-2.safetensors"]
+    samples = [tmp_path / f"s-{i}.safetensors" for i in (1, 2, 3)]
+    found = [[norm(tmp_path / f"b-{i}.safetensors", sample) for sample in samples].index(0) for i in (1, 2)]
+    assert len({*found}) == 2
+
+
+def test_candidates_come_in_the_order_of_likeness(difflora: Path) -> None:
+    model = open_photo_model(difflora)
+    subjects = [Photos(torch.rand(1, 3, 16, 16)) for _ in range(2)]
+    features = generating.features_of(model, subjects)
+    made = [model.made(features, Sampling(seed)) for seed in range(4)]
+    chooser: Any = lambda loras, photos: loras.flatten().sum(-1)  # noqa: E731
+    first, second = generating.candidates(model, features, subjects, Settings(best_of=4), 2, chooser)
+    for i in range(2):
+        sums = torch.stack([lora.flatten()[i].sum() for lora in made]).sort(descending=True).values
+        torch.testing.assert_close(torch.stack([lora.flatten()[i].sum() for lora in (first, second)]), sums[:2])
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(difflora: Path) -> None:
+    model = open_photo_model(difflora)
+    photos = torch.rand(3, 1, 3, 16, 16)
+    together = model.forward(photos, Sampling(5))
+    alone = model.forward(photos[1:2], Sampling(5))
+    torch.testing.assert_close(together[1].flatten(), alone[0].flatten(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_of_subjects(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
+    ran = run("generate", "--batch", bundle.subjects, "-o", tmp_path, "--method", "difflora", "--model", difflora,
+              "--base", bundle.base, "--evaluator", bundle.evaluator, "--best-of", 2)  # fmt: skip
+    assert ran.code == 0, ran
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_the_same_table(run: Run, bundle: Any, difflora: Path) -> None:
+    ran = run("evaluate", bundle.benchmark, "--model", difflora, "--base", bundle.base, "--evaluator", bundle.evaluator,
+              "--steps", 2, "--people", 2, "--best-of", 2, "--json")  # fmt: skip
+    assert ran.code == 0, ran
+    names = [row["name"] for row in json.loads(ran.out)["rows"]]
+    for name in ("base, no LoRA", "one photo", "one photo, best of 2", "2 photos", "mean LoRA"):
+        assert name in names
+    assert any(name.startswith("shuffled") for name in names)
+
+
+def test_photos_unlike_those_of_training_are_noticed(difflora: Path) -> None:
+    model = open_photo_model(difflora)
+    torch.manual_seed(0)
+    usual = torch.rand(3, 16, 16)
+    photos = (usual + 0.02 * torch.randn(40, 1, 3, 16, 16)).clamp(0, 1)
+    known = model.image_features(model.features(photos))
+    domain = Domain.of(described(known)[:, 0], described(known)[:, 0], "faces", digest(model.encoder), kept=8)
+    (notices,) = unknown(domain, model.image_features(model.features(1 - usual[None, None])))
+    assert "not look like the faces" in notices[0]
+
+
+@pytest.mark.parametrize("option", [["--n", 2], ["--best-of", 2], ["--seed", 1], ["--guidance", 2]])
+def test_one_forward_pass_leaves_nothing_to_chance(
+    run: Run, bundle: Any, tmp_path: Path, option: list[Any]
+) -> None:  # fmt: skip
+    ran = run("generate", bundle.photo, "-o", tmp_path / "x.safetensors", "--model", bundle.model, "--base",
+              bundle.base, "--evaluator", bundle.evaluator, *option)  # fmt: skip
+    assert ran.code == 2
+    assert "leaves nothing to chance" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_are_told_apart(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
+    assert isinstance(open_photo_model(difflora), LoraDiffusion)
+    assert isinstance(open_photo_model(bundle.model), ImageToLora)
+    with pytest.raises(BadArtifact, match="of the method hyperdreambooth, not difflora"):
+        open_photo_model(bundle.model, "difflora")
+    out = tmp_path / "x.safetensors"
+    for options, sentence in (
+        (["--method", "magic"], "unknown method 'magic'; known: hyperdreambooth, difflora"),
+        (["--model", difflora, "--n", 2, "--batch", bundle.subjects], "leave out --batch"),
+    ):
+        photo = [] if "--batch" in options else [bundle.photo]
+        ran = run("generate", *photo, "-o", out, *options)
+        assert ran.code == 2
+        assert sentence in ran.err
