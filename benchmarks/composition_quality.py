@@ -59,13 +59,13 @@ def regions(world: World, out: Path) -> None:
         right.append(world.identity_of([halves[1]], [j])[0])
         crossed += [world.identity_of([halves[0]], [j])[0], world.identity_of([halves[1]], [i])[0]]
         photos = [to_image(world.judge.benchmark.photos[person, 0]) for person in (i, j)]
-        sheet.append(_sheet([[photos[0], both, photos[1]]]))
+        sheet.append(_between(photos[0], both, photos[1]))
     rows = {"alone": alone, "left region": left, "right region": right, "cross-talk": crossed}
     for name, values in rows.items():
         print(f"| {name} | {Score.of(torch.stack(values))} |")
     ratio = float(torch.stack(left + right).mean() / torch.stack(alone).mean())
     print(f"regions keep {ratio:.2f} of the single-person score")
-    _sheet([sheet[i : i + 2] for i in range(0, min(n, 8), 2)]).save(out / "regions.png")
+    _sheet([sheet[i : i + 2] for i in range(0, min(n, 8), 2)], gap=12).save(out / "regions.png")
 
 
 def strategies(world: World, out: Path) -> None:
@@ -133,14 +133,24 @@ def autolora_sweep(world: World, out: Path) -> None:
     figure.savefig(out / "autolora.png", dpi=110)
 
 
-def _sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures of equal height in rows, unlabelled."""
-    height = rows[0][0].height
-    sheet = Image.new("RGB", (max(sum(p.width for p in row) for row in rows), len(rows) * height), "white")
+def _sheet(rows: Sequence[Sequence[Image.Image]], gap: int = 0) -> Image.Image:
+    """Pictures of one size in rows, unlabelled, ``gap`` pixels of white between them."""
+    width, height = (n + gap for n in rows[0][0].size)
+    sheet = Image.new("RGB", (max(map(len, rows)) * width - gap, len(rows) * height - gap), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            sheet.paste(picture, (sum(p.width for p in row[:x]), y * height))
+            sheet.paste(picture, (x * width, y * height))
     return sheet
+
+
+def _between(left: Image.Image, picture: Image.Image, right: Image.Image) -> Image.Image:
+    """``picture`` with square photos of its height on both sides."""
+    height = picture.height
+    strip = Image.new("RGB", (picture.width + 2 * height, height))
+    strip.paste(left.resize((height, height)), (0, 0))
+    strip.paste(picture, (height, 0))
+    strip.paste(right.resize((height, height)), (picture.width + height, 0))
+    return strip
 
 
 def main() -> None:
