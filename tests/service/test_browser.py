@@ -170,3 +170,9 @@ def test_a_pair_to_the_same_change_elsewhere(visit: Any) -> None:
     page.click("#change")
     page.wait_for_function("document.querySelectorAll('#edited img').length == 2")
     assert fits(page)
+
+
+def test_the_api_describes_itself(visit: Any) -> None:
+    page = visit(1280, 900)
+    page.get_by_role("link", name="API").click()
+    page.get_by_text("/v1/likeness", exact=True).wait_for()

@@ -19,6 +19,7 @@ from hyperlora.service.page.pairs import pair_tab
 from hyperlora.service.page.people import photo_tab
 from hyperlora.service.page.shelf import shelf_state
 from hyperlora.service.page.words import HEADER
+from hyperlora.service.problems import add_handlers
 from hyperlora.service.security import Gate
 from hyperlora.service.settings import ServiceSettings
 
@@ -47,6 +48,7 @@ def add_page(app: FastAPI, settings: ServiceSettings) -> None:
         css_paths=Path(__file__).with_name("page.css"),
     )  # fmt: skip
     mounted: Any = app.router.routes.pop()
+    add_handlers(mounted.app)
     app.router.routes.append(_BesideTheApi("/", Door(mounted.app, Gate(settings.keys, settings.rate))))
 
 
