@@ -90,4 +90,5 @@ def _theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50", block_border_width="1px", block_shadow="none",
         button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
     )  # fmt: skip
