@@ -96,7 +96,7 @@ def loras(seconds: float) -> None:
 
 def pictures(seconds: float) -> None:
     people = photos()[:8]
-    with server() as (url, _), Client(url) as client:
+    with server() as (url, pid), Client(url) as client:
         made = [client.make_lora([photo]) for photo in people]
         prompt = "a portrait of sks person, smiling"
 
@@ -110,16 +110,20 @@ def pictures(seconds: float) -> None:
 
         alone()
         times: dict[str, list[float]] = {"alone": [], "together": []}
+        costs: dict[str, list[float]] = {"alone": [], "together": []}
+        drawn = {}
         for _ in range(3):
-            began = time.perf_counter()
-            one = alone()
-            times["alone"].append(time.perf_counter() - began)
-            began = time.perf_counter()
-            other = asyncio.run(together())
-            times["together"].append(time.perf_counter() - began)
-        difference = max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in zip(one, other, strict=True))
-        a, b = (statistics.median(times[k]) for k in ("alone", "together"))
-        print(f"8 pictures: one after another {a:.2f} s, together {b:.2f} s: {a / b:.2f}x; differ by {difference}/255")
+            for name, draw in (("alone", alone), ("together", lambda: asyncio.run(together()))):
+                began, spent = time.perf_counter(), processor_time(pid)
+                drawn[name] = draw()
+                times[name].append(time.perf_counter() - began)
+                costs[name].append(processor_time(pid) - spent)
+        pairs = zip(drawn["alone"], drawn["together"], strict=True)
+        difference = max(np.abs(a.astype(int) - b.astype(int)).max() for a, b in pairs)
+        for found, unit in ((times, "s"), (costs, "s of the server's processors")):
+            a, b = (statistics.median(found[k]) for k in ("alone", "together"))
+            print(f"8 pictures: one after another {a:.2f} {unit}, together {b:.2f}: {a / b:.2f}x")
+        print(f"differ by {difference}/255")
 
 
 def overhead(seconds: float) -> None:
