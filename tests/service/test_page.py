@@ -94,7 +94,7 @@ def test_the_page_asks_as_its_visitor(serving: Callable[..., TestClient]) -> Non
         async with api.of(visitor(client)) as server:
             return await server.make_lora([photo()])
 
-    with pytest.raises(gr.Error, match="an API key of this server is needed"):
+    with pytest.raises(gr.Error, match="An API key of this server is needed"):
         asyncio.run(make())
     client.post("/sign-in", data={"key": KEY})
     assert load_lora(asyncio.run(make())).weights.norms().max() > 0
