@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.formparsers import MultiPartParser
 
 from hyperlora.service.engine import Engine
@@ -46,7 +47,7 @@ def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettin
         await service.jobs.drain(settings.drain_seconds)
         await asyncio.to_thread(service.engine.close, 10.0)
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs with its scripts from here: a page about this server tells no other of its readers
         title="hyperlora",
         version=version("hyperlora"),
         summary="A photo, or a picture before and after an edit, goes in; a LoRA comes out in one forward pass.",

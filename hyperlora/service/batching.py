@@ -22,12 +22,14 @@ class Expired(Exception):
 @dataclass(frozen=True)
 class Work:
     """A kind of work: payloads submitted under equal ``key`` may go through ``run`` together, ``largest`` at a time.
-    What is ``patient`` lets the others go first for ``PATIENCE`` seconds."""
+    What is ``patient`` lets the others go first for ``PATIENCE`` seconds. While nothing else waits, a batch stays open
+    for ``gather`` seconds after its last payload came, and five times as long after its first."""
 
     key: Hashable
     run: Callable[[list[Any]], Sequence[Any]] = field(compare=False)
     largest: int = 1
     patient: bool = False
+    gather: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,20 @@ class Batcher:
                     return []
                 first = next((w for w in self._queue if w.urgent), self._queue[0])
                 chosen = [w for w in self._queue if w.work == first.work][: first.work.largest]
+                if (seconds := self._open(chosen)) > 0:
+                    self._changed.wait(seconds)
+                    continue
                 taken = set(map(id, chosen))
                 self._queue = deque(w for w in self._queue if id(w) not in taken)
             if batch := [w for w in chosen if _still_wanted(w)]:
                 return batch
+
+    def _open(self, batch: list[_Waiting]) -> float:
+        """For how many more seconds a batch may wait for others."""
+        work = batch[0].work
+        if self._closed or len(batch) == work.largest or len(batch) < len(self._queue):
+            return 0.0
+        return min(batch[-1].since + work.gather, batch[0].since + 5 * work.gather) - time.monotonic()
 
 
 def _still_wanted(item: _Waiting) -> bool:

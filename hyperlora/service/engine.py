@@ -29,6 +29,8 @@ from hyperlora.service.facts import ModelFacts, facts_of
 
 READERS: Final = 2
 """Photos and LoRA files that are unfolded at a time."""
+GATHER: Final = 0.03
+"""Seconds between pictures that are still drawn together: little beside drawing one."""
 MAX_NUMBERS: Final = 1 << 26
 """Of all LoRAs sent with one request: 256 MiB once unfolded."""
 
@@ -169,7 +171,8 @@ class LocalEngine:
         how = (order.steps, order.guidance, order.negative_prompt, order.width, order.height)
         if order.strategy == "merge" and order.gamma is None and always:
             lora = await asyncio.to_thread(merge, files, weights) if files else None
-            work = Work(("picture", *how), partial(self._draw, replace(order, loras=())), self.largest)
+            draw = partial(self._draw, replace(order, loras=()))
+            work = Work(("picture", *how), draw, self.largest, gather=GATHER)
             return await self._done(work, (text, order.seed, lora), seconds)
         schedule = None if always else partial(strengths, named, always=len(order.loras))
         work = Work(("composed", object()), partial(self._compose, order, schedule))

@@ -68,15 +68,13 @@ def models_deployment(models: Models, settings: ServiceSettings, scale: Scale) -
 def cluster(models: Models, settings: ServiceSettings, scale: Scale) -> Iterator[RayEngine]:
     """An engine over replicas: in the cluster that ``RAY_ADDRESS`` names, or in one on this machine that ends with the
     context. Raises ``HyperloraError`` for models that cannot be loaded."""
+    shared = "RAY_ADDRESS" in os.environ
     with ExitStack() as stack:
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **{} if "RAY_ADDRESS" in os.environ else own_cluster(scale),
-        )
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **{} if shared else own_cluster(scale))
         stack.callback(ray.shutdown)
         serve.start(proxy_location="Disabled", logging_config=_QUIET)
-        stack.callback(serve.delete, APP)
+        if shared:  # our own ends as a whole: to take it apart in order may mean to wait for a replica that is starting
+            stack.callback(serve.delete, APP)
         deployment = models_deployment(models, settings, scale)
         handle = serve.run(deployment, name=APP, route_prefix=None, logging_config=_QUIET)
         engine = RayEngine(handle, APP, REPLICAS)

@@ -106,7 +106,7 @@ def process(
             yield url, running
         finally:
             running.terminate()
-            running.wait(30)
+            running.wait(120)
 
 
 def _wait(url: str, running: "subprocess.Popen[bytes]", log: Path, until: float) -> None:

@@ -69,9 +69,11 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
     """Opens the page in a window of this size; at the end no request has left this machine, and nothing has failed."""
     seen: list[str] = []
     wrong: list[str] = []
+    windows: list[Any] = []
 
     def opened(width: int, height: int) -> Any:
-        page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+        windows.append(browser.new_context(viewport={"width": width, "height": height}))
+        page = windows[-1].new_page()
         page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: seen.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -84,6 +86,8 @@ def visit(browser: Any, address: str) -> Iterator[Any]:
         return page
 
     yield opened
+    for window in windows:
+        window.close()
     assert seen and not [url for url in seen if not url.startswith((address, "data:", "blob:"))]
     assert not wrong
 
@@ -170,3 +174,9 @@ def test_a_pair_to_the_same_change_elsewhere(visit: Any) -> None:
     page.click("#change")
     page.wait_for_function("document.querySelectorAll('#edited img').length == 2")
     assert fits(page)
+
+
+def test_the_api_describes_itself(visit: Any) -> None:
+    page = visit(1280, 900)
+    page.get_by_role("link", name="API").click()
+    page.get_by_text("/v1/likeness", exact=True).wait_for()

@@ -40,7 +40,8 @@ def test_the_page_stands_beside_the_api(serving: Callable[..., TestClient]) -> N
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert client.get("/docs").status_code == client.get("/v1/models").status_code == 200
     refusal(client.put("/v1/loras"), 405, "")
-    refusal(client.get("/v1/nothing"), 404, "")
+    for path in ("/v1/nothing", "/v1", "//etc/passwd"):
+        refusal(client.get(path), 404, "nothing is found at this path")
     assert client.get(f"/gradio_api/file={Path(__file__)}").status_code == 403
 
 
@@ -93,7 +94,7 @@ def test_the_page_asks_as_its_visitor(serving: Callable[..., TestClient]) -> Non
         async with api.of(visitor(client)) as server:
             return await server.make_lora([photo()])
 
-    with pytest.raises(gr.Error, match="an API key of this server is needed"):
+    with pytest.raises(gr.Error, match="An API key of this server is needed"):
         asyncio.run(make())
     client.post("/sign-in", data={"key": KEY})
     assert load_lora(asyncio.run(make())).weights.norms().max() > 0

@@ -55,6 +55,25 @@ def test_what_waits_together_goes_together() -> None:
     held.batcher.close()
 
 
+def test_a_batch_stays_open_for_what_follows_closely() -> None:
+    batches: list[list[int]] = []
+
+    def run(payloads: list[int]) -> list[int]:
+        batches.append(payloads)
+        return payloads
+
+    batcher = Batcher(10)
+    brief, long = (Work(seconds, run, largest=4, gather=seconds) for seconds in (0.5, 60))
+    together = [batcher.submit(brief, i) for i in range(3)]
+    assert [f.result(5) for f in together] == [0, 1, 2]
+    full = [batcher.submit(long, i) for i in range(4)]
+    assert [f.result(5) for f in full] == [0, 1, 2, 3], "nobody else fits in"
+    waiting, other = batcher.submit(long, 5), batcher.submit(brief, 6)
+    assert (waiting.result(5), other.result(5)) == (5, 6), "others wait"
+    assert batches == [[0, 1, 2], [0, 1, 2, 3], [5], [6]]
+    batcher.close()
+
+
 def test_one_bad_payload_does_not_spoil_its_batch() -> None:
     held = Blocked()
     futures = [held.batcher.submit(held.work("a"), p) for p in ("x", "bad", "y")]

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,14 @@ def test_what_is_here(client: TestClient, models: Any) -> None:
     metrics = client.get("/metrics").text
     assert 'hyperlora_requests_total{method="POST",route="/v1/loras",status="200"} 1.0' in metrics
     assert 'hyperlora_batch_size_count{work="lora"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_the_description_asks_no_other_server_for_anything(client: TestClient, path: str) -> None:
+    parts = re.findall(r"(?:src|href)=\"([^\"]+)\"", client.get(path).text)
+    assert any(part.endswith(".js") for part in parts)
+    for part in parts:
+        assert part.startswith("/") and client.get(part).status_code == 200
 
 
 def test_bad_requests(serving: Callable[..., TestClient]) -> None:

@@ -19,6 +19,7 @@ from hyperlora.service.page.pairs import pair_tab
 from hyperlora.service.page.people import photo_tab
 from hyperlora.service.page.shelf import shelf_state
 from hyperlora.service.page.words import HEADER
+from hyperlora.service.problems import add_handlers
 from hyperlora.service.security import Gate
 from hyperlora.service.settings import ServiceSettings
 
@@ -47,6 +48,7 @@ def add_page(app: FastAPI, settings: ServiceSettings) -> None:
         css_paths=Path(__file__).with_name("page.css"),
     )  # fmt: skip
     mounted: Any = app.router.routes.pop()
+    add_handlers(mounted.app)
     app.router.routes.append(_BesideTheApi("/", Door(mounted.app, Gate(settings.keys, settings.rate))))
 
 
@@ -88,4 +90,5 @@ def _theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50", block_border_width="1px", block_shadow="none",
         button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
     )  # fmt: skip

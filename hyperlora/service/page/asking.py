@@ -47,7 +47,8 @@ class Api:
 
 def refused(sentence: str) -> gr.Error:
     """One sentence for the visitor, and nothing in the log."""
-    return gr.Error(html.escape(sentence, quote=False), title="That did not work", print_exception=False)
+    said = html.escape(f"{sentence[:1].upper()}{sentence[1:]}", quote=False)
+    return gr.Error(said, title="That did not work", print_exception=False)
 
 
 def contents(paths: Any) -> list[bytes]:

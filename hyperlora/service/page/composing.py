@@ -18,7 +18,7 @@ def compose_tab(api: Api, blocks: gr.Blocks, shelf: gr.State) -> None:
     with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=4, min_width=300):
             files = gr.File(
-                label="Add LoRA files", file_count="multiple", file_types=[".safetensors"], height=120, elem_id="files"
+                label="Add LoRA files", file_count="multiple", file_types=[".safetensors"], height=160, elem_id="files"
             )
             nothing = gr.HTML(NO_LORAS)
             weights = [gr.Slider(-1, 2, 1, step=0.05, visible=False) for _ in range(MOST)]

@@ -61,7 +61,7 @@ def pair_tab(api: Api) -> None:
                 for i, task in enumerate(tasks):
                     yield {said: doubts + status("Editing …", i / len(tasks)), edited: _shown(pictures, made)}
                     made[i] = await task
-            yield {said: doubts, edited: _shown(pictures, made)}
+            yield {said: gr.HTML(doubts, visible=bool(doubts)), edited: _shown(pictures, made)}
 
     inputs: list[Any] = [before, after, others, strength, reverse]
     outputs: list[Any] = [said, edited, diffusers, kohya, program, result]
@@ -71,7 +71,7 @@ def pair_tab(api: Api) -> None:
 
 
 def _picture(side: str) -> gr.Image:
-    return dropped(side, ["upload", "webcam", "clipboard"], height=190, min_width=130, elem_id=side.lower())
+    return dropped(side, ["upload", "webcam", "clipboard"], height=210, min_width=130, elem_id=side.lower())
 
 
 def _shown(pictures: list[bytes], made: list[Image.Image | None]) -> str:
