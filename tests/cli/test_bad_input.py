@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hyperlora.formats import load_lora
-from hyperlora.pipelines import ImageToLora, generating
+from hyperlora.pipelines import ImageToLora, folder_generating
 
 Run = Callable[..., Any]
 
@@ -242,14 +242,14 @@ def test_permission_is_asked_before_the_model_is_loaded(
 def test_one_broken_lora_does_not_end_a_folder(
     run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = generating.generate
+    make = folder_generating.generate
 
     def broken(*args: Any) -> Any:
         weights = make(*args)
         weights.up[0][0] = torch.nan
         return weights
 
-    monkeypatch.setattr(generating, "generate", broken)
+    monkeypatch.setattr(folder_generating, "generate", broken)
     ran = run("generate", "--batch", bundle.subjects, "-o", tmp_path, "--model", bundle.model)
     assert ran.code == 0
     assert "skipped: 'person-0': " in ran.err

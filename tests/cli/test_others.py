@@ -167,6 +167,7 @@ def test_demo(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     tiny = {
         "BASE": bundle.base, "MODEL": bundle.model, "EVALUATOR": bundle.evaluator, "BENCHMARK": bundle.benchmark,
         "EDIT_BASE": bundle.edit_base, "PAIR_MODEL": bundle.pair_model, "EDIT_BENCHMARK": bundle.edit_benchmark,
+        "PHOTO_MODELS": {"hyperdreambooth": bundle.model},
     }  # fmt: skip
     for name, folder in tiny.items():
         monkeypatch.setattr(shipped, name, folder)
