@@ -95,6 +95,7 @@ def test_commands_do_what_they_say(desk):
         assert (desk / report / "report.md").read_text().count("|") > 20
 
 
+@pytest.mark.heavy
 def test_programs_do_what_they_say(desk, server):
     programs = [block for kind, block in BLOCKS if kind == "python"]
     assert len(programs) == 5
@@ -106,6 +107,7 @@ def test_programs_do_what_they_say(desk, server):
     assert (desk / "out.png").stat().st_size > 1000
 
 
+@pytest.mark.heavy
 def test_demo(desk):
     hyperlora = str(Path(sys.executable).with_name("hyperlora"))
     told = run([hyperlora, "demo", "--people", "2"], desk)

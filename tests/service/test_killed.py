@@ -12,7 +12,7 @@ from tests.service.conftest import photo, process
 JOBS = 20
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_every_accepted_job_is_done_or_reported_after_a_kill(bundle: Any, tmp_path: Path) -> None:
     """Photos live in memory only, so what was not done cannot be: it is reported, and nothing vanishes."""
     with process(bundle, tmp_path) as (url, server), httpx.Client(base_url=url, timeout=60) as client:
