@@ -16,7 +16,7 @@ held-out fitted LoRAs would be copies. *Spread* is 1 - the mean cosine between s
 import argparse
 from pathlib import Path
 
-from data_builder.held_out import HeldOut, held_out, table
+from data_builder.held_out import HeldOut, Tried, held_out, table
 from hyperlora import bundle
 from hyperlora.data import LoraDataset
 from hyperlora.encoders import Reader
@@ -65,7 +65,7 @@ def main() -> None:
     print(*table(rows), sep="\n")
 
 
-def _sampled(trial: HeldOut, name: str, original: object, arguments: argparse.Namespace) -> list:
+def _sampled(trial: HeldOut, name: str, original: Tried, arguments: argparse.Namespace) -> list[Tried]:
     model = open_photo_model(name, base=trial.judge.base)
     if not model.samples:
         return [trial.sampled(f"{name}, one photo", model, original, Sampling(), 1)]

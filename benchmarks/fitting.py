@@ -7,6 +7,7 @@ Prints seconds per subject of both, their ratio, and both final losses.
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -33,8 +34,12 @@ def at_once(base: Base, examples: Examples, start: LoraWeights, steps: int, batc
     return (time.perf_counter() - began) / len(start), float(done.losses[-10:].mean())
 
 
-def one_by_one(base: Base, examples: Examples, start: LoraWeights, steps: int, batch: int) -> tuple[float, float]:
-    """The same with ``unet.add_adapter`` per subject, as DreamBooth-LoRA scripts do it."""
+def one_by_one(
+    base: Base, examples: Examples, start: LoraWeights, steps: int, batch: int,
+    encoded: Callable[[int], Examples] | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """The same with ``unet.add_adapter`` per subject, as DreamBooth-LoRA scripts do it; with ``encoded``, a
+    subject's examples are made anew for every step."""
     unet, losses = base.denoiser, []
     began = time.perf_counter()
     for i in range(len(start)):
@@ -48,6 +53,8 @@ def one_by_one(base: Base, examples: Examples, start: LoraWeights, steps: int, b
         optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], LR)
         mine = Examples(examples.latents[i : i + 1], {k: v[i : i + 1] for k, v in examples.conditions.items()})
         for step in range(steps):
+            if encoded is not None:
+                mine = encoded(i)
             latents, conditions = mine.pick(torch.randint(mine.latents.shape[1], (batch, 1)))
             loss = denoising_loss(unet, base.noise_schedule, latents, **conditions).mean()
             optimizer.zero_grad()

@@ -130,6 +130,18 @@ def shrink(
 
 
 @app.command()
+def borrow(
+    model: Annotated[Path, typer.Argument(help="Folder of a released model.")],
+    lender: Annotated[str, typer.Argument(help="Model in the folder beside it.")],
+    part: Annotated[str, typer.Option(help="What both hold.")] = "encoder",
+) -> None:
+    """Leave out of a model what another one beside it holds too, for a smaller file."""
+    from hyperlora.pipelines.released import borrow
+
+    typer.echo(f"{model}: {borrow(model, part, lender) / 1e6:.1f} MB borrowed from {lender}")
+
+
+@app.command()
 def fitted(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     people: Annotated[int, typer.Option(min=1)] = 6,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_builder.cutting import centre, cut
-from data_builder.plan import Photo, Planned, read_plan
+from data_builder.plan import Photo, Plan, Planned, read_plan
 from data_builder.sources import Source, opened
 from hyperlora.data import LoraDataset, to_tensor
 from hyperlora.evaluation.benchmark import Benchmark, Prompt
@@ -82,16 +82,16 @@ def held_out(
     people: int, split: str = "validation",
 ) -> HeldOut:  # fmt: skip
     """The first ``people`` subjects of ``build`` that are of ``split``, under ``judge``; the LoRAs of ``training`` (its
-    split train) beside them. Photos are read at ``size`` pixels."""
+    split train) beside them. Photos are read at ``size`` pixels; compared are those that the build kept back."""
     data, known = LoraDataset(build, split), LoraDataset(training, "train")
     known.layout.require(data.layout)
     chosen = [views[0] for views in map(data.views, data.subjects[:people])]
-    planned = {(row.subject, row.view): row for row in read_plan(build).rows}
-    source = opened(read_plan(build).source)
+    plan = read_plan(build)
+    planned = {(row.subject, row.view): row for row in plan.rows}
     subjects = [planned[data.records[i].subject, data.records[i].view] for i in chosen]
     scale = known.scale()
     rows = torch.cat([scale.normalize(batch) for batch in known.batches()])
-    return HeldOut(judge(_benchmark(subjects, source, prompts, size)), data.lora(chosen), rows, scale)
+    return HeldOut(judge(_benchmark(subjects, plan, prompts, size)), data.lora(chosen), rows, scale)
 
 
 def table(tried: Sequence[Tried]) -> Iterator[str]:
@@ -106,12 +106,16 @@ def table(tried: Sequence[Tried]) -> Iterator[str]:
         yield f"| {t.row.name} | {t.row.identity} | {' | '.join(numbers)} |"
 
 
-def _benchmark(subjects: Sequence[Planned], source: Source, prompts: Sequence[Prompt], size: int) -> Benchmark:
+def _benchmark(subjects: Sequence[Planned], plan: Plan, prompts: Sequence[Prompt], size: int) -> Benchmark:
+    """Photos that were learned, and to compare with those that were not (if fewer than two, half of them)."""
+    source = opened(plan.source)
     most = min(len(subject.photos) for subject in subjects)
+    kept = plan.recipe.held_out if plan.recipe.held_out > 1 else most - most // 2
     pixels = torch.stack([torch.stack([_read(p, source, size) for p in s.photos[:most]]) for s in subjects])
-    half = max(1, most // 2)
-    others = pixels[:, half:] if most > 1 else pixels
-    return Benchmark(tuple(s.subject for s in subjects), pixels[:, :half], others, tuple(prompts))
+    return Benchmark(
+        tuple(s.subject for s in subjects), pixels[:, :-kept] if most > kept else pixels, pixels[:, -kept:],
+        tuple(prompts),
+    )  # fmt: skip
 
 
 def _read(photo: Photo, source: Source, size: int) -> Tensor:

@@ -20,8 +20,8 @@ from hyperlora.pipelines.fitting import Examples
 
 @dataclass(frozen=True)
 class Material:
-    """``examples`` and ``measure`` of one subject (a leading axis of 1); ``pixels`` [n, 3, h, w] in [0, 1] of its
-    photos, ``digests`` their SHA-256."""
+    """``examples`` and ``measure`` of one subject (a leading axis of 1); ``pixels`` [n, 3, h, w] in [0, 1] of the
+    photos that are learned, ``digests`` the SHA-256 of all."""
 
     examples: Examples
     measure: Examples
@@ -48,7 +48,7 @@ def material(row: Planned, source: Source, base: Base, recipe: Recipe) -> Materi
     if kept or len(pictures) > len(learned):
         measured = range(len(images) - kept, len(images)) if kept else learned
         measure = _examples(base, [plain[i] for i in measured], [row.photos[i] for i in measured], recipe)
-    pixels = torch.stack([to_tensor(p, base.resolution) for p in plain])
+    pixels = torch.stack([to_tensor(plain[i], base.resolution) for i in learned])
     return Material(examples, measure, pixels, tuple(digest for _, digest in opened))
 
 

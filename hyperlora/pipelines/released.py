@@ -9,9 +9,9 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from hyperlora.errors import BadArtifact
+from hyperlora.errors import BadArtifact, BadRequest
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.pipelines.bases import Base
 
@@ -22,7 +22,8 @@ class ReleasedModel(nn.Module, ModelHubMixin):
     """A network that makes LoRAs for ``layout``: saved, loaded and pushed as every other.
 
     ``card`` holds free facts (trigger word, licence, how it was trained) that travel in ``config.json``;
-    ``card["strength"]`` multiplies every LoRA it makes.
+    ``card["strength"]`` multiplies every LoRA it makes. ``config.json`` may name, by part, a model in the folder beside
+    that the part's weights are ``borrowed`` from (``borrow``).
     """
 
     card: dict[str, Any]
@@ -81,14 +82,49 @@ class ReleasedModel(nn.Module, ModelHubMixin):
             raise BadArtifact(f"{folder} is no {cls.__name__} model: {', '.join(missing)} missing; give --model")
         try:
             config = json.loads((folder / "config.json").read_text())
-            layout = LoraLayout.from_dict(json.loads((folder / "layout.json").read_text()))
+            layout = _layout(folder)
             if (base := hub.get("base")) is not None:
                 layout.require_base(base.id)
             model = cls.built(config, layout, folder, base)
             model.card = config["card"]
-            model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+            model.load_state_dict({k: v.float() for k, v in _state(folder, config).items()})
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BadArtifact(f"{folder} holds a damaged {cls.__name__} model ({reason}): fetch it again") from error
         model.opened(folder)
         return model.eval().requires_grad_(False)
+
+
+def borrow(folder: Path, part: str, lender: str) -> int:
+    """Leave ``part`` (``encoder``) out of the released model in ``folder``, since the model ``lender`` in the folder
+    beside holds the same; returns the bytes saved. Raises ``BadRequest`` if it holds another."""
+    config = json.loads((folder / "config.json").read_text())
+    state = load_file(folder / "model.safetensors")
+    lent = _part(folder.parent / lender, part)
+    own = {k: v for k, v in state.items() if k.startswith(f"{part}.")}
+    if own.keys() != lent.keys() or not all(torch.equal(own[k], lent[k]) for k in own):
+        raise BadRequest(f"the {part} of {folder} is not that of {lender}: it must stay where it is")
+    rest = {k: v for k, v in state.items() if k not in own}
+    config["borrowed"] = config.get("borrowed", {}) | {part: lender}
+    save_file(rest, folder / "model.safetensors", {"format": "pt", "layout": _layout(folder).fingerprint})
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return sum(v.numel() * v.element_size() for v in own.values())
+
+
+def _layout(folder: Path) -> LoraLayout:
+    return LoraLayout.from_dict(json.loads((folder / "layout.json").read_text()))
+
+
+def _state(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in ``folder`` and those it borrows."""
+    state = load_file(folder / "model.safetensors")
+    for part, lender in config.get("borrowed", {}).items():
+        beside = folder.parent / Path(lender).name
+        if not (beside / "model.safetensors").is_file():
+            raise BadArtifact(f"{folder} borrows its {part} from {beside}, which is not there: fetch that model too")
+        state |= _part(beside, part)
+    return state
+
+
+def _part(folder: Path, part: str) -> dict[str, Tensor]:
+    return {k: v for k, v in load_file(folder / "model.safetensors").items() if k.startswith(f"{part}.")}

@@ -1,12 +1,16 @@
 """A released model: its card travels with it and says how strong its LoRAs are."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
+from hyperlora.errors import BadArtifact, BadRequest
 from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.pipelines.released import borrow
 
 
 def test_the_strength_of_its_card_multiplies_what_it_makes(bundle: Any, tmp_path: Path) -> None:
@@ -19,3 +23,30 @@ def test_the_strength_of_its_card_multiplies_what_it_makes(bundle: Any, tmp_path
     stronger = ImageToLora.from_pretrained(tmp_path / "stronger", base=base)
     torch.testing.assert_close(stronger(photo).norms(), plain.norms() * 1.5, rtol=1e-2, atol=1e-3)  # stored as fp16
     torch.testing.assert_close(stronger(photo, strength=0.5).norms(), stronger(photo).norms() * 0.5)
+
+
+def test_a_model_borrows_a_part_from_the_one_beside_it(bundle: Any, tmp_path: Path) -> None:
+    photo = bundle.photo
+    for name in ("lender", "borrower"):
+        shutil.copytree(bundle.model, tmp_path / name)
+    wanted = ImageToLora.from_pretrained(tmp_path / "borrower")(photo)
+    size = (tmp_path / "borrower" / "model.safetensors").stat().st_size
+    saved = borrow(tmp_path / "borrower", "encoder", "lender")
+    assert size - (tmp_path / "borrower" / "model.safetensors").stat().st_size >= saved > 0
+    model = ImageToLora.from_pretrained(tmp_path / "borrower")
+    assert torch.equal(model(photo).flatten(), wanted.flatten())
+    model.save_pretrained(tmp_path / "elsewhere" / "whole")  # stands alone again
+    assert torch.equal(ImageToLora.from_pretrained(tmp_path / "elsewhere" / "whole")(photo).flatten(), wanted.flatten())
+    (tmp_path / "lender" / "model.safetensors").unlink()
+    with pytest.raises(BadArtifact, match="borrows its encoder"):
+        ImageToLora.from_pretrained(tmp_path / "borrower")
+
+
+def test_another_part_is_not_borrowed(bundle: Any, tmp_path: Path) -> None:
+    for name in ("lender", "borrower"):
+        shutil.copytree(bundle.model, tmp_path / name)
+    model = ImageToLora.from_pretrained(tmp_path / "lender")
+    next(model.encoder.parameters()).data.add_(1)
+    model.save_pretrained(tmp_path / "lender")
+    with pytest.raises(BadRequest, match="is not that of lender"):
+        borrow(tmp_path / "borrower", "encoder", "lender")
