@@ -1,7 +1,7 @@
 """Identity score and prompt score, each with its standard error over subjects."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,15 +11,21 @@ from hyperlora.encoders import Reader, Reading
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over subjects and its standard error."""
+    """A mean over subjects and its standard error; ``each`` subject's own."""
 
     mean: float
     error: float
+    each: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, per_subject: Tensor) -> "Score":
         n = len(per_subject)
-        return cls(float(per_subject.mean()), float(per_subject.std() / n**0.5) if n > 1 else 0.0)
+        error = float(per_subject.std() / n**0.5) if n > 1 else 0.0
+        return cls(float(per_subject.mean()), error, tuple(per_subject.tolist()))
+
+    def above(self, other: "Score") -> "Score":
+        """The difference, subject by subject: its error is far below either score's, since most of that is people."""
+        return Score.of(torch.tensor(self.each) - torch.tensor(other.each))
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.error:.3f}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import matplotlib
 
@@ -9,6 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
+from hyperlora.evaluation.metrics import Score
 from hyperlora.evaluation.personalisation import Row
 
 
@@ -22,7 +24,26 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += ["", f"| P of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for row in rows:
             lines.append(f"| {row.name} | {' | '.join(f'{row.attributes[n]:.2f}' for n in names)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_compared(rows)]) + "\n"
+
+
+COMPARED: Final = "one photo"
+"""The row that rows of the same people made otherwise are compared with."""
+
+
+def _compared(rows: Sequence[Row]) -> list[str]:
+    """What refining, more photos, choosing or fitting brings, person by person."""
+    plain = next((row for row in rows if row.name == COMPARED), None)
+    wanted = ("refined", "best of", "photos", "fitted")
+    others = [row for row in rows if any(word in row.name for word in wanted)]
+    if plain is None or not others:
+        return []
+    found = [f"{row.name} {_signed(row.identity.above(plain.identity))}" for row in others]
+    return ["", f"I, person by person, against {COMPARED}: {'; '.join(found)}."]
+
+
+def _signed(score: Score) -> str:
+    return f"{score.mean:+.3f} ± {score.error:.3f}"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:

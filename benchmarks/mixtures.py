@@ -1,0 +1,84 @@
+"""What a diffusion model over LoRAs hears of a photo: the face alone, the picture alone, both evenly, or gated.
+
+    data-builder run runs/avatars/build; data-builder run runs/avatars/build-validation
+    data-builder components runs/avatars/build -o runs/avatars/lora-components
+    python benchmarks/mixtures.py runs/avatars/build runs/avatars/build-validation [--steps 2000] [--people 64]
+
+Each is trained for as many steps with the settings of ``configs/avatars/difflora.yaml``, on the same features: frozen
+networks look at every photo once. I and P are of held-out people, one photo each; differences are person by person.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch.utils.data import DataLoader
+
+from data_builder.held_out import held_out
+from data_builder.lora_photos import SeenLoras
+from hyperlora import bundle
+from hyperlora.encoders import Reader
+from hyperlora.evaluation.benchmark import load_benchmark
+from hyperlora.evaluation.personalisation import Judge
+from hyperlora.heap import keep_heap
+from hyperlora.models.mixture import GATES
+from hyperlora.pipelines import load_base
+from hyperlora.pipelines.photo_model import Sampling
+from hyperlora.training.lora_diffusion import LoraDiffusionTraining
+
+
+def trained(settings: dict[str, Any], mode: str, data: SeenLoras, steps: int, batch: int) -> LoraDiffusionTraining:
+    L.seed_everything(0, verbose=False)
+    mixture = settings["mixture"] | {"mode": mode}
+    module = LoraDiffusionTraining(**settings | {"mixture": mixture, "out": f"{settings['out']}-{mode}"})
+    average = EMAWeightAveraging(decay=0.998, update_starting_at_step=steps // 10)
+    loader = DataLoader(data, batch, shuffle=True, drop_last=True)
+    L.Trainer(
+        max_steps=steps, gradient_clip_val=1.0, callbacks=[average], logger=False, enable_checkpointing=False
+    ).fit(module, loader)  # fmt: skip
+    return module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("held_out", type=Path)
+    parser.add_argument("--config", type=Path, default=Path("configs/avatars/difflora.yaml"))
+    parser.add_argument("--face-pack", default=str(bundle.FACE_PACK))
+    parser.add_argument("--modes", nargs="+", default=list(GATES), choices=GATES)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--people", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--sampling-steps", type=int, default=4)
+    arguments = parser.parse_args()
+    keep_heap()
+    config = yaml.safe_load(arguments.config.read_text())
+    settings = config["model"]["init_args"] | {"face_pack": arguments.face_pack}
+    views, batch = (config["data"]["init_args"][name] for name in ("views", "batch_size"))
+    base = load_base(bundle.BASE)
+    prompts = load_benchmark(bundle.BENCHMARK, base.resolution, 1).prompts[: arguments.prompts]
+    reader = Reader.from_pretrained(bundle.EVALUATOR)
+    trial = held_out(
+        arguments.dataset, arguments.held_out, lambda found: Judge(base, reader, found, 10), prompts, base.resolution,
+        arguments.people,
+    )  # fmt: skip
+    data, rows = None, {}
+    original = trial.original()
+    for mode in arguments.modes:
+        if data is None:
+            data = SeenLoras(str(arguments.dataset), "train", LoraDiffusionTraining(**settings).model, views, False)
+        model = trained(settings, mode, data, arguments.steps, batch).model.eval()
+        rows[mode] = trial.sampled(mode, model, original, Sampling(0, arguments.sampling_steps), 1)
+        print(f"{mode}: I {rows[mode].row.identity}, P {rows[mode].row.prompt}, cosine {rows[mode].cosine:.3f}")
+    best = max((m for m in rows if m in ("face", "image")), key=lambda m: rows[m].row.identity.mean, default=None)
+    for mode in rows:
+        if best is not None and mode != best:
+            more = rows[mode].row.identity.above(rows[best].row.identity)
+            print(f"{mode} above {best}: {more.mean:+.3f} ± {more.error:.3f}")
+
+
+if __name__ == "__main__":
+    main()
