@@ -1,10 +1,10 @@
 """Two networks to a pack that insightface loads: ONNX files, and a manifest that pins their SHA-256."""
 
 import hashlib
-import io
 import json
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
@@ -55,15 +55,16 @@ def _exported(network: nn.Module, example: Tensor, outputs: int, moving: dict[in
         import onnx
     except ImportError as error:
         raise BadRequest("a face pack is written with onnx: pip install onnx") from error
-    names, buffer = [f"out{i}" for i in range(outputs)], io.BytesIO()
+    names = [f"out{i}" for i in range(outputs)]
     axes = {"in": moving} | ({"out0": {0: "batch"}} if 0 in moving else {name: {0: f"k{name}"} for name in names})
-    with warnings.catch_warnings():
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        file = Path(folder) / "network.onnx"
         warnings.simplefilter("ignore")  # PyTorch's, on the exporter that needs no further package
         torch.onnx.export(
-            network, (example,), buffer, dynamo=False, opset_version=17, input_names=["in"], output_names=names,
+            network, (example,), file, dynamo=False, opset_version=17, input_names=["in"], output_names=names,
             dynamic_axes=axes,
         )  # fmt: skip
-    return _halved(onnx.load_from_string(buffer.getvalue())).SerializeToString()
+        return _halved(onnx.load(file)).SerializeToString()
 
 
 def _halved(model: "onnx.ModelProto") -> "onnx.ModelProto":  # type: ignore[name-defined]  # noqa: F821

@@ -195,7 +195,7 @@ def faceless(portrait: Image.Image, face: Landmarks, rng: np.random.Generator) -
             draw = ImageDraw.Draw(hidden)
             fill = portrait.getpixel((int(face.box[0] + face.box[2]) // 2, int(face.box[3]) - 2))
             shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-            shape(tuple(face.box), fill=fill if rng.random() < 0.6 else _colour(rng))  # type: ignore[arg-type]
+            shape(tuple(face.box), fill=fill if rng.random() < 0.6 else _colour(rng))
             return hidden
         case 2:
             return portrait.filter(ImageFilter.GaussianBlur(portrait.width / 8))

@@ -67,8 +67,8 @@ class FaceDetector(_Released):
         self.joined = _conv(width, width)
         self.head = nn.Conv2d(width, len(ANCHORS) * _EACH, 1)
         nn.init.normal_(self.head.weight, std=0.01)
-        with torch.no_grad():  # no faces, and boxes of the anchor's size
-            self.head.bias.view(len(ANCHORS), _EACH).copy_(torch.tensor([-4.0] + [0.5] * 4 + [0.0] * 10))
+        nothing = torch.tensor([-4.0] + [0.5] * 4 + [0.0] * 10)  # no face, and boxes of the anchor's side
+        self.head.bias = nn.Parameter(nothing.repeat(len(ANCHORS)))
 
     def level(self, images: Tensor) -> Tensor:
         """images [n, 3, h, w], RGB, (pixel - 127.5) / 128, to [n, h/8, w/8, anchors, 15]: logits of the scores,
