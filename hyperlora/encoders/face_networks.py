@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -53,11 +54,13 @@ class FaceDetector(_Released):
 
     So it is trained on one size of pictures and finds faces three octaves apart; what several levels see, non-maximum
     suppression makes one. A place has two anchors, of which one answers for small faces and one for large ones.
+    insightface counts a score from 0.5 on; what the network gives the probability ``sure`` scores that.
     """
 
-    def __init__(self, widths: Sequence[int] = (16, 24, 40)) -> None:
+    def __init__(self, widths: Sequence[int] = (16, 24, 40), sure: float = 0.8) -> None:
         super().__init__()
-        self.config = {"widths": list(widths)}
+        self.config = {"widths": list(widths), "sure": sure}
+        self.doubt = log(sure / (1 - sure))
         first, second, width = widths
         self.fine = nn.Sequential(
             _conv(3, first, stride=2), _conv(first, second, stride=2), _conv(second, width, stride=2), _Residual(width)
@@ -85,7 +88,7 @@ class FaceDetector(_Released):
         scores, boxes, points = [], [], []
         for half in (1, 2, 4):
             said = self.level(images if half == 1 else F.avg_pool2d(images, half))[0]
-            scores.append(said[..., :1].sigmoid().reshape(-1, 1))
+            scores.append((said[..., :1] - self.doubt).sigmoid().reshape(-1, 1))
             boxes.append((said[..., 1:5] * sides).reshape(-1, 4))
             points.append((said[..., 5:] * sides).reshape(-1, 10))
         return (*scores, *boxes, *points)

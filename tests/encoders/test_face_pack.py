@@ -36,13 +36,14 @@ def test_the_bundles_pack_is_small_and_its_licence_is_known(finder: FaceFinder) 
 
 @pytest.mark.parametrize("size", [128, 320, 640])
 def test_finds_the_face_of_a_portrait_and_its_keypoints(size: int) -> None:
-    finder = FaceFinder(released.FACE_PACK, size)
+    finder, off = FaceFinder(released.FACE_PACK, size), []
     for seed in PEOPLE[:6]:
         who, how = identity(seed), scene(seed, 0)
         (face,) = finder.faces(draw(who, how))
         truth = landmarks(who, how)
-        assert np.linalg.norm(face.keypoints - truth.keypoints, axis=1).mean() < 4
+        off.append(np.linalg.norm(face.keypoints - truth.keypoints, axis=1))
         assert face.box == pytest.approx(truth.box, abs=12)
+    assert np.mean(off) < 3.5 and np.mean(off, 0).max() < 6, "pixels, of 128"
 
 
 def test_of_two_people_the_larger_face_comes_first() -> None:
