@@ -117,6 +117,18 @@ def likeness(
 
 
 @app.command()
+def face_pack(
+    detector: Annotated[Path, typer.Argument(help="Folder of a trained FaceDetector.")],
+    recogniser: Annotated[Path, typer.Argument(help="Folder of a trained FaceRecogniser.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the pack to write.")] = bundle.FACE_PACK,
+) -> None:
+    """Write a face pack that insightface loads: a detector and a recogniser as ONNX, their SHA-256 pinned."""
+    from data_builder.face_pack import write_face_pack
+
+    typer.echo(f"{out}: {write_face_pack(detector, recogniser, out) / 1e6:.2f} MB")
+
+
+@app.command()
 def shrink(
     model: Annotated[Path, typer.Argument(help="Folder of a released network with a learned basis.")],
     pictures: Annotated[Path, typer.Argument(help="Drawn training portraits (`avatars`) or pairs (`edits`).")],

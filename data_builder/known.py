@@ -55,7 +55,7 @@ def _seen(network: PhotoModel, drawn: Portraits, most: int) -> Tensor:
     size, parts = network.encoder.image_size, []
     for some in track([chosen[i : i + 64] for i in range(0, len(chosen), 64)], "looking", "portraits", len(chosen), 64):
         photos = torch.stack([to_tensor(Image.fromarray(x), size) for x in drawn.images[some]])
-        parts.append(described(network.image_features(network.features(photos[:, None])))[:, 0])
+        parts.append(described(network.encoder(photos[:, None]))[:, 0])
     return torch.cat(parts)
 
 

@@ -1,5 +1,6 @@
 """Rows of a build beside the photos they were fitted to: what a diffusion model over LoRAs learns from."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from hyperlora.data import LoraDataset, to_tensor
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.progress import track
 
+_log = logging.getLogger(__name__)
+
 
 class SeenLoras(Dataset[dict[str, Tensor]]):
     """``latents`` [tokens, width] of a row, and what is seen in ``views`` photos of its subject: ``face`` [views, 1,
     width] and ``image`` [views, n, width]. Other photos each time unless ``fixed``.
 
     The frozen parts of ``model`` see every photo and encode every row once, here: drawing, decoding and seeing photos
-    costs far more than a training step.
+    costs far more than a training step. Of a photo without a face the face pack says nothing (zeros), and how many
+    there are is logged.
     """
 
     def __init__(self, build: str, split: str, model: LoraDiffusion, views: int, fixed: bool, batch: int = 64) -> None:
@@ -77,10 +81,13 @@ def _seen(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What ``model`` sees in all photos in order: faces [n, 1, width] and image tokens [n, k, width] at a time."""
     flat = [photo for some in photos for photo in some]
-    size = model.encoder.image_size
+    size, faceless = model.photo_size, 0
     batches = [flat[i : i + batch] for i in range(0, len(flat), batch)]
     for some in track(batches, "looking at photos", "photos", len(flat), batch):
         images = [(source.read(photo.ref)[0], photo) for photo in some]
         pixels = [to_tensor(cut(image, photo.square or centre(image), size), size) for image, photo in images]
-        face, image = model.features(torch.stack(pixels)[:, None].to(model.device))
+        face, image = model.features(torch.stack(pixels)[:, None].to(model.device), faceless=True)
+        faceless += int((face.tokens == 0).flatten(1).all(1).sum())
         yield face.tokens[:, 0].cpu(), image.tokens[:, 0].cpu()
+    if model.face is not None and faceless:
+        _log.warning("no face was found in %d of %d photos: there the encoder alone is heard", faceless, len(flat))

@@ -12,6 +12,7 @@ PHOTO_MODELS: Final[Mapping[str, Path]] = {"hyperdreambooth": MODEL, "difflora":
 """By the method's name, as ``--method`` takes it."""
 EDIT_BASE: Final = AVATARS / "edit-base"
 PAIR_MODEL: Final = AVATARS / "pair-to-lora"
+FACE_PACK: Final = AVATARS / "face-pack"
 EVALUATOR: Final = AVATARS / "evaluator"
 BENCHMARK: Final = AVATARS / "test"
 EDIT_BENCHMARK: Final = AVATARS / "test-edits"

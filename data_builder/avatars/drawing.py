@@ -2,6 +2,7 @@
 
 import io
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import python_avatars as pa
@@ -17,7 +18,20 @@ _NOSE = '"transparent_Nose" transform="translate(28.000000, 40.000000)"'
 _MOUTH = '"transparent_Mouth" transform="translate(2.000000, 52.000000)"'
 _BROWS = '"transparent_Eyebrow"'
 _ALL = '"transparent_Avataaar/Default"'
+_ANCHORS = (_EYES, _NOSE, _MOUTH, _BROWS, _ALL)
 _VIEW = 'width="264px" height="280px" viewBox="0 0 264 280"'
+LEFT, TOP, SIDE = 2, 8, 260
+"""The square of the drawing that a portrait shows, in drawing units."""
+
+
+class Transforms(NamedTuple):
+    """SVG transforms: of eyes, nose, mouth and eyebrows in the face, and of the whole person."""
+
+    eyes: str
+    nose: str
+    mouth: str
+    eyebrows: str
+    all: str
 
 
 def draw(person: Identity, scene: Scene, size: int = 128) -> Image.Image:
@@ -52,21 +66,26 @@ def svg(person: Identity, scene: Scene) -> str:
         clothing=pa.ClothingType[words.GARMENT[scene.garment]],
         clothing_color=words.color(words.GARMENT_COLOR, scene.garment_color),
     ).render()
+    for anchor, transform in zip(_ANCHORS, transforms(person, scene), strict=True):
+        if text.count(anchor) != 1:
+            raise RuntimeError(f"python_avatars' template has changed: {anchor} expected once")
+        text = text.replace(anchor, f'{anchor.split(" ")[0]} transform="{transform}"')
+    return text.replace(_VIEW, f'viewBox="{LEFT} {TOP} {SIDE} {SIDE}"')
+
+
+def transforms(person: Identity, scene: Scene) -> Transforms:
+    """The SVG transforms of the parts of this portrait."""
     d, h, n, m = person.eye_distance, person.eye_height, person.nose_scale, person.mouth_scale
     pose = f"translate({scene.shift_x:.3f} {scene.shift_y:.3f}) rotate({scene.roll:.3f} 132 200) " + _about(
         132, 160, scene.zoom * person.face_width, scene.zoom
     )
-    for anchor, transform in (
-        (_EYES, f"{_about(56, 20, d, 1)} translate(0 8) {_about(56, 20, 1, h)}"),
-        (_NOSE, f"translate(28 40) {_about(28, 8, n, n)}"),
-        (_MOUTH, f"translate(2 52) {_about(54, 18, m, m)}"),
-        (_BROWS, _about(56, 10, d, 1)),
-        (_ALL, pose),
-    ):
-        if text.count(anchor) != 1:
-            raise RuntimeError(f"python_avatars' template has changed: {anchor} expected once")
-        text = text.replace(anchor, f'{anchor.split(" ")[0]} transform="{transform}"')
-    return text.replace(_VIEW, 'viewBox="2 8 260 260"')
+    return Transforms(
+        eyes=f"{_about(56, 20, d, 1)} translate(0 8) {_about(56, 20, 1, h)}",
+        nose=f"translate(28 40) {_about(28, 8, n, n)}",
+        mouth=f"translate(2 52) {_about(54, 18, m, m)}",
+        eyebrows=_about(56, 10, d, 1),
+        all=pose,
+    )
 
 
 def stylized(image: Image.Image, style: str) -> Image.Image:

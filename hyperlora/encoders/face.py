@@ -6,10 +6,11 @@ project and the licence of the pack in use is recorded in what is made with it.
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from math import atan2, degrees, hypot
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,9 @@ from PIL import Image
 from hyperlora.errors import BadArtifact, BadImage, BadRequest
 
 UNKNOWN_LICENCE = "unknown; packs that insightface downloads are for non-commercial research only"
+
+_PACKED: Final = frozenset({".onnx", ".json", ".license", ".txt", ".md"})
+"""Files that belong to a pack."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Face:
 class FaceFinder:
     """insightface's ``FaceAnalysis`` over a pack: a folder of ONNX models, or a name it knows and has on disk.
 
-    A folder whose ``manifest.json`` (version 2) pins the SHA-256 of its files is checked by insightface. Raises
-    ``BadRequest`` without the extra, ``BadArtifact`` for a pack that is missing, tampered with or without a detector.
+    ``size`` is the side that pictures are scaled to before faces are looked for. A folder whose ``manifest.json``
+    (version 2) pins the SHA-256 of its files is checked by insightface. Raises ``BadRequest`` without the extra,
+    ``BadArtifact`` for a pack that is missing, tampered with or without a detector.
     """
 
     def __init__(self, pack: str | os.PathLike[str], size: int = 640) -> None:
@@ -59,10 +64,10 @@ class FaceFinder:
         except ImportError as error:
             raise BadRequest("faces need the extra: pip install 'hyperlora[face]'") from error
         self.pack = str(pack)
-        folder = _folder(self.pack)
-        self.licence = _licence(folder)
+        self.folder = _folder(self.pack)
+        self.licence = _licence(self.folder)
         try:
-            self._analysis: Any = FaceAnalysis(name=str(folder), providers=["CPUExecutionProvider"])
+            self._analysis: Any = FaceAnalysis(name=str(self.folder), providers=["CPUExecutionProvider"])
             self._analysis.prepare(ctx_id=-1, det_size=(size, size))
         except AssertionError as error:
             raise BadArtifact(f"the face pack {self.pack!r} has no detector: add one (det_*.onnx)") from error
@@ -70,6 +75,19 @@ class FaceFinder:
             raise BadArtifact(
                 f"the face pack {self.pack!r} is damaged or tampered with ({_first(error)}): fetch it again"
             ) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FaceFinder":
+        """Itself: nothing in it changes, and its sessions cannot be copied."""
+        return self
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the pack: models, manifest and licence."""
+        if folder.resolve() == self.folder:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self.folder.iterdir():
+            if file.suffix.lower() in _PACKED:
+                shutil.copyfile(file, folder / file.name)
 
     def faces(self, image: Image.Image) -> list[Face]:
         """All faces of an RGB image, the largest first."""

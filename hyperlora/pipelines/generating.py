@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Photos:
-    """One subject's photos, decoded once: ``seen`` [views, 3, size, size] by the encoder and, for refining, ``fitted``
+    """One subject's photos, decoded once: ``seen`` [views, 3, size, size] by the model and, for refining, ``fitted``
     [views, 3, resolution, resolution] as the base would draw them."""
 
     seen: Tensor
@@ -47,7 +47,7 @@ class Photos:
 
     @classmethod
     def of(cls, images: Sequence[Image.Image], model: PhotoModel, base: Base | None = None) -> "Photos":
-        seen = torch.stack([to_tensor(image, model.encoder.image_size) for image in images])
+        seen = torch.stack([to_tensor(image, model.photo_size) for image in images])
         return cls(seen, torch.stack([to_tensor(image, base.resolution) for image in images]) if base else None)
 
     @classmethod
@@ -165,14 +165,15 @@ def header_of(model: PhotoModel, title: str, photos: Sequence[Path | bytes]) -> 
     """Provenance of a generated LoRA."""
     card = model.card
     resolution = card.get("resolution")
+    encoder, licence = model.seen_through
     return LoraHeader(
         title=title.encode("utf-8", "replace").decode(),  # file names may hold bytes that are no text
         architecture=card.get("architecture", "stable-diffusion-v1"),
         resolution=(resolution, resolution) if resolution else None,
         trigger_phrase=model.trigger,
         license=card.get("license", ""),
-        encoder=str(model.encoder.config["name"]),
-        encoder_license=model.encoder.licence,
+        encoder=encoder,
+        encoder_license=licence,
         reference_sha256=tuple(sha256_of(p) for p in photos),
     )
 

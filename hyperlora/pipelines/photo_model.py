@@ -41,6 +41,16 @@ class PhotoModel(ReleasedModel):
         """What a prompt calls the subject."""
         return str(self.card.get("trigger_phrase", "sks person"))
 
+    @property
+    def photo_size(self) -> int:
+        """Pixels a side that photos are read at: what all that looks at them needs."""
+        return int(self.encoder.image_size)
+
+    @property
+    def seen_through(self) -> tuple[str, str]:
+        """The name and the licence of what looks at the photos, for the headers of files."""
+        return str(self.encoder.config["name"]), str(self.encoder.licence)
+
     @torch.no_grad()
     def __call__(self, images: Source | Sequence[Source], strength: float = 1.0) -> LoraWeights:
         """One LoRA (no batch axis) from one or several photos of the same subject.
@@ -56,7 +66,7 @@ class PhotoModel(ReleasedModel):
         """One LoRA per subject (batch axis), each from as many photos as the others."""
         if not subjects or not all(subjects) or len({len(photos) for photos in subjects}) > 1:
             raise BadRequest("every subject needs at least one photo, and all of a batch equally many")
-        size = self.encoder.image_size
+        size = self.photo_size
         photos = torch.stack([torch.stack([to_tensor(read_image(p), size) for p in s]) for s in subjects])
         return self.forward(photos.to(self.device))
 

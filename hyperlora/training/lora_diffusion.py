@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from hyperlora.encoders import photo_encoder
-from hyperlora.encoders.face import FaceFinder
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.merging import apart
 from hyperlora.models import LoraDenoiser, MixtureOfFeatures
 from hyperlora.models.denoiser import mixed_with
 from hyperlora.pipelines.lora_codec import LoraCodec
-from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
+from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion, face_finder
 from hyperlora.training.optimizers import adamw_one_cycle
 
 
@@ -51,7 +50,7 @@ class LoraDiffusionTraining(L.LightningModule):
             FACE_WIDTH, vision.width, **({"mode": "gate" if face_pack else "image"} | (mixture or {}))
         )
         network = LoraDenoiser(*latents.shape, mixed.width, **(denoiser or {}))
-        face = FaceFinder(face_pack) if face_pack else None
+        face = face_finder(face_pack, vision, card or {}) if face_pack else None
         self.model = LoraDiffusion(vision, mixed, network, latents, face, card)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:

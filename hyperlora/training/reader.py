@@ -47,8 +47,8 @@ class ReaderTraining(L.LightningModule):
         self.reader = Reader(backbone, image_size, attributes, geometry, options=options)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        degraded = _noised if self.hparams["backbone"] == LATENTS else _degraded
-        reading = self.reader(degraded(batch["images"]))
+        spoilt = _noised if self.hparams["backbone"] == LATENTS else degraded
+        reading = self.reader(spoilt(batch["images"]))
         attributes = attribute_loss(reading, batch["labels"]).mean()
         geometry = F.mse_loss(reading.geometry.float(), batch["geometry"])
         identity = _supervised_contrast(reading.identity.float(), batch["subject"], self.hparams["temperature"])
@@ -111,7 +111,7 @@ def _supervised_contrast(identity: Tensor, subject: Tensor, temperature: float) 
     return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)).mean()
 
 
-def _degraded(images: Tensor) -> Tensor:
+def degraded(images: Tensor) -> Tensor:
     """A third of the images blurred (down and up again), all with a little noise of random size."""
     n, _, h, w = images.shape
     scale = float(torch.empty(1).uniform_(0.5, 0.9))

@@ -1,21 +1,25 @@
 """A diffusion over LoRAs behind the verbs: samples, the likest of them, the same table, and who is told otherwise."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from hyperlora import bundle as released
 from hyperlora.errors import BadArtifact
 from hyperlora.formats import load_lora
+from hyperlora.models import MixtureOfFeatures
 from hyperlora.pipelines import ImageToLora, generating
 from hyperlora.pipelines.domain import Domain, described, digest
 from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.generating import Photos, Settings
 from hyperlora.pipelines.lora_codec import LoraCodec
-from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
+from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion, face_finder
 from hyperlora.pipelines.methods import open_photo_model
 from hyperlora.pipelines.photo_model import Sampling
 
@@ -26,7 +30,7 @@ Run = Callable[..., Any]
 def difflora(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny ``LoraDiffusion`` over the bundle's base, whose LoRAs differ by photo and by seed."""
     from hyperlora.lora.scaling import RowScale
-    from hyperlora.models import LoraDenoiser, MixtureOfFeatures, PartedAutoencoder
+    from hyperlora.models import LoraDenoiser, PartedAutoencoder
 
     other = ImageToLora.from_pretrained(str(bundle.model))
     torch.manual_seed(8)
@@ -131,6 +135,41 @@ def test_one_forward_pass_leaves_nothing_to_chance(
     assert ran.code == 2
     assert "leaves nothing to chance" in ran.err
     assert not list(tmp_path.iterdir())
+
+
+def test_faces_are_heard_and_their_pack_travels_with_the_model(
+    run: Run, bundle: Any, difflora: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("insightface")
+    from data_builder.avatars import SPLITS, draw, identity, scene
+
+    plain = LoraDiffusion.from_pretrained(difflora)
+    torch.manual_seed(9)
+    mixture = MixtureOfFeatures(FACE_WIDTH, plain.encoder.width, width=16, tokens=2, heads=2, mode="face")
+    card = {"resolution": 128}
+    face = face_finder(released.FACE_PACK, plain.encoder, card)
+    LoraDiffusion(plain.encoder, mixture, plain.denoiser, plain.codec, face, card).save_pretrained(tmp_path / "made")
+    folder = shutil.move(tmp_path / "made", tmp_path / "moved")
+    model = LoraDiffusion.from_pretrained(folder)
+    assert model.face is not None and model.face.folder.parent == Path(folder).resolve()
+    assert model.photo_size == 128 and plain.photo_size == 16
+    photos = []
+    for seed in SPLITS["validation"][:2]:
+        photos.append(tmp_path / f"{seed}.png")
+        draw(identity(seed), scene(seed, 0)).save(photos[-1])
+    files = [tmp_path / f"{photo.stem}.safetensors" for photo in photos]
+    for photo, file in zip(photos, files, strict=True):
+        assert run("generate", photo, "-o", file, "--model", folder).code == 0
+    assert norm(*files) > 1e-4, "faces alone tell people apart"
+    header = load_lora(files[0]).header
+    assert header.encoder.endswith(", face-pack") and header.encoder_license.endswith("faces: Apache-2.0")
+
+    blank = tmp_path / "blank.png"
+    Image.new("RGB", (128, 128), "gray").save(blank)
+    ran = run("generate", blank, "-o", tmp_path / "blank.safetensors", "--model", folder)
+    assert ran.code == 2 and "no face was found" in ran.err
+    heard, _ = model.features(torch.full((1, 1, 3, 128, 128), 0.5), faceless=True)
+    assert not heard.tokens.any()
 
 
 def test_methods_are_told_apart(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:

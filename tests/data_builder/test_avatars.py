@@ -10,6 +10,7 @@ from data_builder.avatars import vocabulary as words
 from data_builder.avatars.benchmark import SCENES, write_benchmark
 from data_builder.avatars.captions import named
 from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
+from data_builder.avatars.landmarks import landmarks
 from data_builder.avatars.portraits import Plan, Portraits, draw_portraits
 from hyperlora.training.reader import UNSEEN
 
@@ -122,3 +123,24 @@ def test_captions_name_what_they_say():
         said = named(person, how, text)
         assert {"skin", "nose", "eyebrows"} <= said
         assert ("expression" in said) == (how.expression in text.split(", "))
+
+
+@pytest.mark.parametrize("size", [128, 200])
+def test_landmarks_are_where_eyes_and_mouth_are_drawn(size):
+    """Changing eyes or mouth alone changes the picture around their keypoints, and nowhere else."""
+    for seed in range(4):
+        person = replace(identity(seed), facial_hair="none")
+        how = replace(scene(seed, 1), glasses="none", hat="none", style="plain", eyes="open", expression="laughing")
+        truth = landmarks(person, how, size)
+        for change, points, ends in (
+            (replace(how, eyes="surprised"), truth.keypoints[:2], (0.1, 0.1)),
+            (replace(how, expression="neutral"), truth.keypoints[3:], (0.05, 0.2)),
+        ):
+            rows, columns = np.nonzero(np.abs(pixels(person, how, size) - pixels(person, change, size)).sum(-1))
+            assert (
+                abs(columns.min() - points[0, 0]) < ends[0] * size
+                and abs(columns.max() - points[1, 0]) < ends[0] * size
+            )
+            assert np.abs(rows - points[:, 1].mean()).max() < ends[1] * size
+        left, top, right, bottom = truth.box
+        assert ((truth.keypoints > (left, top)) & (truth.keypoints < (right, bottom))).all()

@@ -7,6 +7,7 @@ few arguments on the command line that make it small; configs that build on one 
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ import yaml
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from hyperlora import bundle as released
 from hyperlora.encoders import Reader
+from hyperlora.encoders.face_networks import FaceDetector, FaceRecogniser
 from hyperlora.pipelines import ImageToLora, PairToLora, load_base
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
@@ -92,6 +95,10 @@ RULES = {
     "avatars/vae_finish": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)),
     "avatars/evaluator": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
     "avatars/encoder": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
+    "avatars/face_detector": Rule(
+        FaceDetector.from_pretrained, ("--data.init_args.batch_size=4", "--data.init_args.size=64"), ("drawn",)
+    ),
+    "avatars/face_recogniser": Rule(FaceRecogniser.from_pretrained, ("--data.init_args.batch_size=4",), ("drawn",)),
     "avatars/latent_reader": Rule(
         Reader.from_pretrained,
         ("--data.init_args.people_per_batch=4", "--model.init_args.image_size=4"),
@@ -294,6 +301,28 @@ def test_config_trains_and_resumes(name: str, stages: Stages, frozen_bases: list
         for component, module in used.modules.items():
             assert all(p.grad is None for p in module.parameters())
             torch.testing.assert_close(module.state_dict(), fresh.modules[component].state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_difflora_listens_to_faces_and_carries_their_pack(
+    stages: Stages, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for need in RULES["avatars/difflora"].needs:
+        stages.prepare(need)
+    out = tmp_path / "model"
+    train(
+        [
+            *_command("avatars/difflora"), f"--model.init_args.face_pack={released.FACE_PACK}",
+            f"--model.init_args.out={out}", f"--trainer.default_root_dir={tmp_path}",
+            f"--trainer.logger.init_args.save_dir={tmp_path}",
+            f"--trainer.callbacks.init_args.dirpath={tmp_path / 'checkpoints'}",
+        ]
+    )  # fmt: skip
+    assert re.search(r"no face was found in \d of 8 photos", caplog.text), "drawn at 16 pixels, most cannot be seen"
+    model = LoraDiffusion.from_pretrained(out)
+    assert model.face is not None and model.face.folder == (out / "face-pack").resolve()
+    assert model.mixture.mode == "gate" and model.photo_size == 128
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("avatars/")])
