@@ -130,5 +130,5 @@ def face_finder(pack: str | os.PathLike[str], encoder: VisionEncoder, card: dict
 
 
 def _pack(folder: Path, name: str) -> str | os.PathLike[str]:
-    """A pack beside the model, or of that name on this machine."""
-    return folder / name if (folder / name).is_dir() else name
+    """A pack in the model's folder, beside it, or of that name on this machine."""
+    return next((place for place in (folder / name, folder.parent / name) if place.is_dir()), name)
