@@ -7,6 +7,7 @@ project and the licence of the pack in use is recorded in what is made with it.
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from math import atan2, degrees, hypot
 from pathlib import Path
@@ -66,6 +67,7 @@ class FaceFinder:
         self.pack = str(pack)
         self.folder = _folder(self.pack)
         self.licence = _licence(self.folder)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"insightface\.")  # its use of scikit-image
         try:
             self._analysis: Any = FaceAnalysis(name=str(self.folder), providers=["CPUExecutionProvider"])
             self._analysis.prepare(ctx_id=-1, det_size=(size, size))
