@@ -16,6 +16,9 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of a model from photos, of either method.")
     ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Model of another method, for requests that name it; may be repeated.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     pair_model: Annotated[str | None, typer.Option(help="PairToLora model, for before/after pairs.")] = None,
     edit_base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix) of that model.")] = None,
@@ -67,10 +70,12 @@ def serve(
         state=state or Path(typer.get_app_dir("hyperlora")), loras=loras, keys=known, rate=rate, queue=queue,
         deadline=deadline,
     )  # fmt: skip
-    judge = evaluator or (bundle.EVALUATOR if model is None and base is None else None)
+    whole = model is None and base is None  # the bundle, all of it
+    judge = evaluator or (bundle.EVALUATOR if whole else None)
+    others = also or ([str(bundle.DIFFLORA)] if whole else [])
     models = Models(
         str(model or bundle.MODEL), str(base or bundle.BASE), str(pair_model or bundle.PAIR_MODEL),
-        str(edit_base or bundle.EDIT_BASE), edits, str(judge) if judge else None,
+        str(edit_base or bundle.EDIT_BASE), edits, str(judge) if judge else None, tuple(others),
     )  # fmt: skip
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with owned(settings.state), _engine(models, settings, (replicas, max_replicas) if ray else None) as engine:

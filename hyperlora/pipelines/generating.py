@@ -130,9 +130,9 @@ def features_of(model: PhotoModel, subjects: Sequence[Photos]) -> Any:
 
 
 @torch.no_grad()
-def predicted(model: PhotoModel, features: Any) -> LoraWeights:
+def predicted(model: PhotoModel, features: Any, sampling: Sampling | None = None) -> LoraWeights:
     """The one forward pass, after the encoder: LoRAs (batch axis)."""
-    return model.made(features)
+    return model.made(features, sampling)
 
 
 def finished(

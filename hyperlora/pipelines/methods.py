@@ -39,6 +39,11 @@ def open_photo_model(
     return made
 
 
+def method_name(model: PhotoModel) -> str:
+    """What ``--method`` calls the kind of ``model``."""
+    return next(name for name, kind in METHODS.items() if isinstance(model, kind))
+
+
 def method_of(name: str | Path) -> str | None:
     """What ``config.json`` of a model says, None where there is none to read."""
     try:

@@ -20,7 +20,8 @@ from hyperlora.pipelines import Base, autolora, composed, render
 from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.generating import Photos, Settings, check, features_of, finished, header_of, predicted
 from hyperlora.pipelines.likeness import Likeness
-from hyperlora.pipelines.photo_model import PhotoModel
+from hyperlora.pipelines.methods import method_name
+from hyperlora.pipelines.photo_model import PhotoModel, Sampling
 from hyperlora.pipelines.prompts import called_for, mentions, strengths
 from hyperlora.service.batching import Batcher, Expired, Work
 from hyperlora.service.changes import ChangeOrder, Changes, EditOrder, Noticed
@@ -31,6 +32,8 @@ READERS: Final = 2
 """Photos and LoRA files that are unfolded at a time."""
 GATHER: Final = 0.03
 """Seconds between pictures that are still drawn together: little beside drawing one."""
+_KINDS: Final = {"hyperdreambooth": "image-to-lora"}
+"""What the API calls models from photos, where not by their method."""
 MAX_NUMBERS: Final = 1 << 26
 """Of all LoRAs sent with one request: 256 MiB once unfolded."""
 
@@ -43,6 +46,8 @@ class LoraOrder:
     settings: Settings = field(default_factory=Settings)
     title: str = "LoRA"
     consent: bool = False
+    method: str | None = None
+    """Of the model that makes it; None for the server's first."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ class Engine(Protocol):
 
 class LocalEngine:
     """A model from photos and its base in this process, and what makes ``changes`` and compares portraits
-    (``likeness``) if it is there. ``loras`` is the folder that prompts may name files of."""
+    (``likeness``) if it is there. ``others`` are models from photos of other methods. ``loras`` is the folder that
+    prompts may name files of."""
 
     def __init__(
         self,
@@ -117,8 +123,13 @@ class LocalEngine:
         observe: Callable[[str, int], None] | None = None,
         changes: Changes | None = None,
         likeness: Likeness | None = None,
+        others: Sequence[PhotoModel] = (),
     ) -> None:
-        model.layout.require_base(base.id)
+        self.networks: dict[str, PhotoModel] = {}
+        for network in (model, *others):
+            network.layout.require_base(base.id)
+            if self.networks.setdefault(method_name(network), network) is not network:
+                raise BadRequest(f"a server holds one model of a method, two of {method_name(network)} were given")
         self.model, self.base, self.folder = model, base, loras
         self.batch, self.largest, self.changes, self.comparing = batch, pictures, changes, likeness
 
@@ -141,18 +152,20 @@ class LocalEngine:
         self._batcher.close(seconds)
 
     def models(self) -> list[ModelFacts]:
-        facts = [facts_of("image-to-lora", self.model, self.base, self.comparing is not None)]
+        compares = self.comparing is not None
+        facts = [facts_of(_KINDS.get(k, k), m, self.base, compares) for k, m in self.networks.items()]
         return [*facts, facts_of("pair-to-lora", self.changes.model, self.changes.base)] if self.changes else facts
 
     async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> Noticed:
-        settings = order.settings
-        check(self.model, settings)
-        photos = await asyncio.to_thread(self._decoded, order)
-        work = Work(("lora", len(order.photos)), self._predict, self.batch)
+        settings, network = order.settings, self._network(order.method)
+        check(network, settings)
+        photos = await asyncio.to_thread(self._decoded, order, network)
+        predict = partial(self._predict, network, settings.sampling)
+        work = Work(("lora", len(order.photos), order.method, settings.sampling), predict, self.batch)
         weights, notices = await self._done(work, photos, seconds)
         if settings.refine:
             weights = await self._refined(settings, weights, photos, seconds, progress)
-        return Noticed(await asyncio.to_thread(self._written, weights, order), notices)
+        return Noticed(await asyncio.to_thread(self._written, weights, order, network), notices)
 
     async def likeness(self, order: LikenessOrder, seconds: float) -> list[float]:
         if self.comparing is None:
@@ -184,6 +197,13 @@ class LocalEngine:
     async def edited(self, order: EditOrder, seconds: float) -> Noticed:
         return await self._changes().picture(order, seconds, self._done, self._readers, MAX_NUMBERS)
 
+    def _network(self, method: str | None) -> PhotoModel:
+        if method is None:
+            return self.model
+        if method not in self.networks:
+            raise BadRequest(f"this server has no model of the method {method}: it has {', '.join(self.networks)}")
+        return self.networks[method]
+
     def _changes(self) -> Changes:
         if self.changes is None:
             raise BadRequest("this server has no model for before/after pairs: send photos of a subject")
@@ -214,29 +234,31 @@ class LocalEngine:
             stop.set()
             raise
 
-    def _decoded(self, order: LoraOrder) -> Photos:
+    def _decoded(self, order: LoraOrder, network: PhotoModel) -> Photos:
         """One photo at a time at full size, and ``READERS`` of all requests together."""
         base = self.base if order.settings.refine else None
         parts = []
         for photo in order.photos:
             with self._readers:
-                parts.append(Photos.of([read_image(photo)], self.model, base))
+                parts.append(Photos.of([read_image(photo)], network, base))
         return Photos.joined(parts)
 
-    def _predict(self, subjects: list[Photos]) -> list[tuple[LoraWeights, tuple[str, ...]]]:
-        features = features_of(self.model, subjects)
-        weights: Any = predicted(self.model, features)
-        return list(zip(weights, unknown(self.model.domain, self.model.image_features(features)), strict=True))
+    def _predict(
+        self, network: PhotoModel, sampling: Sampling, subjects: list[Photos]
+    ) -> list[tuple[LoraWeights, tuple[str, ...]]]:
+        features = features_of(network, subjects)
+        weights: Any = predicted(network, features, sampling)
+        return list(zip(weights, unknown(network.domain, network.image_features(features)), strict=True))
 
     def _refine(
         self, settings: Settings, weights: LoraWeights, photos: Photos, watch: Callable[[int], None]
     ) -> LoraWeights:
         return finished(self.model, LoraWeights.stack([weights]), [photos], settings, self.base, watch)[0]
 
-    def _written(self, weights: LoraWeights, order: LoraOrder) -> bytes:
+    def _written(self, weights: LoraWeights, order: LoraOrder, network: PhotoModel) -> bytes:
         if not order.settings.refine:
-            weights = finished(self.model, weights, (), order.settings)
-        header: LoraHeader = header_of(self.model, order.title, order.photos)
+            weights = finished(network, weights, (), order.settings)
+        header: LoraHeader = header_of(network, order.title, order.photos)
         if order.consent:
             header = replace(header, extra={**header.extra, "hyperlora.consent": "given"})
         return lora_bytes(weights.map(torch.Tensor.contiguous), format=order.settings.format, header=header)

@@ -17,8 +17,9 @@ Observe = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Models:
-    """Folders or hub ids of the models of one server. Without ``edits`` before/after pairs are refused; without an
-    ``evaluator`` (the folder of a reader) the likeness of portraits is."""
+    """Folders or hub ids of the models of one server; ``others`` are models from photos of other methods. Without
+    ``edits`` before/after pairs are refused; without an ``evaluator`` (the folder of a reader) the likeness of
+    portraits is."""
 
     model: str = str(bundle.MODEL)
     base: str = str(bundle.BASE)
@@ -26,6 +27,7 @@ class Models:
     edit_base: str = str(bundle.EDIT_BASE)
     edits: bool = True
     evaluator: str | None = None
+    others: tuple[str, ...] = ()
 
 
 def open_engine(models: Models, settings: ServiceSettings) -> Callable[[Observe], LocalEngine]:
@@ -35,7 +37,7 @@ def open_engine(models: Models, settings: ServiceSettings) -> Callable[[Observe]
     """
     keep_heap()
     base = load_base(models.base)
-    network = open_photo_model(models.model, base=base)
+    network, *others = (open_photo_model(name, base=base) for name in (models.model, *models.others))
     changes = None
     if models.edits:
         canvas = load_base(models.edit_base)
@@ -49,7 +51,7 @@ def open_engine(models: Models, settings: ServiceSettings) -> Callable[[Observe]
     def engine(observe: Observe) -> LocalEngine:
         return LocalEngine(
             network, base, settings.loras, queue=settings.queue, batch=settings.batch, pictures=settings.pictures,
-            observe=observe, changes=changes, likeness=likeness,
+            observe=observe, changes=changes, likeness=likeness, others=others,
         )  # fmt: skip
 
     return engine

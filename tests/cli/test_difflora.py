@@ -18,32 +18,11 @@ from hyperlora.pipelines import ImageToLora, generating
 from hyperlora.pipelines.domain import Domain, described, digest
 from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.generating import Photos, Settings
-from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion, face_finder
 from hyperlora.pipelines.methods import open_photo_model
 from hyperlora.pipelines.photo_model import Sampling
 
 Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def difflora(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ``LoraDiffusion`` over the bundle's base, whose LoRAs differ by photo and by seed."""
-    from hyperlora.lora.scaling import RowScale
-    from hyperlora.models import LoraDenoiser, PartedAutoencoder
-
-    other = ImageToLora.from_pretrained(str(bundle.model))
-    torch.manual_seed(8)
-    components = PartedAutoencoder(other.layout, 2, 3, each=3)
-    components.learn(torch.randn(12, other.layout.numel))
-    codec = LoraCodec(RowScale(other.layout), components)
-    mixture = MixtureOfFeatures(FACE_WIDTH, other.encoder.width, width=16, tokens=2, heads=2, mode="image")
-    denoiser = LoraDenoiser(*codec.shape, 16, width=16, depth=1, heads=2)
-    for parameter in denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("difflora")
-    LoraDiffusion(other.encoder, mixture, denoiser, codec, None, {"steps": 3, "resolution": 16}).save_pretrained(folder)
-    return folder
 
 
 def norm(one: Path, other: Path) -> float:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from hyperlora.pipelines import ImageToLora, PairToLora, load_base
 from hyperlora.pipelines.likeness import Likeness
+from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.service import LocalEngine, ServiceSettings, create_app
 from hyperlora.service.changes import Changes
 
@@ -38,9 +39,14 @@ def likeness(bundle: Any) -> Likeness:
     return Likeness.from_pretrained(bundle.evaluator)
 
 
+@pytest.fixture(scope="session")
+def sampler(difflora: Path) -> LoraDiffusion:
+    return LoraDiffusion.from_pretrained(difflora)
+
+
 @pytest.fixture
 def serving(
-    models: tuple[Any, Any], changes: Changes, likeness: Likeness, tmp_path: Path
+    models: tuple[Any, Any], changes: Changes, likeness: Likeness, sampler: LoraDiffusion, tmp_path: Path
 ) -> Iterator[Callable[..., TestClient]]:
     """Starts a server with these settings, and the page if wanted; all are stopped at the end."""
     running: list[TestClient] = []
@@ -51,7 +57,7 @@ def serving(
         def engine(observe: Any) -> LocalEngine:
             return LocalEngine(
                 *models, given.loras, queue=given.queue, batch=given.batch, observe=observe, changes=changes,
-                likeness=likeness,
+                likeness=likeness, others=[sampler],
             )  # fmt: skip
 
         app = create_app(engine, given)

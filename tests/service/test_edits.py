@@ -82,14 +82,14 @@ def test_as_a_job(client: TestClient) -> None:
 
 
 def test_both_models_are_told(client: TestClient) -> None:
-    assert [m["kind"] for m in client.get("/v1/models").json()] == ["image-to-lora", "pair-to-lora"]
+    assert [m["kind"] for m in client.get("/v1/models").json()] == ["image-to-lora", "difflora", "pair-to-lora"]
 
 
 @pytest.mark.parametrize(("path", "files", "fields", "status", "sentence"), [
     ("/v1/loras", [("before", BEFORE)], {}, 400, "one after for each before"),
     ("/v1/loras", [("before", BEFORE), ("after", AFTER), ("photos", BEFORE)], {}, 400, "and not both"),
     ("/v1/loras", [], {}, 400, "send photos of one subject, or before and after"),
-    ("/v1/loras", [("before", BEFORE), ("after", AFTER)], {"refine": 3}, 400, "leave rank and refine out"),
+    ("/v1/loras", [("before", BEFORE), ("after", AFTER)], {"refine": 3}, 400, "leave rank, refine"),
     ("/v1/loras", [("before", BEFORE), ("after", photo(size=30))], {}, 400, "the same size is expected"),
     ("/v1/loras", [("before", BEFORE), ("after", b"no picture")], {}, 415, "another kind of file"),
     ("/v1/edits", [("picture", BEFORE)], {}, 400, "nothing says what to change"),

@@ -51,6 +51,20 @@ def test_options_reach_the_file(client: TestClient, models: Any) -> None:
     assert not torch.allclose(file.weights.norms(), load_lora(plain.content).weights.norms())
 
 
+def test_another_method_makes_another_sample_for_every_seed(client: TestClient, sampler: Any) -> None:
+    first, again, other = (send(client, method="difflora", seed=seed).content for seed in (1, 1, 2))
+    file = load_lora(first, sampler.layout)
+    with torch.no_grad():
+        expected = sampler.batch([[photo()]])  # by seed 0
+    assert not torch.allclose(file.weights.flatten(), expected[0].flatten())
+    unseeded = load_lora(send(client, method="difflora").content, sampler.layout)
+    torch.testing.assert_close(unseeded.weights.flatten(), expected[0].flatten())
+    assert torch.equal(file.weights.flatten(), load_lora(again, sampler.layout).weights.flatten())
+    assert not torch.equal(file.weights.flatten(), load_lora(other, sampler.layout).weights.flatten())
+    refusal(send(client, seed=1), 400, "leaves nothing to chance")
+    refusal(send(client, method="magic"), 422, "method")
+
+
 def test_json_twin_and_keeping(client: TestClient) -> None:
     body = send(client, headers={"Accept": "application/json"}, keep="true").json()
     data = base64.b64decode(body["content"])
@@ -194,7 +208,7 @@ def test_rate(serving: Callable[..., TestClient]) -> None:
 
 
 def test_what_is_here(client: TestClient, models: Any) -> None:
-    model, _ = client.get("/v1/models").json()
+    model, *_ = client.get("/v1/models").json()
     assert model["fingerprint"] == models[0].layout.fingerprint
     assert client.get("/readyz").json()["status"] == "ready"
     send(client)

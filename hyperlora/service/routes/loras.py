@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from hyperlora.errors import BadRequest
 from hyperlora.pipelines.generating import Settings
+from hyperlora.pipelines.photo_model import Sampling
 from hyperlora.service.changes import ChangeOrder, Noticed
 from hyperlora.service.engine import LoraOrder
 from hyperlora.service.jobs import Report
@@ -49,6 +50,10 @@ async def make_lora(
     rank: Annotated[int | None, Form(ge=1, le=128, description="The model's own if not given.")] = None,
     strength: Annotated[Weight, Form()] = 1.0,
     refine: Annotated[int, Form(ge=0, le=500, description="Fine-tuning steps on the photos.")] = 0,
+    method: Annotated[
+        Literal["hyperdreambooth", "difflora"] | None, Form(description="Which model; the server's first if not given.")
+    ] = None,
+    seed: Annotated[int, Form(ge=0, lt=1 << 63, description="Another sample (difflora).")] = 0,
     title: Annotated[str, Form(max_length=100, description="Name of the file and in its header.")] = "LoRA",
     keep: Annotated[bool, Form(description="Keep the file on the server for a while.")] = False,
     consent: Annotated[bool, Form(description="The person shown agrees; recorded in the file's header.")] = False,
@@ -65,11 +70,13 @@ async def make_lora(
         raise HTTPException(413, f"{len(photos)} photos sent, at most {service.settings.max_photos} are taken")
     if bool(photos) == bool(pairs):
         raise BadRequest("send photos of one subject, or before and after, and not both")
-    if pairs and (refine or rank):
-        raise BadRequest("the LoRA of a pair has the model's rank and is not refined: leave rank and refine out")
-    order = LoraOrder(
-        [await photo.read() for photo in photos], Settings(format, rank, strength, refine), title, consent
-    )
+    if pairs and (refine or rank or method or seed):
+        raise BadRequest(
+            "the LoRA of a pair has the model's rank, is not refined and leaves nothing to chance: leave rank, refine, "
+            "method and seed out"
+        )
+    settings = Settings(format, rank, strength, refine, Sampling(seed))
+    order = LoraOrder([await photo.read() for photo in photos], settings, title, consent, method)
     change = ChangeOrder(pairs, strength, format, title, consent)
 
     async def make(seconds: float, report: Report | None) -> Noticed:
