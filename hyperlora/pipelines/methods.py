@@ -22,14 +22,12 @@ def open_photo_model(
 ) -> PhotoModel:  # fmt: skip
     """The model ``name`` (folder or hub id) of any method; without a name the bundle's of ``method``.
 
-    Raises ``BadRequest`` for an unknown method or one the bundle has no model of, ``BadArtifact`` for a model of
-    another method, and what ``from_pretrained`` raises.
+    Raises ``BadRequest`` for an unknown method, ``BadArtifact`` for a model of another one, and what
+    ``from_pretrained`` raises.
     """
     if method is not None and method not in METHODS:
         raise BadRequest(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     where = name if name is not None else bundle.PHOTO_MODELS[method or "hyperdreambooth"]
-    if name is None and not Path(where).is_dir():
-        raise BadRequest(f"the bundle holds no model of the method {method} yet: give --model (see docs/difflora.md)")
     found = method_of(where)
     if method is not None and found not in (None, method):
         raise BadArtifact(

@@ -159,7 +159,7 @@ def test_methods_are_told_apart(run: Run, bundle: Any, difflora: Path, tmp_path:
     out = tmp_path / "x.safetensors"
     for options, sentence in (
         (["--method", "magic"], "unknown method 'magic'; known: hyperdreambooth, difflora"),
-        (["--method", "difflora"], "the bundle holds no model of the method difflora yet"),
+        (["--method", "difflora", "--model", bundle.model], "of the method hyperdreambooth, not difflora"),
         (["--model", difflora, "--n", 2, "--batch", bundle.subjects], "leave out --batch"),
     ):
         photo = [] if "--batch" in options else [bundle.photo]
