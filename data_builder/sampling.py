@@ -17,15 +17,17 @@ STATISTICS = "statistics/rows.safetensors"
 """In a folder of its own: all ``*.safetensors`` of a dataset's folder are shards."""
 
 
-def ship(dataset: Path, out: Path, most: int = 2_000_000) -> int:
+def ship(dataset: Path, out: Path, most: int = 2_000_000, with_statistics: bool = True) -> int:
     """Write ``out/recipe.json`` (recipe, source, counts), ``statistics/rows.safetensors`` (mean and std of all rows,
-    fp16), and a dataset of evenly spread rows, together under ``most`` bytes; how many rows.
+    fp16; codecs of the dataset hold them too), and a dataset of evenly spread rows, together under ``most`` bytes; how
+    many rows.
 
     Raises ``BadRequest`` if not even one row fits.
     """
     data, plan = LoraDataset(dataset), read_plan(dataset)
     scale = data.scale()
-    statistics = encoded({"mean": scale.mean.half(), "std": scale.std.half()}, {"rows": str(len(data))})
+    tensors = {"mean": scale.mean.half(), "std": scale.std.half()} if with_statistics else {}
+    statistics = encoded(tensors, {"rows": str(len(data))}) if tensors else b""
     recipe = json.dumps(_facts(plan, data), indent=1).encode()
     one = shard_bytes(data[[0]], data.layout, data.records[:1])
     header = len(one) - data[0].nbytes
@@ -35,7 +37,8 @@ def ship(dataset: Path, out: Path, most: int = 2_000_000) -> int:
     chosen = [i * len(data) // n for i in range(n)]
     write_bytes(shard_bytes(data[chosen], data.layout, ()), out / "loras-00000.safetensors")
     write_table([data.records[i] for i in chosen], out / TABLE)
-    write_bytes(statistics, out / STATISTICS)
+    if statistics:
+        write_bytes(statistics, out / STATISTICS)
     write_bytes(recipe, out / RECIPE)
     return n
 

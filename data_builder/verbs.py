@@ -212,13 +212,15 @@ def sample(
     dataset: Annotated[Path, typer.Argument(help="Folder of a pack or a build.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     most: Annotated[int, typer.Option(min=1, help="Bytes, all together.")] = 2_000_000,
+    statistics: Annotated[bool, typer.Option(help="Mean and std of the rows too; a codec of theirs has them.")] = True,
 ) -> None:
     """Write what is worth shipping of a dataset: its recipe, its statistics and a few rows."""
     from data_builder.sampling import ship
     from hyperlora.cli.output import require_folder
 
     require_folder(out)
-    typer.echo(f"recipe, statistics and {ship(dataset, out, most)} rows in {out}")
+    rows = ship(dataset, out, most, statistics)
+    typer.echo(f"{out}: recipe{', statistics' if statistics else ''} and {rows} of the rows")
 
 
 def components(

@@ -79,8 +79,9 @@ class PhotoModel(ReleasedModel):
         if self.domain is not None:
             self.domain.save(save_directory)
 
-    def opened(self, folder: Path) -> None:
-        self.domain = Domain.load(folder, self.encoder)
+    def opened(self, *folders: Path) -> None:
+        found = (Domain.load(folder, self.encoder) for folder in folders)
+        self.domain = next((domain for domain in found if domain is not None), None)
 
     def features(self, photos: Tensor) -> Any:
         """What is seen in photos [batch, views, 3, h, w]."""

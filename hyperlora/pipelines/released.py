@@ -41,8 +41,9 @@ class ReleasedModel(nn.Module, ModelHubMixin):
         """The untrained network of a configuration; ``folder`` is where it lies."""
         raise NotImplementedError
 
-    def opened(self, folder: Path) -> None:
-        """Read what else lies in the model's ``folder``, once its weights are there."""
+    def opened(self, *folders: Path) -> None:
+        """Read what else lies in the model's folder, or in those of the models it borrows from, once its weights are
+        there."""
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +92,7 @@ class ReleasedModel(nn.Module, ModelHubMixin):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BadArtifact(f"{folder} holds a damaged {cls.__name__} model ({reason}): fetch it again") from error
-        model.opened(folder)
+        model.opened(folder, *_lenders(folder, config).values())
         return model.eval().requires_grad_(False)
 
 
@@ -115,11 +116,15 @@ def _layout(folder: Path) -> LoraLayout:
     return LoraLayout.from_dict(json.loads((folder / "layout.json").read_text()))
 
 
+def _lenders(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+    """The folder that each borrowed part lies in."""
+    return {part: folder.parent / Path(lender).name for part, lender in config.get("borrowed", {}).items()}
+
+
 def _state(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """The weights in ``folder`` and those it borrows."""
     state = load_file(folder / "model.safetensors")
-    for part, lender in config.get("borrowed", {}).items():
-        beside = folder.parent / Path(lender).name
+    for part, beside in _lenders(folder, config).items():
         if not (beside / "model.safetensors").is_file():
             raise BadArtifact(f"{folder} borrows its {part} from {beside}, which is not there: fetch that model too")
         state |= _part(beside, part)
