@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -27,6 +27,7 @@ from hyperlora.service.batching import Batcher, Expired, Work
 from hyperlora.service.changes import ChangeOrder, Changes, EditOrder, Noticed
 from hyperlora.service.comparing import LikenessOrder, compared
 from hyperlora.service.facts import ModelFacts, facts_of
+from hyperlora.service.orders import LoraOrder, PictureOrder
 
 READERS: Final = 2
 """Photos and LoRA files that are unfolded at a time."""
@@ -36,36 +37,6 @@ _KINDS: Final = {"hyperdreambooth": "image-to-lora"}
 """What the API calls models from photos, where not by their method."""
 MAX_NUMBERS: Final = 1 << 26
 """Of all LoRAs sent with one request: 256 MiB once unfolded."""
-
-
-@dataclass(frozen=True)
-class LoraOrder:
-    """Photos of one subject (file bytes), and how their LoRA is made and written."""
-
-    photos: Sequence[bytes]
-    settings: Settings = field(default_factory=Settings)
-    title: str = "LoRA"
-    consent: bool = False
-    method: str | None = None
-    """Of the model that makes it; None for the server's first."""
-
-
-@dataclass(frozen=True)
-class PictureOrder:
-    """A prompt (may hold ``<lora:...>``), LoRA files (bytes) with their weights, and how to draw."""
-
-    prompt: str
-    loras: Sequence[tuple[bytes, float]] = ()
-    strategy: str = "merge"
-    gamma: float | None = None
-    regions: Sequence[tuple[float, float, float, float]] | None = None
-    window: bool = False
-    negative_prompt: str = ""
-    seed: int = 0
-    steps: int = 20
-    guidance: float = 3.0
-    width: int | None = None
-    height: int | None = None
 
 
 Progress = Callable[[float], None]

@@ -20,8 +20,9 @@ from hyperlora.errors import HyperloraError
 from hyperlora.service.batching import Expired, QueueFull
 from hyperlora.service.changes import ChangeOrder, EditOrder, Noticed
 from hyperlora.service.comparing import LikenessOrder
-from hyperlora.service.engine import LocalEngine, LoraOrder, PictureOrder, Progress
+from hyperlora.service.engine import LocalEngine, Progress
 from hyperlora.service.facts import ModelFacts
+from hyperlora.service.orders import LoraOrder, PictureOrder
 
 ATTEMPTS: Final = 3
 """Replicas that may die over one request before it is refused: it may be what kills them."""

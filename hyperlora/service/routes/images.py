@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 
 from hyperlora.errors import BadRequest
 from hyperlora.service.changes import Noticed
-from hyperlora.service.engine import PictureOrder
 from hyperlora.service.jobs import Report
+from hyperlora.service.orders import PictureOrder
 from hyperlora.service.problems import documented
 from hyperlora.service.routes.answers import (
     Accept,

@@ -12,8 +12,8 @@ from hyperlora.errors import BadRequest
 from hyperlora.pipelines.generating import Settings
 from hyperlora.pipelines.photo_model import Sampling
 from hyperlora.service.changes import ChangeOrder, Noticed
-from hyperlora.service.engine import LoraOrder
 from hyperlora.service.jobs import Report
+from hyperlora.service.orders import LoraOrder
 from hyperlora.service.problems import documented
 from hyperlora.service.routes.answers import (
     Accept,
