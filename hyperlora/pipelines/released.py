@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hyperlora.errors import BadArtifact, BadRequest
+from hyperlora.formats.tensors import encoded, write_bytes
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.pipelines.bases import Base
 
@@ -107,8 +108,9 @@ def borrow(folder: Path, part: str, lender: str) -> int:
         raise BadRequest(f"the {part} of {folder} is not that of {lender}: it must stay where it is")
     rest = {k: v for k, v in state.items() if k not in own}
     config["borrowed"] = config.get("borrowed", {}) | {part: lender}
-    save_file(rest, folder / "model.safetensors", {"format": "pt", "layout": _layout(folder).fingerprint})
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    weights = encoded(rest, {"layout": _layout(folder).fingerprint})
+    write_bytes(json.dumps(config, indent=1).encode(), folder / "config.json")  # first: a part held twice does no harm
+    write_bytes(weights, folder / "model.safetensors")
     return sum(v.numel() * v.element_size() for v in own.values())
 
 
