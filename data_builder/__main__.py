@@ -105,6 +105,17 @@ def domain(
 
 
 @app.command()
+def identity(
+    reader: Annotated[Path, typer.Argument(help="Folder of the reader that the model's photo encoder comes from.")],
+    model: Annotated[Path, typer.Option(help="Folder of a model from photos to write into.")] = bundle.MODEL,
+) -> None:
+    """Put a reader's identity space beside a model from photos, which then refines LoRAs by it."""
+    from data_builder.known import write_identity
+
+    typer.echo(f"{model}: identities of {write_identity(model, reader)} numbers")
+
+
+@app.command()
 def likeness(
     portraits: Annotated[Path, typer.Argument(help="Drawn validation portraits, several of each person.")],
     evaluator: Annotated[Path, typer.Option(help="Folder of a reader to write into.")] = bundle.EVALUATOR,

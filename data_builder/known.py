@@ -14,7 +14,9 @@ from hyperlora.encoders import Reader
 from hyperlora.encoders.reader import read_in_batches
 from hyperlora.errors import BadRequest
 from hyperlora.evaluation.metrics import IdentityScale
-from hyperlora.pipelines.domain import Domain, described, digest
+from hyperlora.pipelines.beside import digest
+from hyperlora.pipelines.domain import Domain, described
+from hyperlora.pipelines.identity import Identity
 from hyperlora.pipelines.methods import open_photo_model
 from hyperlora.pipelines.photo_model import PhotoModel
 from hyperlora.progress import track
@@ -34,6 +36,17 @@ def write_domain(model: Path, portraits: Path, held_out: Path, subjects: str) ->
     domain = Domain.of(seen, unseen, subjects, digest(network.encoder))
     domain.save(model)
     return domain.farthest
+
+
+def write_identity(model: Path, reader: Path) -> int:
+    """``identity.safetensors`` beside the model in ``model``: the identity space of the reader whose trunk is its photo
+    encoder; returns its width. Raises ``BadRequest`` if the model looks through anything else."""
+    network, taught = open_photo_model(model), Reader.from_pretrained(reader)
+    if digest(network.encoder) != digest(taught.encoder):
+        raise BadRequest(f"{model} does not look through {reader}: give the reader that its encoder comes from")
+    head = taught.identity_head
+    Identity(network.encoder, head.weight, head.bias).save(model)
+    return head.out_features
 
 
 def write_identity_scale(evaluator: Path, portraits: Path) -> tuple[float, float]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hyperlora.kernels import quick_attention
 
 
 def noised(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +84,7 @@ def denoising_loss(
     change: Tensor | None = None,
     beside: Tensor | None = None,
     also: Callable[[Tensor], Tensor] | None = None,
+    sure: float | None = None,
     **conditions: Any,
 ) -> Tensor:
     """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``injected``);
@@ -94,7 +96,8 @@ def denoising_loss(
     ``change``, shaped like ``clean``, is added to the clean latents that are wanted, in proportion to the noise: an
     edit (2506.07992). ``beside``, of the same height and width, is what the denoiser sees beside the noised latents,
     as further channels (InstructPix2Pix, 2211.09800). ``also`` maps the clean latents that the denoiser expects to a
-    further loss per sample [batch], which counts less the more noise there was (as identity losses do, 2404.16022).
+    further loss per sample [batch], which counts less the more noise there was (as identity losses do, 2404.16022), or
+    ``sure`` times where ``beside`` tells what to expect behind any noise.
     """
     steps = scheduler.config.num_train_timesteps
     u, noise = draw or (torch.rand(len(clean), device=clean.device), torch.randn_like(clean))
@@ -108,8 +111,8 @@ def denoising_loss(
     error = F.mse_loss(said.float(), target.float(), reduction="none")
     loss = (error if weight is None else error * weight).mean((1, 2, 3))
     if also is not None:
-        sure = 1 - noise_share(scheduler, timesteps).flatten()
-        loss = loss + sure * also(clean_for(scheduler, x.float(), said.float(), timesteps))
+        counts = 1 - noise_share(scheduler, timesteps).flatten() if sure is None else sure
+        loss = loss + counts * also(clean_for(scheduler, x.float(), said.float(), timesteps))
     return loss
 
 
@@ -120,8 +123,6 @@ def edit_weight(before: Tensor, after: Tensor, most: float) -> Tensor:
 
 
 def _attention_for(denoiser: Any, latents: Tensor) -> AbstractContextManager[Any]:
-    """On CPU the fused attention's backward takes a quarter of a small UNet's step; up to 1024 positions, where memory
-    does not matter, the plain product is faster. Checkpointed blocks must recompute with the kernel they ran with."""
-    small = latents.device.type == "cpu" and latents[0, 0].numel() <= 1024
-    plain = small and not getattr(denoiser, "is_gradient_checkpointing", False)
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    """Checkpointed blocks must recompute with the kernel they ran with."""
+    checkpointed = getattr(denoiser, "is_gradient_checkpointing", False)
+    return nullcontext() if checkpointed else quick_attention(latents, latents[0, 0].numel())

@@ -101,12 +101,8 @@ class EditJudge:
 
     @torch.no_grad()
     def through_autoencoder(self, pictures: Tensor) -> Tensor:
-        vae = self.base.pipeline.vae
-        parts = []
-        for part in pictures.split(self.batch_size):
-            decoded = vae.decode(self.base.encode_images(part) / vae.config.scaling_factor).sample
-            parts.append((decoded / 2 + 0.5).clamp(0, 1))
-        return torch.cat(parts)
+        parts = pictures.split(self.batch_size)
+        return torch.cat([self.base.decode_latents(self.base.encode_images(part)) for part in parts])
 
     def row(
         self,

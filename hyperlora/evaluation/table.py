@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hyperlora.evaluation.personalisation import Judge, Row, pixels_of
 from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import refine, render
+from hyperlora.pipelines import render
 from hyperlora.pipelines.choosing import Chooser
 from hyperlora.pipelines.fitting import Examples, fit
 from hyperlora.pipelines.generating import Photos, Settings, candidates
 from hyperlora.pipelines.photo_model import PhotoModel, Sampling
-from hyperlora.pipelines.refining import photo_examples
+from hyperlora.pipelines.refining import photo_examples, refined
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def rows(
         yield judge.row("shuffled: another's LoRA", lora[torch.arange(len(lora)).roll(1)])
         yield judge.row("mean LoRA", lora.mean())
     if refine_steps:
-        refined, took = _timed(lambda: _refined(judge, lora, one, refine_steps))
-        yield judge.row(f"one photo, refined {refine_steps} steps", refined, took)
+        finer, took = _timed(lambda: _refined(judge, model, lora, one, refine_steps))
+        yield judge.row(f"one photo, refined {refine_steps} steps", finer, took)
     if fitting is not None:
         fitted, took = _timed(lambda: fitted_loras(judge, model, one, fitting)[fitting.steps])
         yield judge.row(f"fitted per subject, {fitting.steps} steps", fitted, took)
@@ -117,10 +117,10 @@ def _best(
     return LoraWeights.stack(made)
 
 
-def _refined(judge: Judge, lora: LoraWeights, photos: Tensor, steps: int) -> LoraWeights:
+def _refined(judge: Judge, model: PhotoModel, lora: LoraWeights, photos: Tensor, steps: int) -> LoraWeights:
     parts = [
-        refine(judge.base, lora[chunk], photos[chunk], steps=steps, label="refining")
-        for chunk in torch.arange(len(lora)).split(16)
+        refined(model, judge.base, lora[chunk], photos[chunk], steps=steps, label="refining")
+        for chunk in torch.arange(len(lora)).split(4)
     ]
     return LoraWeights.unflatten(parts[0].layout, torch.cat([p.flatten() for p in parts]))
 

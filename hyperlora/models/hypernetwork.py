@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperlora.features import ImageFeatures
+from hyperlora.kernels import quick_attention
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.lora.parametrisation import parametrisation
 
@@ -61,7 +62,8 @@ class Hypernetwork(nn.Module):
             queries = self.queries.expand(len(memory), -1, -1)
             if self.iterations > 1:
                 queries = queries + torch.einsum("twc,btc->btw", self.guess_weight, theta)
-            decoded = self.decoder(queries, memory)
+            with quick_attention(memory, max(len(self.queries), memory.shape[1])):
+                decoded = self.decoder(queries, memory)
             theta = theta + torch.einsum("tcw,btw->btc", self.head_weight, decoded)
         return theta
 

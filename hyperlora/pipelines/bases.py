@@ -65,6 +65,12 @@ class Base:
         mean = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
         return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents [n, c, h/f, w/f] to pictures [n, 3, h, w] in [0, 1]; gradients flow."""
+        vae = self.pipeline.vae
+        raw = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        return (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """What the UNet is called with for these prompts: ``encoder_hidden_states`` [n, tokens, width] and, for SDXL,

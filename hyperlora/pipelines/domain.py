@@ -1,19 +1,18 @@
 """``Domain``: what pictures a photo encoder's model was trained on, and how far a photo lies from them."""
 
-import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperlora.errors import BadArtifact
 from hyperlora.features import ImageFeatures
+from hyperlora.pipelines.beside import read_beside
 
 FILE: Final = "domain.safetensors"
 _GROUPS: Final = 4
@@ -70,21 +69,16 @@ class Domain:
     def load(cls, folder: str | os.PathLike[str], encoder: nn.Module) -> Self | None:
         """What ``save`` wrote, or None where nothing is. Raises ``BadArtifact`` if it is damaged or of another
         ``encoder``."""
-        path = Path(folder) / FILE
-        if not path.is_file():
+        path, again = Path(folder) / FILE, "make it again with `python -m data_builder domain`"
+        found = read_beside(path, _TENSORS, encoder, again)
+        if found is None:
             return None
-        again = "make it again with `python -m data_builder domain`"
+        tensors, facts = found
         try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata()
-                tensors = {name: file.get_tensor(name).float() for name in _TENSORS}
             rest, farthest = float(facts["rest"]), float(facts["farthest"])
-            found = cls(**tensors, rest=rest, farthest=farthest, subjects=facts["subjects"], encoder=facts["encoder"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            return cls(**tensors, rest=rest, farthest=farthest, subjects=facts["subjects"], encoder=facts["encoder"])
+        except (KeyError, ValueError) as error:
             raise BadArtifact(f"{path} is damaged: {again}") from error
-        if found.encoder != digest(encoder):
-            raise BadArtifact(f"{path} belongs to another photo encoder than the model beside it: {again}")
-        return found
 
 
 def described(features: ImageFeatures) -> Tensor:
@@ -93,12 +87,3 @@ def described(features: ImageFeatures) -> Tensor:
     if tokens.shape[1] > _GROUPS:
         tokens = F.adaptive_avg_pool1d(tokens.mT, _GROUPS).mT
     return F.normalize(tokens.flatten(1), dim=-1).unflatten(0, features.tokens.shape[:2])
-
-
-def digest(encoder: nn.Module) -> str:
-    """16 hexadecimal digits of an encoder's weights, as they are released (fp16)."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]

@@ -18,7 +18,7 @@ from hyperlora.pipelines.bases import Base
 from hyperlora.pipelines.choosing import Chooser
 from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.photo_model import PhotoModel, Sampling
-from hyperlora.pipelines.refining import refine
+from hyperlora.pipelines.refining import refined
 
 LoraFormat = Literal["diffusers", "kohya", "sgm"]
 
@@ -152,9 +152,9 @@ def finished(
         if base is None:
             raise BadRequest("refining draws with the base model: give it too")
         targets = torch.stack([photos.fitted for photos in subjects if photos.fitted is not None])
-        weights = refine(
-            base, weights, targets.to(model.device), steps=settings.refine, out_rank=rank, watch=watch,
-            label=None if watch else "refining", prompt=f"a portrait of {model.trigger}",
+        weights = refined(
+            model, base, weights, targets.to(model.device), steps=settings.refine, out_rank=rank, watch=watch,
+            label=None if watch else "refining",
         )  # fmt: skip
     elif rank != weights.layout.rank:
         weights = weights.resize(rank)

@@ -14,6 +14,7 @@ from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraWeights
 from hyperlora.pipelines.domain import Domain
+from hyperlora.pipelines.identity import Identity
 from hyperlora.pipelines.released import ReleasedModel
 
 
@@ -28,13 +29,14 @@ class Sampling:
 
 
 class PhotoModel(ReleasedModel):
-    """``encoder`` looks at the photos; ``domain`` tells photos like those it was trained on from others, where the
-    model's folder holds one."""
+    """``encoder`` looks at the photos. Where the model's folder holds them, ``domain`` tells photos like those it was
+    trained on from others, and ``identity`` says who is in a picture."""
 
     samples: ClassVar[bool] = False
     """Whether other seeds give other LoRAs of the same photos."""
     encoder: Any
     domain: Domain | None = None
+    identity: Identity | None = None
 
     @property
     def trigger(self) -> str:
@@ -78,10 +80,14 @@ class PhotoModel(ReleasedModel):
         super()._save_pretrained(save_directory)
         if self.domain is not None:
             self.domain.save(save_directory)
+        if self.identity is not None:
+            self.identity.save(save_directory)
 
     def opened(self, *folders: Path) -> None:
-        found = (Domain.load(folder, self.encoder) for folder in folders)
-        self.domain = next((domain for domain in found if domain is not None), None)
+        domains = (Domain.load(folder, self.encoder) for folder in folders)
+        self.domain = next((domain for domain in domains if domain is not None), None)
+        identities = (Identity.load(folder, self.encoder) for folder in folders)
+        self.identity = next((identity for identity in identities if identity is not None), None)
 
     def features(self, photos: Tensor) -> Any:
         """What is seen in photos [batch, views, 3, h, w]."""

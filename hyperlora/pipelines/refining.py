@@ -1,4 +1,4 @@
-"""Rank-relaxed fast fine-tuning (2307.06949, §4.3): a few steps on the photo, above the predicted LoRA."""
+"""A few steps above the predicted LoRA: rank-relaxed fast fine-tuning (2307.06949, §4.3), or what suits the model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,32 @@ from torch import Tensor
 from hyperlora.lora import LoraWeights
 from hyperlora.pipelines.bases import Base
 from hyperlora.pipelines.fitting import Examples, fit
+from hyperlora.pipelines.photo_model import PhotoModel
+from hyperlora.pipelines.recognising import refine_identity
+
+
+def refined(
+    model: PhotoModel,
+    base: Base,
+    predicted: LoraWeights,
+    photos: Tensor,
+    *,
+    steps: int = 40,
+    out_rank: int | None = None,
+    label: str | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> LoraWeights:
+    """As suits ``model``: by whom its ``identity`` recognises in pictures of the prompts that its card names as
+    ``scenes``, or, where it has none, on ``photos`` themselves. Arguments as those of ``refine``."""
+    prompt = f"a portrait of {model.trigger}"
+    if model.identity is None:
+        return refine(
+            base, predicted, photos, steps=steps, out_rank=out_rank, prompt=prompt, label=label, watch=watch
+        )  # fmt: skip
+    prompts = [", ".join(filter(None, (prompt, scene))) for scene in model.card.get("scenes") or [""] * 8]
+    return refine_identity(
+        base, predicted, photos, model.identity, prompts, steps=steps, out_rank=out_rank, label=label, watch=watch
+    )  # fmt: skip
 
 
 def refine(

@@ -138,6 +138,7 @@ class ChangeTraining(L.LightningModule):
                 beside=seen / self.base.pipeline.vae.config.scaling_factor,
                 weight=edit_weight(seen, wanted, self.hparams["change_weight"]),
                 also=also,
+                sure=1.0,
                 **self.base.encode_prompts(texts),
             ).mean()
 

@@ -15,7 +15,8 @@ from hyperlora.errors import BadArtifact
 from hyperlora.formats import load_lora
 from hyperlora.models import MixtureOfFeatures
 from hyperlora.pipelines import ImageToLora, generating
-from hyperlora.pipelines.domain import Domain, described, digest
+from hyperlora.pipelines.beside import digest
+from hyperlora.pipelines.domain import Domain, described
 from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.generating import Photos, Settings
 from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion, face_finder

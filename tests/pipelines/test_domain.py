@@ -19,7 +19,8 @@ from hyperlora.encoders import Reader
 from hyperlora.errors import BadArtifact
 from hyperlora.features import ImageFeatures
 from hyperlora.pipelines import ImageToLora
-from hyperlora.pipelines.domain import FILE, Domain, described, digest
+from hyperlora.pipelines.beside import digest
+from hyperlora.pipelines.domain import FILE, Domain, described
 from hyperlora.pipelines.doubts import unknown
 
 WIDTH = 24

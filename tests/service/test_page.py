@@ -13,7 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from hyperlora.formats import load_lora
-from hyperlora.pipelines.domain import Domain, described, digest
+from hyperlora.pipelines.beside import digest
+from hyperlora.pipelines.domain import Domain, described
 from hyperlora.service.page.asking import Api
 from hyperlora.service.page.door import COOKIE, key_of
 from hyperlora.service.page.shelf import MOST, with_one_more
