@@ -20,7 +20,7 @@ def generate(
     format: Annotated[str, typer.Option(help="diffusers, kohya or sgm (SDXL).")] = "diffusers",
     rank: Annotated[int | None, typer.Option(min=1, help="Rank to write; the model's own if not given.")] = None,
     strength: Annotated[float, typer.Option(help="Scale of the LoRA.")] = 1.0,
-    refine: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on the photos.")] = 0,
+    refine: Annotated[int, typer.Option(min=0, help="Fine-tuning steps, above the LoRA of one pass.")] = 0,
     n: Annotated[int, typer.Option("--n", min=1, max=1000, help="LoRAs of one subject, each another sample.")] = 1,
     best_of: Annotated[int, typer.Option(min=1, max=1000, help="Make so many samples and keep the likest.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples: seed, seed + 1, ...")] = 0,

@@ -61,7 +61,7 @@ def rows(
         yield judge.row("shuffled: another's LoRA", lora[torch.arange(len(lora)).roll(1)])
         yield judge.row("mean LoRA", lora.mean())
     if refine_steps:
-        finer, took = _timed(lambda: _refined(judge, model, lora, one, refine_steps))
+        finer, took = _timed(lambda: refined(model, judge.base, lora, one, steps=refine_steps, label="refining"))
         yield judge.row(f"one photo, refined {refine_steps} steps", finer, took)
     if fitting is not None:
         fitted, took = _timed(lambda: fitted_loras(judge, model, one, fitting)[fitting.steps])
@@ -115,14 +115,6 @@ def _best(
         how = replace(settings, sampling=replace(sampling, seed=sampling.seed + best_of * i))
         made.append(candidates(model, model.features(p[None]), [Photos(p)], how, 1, chooser)[0][0])
     return LoraWeights.stack(made)
-
-
-def _refined(judge: Judge, model: PhotoModel, lora: LoraWeights, photos: Tensor, steps: int) -> LoraWeights:
-    parts = [
-        refined(model, judge.base, lora[chunk], photos[chunk], steps=steps, label="refining")
-        for chunk in torch.arange(len(lora)).split(4)
-    ]
-    return LoraWeights.unflatten(parts[0].layout, torch.cat([p.flatten() for p in parts]))
 
 
 def _timed(make: Callable[[], LoraWeights]) -> tuple[LoraWeights, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from hyperlora.pipelines.bases import Base
 from hyperlora.pipelines.fitting import Examples, fit
 from hyperlora.pipelines.photo_model import PhotoModel
 from hyperlora.pipelines.recognising import refine_identity
+
+_TOGETHER: Final = 4
+"""Subjects whose pictures are decoded at once, with all that gradients need of it."""
 
 
 def refined(
@@ -32,9 +36,14 @@ def refined(
             base, predicted, photos, steps=steps, out_rank=out_rank, prompt=prompt, label=label, watch=watch
         )  # fmt: skip
     prompts = [", ".join(filter(None, (prompt, scene))) for scene in model.card.get("scenes") or [""] * 8]
-    return refine_identity(
-        base, predicted, photos, model.identity, prompts, steps=steps, out_rank=out_rank, label=label, watch=watch
-    )  # fmt: skip
+    parts = [
+        refine_identity(
+            base, predicted[some], photos[some], model.identity, prompts, steps=steps, out_rank=out_rank, label=label,
+            watch=watch,
+        )
+        for some in torch.arange(len(photos)).split(_TOGETHER)
+    ]  # fmt: skip
+    return LoraWeights.unflatten(parts[0].layout, torch.cat([part.flatten() for part in parts]))
 
 
 def refine(
