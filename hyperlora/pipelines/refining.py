@@ -28,8 +28,8 @@ def refined(
     label: str | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> LoraWeights:
-    """As suits ``model``: by who its ``identity`` recognises in pictures of the ``scenes`` that its card names, or, where
-    it has none, on ``photos`` themselves. Arguments as those of ``refine``."""
+    """As suits ``model``: by who its ``identity`` recognises in pictures of the ``scenes`` that its card names, or,
+    where it has none, on ``photos`` themselves. Arguments as those of ``refine``."""
     prompt = f"a portrait of {model.trigger}"
     if model.identity is None:
         return refine(
