@@ -84,7 +84,7 @@ def denoising_loss(
     change: Tensor | None = None,
     beside: Tensor | None = None,
     also: Callable[[Tensor], Tensor] | None = None,
-    sure: float | None = None,
+    sure: float | Tensor | None = None,
     **conditions: Any,
 ) -> Tensor:
     """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``injected``);
@@ -97,7 +97,7 @@ def denoising_loss(
     edit (2506.07992). ``beside``, of the same height and width, is what the denoiser sees beside the noised latents,
     as further channels (InstructPix2Pix, 2211.09800). ``also`` maps the clean latents that the denoiser expects to a
     further loss per sample [batch], which counts less the more noise there was (as identity losses do, 2404.16022), or
-    ``sure`` times where ``beside`` tells what to expect behind any noise.
+    ``sure`` times (a number, or one per sample [batch]) where ``beside`` tells what to expect behind any noise.
     """
     steps = scheduler.config.num_train_timesteps
     u, noise = draw or (torch.rand(len(clean), device=clean.device), torch.randn_like(clean))

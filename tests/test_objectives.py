@@ -80,3 +80,5 @@ def test_what_is_expected_may_be_judged_too(name: str) -> None:
     )
     certain = denoising_loss(brighter, schedule, clean, draw=draw, also=apart, sure=0.2) - alone
     torch.testing.assert_close(certain, torch.full((2,), 0.1), atol=1e-4, rtol=1e-3)
+    each = denoising_loss(brighter, schedule, clean, draw=draw, also=apart, sure=torch.tensor([0.2, 0.0])) - alone
+    torch.testing.assert_close(each, torch.tensor([0.1, 0.0]), atol=1e-4, rtol=1e-3)

@@ -21,6 +21,9 @@ def generate(
     rank: Annotated[int | None, typer.Option(min=1, help="Rank to write; the model's own if not given.")] = None,
     strength: Annotated[float, typer.Option(help="Scale of the LoRA.")] = 1.0,
     refine: Annotated[int, typer.Option(min=0, help="Fine-tuning steps, above the LoRA of one pass.")] = 0,
+    refine_by: Annotated[
+        str | None, typer.Option(help="identity or photos; the first wherever the model can recognise someone.")
+    ] = None,
     n: Annotated[int, typer.Option("--n", min=1, max=1000, help="LoRAs of one subject, each another sample.")] = 1,
     best_of: Annotated[int, typer.Option(min=1, max=1000, help="Make so many samples and keep the likest.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples: seed, seed + 1, ...")] = 0,
@@ -47,6 +50,8 @@ def generate(
         raise BadRequest("--best-of draws in this process: leave out --ray")
     if ray and batch is None:
         raise BadRequest("--ray is for many subjects: give --batch FOLDER too")
+    if refine_by and not refine:
+        raise BadRequest("--refine-by says how to refine: give --refine STEPS too")
     if format not in ("diffusers", "kohya", "sgm"):
         raise BadRequest(f"unknown format {format!r}; known: diffusers, kohya, sgm")
     if not -10 <= strength <= 10:  # also refuses NaN
@@ -77,7 +82,7 @@ def generate(
     if frozen is not None:
         network.layout.require_base(frozen.id)
     sampling = Sampling(seed, sampling_steps, guidance)
-    settings = Settings(format, rank, strength, refine, sampling, best_of)  # type: ignore[arg-type]
+    settings = Settings(format, rank, strength, refine, sampling, best_of, refine_by)  # type: ignore[arg-type]
     check(network, settings, n)
     chooser = None
     if frozen is not None and choosing:

@@ -18,7 +18,7 @@ from hyperlora.pipelines.bases import Base
 from hyperlora.pipelines.choosing import Chooser
 from hyperlora.pipelines.doubts import unknown
 from hyperlora.pipelines.photo_model import PhotoModel, Sampling
-from hyperlora.pipelines.refining import refined
+from hyperlora.pipelines.refining import RefineBy, refined, require_refining
 
 LoraFormat = Literal["diffusers", "kohya", "sgm"]
 
@@ -26,8 +26,8 @@ LoraFormat = Literal["diffusers", "kohya", "sgm"]
 @dataclass(frozen=True)
 class Settings:
     """How LoRAs are made and written. ``rank`` None keeps the model's; ``refine`` counts fine-tuning steps, which need
-    a ``base``. A model that samples makes ``best_of`` LoRAs of each subject, which need a ``Chooser`` if more than are
-    asked for."""
+    a ``base``, and ``refine_by`` is ``refined``'s ``by``. A model that samples makes ``best_of`` LoRAs of each subject,
+    which need a ``Chooser`` if more than are asked for."""
 
     format: LoraFormat = "diffusers"
     rank: int | None = None
@@ -35,6 +35,7 @@ class Settings:
     refine: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     best_of: int = 1
+    refine_by: RefineBy | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def generate(
 
 
 def check(model: PhotoModel, settings: Settings, samples: int = 1) -> None:
-    """Raises ``BadRequest`` for a rank that no site can fill, and for samples of a model that makes one LoRA."""
+    """Raises ``BadRequest`` for a rank that no site can fill, for samples of a model that makes one LoRA, and for a way
+    to refine that the model does not know."""
+    require_refining(model, settings.refine_by)
     rank = settings.rank or model.layout.rank
     if rank > (widest := max(min(site.fan_in, site.fan_out) for site in model.layout.sites)):
         raise BadRequest(f"rank {rank} asked for, but no weight of {model.layout.base!r} has more than {widest}")
@@ -153,8 +156,8 @@ def finished(
             raise BadRequest("refining draws with the base model: give it too")
         targets = torch.stack([photos.fitted for photos in subjects if photos.fitted is not None])
         weights = refined(
-            model, base, weights, targets.to(model.device), steps=settings.refine, out_rank=rank, watch=watch,
-            label=None if watch else "refining",
+            model, base, weights, targets.to(model.device), steps=settings.refine, out_rank=rank,
+            by=settings.refine_by, watch=watch, label=None if watch else "refining",
         )  # fmt: skip
     elif rank != weights.layout.rank:
         weights = weights.resize(rank)

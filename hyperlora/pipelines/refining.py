@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hyperlora.errors import BadRequest
 from hyperlora.lora import LoraWeights
 from hyperlora.pipelines.bases import Base
 from hyperlora.pipelines.fitting import Examples, fit
 from hyperlora.pipelines.photo_model import PhotoModel
 from hyperlora.pipelines.recognising import refine_identity
+
+RefineBy = Literal["identity", "photos"]
+"""What a refined LoRA is held to: who is recognised in its pictures, or the photos by the diffusion loss."""
 
 _TOGETHER: Final = 4
 """Subjects whose pictures are decoded at once, with all that gradients need of it."""
@@ -25,13 +29,18 @@ def refined(
     *,
     steps: int = 40,
     out_rank: int | None = None,
+    by: RefineBy | None = None,
     label: str | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> LoraWeights:
-    """As suits ``model``: by who its ``identity`` recognises in pictures of the ``scenes`` that its card names, or,
-    where it has none, on ``photos`` themselves. Arguments as those of ``refine``."""
+    """``by`` who the model's ``identity`` recognises in pictures of the ``scenes`` that its card names, or by the
+    ``photos`` themselves; if not given, the former wherever the model has an identity. Other arguments as those of
+    ``refine``.
+
+    Raises ``BadRequest`` as ``require_refining`` does."""
+    require_refining(model, by)
     prompt = f"a portrait of {model.trigger}"
-    if model.identity is None:
+    if model.identity is None or by == "photos":
         return refine(
             base, predicted, photos, steps=steps, out_rank=out_rank, prompt=prompt, label=label, watch=watch
         )  # fmt: skip
@@ -44,6 +53,14 @@ def refined(
         for some in torch.arange(len(photos)).split(_TOGETHER)
     ]  # fmt: skip
     return LoraWeights.unflatten(parts[0].layout, torch.cat([part.flatten() for part in parts]))
+
+
+def require_refining(model: PhotoModel, by: str | None) -> None:
+    """Raise ``BadRequest`` for an unknown way to refine, and for one that needs an identity where there is none."""
+    if by is not None and by not in get_args(RefineBy):
+        raise BadRequest(f"unknown way to refine {by!r}; known: {', '.join(get_args(RefineBy))}")
+    if by == "identity" and model.identity is None:
+        raise BadRequest("this model cannot recognise anyone (it has no identity.safetensors): refine by photos")
 
 
 def refine(

@@ -135,7 +135,7 @@ class LocalEngine:
         work = Work(("lora", len(order.photos), order.method, settings.sampling), predict, self.batch)
         weights, notices = await self._done(work, photos, seconds)
         if settings.refine:
-            weights = await self._refined(settings, weights, photos, seconds, progress)
+            weights = await self._refined(network, settings, weights, photos, seconds, progress)
         return Noticed(await asyncio.to_thread(self._written, weights, order, network), notices)
 
     async def likeness(self, order: LikenessOrder, seconds: float) -> list[float]:
@@ -184,8 +184,9 @@ class LocalEngine:
         return await asyncio.wrap_future(self._batcher.submit(work, payload, seconds))
 
     async def _refined(
-        self, settings: Settings, weights: LoraWeights, photos: Photos, seconds: float, progress: Progress | None
-    ) -> LoraWeights:
+        self, network: PhotoModel, settings: Settings, weights: LoraWeights, photos: Photos, seconds: float,
+        progress: Progress | None,
+    ) -> LoraWeights:  # fmt: skip
         stop = threading.Event()
 
         def watch(step: int) -> None:
@@ -195,7 +196,7 @@ class LocalEngine:
                 progress((step - 1) / settings.refine)
 
         def run(items: list[tuple[LoraWeights, Photos]]) -> list[LoraWeights]:
-            return [self._refine(settings, *item, watch) for item in items]
+            return [self._refine(network, settings, *item, watch) for item in items]
 
         try:
             work = Work(("refine", object()), run, patient=True)
@@ -222,9 +223,10 @@ class LocalEngine:
         return list(zip(weights, unknown(network.domain, network.image_features(features)), strict=True))
 
     def _refine(
-        self, settings: Settings, weights: LoraWeights, photos: Photos, watch: Callable[[int], None]
-    ) -> LoraWeights:
-        return finished(self.model, LoraWeights.stack([weights]), [photos], settings, self.base, watch)[0]
+        self, network: PhotoModel, settings: Settings, weights: LoraWeights, photos: Photos,
+        watch: Callable[[int], None],
+    ) -> LoraWeights:  # fmt: skip
+        return finished(network, LoraWeights.stack([weights]), [photos], settings, self.base, watch)[0]
 
     def _written(self, weights: LoraWeights, order: LoraOrder, network: PhotoModel) -> bytes:
         if not order.settings.refine:

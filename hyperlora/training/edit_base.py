@@ -32,7 +32,8 @@ class EditBaseModel(L.LightningModule):
     probability ``unconditional`` the picture before and the instruction are left out together, for guidance.
     ``prediction`` is what the UNet says: of an edit nearly all of the sample is known, and saying it is copying what is
     seen, while velocity is a difference of what is seen that changes with every step. ``start_from`` is an edit base
-    that training goes on from. ``reader`` and ``reading_weight`` are ``BaseModel``'s, on the picture after. When
+    that training goes on from. ``reader`` and ``reading_weight`` are ``BaseModel``'s, on the picture after, which
+    the picture before and the instruction tell behind any noise. When
     training ends, ``out`` holds a ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with
     ``base``: these are links to it.
     """
@@ -100,6 +101,7 @@ class EditBaseModel(L.LightningModule):
             shift=self.hparams["timestep_shift"],
             weight=edit_weight(before, after, self.hparams["change_weight"]),
             also=also,
+            sure=(~dropped).float(),
             **self.base.encode_prompts(batch["instructions"]),
         ).mean()
 

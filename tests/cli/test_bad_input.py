@@ -111,6 +111,7 @@ def test_bad_requests(run: Run, bundle: Any, tmp_path: Path) -> None:
             "config.json, layout.json, model.safetensors missing",
         ),
         (["generate", *photo, "-o", lora, "--refine", 1, "--base", empty], "model_index.json expected"),
+        (["generate", *photo, "-o", lora, "--refine-by", "photos"], "give --refine STEPS too"),
         (["generate", "--batch", empty, "-o", tmp_path / "out", "--model", bundle.model], "empty' holds no subject"),
         (["generate", "--batch", file, "-o", tmp_path / "out", "--model", bundle.model], "file' is a file"),
         (["generate", "--batch", empty, "-o", file, "--model", bundle.model], "is a file, a folder was expected"),

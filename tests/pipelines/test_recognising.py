@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from data_builder.__main__ import app
 from hyperlora.adapters import injected
 from hyperlora.encoders import Reader
-from hyperlora.errors import BadArtifact
+from hyperlora.errors import BadArtifact, BadRequest
 from hyperlora.lora import LoraWeights
 from hyperlora.objectives import clean_for, noised
 from hyperlora.pipelines import Base, ImageToLora, load_base, refine
@@ -87,11 +87,14 @@ def test_a_model_without_an_identity_learns_from_the_photos(
     base: Base, model: ImageToLora, predicted: LoraWeights, photos: torch.Tensor
 ) -> None:
     by_identity = refined(model, base, predicted, photos, steps=2)
+    asked_for = refined(model, base, predicted, photos, steps=2, by="photos")
     model.identity = None
     by_photos = refined(model, base, predicted, photos, steps=2)
     paper = refine(base, predicted, photos, steps=2, prompt=f"a portrait of {model.trigger}")
-    assert torch.equal(by_photos.flatten(), paper.flatten())
+    assert torch.equal(by_photos.flatten(), paper.flatten()) and torch.equal(asked_for.flatten(), paper.flatten())
     assert not torch.allclose(by_identity.flatten(), by_photos.flatten(), atol=1e-4)
+    with pytest.raises(BadRequest, match="refine by photos"):
+        refined(model, base, predicted, photos, steps=2, by="identity")
 
 
 def test_saved_and_loaded_it_is_the_same(model: ImageToLora, tmp_path: Path) -> None:

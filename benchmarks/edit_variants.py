@@ -1,0 +1,95 @@
+"""What each part of the pair network's training brings: variants trained for equally many steps, side by side.
+
+    python benchmarks/edit_variants.py runs/data/edits-validation-benchmark [--steps 600] [--only NAME...]
+
+All begin with the encoder of the bundle's pair network and an untrained decoder, and are compared on validation people:
+the denoising loss with a pair's own LoRA, with another pair's and of undoing, and the edits that are made.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, Final
+
+import lightning as L
+import yaml
+
+from data_builder.avatars.edit_data import PairsToPairs
+from hyperlora import bundle
+from hyperlora.encoders import Reader
+from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+from hyperlora.evaluation.edit_table import pair_loras, undone
+from hyperlora.evaluation.editing import EditJudge
+from hyperlora.heap import keep_heap
+from hyperlora.pipelines import PairToLora
+from hyperlora.training.change import ChangeTraining
+
+PAPER: Final = {"reverse": 1.0, "exchange": 0.5, "network": {"antisymmetric": False}}
+VARIANTS: Final[dict[str, dict[str, Any]]] = {
+    "antisymmetric": {},
+    "antisymmetric, no exchange": {"exchange": 0.0},
+    "antisymmetric, the pair itself mirrored": {"target": "mirrored"},
+    "antisymmetric, tokens' difference": {"network": {"join": "difference"}},
+    "as published": PAPER,
+    "as published, no reverse": {**PAPER, "reverse": 0.0},
+    "as published, no exchange": {**PAPER, "exchange": 0.0},
+    "as published, both and difference": {**PAPER, "network": {"antisymmetric": False, "join": "both"}},
+    "as published, softmax basis": {**PAPER, "network": {"antisymmetric": False, "head": "softmax"}},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="Edits of validation people to make.")
+    parser.add_argument("--config", default="configs/avatars/pair_to_lora.yaml")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    arguments = parser.parse_args()
+    keep_heap()
+    config = yaml.safe_load(Path(arguments.config).read_text())
+    print("| variant | own | another's | undoing | accuracy | made | leakage | undone to |")
+    print("|---" * 8 + "|")
+    for name in arguments.only:
+        print(f"| {name} |", *_trained(config, VARIANTS[name], arguments.steps, arguments.folder), sep=" ", flush=True)
+
+
+def _trained(config: dict[str, Any], change: dict[str, Any], steps: int, folder: str) -> list[str]:
+    """The cells of one variant's line."""
+    L.seed_everything(0, verbose=False)
+    given, data = config["model"]["init_args"], dict(config["data"]["init_args"])
+    change = dict(change)
+    data["target"] = change.pop("target", "other")
+    network = {**given["network"], **change.pop("network", {})}
+    shipped = PairToLora.from_pretrained(bundle.PAIR_MODEL)
+    vision = shipped.encoder.config
+    options = {**given, **change, "network": network, "encoder": vision["name"], "out": "runs/edit-variant"}
+    if data["target"] == "mirrored":  # nothing is known of what these show
+        options |= {"reader": None, "reading_weight": 0.0}
+    options["encoder_options"] = {k: vision[k] for k in ("image_size", "options")}
+    options.pop("start_from", None)
+    model = ChangeTraining(**options)
+    model.model.encoder.load_state_dict(shipped.encoder.state_dict())
+    trainer = L.Trainer(
+        max_steps=steps, precision="bf16-mixed", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        limit_val_batches=0, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=PairsToPairs(**data))
+    losses = _losses(model, data)
+    base = model.base
+    benchmark = load_edit_benchmark(folder, base.resolution)
+    judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, shipped.steps)
+    lora, _ = pair_loras(model.model.eval(), benchmark, 1)
+    row = judge.row("one pair", lora)
+    scores = [f"{row.score(metric, 'seen kinds')}" for metric in ("accuracy", "made", "leakage")]
+    back = undone(judge, lora)
+    return [f"{cell} |" for cell in (*losses, *scores, back.undone)]
+
+
+def _losses(model: ChangeTraining, data: dict[str, Any]) -> list[str]:
+    """Denoising losses of validation people: with the own pair's LoRA, another's, and of undoing."""
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, precision="bf16-mixed", enable_model_summary=False)
+    (logged,) = trainer.validate(model, datamodule=PairsToPairs(**{**data, "target": "other"}), verbose=False)
+    return [f"{logged[f'val/{case}']:.3f}" for case in ("own", "shuffled", "reverse")]
+
+
+if __name__ == "__main__":
+    main()
