@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from hyperlora.evaluation.metrics import Score
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.pipelines import Base, PairToLora
 from hyperlora.pipelines.fitting import Examples, fit
+
+NOISIER: Final = 5.0
+"""How far timesteps are shifted where LoRAs are optimised for a pair: an edit is decided behind much noise."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def fitted_to_pairs(
         expand = partial(LoraWeights.unflatten, layout)
         done = fit(
             base.denoiser, base.noise_schedule, Examples(after, conditions), start, expand, steps=steps, lr=lr,
-            label="fitting",
+            shift=NOISIER, label="fitting",
         )  # fmt: skip
         parts.append(done.weights.flatten())
     weights = LoraWeights.unflatten(layout, torch.cat(parts))

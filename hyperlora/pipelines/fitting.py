@@ -48,6 +48,7 @@ def fit(
     snapshots: Collection[int] = (),
     twins: int = 1,
     changes: Tensor | None = None,
+    shift: float = 1.0,
     seeds: Sequence[int] | None = None,
     probe: Probe | None = None,
     label: str | None = None,
@@ -60,8 +61,9 @@ def fit(
     stay added below the fitted ones, as rank-relaxed fine-tuning needs. Subjects do not influence each other; with
     ``seeds`` (one each) neither does what chance decides for them. With ``twins`` = t, subjects i, i + K/t, i + 2K/t...
     get the same timesteps and noise, so that they differ by their examples alone. ``changes`` [K, n, c, h, w] are edits
-    the LoRAs should make on the examples, as ``denoising_loss`` takes them. ``probe`` follows each subject's loss and
-    may end it early. ``watch`` is told the number of every step before it and may raise to end them.
+    the LoRAs should make on the examples, ``shift`` is of timesteps, both as ``denoising_loss`` takes them. ``probe``
+    follows each subject's loss and may end it early. ``watch`` is told the number of every step before it and may raise
+    to end them.
     """
     if seeds is not None and twins > 1:
         raise BadRequest("twins share what chance decides, seeds keep it apart: give one of them")
@@ -87,9 +89,10 @@ def fit(
         if watch is not None:
             watch(step)
         with injected(denoiser, lora()):
-            loss = _loss(denoiser, scheduler, examples, batch, going, twins, changes, chance)
+            loss = _loss(denoiser, scheduler, examples, batch, going, twins, changes, shift, chance)
             if prior is not None:
-                loss = loss + prior_weight * _loss(denoiser, scheduler, prior, batch, going, twins, None, chance)
+                again = _loss(denoiser, scheduler, prior, batch, going, twins, None, shift, chance)
+                loss = loss + prior_weight * again
         (codes.grad,) = torch.autograd.grad(loss.sum(), codes)
         optimizer.step()
         losses.append(_spread(loss.detach(), going, k))
@@ -141,7 +144,7 @@ class _Course:
 
 def _loss(
     denoiser: nn.Module, scheduler: Any, examples: Examples, batch: int, going: Tensor, twins: int,
-    changes: Tensor | None, chance: Chance | None,
+    changes: Tensor | None, shift: float, chance: Chance | None,
 ) -> Tensor:  # fmt: skip
     """Mean loss over ``batch`` random examples, per subject [k]."""
     device, k, draw = examples.latents.device, len(going), None
@@ -157,7 +160,8 @@ def _loss(
         noise = torch.randn(batch, k // twins, *latents.shape[1:], device=device)
         draw = u, noise.repeat(1, twins, *[1] * (latents.ndim - 1)).flatten(0, 1)
     change = None if changes is None else Examples(changes, {}).pick(choice, going)[0]
-    return denoising_loss(denoiser, scheduler, latents, draw=draw, change=change, **conditions).view(batch, k).mean(0)
+    loss = denoising_loss(denoiser, scheduler, latents, shift=shift, draw=draw, change=change, **conditions)
+    return loss.view(batch, k).mean(0)
 
 
 def _probed(denoiser: nn.Module, scheduler: Any, probe: Probe, going: Tensor) -> Tensor:

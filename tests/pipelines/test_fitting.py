@@ -55,6 +55,17 @@ def test_fitting_lowers_the_loss_of_the_own_photo_only(base, start):
     assert not torch.equal(done.snapshots[10].flatten(), done.weights.flatten())
 
 
+def test_shifted_timesteps_are_noisier(base, start):
+    examples, seen, means = photo_examples(base, photos(base.resolution), "a b"), [], []
+    hook = base.denoiser.register_forward_pre_hook(lambda _, given: seen.append(given[1].float().mean()))
+    for shift in (1.0, 50.0):
+        seen.clear()
+        fitted(base, start, examples, steps=6, shift=shift)
+        means.append(torch.stack(seen).mean())
+    hook.remove()
+    assert means[1] > means[0] + 200, means
+
+
 def test_prior_images_are_part_of_the_loss(base, start):
     examples = photo_examples(base, photos(base.resolution), "a b")
     prior = photo_examples(base, photos(base.resolution, seed=5), "a")
