@@ -222,6 +222,7 @@ def _draw_edits() -> None:
     from data_builder.avatars.pairs import PairPlan, draw_pairs
 
     draw_pairs(Path("runs/data/edits"), PairPlan("train", groups=12, size=32), workers=1)
+    draw_pairs(Path("runs/data/edits-of-three"), PairPlan("train", groups=8, people=3, size=32), workers=1)
     draw_pairs(Path("runs/data/edits-validation"), PairPlan("validation", groups=6, size=32), workers=1)
 
 
