@@ -1,6 +1,6 @@
 """What each part of the pair network's training brings: variants trained for equally many steps, side by side.
 
-    python benchmarks/edit_variants.py runs/data/edits-validation-benchmark [--steps 250] [--batch 10] [--only NAME...]
+    python benchmarks/edit_variants.py runs/data/edits-validation-benchmark [--steps 200] [--batch 10] [--only NAME...]
 
 All begin with the encoder of the bundle's pair network and an untrained decoder, and are compared on validation people:
 the denoising loss with a pair's own LoRA, with another pair's and of undoing, and the edits that are made.
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="Edits of validation people to make.")
     parser.add_argument("--config", default="configs/avatars/pair_to_lora.yaml")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     arguments = parser.parse_args()
@@ -67,7 +67,6 @@ def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> list
     if data["target"] == "mirrored":  # nothing is known of what these show
         options |= {"reader": None, "reading_weight": 0.0}
     options["encoder_options"] = {k: vision[k] for k in ("image_size", "options")}
-    options.pop("start_from", None)
     model = ChangeTraining(**options)
     model.model.encoder.load_state_dict(shipped.encoder.state_dict())
     trainer = L.Trainer(

@@ -33,9 +33,8 @@ class EditBaseModel(L.LightningModule):
     ``prediction`` is what the UNet says: of an edit nearly all of the sample is known, and saying it is copying what is
     seen, while velocity is a difference of what is seen that changes with every step. ``start_from`` is an edit base
     that training goes on from. ``reader`` and ``reading_weight`` are ``BaseModel``'s, on the picture after, which
-    the picture before and the instruction tell behind any noise. When
-    training ends, ``out`` holds a ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with
-    ``base``: these are links to it.
+    the picture before and the instruction tell behind any noise. When training ends, ``out`` holds a
+    ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with ``base``: these are links to it.
     """
 
     def __init__(

@@ -18,6 +18,8 @@ from PIL import Image
 from hyperlora.formats import load_lora, save_lora
 from hyperlora.lora.merging import merge
 from hyperlora.pipelines import render
+from hyperlora.pipelines.generating import finished
+from hyperlora.service import engine
 from tests.service.conftest import photo, send
 
 
@@ -63,6 +65,20 @@ def test_another_method_makes_another_sample_for_every_seed(client: TestClient, 
     assert not torch.equal(file.weights.flatten(), load_lora(other, sampler.layout).weights.flatten())
     refusal(send(client, seed=1), 400, "leaves nothing to chance")
     refusal(send(client, method="magic"), 422, "method")
+
+
+def test_a_lora_is_refined_by_the_model_that_made_it(
+    client: TestClient, sampler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watched(model: Any, *rest: Any) -> Any:
+        asked.append(model)
+        return finished(model, *rest)
+
+    monkeypatch.setattr(engine, "finished", watched)
+    assert send(client, method="difflora", refine=1).status_code == 200
+    assert asked == [sampler]
 
 
 def test_json_twin_and_keeping(client: TestClient) -> None:
