@@ -66,7 +66,7 @@ def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> list
     options = {**given, **change, "network": network, "encoder": vision["name"], "out": str(out)}
     if data["target"] == "mirrored":  # nothing is known of what these show
         options |= {"reader": None, "reading_weight": 0.0}
-    options["encoder_options"] = {k: vision[k] for k in ("image_size", "options")}
+    options["encoder_options"] = {k: v for k, v in vision.items() if k not in ("name", "licence")}
     model = ChangeTraining(**options)
     model.model.encoder.load_state_dict(shipped.encoder.state_dict())
     trainer = L.Trainer(

@@ -94,7 +94,8 @@ class Reader(nn.Module):
 
 
 def photo_encoder(name: str, options: dict[str, Any] | None = None) -> VisionEncoder:
-    """What a released reader of pictures (a folder) looks through, or the timm backbone ``name`` with ``options``.
+    """What a released reader of pictures (a folder) looks through, or the timm backbone ``name``; ``options`` are
+    ``VisionEncoder``'s (of a reader's, ``colours`` may be given).
 
     Raises ``BadRequest`` for a reader of latents.
     """
@@ -103,7 +104,9 @@ def photo_encoder(name: str, options: dict[str, Any] | None = None) -> VisionEnc
     trunk = Reader.from_pretrained(name).encoder
     if not isinstance(trunk, VisionEncoder):
         raise BadRequest(f"{name} reads latents, a reader of pictures was expected")
-    return trunk
+    seen = VisionEncoder(**(trunk.config | (options or {})))
+    seen.load_state_dict(trunk.state_dict())
+    return seen.eval().requires_grad_(False)
 
 
 @torch.no_grad()

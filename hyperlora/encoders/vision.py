@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
 
 
@@ -14,7 +15,8 @@ class VisionEncoder(nn.Module):
 
     ``name`` is a timm id, ``image_size`` what it was trained at (other sizes are resized to it), ``options`` go to
     ``timm.create_model``; ``licence`` is the weights' (asked of timm when ``pretrained``). Normalisation is the
-    backbone's own.
+    backbone's own. With ``colours`` every token also holds its own part of the picture, shrunk to that many pixels a
+    side: what a trunk that names things forgets (it takes a feature map, so a convolutional backbone).
     """
 
     mean: Tensor
@@ -27,6 +29,7 @@ class VisionEncoder(nn.Module):
         pretrained: bool = False,
         options: dict[str, Any] | None = None,
         licence: str | None = None,
+        colours: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
@@ -37,17 +40,32 @@ class VisionEncoder(nn.Module):
         if licence is None:
             licence = str(self.backbone.pretrained_cfg.get("license") or "unknown") if pretrained else "as the bundle"
         self.licence = licence
-        self.config = {"name": name, "image_size": image_size, "options": options or {}, "licence": licence}
+        self.colours = colours
+        self.config: dict[str, Any] = {
+            "name": name, "image_size": image_size, "options": options or {}, "licence": licence, "colours": colours,
+        }  # fmt: skip
 
     @property
     def width(self) -> int:
-        return int(self.backbone.num_features)
+        return int(self.backbone.num_features) + 3 * self.colours**2
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        tokens = self.backbone.forward_features(self._normalized(images.flatten(0, 1)))
+        pixels = self._normalized(images.flatten(0, 1))
+        tokens = self.backbone.forward_features(pixels)
         if tokens.ndim == 4:  # a convolutional backbone: positions become tokens
-            tokens = tokens.flatten(2).mT
+            tokens = torch.cat([tokens, *self._colours(pixels, tokens.shape[-2:])], 1).flatten(2).mT
+        elif self.colours:
+            raise BadRequest(
+                f"colours beside tokens need a feature map, {self.config['name']} has none: set colours to 0"
+            )
         return ImageFeatures(tokens.unflatten(0, images.shape[:2]))
+
+    def _colours(self, pixels: Tensor, grid: torch.Size) -> list[Tensor]:
+        """[n, 3 * colours², *grid]: what lies under each place of the feature map; nothing without ``colours``."""
+        if not self.colours:
+            return []
+        small = nn.functional.adaptive_avg_pool2d(pixels, (grid[0] * self.colours, grid[1] * self.colours))
+        return [nn.functional.pixel_unshuffle(small, self.colours)]
 
     def pooled(self, images: Tensor) -> Tensor:
         """[n, 3, h, w] in [0, 1] to the backbone's own pooled feature [n, width]."""

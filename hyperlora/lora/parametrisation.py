@@ -56,27 +56,33 @@ class LearnedBasis(nn.Module):
     """``size`` learned directions per factor and site, mixed by as many coefficients.
 
     ``down`` has a constant term of ordinary LoRA initialisation, so that a zero code is an ordinary untrained LoRA.
+    With ``per_rank`` each of a direction's ``rank`` vectors has a coefficient of its own: the factors fill a space of
+    ``rank`` times as many dimensions, for no more directions to learn and to keep.
     """
 
-    def __init__(self, layout: LoraLayout, size: int = 48) -> None:
+    def __init__(self, layout: LoraLayout, size: int = 48, per_rank: bool = False) -> None:
         super().__init__()
-        self.layout, self.code_size = layout, size
         rank = layout.rank
+        self.layout, self.size, self.per_rank = layout, size, per_rank
+        self.code_size = size * rank if per_rank else size
         self.constant = nn.ParameterList(torch.randn(rank, s.fan_in) * s.fan_in**-0.5 for s in layout.sites)
         self.down = nn.ParameterList(torch.randn(size, rank * s.fan_in) * s.fan_in**-0.5 for s in layout.sites)
         self.up = nn.ParameterList(torch.randn(size, s.fan_out * rank) * (size * rank) ** -0.5 for s in layout.sites)
 
     def start(self) -> Tensor:
         """Codes [2 * sites, size]: small random ``down`` coefficients, zero ``up`` ones."""
-        down = torch.randn(len(self.layout.sites), self.code_size) * 0.1 * self.code_size**-0.5
+        down = torch.randn(len(self.layout.sites), self.code_size) * 0.1 * self.size**-0.5
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down``, ``up`` [*batch, sites, size]."""
+        """``down``, ``up`` [*batch, sites, code_size]."""
         rank, downs, ups = self.layout.rank, [], []
         for i, site in enumerate(self.layout.sites):
-            downs.append((down[..., i, :] @ self.down[i]).unflatten(-1, (rank, site.fan_in)) + self.constant[i])
-            ups.append((up[..., i, :] @ self.up[i]).unflatten(-1, (site.fan_out, rank)))
+            one, other = self.down[i].unflatten(-1, (rank, site.fan_in)), self.up[i].unflatten(-1, (site.fan_out, rank))
+            # [*batch, size, rank], or 1 instead of rank where a direction is taken as a whole
+            a, b = (code[..., i, :].unflatten(-1, (self.size, -1)) for code in (down, up))
+            downs.append(torch.einsum("...sr,sri->...ri", a, one) + self.constant[i])
+            ups.append(torch.einsum("...sr,sor->...or", b, other))
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 

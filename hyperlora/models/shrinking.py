@@ -12,10 +12,13 @@ from hyperlora.models.hypernetwork import Hypernetwork
 def shrunk(network: Hypernetwork, codes: Tensor, size: int) -> Hypernetwork:
     """A network of ``size`` directions per factor and site that makes nearly the LoRAs of ``network``: of each factor's
     ``codes`` [n, 2 * sites, old size], as seen in training, the principal components in weight space (of ``down``,
-    around its mean, which goes into the constant). Raises ``BadRequest`` for another parametrisation than ``basis``."""
+    around its mean, which goes into the constant). Raises ``BadRequest`` for another parametrisation than ``basis``
+    and for one mixed ``per_rank``."""
     old = network.basis
     if not isinstance(old, LearnedBasis) or isinstance(old, SoftmaxBasis) or not 1 <= size <= old.code_size:
         raise BadRequest(f"only a learned basis can shrink, to 1 ... {old.code_size} directions; {size} asked for")
+    if old.per_rank:
+        raise BadRequest("a basis mixed per rank cannot shrink: it has one coefficient for each vector of a direction")
     new = Hypernetwork(network.layout, **{**network.config, "head_options": {"size": size}})  # type: ignore[arg-type]
     fresh = new.basis
     assert isinstance(fresh, LearnedBasis)

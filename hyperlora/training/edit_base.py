@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import load_base
-from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.optimizers import muon_one_cycle
 from hyperlora.training.pruning import prune
 from hyperlora.training.reader import Misreading
 
@@ -109,7 +109,12 @@ class EditBaseModel(L.LightningModule):
             write_edit_base(Path(self.hparams["out"]), Path(self.hparams["base"]), self.unet, self.schedule)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw_one_cycle(self, self.unet.parameters(), self.hparams["lr"])
+        hidden: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
+        for name, parameter in self.unet.named_parameters():
+            ends = name.startswith(("conv_in", "conv_out"))
+            (others if ends or parameter.ndim == 1 else hidden).append(parameter)
+        return muon_one_cycle(self, hidden, others, self.hparams["lr"])
 
 
 def write_edit_base(out: Path, base: Path, unet: UNet, schedule: DDPMScheduler | None = None) -> None:

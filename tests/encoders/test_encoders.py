@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from hyperlora.encoders import Reader, VisionEncoder
-from hyperlora.errors import BadArtifact, LayoutMismatch
+from hyperlora.encoders import Reader, VisionEncoder, photo_encoder
+from hyperlora.errors import BadArtifact, BadRequest, LayoutMismatch
 from hyperlora.models import Hypernetwork
 from hyperlora.pipelines import ImageToLora, load_base
 from hyperlora.pipelines.bases import Base
@@ -73,3 +73,31 @@ def test_readers_come_back_the_same(bundle, tmp_path):
     assert torch.allclose(one.identity.norm(dim=-1), torch.ones(3), atol=1e-5)
     with pytest.raises(BadArtifact, match="no reader"):
         Reader.from_pretrained(tmp_path / "nothing")
+
+
+def test_colours_stand_beside_the_token_of_their_place():
+    encoder = VisionEncoder("regnetx_002", 64, colours=2).eval()
+    red_corner = torch.zeros(1, 1, 3, 64, 64)
+    red_corner[..., 0, :16, :16] = 1
+    with torch.no_grad():
+        plain, tokens = encoder(torch.zeros_like(red_corner)).tokens, encoder(red_corner).tokens
+    assert tokens.shape == (1, 1, 4, encoder.width)
+    changed = (tokens - plain)[0, 0, :, -12:].abs() > 0.1
+    assert changed.nonzero().tolist() == [[0, 0]], "one colour of the first pixel of the first token"
+    assert VisionEncoder(**encoder.config).width == encoder.width
+
+
+def test_a_backbone_without_a_map_has_no_place_for_colours():
+    encoder = VisionEncoder("vit_tiny_patch16_224", 32, options={"img_size": 32, "depth": 1}, colours=2)
+    with pytest.raises(BadRequest, match="feature map"):
+        encoder(torch.rand(1, 1, 3, 32, 32))
+
+
+def test_a_reader_lends_its_sight_with_colours(tmp_path):
+    reader = Reader("regnetx_002", 64, {"hat": ["none", "hat"]})
+    reader.save_pretrained(tmp_path)
+    plain, coloured = photo_encoder(str(tmp_path)), photo_encoder(str(tmp_path), {"colours": 4})
+    photos = torch.rand(1, 1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(coloured(photos).tokens[..., : plain.width], plain(photos).tokens)
+    assert coloured.width == plain.width + 48

@@ -5,13 +5,18 @@ import torch
 
 from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraLayout, LoraWeights, Site
-from hyperlora.lora.parametrisation import LiDB
+from hyperlora.lora.parametrisation import LearnedBasis, LiDB
 from hyperlora.models import Hypernetwork
 
 LAYOUT = LoraLayout(
     (Site("unet.a", 24, 40), Site("unet.b", 6, 8), Site("unet.c", 9 * 4, 16, (3, 3))), rank=2, base="tiny"
 )
-HEADS = [("basis", {"size": 5}, 1), ("lidb", {"a": 10, "b": 7, "seed": 3}, 1), ("lidb", {"a": 10, "b": 7}, 4)]
+HEADS = [
+    ("basis", {"size": 5}, 1),
+    ("basis", {"size": 5, "per_rank": True}, 1),
+    ("lidb", {"a": 10, "b": 7, "seed": 3}, 1),
+    ("lidb", {"a": 10, "b": 7}, 4),
+]
 
 
 def network(head, options, iterations):
@@ -47,6 +52,20 @@ def test_subjects_do_not_mix_and_views_matter(head, options, iterations):
     assert torch.allclose(model(swapped).flatten(), together, atol=1e-5), "photos are a set"
     one = model(ImageFeatures(seen.tokens[:, :1])).flatten()
     assert not torch.allclose(one, together, atol=1e-4)
+
+
+def test_a_basis_mixed_per_rank_holds_the_whole_mix_and_more():
+    torch.manual_seed(0)
+    whole, split = LearnedBasis(LAYOUT, 5), LearnedBasis(LAYOUT, 5, per_rank=True)
+    split.load_state_dict(whole.state_dict())
+    down, up = torch.randn(2, 4, 3, 5)
+    same = split(*(code.repeat_interleave(2, -1) for code in (down, up)))
+    torch.testing.assert_close(same.flatten(), whole(down, up).flatten())
+    codes = torch.zeros(1, 3, 10)
+    codes[..., 4 * 2 + 1] = 1
+    (factor, *_) = split(codes, codes).up
+    torch.testing.assert_close(factor[0, :, 1], whole.up[0][4].unflatten(-1, (40, 2))[:, 1])
+    assert not factor[0, :, 0].any(), "the other vector of the direction has a coefficient of its own"
 
 
 def test_iterations_refine_the_same_guess():

@@ -59,3 +59,6 @@ def test_what_cannot_shrink_is_refused():
     other = Hypernetwork(LAYOUT, 12, width=16, heads=2, head="lidb", head_options={"a": 4, "b": 4})
     with pytest.raises(BadRequest, match="only a learned basis"):
         shrunk(other, other.codes(seen()), 2)
+    split = Hypernetwork(LAYOUT, 12, width=16, heads=2, head_options={"size": 8, "per_rank": True})
+    with pytest.raises(BadRequest, match="per rank"):
+        shrunk(split, split.codes(seen()), 4)
