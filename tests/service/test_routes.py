@@ -81,6 +81,14 @@ def test_a_lora_is_refined_by_the_model_that_made_it(
     assert asked == [sampler]
 
 
+def test_the_way_to_refine_is_asked_for(client: TestClient, models: Any) -> None:
+    assert models[0].identity is None
+    assert send(client, refine=1, refine_by="photos").content == send(client, refine=1).content
+    refusal(send(client, refine=1, refine_by="identity"), 400, "cannot recognise anyone")
+    refusal(send(client, refine_by="photos"), 400, "give the number of steps")
+    refusal(send(client, refine=1, refine_by="magic"), 422, "refine_by")
+
+
 def test_json_twin_and_keeping(client: TestClient) -> None:
     body = send(client, headers={"Accept": "application/json"}, keep="true").json()
     data = base64.b64decode(body["content"])

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from hyperlora.errors import BadRequest
 from hyperlora.pipelines.generating import Settings
 from hyperlora.pipelines.photo_model import Sampling
+from hyperlora.pipelines.refining import RefineBy
 from hyperlora.service.changes import ChangeOrder, Noticed
 from hyperlora.service.jobs import Report
 from hyperlora.service.orders import LoraOrder
@@ -50,6 +51,10 @@ async def make_lora(
     rank: Annotated[int | None, Form(ge=1, le=128, description="The model's own if not given.")] = None,
     strength: Annotated[Weight, Form()] = 1.0,
     refine: Annotated[int, Form(ge=0, le=500, description="Fine-tuning steps on the photos.")] = 0,
+    refine_by: Annotated[
+        RefineBy | None,
+        Form(description="By who is recognised or by the photos' diffusion loss; the best the model can if not given."),
+    ] = None,
     method: Annotated[
         Literal["hyperdreambooth", "difflora"] | None, Form(description="Which model; the server's first if not given.")
     ] = None,
@@ -70,12 +75,14 @@ async def make_lora(
         raise HTTPException(413, f"{len(photos)} photos sent, at most {service.settings.max_photos} are taken")
     if bool(photos) == bool(pairs):
         raise BadRequest("send photos of one subject, or before and after, and not both")
-    if pairs and (refine or rank or method or seed):
+    if pairs and (refine or refine_by or rank or method or seed):
         raise BadRequest(
             "the LoRA of a pair has the model's rank, is not refined and leaves nothing to chance: leave rank, refine, "
-            "method and seed out"
+            "refine_by, method and seed out"
         )
-    settings = Settings(format, rank, strength, refine, Sampling(seed))
+    if refine_by and not refine:
+        raise BadRequest("refine_by says how to refine: give the number of steps as refine too")
+    settings = Settings(format, rank, strength, refine, Sampling(seed), refine_by=refine_by)
     order = LoraOrder([await photo.read() for photo in photos], settings, title, consent, method)
     change = ChangeOrder(pairs, strength, format, title, consent)
 
