@@ -7,6 +7,7 @@ from typing import Any, Final
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 BETAS: Final = (0.9, 0.99)
 
@@ -28,26 +29,33 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._orthogonal if group["muon"] else self._adam
-            for parameter in group["params"]:
-                if parameter.grad is not None:
+            learned = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                for parameter in learned:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(update(self.state[parameter], parameter.grad, group), alpha=group["lr"])
+                    parameter.sub_(self._direction(parameter, group["momentum"]), alpha=group["lr"])
+            else:
+                self._adamw(learned, group)
         return loss
 
-    @staticmethod
-    def _orthogonal(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        mean = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - group["momentum"])
-        update = orthogonal(gradient.lerp(mean, group["momentum"]).flatten(1))
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        gradient = parameter.grad
+        assert gradient is not None
+        mean = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - momentum)
+        update = orthogonal(gradient.lerp(mean, momentum).flatten(1))
         return update.view_as(gradient) * (0.2 * max(update.shape) ** 0.5)
 
-    @staticmethod
-    def _adam(state: dict[str, Any], gradient: Tensor, _: dict[str, Any]) -> Tensor:
-        mean = state.setdefault("mean", torch.zeros_like(gradient)).lerp_(gradient, 1 - BETAS[0])
-        square = state.setdefault("square", torch.zeros_like(gradient)).lerp_(gradient**2, 1 - BETAS[1])
-        state["step"] = count = state.get("step", 0) + 1
-        unbiased = [value / (1 - beta**count) for value, beta in zip((mean, square), BETAS, strict=True)]
-        return unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+    def _adamw(self, learned: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in learned:
+            if not self.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
+                self.state[parameter].update(zeros, step=torch.zeros(()))
+        means, squares, steps = ([self.state[p][name] for p in learned] for name in ("mean", "square", "step"))
+        adamw(
+            learned, [p.grad for p in learned if p.grad is not None], means, squares, [], steps, amsgrad=False,
+            beta1=BETAS[0], beta2=BETAS[1], lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8,
+            maximize=False,
+        )  # fmt: skip
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
