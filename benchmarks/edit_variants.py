@@ -23,16 +23,26 @@ from hyperlora.heap import keep_heap
 from hyperlora.pipelines import PairToLora
 from hyperlora.training.change import ChangeTraining
 
-PAPER: Final = {"reverse": 1.0, "exchange": 0.5, "network": {"antisymmetric": False}}
+WORDLESS: Final[dict[str, Any]] = {"telling": 0.0, "network": {"words": None}}
+PAPER: Final[dict[str, Any]] = {
+    "telling": 0.0,
+    "reverse": 1.0,
+    "exchange": 0.5,
+    "network": {"words": None, "antisymmetric": False},
+}
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "as in the bundle": {},
+    "no words": WORDLESS,
     "no reverse, no exchange": {"reverse": 0.0, "exchange": 0.0},
     "the pair itself, mirrored": {"target": "mirrored"},
     "difference of tokens": {"network": {"join": "difference"}},
     "as published": PAPER,
     "as published, no reverse": {**PAPER, "reverse": 0.0},
     "as published, no exchange": {**PAPER, "exchange": 0.0},
-    "as published, softmax basis": {**PAPER, "network": {"antisymmetric": False, "head": "softmax"}},
+    "as published, softmax basis": {
+        **PAPER,
+        "network": {**PAPER["network"], "head": "softmax", "head_options": {"size": 12}},
+    },
 }
 
 
@@ -40,13 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="Edits of validation people to make.")
     parser.add_argument("--config", default="configs/avatars/pair_to_lora.yaml")
+    parser.add_argument("--network", default="configs/avatars/pair_to_lora_words.yaml", help="Config of its network.")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     arguments = parser.parse_args()
     keep_heap()
     config = yaml.safe_load(Path(arguments.config).read_text())
-    config["data"]["init_args"]["batch_size"] = arguments.batch
+    config["data"]["init_args"] |= {"batch_size": arguments.batch, "encoder": None, "encoder_options": None}
+    network = yaml.safe_load(Path(arguments.network).read_text())["model"]["init_args"]["network"]
+    config["model"]["init_args"] |= {"network": network, "start_from": None}
     print("| variant | own | another's | undoing | accuracy | made | leakage | undone to |")
     print("|---" * 8 + "|")
     for name in arguments.only:
@@ -78,10 +91,9 @@ def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> list
     base = model.base
     benchmark = load_edit_benchmark(folder, base.resolution)
     judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, shipped.steps)
-    lora, _ = pair_loras(model.model.eval(), benchmark, 1)
-    row = judge.row("one pair", lora)
+    row = judge.row("one pair", pair_loras(model.model.eval(), benchmark, 1)[0])
     scores = [f"{row.score(metric, 'seen kinds')}" for metric in ("accuracy", "made", "leakage")]
-    back = undone(judge, lora)
+    back = undone(judge, model.model)
     return [f"{cell} |" for cell in (*losses, *scores, back.undone)]
 
 

@@ -50,11 +50,12 @@ def edits(
     groups: Annotated[int, typer.Option(min=1, help="How many changes.")] = 8000,
     people: Annotated[int, typer.Option(min=1, help="People that each is made on.")] = 2,
     size: Annotated[int, typer.Option(min=16, help="Pixels.")] = 128,
+    two: Annotated[float, typer.Option(min=0, max=1, help="Share of changes that are two at once.")] = 0.2,
 ) -> None:
     """Draw before/after pairs of avatars: the same change on PEOPLE persons, GROUPS times."""
     from data_builder.avatars.pairs import PairPlan, draw_pairs
 
-    draw_pairs(out, PairPlan(split=split, groups=groups, people=people, size=size))
+    draw_pairs(out, PairPlan(split=split, groups=groups, people=people, size=size, two=two))
 
 
 @app.command()

@@ -6,11 +6,11 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Pair, instruction
 from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
-from data_builder.avatars.latents import latents_of
+from data_builder.avatars.latents import features_of, latents_of
 from data_builder.avatars.pairs import DrawnPairs
 
 
@@ -59,12 +59,16 @@ class EditLatents(L.LightningDataModule):
 class _Shown(Dataset[dict[str, Any]]):
     """A pair as pictures, and the same change elsewhere: on another person as latents, or on the pictures mirrored."""
 
-    def __init__(self, folder: str, vae: str, target: str, nothing: float) -> None:
+    def __init__(
+        self, folder: str, vae: str | None, target: str, nothing: float,
+        encoder: str | None = None, encoder_options: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.drawn, self.target, self.nothing = DrawnPairs(folder), target, nothing
+        self.features = features_of(folder, encoder, encoder_options) if encoder else None
         self.pairs, self.people = self.drawn.pairs(), self.drawn.plan.people
         if target == "other" and self.people < 2:
             raise ValueError(f"the same change on another person needs 2 people per change, {folder} has {self.people}")
-        self.latents = latents_of(folder, vae)
+        self.latents = latents_of(folder, vae) if vae else None
         self.seen = [i for i, pair in enumerate(self.pairs) if _may_be_seen(pair)]
 
     def __len__(self) -> int:
@@ -77,15 +81,30 @@ class _Shown(Dataset[dict[str, Any]]):
         nothing = float(torch.rand(())) < self.nothing
         goal = number if self.target == "mirrored" else others[int(torch.randint(len(others), ()))]
         shown = [number] if self.target == "mirrored" else [number, *(i for i in others if i != goal)]
+        seen = "pairs" if self.features is None else "tokens"
         item: dict[str, Any] = {
-            "pairs": torch.stack([self._pictures(i, nothing) for i in shown]),
-            "instructions": "" if nothing else self.pairs[goal].instruction,
+            seen: torch.stack([self._seen(i, nothing) for i in shown]),
+            "instructions": "" if nothing else self._asked(goal, "after"),
+            "undoing": "" if nothing else self._asked(goal, "before"),
         }
         if self.target == "mirrored":
             return item | {"images": self._pictures(goal, nothing).flip(-1)}
+        if self.latents is None:
+            return item
         before, after = (torch.from_numpy(np.array(self.latents[2 * goal + i])).float() for i in (0, 1))
         item["labels"] = [_labels(self.pairs[goal], 0 if nothing else side) for side in (0, 1)]
         return item | {"before": before, "after": before if nothing else after}
+
+    def _asked(self, number: int, side: str) -> str:
+        """What asks for a side of a pair; of several changes always in the same order."""
+        changes = sorted(self.pairs[number].changes, key=lambda change: change.attribute)
+        return ", ".join(instruction(c.attribute, getattr(c, side)) for c in changes)
+
+    def _seen(self, number: int, nothing: bool) -> Tensor:
+        if self.features is None:
+            return self._pictures(number, nothing)
+        tokens = torch.from_numpy(np.array(self.features[2 * number : 2 * number + 2]))
+        return tokens[[0, 0]] if nothing else tokens
 
     def _pictures(self, number: int, nothing: bool) -> Tensor:
         pixels = torch.from_numpy(np.array(self.drawn.images[2 * number : 2 * number + 2])).permute(0, 3, 1, 2)
@@ -105,20 +124,27 @@ def _may_be_seen(pair: Pair) -> bool:
 
 
 class PairsToPairs(L.LightningDataModule):
-    """What ``ChangeTraining`` takes, of kinds a network may be trained on. ``target``: ``other``, the same change on
-    another person (its further people are views), or ``mirrored``, the same pictures mirrored, which any pair allows.
-    With probability ``nothing`` neither side changes."""
+    """What ``ChangeTraining`` takes, of kinds a network may be trained on, from one folder or several (of as many
+    people). ``target``: ``other``, the same change on another person (its further people are views), or ``mirrored``,
+    the same pictures mirrored, which any pair allows. With probability ``nothing`` neither side changes. ``encoder``
+    (with ``encoder_options``), if the network's is frozen, looks at all pictures once and for all. Without ``vae``
+    there are no latents: for learning words alone."""
 
     def __init__(
-        self, folder: str, validation: str, vae: str, batch_size: int = 16, target: str = "other", nothing: float = 0.03
-    ) -> None:
+        self, folder: str | list[str], validation: str, vae: str | None, batch_size: int = 16, target: str = "other",
+        nothing: float = 0.03, encoder: str | None = None, encoder_options: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.save_hyperparameters(logger=False)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         h = self.hparams
-        data = _Shown(h["folder"], h["vae"], h["target"], h["nothing"])
+        folders = [h["folder"]] if isinstance(h["folder"], str) else h["folder"]
+        rest = (h["vae"], h["target"], h["nothing"], h["encoder"], h["encoder_options"])
+        data: ConcatDataset[dict[str, Any]] = ConcatDataset([_Shown(folder, *rest) for folder in folders])
         return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(_Shown(self.hparams["validation"], self.hparams["vae"], "other", 0.0), 50)
+        h = self.hparams
+        data = _Shown(h["validation"], h["vae"], "other", 0.0, h["encoder"], h["encoder_options"])
+        return DataLoader(data, 50)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from hyperlora.data.images import sha256_of
+from hyperlora.encoders import photo_encoder
 from hyperlora.pipelines import load_base
 from hyperlora.pipelines.image_to_lora import denoiser_encoder
 from hyperlora.progress import track
@@ -43,6 +45,22 @@ def tokens_of(folder: str | Path, vae: str | Path, base: str | Path) -> np.ndarr
     return _kept(Path(folder), f"tokens-{_digest(vae)}-{_digest(Path(base) / 'unet')}", len(latents), encoder)
 
 
+def features_of(folder: str | Path, encoder: str, options: dict[str, Any] | None = None) -> np.ndarray:
+    """What an encoder (``photo_encoder``) says about each picture, float16 [n, tokens, width], memory-mapped."""
+    images = np.load(Path(folder) / "images.npy", mmap_mode="r")
+
+    def made() -> Callable[[int, int], Tensor]:
+        model = photo_encoder(encoder, options).eval()
+
+        def encode(start: int, stop: int) -> Tensor:
+            pixels = torch.from_numpy(np.array(images[start:stop])).permute(0, 3, 1, 2).float().div_(255)
+            return model(pixels[:, None]).tokens[:, 0]
+
+        return encode
+
+    return _kept(Path(folder), f"features-{_digest(encoder)}{_said(options)}", len(images), made)
+
+
 @torch.no_grad()
 def _kept(
     folder: Path, name: str, n: int, encoder: Callable[[], Callable[[int, int], Tensor]], size: int = 32
@@ -66,3 +84,8 @@ def _kept(
 
 def _digest(folder: str | Path) -> str:
     return "".join(sha256_of(f)[:6] for f in sorted(Path(folder).glob("*.safetensors")))
+
+
+def _said(options: dict[str, Any] | None) -> str:
+    """Options as a part of a file's name."""
+    return "".join(f"-{key}{value}" for key, value in sorted((options or {}).items()))

@@ -4,9 +4,10 @@ y = W x + b + up @ (down @ x)        one batched product per site, no copy of W
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,7 +79,10 @@ def _hook(site: Site, layer: nn.Module, down: Tensor, up: Tensor) -> Callable[..
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         d, u = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
-        add = _conv(module, x, d, u, site) if isinstance(module, nn.Conv2d) else _linear(x, d, u)
+        # tokens of a text differ by little: in bfloat16 a LoRA could not tell them apart
+        exact = torch.autocast(x.device.type, enabled=False) if site.reads_text else nullcontext()
+        with exact:
+            add = _conv(module, x, d, u, site) if isinstance(module, nn.Conv2d) else _linear(x, d, u)
         return output + add.to(output.dtype)
 
     return hook

@@ -83,7 +83,7 @@ def edit(
             typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {doubt}", err=True)
     frozen = load_base(base or bundle.EDIT_BASE) if apply else None
     network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
-    change = network(opened, -strength if reverse else strength)
+    change = network([pair[::-1] for pair in opened] if reverse else opened, strength)
     if out is not None:
         header = change_header(network, out.stem, pairs)
         save_lora(change, out, format=format, header=header)  # type: ignore[arg-type]

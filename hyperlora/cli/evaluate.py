@@ -100,7 +100,7 @@ def _edits(
     from hyperlora.encoders import Reader
     from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
     from hyperlora.evaluation.edit_report import edit_markdown, edits_as_json, write_edit_report
-    from hyperlora.evaluation.edit_table import edit_rows, pair_loras, undone
+    from hyperlora.evaluation.edit_table import edit_rows, undone
     from hyperlora.evaluation.editing import EditJudge
     from hyperlora.heap import keep_heap
     from hyperlora.pipelines import PairToLora, load_base
@@ -113,7 +113,7 @@ def _edits(
     benchmark = load_edit_benchmark(pairs or bundle.EDIT_BENCHMARK, frozen.resolution, limit)
     judge = EditJudge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps or network.steps)
     rows = list(edit_rows(judge, network, fit_steps=fit, fit_lr=fit_lr))
-    reverse = undone(judge, pair_loras(network, benchmark, 1)[0])
+    reverse = undone(judge, network)
     if report is not None:
         write_edit_report(report, rows, reverse)
     if as_json:

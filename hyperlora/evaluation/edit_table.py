@@ -15,6 +15,7 @@ from hyperlora.evaluation.metrics import Score
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.pipelines import Base, PairToLora
 from hyperlora.pipelines.fitting import Examples, fit
+from hyperlora.pipelines.wording import lora_of_words
 
 NOISIER: Final = 5.0
 """How far timesteps are shifted where LoRAs are optimised for a pair: an edit is decided behind much noise."""
@@ -22,10 +23,12 @@ NOISIER: Final = 5.0
 
 @dataclass(frozen=True)
 class Undone:
-    """Mean errors, of 1, of the picture before against: what -Δ makes of the answer; the round trip through the
-    autoencoder, which no edit is better than; and the answer itself, as if nothing was undone."""
+    """Mean errors, of 1, of the picture before against: what -Δ makes of the answer; what the LoRA of the pair turned
+    round makes of it; the round trip through the autoencoder, which no edit is better than; and the answer itself, as
+    if nothing was undone."""
 
     undone: Score
+    turned: Score
     round_trip: Score
     untouched: Score
 
@@ -42,6 +45,9 @@ def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr
     yield judge.row("no LoRA", None)
     if any(edit.instruction for edit in benchmark.edits):
         yield judge.row("words instead of a pair", None, instructed=True)
+        if model.network.sites is not None:
+            said = lora_of_words(judge.base, [edit.instruction for edit in benchmark.edits], model.layout.rank)
+            yield judge.row("words, as a LoRA", said)
     lora, seconds = pair_loras(model, benchmark, 1)
     yield judge.row("one pair", lora, seconds=seconds)
     fewest = min(len(edit.shown) for edit in benchmark.edits)
@@ -56,18 +62,23 @@ def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr
         yield judge.row(f"fitted to the pair, {fit_steps} steps", fitted, seconds=took)
 
 
-def undone(judge: EditJudge, lora: LoraWeights) -> Undone:
-    """``lora`` holds one LoRA per edit of the benchmark."""
-    made = judge.edited("undone", -lora, judge.answers)
+def undone(judge: EditJudge, model: PairToLora) -> Undone:
+    """By the LoRA of each edit's first pair."""
+    made = judge.edited("undone", -pair_loras(model, judge.benchmark, 1)[0], judge.answers)
+    turned = judge.edited("turned round", pair_loras(model, judge.benchmark, 1, turned=True)[0], judge.answers)
     around = judge.through_autoencoder(judge.before)
-    return Undone(*(_error(x, judge.before) for x in (made, around, judge.answers)))
+    return Undone(*(_error(x, judge.before) for x in (made, turned, around, judge.answers)))
 
 
 @torch.no_grad()
-def pair_loras(model: PairToLora, benchmark: EditBenchmark, pairs: int) -> tuple[LoraWeights, float]:
-    """One LoRA per edit from its first ``pairs`` pairs, in single forward passes as a user makes them, and seconds."""
+def pair_loras(
+    model: PairToLora, benchmark: EditBenchmark, pairs: int, turned: bool = False
+) -> tuple[LoraWeights, float]:
+    """One LoRA per edit from its first ``pairs`` pairs (after and before, if ``turned``), in single forward passes as a
+    user makes them, and seconds."""
     began = time.perf_counter()
-    loras = [model.forward(edit.shown[None, :pairs])[0] for edit in benchmark.edits]
+    shown = (edit.shown[None, :pairs] for edit in benchmark.edits)
+    loras = [model.forward(pair.flip(2) if turned else pair)[0] for pair in shown]
     return LoraWeights.stack(loras), (time.perf_counter() - began) / len(loras)
 
 

@@ -33,6 +33,11 @@ class Site:
     def path(self) -> str:
         return self.name.split(".", 1)[1]
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it makes keys or values of a prompt's tokens (cross-attention of UNets)."""
+        return self.path.endswith((".attn2.to_k", ".attn2.to_v"))
+
 
 @dataclass(frozen=True)
 class LoraLayout:

@@ -1,6 +1,7 @@
 """``ChangeNetwork``: features of a picture before and after an edit to the LoRA that makes the same edit elsewhere.
 
 Δ = H(A, A'),   H(A, A) and, at initialisation, all Δ are 0        LoRA of Change (2411.19156, §3.2)
+With ``words``, sites that read text say the words that would ask for the edit (``WordSites``): this project's own.
 """
 
 from typing import Any, Final
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
-from hyperlora.lora import LoraLayout, LoraWeights
+from hyperlora.lora import LoraLayout, LoraWeights, WordSites
 from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.models.wording import Wording
 
 JOINS: Final = {"concat": 2, "difference": 1, "both": 3}
 """How many times as wide as one picture's tokens those of a pair are."""
@@ -25,6 +27,10 @@ class ChangeNetwork(nn.Module):
     ``up`` factors are u(A, A') - u(A', A) and the ``down`` factors the mean of both orders, so that Δ(A', A) is
     -Δ(A, A') and Δ(A, A) is 0 by construction: what LoRA Reverse and random exchange train for. Other arguments are the
     ``Hypernetwork``'s.
+
+    ``words`` (``tokens`` and ``width`` of the base's text, and options of ``Wording``) gives the sites that read text
+    to a network of their own, which can be taught by instructions alone. Their LoRA is 0 where nothing changes too, but
+    the words for a change are not the opposite of those for its undoing: there Δ(A', A) is not -Δ(A, A').
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class ChangeNetwork(nn.Module):
         feature_width: int,
         join: str = "concat",
         antisymmetric: bool = False,
+        words: dict[str, Any] | None = None,
         **decoder: Any,
     ) -> None:
         super().__init__()
@@ -40,17 +47,18 @@ class ChangeNetwork(nn.Module):
             raise BadRequest(f"unknown way to join a pair {join!r}; known: {', '.join(JOINS)}")
         if antisymmetric and decoder.get("head") == "softmax":
             raise BadRequest("shares of a softmax basis cannot change sign: antisymmetric needs another head")
-        self.join, self.antisymmetric = join, antisymmetric
-        self.hypernetwork = Hypernetwork(layout, JOINS[join] * feature_width, **decoder)
+        self.layout, self.join, self.antisymmetric = layout, join, antisymmetric
+        width = JOINS[join] * feature_width
+        self.sites = WordSites(layout, words["tokens"], words["width"]) if words else None
+        self.wording = Wording(width, rank=layout.rank, **words) if words else None
+        self.hypernetwork = Hypernetwork(self.sites.others if self.sites else layout, width, **decoder)
         inner = {k: v for k, v in self.hypernetwork.config.items() if k != "feature_width"}
-        self.config = {"feature_width": feature_width, "join": join, "antisymmetric": antisymmetric, **inner}
-
-    @property
-    def layout(self) -> LoraLayout:
-        return self.hypernetwork.layout
+        self.config = {
+            "feature_width": feature_width, "join": join, "antisymmetric": antisymmetric, "words": words, **inner,
+        }  # fmt: skip
 
     def codes(self, before: ImageFeatures, after: ImageFeatures) -> Tensor:
-        """[batch, 2 * sites, code_size]."""
+        """[batch, 2 * sites, code_size], of the sites that are not given words."""
         forward = self.hypernetwork.codes(self.joined(before, after))
         if not self.antisymmetric:
             return forward
@@ -60,7 +68,17 @@ class ChangeNetwork(nn.Module):
 
     def forward(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:
         """One LoRA per edit of the batch; both [batch, pairs, tokens, width]."""
-        return self.hypernetwork.expand(self.codes(before, after))
+        weights = self.hypernetwork.expand(self.codes(before, after))
+        if self.sites is None:
+            return weights
+        return self.sites(*self.words(before, after), weights)
+
+    def words(self, before: ImageFeatures, after: ImageFeatures) -> tuple[Tensor, Tensor]:
+        """``a`` [batch, tokens, rank] and ``b`` [batch, rank, width] of ``WordSites``. Raises ``BadRequest`` if the
+        network was built without ``words``."""
+        if self.wording is None:
+            raise BadRequest("this network has no words: build it with words={'tokens': ..., 'width': ...}")
+        return self.wording(self.joined(before, after), self.joined(before, before))
 
     def joined(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:
         """What the decoder sees of a pair."""

@@ -12,6 +12,7 @@ from hyperlora.data import read_image, sha256_of, to_tensor
 from hyperlora.data.images import Source
 from hyperlora.encoders import VisionEncoder
 from hyperlora.errors import BadRequest
+from hyperlora.features import ImageFeatures
 from hyperlora.formats import LoraHeader
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.models import ChangeNetwork
@@ -70,7 +71,11 @@ class PairToLora(ReleasedModel):
 
     def forward(self, pairs: Tensor) -> LoraWeights:
         """pairs [batch, views, 2, 3, h, w] in [0, 1], of each the picture before and after."""
-        return self.strong(self.network(self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1])))
+        return self.from_features(self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1]))
+
+    def from_features(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:
+        """Of what the encoder says about the pictures."""
+        return self.strong(self.network(before, after))
 
 
 def change_header(model: PairToLora, title: str, pairs: Sequence[SourcePair], **extra: str) -> LoraHeader:

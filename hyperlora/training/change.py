@@ -1,7 +1,7 @@
 """Train a network that makes LoRAs from before/after pairs, through the frozen edit base."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import lightning as L
 import torch
@@ -9,26 +9,38 @@ from torch import Tensor
 
 from hyperlora.adapters import injected, layout_of
 from hyperlora.encoders import photo_encoder
+from hyperlora.errors import BadRequest
+from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraWeights
 from hyperlora.models import ChangeNetwork
 from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import PairToLora, load_base
+from hyperlora.pipelines.wording import learn_sites, text_of
 from hyperlora.training.optimizers import adamw_one_cycle
 from hyperlora.training.reader import Misreading
 
+REMEMBERED: Final = 4000
+"""Texts whose embeddings are kept: instructions of a world come again and again."""
+
 
 class ChangeTraining(L.LightningModule):
-    """L = ‖G(+Δ; B) - B'‖² + ``reverse`` ‖G(-Δ; B') - B‖² + ``output_l2`` ‖Δ‖²,   Δ = H(A, A')     (2411.19156, §3.3)
+    """L = ‖G(+Δ; B) - B'‖² + ``reverse`` ‖G(-Δ; B') - B‖² + ``output_l2`` ‖Δ‖² + ``telling`` ‖W (a b - e(words))‖²
 
-    Both norms are the edit base's denoising loss, with what it is shown beside the noise before the semicolon.
-    Batches: ``pairs`` [batch, views, 2, 3, h, w] in [0, 1], A and A' of each; ``before`` and ``after``
-    [batch, c, h, w], latents of B and B' (or ``images`` [batch, 2, 3, h, w] in [0, 1], encoded here);
-    ``instructions``, batch strings, shown to the base with probability ``instructed`` and else left empty.
+    with Δ = H(A, A') (2411.19156, §3.3). The first norms are the edit base's denoising loss, with what it is shown
+    beside the noise before the semicolon; ``denoising`` false leaves them out. The last one is ``WordSites.error``,
+    relative to saying nothing: of a network with ``words``, which learns what a change is called from the base's text.
+
+    Batches: ``pairs`` [batch, views, 2, 3, h, w] in [0, 1], A and A' of each, or what the frozen encoder says about
+    them, ``tokens`` [batch, views, 2, tokens, width]; ``before`` and ``after`` [batch, c, h, w], latents of B and B'
+    (or ``images`` [batch, 2, 3, h, w] in [0, 1], encoded here); ``instructions``, batch strings, shown to the base with
+    probability ``instructed`` and else left empty, and, if known, ``undoing``, those of the way back.
     With probability ``exchange`` a sample's two sides change places (random exchange). ``encoder`` is a released
     reader's folder or a timm id with ``encoder_options``; it learns too unless ``freeze_encoder``.
     Places that the edit changes count up to ``change_weight`` times more than the rest. ``start_from`` is the folder of
     a released ``PairToLora`` that training goes on from (the second of the paper's two stages).
-    ``reader`` and ``reading_weight`` are ``BaseModel``'s; ``labels`` of a batch are then those before and after.
+    With ``freeze_words`` the part that finds words stays as it is: in small batches it forgets what it has learned in
+    large ones. ``reader`` and ``reading_weight`` are ``BaseModel``'s; ``labels`` of a batch are then those before and
+    after.
     Every validation logs the loss with the pair's own LoRA, with another pair's and with none, and of undoing.
     """
 
@@ -43,6 +55,7 @@ class ChangeTraining(L.LightningModule):
         encoder_options: dict[str, Any] | None = None,
         base_options: dict[str, Any] | None = None,
         freeze_encoder: bool = False,
+        freeze_words: bool = False,
         gradient_checkpointing: bool = False,
         start_from: str | None = None,
         reverse: float = 1.0,
@@ -51,6 +64,8 @@ class ChangeTraining(L.LightningModule):
         change_weight: float = 4.0,
         timestep_shift: float = 1.0,
         output_l2: float = 1e-4,
+        denoising: bool = True,
+        telling: float = 0.0,
         reader: str | None = None,
         reading_weight: float = 0.0,
         max_views: int = 4,
@@ -58,9 +73,12 @@ class ChangeTraining(L.LightningModule):
         card: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not denoising and not telling:
+            raise BadRequest("nothing to learn from: denoising is off and telling is 0; give one of them")
         self.save_hyperparameters()
         # a plain attribute in a tuple: the frozen base is no part of the checkpoint
         self._base = (load_base(base, **(base_options or {})),)
+        self._texts: dict[str, Tensor] = {}
         if start_from is not None:
             self.model = PairToLora.from_pretrained(start_from, base=self.base).requires_grad_(True)
         else:
@@ -69,6 +87,9 @@ class ChangeTraining(L.LightningModule):
             vision = photo_encoder(encoder, encoder_options)
             self.model = PairToLora(vision, ChangeNetwork(layout, vision.width, **(network or {})), card)
         self.model.encoder.requires_grad_(not freeze_encoder)
+        if self.model.network.wording is not None:
+            self.model.network.wording.requires_grad_(not freeze_words)
+        self._learn_sites()
         self.misreading = Misreading(reader, reading_weight)
         if gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
@@ -80,50 +101,105 @@ class ChangeTraining(L.LightningModule):
     def on_fit_start(self) -> None:
         self.base.pipeline.to(self.device)
         self.misreading.to(self.device)
+        self._learn_sites()  # again: a checkpoint holds those of the base it was trained with
+
+    def _learn_sites(self) -> None:
+        if (sites := self.model.network.sites) is not None:
+            learn_sites(sites, self.base)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self.model.encoder.eval()  # statistics of batch norms stay as they were learned
-        pairs, before, after, words = self._sides(batch)
-        n = len(pairs)
+        n, most = batch["tokens" if "tokens" in batch else "pairs"].shape[:2]
         swapped = torch.rand(n, device=self.device) < self.hparams["exchange"]
-        pairs = torch.where(swapped.view(-1, 1, 1, 1, 1, 1), pairs.flip(2), pairs)
+        views = int(torch.randint(1, min(most, self.hparams["max_views"]) + 1, ()))
+        seen = _exchanged(*self._seen(batch, views), swapped)
+        if self.model.network.wording is not None:  # what is usual is learned with words alone, in large batches
+            self.model.network.wording.usual.train(not self.hparams["denoising"])
+        loss = torch.zeros((), device=self.device)
+        if telling := self.hparams["telling"]:
+            told = self._mistold(batch, swapped, *seen)
+            self.log("train/words", told, prog_bar=True)
+            loss = loss + telling * told
+        if self.hparams["denoising"]:
+            weights = self.model.from_features(*seen)
+            loss = loss + self._through_base(batch, swapped, weights)
+            loss = loss + self.hparams["output_l2"] * weights.squared_norm()
+        return loss
+
+    def _through_base(self, batch: dict[str, Any], swapped: Tensor, weights: LoraWeights) -> Tensor:
+        """Both directions' denoising losses."""
+        before, after = self._sides(batch)
         place = swapped.view(-1, 1, 1, 1)
         before, after = torch.where(place, after, before), torch.where(place, before, after)
-        views = int(torch.randint(1, min(pairs.shape[1], self.hparams["max_views"]) + 1, ()))
-        shown = (torch.rand(n) < self.hparams["instructed"]).tolist()
-        texts = [w if keep and not s else "" for w, keep, s in zip(words, shown, swapped.tolist(), strict=True)]
-        weights = self.model.forward(pairs[:, :views])
-        first, second = _exchanged(batch.get("labels"), swapped)
+        shown = (torch.rand(len(swapped)) < self.hparams["instructed"]).tolist()
+        words = zip(batch["instructions"], shown, swapped.tolist(), strict=True)
+        texts = [w if keep and not s else "" for w, keep, s in words]
+        first, second = _labels(batch.get("labels"), swapped)
         loss = self._denoising(weights, before, after, texts, self.misreading.of(second))
-        logs = {"train/loss": loss}
+        self.log("train/loss", loss, prog_bar=True)
         if self.hparams["reverse"]:
-            undone = self._denoising(-weights, after, before, [""] * n, self.misreading.of(first))
-            logs["train/reverse"] = undone
+            undone = self._denoising(-weights, after, before, [""] * len(texts), self.misreading.of(first))
+            self.log("train/reverse", undone, prog_bar=True)
             loss = loss + self.hparams["reverse"] * undone
-        self.log_dict(logs, prog_bar=True)
-        return loss + self.hparams["output_l2"] * weights.squared_norm()
+        return loss
+
+    def _mistold(self, batch: dict[str, Any], swapped: Tensor, before: ImageFeatures, after: ImageFeatures) -> Tensor:
+        """How far the words are from those that ask for the change; of the way back only where these are known."""
+        back = batch.get("undoing")
+        ways = zip(batch["instructions"], back or batch["instructions"], swapped.tolist(), strict=True)
+        texts = [undo if turned else do for do, undo, turned in ways]
+        known = torch.ones_like(swapped) if back is not None else ~swapped
+        sites = self.model.network.sites
+        assert sites is not None
+        wanted = self._text(texts) - self._text([""])
+        a, b = self.model.network.words(before, after)
+        silence = sites.error(a * 0, b * 0, wanted).mean().clamp(min=1e-9)
+        return (sites.error(a, b, wanted) * known).sum() / known.sum().clamp(min=1) / silence
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        pairs, before, after, _ = self._sides(batch)
-        own = self.model.forward(pairs[:, :1])
+        seen = self._seen(batch, 1)
+        if self.hparams["telling"]:
+            forward = torch.zeros(n := len(batch["instructions"]), dtype=torch.bool, device=self.device)
+            self.log("val/words", self._mistold(batch, forward, *seen), prog_bar=True, batch_size=n)
+        if not self.hparams["denoising"]:
+            return
+        own = self.model.from_features(*seen)
+        before, after = self._sides(batch)
         other = own[torch.arange(len(own), device=self.device).roll(1)]
         cases = {
             "base": (own * 0.0, before, after), "own": (own, before, after), "shuffled": (other, before, after),
             "reverse": (-own, after, before),
         }  # fmt: skip
         devices = [self.device] if self.device.type == "cuda" else []
-        for name, (weights, seen, wanted) in cases.items():
+        for name, (weights, shown, wanted) in cases.items():
             with torch.random.fork_rng(devices):
                 torch.manual_seed(batch_index)  # the same noise for all, and every time
-                loss = self._denoising(weights, seen, wanted, [""] * len(own))
+                loss = self._denoising(weights, shown, wanted, [""] * len(own))
             self.log(f"val/{name}", loss, prog_bar=True, batch_size=len(own), sync_dist=True)
 
-    def _sides(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    def _seen(self, batch: dict[str, Any], views: int) -> tuple[ImageFeatures, ImageFeatures]:
+        """Of the first ``views`` pairs, the pictures before and after."""
+        if "tokens" in batch:
+            before, after = batch["tokens"][:, :views].float().unbind(2)
+            return ImageFeatures(before), ImageFeatures(after)
+        before, after = batch["pairs"][:, :views].unbind(2)
+        return self.model.encoder(before), self.model.encoder(after)
+
+    def _sides(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Latents of B and B'."""
         if "before" in batch:
-            return batch["pairs"], batch["before"].float(), batch["after"].float(), batch["instructions"]
+            return batch["before"].float(), batch["after"].float()
         # in float32: bfloat16 would round away the little noise of early timesteps
         before, after = (self.base.encode_images(batch["images"][:, i]).float() for i in (0, 1))
-        return batch["pairs"], before, after, batch["instructions"]
+        return before, after
+
+    def _text(self, texts: list[str]) -> Tensor:
+        """[n, tokens, width]; the last few thousand are remembered."""
+        if len(self._texts) > REMEMBERED:
+            self._texts.clear()
+        if new := sorted(set(texts) - self._texts.keys()):
+            self._texts.update(zip(new, text_of(self.base, new), strict=True))
+        return torch.stack([self._texts[text] for text in texts])
 
     def _denoising(
         self, weights: LoraWeights, seen: Tensor, wanted: Tensor, texts: list[str],
@@ -150,10 +226,17 @@ class ChangeTraining(L.LightningModule):
         return adamw_one_cycle(self, self.model.parameters(), self.hparams["lr"])
 
 
+def _exchanged(before: ImageFeatures, after: ImageFeatures, swapped: Tensor) -> tuple[ImageFeatures, ImageFeatures]:
+    """The samples ``swapped`` [n] with their sides changed."""
+    place = swapped.view(-1, 1, 1, 1)
+    one, other = before.tokens, after.tokens
+    return ImageFeatures(torch.where(place, other, one)), ImageFeatures(torch.where(place, one, other))
+
+
 Labels = dict[str, Tensor]
 
 
-def _exchanged(labels: Sequence[Labels] | None, swapped: Tensor) -> tuple[Labels | None, Labels | None]:
+def _labels(labels: Sequence[Labels] | None, swapped: Tensor) -> tuple[Labels | None, Labels | None]:
     """Labels before and after, if there are any, the samples ``swapped`` [n] having changed places."""
     if labels is None:
         return None, None

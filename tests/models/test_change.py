@@ -8,16 +8,23 @@ from hyperlora.features import ImageFeatures
 from hyperlora.lora import LoraLayout, Site
 from hyperlora.models import ChangeNetwork
 
-LAYOUT = LoraLayout((Site("unet.a", 24, 40), Site("unet.b", 6, 8)), rank=2, base="tiny")
+LAYOUT = LoraLayout(
+    (Site("unet.a", 24, 40), Site("unet.block.attn2.to_k", 6, 10), Site("unet.b", 6, 8)), rank=2, base="tiny"
+)
+WORDS = {"tokens": 4, "width": 6, "hidden": 24}
 SHAPES = [
     {"join": "concat"}, {"join": "difference"}, {"join": "both", "antisymmetric": True},
     {"head": "softmax", "head_options": {"size": 5}}, {"head": "full", "head_options": {}},
+    {"words": WORDS}, {"join": "difference", "antisymmetric": True, "words": WORDS},
 ]  # fmt: skip
 
 
 def network(**options):
     torch.manual_seed(0)
-    return ChangeNetwork(LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options)
+    made = ChangeNetwork(LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options)
+    if made.sites is not None:
+        made.sites.learn(torch.randn(4, 6), [torch.randn(10, 6)])
+    return made.eval()
 
 
 def stirred(**options):
@@ -63,8 +70,28 @@ def test_antisymmetric_by_construction():
     assert model(before, before).norms().max() < 1e-6
 
 
-def test_further_pairs_are_a_set():
-    model = stirred()
+def test_words_for_a_change_are_not_the_opposite_of_those_for_the_way_back():
+    model = stirred(antisymmetric=True, words=WORDS)
+    before, after = pair()
+    forward, backward = model(before, after), model(after, before)
+    (place,) = model.sites.places
+    for i, (one, other) in enumerate(zip(forward.delta(), backward.delta(), strict=True)):
+        assert torch.allclose(one, -other, atol=1e-5, rtol=1e-4) == (i != place)
+    assert model(before, before).norms().max() < 1e-6
+
+
+def test_words_come_from_pairs_of_any_number_of_tokens():
+    model = stirred(words=WORDS | {"places": 3})
+    for tokens in (3, 7):
+        a, b = model.words(*pair(tokens=tokens))
+        assert a.shape == (3, 4, 2) and b.shape == (3, 2, 6)
+    with pytest.raises(BadRequest, match="build it with words"):
+        network().words(*pair())
+
+
+@pytest.mark.parametrize("words", [None, WORDS], ids=str)
+def test_further_pairs_are_a_set(words):
+    model = stirred(words=words)
     before, after = pair(pairs=3)
     turned = [ImageFeatures(x.tokens.flip(1)) for x in (before, after)]
     torch.testing.assert_close(model(*turned).flatten(), model(before, after).flatten(), atol=1e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ from hyperlora.errors import BadArtifact, BadRequest
 from hyperlora.pipelines import PairToLora, load_base
 from hyperlora.pipelines.doubts import doubts
 from hyperlora.pipelines.editing import apply_edit
+from hyperlora.pipelines.wording import lora_of_words
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,16 @@ def test_saving_again_as_jpeg_is_no_change(tmp_path: Path) -> None:
     again = Image.open(tmp_path / "a.jpg")
     again.save(tmp_path / "b.jpg", quality=80)
     assert "no change found" in doubts(again.convert("RGB"), Image.open(tmp_path / "b.jpg").convert("RGB"))[0]
+
+
+def test_words_as_a_lora_draw_what_the_words_do(bundle: Any, base: Any, tmp_path: Path) -> None:
+    texts = ["dark", "a photo"]
+    told = lora_of_words(base, texts, rank=16)
+    assert told.layout.rank == 16 and len(told) == 2
+    pictures = [Image.open(shown(bundle, i)[0]) for i in (0, 1)]
+    kwargs = {"seeds": [3, 4], "steps": 2}
+    ours = pixels(apply_edit(base, pictures, told, **kwargs))
+    theirs = pixels(apply_edit(base, pictures, None, instructions=texts, **kwargs))
+    without = pixels(apply_edit(base, pictures, None, **kwargs))
+    assert abs(ours - theirs).max() <= max(2, abs(without - theirs).max() / 5)
+    assert abs(without - theirs).mean() > 4 * abs(ours - theirs).mean()

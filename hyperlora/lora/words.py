@@ -1,0 +1,83 @@
+"""``WordSites``: words as a LoRA, at the sites of a denoiser that read its text.
+
+e(∅) (W + ΔW)ᵀ = e(words) Wᵀ      ΔW = (W bᵀ) (aᵀ e(∅)⁺ᵀ),   a b ≈ e(words) - e(∅)   [tokens, rank] [rank, width]
+
+The tokens of the empty text are linearly independent, so each can be made to say anything: the LoRA gives it the keys
+and values of another word, as exactly as the rank allows. One ``a`` and ``b`` serve all sites: what a LoRA says is a
+text, and can be learned from texts alone, without the denoiser.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hyperlora.errors import BadRequest
+from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.weights import LoraWeights
+
+
+class WordSites(nn.Module):
+    """The sites of ``layout`` that read text of ``width`` numbers a token, ``tokens`` tokens, and all that ΔW needs to
+    know of the base (``learn``).
+
+    Raises ``BadRequest`` if the layout has no such site.
+    """
+
+    said: Tensor
+
+    def __init__(self, layout: LoraLayout, tokens: int, width: int) -> None:
+        super().__init__()
+        self.layout, self.tokens, self.width = layout, tokens, width
+        self.places = [i for i, site in enumerate(layout.sites) if site.reads_text and site.fan_in == width]
+        if not self.places:
+            raise BadRequest(f"no site of the layout reads text of width {width}: leave words out")
+        self.register_buffer("said", torch.zeros(tokens, width))  # pinv(e(∅)ᵀ)
+        for i, site in enumerate(self.sites):
+            self.register_buffer(f"weight{i}", torch.zeros(site.fan_out, width))
+
+    @property
+    def sites(self) -> list[Site]:
+        return [self.layout.sites[i] for i in self.places]
+
+    @property
+    def others(self) -> LoraLayout:
+        """The layout without these sites."""
+        rest = (site for i, site in enumerate(self.layout.sites) if i not in set(self.places))
+        return LoraLayout(tuple(rest), self.layout.rank, self.layout.base)
+
+    @torch.no_grad()
+    def learn(self, empty: Tensor, weights: Sequence[Tensor]) -> None:
+        """``empty`` [tokens, width], the base's embedding of the empty text; ``weights`` of ``sites``, in order."""
+        self.said.copy_(torch.linalg.pinv(empty.double().mT))
+        for i, weight in enumerate(weights):
+            self.get_buffer(f"weight{i}").copy_(weight)
+
+    def forward(self, a: Tensor, b: Tensor, rest: LoraWeights) -> LoraWeights:
+        """``a`` [*batch, tokens, rank] and ``b`` [*batch, rank, width] at these sites, ``rest`` at the others."""
+        with torch.autocast(a.device.type, enabled=False):
+            said = a.float().mT @ self.said
+            spoken = {place: (said, weight @ b.float().mT) for place, weight in self._weights()}
+        others = iter(zip(rest.down, rest.up, strict=True))
+        pairs = (spoken.get(i) or next(others) for i in range(len(self.layout.sites)))
+        down, up = zip(*pairs, strict=True)
+        return LoraWeights(self.layout, down, up)
+
+    def error(self, a: Tensor, b: Tensor, wanted: Tensor) -> Tensor:
+        """‖W (a b - ``wanted``)‖² over all sites, each by its own scale, [*batch]; ``wanted`` [*batch, tokens, width]
+        is e(words) - e(∅)."""
+        with torch.autocast(a.device.type, enabled=False):
+            difference = a.float() @ b.float() - wanted
+            metric = torch.stack([w.mT @ w / w.square().sum() for _, w in self._weights()]).sum(0)
+            return ((difference @ metric) * difference).sum((-2, -1))
+
+    def nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The ``a`` and ``b`` of the layout's rank that are nearest to ``wanted`` [*batch, tokens, width] (Eckart and
+        Young)."""
+        left, scale, right = torch.linalg.svd(wanted, full_matrices=False)
+        rank, root = self.layout.rank, scale[..., : self.layout.rank].sqrt()
+        return left[..., :rank] * root[..., None, :], root[..., None] * right[..., :rank, :]
+
+    def _weights(self) -> Iterator[tuple[int, Tensor]]:
+        """Of each site its place in the layout and its weight."""
+        return ((place, self.get_buffer(f"weight{i}")) for i, place in enumerate(self.places))

@@ -1,0 +1,37 @@
+"""Words as a LoRA: what a base does when it is told something, as a file that does it when nothing is said."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hyperlora.adapters import layout_of
+from hyperlora.lora import LoraWeights, WordSites
+from hyperlora.pipelines.bases import Base
+
+
+def text_of(base: Base, texts: Sequence[str]) -> Tensor:
+    """What the denoiser reads of each text, [n, tokens, width] in float32: tokens of a text differ by little."""
+    with torch.autocast(base.pipeline.device.type, enabled=False):
+        return base.encode_prompts(list(texts))["encoder_hidden_states"].float()
+
+
+def learn_sites(sites: WordSites, base: Base) -> None:
+    """Tell ``sites`` the weights and the empty text of the base that they are of."""
+    layers = dict(base.denoiser.named_modules())
+    sites.learn(text_of(base, [""])[0], [layers[site.path].weight for site in sites.sites])
+
+
+@torch.no_grad()
+def lora_of_words(base: Base, texts: Sequence[str], rank: int = 4, preset: str = "attention") -> LoraWeights:
+    """One LoRA per text, found in closed form: with it, the denoiser reads the empty text as it reads that text without
+    (``WordSites``), as nearly as ``rank`` allows.
+
+    Raises ``BadRequest`` if nothing of the preset reads text. SDXL's pooled text is not said by any site.
+    """
+    component = next(iter(base.modules))
+    layout = layout_of({component: base.denoiser}, preset, rank, base.id)
+    said = text_of(base, ["", *texts])
+    sites = WordSites(layout, *said.shape[1:]).to(said.device)
+    learn_sites(sites, base)
+    return sites(*sites.nearest(said[1:] - said[0]), LoraWeights.zeros(sites.others, (len(texts),)))
