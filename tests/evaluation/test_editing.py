@@ -48,7 +48,8 @@ def test_every_control_is_in_the_table(judge: EditJudge, bundle: Any, tmp_path: 
         assert any(part in name for name in names), part
     lora, seconds = pair_loras(model, judge.benchmark, 1)
     assert len(lora) == 2 and seconds > 0
-    back = undone(judge, lora)
+    back = undone(judge, model)
+    assert back.turned.mean == pytest.approx(back.undone.mean, abs=1e-6)  # antisymmetric: the pair turned round is -Δ
     write_edit_report(tmp_path / "report", rows, back)
     text = (tmp_path / "report" / "report.md").read_text()
     assert text.startswith(edit_markdown(rows, back)) and "**unseen kinds** (1 edits)" in text

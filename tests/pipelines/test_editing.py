@@ -10,11 +10,16 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 from hyperlora.data import to_image
+from hyperlora.encoders import Reader
 from hyperlora.errors import BadArtifact, BadRequest
+from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+from hyperlora.evaluation.edit_table import edit_rows
+from hyperlora.evaluation.editing import EditJudge
+from hyperlora.models import ChangeNetwork
 from hyperlora.pipelines import PairToLora, load_base
 from hyperlora.pipelines.doubts import doubts
 from hyperlora.pipelines.editing import apply_edit
-from hyperlora.pipelines.wording import lora_of_words
+from hyperlora.pipelines.wording import learn_sites, lora_of_words, text_of
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +145,34 @@ def test_words_as_a_lora_draw_what_the_words_do(bundle: Any, base: Any, tmp_path
     without = pixels(apply_edit(base, pictures, None, **kwargs))
     assert abs(ours - theirs).max() <= max(2, abs(without - theirs).max() / 5)
     assert abs(without - theirs).mean() > 4 * abs(ours - theirs).mean()
+
+
+@pytest.fixture
+def speaking(base: Any, model: PairToLora) -> PairToLora:
+    """A network that says words, as after some training."""
+    tokens, width = text_of(base, [""]).shape[1:]
+    options = {"width": 16, "depth": 1, "heads": 2, "head_options": {"size": 4}}
+    words = {"tokens": tokens, "width": width, "hidden": 24}
+    network = ChangeNetwork(model.layout, model.encoder.width, antisymmetric=True, words=words, **options)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    learn_sites(network.sites, base)
+    return PairToLora(model.encoder, network, {"resolution": 16, "steps": 2}).eval()
+
+
+def test_a_network_that_says_words_is_saved_whole(bundle: Any, base: Any, speaking: Any, tmp_path: Path) -> None:
+    speaking.save_pretrained(tmp_path / "model")
+    again = PairToLora.from_pretrained(tmp_path / "model", base=base)
+    change, loaded = speaking(shown(bundle)), again(shown(bundle))
+    assert change.layout == loaded.layout == speaking.layout
+    for one, other in zip(change.delta(), loaded.delta(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(one.abs().max()))  # kept in half precision
+    still = Image.open(shown(bundle)[0])
+    assert again((still, still)).norms().max() < 1e-4 * loaded.norms().max()
+
+
+def test_what_words_could_say_is_among_the_controls(bundle: Any, base: Any, speaking: Any) -> None:
+    benchmark = load_edit_benchmark(bundle.edit_benchmark, 16, 1)
+    judge = EditJudge(base, Reader.from_pretrained(bundle.evaluator), benchmark, 1)
+    assert "words, as a LoRA" in [row.name for row in edit_rows(judge, speaking)]
