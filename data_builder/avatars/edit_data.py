@@ -1,5 +1,6 @@
 """Lightning data modules over drawn before/after pairs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Pair, instruction
+from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Change, Pair, instruction
 from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
 from data_builder.avatars.latents import features_of, latents_of
 from data_builder.avatars.pairs import DrawnPairs
@@ -27,12 +28,12 @@ class _Edits(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, backward = divmod(index, 2)
         changes = self.pairs[number].changes
-        words = [instruction(c.attribute, c.before if backward else c.after) for c in changes]
+        words = _asked(changes, "before" if backward else "after")
         before, after = index, index ^ 1  # picture 2 i is before, 2 i + 1 after: going back they change places
         if float(torch.rand(())) < self.nothing:
-            words, after = [], before
+            words, after = "", before
         return {
-            "before": self._latent(before), "after": self._latent(after), "instructions": ", ".join(words),
+            "before": self._latent(before), "after": self._latent(after), "instructions": words,
             "labels": _labels(self.pairs[number], after % 2),
         }  # fmt: skip
 
@@ -96,9 +97,8 @@ class _Shown(Dataset[dict[str, Any]]):
         return item | {"before": before, "after": before if nothing else after}
 
     def _asked(self, number: int, side: str) -> str:
-        """What asks for a side of a pair; of several changes always in the same order."""
-        changes = sorted(self.pairs[number].changes, key=lambda change: change.attribute)
-        return ", ".join(instruction(c.attribute, getattr(c, side)) for c in changes)
+        """Of several changes always in the same order."""
+        return _asked(sorted(self.pairs[number].changes, key=lambda change: change.attribute), side)
 
     def _seen(self, number: int, nothing: bool) -> Tensor:
         if self.features is None:
@@ -110,6 +110,11 @@ class _Shown(Dataset[dict[str, Any]]):
         pixels = torch.from_numpy(np.array(self.drawn.images[2 * number : 2 * number + 2])).permute(0, 3, 1, 2)
         pixels = pixels.float().div_(255)
         return pixels[[0, 0]] if nothing else pixels
+
+
+def _asked(changes: Sequence[Change], side: str) -> str:
+    """What asks for a side (``before`` or ``after``) of some changes."""
+    return ", ".join(instruction(c.attribute, getattr(c, side)) for c in changes)
 
 
 def _labels(pair: Pair, side: int) -> dict[str, int]:

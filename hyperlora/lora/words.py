@@ -47,7 +47,7 @@ class WordSites(nn.Module):
     @property
     def others(self) -> LoraLayout:
         """The layout without these sites."""
-        rest = (site for i, site in enumerate(self.layout.sites) if i not in set(self.places))
+        rest = (site for i, site in enumerate(self.layout.sites) if i not in self.places)
         return LoraLayout(tuple(rest), self.layout.rank, self.layout.base)
 
     @torch.no_grad()
