@@ -1,21 +1,22 @@
-"""Several hypernetworks on the same test people in one table, each with another person's LoRA as its control.
+"""Several hypernetworks on the same test people in one table, each with all its controls.
 
-    python benchmarks/variants.py NAME=DIR... [--people 16] [--refine 0]
+    python benchmarks/variants.py NAME=DIR... [--people 16] [--strengths 0.6 0.8] [--refine 0] [--fit 0]
 
-Models that were trained on another base than the bundle's are refused.
+Models that were trained on another base than the bundle's are refused. ``--fit`` adds LoRAs fitted to the same photo,
+with the sites and rank of the first model.
 """
 
 import argparse
-
-import torch
+from dataclasses import replace
 
 from hyperlora import bundle
 from hyperlora.encoders import Reader
 from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.evaluation.personalisation import Judge
 from hyperlora.evaluation.report import markdown
+from hyperlora.evaluation.table import NO_LORA, FitSettings, rows_of
 from hyperlora.heap import keep_heap
-from hyperlora.pipelines import ImageToLora, load_base, refine
+from hyperlora.pipelines import ImageToLora, load_base
 
 
 def main() -> None:
@@ -23,25 +24,25 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=DIR")
     parser.add_argument("--people", type=int, default=16)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--strengths", type=float, nargs="*", default=[0.6, 0.8])
     parser.add_argument("--refine", type=int, default=0)
+    parser.add_argument("--fit", type=int, default=0)
     arguments = parser.parse_args()
     keep_heap()
     base = load_base(bundle.BASE)
     benchmark = load_benchmark(bundle.BENCHMARK, base.resolution, arguments.people)
     judge = Judge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=arguments.steps)
-    one = benchmark.photos[:, :1]
-    rows = [judge.row("base, no LoRA", None)]
+    table = [judge.row(NO_LORA, None)]
+    fitting = FitSettings(steps=arguments.fit) if arguments.fit else None
     for given in arguments.models:
         name, folder = given.split("=", 1)
         model = ImageToLora.from_pretrained(folder, base=base)
-        with torch.no_grad():
-            made = model.forward(one)
-        rows.append(judge.row(name, made))
-        rows.append(judge.row(f"{name}, another's LoRA", made[torch.arange(len(made)).roll(1)]))
-        if arguments.refine:
-            finer = refine(base, made, one, steps=arguments.refine, label="refining")
-            rows.append(judge.row(f"{name}, refined {arguments.refine} steps", finer))
-    print(markdown(rows))
+        found = rows_of(
+            judge, model, strengths=tuple(arguments.strengths), refine_steps=arguments.refine, fitting=fitting
+        )
+        table += [replace(row, name=f"{name}: {row.name}") for row in found]
+        fitting = None
+        print(markdown(table), flush=True)
 
 
 if __name__ == "__main__":

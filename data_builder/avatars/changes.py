@@ -1,6 +1,9 @@
 """Before/after pairs of the avatar world: one change (or two), the same on several people, exact in every pixel."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -8,6 +11,7 @@ import numpy as np
 from data_builder.avatars import vocabulary as words
 from data_builder.avatars.edits import edited
 from data_builder.avatars.people import SPLITS, Identity, Scene, hidden, identity, scene
+from hyperlora.blends import blend
 
 Portrait = tuple[Identity, Scene]
 
@@ -96,6 +100,34 @@ def instruction(attribute: str, value: str) -> str:
         case "tone":
             return f"{value} light"
     return value  # an expression
+
+
+def asked(values: Sequence[tuple[str, str]]) -> str:
+    """What asks for these values of attributes at once, as ``hyperlora.blends``: the sum of what asks for each, so that
+    words of changes add up as their LoRAs do; of an exact colour, which has no name, a mixture of those that have."""
+    parts: defaultdict[str, float] = defaultdict(float, {"": 1.0 - len(values)})
+    for attribute, value in values:
+        for name, weight in _mixture(attribute, value).items():
+            parts[instruction(attribute, name)] += weight
+    return blend(parts)
+
+
+def _mixture(attribute: str, value: str) -> dict[str, float]:
+    """The least weights that sum to 1 with which the named colours of ``attribute`` mix to ``#rrggbb``, some of them
+    negative; of a name, itself."""
+    if not value.startswith("#"):
+        return {value: 1.0}
+    weights = _mixing(attribute) @ np.append(_rgb(value) / 255, 1)
+    return dict(zip(_VALUES[attribute], weights.tolist(), strict=True))
+
+
+@cache
+def _mixing(attribute: str) -> np.ndarray:
+    """[names, 4]: from red, green, blue and 1 to weights."""
+    table = _VALUES[attribute]
+    assert isinstance(table, dict)
+    named = np.stack([np.append(_rgb(color) / 255, 1) for color in table.values()])
+    return np.linalg.pinv(named.T)
 
 
 def nearest(attribute: str, color: str) -> str:

@@ -15,6 +15,7 @@ from data_builder.avatars.changes import (
     UNSEEN_VALUE,
     Change,
     Pair,
+    asked,
     change,
     pair,
 )
@@ -44,7 +45,7 @@ def write_edit_benchmark(out: Path, split: str = "test", each: int = 3, others: 
         facts.append({
             "name": folder.name, "kind": name, "group": group, "instruction": pairs[0].instruction,
             "truth": _truth(pairs[0]),
-        })  # fmt: skip
+        } | _blend(changes))  # fmt: skip
     (out / "edits.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -59,6 +60,12 @@ def _edits(each: int) -> Iterator[tuple[str, str, tuple[Change, ...]]]:
             yield COMBINED, f"{one} + {other}", (change(rng, one), change(rng, other))
         attribute, value = UNSEEN_VALUE
         yield UNSEEN_EVERYWHERE, value, (Change(attribute, "plain", value),)
+
+
+def _blend(changes: tuple[Change, ...]) -> dict[str, str]:
+    """The words for what no single word names, if there is any."""
+    words = asked([(c.attribute, c.after) for c in changes])
+    return {"blend": words} if any(c.kind.startswith(EXACT) for c in changes) else {}
 
 
 def _truth(drawn: Pair) -> dict[str, str]:

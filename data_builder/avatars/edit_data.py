@@ -1,6 +1,5 @@
 """Lightning data modules over drawn before/after pairs."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -9,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Change, Pair, instruction
+from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Pair, asked, instruction
 from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
 from data_builder.avatars.latents import features_of, latents_of
 from data_builder.avatars.pairs import DrawnPairs
 
 
 class _Edits(Dataset[dict[str, Any]]):
-    """Latents of pairs in both directions, each with its instruction: item 2 i forward, 2 i + 1 backward."""
+    """Latents of pairs in both directions, each with its instruction: item 2 i forward, 2 i + 1 backward. Several
+    changes are asked for as a sum or, a quarter of the time, as one sentence."""
 
     def __init__(self, folder: str, vae: str, nothing: float) -> None:
         self.pairs, self.nothing = DrawnPairs(folder).pairs(), nothing
@@ -28,7 +28,9 @@ class _Edits(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, backward = divmod(index, 2)
         changes = self.pairs[number].changes
-        words = _asked(changes, "before" if backward else "after")
+        values = [(c.attribute, c.before if backward else c.after) for c in changes]
+        sentence = len(values) > 1 and float(torch.rand(())) < 0.25
+        words = ", ".join(instruction(*value) for value in values) if sentence else asked(values)
         before, after = index, index ^ 1  # picture 2 i is before, 2 i + 1 after: going back they change places
         if float(torch.rand(())) < self.nothing:
             words, after = "", before
@@ -42,16 +44,21 @@ class _Edits(Dataset[dict[str, Any]]):
 
 
 class EditLatents(L.LightningDataModule):
-    """``before``, ``after`` and ``instructions``: for the edit base. With probability ``nothing`` the instruction is
-    empty and the picture stays as it is."""
+    """``before``, ``after`` and ``instructions``, from one folder or several: for the edit base. With probability
+    ``nothing`` the instruction is empty and the picture stays as it is."""
 
-    def __init__(self, folder: str, validation: str, vae: str, batch_size: int = 32, nothing: float = 0.1) -> None:
+    def __init__(
+        self, folder: str | list[str], validation: str, vae: str, batch_size: int = 32, nothing: float = 0.1
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        data = _Edits(self.hparams["folder"], self.hparams["vae"], self.hparams["nothing"])
-        return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)
+        h = self.hparams
+        data: ConcatDataset[dict[str, Any]] = ConcatDataset(
+            [_Edits(folder, h["vae"], h["nothing"]) for folder in _folders(h["folder"])]
+        )
+        return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return DataLoader(_Edits(self.hparams["validation"], self.hparams["vae"], 0.0), 64)
@@ -97,8 +104,8 @@ class _Shown(Dataset[dict[str, Any]]):
         return item | {"before": before, "after": before if nothing else after}
 
     def _asked(self, number: int, side: str) -> str:
-        """Of several changes always in the same order."""
-        return _asked(sorted(self.pairs[number].changes, key=lambda change: change.attribute), side)
+        """What asks for a side (``before`` or ``after``) of a pair."""
+        return asked([(c.attribute, getattr(c, side)) for c in self.pairs[number].changes])
 
     def _seen(self, number: int, nothing: bool) -> Tensor:
         if self.features is None:
@@ -112,9 +119,8 @@ class _Shown(Dataset[dict[str, Any]]):
         return pixels[[0, 0]] if nothing else pixels
 
 
-def _asked(changes: Sequence[Change], side: str) -> str:
-    """What asks for a side (``before`` or ``after``) of some changes."""
-    return ", ".join(instruction(c.attribute, getattr(c, side)) for c in changes)
+def _folders(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given
 
 
 def _labels(pair: Pair, side: int) -> dict[str, int]:
@@ -144,9 +150,8 @@ class PairsToPairs(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         h = self.hparams
-        folders = [h["folder"]] if isinstance(h["folder"], str) else h["folder"]
         rest = (h["vae"], h["target"], h["nothing"], h["encoder"], h["encoder_options"])
-        data: ConcatDataset[dict[str, Any]] = ConcatDataset([_Shown(folder, *rest) for folder in folders])
+        data: ConcatDataset[dict[str, Any]] = ConcatDataset([_Shown(folder, *rest) for folder in _folders(h["folder"])])
         return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A benchmark of edits on disk: for each edit a pair that shows it, and other pictures with the drawn answer.
 
-edits.json                             [{"name", "kind", "group", "instruction", "truth": {attribute: class}}, ...]
+edits.json                             [{"name", "kind", "group", "instruction", "truth": {attribute: class},
+                                         "blend": words for what none names, as ``hyperlora.blends``}, ...]
 NAME/shown-K_before.*  shown-K_after.*    pairs that show the edit (the first is used unless told otherwise)
 NAME/other-K_before.*  other-K_after.*    pictures to edit, and the exact answers
 
@@ -33,6 +34,7 @@ class Edit:
     kind: str = ""
     group: str = ""
     instruction: str = ""
+    blend: str = ""
     truth: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -77,7 +79,7 @@ def _edit(folder: Path, facts: Mapping[str, object], size: int) -> Edit:
         raise BadRequest(f"{str(folder)!r} lacks shown-0_before/_after or other-0_before/_after: draw it again")
     return Edit(
         folder.name, _tensor(shown, size), _tensor(others, size), str(facts["kind"]), str(facts["group"]),
-        str(facts["instruction"]), {str(k): str(v) for k, v in truth.items()},
+        str(facts["instruction"]), str(facts.get("blend", "")), {str(k): str(v) for k, v in truth.items()},
     )  # fmt: skip
 
 

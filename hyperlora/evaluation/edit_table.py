@@ -44,7 +44,9 @@ def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr
     yield judge.scored("copy of A'", torch.cat(shown))
     yield judge.row("no LoRA", None)
     if any(edit.instruction for edit in benchmark.edits):
-        yield judge.row("words instead of a pair", None, instructed=True)
+        yield judge.row("words instead of a pair", None, told=lambda edit: edit.instruction)
+        if any(edit.blend for edit in benchmark.edits):
+            yield judge.row("words, blended", None, told=lambda edit: edit.blend or edit.instruction)
         if model.network.sites is not None:
             said = lora_of_words(judge.base, [edit.instruction for edit in benchmark.edits], model.layout.rank)
             yield judge.row("words, as a LoRA", said)

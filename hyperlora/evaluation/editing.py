@@ -1,6 +1,6 @@
 """Run edits over pictures of unseen people and score what comes out against the drawn answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
@@ -22,6 +22,8 @@ from hyperlora.progress import track
 
 CHANGED: Final = 0.04
 """A pixel with a colour that changes by more than this, of 1, belongs to the edited region."""
+Told = Callable[[Edit], str]
+"""The words of an edit that the base is shown."""
 MADE: Final = 0.7
 """An edit that no attribute names counts as made if so much of the way from B to the answer was gone."""
 METRICS: Final = {
@@ -109,16 +111,16 @@ class EditJudge:
         name: str,
         loras: LoraWeights | None,
         *,
-        instructed: bool = False,
+        told: Told | None = None,
         guidance: float = 1.0,
         seconds: float | None = None,
     ) -> EditRow:
         """Edit every picture (the same seeds in every row) and score; ``loras`` has one LoRA per edit of the benchmark,
-        or no batch axis (one for all), or is None."""
-        return self.scored(name, self.edited(name, loras, self.before, instructed, guidance), seconds)
+        or no batch axis (one for all), or is None; ``told`` says what the base is told, if anything."""
+        return self.scored(name, self.edited(name, loras, self.before, told, guidance), seconds)
 
     def edited(
-        self, name: str, loras: LoraWeights | None, pictures: Tensor, instructed: bool = False, guidance: float = 1.0
+        self, name: str, loras: LoraWeights | None, pictures: Tensor, told: Told | None = None, guidance: float = 1.0
     ) -> Tensor:
         """[n, 3, h, w]: ``pictures`` (one per entry of ``edits``) after the edits."""
         sizes = torch.tensor([len(edit.others) for edit in self.benchmark.edits])
@@ -127,7 +129,7 @@ class EditJudge:
         chunks = torch.arange(len(pictures)).split(self.batch_size)
         for chunk in track(list(chunks), name, "pictures", len(pictures), self.batch_size):
             lora = loras[index[chunk]] if loras is not None and loras.batch else loras
-            words = [self.edits[i].instruction if instructed else "" for i in chunk.tolist()]
+            words = [told(self.edits[i]) if told else "" for i in chunk.tolist()]
             parts += apply_edit(
                 self.base, pictures[chunk], lora, seeds=[1000 + i for i in chunk.tolist()], instructions=words,
                 steps=self.steps, guidance=guidance,

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from hyperlora.pipelines.fitting import Examples, fit
 from hyperlora.pipelines.generating import Photos, Settings, candidates
 from hyperlora.pipelines.photo_model import PhotoModel, Sampling
 from hyperlora.pipelines.refining import photo_examples, refined
+
+NO_LORA: Final = "base, no LoRA"
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,29 @@ def rows(
     best_of: int = 1,
     chooser: Chooser | None = None,
 ) -> Iterator[Row]:
-    """Score the base, the model from one photo and from all, its controls and, if asked, refined and fitted LoRAs, and
-    the likest of ``best_of`` samples (as ``chooser`` finds)."""
+    """Score the base and ``rows_of`` the model."""
+    yield judge.row(NO_LORA, None)
+    yield from rows_of(
+        judge, model, strengths=strengths, refine_steps=refine_steps, fitting=fitting, sampling=sampling,
+        best_of=best_of, chooser=chooser,
+    )  # fmt: skip
+
+
+def rows_of(
+    judge: Judge,
+    model: PhotoModel,
+    *,
+    strengths: tuple[float, ...] = (0.6, 0.8),
+    refine_steps: int = 0,
+    fitting: FitSettings | None = None,
+    sampling: Sampling | None = None,
+    best_of: int = 1,
+    chooser: Chooser | None = None,
+) -> Iterator[Row]:
+    """Score the model from one photo and from all, its controls and, if asked, refined and fitted LoRAs, and the
+    likest of ``best_of`` samples (as ``chooser`` finds)."""
     photos = judge.benchmark.photos
     one = photos[:, :1]
-    yield judge.row("base, no LoRA", None)
     lora, seconds = _timed(lambda: one_by_one(model, one, sampling))
     yield judge.row("one photo", lora, seconds)
     for strength in strengths:

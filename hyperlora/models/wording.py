@@ -45,6 +45,11 @@ class Wording(nn.Module):
         for parameter in self.what[2].parameters():
             nn.init.zeros_(parameter)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What is neither the last layer nor a vector."""
+        parts = (self.place, self.whole, self.blocks, self.what[1])
+        return [p for part in parts for p in part.parameters() if p.ndim == 2]
+
     def forward(self, pair: ImageFeatures, nothing: ImageFeatures) -> tuple[Tensor, Tensor]:
         """``pair`` holds (A, A'), ``nothing`` (A, A), joined: a [batch, tokens, rank] and b [batch, rank, width]."""
         meant, still = self._meaning(pair), self._meaning(nothing)

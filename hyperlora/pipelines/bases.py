@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from hyperlora.blends import shares
 from hyperlora.errors import BadArtifact, BadRequest
 
 _ARCHITECTURES = {
@@ -72,19 +73,29 @@ class Base:
         return (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """What the UNet is called with for these prompts: ``encoder_hidden_states`` [n, tokens, width] and, for SDXL,
-        ``added_cond_kwargs`` (pooled text, and sizes of an uncropped picture)."""
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Any]:
+        """What the UNet is called with for these prompts (or ``hyperlora.blends`` of prompts):
+        ``encoder_hidden_states`` [n, tokens, width] and, for SDXL, ``added_cond_kwargs`` (pooled text, and sizes of an
+        uncropped picture)."""
+        plain, rows = shares(prompts)
+        text, pooled = self._encode(plain)
+        share = text.new_tensor(rows)
+        told: dict[str, Any] = {"encoder_hidden_states": torch.einsum("np,ptw->ntw", share, text)}
+        if pooled is None:
+            return told
+        size = self.resolution
+        ids = torch.tensor([[size, size, 0, 0, size, size]], device=text.device).repeat(len(prompts), 1)
+        return told | {"added_cond_kwargs": {"text_embeds": share @ pooled, "time_ids": ids.to(text)}}
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Text [n, tokens, width] and, for SDXL, pooled text [n, width]."""
         pipe = self.pipeline
         if not hasattr(pipe, "encode_prompt"):  # InstructPix2Pix
-            return {"encoder_hidden_states": pipe._encode_prompt(prompts, pipe.device, 1, False)}
+            return pipe._encode_prompt(prompts, pipe.device, 1, False), None
         if not hasattr(pipe, "text_encoder_2"):
-            text, _ = pipe.encode_prompt(prompts, pipe.device, 1, False)
-            return {"encoder_hidden_states": text}
+            return pipe.encode_prompt(prompts, pipe.device, 1, False)[0], None
         text, _, pooled, _ = pipe.encode_prompt(prompts, device=pipe.device, do_classifier_free_guidance=False)
-        size = self.resolution
-        ids = torch.tensor([[size, size, 0, 0, size, size]], device=pipe.device).repeat(len(prompts), 1)
-        return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids.to(text)}}
+        return text, pooled
 
 
 def load_base(name: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu", **options: Any) -> Base:

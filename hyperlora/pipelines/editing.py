@@ -26,8 +26,9 @@ def apply_edit(
     guidance: float = 1.0,
     image_guidance: float = 1.0,
 ) -> list[Image.Image]:
-    """Each picture edited by LoRA i (or by the one LoRA for all) and told instruction i; the centre square of each, at
-    the base's resolution. ``pictures`` may be a tensor [n, 3, h, w] in [0, 1] of that size.
+    """Each picture edited by LoRA i (or by the one LoRA for all) and told instruction i, or a blend of several
+    (``hyperlora.blends``); the centre square of each, at the base's resolution. ``pictures`` may be a tensor
+    [n, 3, h, w] in [0, 1] of that size.
 
     ``guidance`` (how much more than without words) and ``image_guidance`` (how much closer to the picture) are
     InstructPix2Pix's two scales; at ``guidance`` 1 a step is one forward pass.
@@ -46,7 +47,7 @@ def apply_edit(
     modules = {name: base.modules[name] for name in lora.layout.components} if lora is not None else {}
     with injected(modules, lora) if lora is not None else nullcontext():
         return base.pipeline(
-            texts,
+            prompt_embeds=base.encode_prompts(texts)["encoder_hidden_states"],
             image=pictures.to(base.pipeline.device),
             num_inference_steps=steps,
             guidance_scale=guidance,

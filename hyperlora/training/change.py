@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperlora.adapters import injected, layout_of
+from hyperlora.blends import shares
 from hyperlora.encoders import photo_encoder
 from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
@@ -16,7 +17,7 @@ from hyperlora.models import ChangeNetwork
 from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import PairToLora, load_base
 from hyperlora.pipelines.wording import learn_sites, text_of
-from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.optimizers import adamw_one_cycle, muon_one_cycle
 from hyperlora.training.reader import Misreading
 
 REMEMBERED: Final = 4000
@@ -40,7 +41,7 @@ class ChangeTraining(L.LightningModule):
     a released ``PairToLora`` that training goes on from (the second of the paper's two stages).
     With ``freeze_words`` the part that finds words stays as it is: in small batches it forgets what it has learned in
     large ones. ``reader`` and ``reading_weight`` are ``BaseModel``'s; ``labels`` of a batch are then those before and
-    after.
+    after. With ``muon`` the words' hidden matrices learn by ``Muon``.
     Every validation logs the loss with the pair's own LoRA, with another pair's and with none, and of undoing.
     """
 
@@ -70,6 +71,7 @@ class ChangeTraining(L.LightningModule):
         reading_weight: float = 0.0,
         max_views: int = 4,
         lr: float = 6e-4,
+        muon: bool = False,
         card: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -194,12 +196,14 @@ class ChangeTraining(L.LightningModule):
         return before, after
 
     def _text(self, texts: list[str]) -> Tensor:
-        """[n, tokens, width]; the last few thousand are remembered."""
+        """[n, tokens, width] of texts or blends; the last few thousand plain texts are remembered."""
         if len(self._texts) > REMEMBERED:
             self._texts.clear()
-        if new := sorted(set(texts) - self._texts.keys()):
+        plain, rows = shares(texts)
+        if new := [text for text in plain if text not in self._texts]:
             self._texts.update(zip(new, text_of(self.base, new), strict=True))
-        return torch.stack([self._texts[text] for text in texts])
+        known = torch.stack([self._texts[text] for text in plain])
+        return torch.einsum("np,ptw->ntw", known.new_tensor(rows), known)
 
     def _denoising(
         self, weights: LoraWeights, seen: Tensor, wanted: Tensor, texts: list[str],
@@ -223,7 +227,12 @@ class ChangeTraining(L.LightningModule):
             self.model.save_pretrained(self.hparams["out"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw_one_cycle(self, self.model.parameters(), self.hparams["lr"])
+        if not self.hparams["muon"]:
+            return adamw_one_cycle(self, self.model.parameters(), self.hparams["lr"])
+        hidden = self.model.network.wording.hidden_matrices() if self.model.network.wording else []
+        known = {id(parameter) for parameter in hidden}
+        others = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        return muon_one_cycle(self, hidden, others, self.hparams["lr"])
 
 
 def _exchanged(before: ImageFeatures, after: ImageFeatures, swapped: Tensor) -> tuple[ImageFeatures, ImageFeatures]:

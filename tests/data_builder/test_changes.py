@@ -10,6 +10,7 @@ from data_builder.avatars.changes import (
     UNSEEN_TOGETHER,
     UNSEEN_VALUE,
     Change,
+    asked,
     change,
     instruction,
     pair,
@@ -19,6 +20,8 @@ from data_builder.avatars.drawing import draw
 from data_builder.avatars.edit_benchmark import UNSEEN, write_edit_benchmark
 from data_builder.avatars.pairs import DrawnPairs, PairPlan, draw_pairs
 from data_builder.avatars.people import SPLITS, identity, scene
+from data_builder.avatars.vocabulary import BACKGROUND, GARMENT_COLOR, HAIR_COLOR
+from hyperlora.blends import parts_of
 from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
 
 GROUPS = range(400)
@@ -77,6 +80,26 @@ def test_words_name_what_becomes():
     assert instruction("expression", "sad") == "sad"
 
 
+def test_what_has_no_name_is_asked_for_as_a_mixture_of_named_colours():
+    for attribute, colors in (("background", BACKGROUND), ("garment_color", GARMENT_COLOR), ("hair_color", HAIR_COLOR)):
+        mixture = parts_of(asked([(attribute, "#20c8f0")]))
+        named = {instruction(attribute, name): rgb(color) for name, color in colors.items()}
+        assert sum(mixture.values()) == pytest.approx(1, abs=1e-3)
+        assert sum(w * named[words] for words, w in mixture.items()) == pytest.approx(rgb("#20c8f0"), abs=0.5)
+        assert asked([(attribute, next(iter(colors)))]) == next(iter(named))  # a name is itself
+
+
+def test_several_changes_are_asked_for_as_the_sum_of_their_words():
+    assert parts_of(asked([("glasses", "none"), ("expression", "sad")])) == {"no glasses": 1, "sad": 1, "": -1}
+    three = parts_of(asked([("glasses", "none"), ("background", "#20c8f0"), ("expression", "sad")]))
+    alone = parts_of(asked([("background", "#20c8f0")]))
+    assert three == {"no glasses": 1, "sad": 1, "": -2} | alone
+
+
+def rgb(color):
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], float)
+
+
 def test_drawn_pairs_on_disk(tmp_path):
     plan = PairPlan("validation", groups=3, people=2, size=32)
     draw_pairs(tmp_path, plan, workers=1)
@@ -113,5 +136,6 @@ def test_the_benchmark_of_edits(tmp_path):
     for edit in found.edits:
         assert edit.shown.shape == (2, 2, 3, 32, 32) and edit.others.shape == (2, 2, 3, 32, 32)
         assert edit.instruction and (edit.others[:, 0] != edit.others[:, 1]).any()
+        assert bool(edit.blend) == edit.kind.startswith("exact ")
     assert next(e for e in found.edits if e.kind == "glasses").truth.keys() == {"glasses"}
     assert len(load_edit_benchmark(tmp_path, 32, limit=1).edits) == len(found.groups)

@@ -1,5 +1,6 @@
 """Pairs to LoRAs and edits with them: as plain diffusers does it, each picture by its own LoRA."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def shown(bundle: Any, number: int = 0, edit: str = "inverted") -> tuple[Path, P
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(i).astype(int) for i in images])
+
+
+def test_a_blend_is_told_as_the_sum_of_its_embeddings(bundle: Any, base: Any) -> None:
+    blend = '("dark", "bright", "").blend(1.5, 0.25, -0.75)'
+    blended, dark, bright, empty = text_of(base, [blend, "dark", "bright", ""])
+    torch.testing.assert_close(blended, 1.5 * dark + 0.25 * bright - 0.75 * empty)
+    assert torch.equal(text_of(base, ["dark"])[0], text_of(base, ["bright", "dark", "dark"])[2])
+    picture = Image.open(shown(bundle)[0]).convert("RGB").resize((16, 16))
+    apply = partial(apply_edit, base, [picture], seeds=[5], steps=2, guidance=3.0)
+    assert (pixels(apply(instructions='("dark").blend(1)')) == pixels(apply(instructions="dark"))).all()
+    assert (pixels(apply(instructions='("dark").blend(3)')) != pixels(apply(instructions="dark"))).any()
+    with pytest.raises(BadRequest, match="cannot be read"):
+        apply(instructions='("dark", "bright").blend(1)')
 
 
 def test_the_saved_change_in_plain_diffusers_draws_the_same(bundle: Any, base: Any, model: Any, tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Blends of prompts, written as compel writes them: ``("blue clothes", "red clothes").blend(0.3, 0.7)``.
+
+A denoiser that is shown the weighted sum of their embeddings is told something between them, or, by weights below 0,
+beyond: what no word says.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from hyperlora.errors import BadRequest
+
+_BLEND: Final = re.compile(r"""\(\s*["'].*\)\.blend\(.*\)\s*$""", re.DOTALL)
+_LEAST: Final = 1e-4
+"""Parts that weigh less are left out."""
+
+
+def blend(parts: Mapping[str, float]) -> str:
+    """The prompt that asks for these prompts, each by its weight; one prompt of weight 1 is written as it is."""
+    told = {prompt: weight for prompt, weight in parts.items() if abs(weight) >= _LEAST}
+    if len(told) == 1 and abs(sum(told.values()) - 1) < _LEAST:
+        return next(iter(told))
+    prompts = ", ".join(json.dumps(prompt, ensure_ascii=False) for prompt in told)
+    return f"({prompts}).blend({', '.join(f'{weight:.4f}' for weight in told.values())})"
+
+
+def parts_of(prompt: str) -> dict[str, float]:
+    """What a prompt is blended of; a plain prompt of itself.
+
+    Raises ``BadRequest`` for a blend that cannot be read.
+    """
+    if not _BLEND.match(prompt):
+        return {prompt: 1.0}
+    told, _, shares = prompt.rpartition(".blend")
+    try:
+        prompts, weights = ast.literal_eval(told), ast.literal_eval(f"[{shares.strip()[1:-1]}]")
+        several = prompts if isinstance(prompts, tuple) else (prompts,)
+        return dict(zip(map(str, several), map(float, weights), strict=True))
+    except (SyntaxError, ValueError, TypeError):
+        raise BadRequest(
+            f'the blend {prompt!r} cannot be read: write ("one prompt", "another").blend(0.3, 0.7), a number for each'
+        ) from None
+
+
+def shares(prompts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
+    """The plain prompts that all of these are blended of, and how much of each is in each [prompts][plain]."""
+    blends = [parts_of(prompt) for prompt in prompts]
+    plain = list(dict.fromkeys(part for parts in blends for part in parts))
+    return plain, [[parts.get(part, 0.0) for part in plain] for parts in blends]
