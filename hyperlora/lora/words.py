@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hyperlora.errors import BadRequest
 from hyperlora.lora.layout import LoraLayout, Site
@@ -23,16 +24,18 @@ TOLD_APART: Final = 3e-5
 
 class WordSites(nn.Module):
     """The sites of ``layout`` that read text of ``width`` numbers a token, ``tokens`` tokens, and all that ΔW needs to
-    know of the base (``learn``).
+    know of the base (``learn``). The other sites may use fewer of the layout's rank, ``rest``: words need more.
 
-    Raises ``BadRequest`` if the layout has no such site.
+    Raises ``BadRequest`` if the layout has no such site, or ``rest`` is more than its rank.
     """
 
     said: Tensor
 
-    def __init__(self, layout: LoraLayout, tokens: int, width: int) -> None:
+    def __init__(self, layout: LoraLayout, tokens: int, width: int, rest: int | None = None) -> None:
         super().__init__()
-        self.layout, self.tokens, self.width = layout, tokens, width
+        self.layout, self.tokens, self.width, self.rest = layout, tokens, width, rest or layout.rank
+        if self.rest > layout.rank:
+            raise BadRequest(f"sites that read no text cannot be of rank {rest}: the whole LoRA is of {layout.rank}")
         self.places = [i for i, site in enumerate(layout.sites) if site.reads_text and site.fan_in == width]
         if not self.places:
             raise BadRequest(f"no site of the layout reads text of width {width}: leave words out")
@@ -46,9 +49,9 @@ class WordSites(nn.Module):
 
     @property
     def others(self) -> LoraLayout:
-        """The layout without these sites."""
-        rest = (site for i, site in enumerate(self.layout.sites) if i not in self.places)
-        return LoraLayout(tuple(rest), self.layout.rank, self.layout.base)
+        """The layout without these sites, of rank ``rest``."""
+        others = (site for i, site in enumerate(self.layout.sites) if i not in self.places)
+        return LoraLayout(tuple(others), self.rest, self.layout.base)
 
     @torch.no_grad()
     def learn(self, empty: Tensor, weights: Sequence[Tensor]) -> None:
@@ -62,7 +65,8 @@ class WordSites(nn.Module):
         with torch.autocast(a.device.type, enabled=False):
             said = a.float().mT @ self.said
             spoken = {place: (said, weight @ b.float().mT) for place, weight in self._weights()}
-        others = iter(zip(rest.down, rest.up, strict=True))
+        unused = self.layout.rank - self.rest
+        others = ((F.pad(d, (0, 0, 0, unused)), F.pad(u, (0, unused))) for d, u in zip(rest.down, rest.up, strict=True))
         pairs = (spoken.get(i) or next(others) for i in range(len(self.layout.sites)))
         down, up = zip(*pairs, strict=True)
         return LoraWeights(self.layout, down, up)

@@ -28,8 +28,8 @@ class ChangeNetwork(nn.Module):
     -Δ(A, A') and Δ(A, A) is 0 by construction: what LoRA Reverse and random exchange train for. Other arguments are the
     ``Hypernetwork``'s.
 
-    ``words`` (``tokens`` and ``width`` of the base's text, and options of ``Wording``) gives the sites that read text
-    to a network of their own, which can be taught by instructions alone. Their LoRA is 0 where nothing changes too, but
+    ``words`` (``tokens`` and ``width`` of the base's text, ``rest``, the rank of all other sites, and options of
+    ``Wording``) gives the sites that read text to a network of their own, which can be taught by instructions alone. Their LoRA is 0 where nothing changes too, but
     the words for a change are not the opposite of those for its undoing: there Δ(A', A) is not -Δ(A, A').
     """
 
@@ -49,8 +49,9 @@ class ChangeNetwork(nn.Module):
             raise BadRequest("shares of a softmax basis cannot change sign: antisymmetric needs another head")
         self.layout, self.join, self.antisymmetric = layout, join, antisymmetric
         width = JOINS[join] * feature_width
-        self.sites = WordSites(layout, words["tokens"], words["width"]) if words else None
-        self.wording = Wording(width, rank=layout.rank, **words) if words else None
+        self.sites = WordSites(layout, words["tokens"], words["width"], words.get("rest")) if words else None
+        told = {k: v for k, v in (words or {}).items() if k != "rest"}
+        self.wording = Wording(width, rank=layout.rank, **told) if words else None
         self.hypernetwork = Hypernetwork(self.sites.others if self.sites else layout, width, **decoder)
         inner = {k: v for k, v in self.hypernetwork.config.items() if k != "feature_width"}
         self.config = {

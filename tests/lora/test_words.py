@@ -85,3 +85,16 @@ def test_a_layout_without_text_is_refused() -> None:
     layout = LoraLayout((Site("unet.conv", 16, 8),), 2, "tiny")
     with pytest.raises(BadRequest, match="no site of the layout reads text of width 16"):
         WordSites(layout, TOKENS, WIDTH)
+
+
+def test_other_sites_may_be_of_lower_rank(unet: nn.Module, texts: tuple[Tensor, Tensor]) -> None:
+    layout = layout_of({"unet": unet}, "attention+mlp", 3, "tiny")
+    sites = WordSites(layout, TOKENS, WIDTH, rest=2)
+    assert sites.others.rank == 2
+    rest = LoraWeights.unflatten(sites.others, torch.randn(4, sites.others.numel))
+    lora = sites(torch.zeros(4, TOKENS, 3), torch.zeros(4, 3, WIDTH), rest)
+    assert lora.layout == layout
+    kept = [delta for i, delta in enumerate(lora.delta()) if i not in sites.places]
+    torch.testing.assert_close(kept, list(rest.delta()))
+    with pytest.raises(BadRequest, match="cannot be of rank 4: the whole LoRA is of 3"):
+        WordSites(layout, TOKENS, WIDTH, rest=4)

@@ -15,7 +15,7 @@ WORDS = {"tokens": 4, "width": 6, "hidden": 24}
 SHAPES = [
     {"join": "concat"}, {"join": "difference"}, {"join": "both", "antisymmetric": True},
     {"head": "softmax", "head_options": {"size": 5}}, {"head": "full", "head_options": {}},
-    {"words": WORDS}, {"join": "difference", "antisymmetric": True, "words": WORDS},
+    {"words": WORDS}, {"join": "difference", "antisymmetric": True, "words": WORDS | {"rest": 1}},
 ]  # fmt: skip
 
 
