@@ -1,4 +1,4 @@
-"""K LoRAs fitted at once against one after the other with PEFT and diffusers: same base, data, steps and optimiser.
+"""K LoRAs fitted at once against one after the other with PEFT and diffusers: same base, data, steps, optimiser and noise.
 
     python benchmarks/fitting.py [--k 32] [--steps 30] [--batch 1]
 
@@ -20,6 +20,7 @@ from hyperlora.heap import keep_heap
 from hyperlora.lora import LoraWeights
 from hyperlora.objectives import denoising_loss
 from hyperlora.pipelines import Base, load_base
+from hyperlora.pipelines.examples import Chance
 from hyperlora.pipelines.fitting import Examples, fit
 from hyperlora.pipelines.refining import photo_examples
 
@@ -30,7 +31,10 @@ def at_once(base: Base, examples: Examples, start: LoraWeights, steps: int, batc
     """Seconds per subject and the mean loss of the last ten steps."""
     began = time.perf_counter()
     expand = partial(LoraWeights.unflatten, start.layout)
-    done = fit(base.denoiser, base.noise_schedule, examples, start.flatten(), expand, steps=steps, lr=LR, batch=batch)
+    done = fit(
+        base.denoiser, base.noise_schedule, examples, start.flatten(), expand, steps=steps, lr=LR, batch=batch,
+        seeds=range(len(start)),
+    )  # fmt: skip
     return (time.perf_counter() - began) / len(start), float(done.losses[-10:].mean())
 
 
@@ -51,12 +55,14 @@ def one_by_one(
                 parameters[f"{site.path}.lora_A.default.weight"].copy_(down[i])
                 parameters[f"{site.path}.lora_B.default.weight"].copy_(up[i])
         optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], LR)
+        chance = Chance([i])  # the timesteps and noise that it has among all
         mine = Examples(examples.latents[i : i + 1], {k: v[i : i + 1] for k, v in examples.conditions.items()})
         for step in range(steps):
             if encoded is not None:
                 mine = encoded(i)
-            latents, conditions = mine.pick(torch.randint(mine.latents.shape[1], (batch, 1)))
-            loss = denoising_loss(unet, base.noise_schedule, latents, **conditions).mean()
+            choice, draw = chance.draw(mine, batch, torch.tensor([0]))
+            latents, conditions = mine.pick(choice)
+            loss = denoising_loss(unet, base.noise_schedule, latents, draw=draw, **conditions).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
