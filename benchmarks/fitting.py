@@ -1,4 +1,4 @@
-"""K LoRAs fitted at once against one after the other with PEFT and diffusers: same base, data, steps, optimiser and noise.
+"""K LoRAs fitted at once against one after the other with PEFT and diffusers: same base, data, steps, Adam and noise.
 
     python benchmarks/fitting.py [--k 32] [--steps 30] [--batch 1]
 
