@@ -7,7 +7,9 @@ beyond: what no word says.
 import ast
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Final
 
 from hyperlora.errors import BadRequest
@@ -37,8 +39,13 @@ def parts_of(prompt: str) -> dict[str, float]:
     try:
         prompts, weights = ast.literal_eval(told), ast.literal_eval(f"[{shares.strip()[1:-1]}]")
         several = prompts if isinstance(prompts, tuple) else (prompts,)
-        return dict(zip(map(str, several), map(float, weights), strict=True))
-    except (SyntaxError, ValueError, TypeError):
+        parts: defaultdict[str, float] = defaultdict(float)
+        for part, weight in zip(several, weights, strict=True):
+            parts[str(part)] += float(weight)
+        if not all(map(isfinite, parts.values())):
+            raise ValueError
+        return dict(parts)
+    except (SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError):
         raise BadRequest(
             f'the blend {prompt!r} cannot be read: write ("one prompt", "another").blend(0.3, 0.7), a number for each'
         ) from None

@@ -29,7 +29,24 @@ def test_parts_that_weigh_nothing_are_left_out() -> None:
     assert blend({"blue clothes": 1.0, "red clothes": 0.0}) == "blue clothes"
 
 
-@pytest.mark.parametrize("shares", ["", "0.3", "0.3, 0.7, 1", "0.3, much", "__import__('os')"])
+def test_a_part_that_is_named_twice_counts_twice() -> None:
+    assert parts_of('("blue clothes", "blue clothes").blend(0.3, 0.5)') == {"blue clothes": 0.8}
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        "1e999, 0",
+        "nan, 1",
+        "-" * 100_000 + "1, 1",
+        "(" * 5000 + "1",
+        "",
+        "0.3",
+        "0.3, 0.7, 1",
+        "0.3, much",
+        "__import__('os')",
+    ],
+)
 def test_a_blend_that_cannot_be_read_is_refused_in_one_sentence(shares: str) -> None:
     with pytest.raises(BadRequest, match="cannot be read: write"):
         parts_of(f'("blue clothes", "red clothes").blend({shares})')

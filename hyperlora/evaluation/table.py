@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -34,23 +34,10 @@ class FitSettings:
     chunk: int = 16
 
 
-def rows(
-    judge: Judge,
-    model: PhotoModel,
-    *,
-    strengths: tuple[float, ...] = (0.6, 0.8),
-    refine_steps: int = 0,
-    fitting: FitSettings | None = None,
-    sampling: Sampling | None = None,
-    best_of: int = 1,
-    chooser: Chooser | None = None,
-) -> Iterator[Row]:
-    """Score the base and ``rows_of`` the model."""
+def rows(judge: Judge, model: PhotoModel, **options: Any) -> Iterator[Row]:
+    """Score the base and ``rows_of`` the model, which takes the ``options``."""
     yield judge.row(NO_LORA, None)
-    yield from rows_of(
-        judge, model, strengths=strengths, refine_steps=refine_steps, fitting=fitting, sampling=sampling,
-        best_of=best_of, chooser=chooser,
-    )  # fmt: skip
+    yield from rows_of(judge, model, **options)
 
 
 def rows_of(

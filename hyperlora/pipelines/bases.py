@@ -78,14 +78,22 @@ class Base:
         ``encoder_hidden_states`` [n, tokens, width] and, for SDXL, ``added_cond_kwargs`` (pooled text, and sizes of an
         uncropped picture)."""
         plain, rows = shares(prompts)
-        text, pooled = self._encode(plain)
-        share = text.new_tensor(rows)
-        told: dict[str, Any] = {"encoder_hidden_states": torch.einsum("np,ptw->ntw", share, text)}
+        if set(plain) == set(prompts):  # no blend: each is encoded by its own, as LoRAs of text encoders need
+            text, pooled = self._encode(prompts)
+        else:
+            parts, pooled = self._encode(plain)
+            share = parts.new_tensor(rows)
+            with torch.autocast(parts.device.type, enabled=False):  # what tells colours apart is little
+                text = torch.einsum("np,ptw->ntw", share, parts)
+                pooled = None if pooled is None else share @ pooled
         if pooled is None:
-            return told
+            return {"encoder_hidden_states": text}
         size = self.resolution
         ids = torch.tensor([[size, size, 0, 0, size, size]], device=text.device).repeat(len(prompts), 1)
-        return told | {"added_cond_kwargs": {"text_embeds": share @ pooled, "time_ids": ids.to(text)}}
+        return {
+            "encoder_hidden_states": text,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids.to(text)},
+        }
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Text [n, tokens, width] and, for SDXL, pooled text [n, width]."""

@@ -10,12 +10,14 @@ import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
+from hyperlora.adapters import layout_of
 from hyperlora.data import to_image
 from hyperlora.encoders import Reader
 from hyperlora.errors import BadArtifact, BadRequest
 from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
 from hyperlora.evaluation.edit_table import edit_rows
 from hyperlora.evaluation.editing import EditJudge
+from hyperlora.lora import LoraWeights
 from hyperlora.models import ChangeNetwork
 from hyperlora.pipelines import PairToLora, load_base
 from hyperlora.pipelines.doubts import doubts
@@ -53,6 +55,18 @@ def test_a_blend_is_told_as_the_sum_of_its_embeddings(bundle: Any, base: Any) ->
     assert (pixels(apply(instructions='("dark").blend(3)')) != pixels(apply(instructions="dark"))).any()
     with pytest.raises(BadRequest, match="cannot be read"):
         apply(instructions='("dark", "bright").blend(1)')
+
+
+def test_each_picture_is_told_its_words_by_its_own_text_encoder(base: Any) -> None:
+    layout = layout_of({name: base.modules[name] for name in ("unet", "text_encoder")}, "attention", 2, base.id)
+    loras = LoraWeights.unflatten(layout, 0.3 * torch.randn(2, layout.numel))
+    apply = partial(apply_edit, base, instructions="dark", steps=2)
+    pictures = torch.rand(2, 3, 16, 16)
+    together = apply(pictures, loras, seeds=[5, 6])
+    alone = [apply(pictures[i : i + 1], loras[i], seeds=[5 + i])[0] for i in range(2)]
+    assert abs(pixels(together) - pixels(alone)).max() <= 2
+    blended, dark, bright = text_of(base, ['("dark", "bright").blend(0.5, 0.5)', "dark", "bright"])
+    torch.testing.assert_close(blended, (dark + bright) / 2)
 
 
 def test_the_saved_change_in_plain_diffusers_draws_the_same(bundle: Any, base: Any, model: Any, tmp_path: Path) -> None:
