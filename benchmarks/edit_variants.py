@@ -2,8 +2,9 @@
 
     python benchmarks/edit_variants.py runs/data/edits-validation-benchmark [--steps 200] [--batch 10] [--only NAME...]
 
-All begin with the encoder of the bundle's pair network and an untrained decoder, and are compared on validation people:
-the denoising loss with a pair's own LoRA, with another pair's and of undoing, and the edits that are made.
+All begin with the encoder of the bundle's pair network, those that say words with its words, and an untrained decoder;
+they are compared on validation people: the denoising loss with a pair's own LoRA, with another pair's and of undoing,
+and the edits that are made.
 """
 
 import argparse
@@ -32,8 +33,9 @@ PAPER: Final[dict[str, Any]] = {
 }
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "as in the bundle": {},
+    "reverse": {"reverse": 1.0},
+    "no exchange": {"exchange": 0.0},
     "no words": WORDLESS,
-    "no reverse, no exchange": {"reverse": 0.0, "exchange": 0.0},
     "the pair itself, mirrored": {"target": "mirrored"},
     "difference of tokens": {"network": {"join": "difference"}},
     "as published": PAPER,
@@ -57,8 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_heap()
     config = yaml.safe_load(Path(arguments.config).read_text())
-    config["data"]["init_args"] |= {"batch_size": arguments.batch, "encoder": None, "encoder_options": None}
+    config["data"]["init_args"]["batch_size"] = arguments.batch
     network = yaml.safe_load(Path(arguments.network).read_text())["model"]["init_args"]["network"]
+    network["words"] = PairToLora.from_pretrained(bundle.PAIR_MODEL).network.config["words"]
     config["model"]["init_args"] |= {"network": network, "start_from": None}
     print("| variant | own | another's | undoing | accuracy | made | leakage | undone to |")
     print("|---" * 8 + "|")
@@ -77,11 +80,14 @@ def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> list
     shipped = PairToLora.from_pretrained(bundle.PAIR_MODEL)
     vision = shipped.encoder.config
     options = {**given, **change, "network": network, "encoder": vision["name"], "out": str(out)}
-    if data["target"] == "mirrored":  # nothing is known of what these show
+    if data["target"] == "mirrored":  # nothing is known of what these show, and they are mirrored anew each time
         options |= {"reader": None, "reading_weight": 0.0}
+        data |= {"encoder": None, "encoder_options": None}
     options["encoder_options"] = {k: v for k, v in vision.items() if k not in ("name", "licence")}
     model = ChangeTraining(**options)
     model.model.encoder.load_state_dict(shipped.encoder.state_dict())
+    if (wording := model.model.network.wording) is not None and shipped.network.wording is not None:
+        wording.load_state_dict(shipped.network.wording.state_dict())
     trainer = L.Trainer(
         max_steps=steps, precision="bf16-mixed", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
         limit_val_batches=0, enable_model_summary=False,

@@ -102,23 +102,36 @@ def instruction(attribute: str, value: str) -> str:
     return value  # an expression
 
 
-def asked(values: Sequence[tuple[str, str]]) -> str:
+def asked(values: Sequence[tuple[str, str]], mixed: bool = False) -> str:
     """What asks for these values of attributes at once, as ``hyperlora.blends``: the sum of what asks for each, so that
-    words of changes add up as their LoRAs do; of an exact colour, which has no name, a mixture of those that have."""
+    words of changes add up as their LoRAs do; of an exact colour, which has no name, a mixture of those that have. With
+    ``mixed`` those that have one are mixtures too, as whoever sees a colour cannot know whether it has a name."""
     parts: defaultdict[str, float] = defaultdict(float, {"": 1.0 - len(values)})
     for attribute, value in values:
-        for name, weight in _mixture(attribute, value).items():
+        for name, weight in _mixture(attribute, value, mixed).items():
             parts[instruction(attribute, name)] += weight
     return blend(parts)
 
 
-def _mixture(attribute: str, value: str) -> dict[str, float]:
+def vocabulary() -> dict[str, dict[str, list[str]]]:
+    """What changes that a network may be shown are called, as ``hyperlora.models.vocabulary`` reads it: one of the
+    values of an attribute, or a colour between black, red, green and blue."""
+    corners = ("#000000", "#ff0000", "#00ff00", "#0000ff")
+    mixtures = {k: [asked([(k, color)]) for color in corners] for k in _VALUES if EXACT + k in KINDS}
+    named = [k for k in _VALUES if k not in mixtures and k not in UNSEEN_KINDS]
+    choices = {k: [instruction(k, v) for v in _VALUES[k] if (k, v) != UNSEEN_VALUE] for k in named}
+    return {"choices": choices, "mixtures": mixtures}
+
+
+def _mixture(attribute: str, value: str, mixed: bool) -> dict[str, float]:
     """The least weights that sum to 1 with which the named colours of ``attribute`` mix to ``#rrggbb``, some of them
-    negative; of a name, itself."""
-    if not value.startswith("#"):
+    negative; of a name, itself, or if ``mixed`` the mixture of its colour."""
+    table = _VALUES[attribute]
+    color = table.get(value, value) if mixed and isinstance(table, dict) else value
+    if not color.startswith("#"):
         return {value: 1.0}
-    weights = _mixing(attribute) @ np.append(_rgb(value) / 255, 1)
-    return dict(zip(_VALUES[attribute], weights.tolist(), strict=True))
+    weights = _mixing(attribute) @ np.append(_rgb(color) / 255, 1)
+    return dict(zip(table, weights.tolist(), strict=True))
 
 
 @cache

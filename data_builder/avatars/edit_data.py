@@ -16,7 +16,8 @@ from data_builder.avatars.pairs import DrawnPairs
 
 class _Edits(Dataset[dict[str, Any]]):
     """Latents of pairs in both directions, each with its instruction: item 2 i forward, 2 i + 1 backward. Several
-    changes are asked for as a sum or, a quarter of the time, as one sentence."""
+    changes are asked for as a sum or, a quarter of the time, as one sentence, a colour that has a name by it or, half
+    of the time, as a mixture."""
 
     def __init__(self, folder: str, vae: str, nothing: float) -> None:
         self.pairs, self.nothing = DrawnPairs(folder).pairs(), nothing
@@ -30,7 +31,8 @@ class _Edits(Dataset[dict[str, Any]]):
         changes = self.pairs[number].changes
         values = [(c.attribute, c.before if backward else c.after) for c in changes]
         sentence = len(values) > 1 and float(torch.rand(())) < 0.25
-        words = ", ".join(instruction(*value) for value in values) if sentence else asked(values)
+        mixed = float(torch.rand(())) < 0.5
+        words = ", ".join(instruction(*value) for value in values) if sentence else asked(values, mixed)
         before, after = index, index ^ 1  # picture 2 i is before, 2 i + 1 after: going back they change places
         if float(torch.rand(())) < self.nothing:
             words, after = "", before

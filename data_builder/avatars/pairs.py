@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_builder.avatars.changes import Pair, pairs_of
+from data_builder.avatars.changes import Pair, pairs_of, vocabulary
 from data_builder.avatars.drawing import draw
 from data_builder.avatars.portraits import draw_into
 
@@ -43,12 +43,14 @@ class DrawnPairs:
 
 
 def draw_pairs(folder: Path, plan: PairPlan, workers: int | None = None) -> None:
-    """Draw a dataset into ``folder``; does nothing if the same plan is already there."""
+    """Draw a dataset into ``folder``, with the vocabulary of its changes; what is already there by the same plan stays
+    as it is."""
     jobs = ((plan, number) for number in range(plan.groups))
     draw_into(
         folder, asdict(plan), plan.groups, 2 * plan.people, plan.size, _draw_group, jobs,
         f"{plan.split} changes", workers,
     )  # fmt: skip
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1))
 
 
 def _draw_group(job: tuple[PairPlan, int]) -> np.ndarray:

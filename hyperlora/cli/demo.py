@@ -85,7 +85,7 @@ def _edits(out: Path) -> None:
     from hyperlora.evaluation.report import contact_sheet
     from hyperlora.formats import LoraHeader, save_lora
     from hyperlora.pipelines import PairToLora, load_base
-    from hyperlora.pipelines.editing import apply_edit
+    from hyperlora.pipelines.editing import apply_edit, kept
 
     base = load_base(bundle.EDIT_BASE)
     model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=base)
@@ -93,9 +93,15 @@ def _edits(out: Path) -> None:
     judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=model.steps)
     pair_loras(model, benchmark, 1)  # warm up
     lora, seconds = pair_loras(model, benchmark, 1)
-    row = judge.row("edits", lora)
+    repainted, nothing = (
+        judge.edited("edits", lora, judge.before),
+        judge.edited("asked for nothing", None, judge.before),
+    )
+    row = judge.scored("edits", kept(judge.before, repainted, nothing))
     firsts = [sum(len(e.others) for e in benchmark.edits[:i]) for i in range(len(benchmark.edits))]
-    back = pixels_of(apply_edit(base, row.pictures[firsts], -lora, seeds=[0] * len(firsts), steps=judge.steps))
+    turned, _ = pair_loras(model, benchmark, 1, turned=True)
+    edited, seeds = row.pictures[firsts], [0] * len(firsts)
+    back = pixels_of(apply_edit(base, edited, turned, seeds=seeds, steps=judge.steps, keep_rest=True))
     grid = []
     for i, (edit, first) in enumerate(zip(benchmark.edits, firsts, strict=True)):
         header = LoraHeader(title=edit.name, architecture=base.architecture)
@@ -107,8 +113,8 @@ def _edits(out: Path) -> None:
     people = [title for n in range(3) for title in (f"person {n + 1}", "edited alike")]
     contact_sheet(["before", "after", *people, "undone again"], grid).save(out / "edits.png")
     for group in benchmark.groups:
-        score, kept = row.score("accuracy", group), row.score("preservation", group)
-        typer.echo(f"edits, {group}: right {score}, the rest kept {kept}")
+        right, rest = row.score("accuracy", group), row.score("preservation", group)
+        typer.echo(f"edits, {group}: right {right}, the rest kept {rest}")
     typer.echo(f"{seconds * 1000:.0f} ms from a pair to a LoRA; pictures: {out / 'edits.png'}; files: {out / 'edits'}")
 
 

@@ -44,6 +44,9 @@ def edit(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="LoRA file of the change to write.")] = None,
     strength: Annotated[float, typer.Option(help="How much of the change.")] = 1.0,
     reverse: Annotated[bool, typer.Option("--reverse", help="Undo the change instead.")] = False,
+    repaint: Annotated[
+        bool, typer.Option("--repaint", help="Repaint what the change leaves alone too, as the LoRA file does.")
+    ] = False,
     instruction: Annotated[str, typer.Option(help="Words besides, if the base should also follow some.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
@@ -91,8 +94,9 @@ def edit(
     if frozen is not None:
         seeds = [seed] * len(pictures)
         edited = apply_edit(
-            frozen, pictures, change, seeds=seeds, instructions=instruction, steps=steps or network.steps
-        )
+            frozen, pictures, change, seeds=seeds, instructions=instruction, steps=steps or network.steps,
+            keep_rest=not repaint,
+        )  # fmt: skip
         for path, picture in zip(_names(apply or [], images_out), edited, strict=True):
             write_picture(picture, path)
             typer.echo(str(path))

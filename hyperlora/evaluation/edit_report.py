@@ -38,7 +38,7 @@ def edit_markdown(rows: Sequence[EditRow], reverse: Undone | None = None) -> str
         lines.append(
             f"Undone: -Δ on the answer comes back to within {reverse.undone} of the picture before, {ratio:.2f} times "
             f"the autoencoder's round trip ({reverse.round_trip}); the LoRA of the pair turned round, to within "
-            f"{reverse.turned}; the answer itself is {reverse.untouched} away."
+            f"{reverse.turned}, with the rest kept {reverse.kept}; the answer itself is {reverse.untouched} away."
         )
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,7 @@ from hyperlora.evaluation.editing import EditJudge, EditRow
 from hyperlora.evaluation.metrics import Score
 from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.pipelines import Base, PairToLora
+from hyperlora.pipelines.editing import kept
 from hyperlora.pipelines.fitting import Examples, fit
 from hyperlora.pipelines.wording import lora_of_words
 
@@ -24,34 +25,40 @@ NOISIER: Final = 5.0
 @dataclass(frozen=True)
 class Undone:
     """Mean errors, of 1, of the picture before against: what -Δ makes of the answer; what the LoRA of the pair turned
-    round makes of it; the round trip through the autoencoder, which no edit is better than; and the answer itself, as
-    if nothing was undone."""
+    round makes of it, and with the rest kept; the round trip through the autoencoder, which no repainted picture is
+    better than; and the answer itself, as if nothing was undone."""
 
     undone: Score
     turned: Score
+    kept: Score
     round_trip: Score
     untouched: Score
 
 
 def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr: float = 1e-3) -> Iterator[EditRow]:
     """Score the ceiling, the copies, the base with and without words, the model, its controls and, if asked, LoRAs
-    optimised for each pair."""
+    optimised for each pair; of words, pair and these also where what the edit does not touch stays as it is."""
     benchmark = judge.benchmark
     sizes = [len(edit.others) for edit in benchmark.edits]
     shown = [edit.shown[0, 1].expand(n, *edit.shown.shape[2:]) for edit, n in zip(benchmark.edits, sizes, strict=True)]
     yield judge.scored("the answers, through the autoencoder", judge.round_trip)
     yield judge.scored("copy of B", judge.before)
     yield judge.scored("copy of A'", torch.cat(shown))
-    yield judge.row("no LoRA", None)
+    yield (nothing := judge.row("no LoRA", None))
+
+    def with_rest_kept(row: EditRow) -> Iterator[EditRow]:
+        yield row
+        yield judge.scored(f"{row.name}, the rest kept", kept(judge.before, row.pictures, nothing.pictures))
+
     if any(edit.instruction for edit in benchmark.edits):
-        yield judge.row("words instead of a pair", None, told=lambda edit: edit.instruction)
+        yield from with_rest_kept(judge.row("words instead of a pair", None, told=lambda edit: edit.instruction))
         if any(edit.blend for edit in benchmark.edits):
             yield judge.row("words, blended", None, told=lambda edit: edit.blend or edit.instruction)
         if model.network.sites is not None:
             said = lora_of_words(judge.base, [edit.instruction for edit in benchmark.edits], model.layout.rank)
             yield judge.row("words, as a LoRA", said)
     lora, seconds = pair_loras(model, benchmark, 1)
-    yield judge.row("one pair", lora, seconds=seconds)
+    yield from with_rest_kept(judge.row("one pair", lora, seconds=seconds))
     fewest = min(len(edit.shown) for edit in benchmark.edits)
     if fewest > 1:
         several, took = pair_loras(model, benchmark, fewest)
@@ -61,15 +68,17 @@ def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr
         yield judge.row("mean LoRA, one for all", lora.mean())
     if fit_steps:
         fitted, took = fitted_to_pairs(judge.base, model.layout, benchmark, fit_steps, fit_lr)
-        yield judge.row(f"fitted to the pair, {fit_steps} steps", fitted, seconds=took)
+        yield from with_rest_kept(judge.row(f"fitted to the pair, {fit_steps} steps", fitted, seconds=took))
 
 
 def undone(judge: EditJudge, model: PairToLora) -> Undone:
     """By the LoRA of each edit's first pair."""
     made = judge.edited("undone", -pair_loras(model, judge.benchmark, 1)[0], judge.answers)
     turned = judge.edited("turned round", pair_loras(model, judge.benchmark, 1, turned=True)[0], judge.answers)
+    nothing = judge.edited("asked for nothing", None, judge.answers)
+    with_rest = kept(judge.answers, turned, nothing)
     around = judge.through_autoencoder(judge.before)
-    return Undone(*(_error(x, judge.before) for x in (made, turned, around, judge.answers)))
+    return Undone(*(_error(x, judge.before) for x in (made, turned, with_rest, around, judge.answers)))
 
 
 @torch.no_grad()

@@ -71,21 +71,19 @@ class WordSites(nn.Module):
         down, up = zip(*pairs, strict=True)
         return LoraWeights(self.layout, down, up)
 
-    def error(self, a: Tensor, b: Tensor, wanted: Tensor) -> Tensor:
-        """‖W (a b - ``wanted``)‖² over all sites, each by its own scale, [*batch]; ``wanted`` [*batch, tokens, width]
-        is e(words) - e(∅)."""
-        with torch.autocast(a.device.type, enabled=False):
-            difference = a.float() @ b.float() - wanted
-            metric = torch.stack([w.mT @ w / w.square().sum() for _, w in self._weights()]).sum(0)
-            return ((difference @ metric) * difference).sum((-2, -1))
-
     def nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The ``a`` and ``b`` of the layout's rank that are nearest to ``wanted`` [*batch, tokens, width] (Eckart and
         Young)."""
-        left, scale, right = torch.linalg.svd(wanted, full_matrices=False)
-        rank, root = self.layout.rank, scale[..., : self.layout.rank].sqrt()
-        return left[..., :rank] * root[..., None, :], root[..., None] * right[..., :rank, :]
+        return low_rank(wanted, self.layout.rank)
 
     def _weights(self) -> Iterator[tuple[int, Tensor]]:
         """Of each site its place in the layout and its weight."""
         return ((place, self.get_buffer(f"weight{i}")) for i, place in enumerate(self.places))
+
+
+def low_rank(wanted: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """[*batch, m, rank] and [*batch, rank, n], whose product is nearest to ``wanted`` [*batch, m, n] (Eckart and
+    Young)."""
+    left, scale, right = torch.linalg.svd(wanted, full_matrices=False)
+    root = scale[..., :rank].sqrt()
+    return left[..., :rank] * root[..., None, :], root[..., None] * right[..., :rank, :]

@@ -29,9 +29,9 @@ class ChangeNetwork(nn.Module):
     ``Hypernetwork``'s.
 
     ``words`` (``tokens`` and ``width`` of the base's text, ``rest``, the rank of all other sites, and options of
-    ``Wording``) gives the sites that read text to a network of their own, which can be taught by instructions alone.
-    Their LoRA is 0 where nothing changes too, but the words for a change are not the opposite of those for its undoing:
-    there Δ(A', A) is not -Δ(A, A').
+    ``Wording``, its ``vocabulary`` among them) gives the sites that read text to a network of their own, which is
+    taught by instructions alone. Their LoRA is 0 where nothing changes too, but the words for a change are not the
+    opposite of those for its undoing: there Δ(A', A) is not -Δ(A, A').
     """
 
     def __init__(

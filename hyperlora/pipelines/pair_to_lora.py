@@ -27,7 +27,8 @@ class PairToLora(ReleasedModel):
     one released artifact (LoRA of Change, 2411.19156).
 
     ``PairToLora.from_pretrained(folder_or_hub_id)(("before.png", "after.png"))`` is a LoRA for ``layout.base``, an
-    InstructPix2Pix pipeline; its negative undoes the edit.
+    InstructPix2Pix pipeline. The LoRA of the pair turned round undoes the edit; without words in the network that is
+    its negative.
     """
 
     def __init__(self, encoder: VisionEncoder, network: ChangeNetwork, card: dict[str, Any] | None = None) -> None:
@@ -53,7 +54,8 @@ class PairToLora(ReleasedModel):
 
     @torch.no_grad()
     def __call__(self, pairs: SourcePair | Sequence[SourcePair], strength: float = 1.0) -> LoraWeights:
-        """One LoRA (no batch axis) from one or several pairs that show the same edit.
+        """One LoRA (no batch axis) from one or several pairs that show the same edit. A ``strength`` below 0 undoes it:
+        that is the LoRA of the pairs turned round.
 
         Raises ``BadImage`` for a picture that cannot be read, ``BadRequest`` for none or for one whose two pictures are
         not of the same size.
@@ -61,8 +63,9 @@ class PairToLora(ReleasedModel):
         if not pairs:
             raise BadRequest("no pair given: at least one picture before and one after are needed")
         several = pairs if isinstance(pairs[0], tuple | list) else [pairs]
-        weights = self.forward(self.seen([read_pair(*pair) for pair in several])[None])[0]  # type: ignore[misc]
-        return weights * strength if strength != 1 else weights
+        seen = self.seen([read_pair(*pair) for pair in several])  # type: ignore[misc]
+        weights = self.forward((seen if strength >= 0 else seen.flip(1))[None])[0]
+        return weights * abs(strength) if abs(strength) != 1 else weights
 
     def seen(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
         """Pictures as the encoder takes them, [pairs, 2, 3, size, size] in [0, 1]."""

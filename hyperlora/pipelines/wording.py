@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hyperlora.adapters import layout_of
 from hyperlora.lora import LoraWeights, WordSites
+from hyperlora.models import ChangeNetwork
 from hyperlora.pipelines.bases import Base
 
 
@@ -20,6 +21,15 @@ def learn_sites(sites: WordSites, base: Base) -> None:
     """Tell ``sites`` the weights and the empty text of the base that they are of."""
     layers = dict(base.denoiser.named_modules())
     sites.learn(text_of(base, [""])[0], [layers[site.path].weight for site in sites.sites])
+
+
+def learn_words(network: ChangeNetwork, base: Base) -> None:
+    """Tell a network with ``words`` all that it needs to know of the base; others need nothing."""
+    if network.sites is None or network.wording is None:
+        return
+    learn_sites(network.sites, base)
+    said = text_of(base, ["", *network.wording.vocabulary.prompts])
+    network.wording.learn(said[1:] - said[0])
 
 
 @torch.no_grad()

@@ -47,6 +47,8 @@ class EditOrder:
     seed: int = 0
     steps: int | None = None
     """The model's own if not given."""
+    repaint: bool = False
+    """What the change leaves alone too."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class Changes:
         if not order.pairs:
             raise BadRequest("no pair given: at least one picture before and one after are needed")
         seen, notices = await asyncio.to_thread(self._seen, order.pairs, readers)
-        weights = await self._predicted(seen, seconds, do)
-        return Noticed(await asyncio.to_thread(self._written, weights * order.strength, order), notices)
+        weights = await self._predicted(seen, order.strength, seconds, do)
+        return Noticed(await asyncio.to_thread(self._written, weights, order), notices)
 
     async def picture(
         self, order: EditOrder, seconds: float, do: Do, readers: threading.Semaphore, most: int
@@ -88,22 +90,22 @@ class Changes:
         lora: LoraWeights | None = None
         if order.pairs:
             seen, notices = await asyncio.to_thread(self._seen, order.pairs, readers)
-            lora = await self._predicted(seen, seconds, do)
+            lora = await self._predicted(seen, order.strength, seconds, do)
         elif order.lora is not None:
             file = await asyncio.to_thread(partial(load_lora, order.lora, modules=self.base.modules, max_numbers=most))
-            lora = replace(file.weights, layout=replace(file.weights.layout, base=self.base.id))
+            lora = replace(file.weights, layout=replace(file.weights.layout, base=self.base.id)) * order.strength
         elif not order.instruction:
             raise BadRequest("nothing says what to change: send before and after, a LoRA, or an instruction")
-        if lora is not None:
-            lora = lora * order.strength
         steps = order.steps or self.model.steps
-        work = Work(("edit", steps), partial(self._edit, steps), self.largest)
+        work = Work(("edit", steps, order.repaint), partial(self._edit, steps, order.repaint), self.largest)
         made = await do(work, (target, lora, order.instruction, order.seed), seconds)
         return Noticed(made, notices)
 
-    async def _predicted(self, seen: Tensor, seconds: float, do: Do) -> LoraWeights:
-        weights: LoraWeights = await do(Work(("change", len(seen)), self._predict, self.batch), seen, seconds)
-        return weights
+    async def _predicted(self, seen: Tensor, strength: float, seconds: float, do: Do) -> LoraWeights:
+        """Below 0 of the pairs turned round, as ``PairToLora`` does."""
+        shown = seen if strength >= 0 else seen.flip(1)
+        weights: LoraWeights = await do(Work(("change", len(seen)), self._predict, self.batch), shown, seconds)
+        return weights * abs(strength)
 
     def _seen(
         self, pairs: Sequence[tuple[bytes, bytes]], readers: threading.Semaphore
@@ -124,14 +126,19 @@ class Changes:
     def _predict(self, pairs: list[Tensor]) -> list[LoraWeights]:
         return list(self.model.forward(torch.stack(pairs)))  # type: ignore[call-overload]
 
-    def _edit(self, steps: int, items: list[tuple[Tensor, LoraWeights | None, str, int]]) -> list[Image.Image]:
+    def _edit(
+        self, steps: int, repaint: bool, items: list[tuple[Tensor, LoraWeights | None, str, int]]
+    ) -> list[Image.Image]:
         """Several people's edits in one denoising batch."""
         pictures, found, words, seeds = zip(*items, strict=True)
         present = next((lora for lora in found if lora is not None), None)
         loras = None
         if present is not None:
             loras = align([lora if lora is not None else present * 0.0 for lora in found])
-        return apply_edit(self.base, torch.stack(pictures), loras, seeds=seeds, instructions=list(words), steps=steps)
+        return apply_edit(
+            self.base, torch.stack(pictures), loras, seeds=seeds, instructions=list(words), steps=steps,
+            keep_rest=not repaint,
+        )  # fmt: skip
 
     def _written(self, weights: LoraWeights, order: ChangeOrder) -> bytes:
         extra = {"hyperlora.consent": "given"} if order.consent else {}

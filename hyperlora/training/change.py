@@ -1,14 +1,15 @@
 """Train a network that makes LoRAs from before/after pairs, through the frozen edit base."""
 
+import json
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from hyperlora.adapters import injected, layout_of
-from hyperlora.blends import shares
 from hyperlora.encoders import photo_encoder
 from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
@@ -16,20 +17,17 @@ from hyperlora.lora import LoraWeights
 from hyperlora.models import ChangeNetwork
 from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import PairToLora, load_base
-from hyperlora.pipelines.wording import learn_sites, text_of
+from hyperlora.pipelines.wording import learn_words
 from hyperlora.training.optimizers import adamw_one_cycle, muon_one_cycle
 from hyperlora.training.reader import Misreading
 
-REMEMBERED: Final = 4000
-"""Texts whose embeddings are kept: instructions of a world come again and again."""
-
 
 class ChangeTraining(L.LightningModule):
-    """L = ‖G(+Δ; B) - B'‖² + ``reverse`` ‖G(-Δ; B') - B‖² + ``output_l2`` ‖Δ‖² + ``telling`` ‖W (a b - e(words))‖²
+    """L = ‖G(+Δ; B) - B'‖² + ``reverse`` ‖G(-Δ; B') - B‖² + ``output_l2`` ‖Δ‖² + ``telling`` C(words)
 
     with Δ = H(A, A') (2411.19156, §3.3). The first norms are the edit base's denoising loss, with what it is shown
-    beside the noise before the semicolon; ``denoising`` false leaves them out. The last one is ``WordSites.error``,
-    relative to saying nothing: of a network with ``words``, which learns what a change is called from the base's text.
+    beside the noise before the semicolon; ``denoising`` false leaves them out. The last one is ``Vocabulary.loss``: of
+    a network with ``words``, which learns from the instructions what a change is called.
 
     Batches: ``pairs`` [batch, views, 2, 3, h, w] in [0, 1], A and A' of each, or what the frozen encoder says about
     them, ``tokens`` [batch, views, 2, tokens, width]; ``before`` and ``after`` [batch, c, h, w], latents of B and B'
@@ -39,9 +37,9 @@ class ChangeTraining(L.LightningModule):
     reader's folder or a timm id with ``encoder_options``; it learns too unless ``freeze_encoder``.
     Places that the edit changes count up to ``change_weight`` times more than the rest. ``start_from`` is the folder of
     a released ``PairToLora`` that training goes on from (the second of the paper's two stages).
-    With ``freeze_words`` the part that finds words stays as it is: in small batches it forgets what it has learned in
-    large ones. ``reader`` and ``reading_weight`` are ``BaseModel``'s; ``labels`` of a batch are then those before and
-    after. With ``muon`` the words' hidden matrices learn by ``Muon``.
+    ``network["words"]["vocabulary"]`` may be a JSON file. With ``freeze_words`` the part that finds words stays as it
+    is. ``reader`` and ``reading_weight`` are ``BaseModel``'s; ``labels`` of a batch are then those before and after.
+    With ``muon`` the words' hidden matrices learn by ``Muon``.
     Every validation logs the loss with the pair's own LoRA, with another pair's and with none, and of undoing.
     """
 
@@ -80,18 +78,19 @@ class ChangeTraining(L.LightningModule):
         self.save_hyperparameters()
         # a plain attribute in a tuple: the frozen base is no part of the checkpoint
         self._base = (load_base(base, **(base_options or {})),)
-        self._texts: dict[str, Tensor] = {}
         if start_from is not None:
             self.model = PairToLora.from_pretrained(start_from, base=self.base).requires_grad_(True)
         else:
             component = next(iter(self.base.modules))
             layout = layout_of({component: self.base.denoiser}, preset, rank, self.base.id)
             vision = photo_encoder(encoder, encoder_options)
-            self.model = PairToLora(vision, ChangeNetwork(layout, vision.width, **(network or {})), card)
+            self.model = PairToLora(
+                vision, ChangeNetwork(layout, vision.width, **_with_vocabulary(network or {})), card
+            )
         self.model.encoder.requires_grad_(not freeze_encoder)
         if self.model.network.wording is not None:
             self.model.network.wording.requires_grad_(not freeze_words)
-        self._learn_sites()
+        learn_words(self.model.network, self.base)
         self.misreading = Misreading(reader, reading_weight)
         if gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
@@ -103,11 +102,7 @@ class ChangeTraining(L.LightningModule):
     def on_fit_start(self) -> None:
         self.base.pipeline.to(self.device)
         self.misreading.to(self.device)
-        self._learn_sites()  # again: a checkpoint holds those of the base it was trained with
-
-    def _learn_sites(self) -> None:
-        if (sites := self.model.network.sites) is not None:
-            learn_sites(sites, self.base)
+        learn_words(self.model.network, self.base)  # again: a checkpoint holds those of the base it was trained with
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self.model.encoder.eval()  # statistics of batch norms stay as they were learned
@@ -119,8 +114,8 @@ class ChangeTraining(L.LightningModule):
             self.model.network.wording.usual.train(not self.hparams["denoising"])
         loss = torch.zeros((), device=self.device)
         if telling := self.hparams["telling"]:
-            told = self._mistold(batch, swapped, *seen)
-            self.log("train/words", told, prog_bar=True)
+            mistold, _ = self._mistold(batch, swapped, *seen)
+            self.log("train/words", told := mistold.mean(), prog_bar=True)
             loss = loss + telling * told
         if self.hparams["denoising"]:
             weights = self.model.from_features(*seen)
@@ -145,24 +140,27 @@ class ChangeTraining(L.LightningModule):
             loss = loss + self.hparams["reverse"] * undone
         return loss
 
-    def _mistold(self, batch: dict[str, Any], swapped: Tensor, before: ImageFeatures, after: ImageFeatures) -> Tensor:
-        """How far the words are from those that ask for the change; of the way back only where these are known."""
+    def _mistold(
+        self, batch: dict[str, Any], swapped: Tensor, before: ImageFeatures, after: ImageFeatures
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of what is said of each change, and whether it is right, [n]; 0 of the way back where the words for
+        it are not known."""
         back = batch.get("undoing")
         ways = zip(batch["instructions"], back or batch["instructions"], swapped.tolist(), strict=True)
-        texts = [undo if turned else do for do, undo, turned in ways]
+        wording = self.model.network.wording
+        assert wording is not None
+        meant = wording.vocabulary.meant([undo if turned else do for do, undo, turned in ways]).to(self.device)
+        said = wording.said(self.model.network.joined(before, after)).float()
         known = torch.ones_like(swapped) if back is not None else ~swapped
-        sites = self.model.network.sites
-        assert sites is not None
-        wanted = self._text(texts) - self._text([""])
-        a, b = self.model.network.words(before, after)
-        silence = sites.error(a * 0, b * 0, wanted).mean().clamp(min=1e-9)
-        return (sites.error(a, b, wanted) * known).sum() / known.sum().clamp(min=1) / silence
+        return wording.vocabulary.loss(said, meant) * known, wording.vocabulary.right(said, meant) & known
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         seen = self._seen(batch, 1)
         if self.hparams["telling"]:
             forward = torch.zeros(n := len(batch["instructions"]), dtype=torch.bool, device=self.device)
-            self.log("val/words", self._mistold(batch, forward, *seen), prog_bar=True, batch_size=n)
+            mistold, right = self._mistold(batch, forward, *seen)
+            self.log("val/words", mistold.mean(), prog_bar=True, batch_size=n)
+            self.log("val/said", right.float().mean(), prog_bar=True, batch_size=n)
         if not self.hparams["denoising"]:
             return
         own = self.model.from_features(*seen)
@@ -195,16 +193,6 @@ class ChangeTraining(L.LightningModule):
         before, after = (self.base.encode_images(batch["images"][:, i]).float() for i in (0, 1))
         return before, after
 
-    def _text(self, texts: list[str]) -> Tensor:
-        """[n, tokens, width] of texts or blends; the last few thousand plain texts are remembered."""
-        if len(self._texts) > REMEMBERED:
-            self._texts.clear()
-        plain, rows = shares(texts)
-        if new := [text for text in plain if text not in self._texts]:
-            self._texts.update(zip(new, text_of(self.base, new), strict=True))
-        known = torch.stack([self._texts[text] for text in plain])
-        return torch.einsum("np,ptw->ntw", known.new_tensor(rows), known)
-
     def _denoising(
         self, weights: LoraWeights, seen: Tensor, wanted: Tensor, texts: list[str],
         also: Callable[[Tensor], Tensor] | None = None,
@@ -233,6 +221,23 @@ class ChangeTraining(L.LightningModule):
         known = {id(parameter) for parameter in hidden}
         others = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
         return muon_one_cycle(self, hidden, others, self.hparams["lr"])
+
+
+def _with_vocabulary(network: dict[str, Any]) -> dict[str, Any]:
+    """``network`` with the vocabulary of its words read, if that is a file. Raises ``BadRequest`` for one that is not
+    there or holds something else."""
+    words = network.get("words") or {}
+    file = words.get("vocabulary")
+    if not isinstance(file, str):
+        return network
+    try:
+        vocabulary = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise BadRequest(
+            f"vocabulary {file!r} is no JSON file with choices and mixtures of prompts: `python -m data_builder edits` "
+            "writes one beside its pictures"
+        ) from error
+    return network | {"words": words | {"vocabulary": vocabulary}}
 
 
 def _exchanged(before: ImageFeatures, after: ImageFeatures, swapped: Tensor) -> tuple[ImageFeatures, ImageFeatures]:

@@ -42,11 +42,15 @@ def test_a_file_and_pictures_as_python_makes_them(
     file = load_lora(out, model.layout)
     torch.testing.assert_close(file.weights.flatten(), change.flatten())
     assert file.header.title == "change" and len(file.header.reference_sha256) == 2
-    expected = apply_edit(load_base(bundle.edit_base), [Image.open(o) for o in others], change, seeds=[7, 7], steps=2)
-    for path, picture in zip(others, expected, strict=True):
-        drawn = np.asarray(Image.open(tmp_path / "edited" / f"{path.stem}.png"), int)
-        assert abs(drawn - np.asarray(picture, int)).max() <= 2
-        assert str(tmp_path / "edited" / f"{path.stem}.png") in done.out
+    base, opened = load_base(bundle.edit_base), [Image.open(o) for o in others]
+    for keep_rest, flags in ((True, []), (False, ["--repaint"])):
+        expected = apply_edit(base, opened, change, seeds=[7, 7], steps=2, keep_rest=keep_rest)
+        done = run("edit", *pair, "--apply", *others, "--images-out", tmp_path / "edited", "--steps", 2,
+                   "--seed", 7, "--strength", 3, *flags, *models)  # fmt: skip
+        for path, picture in zip(others, expected, strict=True):
+            drawn = np.asarray(Image.open(tmp_path / "edited" / f"{path.stem}.png"), int)
+            assert abs(drawn - np.asarray(picture, int)).max() <= 2
+            assert str(tmp_path / "edited" / f"{path.stem}.png") in done.out
 
 
 def test_further_pairs_and_reverse(run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_evaluate_edits(run: Any, models: Any, bundle: Any, tmp_path: Path) -> N
                "--fit", 1, "--report", tmp_path / "r", "--json", *models)  # fmt: skip
     assert done.code == 0, done
     told = json.loads(done.out)
-    assert told["edits"] == 2 and {"undone", "turned", "round_trip", "untouched"} == set(told["reverse"])
+    assert told["edits"] == 2 and {"undone", "turned", "kept", "round_trip", "untouched"} == set(told["reverse"])
     assert (tmp_path / "r" / "sheet.png").is_file()
     done = run("evaluate", bundle.edit_benchmark, "--task", "sideways")
     assert done.code == 2 and "known: portrait, edit" in done.err

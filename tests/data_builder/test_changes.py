@@ -15,6 +15,7 @@ from data_builder.avatars.changes import (
     instruction,
     pair,
     pairs_of,
+    vocabulary,
 )
 from data_builder.avatars.drawing import draw
 from data_builder.avatars.edit_benchmark import UNSEEN, write_edit_benchmark
@@ -23,6 +24,7 @@ from data_builder.avatars.people import SPLITS, identity, scene
 from data_builder.avatars.vocabulary import BACKGROUND, GARMENT_COLOR, HAIR_COLOR
 from hyperlora.blends import parts_of
 from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+from hyperlora.models.vocabulary import Vocabulary
 
 GROUPS = range(400)
 
@@ -139,3 +141,30 @@ def test_the_benchmark_of_edits(tmp_path):
         assert bool(edit.blend) == edit.kind.startswith("exact ")
     assert next(e for e in found.edits if e.kind == "glasses").truth.keys() == {"glasses"}
     assert len(load_edit_benchmark(tmp_path, 32, limit=1).edits) == len(found.groups)
+
+
+def test_a_colour_with_a_name_may_be_a_mixture_too():
+    named = parts_of(asked([("hair_color", "red"), ("glasses", "none")], mixed=True))
+    assert named == parts_of(asked([("hair_color", HAIR_COLOR["red"]), ("glasses", "none")]))
+
+
+COLOURS = {"hair_color": HAIR_COLOR, "garment_color": GARMENT_COLOR, "background": BACKGROUND}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["named", "mixed"])
+def test_the_vocabulary_reads_what_every_change_is_called(mixed):
+    words = Vocabulary.of(vocabulary())
+    assert not {"hat", "skin"} & set(words.choices) and "negative style" not in words.prompts
+    drawn = [made for n in range(300) for made in pairs_of("train", n, 1)]
+    afters = [{c.attribute: c.after for c in made.changes} for made in drawn]
+    seen = [after for after in afters if not {"hat", "skin"} & set(after)]
+    meant = words.meant([asked(list(after.items()), mixed) for after in seen])
+    for i, after in enumerate(seen):
+        said = {k: words.choices[k][j - 1] for k, j in zip(words.choices, meant.choices[i].tolist(), strict=True) if j}
+        assert said == {k: instruction(k, v) for k, v in after.items() if k not in COLOURS}
+        for attribute, points in zip(words.mixtures, meant.points, strict=True):
+            if attribute not in after:
+                assert points[i].isnan().all()
+                continue
+            colour = COLOURS[attribute].get(after[attribute], after[attribute])
+            assert (points[i] * 255).tolist() == pytest.approx(rgb(colour), abs=1)

@@ -44,7 +44,7 @@ def test_every_control_is_in_the_table(judge: EditJudge, bundle: Any, tmp_path: 
     rows = list(edit_rows(judge, model, fit_steps=2))
     names = [row.name for row in rows]
     for part in ("autoencoder", "copy of B", "copy of A'", "no LoRA", "words", "one pair", "2 pairs", "another", "mean",
-                 "fitted to the pair, 2 steps"):  # fmt: skip
+                 "fitted to the pair, 2 steps", "one pair, the rest kept"):  # fmt: skip
         assert any(part in name for name in names), part
     lora, seconds = pair_loras(model, judge.benchmark, 1)
     assert len(lora) == 2 and seconds > 0

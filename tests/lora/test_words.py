@@ -50,24 +50,10 @@ def test_too_low_a_rank_says_what_it_can(unet: nn.Module, texts: tuple[Tensor, T
     empty, words = texts
     errors = []
     for rank in (1, 2):
-        sites = word_sites(unet, rank, empty)
-        errors.append(sites.error(*sites.nearest(words - empty), words - empty))
-    silent = sites.error(torch.zeros(2, TOKENS, 2), torch.zeros(2, 2, WIDTH), words - empty)
-    assert errors[0].shape == (2,)
+        a, b = word_sites(unet, rank, empty).nearest(words - empty)
+        errors.append((a @ b - (words - empty)).square().sum((1, 2)))
+    silent = (words - empty).square().sum((1, 2))
     assert (errors[1] < 1e-6 * silent).all() and (errors[1] < errors[0]).all() and (errors[0] < silent).all()
-
-
-def test_the_error_is_that_of_keys_and_values(unet: nn.Module, texts: tuple[Tensor, Tensor]) -> None:
-    empty, words = texts
-    sites = word_sites(unet, 2, empty)
-    a, b = torch.randn(2, TOKENS, 2), torch.randn(2, 2, WIDTH)
-    lora = sites(a, b, nothing_else(sites, 2))
-    layers, wanted = dict(unet.named_modules()), torch.zeros(2)
-    for place, site in zip(sites.places, sites.sites, strict=True):
-        weight = layers[site.path].weight
-        said = empty @ (weight + lora.up[place] @ lora.down[place]).mT
-        wanted += (said - words @ weight.T).square().sum((1, 2)) / weight.square().sum()
-    torch.testing.assert_close(sites.error(a, b, words - empty), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_other_sites_keep_what_they_are_given(unet: nn.Module, texts: tuple[Tensor, Tensor]) -> None:

@@ -11,7 +11,11 @@ from hyperlora.models import ChangeNetwork
 LAYOUT = LoraLayout(
     (Site("unet.a", 24, 40), Site("unet.block.attn2.to_k", 6, 10), Site("unet.b", 6, 8)), rank=2, base="tiny"
 )
-WORDS = {"tokens": 4, "width": 6, "hidden": 24}
+VOCABULARY = {
+    "choices": {"hair": ["a bob", "a bun"], "eyes": ["closed"]},
+    "mixtures": {"sky": ["black", "red", "blue"]},
+}
+WORDS = {"tokens": 4, "width": 6, "hidden": 24, "vocabulary": VOCABULARY}
 SHAPES = [
     {"join": "concat"}, {"join": "difference"}, {"join": "both", "antisymmetric": True},
     {"head": "softmax", "head_options": {"size": 5}}, {"head": "full", "head_options": {}},
@@ -24,6 +28,7 @@ def network(**options):
     made = ChangeNetwork(LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options)
     if made.sites is not None:
         made.sites.learn(torch.randn(4, 6), [torch.randn(10, 6)])
+        made.wording.learn(torch.randn(6, 4, 6))
     return made.eval()
 
 

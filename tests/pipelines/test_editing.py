@@ -21,8 +21,8 @@ from hyperlora.lora import LoraWeights
 from hyperlora.models import ChangeNetwork
 from hyperlora.pipelines import PairToLora, load_base
 from hyperlora.pipelines.doubts import doubts
-from hyperlora.pipelines.editing import apply_edit
-from hyperlora.pipelines.wording import learn_sites, lora_of_words, text_of
+from hyperlora.pipelines.editing import apply_edit, kept
+from hyperlora.pipelines.wording import learn_words, lora_of_words, text_of
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +180,13 @@ def speaking(base: Any, model: PairToLora) -> PairToLora:
     """A network that says words, as after some training."""
     tokens, width = text_of(base, [""]).shape[1:]
     options = {"width": 16, "depth": 1, "heads": 2, "head_options": {"size": 4}}
-    words = {"tokens": tokens, "width": width, "hidden": 24}
+    vocabulary = {"choices": {"light": ["dark", "bright"]}, "mixtures": {"sky": ["black", "red"]}}
+    words = {"tokens": tokens, "width": width, "hidden": 24, "vocabulary": vocabulary}
     network = ChangeNetwork(model.layout, model.encoder.width, antisymmetric=True, words=words, **options)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    learn_sites(network.sites, base)
+    learn_words(network, base)
     return PairToLora(model.encoder, network, {"resolution": 16, "steps": 2}).eval()
 
 
@@ -200,7 +201,33 @@ def test_a_network_that_says_words_is_saved_whole(bundle: Any, base: Any, speaki
     assert again((still, still)).norms().max() < 1e-4 * loaded.norms().max()
 
 
+def test_a_negative_strength_is_the_pair_turned_round(bundle: Any, speaking: PairToLora) -> None:
+    before, after = shown(bundle)
+    undoing, turned = speaking((before, after), -0.5), speaking((after, before), 0.5)
+    torch.testing.assert_close(undoing.flatten(), turned.flatten())
+    assert not torch.allclose(undoing.flatten(), -speaking((before, after), 0.5).flatten(), atol=1e-4)
+
+
 def test_what_words_could_say_is_among_the_controls(bundle: Any, base: Any, speaking: Any) -> None:
     benchmark = load_edit_benchmark(bundle.edit_benchmark, 16, 1)
     judge = EditJudge(base, Reader.from_pretrained(bundle.evaluator), benchmark, 1)
     assert "words, as a LoRA" in [row.name for row in edit_rows(judge, speaking)]
+
+
+def test_what_an_edit_does_not_touch_is_kept() -> None:
+    picture, edited = torch.rand(3, 8, 8), torch.rand(3, 8, 8)
+    untouched = edited.clone()
+    untouched[:, :, :4] = (edited[:, :, :4] + 0.5) % 1  # all but equal on the right
+    untouched[:, :, 4:] += 0.02 * torch.rand(3, 8, 4)
+    made = kept(picture, edited, untouched)
+    torch.testing.assert_close(made[:, :, :4], edited[:, :, :4])
+    torch.testing.assert_close(made[:, :, 4:], picture[:, :, 4:])
+
+
+def test_asked_for_nothing_the_picture_stays(bundle: Any, base: Any) -> None:
+    picture = Image.open(shown(bundle)[0])
+    ask = partial(apply_edit, base, [picture], seeds=[5], steps=2)
+    whole, rest_kept = pixels(ask()), pixels(ask(keep_rest=True))
+    expected = pixels([picture.convert("RGB").resize((16, 16))]) if picture.size != (16, 16) else pixels([picture])
+    assert abs(rest_kept - expected).max() <= 1
+    assert abs(whole - expected).max() > 2

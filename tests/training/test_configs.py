@@ -131,7 +131,7 @@ RULES = {
         PairToLora.from_pretrained,
         (*SMALL_NETWORK, "--data.init_args.batch_size=4"),
         ("avatars/edit_base_finish", "avatars/encoder"),
-        ("model.network.hypernetwork.", "model.network.sites."),
+        ("model.network.hypernetwork.", "model.network.sites.", "model.network.wording.text_"),
     ),
     "avatars/pair_to_lora": Rule(
         PairToLora.from_pretrained,

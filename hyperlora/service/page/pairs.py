@@ -41,11 +41,11 @@ def pair_tab(api: Api) -> None:
         if not before or not after:
             raise refused("a picture before and the same picture after the edit are needed")
         pair = (contents([before])[0], contents([after])[0])
-        pictures = contents(others) or [pair[1] if reverse else pair[0]]
+        pair = pair[::-1] if reverse else pair
+        pictures = contents(others) or [pair[0]]
         async with api.of(visitor) as server:
             yield {said: gr.HTML(status("Making the LoRA of the change …", 0), visible=True)}
-            amount = -strength if reverse else strength
-            options = {"title": "change", "strength": amount}
+            options = {"title": "change", "strength": strength}
             lora = await server.make_change([pair], **options)
             twin = await server.make_change([pair], **options, format="kohya")
             facts = (await server.models())[-1]

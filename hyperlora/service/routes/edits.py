@@ -44,6 +44,7 @@ async def edit(
     instruction: Annotated[str, Form(max_length=1000, description="Words besides, or instead.")] = "",
     seed: Annotated[int, Form(ge=0, le=2**63 - 1)] = 0,
     steps: Annotated[int | None, Form(ge=1, le=50, description="The model's own if not given.")] = None,
+    repaint: Annotated[bool, Form(description="Repaint what the change leaves alone too.")] = False,
     prefer: Prefer = "",
 ) -> Response:
     """One picture edited as the pair shows. Edits of equal steps are made in one batch, each with its own LoRA."""
@@ -54,7 +55,7 @@ async def edit(
     file = await lora.read() if lora is not None else None
     if lora_id is not None:
         file = kept_lora(service.files, lora_id)
-    order = EditOrder(await picture.read(), pairs, file, strength, instruction, seed, steps)
+    order = EditOrder(await picture.read(), pairs, file, strength, instruction, seed, steps, repaint)
 
     async def make(seconds: float, report: Report | None) -> Noticed:
         noticed = await service.engine.edited(order, seconds)
