@@ -42,7 +42,7 @@ def edit(
     apply: Annotated[list[Path] | None, typer.Option(metavar="IMAGE...", help="Pictures to edit alike.")] = None,
     images_out: Annotated[Path, typer.Option(help="Folder for the edited pictures.")] = Path("edited"),
     out: Annotated[Path | None, typer.Option("-o", "--out", help="LoRA file of the change to write.")] = None,
-    strength: Annotated[float, typer.Option(help="How much of the change.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="How much of the change; below 0 undoes it.")] = 1.0,
     reverse: Annotated[bool, typer.Option("--reverse", help="Undo the change instead.")] = False,
     repaint: Annotated[
         bool, typer.Option("--repaint", help="Repaint what the change leaves alone too, as the LoRA file does.")

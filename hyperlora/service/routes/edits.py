@@ -40,7 +40,7 @@ async def edit(
     after: Annotated[list[UploadFile] | None, File(description="The same pictures after it.")] = None,
     lora: Annotated[UploadFile | None, File(description="Or the LoRA of a change, a .safetensors file.")] = None,
     lora_id: Annotated[Id | None, Form(description="Or the id of a kept one.")] = None,
-    strength: Annotated[Weight, Form(description="Below 0 undoes the change.")] = 1.0,
+    strength: Annotated[Weight, Form(description="Of a pair, below 0 undoes the change.")] = 1.0,
     instruction: Annotated[str, Form(max_length=1000, description="Words besides, or instead.")] = "",
     seed: Annotated[int, Form(ge=0, le=2**63 - 1)] = 0,
     steps: Annotated[int | None, Form(ge=1, le=50, description="The model's own if not given.")] = None,
