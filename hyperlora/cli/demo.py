@@ -93,10 +93,8 @@ def _edits(out: Path) -> None:
     judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=model.steps)
     pair_loras(model, benchmark, 1)  # warm up
     lora, seconds = pair_loras(model, benchmark, 1)
-    repainted, nothing = (
-        judge.edited("edits", lora, judge.before),
-        judge.edited("asked for nothing", None, judge.before),
-    )
+    repainted = judge.edited("edits", lora, judge.before)
+    nothing = judge.edited("asked for nothing", None, judge.before)
     row = judge.scored("edits", kept(judge.before, repainted, nothing))
     firsts = [sum(len(e.others) for e in benchmark.edits[:i]) for i in range(len(benchmark.edits))]
     turned, _ = pair_loras(model, benchmark, 1, turned=True)
