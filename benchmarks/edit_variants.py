@@ -33,11 +33,11 @@ PAPER: Final[dict[str, Any]] = {
 }
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "as in the bundle": {},
-    "reverse": {"reverse": 1.0},
+    "no reverse": {"reverse": 0.0},
     "no exchange": {"exchange": 0.0},
     "no words": WORDLESS,
     "the pair itself, mirrored": {"target": "mirrored"},
-    "difference of tokens": {"network": {"join": "difference"}},
+    "no words, difference of tokens": {**WORDLESS, "network": {"words": None, "join": "difference"}},
     "as published": PAPER,
     "as published, no reverse": {**PAPER, "reverse": 0.0},
     "as published, no exchange": {**PAPER, "exchange": 0.0},

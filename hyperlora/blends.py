@@ -51,6 +51,16 @@ def parts_of(prompt: str) -> dict[str, float]:
         ) from None
 
 
+def reworded(prompt: str, pattern: str) -> str:
+    """The prompt with each part that says something in the place of ``{}`` of ``pattern``.
+
+    Raises ``BadRequest`` for a pattern without.
+    """
+    if "{}" not in pattern:
+        raise BadRequest(f"the pattern {pattern!r} has no place for a prompt: write {{}} where it goes")
+    return blend({pattern.replace("{}", part) if part else part: weight for part, weight in parts_of(prompt).items()})
+
+
 def shares(prompts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
     """The plain prompts that all of these are blended of, and how much of each is in each [prompts][plain]."""
     blends = [parts_of(prompt) for prompt in prompts]

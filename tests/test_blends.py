@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperlora.blends import blend, parts_of
+from hyperlora.blends import blend, parts_of, reworded
 from hyperlora.errors import BadRequest
 
 WEIGHTS = st.floats(-2, 2).filter(lambda w: abs(w) > 1e-3)
@@ -13,6 +13,14 @@ WEIGHTS = st.floats(-2, 2).filter(lambda w: abs(w) > 1e-3)
 @given(st.dictionaries(st.text(min_size=1, max_size=20), WEIGHTS, min_size=2, max_size=5))
 def test_what_is_written_is_read_again(parts: dict[str, float]) -> None:
     assert parts_of(blend(parts)) == pytest.approx(parts, abs=1e-4)
+
+
+def test_every_part_that_says_something_is_reworded() -> None:
+    assert reworded("red clothes", "back to {}") == "back to red clothes"
+    parts = parts_of(reworded('("", "red {", "sad").blend(-1, 1.5, 0.5)', "no {}!"))
+    assert parts == {"": -1, "no red {!": 1.5, "no sad!": 0.5}
+    with pytest.raises(BadRequest, match="no place for a prompt"):
+        reworded("red clothes", "back to")
 
 
 def test_as_compel_writes_it() -> None:

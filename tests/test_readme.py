@@ -87,7 +87,10 @@ def test_commands_do_what_they_say(desk):
             assert (ROOT / arguments[arguments.index("--config") + 1]).is_file()
             continue
         run([hyperlora, verb, *arguments, *QUICKER.get(verb, [])], desk)
-    assert verbs == {"generate", "render", "inspect", "edit", "evaluate", "train", "combine", "convert", "serve"}
+    assert verbs == {
+        "generate", "render", "inspect", "edit", "evaluate", "train", "combine", "convert", "scale", "serve",
+    }  # fmt: skip
+    assert (desk / "back.safetensors").stat().st_size > 10_000
     assert (desk / "edited" / "me.png").stat().st_size > 1000
     assert {p.name for p in (desk / "loras").iterdir()} >= {"index.jsonl"}
     assert all((desk / f"{name}.png").stat().st_size > 1000 for name in ("out", "guided", "two"))

@@ -4,17 +4,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from data_builder.avatars import vocabulary as words
 from data_builder.avatars.edits import edited
 from data_builder.avatars.people import SPLITS, Identity, Scene, hidden, identity, scene
-from hyperlora.blends import blend
+from hyperlora.blends import blend, parts_of, reworded
 
 Portrait = tuple[Identity, Scene]
 
+BACK: Final = "back to {}"
+"""How a LoRA's negative asks for what was before an edit: in other words than those that ask for it as an edit, so that
+both can be told apart in one sum."""
 EXACT: Final = "exact "
 """What the kinds begin with whose values are any colour, ``#rrggbb``, and no name says which."""
 
@@ -113,14 +116,28 @@ def asked(values: Sequence[tuple[str, str]], mixed: bool = False) -> str:
     return blend(parts)
 
 
-def vocabulary() -> dict[str, dict[str, list[str]]]:
+def undoable(
+    values: Sequence[tuple[str, str]], before: Sequence[tuple[str, str]], mixed: bool = False, undo: bool = False
+) -> str:
+    """``asked``, less what would ask to go ``BACK`` to the values before; with ``undo`` the negative of that, which
+    asks for these."""
+    way = -1.0 if undo else 1.0
+    parts: defaultdict[str, float] = defaultdict(float, {"": 1 - way * (len(values) - len(before))})
+    for sign, prompt in ((way, asked(values, mixed)), (-way, reworded(asked(before, mixed), BACK))):
+        for part, weight in parts_of(prompt).items():
+            if part:
+                parts[part] += sign * weight
+    return blend(parts)
+
+
+def vocabulary() -> dict[str, Any]:
     """What changes that a network may be shown are called, as ``hyperlora.models.vocabulary`` reads it: one of the
-    values of an attribute, or a colour between black, red, green and blue."""
+    values of an attribute, or a colour between black, red, green and blue; and how to ask for the way back."""
     corners = ("#000000", "#ff0000", "#00ff00", "#0000ff")
     mixtures = {k: [asked([(k, color)]) for color in corners] for k in _VALUES if EXACT + k in KINDS}
     named = [k for k in _VALUES if k not in mixtures and k not in UNSEEN_KINDS]
     choices = {k: [instruction(k, v) for v in _VALUES[k] if (k, v) != UNSEEN_VALUE] for k in named}
-    return {"choices": choices, "mixtures": mixtures}
+    return {"choices": choices, "mixtures": mixtures, "back": BACK}
 
 
 def _mixture(attribute: str, value: str, mixed: bool) -> dict[str, float]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Pair, asked, instruction
+from data_builder.avatars.changes import UNSEEN_KINDS, UNSEEN_TOGETHER, Change, Pair, asked, instruction, undoable
+from data_builder.avatars.changes import change as drawn_change
 from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
 from data_builder.avatars.latents import features_of, latents_of
 from data_builder.avatars.pairs import DrawnPairs
@@ -17,10 +18,11 @@ from data_builder.avatars.pairs import DrawnPairs
 class _Edits(Dataset[dict[str, Any]]):
     """Latents of pairs in both directions, each with its instruction: item 2 i forward, 2 i + 1 backward. Several
     changes are asked for as a sum or, a quarter of the time, as one sentence, a colour that has a name by it or, half
-    of the time, as a mixture."""
+    of the time, as a mixture. With probability ``undoing`` the base is told what a LoRA says, three times in ten the
+    negative of the way back; what is taken away is what was there or, three times in ten, what someone else had."""
 
-    def __init__(self, folder: str, vae: str, nothing: float) -> None:
-        self.pairs, self.nothing = DrawnPairs(folder).pairs(), nothing
+    def __init__(self, folder: str, vae: str, nothing: float, undoing: float = 0.0) -> None:
+        self.pairs, self.nothing, self.undoing = DrawnPairs(folder).pairs(), nothing, undoing
         self.latents = latents_of(folder, vae)
 
     def __len__(self) -> int:
@@ -28,12 +30,9 @@ class _Edits(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, backward = divmod(index, 2)
-        changes = self.pairs[number].changes
-        values = [(c.attribute, c.before if backward else c.after) for c in changes]
-        sentence = len(values) > 1 and float(torch.rand(())) < 0.25
-        mixed = float(torch.rand(())) < 0.5
-        words = ", ".join(instruction(*value) for value in values) if sentence else asked(values, mixed)
+        changes = [c.reversed() if backward else c for c in self.pairs[number].changes]
         before, after = index, index ^ 1  # picture 2 i is before, 2 i + 1 after: going back they change places
+        words = self._words(changes)
         if float(torch.rand(())) < self.nothing:
             words, after = "", before
         return {
@@ -41,16 +40,44 @@ class _Edits(Dataset[dict[str, Any]]):
             "labels": _labels(self.pairs[number], after % 2),
         }  # fmt: skip
 
+    def _words(self, changes: list[Change]) -> str:
+        values = [(c.attribute, c.after) for c in changes]
+        mixed = _chance(0.5)
+        if _chance(self.undoing):
+            elsewhere = _chance(0.3)
+            left = [(c.attribute, _another(c) if elsewhere else c.before) for c in changes]
+            return undoable(left, values, mixed, undo=True) if _chance(0.3) else undoable(values, left, mixed)
+        if len(values) > 1 and _chance(0.25):
+            return ", ".join(instruction(*value) for value in values)
+        return asked(values, mixed)
+
     def _latent(self, index: int) -> Tensor:
         return torch.from_numpy(np.array(self.latents[index])).float()
 
 
+def _another(change: Change) -> str:
+    """What someone else may have had before this change; mostly the same of what is there or not."""
+    before = drawn_change(np.random.default_rng(int(torch.randint(2**31, ()))), change.kind).before
+    return change.before if before == change.after else before
+
+
+def _chance(probability: float) -> bool:
+    return float(torch.rand(())) < probability
+
+
 class EditLatents(L.LightningDataModule):
     """``before``, ``after`` and ``instructions``, from one folder or several: for the edit base. With probability
-    ``nothing`` the instruction is empty and the picture stays as it is."""
+    ``nothing`` the instruction is empty and the picture stays as it is, and with ``undoing`` it is what a LoRA of the
+    edit, or the negative of one, says (``data_builder.avatars.changes.undoable``)."""
 
     def __init__(
-        self, folder: str | list[str], validation: str, vae: str, batch_size: int = 32, nothing: float = 0.1
+        self,
+        folder: str | list[str],
+        validation: str,
+        vae: str,
+        batch_size: int = 32,
+        nothing: float = 0.1,
+        undoing: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -58,7 +85,7 @@ class EditLatents(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         h = self.hparams
         data: ConcatDataset[dict[str, Any]] = ConcatDataset(
-            [_Edits(folder, h["vae"], h["nothing"]) for folder in _folders(h["folder"])]
+            [_Edits(folder, h["vae"], h["nothing"], h["undoing"]) for folder in _folders(h["folder"])]
         )
         return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
 

@@ -34,12 +34,17 @@ def edit_markdown(rows: Sequence[EditRow], reverse: Undone | None = None) -> str
         lines += [f"| {kind} | {' | '.join(f'{of[kind]:.2f}' for of in found)} |" for kind in kinds]
         lines.append("")
     if reverse is not None:
-        ratio = reverse.undone.mean / max(reverse.round_trip.mean, 1e-9)
-        lines.append(
-            f"Undone: -Δ on the answer comes back to within {reverse.undone} of the picture before, {ratio:.2f} times "
-            f"the autoencoder's round trip ({reverse.round_trip}); the LoRA of the pair turned round, to within "
-            f"{reverse.turned}, with the rest kept {reverse.kept}; the answer itself is {reverse.untouched} away."
-        )
+        around = reverse.round_trip
+        lines += ["| undone by | error | of the autoencoder's |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {error} | {error.mean / max(around.mean, 1e-9):.2f} × |"
+            for name, error in (
+                ("-Δ", reverse.undone), ("-Δ, the rest kept", reverse.undone_kept),
+                ("the pair turned round", reverse.turned),
+                ("the pair turned round, the rest kept", reverse.turned_kept),
+                ("nothing: the answer as it is", reverse.untouched), ("the picture, through the autoencoder", around),
+            )
+        ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

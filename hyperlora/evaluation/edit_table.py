@@ -24,13 +24,14 @@ NOISIER: Final = 5.0
 
 @dataclass(frozen=True)
 class Undone:
-    """Mean errors, of 1, of the picture before against: what -Δ makes of the answer; what the LoRA of the pair turned
-    round makes of it, and with the rest kept; the round trip through the autoencoder, which no repainted picture is
-    better than; and the answer itself, as if nothing was undone."""
+    """Mean errors, of 1, of the picture before against: what -Δ makes of the answer, and with the rest kept; what the
+    LoRA of the pair turned round makes of it, and with the rest kept; the round trip through the autoencoder, which no
+    repainted picture is better than; and the answer itself, as if nothing was undone."""
 
     undone: Score
+    undone_kept: Score
     turned: Score
-    kept: Score
+    turned_kept: Score
     round_trip: Score
     untouched: Score
 
@@ -76,9 +77,9 @@ def undone(judge: EditJudge, model: PairToLora) -> Undone:
     made = judge.edited("undone", -pair_loras(model, judge.benchmark, 1)[0], judge.answers)
     turned = judge.edited("turned round", pair_loras(model, judge.benchmark, 1, turned=True)[0], judge.answers)
     nothing = judge.edited("asked for nothing", None, judge.answers)
-    with_rest = kept(judge.answers, turned, nothing)
+    both = [picture for one in (made, turned) for picture in (one, kept(judge.answers, one, nothing))]
     around = judge.through_autoencoder(judge.before)
-    return Undone(*(_error(x, judge.before) for x in (made, turned, with_rest, around, judge.answers)))
+    return Undone(*(_error(x, judge.before) for x in (*both, around, judge.answers)))
 
 
 @torch.no_grad()

@@ -24,14 +24,17 @@ TOLD_APART: Final = 3e-5
 
 class WordSites(nn.Module):
     """The sites of ``layout`` that read text of ``width`` numbers a token, ``tokens`` tokens, and all that ΔW needs to
-    know of the base (``learn``). The other sites may use fewer of the layout's rank, ``rest``: words need more.
+    know of the base (``learn``). The other sites may use fewer of the layout's rank, ``rest``: words need more. Words
+    may be told in a ``basis`` of fewer directions than ``width``.
 
     Raises ``BadRequest`` if the layout has no such site, or ``rest`` is more than its rank.
     """
 
     said: Tensor
 
-    def __init__(self, layout: LoraLayout, tokens: int, width: int, rest: int | None = None) -> None:
+    def __init__(
+        self, layout: LoraLayout, tokens: int, width: int, rest: int | None = None, basis: int | None = None
+    ) -> None:
         super().__init__()
         self.layout, self.tokens, self.width, self.rest = layout, tokens, width, rest or layout.rank
         if self.rest > layout.rank:
@@ -41,7 +44,7 @@ class WordSites(nn.Module):
             raise BadRequest(f"no site of the layout reads text of width {width}: leave words out")
         self.register_buffer("said", torch.zeros(tokens, width))  # pinv(e(∅)ᵀ)
         for i, site in enumerate(self.sites):
-            self.register_buffer(f"weight{i}", torch.zeros(site.fan_out, width))
+            self.register_buffer(f"weight{i}", torch.zeros(site.fan_out, basis or width))
 
     @property
     def sites(self) -> list[Site]:
@@ -54,14 +57,15 @@ class WordSites(nn.Module):
         return LoraLayout(tuple(others), self.rest, self.layout.base)
 
     @torch.no_grad()
-    def learn(self, empty: Tensor, weights: Sequence[Tensor]) -> None:
-        """``empty`` [tokens, width], the base's embedding of the empty text; ``weights`` of ``sites``, in order."""
+    def learn(self, empty: Tensor, weights: Sequence[Tensor], basis: Tensor | None = None) -> None:
+        """``empty`` [tokens, width], the base's embedding of the empty text; ``weights`` of ``sites``, in order; the
+        ``basis`` [directions, width] that words are told in, orthonormal."""
         self.said.copy_(torch.linalg.pinv(empty.double().mT, rtol=TOLD_APART))
         for i, weight in enumerate(weights):
-            self.get_buffer(f"weight{i}").copy_(weight)
+            self.get_buffer(f"weight{i}").copy_(weight if basis is None else weight @ basis.to(weight).mT)
 
     def forward(self, a: Tensor, b: Tensor, rest: LoraWeights) -> LoraWeights:
-        """``a`` [*batch, tokens, rank] and ``b`` [*batch, rank, width] at these sites, ``rest`` at the others."""
+        """``a`` [*batch, tokens, rank] and ``b`` [*batch, rank, basis] at these sites, ``rest`` at the others."""
         with torch.autocast(a.device.type, enabled=False):
             said = a.float().mT @ self.said
             spoken = {place: (said, weight @ b.float().mT) for place, weight in self._weights()}

@@ -31,7 +31,8 @@ class ChangeNetwork(nn.Module):
     ``words`` (``tokens`` and ``width`` of the base's text, ``rest``, the rank of all other sites, and options of
     ``Wording``, its ``vocabulary`` among them) gives the sites that read text to a network of their own, which is
     taught by instructions alone. Their LoRA is 0 where nothing changes too, but the words for a change are not the
-    opposite of those for its undoing: there Δ(A', A) is not -Δ(A, A').
+    opposite of those for its undoing: there Δ(A', A) is not -Δ(A, A'), though both undo it if the vocabulary has words
+    for the way ``back`` (and the base knows them).
     """
 
     def __init__(
@@ -48,11 +49,17 @@ class ChangeNetwork(nn.Module):
             raise BadRequest(f"unknown way to join a pair {join!r}; known: {', '.join(JOINS)}")
         if antisymmetric and decoder.get("head") == "softmax":
             raise BadRequest("shares of a softmax basis cannot change sign: antisymmetric needs another head")
+        if words and words.get("pixels") and join != "concat":
+            raise BadRequest(f"words that point at pixels need both pictures: join 'concat' expected, got {join!r}")
         self.layout, self.join, self.antisymmetric = layout, join, antisymmetric
         width = JOINS[join] * feature_width
-        self.sites = WordSites(layout, words["tokens"], words["width"], words.get("rest")) if words else None
         told = {k: v for k, v in (words or {}).items() if k != "rest"}
         self.wording = Wording(width, rank=layout.rank, **told) if words else None
+        self.sites = None
+        if words and self.wording:
+            self.sites = WordSites(
+                layout, words["tokens"], words["width"], words.get("rest"), self.wording.text_b.shape[-1]
+            )
         self.hypernetwork = Hypernetwork(self.sites.others if self.sites else layout, width, **decoder)
         inner = {k: v for k, v in self.hypernetwork.config.items() if k != "feature_width"}
         self.config = {
@@ -76,11 +83,12 @@ class ChangeNetwork(nn.Module):
         return self.sites(*self.words(before, after), weights)
 
     def words(self, before: ImageFeatures, after: ImageFeatures) -> tuple[Tensor, Tensor]:
-        """``a`` [batch, tokens, rank] and ``b`` [batch, rank, width] of ``WordSites``. Raises ``BadRequest`` if the
+        """``a`` [batch, tokens, rank] and ``b`` [batch, rank, basis] of ``WordSites``. Raises ``BadRequest`` if the
         network was built without ``words``."""
         if self.wording is None:
             raise BadRequest("this network has no words: build it with words={'tokens': ..., 'width': ...}")
-        return self.wording(self.joined(before, after), self.joined(before, before))
+        change = self.joined(before, after), self.joined(before, before)
+        return self.wording(change, (self.joined(after, before), self.joined(after, after)))
 
     def joined(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:
         """What the decoder sees of a pair."""

@@ -2,7 +2,8 @@
 
 Several groups, each of which says one thing or nothing. Of a *choice* that is one of its prompts; of a *mixture* any
 point of a box: its first prompt is a corner, the others where the edges from it lead (colours: black, red, green,
-blue). Prompts may be blends (``hyperlora.blends``). What all groups say is added up.
+blue). Prompts may be blends (``hyperlora.blends``). What all groups say is added up. ``back`` is a pattern, such as
+``back to {}``, for what the negative of a LoRA says: the prompts of what was there before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.blends import parts_of
+from hyperlora.blends import parts_of, reworded
 from hyperlora.errors import BadRequest
 
 PRECISELY: Final = 50.0
@@ -41,20 +42,28 @@ class Vocabulary:
 
     choices: Mapping[str, Sequence[str]]
     mixtures: Mapping[str, Sequence[str]]
+    back: str | None = None
 
     def __post_init__(self) -> None:
         few = [k for k, v in self.choices.items() if not v] + [k for k, v in self.mixtures.items() if len(v) < 2]
         if few or not self.prompts:
             raise BadRequest(f"a vocabulary needs a prompt for each choice and two for each mixture; too few: {few}")
+        if self.back is not None:
+            reworded("", self.back)  # refuses what is no pattern
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Vocabulary":
-        """From a configuration: ``choices`` and ``mixtures``."""
-        return cls(given.get("choices", {}), given.get("mixtures", {}))
+        """From a configuration: ``choices``, ``mixtures`` and ``back``."""
+        return cls(given.get("choices", {}), given.get("mixtures", {}), given.get("back"))
 
     @cached_property
     def prompts(self) -> list[str]:
         return [prompt for group in (*self.choices.values(), *self.mixtures.values()) for prompt in group]
+
+    @cached_property
+    def ways_back(self) -> list[str]:
+        """What asks to go back to what each of ``prompts`` asks for; empty without a pattern for it."""
+        return [reworded(prompt, self.back) for prompt in self.prompts] if self.back else []
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -1,18 +1,28 @@
 """``Wording``: features of a picture before and after an edit to the words that would ask for it, of low rank.
 
 w(A, A') - w(A, A) of the prompts of a ``Vocabulary``;   0 at initialisation, and for a pair without change
+
+If the vocabulary has words for the way back, they are taken away for what was before, w(A', A) - w(A', A') of them: so
+the negative of a change asks to undo it.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.words import low_rank
+from hyperlora.models.pointing import Pointing
 from hyperlora.models.vocabulary import Vocabulary
+
+_ON_PIXELS: Final = 1 / 6
+"""Share of the noise that pixels get: a colour is to be told exactly."""
+Sight = tuple[ImageFeatures, ImageFeatures]
+"""What is seen of a pair, and of its first picture beside itself."""
 
 
 class Wording(nn.Module):
@@ -20,8 +30,13 @@ class Wording(nn.Module):
     averaged to so many), that says which prompts of a ``vocabulary`` ask for the change; several pairs of the same edit
     are averaged where that is chosen. While it learns what is usual of each number, ``noise`` times that is added.
 
+    ``pixels`` is the ``colours`` of a ``VisionEncoder``: its tokens of A and of A' end with so many pixels across of
+    the picture. Mixtures then point at a colour there (``Pointing``), and of the noise these numbers get a sixth.
+
     It decides: a little of many prompts is nothing that a base was told before. So it learns from what is said
-    (``Vocabulary.loss``), not through the base. ``learn`` tells it the base's texts, which it keeps at ``rank``.
+    (``Vocabulary.loss``), not through the base. ``learn`` tells it the base's texts, of which it keeps each at
+    ``text_rank`` (else ``rank``, the LoRA's), all in the ``text_basis`` directions in which they differ most (those of
+    the avatars' need 32 of 192).
     """
 
     text_a: Tensor
@@ -38,6 +53,9 @@ class Wording(nn.Module):
         hidden: int = 288,
         depth: int = 2,
         noise: float = 0.0,
+        text_rank: int | None = None,
+        text_basis: int = 48,
+        pixels: int = 0,
     ) -> None:
         super().__init__()
         self.vocabulary = Vocabulary.of(vocabulary)
@@ -56,38 +74,76 @@ class Wording(nn.Module):
         self.what = nn.Linear(hidden, sum(self.vocabulary.sizes))
         nn.init.zeros_(self.what.weight)
         nn.init.zeros_(self.what.bias)
-        prompts = len(self.vocabulary.prompts)
-        self.register_buffer("text_a", torch.zeros(prompts, tokens, rank))
-        self.register_buffer("text_b", torch.zeros(prompts, rank, width))
+        self.pixels = pixels
+        edges = [len(group) - 1 for group in self.vocabulary.mixtures.values()]
+        self.pointing = Pointing(hidden, places, pixels, edges) if pixels and edges else None
+        prompts = len(self.vocabulary.prompts) + len(self.vocabulary.ways_back)
+        basis, text_rank = min(text_basis, width), text_rank or rank
+        self.register_buffer("text_a", torch.zeros(prompts, tokens, text_rank))
+        self.register_buffer("text_b", torch.zeros(prompts, text_rank, basis))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """What is neither the last layer nor a vector."""
-        return [p for part in (self.place, self.whole, self.blocks) for p in part.parameters() if p.ndim == 2]
+        """What maps what is seen to what is said, without the last layer, vectors and where things are seen."""
+        parts = [self.place, self.whole, self.blocks, *([self.pointing.ask] if self.pointing else [])]
+        return [p for part in parts for p in part.parameters() if p.ndim == 2]
 
     @torch.no_grad()
-    def learn(self, texts: Tensor) -> None:
-        """``texts`` [prompts, tokens, width]: e(prompt) - e(∅) of the vocabulary's prompts."""
-        a, b = low_rank(texts, self.rank)
+    def learn(self, texts: Tensor) -> Tensor:
+        """``texts`` [prompts, tokens, width]: e(prompt) - e(∅) of the vocabulary's prompts and its ways back. Returns
+        the basis [directions, width] that they are kept in, orthonormal."""
+        moments = torch.einsum("ptw,ptv->wv", texts.double(), texts.double())
+        basis = torch.linalg.eigh(moments).eigenvectors.mT.flip(0)[: self.text_b.shape[-1]].to(texts)
+        a, b = low_rank(texts @ basis.mT, self.text_a.shape[-1])
         self.text_a.copy_(a)
         self.text_b.copy_(b)
+        return basis
 
     @torch.no_grad()
-    def forward(self, pair: ImageFeatures, nothing: ImageFeatures) -> tuple[Tensor, Tensor]:
-        """``pair`` holds (A, A'), ``nothing`` (A, A), joined: a [batch, tokens, rank] and b [batch, rank, width]."""
-        weights = self.vocabulary.weights(self.said(pair)) - self.vocabulary.weights(self.said(nothing))
-        with torch.autocast(weights.device.type, enabled=False):
-            return low_rank(torch.einsum("np,ptr,prw->ntw", weights.float(), self.text_a, self.text_b), self.rank)
+    def forward(self, change: Sight, turned: Sight) -> tuple[Tensor, Tensor]:
+        """``change`` holds (A, A') and (A, A), ``turned`` (A', A) and (A', A'), each joined: a [batch, tokens, rank]
+        and b [batch, rank, basis]."""
+        with torch.autocast(self.text_a.device.type, enabled=False):
+            weights = self._weights(*change)
+            if self.vocabulary.back:
+                weights = torch.cat([weights, -self._weights(*turned)], -1)
+            return low_rank(torch.einsum("np,ptr,prk->ntk", weights, self.text_a, self.text_b), self.rank)
+
+    def _weights(self, pair: ImageFeatures, nothing: ImageFeatures) -> Tensor:
+        """How much of each prompt, [batch, prompts]."""
+        return self.vocabulary.weights(self.said(pair)) - self.vocabulary.weights(self.said(nothing))
 
     def said(self, pair: ImageFeatures) -> Tensor:
-        """[batch, numbers], as ``Vocabulary`` reads them."""
-        tokens = pair.tokens
+        """[batch, numbers], as ``Vocabulary`` reads them. Raises ``BadRequest`` if it points at pixels, but there are
+        other ``places``."""
+        tokens = pair.tokens.float()
         if tokens.shape[-2] != self.places:
+            if self.pointing is not None:
+                raise BadRequest(f"words point at pixels of {self.places} places, the encoder shows {tokens.shape[-2]}")
             batch, views = tokens.shape[:2]
             tokens = F.adaptive_avg_pool1d(tokens.flatten(0, 1).mT, self.places).mT.unflatten(0, (batch, views))
         usual = self.usual(tokens.flatten(0, 2)).view_as(tokens)  # colours and features are of different sizes
         if self.usual.training:
-            usual = usual + self.noise * torch.randn_like(usual)
+            usual = self._spoilt(usual)
         seen = self.whole(self.place(usual).flatten(-2))
         for block in self.blocks:
             seen = seen + block(seen)
-        return self.what(self.norm(seen.mean(1)))
+        seen = self.norm(seen.mean(1))
+        said = self.what(seen)
+        if self.pointing is None:
+            return said
+        before, after = self._beside(tokens)
+        points = self.pointing(seen, before, after)
+        choices = sum(self.vocabulary.sizes) - sum(1 + p.shape[-1] for p in points)
+        pointed = [F.pad(p, (1, 0)) for p in points]  # whether there is one is not pointed at
+        return said + F.pad(torch.cat(pointed, -1), (choices, 0))
+
+    def _spoilt(self, usual: Tensor) -> Tensor:
+        """With noise, of which pixels get less."""
+        noise = self.noise * torch.randn_like(usual)
+        for pixels in self._beside(noise):
+            pixels *= _ON_PIXELS
+        return usual + noise
+
+    def _beside(self, tokens: Tensor) -> list[Tensor]:
+        """The pixels of A and of A', views of their tokens."""
+        return [side[..., side.shape[-1] - 3 * self.pixels**2 :] for side in tokens.chunk(2, -1)]

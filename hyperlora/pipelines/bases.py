@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -22,6 +22,11 @@ _ARCHITECTURES = {
     "StableDiffusion3Pipeline": "stable-diffusion-v3-medium",
     "FluxPipeline": "flux-1-dev",
 }
+
+Texts = dict[str, tuple[Tensor, Tensor | None]]
+"""What prompts read as: text [tokens, width] and, for SDXL, pooled text [width]."""
+KNOWN: Final = 1024
+"""Texts to keep."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,16 @@ class Base:
         return (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Any]:
+    def encode_prompts(self, prompts: list[str], known: Texts | None = None) -> dict[str, Any]:
         """What the UNet is called with for these prompts (or ``hyperlora.blends`` of prompts):
         ``encoder_hidden_states`` [n, tokens, width] and, for SDXL, ``added_cond_kwargs`` (pooled text, and sizes of an
-        uncropped picture)."""
+        uncropped picture). ``known``, empty at first, is filled with what plain prompts read as, for the next
+        call: only while nothing changes the text encoders."""
         plain, rows = shares(prompts)
-        if set(plain) == set(prompts):  # no blend: each is encoded by its own, as LoRAs of text encoders need
+        if known is None and set(plain) == set(prompts):  # no blend: each by its own, as LoRAs of text encoders need
             text, pooled = self._encode(prompts)
         else:
-            parts, pooled = self._encode(plain)
+            parts, pooled = self._encode(plain) if known is None else self._recall(plain, known)
             share = parts.new_tensor(rows)
             with torch.autocast(parts.device.type, enabled=False):  # what tells colours apart is little
                 text = torch.einsum("np,ptw->ntw", share, parts)
@@ -94,6 +100,17 @@ class Base:
             "encoder_hidden_states": text,
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids.to(text)},
         }
+
+    def _recall(self, plain: list[str], known: Texts) -> tuple[Tensor, Tensor | None]:
+        """``_encode``, of what is not yet ``known``; of many sentences that is forgotten now and then."""
+        if len(known) > KNOWN:
+            known.clear()
+        if new := [prompt for prompt in plain if prompt not in known]:
+            text, pooled = self._encode(new)
+            known.update({p: (text[i], None if pooled is None else pooled[i]) for i, p in enumerate(new)})
+        texts = torch.stack([known[prompt][0] for prompt in plain])
+        pools = [pool for prompt in plain if (pool := known[prompt][1]) is not None]
+        return texts, torch.stack(pools) if pools else None
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Text [n, tokens, width] and, for SDXL, pooled text [n, width]."""

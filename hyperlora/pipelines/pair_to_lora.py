@@ -27,12 +27,20 @@ class PairToLora(ReleasedModel):
     one released artifact (LoRA of Change, 2411.19156).
 
     ``PairToLora.from_pretrained(folder_or_hub_id)(("before.png", "after.png"))`` is a LoRA for ``layout.base``, an
-    InstructPix2Pix pipeline. The LoRA of the pair turned round undoes the edit; without words in the network that is
-    its negative.
+    InstructPix2Pix pipeline. The LoRA of the pair turned round undoes the edit. Its negative does too: it is the same
+    without words in the network, and says what was before if their ``Vocabulary`` has words for the way ``back``.
+
+    Raises ``BadRequest`` if the network points at pixels, and the encoder does not show as many.
     """
 
     def __init__(self, encoder: VisionEncoder, network: ChangeNetwork, card: dict[str, Any] | None = None) -> None:
         super().__init__()
+        pixels = network.wording.pixels if network.wording else 0
+        if pixels not in (0, encoder.colours):
+            raise BadRequest(
+                f"words point at {pixels}×{pixels} pixels of each place, the encoder shows {encoder.colours}×"
+                f"{encoder.colours}: give both the same number (pixels and colours)"
+            )
         self.encoder, self.network = encoder, network
         self.card = card or {}
 

@@ -17,19 +17,19 @@ def text_of(base: Base, texts: Sequence[str]) -> Tensor:
         return base.encode_prompts(list(texts))["encoder_hidden_states"].float()
 
 
-def learn_sites(sites: WordSites, base: Base) -> None:
-    """Tell ``sites`` the weights and the empty text of the base that they are of."""
+def learn_sites(sites: WordSites, base: Base, basis: Tensor | None = None) -> None:
+    """Tell ``sites`` the weights and the empty text of the base that they are of, and the basis of their words."""
     layers = dict(base.denoiser.named_modules())
-    sites.learn(text_of(base, [""])[0], [layers[site.path].weight for site in sites.sites])
+    sites.learn(text_of(base, [""])[0], [layers[site.path].weight for site in sites.sites], basis)
 
 
 def learn_words(network: ChangeNetwork, base: Base) -> None:
     """Tell a network with ``words`` all that it needs to know of the base; others need nothing."""
     if network.sites is None or network.wording is None:
         return
-    learn_sites(network.sites, base)
-    said = text_of(base, ["", *network.wording.vocabulary.prompts])
-    network.wording.learn(said[1:] - said[0])
+    vocabulary = network.wording.vocabulary
+    said = text_of(base, ["", *vocabulary.prompts, *vocabulary.ways_back])
+    learn_sites(network.sites, base, network.wording.learn(said[1:] - said[0]))
 
 
 @torch.no_grad()

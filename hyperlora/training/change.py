@@ -17,6 +17,7 @@ from hyperlora.lora import LoraWeights
 from hyperlora.models import ChangeNetwork
 from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import PairToLora, load_base
+from hyperlora.pipelines.bases import Texts
 from hyperlora.pipelines.wording import learn_words
 from hyperlora.training.optimizers import adamw_one_cycle, muon_one_cycle
 from hyperlora.training.reader import Misreading
@@ -78,6 +79,7 @@ class ChangeTraining(L.LightningModule):
         self.save_hyperparameters()
         # a plain attribute in a tuple: the frozen base is no part of the checkpoint
         self._base = (load_base(base, **(base_options or {})),)
+        self.texts: Texts = {}
         if start_from is not None:
             self.model = PairToLora.from_pretrained(start_from, base=self.base).requires_grad_(True)
         else:
@@ -207,7 +209,7 @@ class ChangeTraining(L.LightningModule):
                 weight=edit_weight(seen, wanted, self.hparams["change_weight"]),
                 also=also,
                 sure=1.0,
-                **self.base.encode_prompts(texts),
+                **self.base.encode_prompts(texts, self.texts),
             ).mean()
 
     def on_train_end(self) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import load_base
+from hyperlora.pipelines.bases import Texts
 from hyperlora.training.optimizers import muon_one_cycle
+from hyperlora.training.preview import Preview
 from hyperlora.training.pruning import prune
 from hyperlora.training.reader import Misreading
 
@@ -33,7 +35,8 @@ class EditBaseModel(L.LightningModule):
     ``prediction`` is what the UNet says: of an edit nearly all of the sample is known, and saying it is copying what is
     seen, while velocity is a difference of what is seen that changes with every step. ``start_from`` is an edit base
     that training goes on from. ``reader`` and ``reading_weight`` are ``BaseModel``'s, on the picture after, which
-    the picture before and the instruction tell behind any noise. When training ends, ``out`` holds a
+    the picture before and the instruction tell behind any noise; ``preview_weight`` counts how far its ``Preview`` is
+    off. When training ends, ``out`` holds a
     ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with ``base``: these are links to it.
     """
 
@@ -50,6 +53,7 @@ class EditBaseModel(L.LightningModule):
         start_from: str | None = None,
         reader: str | None = None,
         reading_weight: float = 0.0,
+        preview_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -57,6 +61,8 @@ class EditBaseModel(L.LightningModule):
         whole = dict(self.base.denoiser.config)
         self.unet = UNet.from_config(whole | {"in_channels": 2 * whole["in_channels"]} | (unet or {}))
         self.misreading = Misreading(reader, reading_weight)
+        self.preview = Preview(whole["out_channels"]) if preview_weight else None
+        self.texts: Texts = {}
         self.schedule = DDPMScheduler.from_config(self.base.noise_schedule.config, prediction_type=prediction)
         if start_from is None:
             prune(self.base.denoiser, self.unet)
@@ -78,7 +84,7 @@ class EditBaseModel(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         dropped = torch.rand(len(batch["before"]), device=self.device) < self.hparams["unconditional"]
         words = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["instructions"], strict=True)]
-        loss = self._loss(batch | {"instructions": words}, dropped, self.misreading.of(batch.get("labels")))
+        loss = self._loss(batch | {"instructions": words}, dropped, self._further(batch))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -87,6 +93,17 @@ class EditBaseModel(L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(batch_index)  # the same noise every time
             self.log("val/loss", self._loss(batch, none), prog_bar=True, batch_size=len(none))
+
+    def _further(self, batch: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
+        """What else counts than the latents' error, as ``denoising_loss`` takes it."""
+        misread, preview = self.misreading.of(batch.get("labels")), self.preview
+        if preview is None:
+            return misread
+        before, after = batch["before"].float(), batch["after"].float()
+        if not preview.fitted:
+            preview.fit(self.base, after)
+        where = self.hparams["preview_weight"] * edit_weight(before, after, self.hparams["change_weight"])
+        return lambda latents: preview.error(latents, after, where) + (misread(latents) if misread else 0.0)
 
     def _loss(self, batch: dict[str, Any], dropped: Tensor, also: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         before, after = batch["before"].float(), batch["after"].float()
@@ -101,7 +118,7 @@ class EditBaseModel(L.LightningModule):
             weight=edit_weight(before, after, self.hparams["change_weight"]),
             also=also,
             sure=(~dropped).float(),
-            **self.base.encode_prompts(batch["instructions"]),
+            **self.base.encode_prompts(batch["instructions"], self.texts),
         ).mean()
 
     def on_train_end(self) -> None:

@@ -114,7 +114,8 @@ def test_evaluate_edits(run: Any, models: Any, bundle: Any, tmp_path: Path) -> N
                "--fit", 1, "--report", tmp_path / "r", "--json", *models)  # fmt: skip
     assert done.code == 0, done
     told = json.loads(done.out)
-    assert told["edits"] == 2 and {"undone", "turned", "kept", "round_trip", "untouched"} == set(told["reverse"])
+    assert told["edits"] == 2
+    assert {"undone", "undone_kept", "turned", "turned_kept", "round_trip", "untouched"} == set(told["reverse"])
     assert (tmp_path / "r" / "sheet.png").is_file()
     done = run("evaluate", bundle.edit_benchmark, "--task", "sideways")
     assert done.code == 2 and "known: portrait, edit" in done.err

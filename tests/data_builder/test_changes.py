@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import one_hot
 
 from data_builder.avatars.changes import (
     KINDS,
@@ -15,6 +17,7 @@ from data_builder.avatars.changes import (
     instruction,
     pair,
     pairs_of,
+    undoable,
     vocabulary,
 )
 from data_builder.avatars.drawing import draw
@@ -22,7 +25,7 @@ from data_builder.avatars.edit_benchmark import UNSEEN, write_edit_benchmark
 from data_builder.avatars.pairs import DrawnPairs, PairPlan, draw_pairs
 from data_builder.avatars.people import SPLITS, identity, scene
 from data_builder.avatars.vocabulary import BACKGROUND, GARMENT_COLOR, HAIR_COLOR
-from hyperlora.blends import parts_of
+from hyperlora.blends import parts_of, reworded
 from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
 from hyperlora.models.vocabulary import Vocabulary
 
@@ -98,6 +101,16 @@ def test_several_changes_are_asked_for_as_the_sum_of_their_words():
     assert three == {"no glasses": 1, "sad": 1, "": -2} | alone
 
 
+def test_the_negative_of_a_change_asks_for_what_was_there():
+    changes = [("glasses", "none"), ("hair_color", "red")], [("glasses", "sunglasses"), ("hair_color", "#808080")]
+    do, undo = (parts_of(undoable(*changes, mixed=True, undo=way)) for way in (False, True))
+    assert do[""] == undo[""] == 1
+    assert {k: -v for k, v in do.items() if k} == {k: v for k, v in undo.items() if k}
+    assert do["no glasses"] == 1 and undo["back to wearing sunglasses"] == 1
+    asks, takes = (parts_of(asked(values, mixed=True)) for values in changes)
+    assert do | {"": -1} == asks | {f"back to {k}": -v for k, v in takes.items() if k}
+
+
 def rgb(color):
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], float)
 
@@ -130,6 +143,35 @@ def test_the_training_set_of_pair_networks_leaves_unseen_kinds_out(tmp_path, mon
     assert np.array_equal(nothing["pairs"][0, 0], nothing["pairs"][0, 1]) and nothing["instructions"] == ""
 
 
+def test_the_edit_base_is_told_as_loras_tell_it(tmp_path, monkeypatch):
+    from data_builder.avatars import edit_data
+
+    draw_pairs(tmp_path, PairPlan("train", groups=30, people=2, size=16), workers=1)
+    monkeypatch.setattr(edit_data, "latents_of", lambda folder, vae: np.zeros((120, 4, 2, 2), np.float16))
+    plain = edit_data._Edits(str(tmp_path), "vae", 0.0)
+    assert not any("back to" in plain[i]["instructions"] for i in range(len(plain)))
+    edits = edit_data._Edits(str(tmp_path), "vae", 0.0, undoing=1.0)
+    ways, own = [], []
+    for number in range(len(edits)):
+        changes = [c.reversed() if number % 2 else c for c in edits.pairs[number // 2].changes]
+        told = {k: w for k, w in parts_of(edits[number]["instructions"]).items() if k}
+        back = {k.removeprefix("back to "): w for k, w in told.items() if k.startswith("back to ")}
+        there = {k: w for k, w in told.items() if not k.startswith("back to ")}
+        undo = sum(back.values()) > 0
+        wanted, taken = (back, there) if undo else (there, back)
+        assert wanted in said([(c.attribute, c.after) for c in changes])  # either way the base is to make this
+        assert sum(taken.values()) == pytest.approx(-len(changes), abs=1e-2)
+        ways.append(undo)
+        own.append({k: -w for k, w in taken.items()} in said([(c.attribute, c.before) for c in changes]))
+    assert 0.1 < np.mean(ways) < 0.6
+    assert 0.5 < np.mean(own) < 1
+
+
+def said(values):
+    """What asks for the values, with names and with mixtures of colours."""
+    return [{k: w for k, w in parts_of(asked(values, mixed)).items() if k} for mixed in (False, True)]
+
+
 def test_the_benchmark_of_edits(tmp_path):
     write_edit_benchmark(tmp_path, each=1, others=2)
     found = load_edit_benchmark(tmp_path, 32)
@@ -154,6 +196,7 @@ COLOURS = {"hair_color": HAIR_COLOR, "garment_color": GARMENT_COLOR, "background
 @pytest.mark.parametrize("mixed", [False, True], ids=["named", "mixed"])
 def test_the_vocabulary_reads_what_every_change_is_called(mixed):
     words = Vocabulary.of(vocabulary())
+    assert words.ways_back == [reworded(prompt, "back to {}") for prompt in words.prompts]
     assert not {"hat", "skin"} & set(words.choices) and "negative style" not in words.prompts
     drawn = [made for n in range(300) for made in pairs_of("train", n, 1)]
     afters = [{c.attribute: c.after for c in made.changes} for made in drawn]
@@ -168,3 +211,29 @@ def test_the_vocabulary_reads_what_every_change_is_called(mixed):
                 continue
             colour = COLOURS[attribute].get(after[attribute], after[attribute])
             assert (points[i] * 255).tolist() == pytest.approx(rgb(colour), abs=1)
+
+
+def test_a_network_says_of_both_ways_what_the_edit_base_is_told():
+    words = Vocabulary.of(vocabulary())
+    for number in range(60):
+        (made,) = pairs_of("train", number, 1)
+        sides = [[(c.attribute, getattr(c, side)) for c in made.changes] for side in ("after", "before")]
+        if {"hat", "skin"} & {attribute for attribute, _ in sides[0]}:
+            continue
+        wanted, there = (words.weights(numbers(words, asked(side, mixed=True)))[0].tolist() for side in sides)
+        parts: dict[str, float] = {}
+        said = zip([*words.prompts, *words.ways_back], [*wanted, *(-w for w in there)], strict=True)
+        for prompt, weight in said:
+            for part, share in parts_of(prompt).items():
+                parts[part] = parts.get(part, 0.0) + weight * share
+        told = parts_of(undoable(*sides, mixed=True))
+        for part in {*parts, *told} - {""}:
+            assert parts.get(part, 0.0) == pytest.approx(told.get(part, 0.0), abs=0.01), part
+
+
+def numbers(words, prompt):
+    """What a network says that means this prompt, [1, numbers]."""
+    meant = words.meant([prompt])
+    named = [20.0 * one_hot(meant.choices[:, i], 1 + len(v)) for i, v in enumerate(words.choices.values())]
+    mixed = [torch.cat([torch.where(p[:, :1].isnan(), -20.0, 20.0), p.nan_to_num()], 1) for p in meant.points]
+    return torch.cat([*named, *mixed], 1)

@@ -52,6 +52,7 @@ def test_every_control_is_in_the_table(judge: EditJudge, bundle: Any, tmp_path: 
     assert back.turned.mean == pytest.approx(back.undone.mean, abs=1e-6)  # antisymmetric: the pair turned round is -Δ
     write_edit_report(tmp_path / "report", rows, back)
     text = (tmp_path / "report" / "report.md").read_text()
+    assert "| -Δ, the rest kept |" in text and f"{back.undone.mean / back.round_trip.mean:.2f} ×" in text
     assert text.startswith(edit_markdown(rows, back)) and "**unseen kinds** (1 edits)" in text
     assert (tmp_path / "report" / "sheet.png").stat().st_size > 1000
     told = edits_as_json(rows, back)

@@ -67,6 +67,19 @@ def test_other_sites_keep_what_they_are_given(unet: nn.Module, texts: tuple[Tens
     assert all(lora.up[i].abs().max() == 0 for i in sites.places)
 
 
+def test_words_may_be_told_in_a_basis(unet: nn.Module, texts: tuple[Tensor, Tensor]) -> None:
+    empty, _ = texts
+    whole = word_sites(unet, 3, empty)
+    layers, basis = dict(unet.named_modules()), torch.linalg.qr(torch.randn(WIDTH, 4)).Q.mT
+    narrow = WordSites(whole.layout, TOKENS, WIDTH, basis=4)
+    narrow.learn(empty, [layers[site.path].weight for site in narrow.sites], basis)
+    a, b = torch.randn(2, TOKENS, 3), torch.randn(2, 3, 4)
+    for one, other in zip(
+        narrow(a, b, nothing_else(narrow, 2)).delta(), whole(a, b @ basis, nothing_else(whole, 2)).delta(), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def test_a_layout_without_text_is_refused() -> None:
     layout = LoraLayout((Site("unet.conv", 16, 8),), 2, "tiny")
     with pytest.raises(BadRequest, match="no site of the layout reads text of width 16"):

@@ -20,6 +20,7 @@ SHAPES = [
     {"join": "concat"}, {"join": "difference"}, {"join": "both", "antisymmetric": True},
     {"head": "softmax", "head_options": {"size": 5}}, {"head": "full", "head_options": {}},
     {"words": WORDS}, {"join": "difference", "antisymmetric": True, "words": WORDS | {"rest": 1}},
+    {"words": WORDS | {"vocabulary": VOCABULARY | {"back": "not {}"}}},
 ]  # fmt: skip
 
 
@@ -27,8 +28,8 @@ def network(**options):
     torch.manual_seed(0)
     made = ChangeNetwork(LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options)
     if made.sites is not None:
-        made.sites.learn(torch.randn(4, 6), [torch.randn(10, 6)])
-        made.wording.learn(torch.randn(6, 4, 6))
+        basis = made.wording.learn(torch.randn(len(made.wording.text_a), 4, 6))
+        made.sites.learn(torch.randn(4, 6), [torch.randn(10, 6)], basis)
     return made.eval()
 
 
@@ -83,6 +84,35 @@ def test_words_for_a_change_are_not_the_opposite_of_those_for_the_way_back():
     for i, (one, other) in enumerate(zip(forward.delta(), backward.delta(), strict=True)):
         assert torch.allclose(one, -other, atol=1e-5, rtol=1e-4) == (i != place)
     assert model(before, before).norms().max() < 1e-6
+
+
+def test_with_words_for_the_way_back_the_negative_says_what_was_before():
+    model = stirred(words=WORDS | {"vocabulary": VOCABULARY | {"back": "not {}"}, "text_rank": 4})
+    texts = torch.randn(12, 4, 6)
+    basis = model.wording.learn(texts)
+    model.wording.rank = 4  # nothing is lost
+    before, after = pair()
+    a, b = model.words(before, after)
+    (do, undo), (forward, backward) = (
+        texts.split(6),
+        (
+            model.wording.vocabulary.weights(model.wording.said(model.joined(one, other)))
+            - model.wording.vocabulary.weights(model.wording.said(model.joined(one, one)))
+            for one, other in ((before, after), (after, before))
+        ),
+    )
+    assert forward.abs().max() > 0 and backward.abs().max() > 0
+    wanted = torch.einsum("np,ptw->ntw", forward, do) - torch.einsum("np,ptw->ntw", backward, undo)
+    torch.testing.assert_close(a @ b @ basis, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_texts_are_kept_in_a_common_basis():
+    """Of six directions three, in which there is most to say."""
+    model = network(words=WORDS | {"text_rank": 3, "text_basis": 3})
+    said, whispered = torch.randn(6, 4, 3) @ torch.randn(3, 6), 1e-3 * torch.randn(6, 4, 6)
+    basis = model.wording.learn(said + whispered)
+    kept = model.wording.text_a @ model.wording.text_b @ basis
+    torch.testing.assert_close(kept, said, atol=0.02, rtol=0)
 
 
 def test_words_come_from_pairs_of_any_number_of_tokens():

@@ -57,6 +57,16 @@ def test_a_blend_is_told_as_the_sum_of_its_embeddings(bundle: Any, base: Any) ->
         apply(instructions='("dark", "bright").blend(1)')
 
 
+def test_texts_that_are_known_are_not_read_again(base: Any) -> None:
+    prompts, known = ["dark", '("dark", "bright", "").blend(1.5, 0.25, -0.75)', "dark"], {}
+    first = base.encode_prompts(prompts, known)["encoder_hidden_states"]
+    torch.testing.assert_close(first, base.encode_prompts(prompts)["encoder_hidden_states"])
+    assert set(known) == {"dark", "bright", ""}
+    known["dark"] = (torch.zeros_like(known["dark"][0]), None)
+    again = base.encode_prompts(["dark", "bright"], known)["encoder_hidden_states"]
+    assert again[0].abs().max() == 0 and torch.equal(again[1], known["bright"][0])
+
+
 def test_each_picture_is_told_its_words_by_its_own_text_encoder(base: Any) -> None:
     layout = layout_of({name: base.modules[name] for name in ("unet", "text_encoder")}, "attention", 2, base.id)
     loras = LoraWeights.unflatten(layout, 0.3 * torch.randn(2, layout.numel))
