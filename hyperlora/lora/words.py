@@ -87,7 +87,7 @@ class WordSites(nn.Module):
 
 def low_rank(wanted: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """[*batch, m, rank] and [*batch, rank, n], whose product is nearest to ``wanted`` [*batch, m, n] (Eckart and
-    Young)."""
+    Young); zeros where there is more rank than to say."""
     left, scale, right = torch.linalg.svd(wanted, full_matrices=False)
-    root = scale[..., :rank].sqrt()
-    return left[..., :rank] * root[..., None, :], root[..., None] * right[..., :rank, :]
+    root, unused = scale.sqrt(), rank - scale.shape[-1]  # below 0 the last are left out
+    return F.pad(left * root[..., None, :], (0, unused)), F.pad(root[..., None] * right, (0, 0, 0, unused))
