@@ -21,11 +21,11 @@ _LEAST: Final = 1e-4
 
 def blend(parts: Mapping[str, float]) -> str:
     """The prompt that asks for these prompts, each by its weight; one prompt of weight 1 is written as it is."""
-    told = {prompt: weight for prompt, weight in parts.items() if abs(weight) >= _LEAST}
-    if len(told) == 1 and abs(sum(told.values()) - 1) < _LEAST:
-        return next(iter(told))
-    prompts = ", ".join(json.dumps(prompt, ensure_ascii=False) for prompt in told)
-    return f"({prompts}).blend({', '.join(f'{weight:.4f}' for weight in told.values())})"
+    said = {prompt: weight for prompt, weight in parts.items() if abs(weight) >= _LEAST}
+    if len(said) == 1 and abs(sum(said.values()) - 1) < _LEAST:
+        return next(iter(said))
+    prompts = ", ".join(json.dumps(prompt, ensure_ascii=False) for prompt in said)
+    return f"({prompts}).blend({', '.join(f'{weight:.4f}' for weight in said.values())})"
 
 
 def parts_of(prompt: str) -> dict[str, float]:
@@ -59,6 +59,17 @@ def reworded(prompt: str, pattern: str) -> str:
     if "{}" not in pattern:
         raise BadRequest(f"the pattern {pattern!r} has no place for a prompt: write {{}} where it goes")
     return blend({pattern.replace("{}", part) if part else part: weight for part, weight in parts_of(prompt).items()})
+
+
+def told(prompts: Mapping[str, float]) -> str:
+    """The blend that asks for each of these prompts (or blends) by its weight, below 0 for less of it, and for nothing
+    else: the empty prompt makes up what is missing to a whole."""
+    parts: defaultdict[str, float] = defaultdict(float)
+    for prompt, weight in prompts.items():
+        for part, share in parts_of(prompt).items():
+            parts[part] += weight * share
+    parts[""] += 1 - sum(parts.values())
+    return blend(parts)
 
 
 def shares(prompts: Sequence[str]) -> tuple[list[str], list[list[float]]]:

@@ -132,12 +132,14 @@ def undoable(
 
 def vocabulary() -> dict[str, Any]:
     """What changes that a network may be shown are called, as ``hyperlora.models.vocabulary`` reads it: one of the
-    values of an attribute, or a colour between black, red, green and blue; and how to ask for the way back."""
+    values of an attribute, or a colour between black, red, green and blue; how to ask for the way back; and what else
+    the edit base knows, which no network is shown."""
     corners = ("#000000", "#ff0000", "#00ff00", "#0000ff")
     mixtures = {k: [asked([(k, color)]) for color in corners] for k in _VALUES if EXACT + k in KINDS}
     named = [k for k in _VALUES if k not in mixtures and k not in UNSEEN_KINDS]
     choices = {k: [instruction(k, v) for v in _VALUES[k] if (k, v) != UNSEEN_VALUE] for k in named}
-    return {"choices": choices, "mixtures": mixtures, "back": BACK}
+    further = [instruction(k, v) for k in UNSEEN_KINDS for v in _VALUES[k]]
+    return {"choices": choices, "mixtures": mixtures, "back": BACK, "further": further}
 
 
 def _mixture(attribute: str, value: str, mixed: bool) -> dict[str, float]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from data_builder.avatars.captions import caption, named, prompt
 from data_builder.avatars.latents import latents_of, tokens_of
@@ -26,13 +27,13 @@ class _Images(Dataset[Tensor]):
     """Pixels [3, size, size] in [0, 1]."""
 
     def __init__(self, folder: str) -> None:
-        self.portraits = Portraits(folder)
+        self.images = np.load(Path(folder) / "images.npy", mmap_mode="r")
 
     def __len__(self) -> int:
-        return len(self.portraits)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.portraits.images[index])).permute(2, 0, 1).float().div_(255)
+        return torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1).float().div_(255)
 
 
 class _Latents(Dataset[Tensor]):
@@ -73,6 +74,41 @@ class PortraitImages(L.LightningDataModule):
             corners = torch.randint(limit, (len(batch), 2)).tolist()
             batch = torch.stack([x[:, i : i + crop, j : j + crop] for x, (i, j) in zip(batch, corners, strict=True)])
         return batch * 2 - 1
+
+
+class _Decoded(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures from -1 to 1, and their latents."""
+
+    def __init__(self, folder: str, vae: str) -> None:
+        self.images, self.latents = _Images(folder), _Latents(folder, vae)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index] * 2 - 1, self.latents[index]
+
+
+class PicturesAndLatents(L.LightningDataModule):
+    """Pictures [batch, 3, size, size] in [-1, 1] and their scaled latents, of all drawn pictures of some folders
+    (portraits or pairs): for the decoder of the image autoencoder ``vae`` alone."""
+
+    def __init__(
+        self, folder: list[str], validation: str, vae: str, batch_size: int = 16, validation_images: int = 256
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        h = self.hparams
+        data: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset(
+            [_Decoded(folder, h["vae"]) for folder in h["folder"]]
+        )
+        return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        data = _Decoded(self.hparams["validation"], self.hparams["vae"])
+        return DataLoader(Subset(data, range(min(self.hparams["validation_images"], len(data)))), 16)
 
 
 class _Labelled(Dataset[dict[str, Any]]):
@@ -181,19 +217,18 @@ class _Subjects(Dataset[dict[str, Any]]):
     of other portraits of the same person."""
 
     def __init__(self, folder: str, vae: str, views: int, targets: int, base: str | None) -> None:
-        self.images = _Images(folder)
+        self.images, self.portraits = _Images(folder), Portraits(folder)
         self.latents = latents_of(folder, vae)
         self.tokens = tokens_of(folder, vae, base) if base else None
         self.views, self.targets = views, targets
-        plan = self.images.portraits.plan
-        if views + targets > plan.each:
-            raise ValueError(f"{views} views and {targets} targets need as many portraits; {folder} has {plan.each}")
+        if views + targets > (each := self.portraits.plan.each):
+            raise ValueError(f"{views} views and {targets} targets need as many portraits; {folder} has {each}")
 
     def __len__(self) -> int:
-        return self.images.portraits.plan.people
+        return self.portraits.plan.people
 
     def __getitem__(self, person: int) -> dict[str, Any]:
-        portraits = self.images.portraits
+        portraits = self.portraits
         order = torch.randperm(portraits.plan.each) + person * portraits.plan.each
         references = order[: self.views].tolist()
         targets = order[self.views : self.views + self.targets].tolist()

@@ -1,6 +1,7 @@
 """Latents of drawn portraits, and what the base sees in them: made once and kept beside the images."""
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.lib.format import open_memmap
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hyperlora.data.images import sha256_of
@@ -19,7 +21,7 @@ from hyperlora.progress import track
 
 def latents_of(folder: str | Path, vae: str | Path) -> np.ndarray:
     """The scaled mean latents of a folder of drawn pictures, float16 [n, channels, h, w], memory-mapped; encoded on the
-    first call for an autoencoder (told apart by its weights)."""
+    first call for an autoencoder (told apart by its encoder: another decoder leaves them as they are)."""
     images = np.load(Path(folder) / "images.npy", mmap_mode="r")
 
     def encoder() -> Callable[[int, int], Tensor]:
@@ -31,7 +33,7 @@ def latents_of(folder: str | Path, vae: str | Path) -> np.ndarray:
 
         return encode
 
-    return _kept(Path(folder), f"latents-{_digest(vae)}", len(images), encoder)
+    return _kept(Path(folder), f"latents-{_encoding(vae)}", len(images), encoder)
 
 
 def tokens_of(folder: str | Path, vae: str | Path, base: str | Path) -> np.ndarray:
@@ -42,7 +44,7 @@ def tokens_of(folder: str | Path, vae: str | Path, base: str | Path) -> np.ndarr
         model = denoiser_encoder(load_base(base))
         return lambda start, stop: model.from_latents(torch.from_numpy(np.array(latents[start:stop])).float())
 
-    return _kept(Path(folder), f"tokens-{_digest(vae)}-{_digest(Path(base) / 'unet')}", len(latents), encoder)
+    return _kept(Path(folder), f"tokens-{_encoding(vae)}-{_digest(Path(base) / 'unet')}", len(latents), encoder)
 
 
 def features_of(folder: str | Path, encoder: str, options: dict[str, Any] | None = None) -> np.ndarray:
@@ -84,6 +86,12 @@ def _kept(
 
 def _digest(folder: str | Path) -> str:
     return "".join(sha256_of(f)[:6] for f in sorted(Path(folder).glob("*.safetensors")))
+
+
+def _encoding(vae: str | Path) -> str:
+    weights = {k: v for file in sorted(Path(vae).glob("*.safetensors")) for k, v in load_file(file).items()}
+    encoder = [weights[k] for k in sorted(weights) if k.startswith(("encoder.", "quant_conv."))]
+    return sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in encoder)).hexdigest()[:6]
 
 
 def _said(options: dict[str, Any] | None) -> str:

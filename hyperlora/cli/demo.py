@@ -92,12 +92,13 @@ def _edits(out: Path) -> None:
     benchmark = load_edit_benchmark(bundle.EDIT_BENCHMARK, base.resolution)
     judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=model.steps)
     pair_loras(model, benchmark, 1)  # warm up
-    lora, seconds = pair_loras(model, benchmark, 1)
+    _, seconds = pair_loras(model, benchmark, 1)
+    lora, longer = pair_loras(model, benchmark, 1, base=base)
     repainted = judge.edited("edits", lora, judge.before)
     nothing = judge.edited("asked for nothing", None, judge.before)
     row = judge.scored("edits", kept(judge.before, repainted, nothing))
     firsts = [sum(len(e.others) for e in benchmark.edits[:i]) for i in range(len(benchmark.edits))]
-    turned, _ = pair_loras(model, benchmark, 1, turned=True)
+    turned, _ = pair_loras(model, benchmark, 1, turned=True, base=base)
     edited, seeds = row.pictures[firsts], [0] * len(firsts)
     back = pixels_of(apply_edit(base, edited, turned, seeds=seeds, steps=judge.steps, keep_rest=True))
     grid = []
@@ -113,7 +114,8 @@ def _edits(out: Path) -> None:
     for group in benchmark.groups:
         right, rest = row.score("accuracy", group), row.score("preservation", group)
         typer.echo(f"edits, {group}: right {right}, the rest kept {rest}")
-    typer.echo(f"{seconds * 1000:.0f} ms from a pair to a LoRA; pictures: {out / 'edits.png'}; files: {out / 'edits'}")
+    typer.echo(f"{seconds * 1000:.0f} ms from a pair to a LoRA, {longer * 1000:.0f} with words tried")
+    typer.echo(f"pictures: {out / 'edits.png'}; LoRA files: {out / 'edits'}")
 
 
 def _short(prompt: str) -> str:

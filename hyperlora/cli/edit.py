@@ -48,6 +48,11 @@ def edit(
         bool, typer.Option("--repaint", help="Repaint what the change leaves alone too, as the LoRA file does.")
     ] = False,
     instruction: Annotated[str, typer.Option(help="Words besides, if the base should also follow some.")] = "",
+    further: Annotated[
+        list[str] | None,
+        typer.Option("--try", metavar="WORDS", help="What the base may know and the network cannot say; repeat."),
+    ] = None,
+    one_pass: Annotated[bool, typer.Option("--one-pass", help="Try no words; needs no base for -o.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a PairToLora model.")] = None,
@@ -62,6 +67,8 @@ def edit(
         raise BadRequest("what should become of the change? Give -o FILE, or --apply IMAGE, or both")
     if format not in ("diffusers", "kohya"):
         raise BadRequest(f"unknown format {format!r}; known: diffusers, kohya")
+    if further and one_pass:
+        raise BadRequest("--try and --one-pass given: trying words takes more than one pass, so leave one out")
     if not -10 <= strength <= 10:  # also refuses NaN
         raise BadRequest(f"strength between -10 and 10 expected, got {strength}")
     if out is not None:
@@ -77,6 +84,7 @@ def edit(
     from hyperlora.pipelines.doubts import doubts
     from hyperlora.pipelines.editing import apply_edit
     from hyperlora.pipelines.pair_to_lora import change_header, read_pair
+    from hyperlora.pipelines.trying import tried
 
     keep_heap()
     opened = [read_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
@@ -86,12 +94,18 @@ def edit(
             typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {doubt}", err=True)
     frozen = load_base(base or bundle.EDIT_BASE) if apply else None
     network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
-    change = network([pair[::-1] for pair in opened] if reverse else opened, strength)
+    shown = [pair[::-1] for pair in opened] if reverse else opened
+    if one_pass or not (further or network.further):
+        change = network(shown, strength)
+    else:
+        frozen = frozen or load_base(base or bundle.EDIT_BASE)
+        network.layout.require_base(frozen.id)
+        change = tried(network, frozen, shown, strength, further)
     if out is not None:
         header = change_header(network, out.stem, pairs)
         save_lora(change, out, format=format, header=header)  # type: ignore[arg-type]
         typer.echo(f"{out}: rank {change.layout.rank} for {change.layout.base}")
-    if frozen is not None:
+    if frozen is not None and apply:
         seeds = [seed] * len(pictures)
         edited = apply_edit(
             frozen, pictures, change, seeds=seeds, instructions=instruction, steps=steps or network.steps,

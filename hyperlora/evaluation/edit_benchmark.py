@@ -37,6 +37,11 @@ class Edit:
     blend: str = ""
     truth: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def all_named(self) -> bool:
+        """Whether ``truth`` names all that changes: of a ``kind`` of two, "garment + tone", both."""
+        return len(self.truth) > self.kind.count(" + ")
+
 
 @dataclass(frozen=True)
 class EditBenchmark:

@@ -16,6 +16,7 @@ from hyperlora.lora import LoraLayout, LoraWeights
 from hyperlora.pipelines import Base, PairToLora
 from hyperlora.pipelines.editing import kept
 from hyperlora.pipelines.fitting import Examples, fit
+from hyperlora.pipelines.trying import lora_of_pairs
 from hyperlora.pipelines.wording import lora_of_words
 
 NOISIER: Final = 5.0
@@ -60,6 +61,11 @@ def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr
             yield judge.row("words, as a LoRA", said)
     lora, seconds = pair_loras(model, benchmark, 1)
     yield from with_rest_kept(judge.row("one pair", lora, seconds=seconds))
+    if model.further:
+        sure, took = pair_loras(model, benchmark, 1, base=judge.base)
+        yield from with_rest_kept(judge.row("one pair, words tried", sure, seconds=took))
+        if len(sure) > 1:
+            yield judge.row("another edit's pair, words tried", sure[torch.arange(len(sure)).roll(1)])
     fewest = min(len(edit.shown) for edit in benchmark.edits)
     if fewest > 1:
         several, took = pair_loras(model, benchmark, fewest)
@@ -84,13 +90,13 @@ def undone(judge: EditJudge, model: PairToLora) -> Undone:
 
 @torch.no_grad()
 def pair_loras(
-    model: PairToLora, benchmark: EditBenchmark, pairs: int, turned: bool = False
+    model: PairToLora, benchmark: EditBenchmark, pairs: int, *, turned: bool = False, base: Base | None = None
 ) -> tuple[LoraWeights, float]:
-    """One LoRA per edit from its first ``pairs`` pairs (after and before, if ``turned``), in single forward passes as a
-    user makes them, and seconds."""
+    """One LoRA per edit from its first ``pairs`` pairs (after and before, if ``turned``), one at a time as a user makes
+    them, and seconds: in single forward passes, or with words tried by the ``base``."""
     began = time.perf_counter()
-    shown = (edit.shown[None, :pairs] for edit in benchmark.edits)
-    loras = [model.forward(pair.flip(2) if turned else pair)[0] for pair in shown]
+    shown = (edit.shown[:pairs].flip(1) if turned else edit.shown[:pairs] for edit in benchmark.edits)
+    loras = [lora_of_pairs(model, base, pair) if base else model.forward(pair[None])[0] for pair in shown]
     return LoraWeights.stack(loras), (time.perf_counter() - began) / len(loras)
 
 

@@ -25,9 +25,10 @@ CHANGED: Final = 0.04
 Told = Callable[[Edit], str]
 """The words of an edit that the base is shown."""
 MADE: Final = 0.7
-"""An edit that no attribute names counts as made if so much of the way from B to the answer was gone."""
+"""An edit of which something is named by no attribute counts as made if so much of the way from B to the answer was
+gone as well."""
 METRICS: Final = {
-    "accuracy": "what changes is read as asked (where no attribute names it: made at least 0.7)",
+    "accuracy": "what changes is read as asked (where no attribute names all of it: made at least 0.7 too)",
     "preservation": "all else is read as in the drawn answer",
     "made": "how much of the way from B to the answer was gone, inside the edited region",
     "outside": "mean error against the answer outside that region, of 1",
@@ -164,7 +165,7 @@ class EditJudge:
         right, kept = [], []
         for i, edit in enumerate(self.edits):
             asked = [found[k][i] == known[k].index(v) for k, v in edit.truth.items()]
-            right.append(all(asked) if asked else float(gone[i]) >= MADE)
+            right.append(all(asked) and (edit.all_named or float(gone[i]) >= MADE))
             others = [k for k in known if k not in edit.truth]
             kept.append(sum(found[k][i] == wanted[k][i] for k in others) / len(others))
         return torch.tensor(right).float(), torch.tensor(kept)

@@ -85,10 +85,19 @@ class ChangeNetwork(nn.Module):
     def words(self, before: ImageFeatures, after: ImageFeatures) -> tuple[Tensor, Tensor]:
         """``a`` [batch, tokens, rank] and ``b`` [batch, rank, basis] of ``WordSites``. Raises ``BadRequest`` if the
         network was built without ``words``."""
+        change = self.joined(before, after), self.joined(before, before)
+        return self._wording(change, (self.joined(after, before), self.joined(after, after)))
+
+    def instructions(self, before: ImageFeatures, after: ImageFeatures) -> list[str]:
+        """What would ask for each change of the batch. Raises ``BadRequest`` as ``words``."""
+        wording = self._wording
+        return wording.vocabulary.told(wording.weights(self.joined(before, after), self.joined(before, before)))
+
+    @property
+    def _wording(self) -> Wording:
         if self.wording is None:
             raise BadRequest("this network has no words: build it with words={'tokens': ..., 'width': ...}")
-        change = self.joined(before, after), self.joined(before, before)
-        return self.wording(change, (self.joined(after, before), self.joined(after, after)))
+        return self.wording
 
     def joined(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:
         """What the decoder sees of a pair."""

@@ -3,7 +3,8 @@
 Several groups, each of which says one thing or nothing. Of a *choice* that is one of its prompts; of a *mixture* any
 point of a box: its first prompt is a corner, the others where the edges from it lead (colours: black, red, green,
 blue). Prompts may be blends (``hyperlora.blends``). What all groups say is added up. ``back`` is a pattern, such as
-``back to {}``, for what the negative of a LoRA says: the prompts of what was there before.
+``back to {}``, for what the negative of a LoRA says: the prompts of what was there before. ``further`` prompts are
+known to the base, and the network does not learn to say them (``hyperlora.pipelines.trying``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.blends import parts_of, reworded
+from hyperlora.blends import parts_of, reworded, told
 from hyperlora.errors import BadRequest
 
 PRECISELY: Final = 50.0
@@ -43,6 +44,7 @@ class Vocabulary:
     choices: Mapping[str, Sequence[str]]
     mixtures: Mapping[str, Sequence[str]]
     back: str | None = None
+    further: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         few = [k for k, v in self.choices.items() if not v] + [k for k, v in self.mixtures.items() if len(v) < 2]
@@ -53,8 +55,8 @@ class Vocabulary:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Vocabulary":
-        """From a configuration: ``choices``, ``mixtures`` and ``back``."""
-        return cls(given.get("choices", {}), given.get("mixtures", {}), given.get("back"))
+        """From a configuration: ``choices``, ``mixtures``, ``back`` and ``further``."""
+        return cls(given.get("choices", {}), given.get("mixtures", {}), given.get("back"), given.get("further", ()))
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -77,6 +79,10 @@ class Vocabulary:
         parts = said.split(self.sizes, -1)
         named = [F.one_hot(part.argmax(-1), part.shape[-1])[:, 1:] for part in parts[: len(self.choices)]]
         return torch.cat([*(one.to(said) for one in named), *map(_mixed, parts[len(self.choices) :])], -1)
+
+    def told(self, weights: Tensor) -> list[str]:
+        """Weights [n, prompts] as instructions."""
+        return [told(dict(zip(self.prompts, row, strict=True))) for row in weights.tolist()]
 
     def loss(self, said: Tensor, meant: Meaning) -> Tensor:
         """Cross-entropy of every group, and the error of points where there are some: [n]."""

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from hyperlora.blends import shares
 from hyperlora.errors import BadArtifact, BadRequest
@@ -133,6 +134,7 @@ def load_base(name: str | Path, dtype: torch.dtype | str = torch.float32, device
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise BadArtifact(f"{folder} is no diffusers pipeline: model_index.json expected, none found; give --base")
     logging.disable_progress_bar()  # "Loading pipeline components" is no news to a user
+    transformers_logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **options).to(device)
     except (OSError, ValueError, json.JSONDecodeError) as error:

@@ -32,7 +32,6 @@ def learn_words(network: ChangeNetwork, base: Base) -> None:
     learn_sites(network.sites, base, network.wording.learn(said[1:] - said[0]))
 
 
-@torch.no_grad()
 def lora_of_words(base: Base, texts: Sequence[str], rank: int = 4, preset: str = "attention") -> LoraWeights:
     """One LoRA per text, found in closed form: with it, the denoiser reads the empty text as it reads that text without
     (``WordSites``), as nearly as ``rank`` allows.
@@ -41,7 +40,15 @@ def lora_of_words(base: Base, texts: Sequence[str], rank: int = 4, preset: str =
     """
     component = next(iter(base.modules))
     layout = layout_of({component: base.denoiser}, preset, rank, base.id)
+    return saying(base, texts, LoraWeights.zeros(layout, (len(texts),)))
+
+
+@torch.no_grad()
+def saying(base: Base, texts: Sequence[str], loras: LoraWeights) -> LoraWeights:
+    """``loras``, one per text, that say these texts instead of what they say at the sites that read text."""
     said = text_of(base, ["", *texts])
-    sites = WordSites(layout, *said.shape[1:]).to(said.device)
+    sites = WordSites(loras.layout, *said.shape[1:]).to(said.device)
     learn_sites(sites, base)
-    return sites(*sites.nearest(said[1:] - said[0]), LoraWeights.zeros(sites.others, (len(texts),)))
+    others = [i for i in range(len(loras.layout.sites)) if i not in sites.places]
+    rest = LoraWeights(sites.others, tuple(loras.down[i] for i in others), tuple(loras.up[i] for i in others))
+    return sites(*sites.nearest(said[1:] - said[0]), rest)

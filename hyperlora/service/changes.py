@@ -21,6 +21,7 @@ from hyperlora.pipelines.doubts import doubts
 from hyperlora.pipelines.editing import apply_edit, require_editing
 from hyperlora.pipelines.generating import LoraFormat
 from hyperlora.pipelines.pair_to_lora import change_header, read_pair
+from hyperlora.pipelines.trying import lora_of_pairs
 from hyperlora.service.batching import Work
 
 
@@ -124,6 +125,8 @@ class Changes:
 
     @torch.no_grad()
     def _predict(self, pairs: list[Tensor]) -> list[LoraWeights]:
+        if self.model.further:
+            return [lora_of_pairs(self.model, self.base, shown) for shown in pairs]
         return list(self.model.forward(torch.stack(pairs)))  # type: ignore[call-overload]
 
     def _edit(

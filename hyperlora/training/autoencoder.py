@@ -1,15 +1,16 @@
 """Train the image autoencoder (a diffusers ``AutoencoderKL``) of the embedded world."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.optimizers import adamw_one_cycle, muon_one_cycle
 
 
 class ImageAutoencoder(L.LightningModule):
@@ -18,7 +19,7 @@ class ImageAutoencoder(L.LightningModule):
 
     ``out`` receives the diffusers folder when training ends, with every latent channel brought to zero mean and unit
     variance (measured in the last validation, folded into the two 1x1 convolutions around the latents).
-    ``start_from`` continues a released autoencoder; ``decoder_only`` does so without moving its latents.
+    ``start_from`` continues a released autoencoder; ``ImageDecoder`` does so without moving its latents.
     """
 
     def __init__(
@@ -26,7 +27,6 @@ class ImageAutoencoder(L.LightningModule):
         out: str,
         config: dict[str, Any] | None = None,
         start_from: str | None = None,
-        decoder_only: bool = False,
         lr: float = 1e-3,
         squared_weight: float = 4.0,
         gradient_weight: float = 0.25,
@@ -38,22 +38,12 @@ class ImageAutoencoder(L.LightningModule):
             raise ValueError("give either config (a new autoencoder) or start_from (a folder), not both or none")
         self.vae = AutoencoderKL.from_pretrained(start_from) if start_from else AutoencoderKL(**(config or {}))
         self.vae.to(memory_format=torch.channels_last)
-        if decoder_only:
-            self.vae.encoder.requires_grad_(False)
-            self.vae.quant_conv.requires_grad_(False)
 
     def training_step(self, images: Tensor, batch_index: int) -> Tensor:
         posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         z = posterior.sample()
-        decoded = self.vae.decode(z).sample.float()
-        l1 = F.l1_loss(decoded, images)
-        edges = sum(F.l1_loss(torch.diff(decoded, dim=d), torch.diff(images, dim=d)) for d in (2, 3))
-        loss = l1 + self.hparams["squared_weight"] * F.mse_loss(decoded, images)
-        loss = loss + self.hparams["gradient_weight"] * edges
-        if not self.hparams["decoder_only"]:
-            loss = loss + self.hparams["kl_weight"] * posterior.kl().mean() / z[0].numel()
-        self.log_dict({"train/l1": l1, "train/psnr": _psnr(decoded, images)}, prog_bar=True)
-        return loss
+        loss = _loss(self, self.vae.decode(z).sample.float(), images)
+        return loss + self.hparams["kl_weight"] * posterior.kl().mean() / z[0].numel()
 
     def validation_step(self, images: Tensor, batch_index: int) -> None:
         posterior = self.vae.encode(images).latent_dist
@@ -65,12 +55,68 @@ class ImageAutoencoder(L.LightningModule):
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            if not self.hparams["decoder_only"]:
-                standardize_latents(self.vae, torch.cat(self.latents))
+            standardize_latents(self.vae, torch.cat(self.latents))
             self.vae.save_pretrained(Path(self.hparams["out"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw_one_cycle(self, self.parameters(), self.hparams["lr"], weight_decay=1e-4)
+
+
+class ImageDecoder(L.LightningModule):
+    """Goes on with the decoder of a released autoencoder (``start_from``) alone, by ``Muon`` and the errors of
+    ``ImageAutoencoder``: its latents, and so all that works on them, stay as they are. Batches are images [batch, 3, h,
+    w] in [-1, 1] and their scaled latents [batch, c, h, w].
+
+    ``out`` receives the diffusers folder, fp16, when training ends.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        start_from: str,
+        lr: float = 1e-3,
+        squared_weight: float = 4.0,
+        gradient_weight: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.vae = AutoencoderKL.from_pretrained(start_from).to(memory_format=torch.channels_last)
+        self.vae.encoder.requires_grad_(False)
+        self.vae.quant_conv.requires_grad_(False)
+
+    def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
+        images, latents = batch
+        return _loss(self, self._decoded(latents), images)
+
+    def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
+        images, latents = batch
+        decoded = self._decoded(latents)
+        self.log_dict({"val/psnr": _psnr(decoded, images), "val/l1": F.l1_loss(decoded, images)}, prog_bar=True)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        raw = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        return self.vae.decode(raw.contiguous(memory_format=torch.channels_last)).sample.float()
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.vae.half().save_pretrained(Path(self.hparams["out"]))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        hidden: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.vae.named_parameters():
+            ends = name.startswith(("post_quant_conv", "decoder.conv_in", "decoder.conv_out"))
+            (others if ends or parameter.ndim == 1 else hidden).append(parameter)
+        return muon_one_cycle(self, hidden, others, self.hparams["lr"], weight_decay=1e-4)
+
+
+def _loss(module: L.LightningModule, decoded: Tensor, images: Tensor) -> Tensor:
+    """The three errors, weighed as the module's hyperparameters say."""
+    l1 = F.l1_loss(decoded, images)
+    edges = sum(F.l1_loss(torch.diff(decoded, dim=d), torch.diff(images, dim=d)) for d in (2, 3))
+    module.log_dict({"train/l1": l1, "train/psnr": _psnr(decoded, images)}, prog_bar=True)
+    loss = l1 + module.hparams["squared_weight"] * F.mse_loss(decoded, images)
+    return loss + module.hparams["gradient_weight"] * edges
 
 
 @torch.no_grad()

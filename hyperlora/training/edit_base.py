@@ -35,8 +35,8 @@ class EditBaseModel(L.LightningModule):
     ``prediction`` is what the UNet says: of an edit nearly all of the sample is known, and saying it is copying what is
     seen, while velocity is a difference of what is seen that changes with every step. ``start_from`` is an edit base
     that training goes on from. ``reader`` and ``reading_weight`` are ``BaseModel``'s, on the picture after, which
-    the picture before and the instruction tell behind any noise; ``preview_weight`` counts how far its ``Preview`` is
-    off. When training ends, ``out`` holds a
+    the picture before and the instruction tell behind any noise; ``preview_weight`` counts how far its ``Preview`` of
+    ``preview_detail`` is off. When training ends, ``out`` holds a
     ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with ``base``: these are links to it.
     """
 
@@ -54,6 +54,7 @@ class EditBaseModel(L.LightningModule):
         reader: str | None = None,
         reading_weight: float = 0.0,
         preview_weight: float = 0.0,
+        preview_detail: int = 2,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -61,7 +62,7 @@ class EditBaseModel(L.LightningModule):
         whole = dict(self.base.denoiser.config)
         self.unet = UNet.from_config(whole | {"in_channels": 2 * whole["in_channels"]} | (unet or {}))
         self.misreading = Misreading(reader, reading_weight)
-        self.preview = Preview(whole["out_channels"]) if preview_weight else None
+        self.preview = Preview(whole["out_channels"], preview_detail) if preview_weight else None
         self.texts: Texts = {}
         self.schedule = DDPMScheduler.from_config(self.base.noise_schedule.config, prediction_type=prediction)
         if start_from is None:

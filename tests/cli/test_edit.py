@@ -90,6 +90,8 @@ def test_pictures_of_one_name_do_not_meet(run: Any, models: Any, pair: Any, tmp_
     (lambda a: [a[0], "missing.png"], "there is no file 'missing.png'"),
     (lambda a: [*a, "--format", "gguf"], "known: diffusers, kohya"),
     (lambda a: [*a, "--strength", "nan"], "strength between -10 and 10"),
+    (lambda a: [*a, "--try", "a hat", "--one-pass"], "leave one out"),
+    (lambda a: [*a, "--try", "a hat"], "this network has no words"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(
     run: Any, models: Any, pair: Any, tmp_path: Path, change: Any, sentence: str

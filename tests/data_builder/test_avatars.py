@@ -1,9 +1,12 @@
 """The drawn world: deterministic, its splits apart, its captions and edits true."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 
 from data_builder.avatars import EDITS, SPLITS, Scene, caption, draw, edited, identity, prompt, scene
 from data_builder.avatars import vocabulary as words
@@ -11,6 +14,7 @@ from data_builder.avatars.benchmark import SCENES, write_benchmark
 from data_builder.avatars.captions import named
 from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
 from data_builder.avatars.landmarks import landmarks
+from data_builder.avatars.latents import latents_of
 from data_builder.avatars.portraits import Plan, Portraits, draw_portraits
 from hyperlora.training.reader import UNSEEN
 
@@ -144,3 +148,21 @@ def test_landmarks_are_where_eyes_and_mouth_are_drawn(size):
             assert np.abs(rows - points[:, 1].mean()).max() < ends[1] * size
         left, top, right, bottom = truth.box
         assert ((truth.keypoints > (left, top)) & (truth.keypoints < (right, bottom))).all()
+
+
+def test_latents_outlive_another_decoder(tmp_path: Path) -> None:
+    draw_portraits(tmp_path / "drawn", Plan("train", people=2, each=1, size=16), workers=1)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"], block_out_channels=[8],
+        norm_num_groups=4,
+    )  # fmt: skip
+    for name, part in (("first", None), ("decoder", vae.decoder), ("encoder", vae.encoder)):
+        with torch.no_grad():
+            for parameter in part.parameters() if part else ():
+                parameter.add_(0.1)
+        vae.save_pretrained(tmp_path / name)
+    names = ("first", "decoder", "encoder")
+    first, decoder, encoder = (np.array(latents_of(tmp_path / "drawn", tmp_path / name)) for name in names)
+    assert (first == decoder).all() and (first != encoder).any()
+    assert len(list((tmp_path / "drawn").glob("latents-*.npy"))) == 2

@@ -1,5 +1,6 @@
 """What the scores of edits say of results that are known."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from hyperlora.encoders import Reader
 from hyperlora.errors import BadImage, BadRequest
-from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+from hyperlora.evaluation.edit_benchmark import EditBenchmark, load_edit_benchmark
 from hyperlora.evaluation.edit_report import edit_markdown, edits_as_json, write_edit_report
 from hyperlora.evaluation.edit_table import edit_rows, pair_loras, undone
 from hyperlora.evaluation.editing import METRICS, EditJudge
@@ -72,6 +73,19 @@ def test_an_edit_for_each_of_its_pictures(judge: EditJudge, bundle: Any) -> None
 
         alone = pixels_of(apply_edit(judge.base, edit.others[:, 0], lora[i], seeds=seeds, steps=2))
         assert (alone - together[2 * i : 2 * i + 2]).abs().max() <= 2.1 / 255
+
+
+def test_what_no_attribute_names_must_be_made(judge: EditJudge) -> None:
+    """Of an edit of two only one of which is named: reading that one right is not enough."""
+    edit = judge.benchmark.edits[0]
+    before = judge._classes(edit.others[:1, 0])
+    attribute = next(name for name in before if before[name][0] == judge._classes(edit.others[:1, 1])[name][0])
+    truth = {attribute: judge.reader.attributes[attribute][before[attribute][0]]}
+    for kind, unmade in ((attribute, 1.0), (f"{attribute} + tone", 0.0)):
+        told = replace(edit, others=edit.others[:1], kind=kind, truth=truth)
+        alone = EditJudge(judge.base, judge.reader, EditBenchmark((told,)), judge.steps)
+        assert alone.scored("the answers", alone.answers).values["accuracy"].item() == 1
+        assert alone.scored("as they were", alone.before).values["accuracy"].item() == unmade
 
 
 def test_any_folder_of_pairs(bundle: Any, tmp_path: Any) -> None:

@@ -95,6 +95,12 @@ RULES = {
         AutoencoderKL.from_pretrained, ("--data.init_args.crop=16", "--data.init_args.batch_size=4"), ("drawn",)
     ),
     "avatars/vae_finish": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)),
+    "avatars/vae_decoder": Rule(
+        AutoencoderKL.from_pretrained,
+        ("--data.init_args.batch_size=4",),
+        ("avatars/base_read", "edits"),
+        ("vae.encoder.", "vae.quant_conv."),
+    ),
     "avatars/evaluator": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
     "avatars/encoder": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
     "avatars/face_detector": Rule(
