@@ -1,5 +1,6 @@
 """Latents of drawn portraits, and what the base sees in them: made once and kept beside the images."""
 
+import json
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -89,9 +90,14 @@ def _digest(folder: str | Path) -> str:
 
 
 def _encoding(vae: str | Path) -> str:
+    """Of what makes scaled latents of pictures."""
     weights = {k: v for file in sorted(Path(vae).glob("*.safetensors")) for k, v in load_file(file).items()}
     encoder = [weights[k] for k in sorted(weights) if k.startswith(("encoder.", "quant_conv."))]
-    return sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in encoder)).hexdigest()[:6]
+    if not encoder:
+        raise ValueError(f"{vae} is no folder of an autoencoder: *.safetensors with an encoder expected")
+    scale = json.loads((Path(vae) / "config.json").read_text()).get("scaling_factor")
+    numbers = b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in encoder)
+    return sha256(numbers + str(scale).encode()).hexdigest()[:6]
 
 
 def _said(options: dict[str, Any] | None) -> str:

@@ -114,7 +114,7 @@ def _edits(out: Path) -> None:
     for group in benchmark.groups:
         right, rest = row.score("accuracy", group), row.score("preservation", group)
         typer.echo(f"edits, {group}: right {right}, the rest kept {rest}")
-    typer.echo(f"{seconds * 1000:.0f} ms from a pair to a LoRA, {longer * 1000:.0f} with words tried")
+    typer.echo(f"{seconds * 1000:.0f} ms from a pair to a LoRA, {longer * 1000:.0f} with further words tried")
     typer.echo(f"pictures: {out / 'edits.png'}; LoRA files: {out / 'edits'}")
 
 

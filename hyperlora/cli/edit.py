@@ -50,7 +50,7 @@ def edit(
     instruction: Annotated[str, typer.Option(help="Words besides, if the base should also follow some.")] = "",
     further: Annotated[
         list[str] | None,
-        typer.Option("--try", metavar="WORDS", help="What the base may know and the network cannot say; repeat."),
+        typer.Option("--try", metavar="WORDS", help="What else the base may know and the network cannot say; repeat."),
     ] = None,
     one_pass: Annotated[bool, typer.Option("--one-pass", help="Try no words; needs no base for -o.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")] = None,
@@ -84,7 +84,7 @@ def edit(
     from hyperlora.pipelines.doubts import doubts
     from hyperlora.pipelines.editing import apply_edit
     from hyperlora.pipelines.pair_to_lora import change_header, read_pair
-    from hyperlora.pipelines.trying import tried
+    from hyperlora.pipelines.trying import NO_WORDS, tried
 
     keep_heap()
     opened = [read_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
@@ -95,12 +95,13 @@ def edit(
     frozen = load_base(base or bundle.EDIT_BASE) if apply else None
     network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
     shown = [pair[::-1] for pair in opened] if reverse else opened
-    if one_pass or not (further or network.further):
-        change = network(shown, strength)
-    else:
-        frozen = frozen or load_base(base or bundle.EDIT_BASE)
+    words = [] if one_pass else [*network.further, *(further or [])]
+    if words and network.network.wording is None:
+        raise BadRequest(NO_WORDS)
+    if words and frozen is None:
+        frozen = load_base(_base_to_try(base, network.layout.base))
         network.layout.require_base(frozen.id)
-        change = tried(network, frozen, shown, strength, further)
+    change = tried(network, frozen, shown, strength, words) if words and frozen else network(shown, strength)
     if out is not None:
         header = change_header(network, out.stem, pairs)
         save_lora(change, out, format=format, header=header)  # type: ignore[arg-type]
@@ -114,6 +115,16 @@ def edit(
         for path, picture in zip(_names(apply or [], images_out), edited, strict=True):
             write_picture(picture, path)
             typer.echo(str(path))
+
+
+def _base_to_try(given: str | None, wanted: str) -> str:
+    """The base that words are tried with."""
+    from hyperlora import bundle
+    from hyperlora.pipelines.bases import base_id
+
+    if given is None and wanted != base_id(bundle.EDIT_BASE):
+        raise BadRequest(f"words are tried with the base of the LoRA, {wanted!r}: give --base, or --one-pass")
+    return given or str(bundle.EDIT_BASE)
 
 
 def _pairs(before: Path | None, after: Path | None, more: list[str]) -> list[tuple[Path, Path]]:

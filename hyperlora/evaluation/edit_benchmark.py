@@ -2,6 +2,7 @@
 
 edits.json                             [{"name", "kind", "group", "instruction", "truth": {attribute: class},
                                          "blend": words for what none names, as ``hyperlora.blends``}, ...]
+                                        of two changes at once, "kind" is "one + other"
 NAME/shown-K_before.*  shown-K_after.*    pairs that show the edit (the first is used unless told otherwise)
 NAME/other-K_before.*  other-K_after.*    pictures to edit, and the exact answers
 

@@ -79,9 +79,10 @@ def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr
 
 
 def undone(judge: EditJudge, model: PairToLora) -> Undone:
-    """By the LoRA of each edit's first pair."""
-    made = judge.edited("undone", -pair_loras(model, judge.benchmark, 1)[0], judge.answers)
-    turned = judge.edited("turned round", pair_loras(model, judge.benchmark, 1, turned=True)[0], judge.answers)
+    """By the LoRA of each edit's first pair, words tried if there are any to try."""
+    lora, turned_round = (pair_loras(model, judge.benchmark, 1, turned=t, base=judge.base)[0] for t in (False, True))
+    made = judge.edited("undone", -lora, judge.answers)
+    turned = judge.edited("turned round", turned_round, judge.answers)
     nothing = judge.edited("asked for nothing", None, judge.answers)
     both = [picture for one in (made, turned) for picture in (one, kept(judge.answers, one, nothing))]
     around = judge.through_autoencoder(judge.before)

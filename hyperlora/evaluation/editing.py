@@ -28,7 +28,7 @@ MADE: Final = 0.7
 """An edit of which something is named by no attribute counts as made if so much of the way from B to the answer was
 gone as well."""
 METRICS: Final = {
-    "accuracy": "what changes is read as asked (where no attribute names all of it: made at least 0.7 too)",
+    "accuracy": "what changes is read as asked (where attributes do not name all that changes: and made at least 0.7)",
     "preservation": "all else is read as in the drawn answer",
     "made": "how much of the way from B to the answer was gone, inside the edited region",
     "outside": "mean error against the answer outside that region, of 1",

@@ -102,15 +102,16 @@ class Wording(nn.Module):
     def forward(self, change: Sight, turned: Sight) -> tuple[Tensor, Tensor]:
         """``change`` holds (A, A') and (A, A), ``turned`` (A', A) and (A', A'), each joined: a [batch, tokens, rank]
         and b [batch, rank, basis]."""
+        weights = self.weights(*change)
+        if self.vocabulary.back:
+            weights = torch.cat([weights, -self.weights(*turned)], -1)
         with torch.autocast(self.text_a.device.type, enabled=False):
-            weights = self.weights(*change)
-            if self.vocabulary.back:
-                weights = torch.cat([weights, -self.weights(*turned)], -1)
             return low_rank(torch.einsum("np,ptr,prk->ntk", weights, self.text_a, self.text_b), self.rank)
 
     def weights(self, pair: ImageFeatures, nothing: ImageFeatures) -> Tensor:
         """How much of each prompt asks for the change, [batch, prompts]; ``pair`` holds (A, A'), ``nothing`` (A, A)."""
-        return self.vocabulary.weights(self.said(pair)) - self.vocabulary.weights(self.said(nothing))
+        with torch.autocast(self.text_a.device.type, enabled=False):
+            return self.vocabulary.weights(self.said(pair)) - self.vocabulary.weights(self.said(nothing))
 
     def said(self, pair: ImageFeatures) -> Tensor:
         """[batch, numbers], as ``Vocabulary`` reads them. Raises ``BadRequest`` if it points at pixels, but there are

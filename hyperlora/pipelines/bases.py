@@ -89,10 +89,10 @@ class Base:
             text, pooled = self._encode(prompts)
         else:
             parts, pooled = self._encode(plain) if known is None else self._recall(plain, known)
-            share = parts.new_tensor(rows)
+            share = torch.tensor(rows, device=parts.device)
             with torch.autocast(parts.device.type, enabled=False):  # what tells colours apart is little
-                text = torch.einsum("np,ptw->ntw", share, parts)
-                pooled = None if pooled is None else share @ pooled
+                text = torch.einsum("np,ptw->ntw", share, parts.float()).to(parts)
+                pooled = None if pooled is None else (share @ pooled.float()).to(pooled)
         if pooled is None:
             return {"encoder_hidden_states": text}
         size = self.resolution

@@ -76,28 +76,22 @@ class PairToLora(ReleasedModel):
         weights = self.forward(self.shown(pairs, strength)[None])[0]
         return weights * abs(strength) if abs(strength) != 1 else weights
 
-    def shown(self, pairs: SourcePair | Sequence[SourcePair], strength: float = 1.0) -> Tensor:
+    def shown(self, pairs: SourcePair | Sequence[SourcePair], strength: float = 1.0, size: int | None = None) -> Tensor:
         """One or several pairs as ``seen`` gives them, turned round for a ``strength`` below 0; raises as a call."""
         if not pairs:
             raise BadRequest("no pair given: at least one picture before and one after are needed")
         several = pairs if isinstance(pairs[0], tuple | list) else [pairs]
-        seen = self.seen([read_pair(*pair) for pair in several])  # type: ignore[misc]
+        seen = self.seen([read_pair(*pair) for pair in several], size)  # type: ignore[misc]
         return seen if strength >= 0 else seen.flip(1)
 
-    def seen(self, pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Tensor:
-        """Pictures as the encoder takes them, [pairs, 2, 3, size, size] in [0, 1]."""
-        size = self.encoder.image_size
+    def seen(self, pairs: Sequence[tuple[Image.Image, Image.Image]], size: int | None = None) -> Tensor:
+        """Pictures [pairs, 2, 3, size, size] in [0, 1], of the encoder's size or one that it shrinks itself."""
+        size = size or self.encoder.image_size
         return torch.stack([torch.stack([to_tensor(p, size) for p in pair]) for pair in pairs]).to(self.device)
 
     def forward(self, pairs: Tensor) -> LoraWeights:
         """pairs [batch, views, 2, 3, h, w] in [0, 1], of each the picture before and after."""
         return self.from_features(self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1]))
-
-    @torch.no_grad()
-    def says(self, pairs: Tensor) -> list[str]:
-        """What the words of each LoRA ask for, as a prompt or a blend of several (``hyperlora.blends``); pairs as
-        above. Raises ``BadRequest`` for a network without words."""
-        return self.network.instructions(self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1]))
 
     def from_features(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:
         """Of what the encoder says about the pictures."""

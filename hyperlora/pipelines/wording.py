@@ -51,4 +51,5 @@ def saying(base: Base, texts: Sequence[str], loras: LoraWeights) -> LoraWeights:
     learn_sites(sites, base)
     others = [i for i in range(len(loras.layout.sites)) if i not in sites.places]
     rest = LoraWeights(sites.others, tuple(loras.down[i] for i in others), tuple(loras.up[i] for i in others))
-    return sites(*sites.nearest(said[1:] - said[0]), rest)
+    said_too = sites(*sites.nearest(said[1:] - said[0]), rest.map(lambda numbers: numbers.to(said.device)))
+    return said_too.map(lambda numbers: numbers.to(loras.down[0]))

@@ -72,7 +72,13 @@ class Changes:
     def __init__(self, model: PairToLora, base: Base, *, batch: int = 32, pictures: int = 8) -> None:
         model.layout.require_base(base.id)
         require_editing(base)
-        self.model, self.base, self.batch, self.largest = model, base, batch, pictures
+        self.model, self.base, self.largest, self.tries = model, base, pictures, bool(model.further)
+        self.batch = 1 if self.tries else batch  # words are tried for one edit at a time
+
+    @property
+    def _size(self) -> int | None:
+        """Of pictures of pairs; where words are tried the base sees them too."""
+        return max(self.base.resolution, self.model.encoder.image_size) if self.tries else None
 
     async def lora(self, order: ChangeOrder, seconds: float, do: Do, readers: threading.Semaphore) -> Noticed:
         """A ``.safetensors`` file."""
@@ -115,7 +121,7 @@ class Changes:
         for pair in pairs:
             with readers:
                 opened = read_pair(*pair)
-                parts.append(self.model.seen([opened]))
+                parts.append(self.model.seen([opened], self._size))
                 notices += doubts(*opened)
         return torch.cat(parts), tuple(notices)
 
@@ -125,7 +131,7 @@ class Changes:
 
     @torch.no_grad()
     def _predict(self, pairs: list[Tensor]) -> list[LoraWeights]:
-        if self.model.further:
+        if self.tries:
             return [lora_of_pairs(self.model, self.base, shown) for shown in pairs]
         return list(self.model.forward(torch.stack(pairs)))  # type: ignore[call-overload]
 

@@ -67,7 +67,7 @@ class ImageDecoder(L.LightningModule):
     ``ImageAutoencoder``: its latents, and so all that works on them, stay as they are. Batches are images [batch, 3, h,
     w] in [-1, 1] and their scaled latents [batch, c, h, w].
 
-    ``out`` receives the diffusers folder, fp16, when training ends.
+    ``out`` receives the diffusers folder when training ends, fp16 if that leaves the encoder as it is.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class ImageDecoder(L.LightningModule):
         self.save_hyperparameters()
         self.vae = AutoencoderKL.from_pretrained(start_from).to(memory_format=torch.channels_last)
         self.vae.encoder.requires_grad_(False)
-        self.vae.quant_conv.requires_grad_(False)
+        if self.vae.quant_conv is not None:
+            self.vae.quant_conv.requires_grad_(False)
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         images, latents = batch
@@ -99,7 +100,8 @@ class ImageDecoder(L.LightningModule):
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            self.vae.half().save_pretrained(Path(self.hparams["out"]))
+            exact = all(torch.equal(p, p.half().to(p)) for p in self.vae.encoder.parameters())
+            (self.vae.half() if exact else self.vae).save_pretrained(Path(self.hparams["out"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
         hidden: list[nn.Parameter] = []

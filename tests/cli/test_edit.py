@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hyperlora import bundle
 from hyperlora.formats import load_lora
 from hyperlora.pipelines import PairToLora, load_base
 from hyperlora.pipelines.editing import apply_edit
+from hyperlora.pipelines.trying import tried
 
 
 @pytest.fixture
@@ -66,6 +68,23 @@ def test_further_pairs_and_reverse(run: Any, models: Any, pair: Any, bundle: Any
     assert done.code == 0, done
     found = load_lora(tmp_path / "d.safetensors", model.layout).weights
     torch.testing.assert_close(found.flatten(), both.flatten())
+
+
+def test_words_are_tried_unless_asked_not_to(run: Any, tmp_path: Path) -> None:
+    """With the bundle: what its network was never shown."""
+    folder = next(bundle.EDIT_BENCHMARK.glob("*-skin"))
+    pair = [next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after")]
+    base = load_base(bundle.EDIT_BASE)
+    model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=base)
+    expected = {(): tried(model, base, tuple(pair)), ("--one-pass",): model(tuple(pair))}
+    for flags, lora in expected.items():
+        done = run("edit", *pair, "-o", tmp_path / "c.safetensors", *flags)
+        assert done.code == 0, done
+        found = load_lora(tmp_path / "c.safetensors", model.layout).weights
+        torch.testing.assert_close(found.flatten(), lora.flatten())
+    assert not torch.allclose(expected[()].flatten(), expected["--one-pass",].flatten(), atol=1e-3)
+    done = run("edit", *pair, "-o", tmp_path / "d.safetensors", "--base", bundle.BASE)
+    assert done.code == 2 and "avatars/edit-base" in done.err and done.err.count("\n") == 1
 
 
 def test_what_is_doubtful_is_said(run: Any, models: Any, pair: Any, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def speaking(base: Any, model: PairToLora) -> PairToLora:
     """A network that says words, as after some training."""
     tokens, width = text_of(base, [""]).shape[1:]
     options = {"width": 16, "depth": 1, "heads": 2, "head_options": {"size": 4}}
-    vocabulary = {"choices": {"light": ["dark", "bright"]}, "mixtures": {"sky": ["black", "red"]}}
+    vocabulary = {"choices": {"light": ["dark", "bright"]}, "mixtures": {"sky": ["black", "red"]}, "further": ["red"]}
     words = {"tokens": tokens, "width": width, "hidden": 24, "vocabulary": vocabulary}
     network = ChangeNetwork(model.layout, model.encoder.width, antisymmetric=True, words=words, **options)
     with torch.no_grad():
@@ -209,6 +209,7 @@ def test_a_network_that_says_words_is_saved_whole(bundle: Any, base: Any, speaki
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(one.abs().max()))  # kept in half precision
     still = Image.open(shown(bundle)[0])
     assert again((still, still)).norms().max() < 1e-4 * loaded.norms().max()
+    assert list(again.further) == ["red"]
 
 
 def test_a_negative_strength_is_the_pair_turned_round(bundle: Any, speaking: PairToLora) -> None:
@@ -221,7 +222,10 @@ def test_a_negative_strength_is_the_pair_turned_round(bundle: Any, speaking: Pai
 def test_what_words_could_say_is_among_the_controls(bundle: Any, base: Any, speaking: Any) -> None:
     benchmark = load_edit_benchmark(bundle.edit_benchmark, 16, 1)
     judge = EditJudge(base, Reader.from_pretrained(bundle.evaluator), benchmark, 1)
-    assert "words, as a LoRA" in [row.name for row in edit_rows(judge, speaking)]
+    names = [row.name for row in edit_rows(judge, speaking)]
+    assert {"words, as a LoRA", "one pair", "one pair, words tried", "one pair, words tried, the rest kept"} < set(
+        names
+    )
 
 
 def test_what_an_edit_does_not_touch_is_kept() -> None:

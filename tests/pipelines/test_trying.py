@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_builder.avatars.changes import vocabulary
 from hyperlora import bundle
 from hyperlora.blends import told
 from hyperlora.data import read_image
 from hyperlora.pipelines import Base, PairToLora, load_base, trying
 from hyperlora.pipelines.trying import lora_of_pairs, tried
 from hyperlora.pipelines.wording import text_of
+from hyperlora.service.changes import Changes
 
 HATS = ["no hat", "wearing a hat", "pale skin", "dark skin"]
 
@@ -33,7 +35,7 @@ def shown(model: PairToLora, kind: str) -> Tensor:
     facts = json.loads((bundle.EDIT_BENCHMARK / "edits.json").read_text())
     folder = bundle.EDIT_BENCHMARK / next(f["name"] for f in facts if f["kind"] == kind)
     before, after = (next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after"))
-    return model.seen([(read_image(before), read_image(after))])
+    return model.seen([(read_image(before), read_image(after))], 128)
 
 
 def what_is_said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -74,13 +76,13 @@ def test_what_the_network_explains_stays(model: PairToLora, base: Base, monkeypa
         ({"said": 0.6, "a": 0.3, "b": 0.2}, "b"),
         ({"said": 0.6, "a": 0.55}, "said"),  # little better
         ({"said": 0.9, "a": 0.6}, "said"),  # no explanation either
-        ({"said": 0.6, "said+b": 0.1, "b": 0.2}, told({"said": 1, "b": 1, "": -1})),
+        ({"said": 0.6, "said+b": 0.1, "b": 0.2}, told({"said": 1, "b": 1})),
     ],
 )
 def test_which_words_are_said(
     base: Base, monkeypatch: pytest.MonkeyPatch, left: dict[str, float], expected: str
 ) -> None:
-    errors = {"": 2.0, **{told({"said": 1, k[5:]: 1, "": -1}) if "+" in k else k: 2 * v for k, v in left.items()}}
+    errors = {"": 2.0, **{told({"said": 1, k[5:]: 1}) if "+" in k else k: 2 * v for k, v in left.items()}}
 
     def of(base: Any, before: Tensor, after: Tensor, texts: Sequence[str]) -> Tensor:
         return torch.tensor([errors.get(text, 2.0) for text in texts])
@@ -90,12 +92,51 @@ def test_which_words_are_said(
     assert trying._explaining(base, latents, latents, "said", ["a", "b"]) == expected
 
 
-def test_a_strength_below_0_tries_the_pair_turned_round(model: PairToLora, base: Base) -> None:
+def test_files_are_tried_as_tensors_are_and_turned_round(
+    model: PairToLora, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, pair = what_is_said(monkeypatch), shown(model, "skin")
     folder = next(bundle.EDIT_BENCHMARK.glob("*-skin"))
     before, after = (next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after"))
-    undoing = tried(model, base, (before, after), -0.5, HATS)
-    turned = tried(model, base, (after, before), 0.5, HATS)
+    undoing, turned = tried(model, base, (before, after), -0.5, HATS), tried(model, base, (after, before), 0.5, HATS)
     torch.testing.assert_close(undoing.flatten(), turned.flatten())
+    torch.testing.assert_close((lora_of_pairs(model, base, pair.flip(1), HATS) * 0.5).flatten(), undoing.flatten())
+    assert len(texts) == 3
+
+
+def test_the_way_back_is_said_too(model: PairToLora, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, pair = what_is_said(monkeypatch), shown(model, "skin")
+    found = iter(["a", "b"])
+    monkeypatch.setattr(trying, "_explaining", lambda *given: next(found))
+    lora_of_pairs(model, base, pair, HATS)
+    assert texts == [told({"a": 1, "back to b": -1})]
+
+
+def test_several_pairs_in_parts_as_one_by_one(model: PairToLora, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = torch.cat([shown(model, "skin"), shown(model, "glasses")])
+    a, b = (base.encode_images(pairs[:, side]) for side in (0, 1))
+    whole = trying._errors(base, a, b, HATS)
+    monkeypatch.setattr(trying, "_AT_ONCE", 3)
+    torch.testing.assert_close(trying._errors(base, a, b, HATS), whole)
+    monkeypatch.setattr(trying, "edit_weight", lambda before, after, most: torch.ones_like(after[:, :1]))
+    both, alone = trying._errors(base, a, b, HATS), trying._errors(base, a[:1], b[:1], HATS)
+    other = trying._errors(base, a.flip(0)[:1], b.flip(0)[:1], HATS)  # by the other's noise
+    torch.testing.assert_close(both, (alone + other) / 2, rtol=0.05, atol=1e-4)
+
+
+def test_nothing_is_said_of_no_change(model: PairToLora, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, pair = what_is_said(monkeypatch), shown(model, "skin")
+    assert lora_of_pairs(model, base, pair[:, :1].expand_as(pair), HATS).norms().max() < 1e-4 and not texts
+
+
+def test_the_strength_of_the_card_counts_for_words_too(model: PairToLora, base: Base) -> None:
+    pair = shown(model, "skin")
+    once = lora_of_pairs(model, base, pair, HATS)
+    model.card["strength"] = 2.0
+    try:
+        torch.testing.assert_close(lora_of_pairs(model, base, pair, HATS).flatten(), (once * 2.0).flatten())
+    finally:
+        del model.card["strength"]
 
 
 def test_without_further_words_it_is_one_pass(model: PairToLora, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +144,15 @@ def test_without_further_words_it_is_one_pass(model: PairToLora, base: Base, mon
     pair = shown(model, "skin")
     lora = lora_of_pairs(model, base, pair, [])
     torch.testing.assert_close(lora.flatten(), model.forward(pair[None])[0].flatten())
+
+
+def test_a_server_tries_words_for_one_edit_at_a_time(model: PairToLora, base: Base) -> None:
+    changes, pair = Changes(model, base), shown(model, "skin")
+    assert changes.batch == 1
+    (lora,) = changes._predict([pair])
+    torch.testing.assert_close(lora.flatten(), lora_of_pairs(model, base, pair).flatten())
+    assert not torch.allclose(lora.flatten(), model.forward(pair[None])[0].flatten(), atol=1e-3)
+
+
+def test_the_bundle_tries_what_its_networks_are_not_shown(model: PairToLora) -> None:
+    assert list(model.further) == vocabulary()["further"]
