@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import Any, Final
 
 import lightning as L
+import torch
 import yaml
+from PIL import Image
 
 from data_builder.avatars.edit_data import PairsToPairs
 from hyperlora import bundle
+from hyperlora.data import to_image
 from hyperlora.encoders import Reader
-from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+from hyperlora.evaluation.edit_benchmark import EditBenchmark, load_edit_benchmark
 from hyperlora.evaluation.edit_table import pair_loras, undone
 from hyperlora.evaluation.editing import EditJudge
+from hyperlora.evaluation.report import contact_sheet
 from hyperlora.heap import keep_heap
-from hyperlora.pipelines import PairToLora
+from hyperlora.lora import LoraWeights
+from hyperlora.pipelines import PairToLora, load_base
+from hyperlora.pipelines.editing import apply_edit
 from hyperlora.training.change import ChangeTraining
 
+OUT: Final = Path("runs/edit-variants")
 WORDLESS: Final[dict[str, Any]] = {"telling": 0.0, "network": {"words": None}}
 PAPER: Final[dict[str, Any]] = {
     "telling": 0.0,
@@ -65,18 +72,24 @@ def main() -> None:
     config["model"]["init_args"] |= {"network": network, "start_from": None}
     print("| variant | own | another's | undoing | accuracy | made | leakage | undone to |")
     print("|---" * 8 + "|")
+    back: dict[str, list[Image.Image]] = {}
     for name in arguments.only:
-        print(f"| {name} |", *_trained(config, name, arguments.steps, arguments.folder), sep=" ", flush=True)
+        cells, back[name] = _trained(config, name, arguments.steps, arguments.folder)
+        print(f"| {name} |", *cells, sep=" ", flush=True)
+    base = load_base(bundle.EDIT_BASE)
+    sheet = _sheet(load_edit_benchmark(arguments.folder, base.resolution), back)
+    sheet.save(OUT / "undone.png")
+    print(f"what the negatives make of the answers: {OUT / 'undone.png'}")
 
 
-def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> list[str]:
-    """The cells of one variant's line."""
+def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> tuple[list[str], list[Image.Image]]:
+    """The cells of one variant's line, and what the negatives of its LoRAs make of the answers."""
     L.seed_everything(0, verbose=False)
     given, data = config["model"]["init_args"], dict(config["data"]["init_args"])
     change = dict(VARIANTS[name])
     data["target"] = change.pop("target", "other")
     network = {**given["network"], **change.pop("network", {})}
-    out = Path("runs/edit-variants") / "-".join(name.replace(",", "").split())
+    out = OUT / "-".join(name.replace(",", "").split())
     shipped = PairToLora.from_pretrained(bundle.PAIR_MODEL)
     vision = shipped.encoder.config
     options = {**given, **change, "network": network, "encoder": vision["name"], "out": str(out)}
@@ -97,10 +110,27 @@ def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> list
     base = model.base
     benchmark = load_edit_benchmark(folder, base.resolution)
     judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, shipped.steps)
-    row = judge.row("one pair", pair_loras(model.model.eval(), benchmark, 1)[0])
+    loras = pair_loras(model.model.eval(), benchmark, 1)[0]
+    row = judge.row("one pair", loras)
     scores = [f"{row.score(metric, 'seen kinds')}" for metric in ("accuracy", "made", "leakage")]
     back = undone(judge, model.model)
-    return [f"{cell} |" for cell in (*losses, *scores, back.undone)]
+    return [f"{cell} |" for cell in (*losses, *scores, back.undone)], undone_pictures(judge, loras)
+
+
+def undone_pictures(judge: EditJudge, loras: LoraWeights) -> list[Image.Image]:
+    """What the negative of each edit's LoRA makes of its first answer."""
+    answers = torch.stack([edit.others[0, 1] for edit in judge.benchmark.edits])
+    return apply_edit(judge.base, answers, -loras, seeds=[0] * len(answers), steps=judge.steps)
+
+
+def _sheet(benchmark: EditBenchmark, back: dict[str, list[Image.Image]], rows: int = 8) -> Image.Image:
+    """The first edits of different kinds: the picture before, the answer, and what each variant undoes it to."""
+    kinds = [edit.kind for edit in benchmark.edits]
+    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:rows]
+    shown = [[to_image(benchmark.edits[i].others[0, side]) for side in (0, 1)] for i in chosen]
+    grid = [[*pair, *(made[i] for made in back.values())] for pair, i in zip(shown, chosen, strict=True)]
+    titles = ["before", "the answer", *(f"undone: {name}" for name in back)]
+    return contact_sheet(titles, grid, labels=[kinds[i] for i in chosen])
 
 
 def _losses(model: ChangeTraining, data: dict[str, Any]) -> list[str]:
