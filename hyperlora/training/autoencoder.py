@@ -65,7 +65,8 @@ class ImageAutoencoder(L.LightningModule):
 class ImageDecoder(L.LightningModule):
     """Goes on with the decoder of a released autoencoder (``start_from``) alone, by ``Muon`` and the errors of
     ``ImageAutoencoder``: its latents, and so all that works on them, stay as they are. Batches are images [batch, 3, h,
-    w] in [-1, 1] and their scaled latents [batch, c, h, w].
+    w] in [-1, 1] and their scaled latents [batch, c, h, w]. Of each picture so much ``noise`` at most, of the latents'
+    own size, is added to them: what a denoiser makes is never quite a picture's.
 
     ``out`` receives the diffusers folder when training ends, fp16 if that leaves the encoder as it is.
     """
@@ -77,6 +78,7 @@ class ImageDecoder(L.LightningModule):
         lr: float = 1e-3,
         squared_weight: float = 4.0,
         gradient_weight: float = 0.25,
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -87,7 +89,8 @@ class ImageDecoder(L.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         images, latents = batch
-        return _loss(self, self._decoded(latents), images)
+        spoilt = self.hparams["noise"] * torch.rand(len(latents), 1, 1, 1, device=self.device)
+        return _loss(self, self._decoded(latents + spoilt * torch.randn_like(latents)), images)
 
     def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
         images, latents = batch
