@@ -110,7 +110,7 @@ def test_pictures_of_one_name_do_not_meet(run: Any, models: Any, pair: Any, tmp_
     (lambda a: [*a, "--format", "gguf"], "known: diffusers, kohya"),
     (lambda a: [*a, "--strength", "nan"], "strength between -10 and 10"),
     (lambda a: [*a, "--try", "a hat", "--one-pass"], "leave one out"),
-    (lambda a: [*a, "--try", "a hat"], "this network has no words"),
+    (lambda a: [*a, "--try", "a hat"], "this one says none"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(
     run: Any, models: Any, pair: Any, tmp_path: Path, change: Any, sentence: str
