@@ -11,7 +11,7 @@ import numpy as np
 from data_builder.avatars import vocabulary as words
 from data_builder.avatars.edits import edited
 from data_builder.avatars.people import SPLITS, Identity, Scene, hidden, identity, scene
-from hyperlora.blends import blend, parts_of, reworded
+from hyperlora.blends import reworded, told
 
 Portrait = tuple[Identity, Scene]
 
@@ -109,11 +109,7 @@ def asked(values: Sequence[tuple[str, str]], mixed: bool = False) -> str:
     """What asks for these values of attributes at once, as ``hyperlora.blends``: the sum of what asks for each, so that
     words of changes add up as their LoRAs do; of an exact colour, which has no name, a mixture of those that have. With
     ``mixed`` those that have one are mixtures too, as whoever sees a colour cannot know whether it has a name."""
-    parts: defaultdict[str, float] = defaultdict(float, {"": 1.0 - len(values)})
-    for attribute, value in values:
-        for name, weight in _mixture(attribute, value, mixed).items():
-            parts[instruction(attribute, name)] += weight
-    return blend(parts)
+    return told(_prompts(values, mixed))
 
 
 def undoable(
@@ -122,12 +118,17 @@ def undoable(
     """``asked``, less what would ask to go ``BACK`` to the values before; with ``undo`` the negative of that, which
     asks for these."""
     way = -1.0 if undo else 1.0
-    parts: defaultdict[str, float] = defaultdict(float, {"": 1 - way * (len(values) - len(before))})
-    for sign, prompt in ((way, asked(values, mixed)), (-way, reworded(asked(before, mixed), BACK))):
-        for part, weight in parts_of(prompt).items():
-            if part:
-                parts[part] += sign * weight
-    return blend(parts)
+    add = {prompt: way * weight for prompt, weight in _prompts(values, mixed).items()}
+    return told(add | {reworded(k, BACK): -way * weight for k, weight in _prompts(before, mixed).items()})
+
+
+def _prompts(values: Sequence[tuple[str, str]], mixed: bool) -> dict[str, float]:
+    """How much of each plain prompt asks for these values."""
+    parts: defaultdict[str, float] = defaultdict(float)
+    for attribute, value in values:
+        for name, weight in _mixture(attribute, value, mixed).items():
+            parts[instruction(attribute, name)] += weight
+    return parts
 
 
 def vocabulary() -> dict[str, Any]:

@@ -84,7 +84,7 @@ def edit(
     from hyperlora.pipelines.doubts import doubts
     from hyperlora.pipelines.editing import apply_edit
     from hyperlora.pipelines.pair_to_lora import change_header, read_pair
-    from hyperlora.pipelines.trying import NO_WORDS, tried
+    from hyperlora.pipelines.trying import tried
 
     keep_heap()
     opened = [read_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
@@ -96,17 +96,15 @@ def edit(
     network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
     shown = [pair[::-1] for pair in opened] if reverse else opened
     words = [] if one_pass else [*network.further, *(further or [])]
-    if words and network.network.wording is None:
-        raise BadRequest(NO_WORDS)
-    if words and frozen is None:
-        frozen = load_base(_base_to_try(base, network.layout.base))
-        network.layout.require_base(frozen.id)
-    change = tried(network, frozen, shown, strength, words) if words and frozen else network(shown, strength)
+    if words:
+        change = tried(network, frozen or _base_to_try(network, base), shown, strength, words)
+    else:
+        change = network(shown, strength)
     if out is not None:
         header = change_header(network, out.stem, pairs)
         save_lora(change, out, format=format, header=header)  # type: ignore[arg-type]
         typer.echo(f"{out}: rank {change.layout.rank} for {change.layout.base}")
-    if frozen is not None and apply:
+    if frozen is not None:
         seeds = [seed] * len(pictures)
         edited = apply_edit(
             frozen, pictures, change, seeds=seeds, instructions=instruction, steps=steps or network.steps,
@@ -117,14 +115,22 @@ def edit(
             typer.echo(str(path))
 
 
-def _base_to_try(given: str | None, wanted: str) -> str:
-    """The base that words are tried with."""
+def _base_to_try(network: Any, given: str | None) -> Any:
+    """The base that words are tried with, where none is loaded yet."""
     from hyperlora import bundle
+    from hyperlora.pipelines import load_base
     from hyperlora.pipelines.bases import base_id
+    from hyperlora.pipelines.trying import NO_WORDS
 
-    if given is None and wanted != base_id(bundle.EDIT_BASE):
-        raise BadRequest(f"words are tried with the base of the LoRA, {wanted!r}: give --base, or --one-pass")
-    return given or str(bundle.EDIT_BASE)
+    if network.network.wording is None:
+        raise BadRequest(NO_WORDS)
+    if given is None and network.layout.base != base_id(bundle.EDIT_BASE):
+        raise BadRequest(
+            f"words are tried with the base of the LoRA, {network.layout.base!r}: give --base or --one-pass"
+        )
+    base = load_base(given or bundle.EDIT_BASE)
+    network.layout.require_base(base.id)
+    return base
 
 
 def _pairs(before: Path | None, after: Path | None, more: list[str]) -> list[tuple[Path, Path]]:

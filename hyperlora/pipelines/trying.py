@@ -15,7 +15,7 @@ from hyperlora.blends import reworded, told
 from hyperlora.errors import BadRequest
 from hyperlora.lora import LoraWeights
 from hyperlora.objectives import denoising_loss, edit_weight
-from hyperlora.pipelines.bases import Base
+from hyperlora.pipelines.bases import Base, Texts
 from hyperlora.pipelines.doubts import is_unchanged
 from hyperlora.pipelines.editing import require_editing
 from hyperlora.pipelines.pair_to_lora import PairToLora, SourcePair
@@ -71,7 +71,8 @@ def lora_of_pairs(model: PairToLora, base: Base, pairs: Tensor, further: Sequenc
     require_editing(base)
     there, back = model.network.instructions(before, after)[0], model.network.instructions(after, before)[0]
     a, b = (base.encode_images(_sized(pairs[:, side], base.resolution)) for side in (0, 1))
-    found, found_back = _explaining(base, a, b, there, words), _explaining(base, b, a, back, words)
+    texts: Texts = {}
+    found, found_back = _explaining(base, a, b, there, words, texts), _explaining(base, b, a, back, words, texts)
     lora = model.network(before, after)
     if (found, found_back) != (there, back):
         pattern = model.network.wording.vocabulary.back
@@ -79,19 +80,19 @@ def lora_of_pairs(model: PairToLora, base: Base, pairs: Tensor, further: Sequenc
     return model.strong(lora)[0]
 
 
-def _explaining(base: Base, before: Tensor, after: Tensor, said: str, words: Sequence[str]) -> str:
-    """``said``, or what explains the change better: latents [pairs, c, h, w]."""
-    nothing, left = _errors(base, before, after, ["", said])
+def _explaining(base: Base, before: Tensor, after: Tensor, said: str, words: Sequence[str], known: Texts) -> str:
+    """``said``, or what explains the change better: latents [pairs, c, h, w]; ``known`` texts are not read again."""
+    nothing, left = _errors(base, before, after, ["", said], known)
     if left <= EXPLAINED * nothing:
         return said
-    alone = _errors(base, before, after, words)
+    alone = _errors(base, before, after, words, known)
     beside = [told({said: 1.0} | {words[i]: 1.0}) for i in alone.argsort()[:_BESIDES].tolist()]
-    others, errors = [*words, *beside], torch.cat([alone, _errors(base, before, after, beside)])
+    others, errors = [*words, *beside], torch.cat([alone, _errors(base, before, after, beside, known)])
     best = int(errors.argmin())
     return others[best] if errors[best] < min(BETTER * left, GOOD * nothing) else said
 
 
-def _errors(base: Base, before: Tensor, after: Tensor, texts: Sequence[str]) -> Tensor:
+def _errors(base: Base, before: Tensor, after: Tensor, texts: Sequence[str], known: Texts) -> Tensor:
     """[texts]: how far the base is off A' that is told each, by the same noise."""
     noise = torch.randn(after.shape, generator=torch.Generator().manual_seed(0)).to(after)
     weight = edit_weight(before, after, _WEIGHT)
@@ -104,7 +105,7 @@ def _errors(base: Base, before: Tensor, after: Tensor, texts: Sequence[str]) -> 
         parts.append(
             denoising_loss(
                 base.denoiser, base.noise_schedule, after[pair], draw=(place, noise[pair]), weight=weight[pair],
-                beside=beside[pair], **base.encode_prompts([text for text, _ in some]),
+                beside=beside[pair], **base.encode_prompts([text for text, _ in some], known),
             )
         )  # fmt: skip
     return torch.cat(parts).view(len(texts), len(after)).mean(1)

@@ -50,7 +50,7 @@ def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettin
     app = FastAPIOffline(  # /docs with its scripts from here: a page about this server tells no other of its readers
         title="hyperlora",
         version=version("hyperlora"),
-        summary="A photo, or a picture before and after an edit, goes in; a LoRA comes out in one forward pass.",
+        summary="A photo, or a picture before and after an edit, goes in; a LoRA comes out.",
         lifespan=lifespan,
     )
     for room in (loras, images, edits, likeness, jobs, system):

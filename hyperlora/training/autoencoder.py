@@ -7,10 +7,10 @@ from typing import Any
 import lightning as L
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.training.optimizers import adamw_one_cycle, muon_one_cycle
+from hyperlora.training.optimizers import adamw_one_cycle, hidden_matrices, muon_one_cycle
 
 
 class ImageAutoencoder(L.LightningModule):
@@ -107,11 +107,9 @@ class ImageDecoder(L.LightningModule):
             (self.vae.half() if exact else self.vae).save_pretrained(Path(self.hparams["out"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        hidden: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.vae.named_parameters():
-            ends = name.startswith(("post_quant_conv", "decoder.conv_in", "decoder.conv_out"))
-            (others if ends or parameter.ndim == 1 else hidden).append(parameter)
+        hidden, others = hidden_matrices(
+            self.vae.named_parameters(), ("post_quant_conv", "decoder.conv_in", "decoder.conv_out")
+        )
         return muon_one_cycle(self, hidden, others, self.hparams["lr"], weight_decay=1e-4)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from hyperlora.objectives import denoising_loss, edit_weight
 from hyperlora.pipelines import load_base
 from hyperlora.pipelines.bases import Texts
-from hyperlora.training.optimizers import muon_one_cycle
+from hyperlora.training.optimizers import hidden_matrices, muon_one_cycle
 from hyperlora.training.preview import Preview
 from hyperlora.training.pruning import prune
 from hyperlora.training.reader import Misreading
@@ -127,11 +127,7 @@ class EditBaseModel(L.LightningModule):
             write_edit_base(Path(self.hparams["out"]), Path(self.hparams["base"]), self.unet, self.schedule)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        hidden: list[torch.nn.Parameter] = []
-        others: list[torch.nn.Parameter] = []
-        for name, parameter in self.unet.named_parameters():
-            ends = name.startswith(("conv_in", "conv_out"))
-            (others if ends or parameter.ndim == 1 else hidden).append(parameter)
+        hidden, others = hidden_matrices(self.unet.named_parameters(), ("conv_in", "conv_out"))
         return muon_one_cycle(self, hidden, others, self.hparams["lr"])
 
 

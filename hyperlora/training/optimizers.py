@@ -85,6 +85,18 @@ def adamw_one_cycle(
     return _one_cycle(module, optimizer, warmup)
 
 
+def hidden_matrices(
+    parameters: Iterable[tuple[str, nn.Parameter]], ends: tuple[str, ...]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Of named parameters the matrices and kernels within, for ``Muon``, and all others: vectors, and those whose names
+    begin with one of ``ends``, where a network takes in and gives out."""
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        (others if name.startswith(ends) or parameter.ndim == 1 else hidden).append(parameter)
+    return hidden, others
+
+
 def muon_one_cycle(
     module: L.LightningModule,
     matrices: Iterable[nn.Parameter],

@@ -84,12 +84,12 @@ def test_which_words_are_said(
 ) -> None:
     errors = {"": 2.0, **{told({"said": 1, k[5:]: 1}) if "+" in k else k: 2 * v for k, v in left.items()}}
 
-    def of(base: Any, before: Tensor, after: Tensor, texts: Sequence[str]) -> Tensor:
+    def of(base: Any, before: Tensor, after: Tensor, texts: Sequence[str], known: Any) -> Tensor:
         return torch.tensor([errors.get(text, 2.0) for text in texts])
 
     monkeypatch.setattr(trying, "_errors", of)
     latents = torch.zeros(1, 4, 2, 2)
-    assert trying._explaining(base, latents, latents, "said", ["a", "b"]) == expected
+    assert trying._explaining(base, latents, latents, "said", ["a", "b"], {}) == expected
 
 
 def test_files_are_tried_as_tensors_are_and_turned_round(
@@ -115,12 +115,12 @@ def test_the_way_back_is_said_too(model: PairToLora, base: Base, monkeypatch: py
 def test_several_pairs_in_parts_as_one_by_one(model: PairToLora, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = torch.cat([shown(model, "skin"), shown(model, "glasses")])
     a, b = (base.encode_images(pairs[:, side]) for side in (0, 1))
-    whole = trying._errors(base, a, b, HATS)
+    whole = trying._errors(base, a, b, HATS, {})
     monkeypatch.setattr(trying, "_AT_ONCE", 3)
-    torch.testing.assert_close(trying._errors(base, a, b, HATS), whole)
+    torch.testing.assert_close(trying._errors(base, a, b, HATS, {}), whole)
     monkeypatch.setattr(trying, "edit_weight", lambda before, after, most: torch.ones_like(after[:, :1]))
-    both, alone = trying._errors(base, a, b, HATS), trying._errors(base, a[:1], b[:1], HATS)
-    other = trying._errors(base, a.flip(0)[:1], b.flip(0)[:1], HATS)  # by the other's noise
+    both, alone = trying._errors(base, a, b, HATS, {}), trying._errors(base, a[:1], b[:1], HATS, {})
+    other = trying._errors(base, a.flip(0)[:1], b.flip(0)[:1], HATS, {})  # by the other's noise
     torch.testing.assert_close(both, (alone + other) / 2, rtol=0.05, atol=1e-4)
 
 
