@@ -7,28 +7,29 @@ python benchmarks/choose_edit.py runs/data/edits-validation-benchmark [--steps 2
 import argparse
 from dataclasses import replace
 
-from hyperlora import bundle
-from hyperlora.encoders import Reader
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
-from hyperlora.evaluation.edit_table import pair_loras
-from hyperlora.evaluation.editing import EditJudge
-from hyperlora.heap import keep_heap
-from hyperlora.pipelines import PairToLora, load_base
+from hyperlora.evaluation.edit_evaluator import EditJudge
+from hyperlora.evaluation.edit_suite import pair_loras
+from hyperlora.pipelines.pair_to_lora import PairToLora
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
-    parser.add_argument("--model", default=bundle.PAIR_MODEL)
+    parser.add_argument("--model", default=pretrained.PAIR_MODEL)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 20])
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 1.3])
     parser.add_argument("--pictures", type=int, default=1, help="Of each edit.")
     arguments = parser.parse_args()
     keep_heap()
-    base = load_base(bundle.EDIT_BASE)
+    base = load_base(pretrained.EDIT_BASE)
     found = load_edit_benchmark(arguments.folder, base.resolution)
     benchmark = replace(found, edits=tuple(replace(e, others=e.others[: arguments.pictures]) for e in found.edits))
-    reader = Reader.from_pretrained(bundle.EVALUATOR)
+    reader = Reader.from_pretrained(pretrained.EVALUATOR)
     lora, _ = pair_loras(PairToLora.from_pretrained(arguments.model, base=base), benchmark, 1)
     for steps in arguments.steps:
         judge = EditJudge(base, reader, benchmark, steps)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperlora import bundle
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.diffusion.denoiser_calls import Call, caught
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.diffusion.multi_lora import composed
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.formats import save_lora
-from hyperlora.heap import keep_heap
-from hyperlora.pipelines import ImageToLora, load_base
-from hyperlora.pipelines.calls import Call, caught
-from hyperlora.pipelines.composition import composed
+from hyperlora.lora.io.save import save_lora
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def main() -> None:
@@ -30,10 +31,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4)
     arguments = parser.parse_args()
     keep_heap()
-    base = load_base(bundle.BASE)
-    photos = load_benchmark(bundle.BENCHMARK, base.resolution, arguments.loras).photos[:, :1]
+    base = load_base(pretrained.BASE)
+    photos = load_benchmark(pretrained.BENCHMARK, base.resolution, arguments.loras).photos[:, :1]
     with torch.no_grad():
-        loras = list(ImageToLora.from_pretrained(bundle.MODEL, base=base).forward(photos))
+        loras = list(ImageToLora.from_pretrained(pretrained.MODEL, base=base).forward(photos))
     pipe = base.pipeline
 
     def latents(seed: int) -> Tensor:

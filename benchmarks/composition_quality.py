@@ -12,14 +12,13 @@ import torch
 from concepts import World
 from PIL import Image
 
-from hyperlora.data import to_image
+from hyperlora.cpu import keep_heap
+from hyperlora.data.images import pixels_of, to_image
+from hyperlora.diffusion.autolora_guidance import autolora
+from hyperlora.diffusion.multi_lora import composed
+from hyperlora.diffusion.text_to_image import render
 from hyperlora.evaluation.metrics import Score
-from hyperlora.evaluation.personalisation import pixels_of
 from hyperlora.evaluation.report import contact_sheet
-from hyperlora.heap import keep_heap
-from hyperlora.pipelines import render
-from hyperlora.pipelines.composition import composed
-from hyperlora.pipelines.guidance import autolora
 
 CONCEPTS = {
     "garment": ("garment", "spacesuit"),

@@ -11,15 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_builder.avatars import SPLITS, draw, edited, identity, scene
-from data_builder.differential import differential
-from hyperlora import bundle
-from hyperlora.data import to_tensor
-from hyperlora.encoders import Reader
+from data_builder.avatars.edits import edited
+from data_builder.avatars.identity import SPLITS, identity, scene
+from data_builder.avatars.rendering import draw
+from data_builder.baselines.differential_lora import differential
+from hyperlora import pretrained
+from hyperlora.data.images import pixels_of, to_tensor
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.personalisation import Judge, pixels_of
-from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.evaluation.subject_evaluator import Judge
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 NEUTRAL = {
     "glasses": "none",
@@ -36,10 +39,10 @@ class World:
     """The bundle, its benchmark and LoRAs of its people."""
 
     def __init__(self, people: int, steps: int) -> None:
-        self.base = load_base(bundle.BASE)
-        self.reader = Reader.from_pretrained(bundle.EVALUATOR)
-        self.judge = Judge(self.base, self.reader, load_benchmark(bundle.BENCHMARK, self.base.resolution, people))
-        model = ImageToLora.from_pretrained(bundle.MODEL, base=self.base)
+        self.base = load_base(pretrained.BASE)
+        self.reader = Reader.from_pretrained(pretrained.EVALUATOR)
+        self.judge = Judge(self.base, self.reader, load_benchmark(pretrained.BENCHMARK, self.base.resolution, people))
+        model = ImageToLora.from_pretrained(pretrained.MODEL, base=self.base)
         with torch.no_grad():
             self.people = model.forward(self.judge.benchmark.photos[:, :1])
         self.steps = steps

@@ -16,17 +16,17 @@ held-out fitted LoRAs would be copies. *Spread* is 1 - the mean cosine between s
 import argparse
 from pathlib import Path
 
-from data_builder.held_out import HeldOut, Tried, held_out, table
-from hyperlora import bundle
-from hyperlora.data import LoraDataset
-from hyperlora.encoders import Reader
+from benchmarks.ablations.codec_heldout import HeldOut, Tried, held_out, table
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.data.lora_dataset import LoraDataset
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.benchmark import Benchmark, load_benchmark
-from hyperlora.evaluation.personalisation import Judge
-from hyperlora.heap import keep_heap
-from hyperlora.pipelines import load_base
+from hyperlora.evaluation.subject_evaluator import Judge
+from hyperlora.pipelines.auto import open_photo_model
+from hyperlora.pipelines.image_to_lora_base import Sampling
 from hyperlora.pipelines.lora_codec import LoraCodec
-from hyperlora.pipelines.methods import open_photo_model
-from hyperlora.pipelines.photo_model import Sampling
 
 
 def main() -> None:
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="Of drawing.")
     arguments = parser.parse_args()
     keep_heap()
-    base = load_base(bundle.BASE)
-    reader = Reader.from_pretrained(bundle.EVALUATOR)
-    prompts = load_benchmark(bundle.BENCHMARK, base.resolution, 1).prompts[: arguments.prompts]
+    base = load_base(pretrained.BASE)
+    reader = Reader.from_pretrained(pretrained.EVALUATOR)
+    prompts = load_benchmark(pretrained.BENCHMARK, base.resolution, 1).prompts[: arguments.prompts]
 
     def judge(benchmark: Benchmark) -> Judge:
         return Judge(base, reader, benchmark, arguments.steps)

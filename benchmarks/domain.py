@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from hyperlora import bundle
-from hyperlora.data import image_files, read_image, to_tensor
+from hyperlora import pretrained
+from hyperlora.data.images import image_files, read_image, to_tensor
 from hyperlora.features import ImageFeatures
-from hyperlora.pipelines import ImageToLora
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 SIZE = 128
 
 
 def drawn() -> list[Image.Image]:
     """All photos of the bundle's test people."""
-    people = sorted((bundle.BENCHMARK / "subjects").iterdir())
+    people = sorted((pretrained.BENCHMARK / "subjects").iterdir())
     return [read_image(photo) for person in people for photo in image_files(person)]
 
 
@@ -65,7 +65,7 @@ def unknown(model: ImageToLora, pictures: Sequence[Image.Image]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    model = ImageToLora.from_pretrained(bundle.MODEL)
+    model = ImageToLora.from_pretrained(pretrained.MODEL)
     portraits = drawn()
     kinds = [
         ("test portraits (false alarms)", portraits),

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import torch
 
-from data_builder.avatars.pairs import DrawnPairs
-from hyperlora.pipelines.doubts import UNRELATED, likeness
+from data_builder.avatars.pair_dataset import DrawnPairs
+from hyperlora.pipelines.input_checks import UNRELATED, likeness
 
 
 def main() -> None:

@@ -16,19 +16,20 @@ import torch
 import yaml
 from PIL import Image
 
-from data_builder.avatars.edit_data import PairsToPairs
-from hyperlora import bundle
-from hyperlora.data import to_image
-from hyperlora.encoders import Reader
+from data_builder.datamodules.edits import PairsToPairs
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.data.images import to_image
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.diffusion.image_editing import apply_edit
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.edit_benchmark import EditBenchmark, load_edit_benchmark
-from hyperlora.evaluation.edit_table import pair_loras, undone
-from hyperlora.evaluation.editing import EditJudge
+from hyperlora.evaluation.edit_evaluator import EditJudge
+from hyperlora.evaluation.edit_suite import pair_loras, undone
 from hyperlora.evaluation.report import contact_sheet
-from hyperlora.heap import keep_heap
-from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import PairToLora, load_base
-from hyperlora.pipelines.editing import apply_edit
-from hyperlora.training.change import ChangeTraining
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.pair_to_lora import PairToLora
+from hyperlora.training.modules.pair_hypernetwork import ChangeTraining
 
 OUT: Final = Path("runs/edit-variants")
 WORDLESS: Final[dict[str, Any]] = {"telling": 0.0, "network": {"words": None}}
@@ -68,7 +69,7 @@ def main() -> None:
     config = yaml.safe_load(Path(arguments.config).read_text())
     config["data"]["init_args"]["batch_size"] = arguments.batch
     network = yaml.safe_load(Path(arguments.network).read_text())["model"]["init_args"]["network"]
-    network["words"] = PairToLora.from_pretrained(bundle.PAIR_MODEL).network.config["words"]
+    network["words"] = PairToLora.from_pretrained(pretrained.PAIR_MODEL).network.config["words"]
     config["model"]["init_args"] |= {"network": network, "start_from": None}
     print("| variant | own | another's | undoing | accuracy | made | leakage | undone to |")
     print("|---" * 8 + "|")
@@ -76,7 +77,7 @@ def main() -> None:
     for name in arguments.only:
         cells, back[name] = _trained(config, name, arguments.steps, arguments.folder)
         print(f"| {name} |", *cells, sep=" ", flush=True)
-    base = load_base(bundle.EDIT_BASE)
+    base = load_base(pretrained.EDIT_BASE)
     sheet = _sheet(load_edit_benchmark(arguments.folder, base.resolution), back)
     sheet.save(OUT / "undone.png")
     print(f"what the negatives make of the answers: {OUT / 'undone.png'}")
@@ -90,7 +91,7 @@ def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> tupl
     data["target"] = change.pop("target", "other")
     network = {**given["network"], **change.pop("network", {})}
     out = OUT / "-".join(name.replace(",", "").split())
-    shipped = PairToLora.from_pretrained(bundle.PAIR_MODEL)
+    shipped = PairToLora.from_pretrained(pretrained.PAIR_MODEL)
     vision = shipped.encoder.config
     options = {**given, **change, "network": network, "encoder": vision["name"], "out": str(out)}
     if data["target"] == "mirrored":  # nothing is known of what these show, and they are mirrored anew each time
@@ -109,7 +110,7 @@ def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> tupl
     losses = _losses(model, data)
     base = model.base
     benchmark = load_edit_benchmark(folder, base.resolution)
-    judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, shipped.steps)
+    judge = EditJudge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark, shipped.steps)
     loras = pair_loras(model.model.eval(), benchmark, 1)[0]
     row = judge.row("one pair", loras)
     scores = [f"{row.score(metric, 'seen kinds')}" for metric in ("accuracy", "made", "leakage")]

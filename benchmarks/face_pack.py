@@ -16,14 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_builder.avatars.face_data import background, faceless
 from data_builder.avatars.landmarks import landmarks
-from data_builder.avatars.portraits import Portraits
-from hyperlora import bundle
-from hyperlora.data import to_tensor
-from hyperlora.encoders import Reader
-from hyperlora.encoders.face import FaceFinder
-from hyperlora.encoders.reader import read_in_batches
+from data_builder.avatars.portrait_dataset import Portraits
+from data_builder.datamodules.faces import background, faceless
+from hyperlora import pretrained
+from hyperlora.data.images import to_tensor
+from hyperlora.encoders.attribute_classifier import Reader, read_in_batches
+from hyperlora.encoders.face_analysis import FaceFinder
 
 FALSE = 1e-3
 """Different people taken for one, of all pairs, where the share of the same people that are known is told."""
@@ -97,7 +96,7 @@ def read(portraits: Portraits, reader: Reader) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("portraits", type=Path)
-    parser.add_argument("--pack", type=Path, default=bundle.FACE_PACK)
+    parser.add_argument("--pack", type=Path, default=pretrained.FACE_PACK)
     parser.add_argument("--reader", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128], help="sides that faces are looked for at")
     parser.add_argument("--without", type=int, default=200, help="pictures of each kind without a face")

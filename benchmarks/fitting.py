@@ -13,16 +13,16 @@ from functools import partial
 import torch
 from peft import LoraConfig
 
-from hyperlora import bundle
-from hyperlora.adapters import layout_of
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.diffusion.diffusion_base import Base, load_base
+from hyperlora.diffusion.losses import denoising_loss
+from hyperlora.diffusion.target_modules import layout_of
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.heap import keep_heap
-from hyperlora.lora import LoraWeights
-from hyperlora.objectives import denoising_loss
-from hyperlora.pipelines import Base, load_base
-from hyperlora.pipelines.examples import Chance
-from hyperlora.pipelines.fitting import Examples, fit
-from hyperlora.pipelines.refining import photo_examples
+from hyperlora.finetuning.examples import Chance, Examples
+from hyperlora.finetuning.refine import photo_examples
+from hyperlora.finetuning.trainer import fit
+from hyperlora.lora.weights import LoraWeights
 
 LR = 1e-3
 
@@ -80,9 +80,9 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_heap()
     torch.manual_seed(0)
-    base = load_base(bundle.BASE)
+    base = load_base(pretrained.BASE)
     layout = layout_of({"unet": base.denoiser}, "attention+mlp", 4, base.id)
-    photos = load_benchmark(bundle.BENCHMARK, base.resolution, arguments.k).photos
+    photos = load_benchmark(pretrained.BENCHMARK, base.resolution, arguments.k).photos
     examples = photo_examples(base, photos, "a portrait of sks person")
     start = LoraWeights.zeros(layout, (arguments.k,), 0.05)
     for batch in arguments.batch:

@@ -10,14 +10,15 @@ import time
 
 import torch
 
-from hyperlora import bundle
-from hyperlora.encoders import Reader
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.personalisation import Judge
-from hyperlora.evaluation.table import FitSettings, fitted_loras
-from hyperlora.heap import keep_heap
-from hyperlora.pipelines import ImageToLora, load_base
-from hyperlora.pipelines.refining import refined
+from hyperlora.evaluation.subject_evaluator import Judge
+from hyperlora.evaluation.subject_suite import FitSettings, fitted_loras
+from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.refine_generated import refined
 
 
 def main() -> None:
@@ -27,11 +28,11 @@ def main() -> None:
     parser.add_argument("--as-if", type=int, default=300)
     arguments = parser.parse_args()
     keep_heap()
-    base = load_base(bundle.BASE)
-    model = ImageToLora.from_pretrained(bundle.MODEL, base=base)
-    benchmark = load_benchmark(bundle.BENCHMARK, base.resolution, arguments.photos)
+    base = load_base(pretrained.BASE)
+    model = ImageToLora.from_pretrained(pretrained.MODEL, base=base)
+    benchmark = load_benchmark(pretrained.BENCHMARK, base.resolution, arguments.photos)
     photos = benchmark.photos[:, :1]
-    judge = Judge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark)
+    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark)
     rates = {}
     with torch.no_grad():
         for size in (1, 32):

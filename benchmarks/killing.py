@@ -23,12 +23,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from data_builder.chunks import Chunks
-from data_builder.plan import Plan, Recipe, write_plan
-from data_builder.planning import make_plan
-from data_builder.running import run
-from data_builder.sources import Avatars
-from hyperlora.data.loras import LoraDataset
+from data_builder.build.chunk_store import Chunks
+from data_builder.build.make_plan import make_plan
+from data_builder.build.plan import Plan, Recipe, write_plan
+from data_builder.build.run import run
+from data_builder.sources.sources import Avatars
+from hyperlora.data.lora_dataset import LoraDataset
 
 
 def tiny_base(folder: Path) -> Path:

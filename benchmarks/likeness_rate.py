@@ -19,16 +19,18 @@ import torch
 from fitting import at_once, one_by_one
 from torch import Tensor
 
-from hyperlora import bundle
-from hyperlora.data import LoraDataset
-from hyperlora.encoders import Reader
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.data.lora_dataset import LoraDataset
+from hyperlora.diffusion.diffusion_base import Base, load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.personalisation import Judge, Row
-from hyperlora.heap import keep_heap
-from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import Base, ImageToLora, load_base
-from hyperlora.pipelines.fitting import Examples, fit
-from hyperlora.pipelines.refining import photo_examples
+from hyperlora.evaluation.subject_evaluator import Judge, Row
+from hyperlora.finetuning.examples import Examples
+from hyperlora.finetuning.refine import photo_examples
+from hyperlora.finetuning.trainer import fit
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 PROMPT = "a portrait of sks person"
 
@@ -79,10 +81,10 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_heap()
     torch.manual_seed(0)
-    base = load_base(bundle.BASE)
-    network = ImageToLora.from_pretrained(bundle.MODEL, base=base)
+    base = load_base(pretrained.BASE)
+    network = ImageToLora.from_pretrained(pretrained.MODEL, base=base)
     benchmark = load_benchmark(arguments.benchmark, base.resolution, arguments.people)
-    judge = Judge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=12)
+    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark, steps=12)
     photos, n = benchmark.photos, len(benchmark.names)
     examples = photo_examples(base, photos, PROMPT)
     random = LoraWeights.zeros(network.layout, (n,), 0.05)

@@ -17,17 +17,17 @@ import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
-from data_builder.held_out import held_out
-from data_builder.lora_photos import SeenLoras
-from hyperlora import bundle
-from hyperlora.encoders import Reader
+from benchmarks.ablations.codec_heldout import held_out
+from data_builder.datamodules.lora_photos import SeenLoras
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.personalisation import Judge
-from hyperlora.heap import keep_heap
-from hyperlora.models.mixture import GATES
-from hyperlora.pipelines import load_base
-from hyperlora.pipelines.photo_model import Sampling
-from hyperlora.training.lora_diffusion import LoraDiffusionTraining
+from hyperlora.evaluation.subject_evaluator import Judge
+from hyperlora.models.image_feature_mixer import GATES
+from hyperlora.pipelines.image_to_lora_base import Sampling
+from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
 
 
 def trained(settings: dict[str, Any], mode: str, data: SeenLoras, steps: int, batch: int) -> LoraDiffusionTraining:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("held_out", type=Path)
     parser.add_argument("--config", type=Path, default=Path("configs/avatars/difflora.yaml"))
-    parser.add_argument("--face-pack", default=str(bundle.FACE_PACK))
+    parser.add_argument("--face-pack", default=str(pretrained.FACE_PACK))
     parser.add_argument("--modes", nargs="+", default=list(GATES), choices=GATES)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--people", type=int, default=64)
@@ -58,9 +58,9 @@ def main() -> None:
     config = yaml.safe_load(arguments.config.read_text())
     settings = config["model"]["init_args"] | {"face_pack": arguments.face_pack}
     views, batch = (config["data"]["init_args"][name] for name in ("views", "batch_size"))
-    base = load_base(bundle.BASE)
-    prompts = load_benchmark(bundle.BENCHMARK, base.resolution, 1).prompts[: arguments.prompts]
-    reader = Reader.from_pretrained(bundle.EVALUATOR)
+    base = load_base(pretrained.BASE)
+    prompts = load_benchmark(pretrained.BENCHMARK, base.resolution, 1).prompts[: arguments.prompts]
+    reader = Reader.from_pretrained(pretrained.EVALUATOR)
     trial = held_out(
         arguments.dataset, arguments.held_out, lambda found: Judge(base, reader, found, 10), prompts, base.resolution,
         arguments.people,

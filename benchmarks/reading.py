@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyperlora.data.loras import LoraDataset, write_table
-from hyperlora.data.shards import LoraRecord, shard_bytes
-from hyperlora.formats.tensors import write_bytes
-from hyperlora.lora import LoraLayout, Site
+from hyperlora.data.lora_dataset import LoraDataset, write_table
+from hyperlora.data.lora_shards import LoraRecord, shard_bytes
+from hyperlora.lora.io.safetensors_file import write_bytes
+from hyperlora.lora.layout import LoraLayout, Site
 
 
 def written(folder: Path, rows: int, numbers: int, per_shard: int = 512) -> LoraDataset:

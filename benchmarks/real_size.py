@@ -12,11 +12,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from hyperlora.adapters import layout_of
-from hyperlora.encoders import VisionEncoder
-from hyperlora.formats import save_lora
-from hyperlora.models import Hypernetwork
-from hyperlora.pipelines import ImageToLora
+from hyperlora.diffusion.target_modules import layout_of
+from hyperlora.encoders.timm_encoder import VisionEncoder
+from hyperlora.lora.io.save import save_lora
+from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from hyperlora import bundle
+from hyperlora import pretrained
 from hyperlora.client import AsyncClient, Client
 
 
 def photos() -> list[bytes]:
     """The first photo of every test person."""
-    folders = sorted((bundle.BENCHMARK / "subjects").iterdir())
+    folders = sorted((pretrained.BENCHMARK / "subjects").iterdir())
     return [min(folder.iterdir()).read_bytes() for folder in folders]
 
 
@@ -127,13 +127,13 @@ def pictures(seconds: float) -> None:
 
 
 def overhead(seconds: float) -> None:
-    from hyperlora.data import read_image
-    from hyperlora.formats import lora_bytes
-    from hyperlora.pipelines import ImageToLora
-    from hyperlora.pipelines.generating import Photos, Settings, generate, header_of
+    from hyperlora.data.images import read_image
+    from hyperlora.lora.io.save import lora_bytes
+    from hyperlora.pipelines.generate import Photos, Settings, generate, header_of
+    from hyperlora.pipelines.image_to_lora import ImageToLora
 
     people = photos()
-    model = ImageToLora.from_pretrained(bundle.MODEL)
+    model = ImageToLora.from_pretrained(pretrained.MODEL)
 
     def call(photo: bytes) -> bytes:
         weights = generate(model, [Photos.of([read_image(photo)], model)], Settings())[0]

@@ -12,18 +12,21 @@ from pathlib import Path
 from concepts import NEUTRAL, World
 from PIL import Image
 
-from data_builder.avatars import SPLITS, draw, edited, identity, scene
-from data_builder.differential import STRENGTHS, differential
-from data_builder.paired import paired
-from hyperlora import bundle
-from hyperlora.data import to_image
-from hyperlora.evaluation.personalisation import pixels_of
+from benchmarks.ablations.paired_edit import paired
+from data_builder.avatars.edits import edited
+from data_builder.avatars.identity import SPLITS, identity, scene
+from data_builder.avatars.rendering import draw
+from data_builder.baselines.differential_lora import STRENGTHS, differential
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.data.images import pixels_of, to_image
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.diffusion.image_editing import apply_edit
+from hyperlora.diffusion.multi_lora import composed
+from hyperlora.diffusion.text_to_image import render
 from hyperlora.evaluation.report import contact_sheet
-from hyperlora.heap import keep_heap
-from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import PairToLora, load_base, render
-from hyperlora.pipelines.composition import composed
-from hyperlora.pipelines.editing import apply_edit
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.pair_to_lora import PairToLora
 
 SLIDERS = {
     "sunglasses": ("glasses", "sunglasses"),
@@ -73,8 +76,8 @@ def drawn_with(world: World, attribute: str, change: LoraWeights) -> dict[float,
 
 def edited_with_network(world: World, attribute: str, value: str) -> dict[float, list[Image.Image]]:
     """Drawn pictures of every person, edited at every strength by the pair network's LoRA."""
-    canvas = load_base(bundle.EDIT_BASE)
-    model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=canvas)
+    canvas = load_base(pretrained.EDIT_BASE)
+    model = PairToLora.from_pretrained(pretrained.PAIR_MODEL, base=canvas)
     before, after = world.pairs(attribute, value)
     shown = [tuple(to_image(side) for side in pair) for pair in zip(before, after, strict=True)]
     change = model(shown)  # type: ignore[arg-type]

@@ -14,14 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from data_builder.farm import Farm, open_base
-from data_builder.materials import Material, material
-from data_builder.plan import Planned, Recipe
-from data_builder.planning import make_plan
-from data_builder.sources import Avatars
-from hyperlora import bundle
-from hyperlora.heap import keep_heap
-from hyperlora.pipelines.fitting import Examples, Probe, fit
+from data_builder.build.make_plan import make_plan
+from data_builder.build.plan import Planned, Recipe
+from data_builder.build.subject_data import Material, material
+from data_builder.build.trainer import Farm, open_base
+from data_builder.sources.sources import Avatars
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.finetuning.examples import Examples, Probe
+from hyperlora.finetuning.trainer import fit
 
 
 def loss_of(farm: Farm, rows: Tensor, planned: list[Planned], materials: list[Material]) -> float:
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--starts", nargs="+", default=["zero", "shared", "network"])
     arguments = parser.parse_args()
     keep_heap()
-    recipe = Recipe(str(bundle.BASE), steps=arguments.steps, every=max(1, arguments.steps // 4), rows="float32")
+    recipe = Recipe(str(pretrained.BASE), steps=arguments.steps, every=max(1, arguments.steps // 4), rows="float32")
     people = Avatars(arguments.first, arguments.first + arguments.people, each=4)
     base = open_base(recipe)
     for start in arguments.starts:

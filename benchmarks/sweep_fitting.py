@@ -7,14 +7,15 @@ python benchmarks/sweep_fitting.py runs/data/benchmark-validation [--people 8]
 import argparse
 from pathlib import Path
 
-from hyperlora import bundle
-from hyperlora.encoders import Reader
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.personalisation import Judge
 from hyperlora.evaluation.report import markdown
-from hyperlora.evaluation.table import FitSettings, fitted_loras
-from hyperlora.heap import keep_heap
-from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.evaluation.subject_evaluator import Judge
+from hyperlora.evaluation.subject_suite import FitSettings, fitted_loras
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def main() -> None:
@@ -25,10 +26,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 350, 500])
     arguments = parser.parse_args()
     keep_heap()
-    base = load_base(bundle.BASE)
-    model = ImageToLora.from_pretrained(bundle.MODEL, base=base)
+    base = load_base(pretrained.BASE)
+    model = ImageToLora.from_pretrained(pretrained.MODEL, base=base)
     benchmark = load_benchmark(arguments.benchmark, base.resolution, arguments.people)
-    judge = Judge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark)
+    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark)
     rows = []
     for lr in arguments.lr:
         settings = FitSettings(steps=max(arguments.steps), lr=lr)

@@ -9,14 +9,15 @@ with the sites and rank of the first model.
 import argparse
 from dataclasses import replace
 
-from hyperlora import bundle
-from hyperlora.encoders import Reader
+from hyperlora import pretrained
+from hyperlora.cpu import keep_heap
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.personalisation import Judge
 from hyperlora.evaluation.report import markdown
-from hyperlora.evaluation.table import NO_LORA, FitSettings, rows_of
-from hyperlora.heap import keep_heap
-from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.evaluation.subject_evaluator import Judge
+from hyperlora.evaluation.subject_suite import NO_LORA, FitSettings, rows_of
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def main() -> None:
@@ -29,9 +30,9 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=0)
     arguments = parser.parse_args()
     keep_heap()
-    base = load_base(bundle.BASE)
-    benchmark = load_benchmark(bundle.BENCHMARK, base.resolution, arguments.people)
-    judge = Judge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=arguments.steps)
+    base = load_base(pretrained.BASE)
+    benchmark = load_benchmark(pretrained.BENCHMARK, base.resolution, arguments.people)
+    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark, steps=arguments.steps)
     table = [judge.row(NO_LORA, None)]
     fitting = FitSettings(steps=arguments.fit) if arguments.fit else None
     for given in arguments.models:

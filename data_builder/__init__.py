@@ -1,0 +1,1 @@
+"""Builds the datasets that training reads, and prepares released models."""

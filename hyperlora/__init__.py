@@ -8,12 +8,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyperlora.adapters import injected, layout_of
     from hyperlora.client import AsyncClient, Client
+    from hyperlora.diffusion.autolora_guidance import autolora
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.diffusion.lora_injection import injected
+    from hyperlora.diffusion.multi_lora import composed
+    from hyperlora.diffusion.target_modules import layout_of
+    from hyperlora.diffusion.text_to_image import render
     from hyperlora.errors import HyperloraError
-    from hyperlora.formats import LoraHeader, load_lora, save_lora
-    from hyperlora.lora import LoraLayout, LoraWeights
-    from hyperlora.pipelines import ImageToLora, PairToLora, autolora, composed, load_base, refine, render
+    from hyperlora.finetuning.refine import refine
+    from hyperlora.lora.io.load import load_lora
+    from hyperlora.lora.io.metadata import LoraHeader
+    from hyperlora.lora.io.save import save_lora
+    from hyperlora.lora.layout import LoraLayout
+    from hyperlora.lora.weights import LoraWeights
+    from hyperlora.pipelines.image_to_lora import ImageToLora
+    from hyperlora.pipelines.pair_to_lora import PairToLora
+
+_MODULES = {
+    "AsyncClient": "client",
+    "Client": "client",
+    "HyperloraError": "errors",
+    "ImageToLora": "pipelines.image_to_lora",
+    "LoraHeader": "lora.io.metadata",
+    "LoraLayout": "lora.layout",
+    "LoraWeights": "lora.weights",
+    "PairToLora": "pipelines.pair_to_lora",
+    "autolora": "diffusion.autolora_guidance",
+    "composed": "diffusion.multi_lora",
+    "injected": "diffusion.lora_injection",
+    "layout_of": "diffusion.target_modules",
+    "load_base": "diffusion.diffusion_base",
+    "load_lora": "lora.io.load",
+    "refine": "finetuning.refine",
+    "render": "diffusion.text_to_image",
+    "save_lora": "lora.io.save",
+}
 
 __all__ = [
     "AsyncClient",
@@ -35,29 +65,9 @@ __all__ = [
     "save_lora",
 ]
 
-_ROOMS = {
-    "AsyncClient": "client",
-    "Client": "client",
-    "HyperloraError": "errors",
-    "ImageToLora": "pipelines",
-    "LoraHeader": "formats",
-    "LoraLayout": "lora",
-    "LoraWeights": "lora",
-    "PairToLora": "pipelines",
-    "autolora": "pipelines",
-    "composed": "pipelines",
-    "injected": "adapters",
-    "layout_of": "adapters",
-    "load_base": "pipelines",
-    "load_lora": "formats",
-    "refine": "pipelines",
-    "render": "pipelines",
-    "save_lora": "formats",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Import a room when one of its names is first used, so that `import hyperlora` costs nothing."""
-    if name in _ROOMS:
-        return getattr(import_module(f"hyperlora.{_ROOMS[name]}"), name)
+    """Import the module of a public name when the name is first used, so that ``import hyperlora`` costs nothing."""
+    if name in _MODULES:
+        return getattr(import_module(f"hyperlora.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'hyperlora' has no attribute {name!r}")

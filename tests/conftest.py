@@ -163,9 +163,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def difflora(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny ``LoraDiffusion`` over the bundle's base, whose LoRAs differ by photo and by seed."""
-    from hyperlora.lora.scaling import RowScale
-    from hyperlora.models import LoraDenoiser, MixtureOfFeatures, PartedAutoencoder
-    from hyperlora.pipelines import ImageToLora
+    from hyperlora.lora.normalization import RowScale
+    from hyperlora.models.image_feature_mixer import MixtureOfFeatures
+    from hyperlora.models.lora_dit import LoraDenoiser
+    from hyperlora.models.lora_pca import PartedAutoencoder
+    from hyperlora.pipelines.image_to_lora import ImageToLora
     from hyperlora.pipelines.lora_codec import LoraCodec
     from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
 
@@ -195,10 +197,11 @@ def _save_base(folder: Path) -> None:
 
 
 def _save_model(made: Bundle) -> None:
-    from hyperlora.adapters import layout_of
-    from hyperlora.encoders import VisionEncoder
-    from hyperlora.models import Hypernetwork
-    from hyperlora.pipelines import ImageToLora, load_base
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.diffusion.target_modules import layout_of
+    from hyperlora.encoders.timm_encoder import VisionEncoder
+    from hyperlora.models.hypernetwork import Hypernetwork
+    from hyperlora.pipelines.image_to_lora import ImageToLora
 
     base = load_base(made.base)
     torch.manual_seed(4)
@@ -211,7 +214,7 @@ def _save_model(made: Bundle) -> None:
 
 
 def _save_evaluator(folder: Path) -> None:
-    from hyperlora.encoders import Reader
+    from hyperlora.encoders.attribute_classifier import Reader
 
     torch.manual_seed(5)
     scale = (0.1, 0.9)
@@ -237,16 +240,17 @@ def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
 
 
 def _save_edit_base(made: Bundle) -> None:
-    from hyperlora.training.edit_base import write_edit_base
+    from hyperlora.training.modules.instruct_pix2pix import write_edit_base
 
     write_edit_base(made.edit_base, made.base, tiny_unet(8))
 
 
 def _save_pair_model(made: Bundle) -> None:
-    from hyperlora.adapters import layout_of
-    from hyperlora.encoders import VisionEncoder
-    from hyperlora.models import ChangeNetwork
-    from hyperlora.pipelines import PairToLora, load_base
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.diffusion.target_modules import layout_of
+    from hyperlora.encoders.timm_encoder import VisionEncoder
+    from hyperlora.models.pair_hypernetwork import ChangeNetwork
+    from hyperlora.pipelines.pair_to_lora import PairToLora
 
     base = load_base(made.edit_base)
     torch.manual_seed(7)

@@ -14,10 +14,12 @@ from PIL import Image
 
 from hyperlora import AsyncClient, Client
 from hyperlora.client import ServerRefused
-from hyperlora.formats import load_lora
-from hyperlora.pipelines import ImageToLora, load_base
-from hyperlora.service import LocalEngine, ServiceSettings, create_app
-from hyperlora.service.settings import digest
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.lora.io.load import load_lora
+from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.service.app import create_app
+from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.settings import ServiceSettings, digest
 
 KEY = "a-long-enough-key"
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_builder.avatars.people import Identity, Scene
+from data_builder.avatars.identity import Identity, Scene
 from data_builder.avatars.vocabulary import COLORLESS_GARMENTS
 
 IDENTIFIER = "sks"

@@ -14,8 +14,8 @@ import resvg_py
 from PIL import Image
 
 from data_builder.avatars import vocabulary as words
-from data_builder.avatars.drawing import LEFT, SIDE, TOP, transforms
-from data_builder.avatars.people import Identity, Scene
+from data_builder.avatars.identity import Identity, Scene
+from data_builder.avatars.rendering import LEFT, SIDE, TOP, transforms
 
 _FACE: Final = "translate(76 82)"
 """The drawing library's place of eyes, nose and mouth."""

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from data_builder.avatars import vocabulary as words
 from data_builder.avatars.captions import caption
-from data_builder.avatars.people import identity, scene
+from data_builder.avatars.identity import identity, scene
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 

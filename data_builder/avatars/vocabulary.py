@@ -36,7 +36,6 @@ SKIN: Final = {
     "tanned": "#FD9841", "yellow": "#F8D25C", "pale": "#FFDBB4", "light": "#EDB98A", "brown": "#D08B5B",
     "dark": "#AE5D29", "black": "#614335",
 }  # fmt: skip
-
 EXPRESSION: Final = {
     "smiling": "SMILE", "laughing": "BIG_SMILE", "neutral": "TWINKLE", "serious": "SERIOUS", "sad": "SAD",
     "screaming": "SCREAM_OPEN", "grimacing": "GRIMACE", "tongue out": "TONGUE",
@@ -70,7 +69,6 @@ HAT: Final = {
 STYLE: Final = ("plain", "grayscale", "sepia", "pencil", "pixel", "negative")
 TONE: Final = ("plain", "dark", "bright", "warm", "cold", "soft")
 """Light over the whole picture. No caption or prompt names it: only before/after pairs change it."""
-
 IDENTITY_ATTRIBUTES: Final = {
     "hair": tuple(HAIR), "hair_color": tuple(HAIR_COLOR), "skin": tuple(SKIN), "facial_hair": tuple(FACIAL_HAIR),
     "facial_hair_color": tuple(HAIR_COLOR), "nose": tuple(NOSE), "eyebrows": tuple(EYEBROWS),

@@ -5,8 +5,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hyperlora.cli import algebra, demo, edit, evaluate, generate, inspect, render, serve, train
-from hyperlora.cli.cluster import RayCommand
+from hyperlora.cli import demo, edit, evaluate, generate, inspect, lora_tools, render, serve, train
+from hyperlora.cli.options import RayCommand
 from hyperlora.errors import HyperloraError
 
 
@@ -36,7 +36,14 @@ app.command()(render.render)
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(serve.serve)
-for verb in (algebra.convert, algebra.combine, algebra.diff, algebra.resize, algebra.scale, algebra.split):
+for verb in (
+    lora_tools.convert,
+    lora_tools.combine,
+    lora_tools.diff,
+    lora_tools.resize,
+    lora_tools.scale,
+    lora_tools.split,
+):
     app.command()(verb)
 app.command(context_settings=train.PASS_THROUGH)(train.train)
 

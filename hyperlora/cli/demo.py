@@ -16,25 +16,27 @@ def demo(
 
     import torch
 
-    from hyperlora import bundle
-    from hyperlora.cli.output import require_folder
-    from hyperlora.data import to_image
-    from hyperlora.encoders import Reader
+    from hyperlora import pretrained
+    from hyperlora.cli.options import require_folder
+    from hyperlora.cpu import keep_heap
+    from hyperlora.data.images import to_image
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.encoders.attribute_classifier import Reader
     from hyperlora.evaluation.benchmark import load_benchmark
-    from hyperlora.evaluation.personalisation import Judge
     from hyperlora.evaluation.report import contact_sheet
-    from hyperlora.formats import LoraHeader, load_lora, save_lora
-    from hyperlora.heap import keep_heap
-    from hyperlora.lora import LoraWeights
-    from hyperlora.pipelines import load_base
-    from hyperlora.pipelines.methods import open_photo_model
+    from hyperlora.evaluation.subject_evaluator import Judge
+    from hyperlora.lora.io.load import load_lora
+    from hyperlora.lora.io.metadata import LoraHeader
+    from hyperlora.lora.io.save import save_lora
+    from hyperlora.lora.weights import LoraWeights
+    from hyperlora.pipelines.auto import open_photo_model
 
     require_folder(out)
     keep_heap()
-    base = load_base(bundle.BASE)
+    base = load_base(pretrained.BASE)
     model = open_photo_model(method=method, base=base)
-    benchmark = load_benchmark(bundle.BENCHMARK, base.resolution, people)
-    judge = Judge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark)
+    benchmark = load_benchmark(pretrained.BENCHMARK, base.resolution, people)
+    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark)
     model.forward(benchmark.photos[:1, :1])  # warm up, so that the time told is a second photo's
 
     began = time.perf_counter()
@@ -47,7 +49,7 @@ def demo(
         save_lora(lora[i], out / f"{name}.kohya.safetensors", format="kohya", header=header)
 
     rows = {"without LoRA": judge.row("without LoRA", None, None), "LoRA from one photo": judge.row("with LoRA", lora)}
-    stored = [bundle.BENCHMARK / "fitted" / f"{name}.safetensors" for name in benchmark.names]
+    stored = [pretrained.BENCHMARK / "fitted" / f"{name}.safetensors" for name in benchmark.names]
     if all(file.is_file() for file in stored):
         fitted = LoraWeights.stack([load_lora(file, model.layout).weights for file in stored])
         rows["LoRA fitted to it"] = judge.row("fitted", fitted)
@@ -75,22 +77,23 @@ def demo(
 
 def _edits(out: Path) -> None:
     """``edits.png``: one edit of every kind shown by a pair, on three people never seen in training, and undone."""
-    from hyperlora import bundle
-    from hyperlora.data import to_image
-    from hyperlora.encoders import Reader
+    from hyperlora import pretrained
+    from hyperlora.data.images import pixels_of, to_image
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.diffusion.image_editing import apply_edit, kept
+    from hyperlora.encoders.attribute_classifier import Reader
     from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
-    from hyperlora.evaluation.edit_table import pair_loras
-    from hyperlora.evaluation.editing import EditJudge
-    from hyperlora.evaluation.personalisation import pixels_of
+    from hyperlora.evaluation.edit_evaluator import EditJudge
+    from hyperlora.evaluation.edit_suite import pair_loras
     from hyperlora.evaluation.report import contact_sheet
-    from hyperlora.formats import LoraHeader, save_lora
-    from hyperlora.pipelines import PairToLora, load_base
-    from hyperlora.pipelines.editing import apply_edit, kept
+    from hyperlora.lora.io.metadata import LoraHeader
+    from hyperlora.lora.io.save import save_lora
+    from hyperlora.pipelines.pair_to_lora import PairToLora
 
-    base = load_base(bundle.EDIT_BASE)
-    model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=base)
-    benchmark = load_edit_benchmark(bundle.EDIT_BENCHMARK, base.resolution)
-    judge = EditJudge(base, Reader.from_pretrained(bundle.EVALUATOR), benchmark, steps=model.steps)
+    base = load_base(pretrained.EDIT_BASE)
+    model = PairToLora.from_pretrained(pretrained.PAIR_MODEL, base=base)
+    benchmark = load_edit_benchmark(pretrained.EDIT_BENCHMARK, base.resolution)
+    judge = EditJudge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark, steps=model.steps)
     pair_loras(model, benchmark, 1)  # warm up
     _, seconds = pair_loras(model, benchmark, 1)
     lora, longer = pair_loras(model, benchmark, 1, base=base)

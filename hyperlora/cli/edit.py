@@ -60,7 +60,7 @@ def edit(
     format: Annotated[str, typer.Option(help="diffusers or kohya.")] = "diffusers",
 ) -> None:
     """A picture before and after an edit in, the LoRA of the change out; and the same edit on other pictures."""
-    from hyperlora.cli.output import require_file, require_folder, write_picture
+    from hyperlora.cli.options import require_file, require_folder, write_picture
 
     pairs = _pairs(before, after, pair or [])
     if out is None and not apply:
@@ -76,15 +76,16 @@ def edit(
     if apply:
         require_folder(images_out)
 
-    from hyperlora import bundle
-    from hyperlora.data import read_image
-    from hyperlora.formats import save_lora
-    from hyperlora.heap import keep_heap
-    from hyperlora.pipelines import PairToLora, load_base
-    from hyperlora.pipelines.doubts import doubts
-    from hyperlora.pipelines.editing import apply_edit
-    from hyperlora.pipelines.pair_to_lora import change_header, read_pair
-    from hyperlora.pipelines.trying import tried
+    from hyperlora import pretrained
+    from hyperlora.cpu import keep_heap
+    from hyperlora.data.edit_pairs import read_pair
+    from hyperlora.data.images import read_image
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.diffusion.image_editing import apply_edit
+    from hyperlora.lora.io.save import save_lora
+    from hyperlora.pipelines.input_checks import doubts
+    from hyperlora.pipelines.instruction_search import tried
+    from hyperlora.pipelines.pair_to_lora import PairToLora, change_header
 
     keep_heap()
     opened = [read_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
@@ -92,8 +93,8 @@ def edit(
     for paths, images in zip(pairs, opened, strict=True):
         for doubt in doubts(*images):
             typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {doubt}", err=True)
-    frozen = load_base(base or bundle.EDIT_BASE) if apply else None
-    network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
+    frozen = load_base(base or pretrained.EDIT_BASE) if apply else None
+    network = PairToLora.from_pretrained(model or pretrained.PAIR_MODEL, base=frozen)
     shown = [pair[::-1] for pair in opened] if reverse else opened
     words = [] if one_pass else [*network.further, *(further or [])]
     if words:
@@ -117,18 +118,17 @@ def edit(
 
 def _base_to_try(network: Any, given: str | None) -> Any:
     """The base that words are tried with, where none is loaded yet."""
-    from hyperlora import bundle
-    from hyperlora.pipelines import load_base
-    from hyperlora.pipelines.bases import base_id
-    from hyperlora.pipelines.trying import NO_WORDS
+    from hyperlora import pretrained
+    from hyperlora.diffusion.diffusion_base import base_id, load_base
+    from hyperlora.pipelines.instruction_search import NO_WORDS
 
     if network.network.wording is None:
         raise BadRequest(NO_WORDS)
-    if given is None and network.layout.base != base_id(bundle.EDIT_BASE):
+    if given is None and network.layout.base != base_id(pretrained.EDIT_BASE):
         raise BadRequest(
             f"words are tried with the base of the LoRA, {network.layout.base!r}: give --base or --one-pass"
         )
-    base = load_base(given or bundle.EDIT_BASE)
+    base = load_base(given or pretrained.EDIT_BASE)
     network.layout.require_base(base.id)
     return base
 

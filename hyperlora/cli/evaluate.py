@@ -28,7 +28,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
 ) -> None:
     """Scores of a model on unseen people, with every control: identity and prompt, or accuracy and preservation."""
-    from hyperlora.cli.output import require_folder
+    from hyperlora.cli.options import require_folder
     from hyperlora.errors import BadRequest
 
     if task not in ("portrait", "edit"):
@@ -42,33 +42,33 @@ def evaluate(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from hyperlora import bundle
-    from hyperlora.encoders import Reader
+    from hyperlora import pretrained
+    from hyperlora.cpu import keep_heap
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.encoders.attribute_classifier import Reader
+    from hyperlora.encoders.identity_similarity import Likeness
     from hyperlora.evaluation.benchmark import load_benchmark
-    from hyperlora.evaluation.personalisation import Judge
     from hyperlora.evaluation.report import as_json as rows_as_json
     from hyperlora.evaluation.report import markdown, write_report
-    from hyperlora.evaluation.table import FitSettings, rows
-    from hyperlora.heap import keep_heap
-    from hyperlora.pipelines import load_base
-    from hyperlora.pipelines.choosing import Chooser, portraits_of
-    from hyperlora.pipelines.generating import Settings, check
-    from hyperlora.pipelines.likeness import Likeness
-    from hyperlora.pipelines.methods import open_photo_model
-    from hyperlora.pipelines.photo_model import Sampling
+    from hyperlora.evaluation.subject_evaluator import Judge
+    from hyperlora.evaluation.subject_suite import FitSettings, rows
+    from hyperlora.pipelines.auto import open_photo_model
+    from hyperlora.pipelines.generate import Settings, check
+    from hyperlora.pipelines.image_to_lora_base import Sampling
+    from hyperlora.pipelines.rerank import Chooser, portraits_of
 
     keep_heap()
-    frozen = load_base(base or bundle.BASE)
+    frozen = load_base(base or pretrained.BASE)
     network = open_photo_model(model, method, frozen)
     network.layout.require_base(frozen.id)
-    benchmark = load_benchmark(subjects or bundle.BENCHMARK, frozen.resolution, people)
-    judge = Judge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps or 20, guidance)
+    benchmark = load_benchmark(subjects or pretrained.BENCHMARK, frozen.resolution, people)
+    judge = Judge(frozen, Reader.from_pretrained(evaluator or pretrained.EVALUATOR), benchmark, steps or 20, guidance)
     fitting = FitSettings(steps=fit, lr=fit_lr) if fit else None
     sampling = Sampling(seed, sampling_steps, sampling_guidance)
     check(network, Settings(sampling=sampling, best_of=best_of))
     chooser = None
     if best_of > 1:
-        likeness = Likeness.from_pretrained(evaluator or bundle.EVALUATOR)
+        likeness = Likeness.from_pretrained(evaluator or pretrained.EVALUATOR)
         chooser = Chooser(frozen, likeness, portraits_of(network.trigger))
     table = list(
         rows(
@@ -76,7 +76,7 @@ def evaluate(
         )
     )  # fmt: skip
     if report is not None:
-        from hyperlora.data import to_image
+        from hyperlora.data.images import to_image
 
         write_report(report, table, [to_image(p) for p in benchmark.photos[:, 0]])
     if as_json:
@@ -96,22 +96,25 @@ def _edits(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from hyperlora import bundle
-    from hyperlora.encoders import Reader
+    from hyperlora import pretrained
+    from hyperlora.cpu import keep_heap
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.diffusion.image_editing import require_editing
+    from hyperlora.encoders.attribute_classifier import Reader
     from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
+    from hyperlora.evaluation.edit_evaluator import EditJudge
     from hyperlora.evaluation.edit_report import edit_markdown, edits_as_json, write_edit_report
-    from hyperlora.evaluation.edit_table import edit_rows, undone
-    from hyperlora.evaluation.editing import EditJudge
-    from hyperlora.heap import keep_heap
-    from hyperlora.pipelines import PairToLora, load_base
-    from hyperlora.pipelines.editing import require_editing
+    from hyperlora.evaluation.edit_suite import edit_rows, undone
+    from hyperlora.pipelines.pair_to_lora import PairToLora
 
     keep_heap()
-    frozen = load_base(base or bundle.EDIT_BASE)
+    frozen = load_base(base or pretrained.EDIT_BASE)
     require_editing(frozen)
-    network = PairToLora.from_pretrained(model or bundle.PAIR_MODEL, base=frozen)
-    benchmark = load_edit_benchmark(pairs or bundle.EDIT_BENCHMARK, frozen.resolution, limit)
-    judge = EditJudge(frozen, Reader.from_pretrained(evaluator or bundle.EVALUATOR), benchmark, steps or network.steps)
+    network = PairToLora.from_pretrained(model or pretrained.PAIR_MODEL, base=frozen)
+    benchmark = load_edit_benchmark(pairs or pretrained.EDIT_BENCHMARK, frozen.resolution, limit)
+    judge = EditJudge(
+        frozen, Reader.from_pretrained(evaluator or pretrained.EVALUATOR), benchmark, steps or network.steps
+    )
     rows = list(edit_rows(judge, network, fit_steps=fit, fit_lr=fit_lr))
     reverse = undone(judge, network)
     if report is not None:

@@ -37,7 +37,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
 ) -> None:
     """Photo(s) of a subject in, a LoRA file out."""
-    from hyperlora.cli.output import require_file, require_folder
+    from hyperlora.cli.options import require_file, require_folder
     from hyperlora.errors import BadImage, BadRequest
 
     if out is None:
@@ -63,21 +63,21 @@ def generate(
     else:
         require_folder(out)
 
-    from hyperlora import bundle
-    from hyperlora.data import read_image
-    from hyperlora.heap import keep_heap
-    from hyperlora.pipelines import load_base
-    from hyperlora.pipelines.choosing import Chooser, portraits_of
-    from hyperlora.pipelines.folder_generating import generate_folder
-    from hyperlora.pipelines.generating import Settings, check, generate_files, numbered
-    from hyperlora.pipelines.likeness import Likeness
-    from hyperlora.pipelines.methods import open_photo_model
-    from hyperlora.pipelines.photo_model import Sampling
+    from hyperlora import pretrained
+    from hyperlora.cpu import keep_heap
+    from hyperlora.data.images import read_image
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.encoders.identity_similarity import Likeness
+    from hyperlora.pipelines.auto import open_photo_model
+    from hyperlora.pipelines.generate import Settings, check, generate_files, numbered
+    from hyperlora.pipelines.generate_folder import generate_folder
+    from hyperlora.pipelines.image_to_lora_base import Sampling
+    from hyperlora.pipelines.rerank import Chooser, portraits_of
 
     keep_heap()
     opened = [read_image(photo) for photo in photos or []]  # a bad photo is told before any model is loaded
     choosing = best_of > n
-    frozen = load_base(base or bundle.BASE) if refine or choosing else None
+    frozen = load_base(base or pretrained.BASE) if refine or choosing else None
     network = open_photo_model(model, method, frozen)
     if frozen is not None:
         network.layout.require_base(frozen.id)
@@ -87,16 +87,16 @@ def generate(
     chooser = None
     if frozen is not None and choosing:
         prompts = portraits_of(network.trigger)
-        chooser = Chooser(frozen, Likeness.from_pretrained(evaluator or bundle.EVALUATOR), prompts)
+        chooser = Chooser(frozen, Likeness.from_pretrained(evaluator or pretrained.EVALUATOR), prompts)
     if batch is None:
         made = generate_files(network, photos or [], numbered(out, n), settings, frozen, opened, chooser)
     else:
         maker = None
         if ray is not None:
-            from hyperlora.pipelines.ray_batches import on_ray
+            from hyperlora.pipelines.generate_ray import on_ray
 
-            where = str(model or bundle.PHOTO_MODELS[method or "hyperdreambooth"])
-            maker = on_ray(ray, where, str(base or bundle.BASE) if refine else None, settings)
+            where = str(model or pretrained.PHOTO_MODELS[method or "hyperdreambooth"])
+            maker = on_ray(ray, where, str(base or pretrained.BASE) if refine else None, settings)
         made = generate_folder(network, batch, out, settings, frozen, batch_size, maker, chooser)
     for item in made if batch else made[:1]:
         for notice in item.notices:

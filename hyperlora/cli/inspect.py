@@ -15,11 +15,11 @@ def inspect(
     """What a LoRA file is: base, rank, sites, norms, header, and whether it fits a base."""
     from dataclasses import asdict
 
-    from hyperlora.formats import describe
+    from hyperlora.lora.io.inspect import describe
 
     modules = None
     if base is not None:
-        from hyperlora.pipelines import load_base
+        from hyperlora.diffusion.diffusion_base import load_base
 
         modules = load_base(base).modules
     found = asdict(describe(file, modules=modules))

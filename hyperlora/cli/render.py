@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hyperlora.cli.options import weighted
+
 if TYPE_CHECKING:
-    from hyperlora.lora import LoraWeights
-    from hyperlora.pipelines import Base
+    from hyperlora.diffusion.diffusion_base import Base
+    from hyperlora.lora.weights import LoraWeights
 
 
 def render(
@@ -33,13 +35,13 @@ def render(
     """Draw a prompt with LoRA files on their base."""
     from functools import partial
 
-    from hyperlora import bundle
-    from hyperlora.cli.output import require_file, write_picture
+    from hyperlora import pretrained
+    from hyperlora.cli.options import require_file, write_picture
+    from hyperlora.cpu import keep_heap
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.diffusion.lora_prompt_syntax import called_for, mentions, strengths
+    from hyperlora.diffusion.text_to_image import render as draw
     from hyperlora.errors import BadRequest
-    from hyperlora.heap import keep_heap
-    from hyperlora.pipelines import load_base
-    from hyperlora.pipelines import render as draw
-    from hyperlora.pipelines.prompts import called_for, mentions, strengths
 
     require_file(out, ".png")
     chosen = [weighted(text) for text in lora or []]
@@ -48,7 +50,7 @@ def render(
     if gamma is not None and (strategy != "merge" or any(not m.always for m in named)):
         raise BadRequest("--gamma guides the sum of all LoRAs: use it with --strategy merge and without steps")
     keep_heap()
-    model = load_base(base or bundle.BASE)
+    model = load_base(base or pretrained.BASE)
     files = [_loaded(path, model) for path, _ in chosen] + called_for(named, lora_dir, model.modules)
     weights = [weight for _, weight in chosen] + [1.0] * len(named)
     schedule = partial(strengths, named, always=len(chosen)) if any(not m.always for m in named) else None
@@ -74,8 +76,9 @@ def _composing(
     """The context to draw in: all files by their strategy, or guided by their sum."""
     from contextlib import nullcontext
 
-    from hyperlora.lora.merging import merge
-    from hyperlora.pipelines import autolora, composed
+    from hyperlora.diffusion.autolora_guidance import autolora
+    from hyperlora.diffusion.multi_lora import composed
+    from hyperlora.lora.merge import merge
 
     if not files:
         return nullcontext()
@@ -84,24 +87,8 @@ def _composing(
     return composed(model.pipeline, files, strategy, weights, **options)
 
 
-def weighted(text: str) -> tuple[Path, float]:
-    """``FILE`` or ``FILE:WEIGHT``."""
-    from hyperlora.errors import BadRequest
-
-    path, _, weight = text.rpartition(":")
-    if not path or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        number = float(weight)
-    except ValueError:
-        return Path(text), 1.0
-    if not abs(number) <= 10:
-        raise BadRequest(f"LoRA weight between -10 and 10 expected, got {weight!r} in {text!r}")
-    return Path(path), number
-
-
 def _loaded(path: Path, model: "Base") -> "LoraWeights":
-    from hyperlora.formats import load_lora
+    from hyperlora.lora.io.load import load_lora
 
     file = load_lora(path, modules=model.modules)
     if (made_for := file.header.base_model) not in ("", model.id):
@@ -113,7 +100,7 @@ def _region(text: str) -> Any:
     from hyperlora.errors import BadRequest
 
     if Path(text).is_file():
-        from hyperlora.data import read_image
+        from hyperlora.data.images import read_image
 
         return read_image(Path(text))
     try:

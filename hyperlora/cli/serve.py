@@ -42,16 +42,16 @@ def serve(
         import uvicorn  # noqa: F401
         from limits import parse
 
-        from hyperlora import bundle
-        from hyperlora.service import ServiceSettings, create_app
-        from hyperlora.service.opening import Models
-        from hyperlora.service.settings import keys_from
-        from hyperlora.service.storage import owned
+        from hyperlora import pretrained
+        from hyperlora.service.app import create_app
+        from hyperlora.service.engine.factory import Models
+        from hyperlora.service.file_store import owned
+        from hyperlora.service.settings import ServiceSettings, keys_from
     except ImportError as error:
         raise BadRequest(f"the server needs {error.name}, which is not installed: add the extra `serve`") from error
     from diffusers.utils import logging
 
-    from hyperlora.service.observing import configure_logging
+    from hyperlora.service.metrics import configure_logging
 
     known = keys_from(keys)
     if host not in ("127.0.0.1", "localhost", "::1") and not known:
@@ -71,11 +71,11 @@ def serve(
         deadline=deadline,
     )  # fmt: skip
     whole = model is None and base is None  # the bundle, all of it
-    judge = evaluator or (bundle.EVALUATOR if whole else None)
-    others = also or ([str(bundle.DIFFLORA)] if whole else [])
+    judge = evaluator or (pretrained.EVALUATOR if whole else None)
+    others = also or ([str(pretrained.DIFFLORA)] if whole else [])
     models = Models(
-        str(model or bundle.MODEL), str(base or bundle.BASE), str(pair_model or bundle.PAIR_MODEL),
-        str(edit_base or bundle.EDIT_BASE), edits, str(judge) if judge else None, tuple(others),
+        str(model or pretrained.MODEL), str(base or pretrained.BASE), str(pair_model or pretrained.PAIR_MODEL),
+        str(edit_base or pretrained.EDIT_BASE), edits, str(judge) if judge else None, tuple(others),
     )  # fmt: skip
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with owned(settings.state), _engine(models, settings, (replicas, max_replicas) if ray else None) as engine:
@@ -91,14 +91,14 @@ def serve(
 def _engine(models: Any, settings: Any, scale: tuple[int, int | None] | None) -> Iterator[Any]:
     """What ``create_app`` makes its engine with: one in this process, or Ray's replicas for as long as this is open."""
     if scale is None:
-        from hyperlora.service.opening import open_engine
+        from hyperlora.service.engine.factory import open_engine
 
         yield open_engine(models, settings)
         return
     from hyperlora.errors import BadRequest
 
     try:
-        from hyperlora.service.ray_serve import Scale, cluster
+        from hyperlora.service.ray_deployment import Scale, cluster
     except ImportError as error:
         raise BadRequest(f"--ray needs {error.name}, which is not installed: add the extra `scale`") from error
     with cluster(models, settings, Scale(*scale)) as engine:
@@ -107,7 +107,7 @@ def _engine(models: Any, settings: Any, scale: tuple[int, int | None] | None) ->
 
 def _add_page(app: Any, settings: Any) -> None:
     try:
-        from hyperlora.service.page import add_page
+        from hyperlora.service.ui import add_page
     except ImportError as error:
         typer.echo(f"no page at /: it needs {error.name}, which is not installed; add the extra `ui`", err=True)
     else:

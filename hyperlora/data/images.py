@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +20,7 @@ from hyperlora.errors import BadImage
 MAX_PIXELS: Final = 25_000_000
 MAX_BYTES: Final = 50_000_000
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-
 _AT_MOST: Final = f"at most {MAX_PIXELS // 10**6} megapixels are read"
-
 Source = str | os.PathLike[str] | bytes | Image.Image
 
 
@@ -199,3 +197,8 @@ def _damaged(name: str, error: Exception) -> BadImage:
 def _reason(error: Exception) -> str:
     text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
     return " ".join(text.split()).rstrip(".")
+
+
+def pixels_of(images: Sequence[Image.Image]) -> Tensor:
+    """PIL images of one size to [n, 3, h, w] in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2).float() / 255

@@ -1,1 +1,1 @@
-"""How good generated LoRAs are: identity and prompt scores on unseen subjects, always with the controls."""
+"""Identity, prompt and edit scores on held-out subjects, with their controls; tables and reports."""

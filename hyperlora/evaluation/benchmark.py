@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperlora.data import read_image, subjects_in, to_tensor
+from hyperlora.data.images import read_image, to_tensor
+from hyperlora.data.subjects import subjects_in
 from hyperlora.errors import BadRequest
 
 DEFAULT_PROMPTS = (

@@ -1,7 +1,7 @@
 """A benchmark of edits on disk: for each edit a pair that shows it, and other pictures with the drawn answer.
 
 edits.json                             [{"name", "kind", "group", "instruction", "truth": {attribute: class},
-                                         "blend": words for what none names, as ``hyperlora.blends``}, ...]
+                                         "blend": words for what none names, as ``hyperlora.prompt_blending``}, ...]
                                         of two changes at once, "kind" is "one + other"
 NAME/shown-K_before.*  shown-K_after.*    pairs that show the edit (the first is used unless told otherwise)
 NAME/other-K_before.*  other-K_after.*    pictures to edit, and the exact answers
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperlora.data import read_image, to_tensor
-from hyperlora.data.pairs import ImagePair, named_pairs
+from hyperlora.data.edit_pairs import ImagePair, named_pairs
+from hyperlora.data.images import read_image, to_tensor
 from hyperlora.errors import BadRequest
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from hyperlora.data import to_image
-from hyperlora.evaluation.edit_table import Undone
-from hyperlora.evaluation.editing import METRICS, EditRow
+from hyperlora.data.images import to_image
+from hyperlora.evaluation.edit_evaluator import METRICS, EditRow
+from hyperlora.evaluation.edit_suite import Undone
 from hyperlora.evaluation.report import contact_sheet
 
 _DIGITS = {"psnr": 1}

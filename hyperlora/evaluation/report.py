@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Final
 
 import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
 from hyperlora.evaluation.metrics import Score
-from hyperlora.evaluation.personalisation import Row
+from hyperlora.evaluation.subject_evaluator import Row
+
+matplotlib.use("Agg")
 
 
 def markdown(rows: Sequence[Row]) -> str:

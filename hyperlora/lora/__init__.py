@@ -1,11 +1,4 @@
-"""What a LoRA is: where it goes (``LoraLayout``), its numbers (``LoraWeights``) and compact ways to write those
-(``LiDB``, ``LearnedBasis``; ``WordSites``, where it says other words).
+"""What a LoRA is: where it goes (``layout``), its numbers (``weights``), and how networks and optimizers write them.
 
-    W' = W + up @ down            down [rank, fan_in], up [fan_out, rank]; any alpha / rank is folded into up
+W' = W + up @ down            down [rank, in_features], up [out_features, rank]; alpha / rank is folded into up
 """
-
-from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, Site
-from hyperlora.lora.weights import LoraWeights
-from hyperlora.lora.words import WordSites
-
-__all__ = ["UNKNOWN_BASE", "LoraLayout", "LoraWeights", "Site", "WordSites"]

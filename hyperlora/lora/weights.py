@@ -13,7 +13,7 @@ from hyperlora.errors import LayoutMismatch
 from hyperlora.lora.layout import LoraLayout
 
 if TYPE_CHECKING:
-    from hyperlora.formats import LoraHeader
+    from hyperlora.lora.io.metadata import LoraHeader
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class LoraWeights:
         format: Literal["diffusers", "kohya", "sgm"] = "diffusers",
         header: "LoraHeader | None" = None,
     ) -> Path:
-        """Write this LoRA (no batch axis) as ``hyperlora.formats.save_lora`` does; undone by ``load_lora``."""
-        from hyperlora.formats import save_lora  # the one step up: files know LoRAs, this only opens their door
+        """Write this LoRA (no batch axis) as ``hyperlora.lora.io.save.save_lora`` does; undone by ``load_lora``."""
+        from hyperlora.lora.io.save import save_lora  # the one step up: files know LoRAs, this only opens their door
 
         return save_lora(self, path, format=format, header=header)
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperlora.cpu import quick_attention
 from hyperlora.features import ImageFeatures
-from hyperlora.kernels import quick_attention
-from hyperlora.lora import LoraLayout, LoraWeights
-from hyperlora.lora.parametrisation import parametrisation
+from hyperlora.lora.heads import parametrisation
+from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.weights import LoraWeights
 
 
 class Hypernetwork(nn.Module):

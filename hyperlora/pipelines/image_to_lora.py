@@ -6,12 +6,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hyperlora.encoders import DenoiserEncoder, VisionEncoder
+from hyperlora.diffusion.diffusion_base import Base, denoiser_encoder, load_base
+from hyperlora.encoders.timm_encoder import VisionEncoder
+from hyperlora.encoders.unet_encoder import DenoiserEncoder
 from hyperlora.features import ImageFeatures
-from hyperlora.lora import LoraLayout, LoraWeights
-from hyperlora.models import Hypernetwork
-from hyperlora.pipelines.bases import Base, load_base
-from hyperlora.pipelines.photo_model import PhotoModel, Sampling
+from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.pipelines.image_to_lora_base import PhotoModel, Sampling
 
 Encoder = VisionEncoder | DenoiserEncoder
 
@@ -49,12 +51,6 @@ class ImageToLora(PhotoModel):
     def features(self, photos: Tensor) -> ImageFeatures:
         """The encoder is frozen everywhere: its features never carry gradients."""
         return self.encoder(photos)
-
-
-def denoiser_encoder(base: Base, **options: Any) -> DenoiserEncoder:
-    """The base's own UNet as the encoder of photos, under the empty prompt."""
-    text = base.encode_prompts([""])["encoder_hidden_states"]
-    return DenoiserEncoder(base.pipeline.vae, base.denoiser, base.noise_schedule, text, **options)
 
 
 def _encoder(config: dict[str, Any], folder: Path, base: Base | None) -> Encoder:

@@ -6,12 +6,14 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor
 
-from hyperlora.data import LoraDataset
-from hyperlora.lora import LoraLayout, LoraWeights
-from hyperlora.lora.scaling import RowScale
-from hyperlora.models import LinearAutoencoder, LoraAutoencoder, PartedAutoencoder
-from hyperlora.pipelines.bases import Base
-from hyperlora.pipelines.released import ReleasedModel
+from hyperlora.data.lora_dataset import LoraDataset
+from hyperlora.diffusion.diffusion_base import Base
+from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.normalization import RowScale
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.models.lora_autoencoder import LoraAutoencoder
+from hyperlora.models.lora_pca import LinearAutoencoder, PartedAutoencoder
+from hyperlora.pipelines.pretrained_model import ReleasedModel
 
 Autoencoder = LoraAutoencoder | LinearAutoencoder | PartedAutoencoder
 KINDS: Final[dict[str, type[Autoencoder]]] = {

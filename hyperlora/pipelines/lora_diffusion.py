@@ -10,16 +10,18 @@ from typing import Any, ClassVar, Final, Self
 import torch
 from torch import Tensor
 
-from hyperlora.data import to_image
-from hyperlora.encoders import VisionEncoder
-from hyperlora.encoders.face import FaceFinder
+from hyperlora.data.images import to_image
+from hyperlora.diffusion.diffusion_base import Base
+from hyperlora.encoders.face_analysis import FaceFinder
+from hyperlora.encoders.timm_encoder import VisionEncoder
 from hyperlora.errors import BadArtifact, BadImage
 from hyperlora.features import ImageFeatures
-from hyperlora.lora import LoraLayout, LoraWeights
-from hyperlora.models import LoraDenoiser, MixtureOfFeatures
-from hyperlora.pipelines.bases import Base
+from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.models.image_feature_mixer import MixtureOfFeatures
+from hyperlora.models.lora_dit import LoraDenoiser
+from hyperlora.pipelines.image_to_lora_base import PhotoModel, Sampling
 from hyperlora.pipelines.lora_codec import LoraCodec
-from hyperlora.pipelines.photo_model import PhotoModel, Sampling
 
 FACE_WIDTH: Final = 512
 """Numbers in a face embedding of the ArcFace kind."""

@@ -8,16 +8,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.data import read_image, sha256_of, to_tensor
-from hyperlora.data.images import Source
-from hyperlora.encoders import VisionEncoder
+from hyperlora.data.edit_pairs import read_pair
+from hyperlora.data.images import Source, sha256_of, to_tensor
+from hyperlora.diffusion.diffusion_base import Base
+from hyperlora.encoders.timm_encoder import VisionEncoder
 from hyperlora.errors import BadRequest
 from hyperlora.features import ImageFeatures
-from hyperlora.formats import LoraHeader
-from hyperlora.lora import LoraLayout, LoraWeights
-from hyperlora.models import ChangeNetwork
-from hyperlora.pipelines.bases import Base
-from hyperlora.pipelines.released import ReleasedModel
+from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.models.pair_hypernetwork import ChangeNetwork
+from hyperlora.pipelines.pretrained_model import ReleasedModel
 
 SourcePair = tuple[Source, Source]
 
@@ -55,7 +56,7 @@ class PairToLora(ReleasedModel):
 
     @property
     def further(self) -> Sequence[str]:
-        """Words that its base knows and it cannot say (``hyperlora.pipelines.trying``)."""
+        """Words that its base knows and it cannot say (``hyperlora.pipelines.instruction_search``)."""
         return self.network.wording.vocabulary.further if self.network.wording else ()
 
     def parts(self) -> dict[str, Any]:
@@ -109,14 +110,3 @@ def change_header(model: PairToLora, title: str, pairs: Sequence[SourcePair], **
         reference_sha256=tuple(sha256_of(side) for pair in pairs for side in pair if not isinstance(side, Image.Image)),
         extra=extra,
     )
-
-
-def read_pair(before: Source, after: Source) -> tuple[Image.Image, Image.Image]:
-    """Both pictures. Raises ``BadRequest`` if they are not of the same size: what changed cannot be told then."""
-    a, b = read_image(before), read_image(after)
-    if a.size != b.size:
-        raise BadRequest(
-            f"the picture before is {a.width}×{a.height}, the one after {b.width}×{b.height}: the same size is "
-            f"expected, so crop or turn one of them"
-        )
-    return a, b

@@ -3,34 +3,23 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.formparsers import MultiPartParser
 
-from hyperlora.service.engine import Engine
+from hyperlora.service.api import edits, images, jobs, loras, similarity, system
+from hyperlora.service.engine.base import Engine
+from hyperlora.service.errors import add_handlers, document_problems
+from hyperlora.service.file_store import Files
 from hyperlora.service.jobs import Jobs
-from hyperlora.service.observing import Metrics, Observed
-from hyperlora.service.problems import add_handlers, document_problems
-from hyperlora.service.routes import edits, images, jobs, likeness, loras, system
+from hyperlora.service.metrics import Metrics, Observed
 from hyperlora.service.security import BodyLimits, Gate, Guard
 from hyperlora.service.settings import ServiceSettings
-from hyperlora.service.storage import Files
+from hyperlora.service.state import Service
 
 Observe = Callable[[str, int], None]
-
-
-@dataclass
-class Service:
-    """What the routes of one app share."""
-
-    settings: ServiceSettings
-    files: Files
-    engine: Engine
-    jobs: Jobs
-    metrics: Metrics
 
 
 def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettings) -> FastAPI:
@@ -53,7 +42,7 @@ def create_app(make_engine: Callable[[Observe], Engine], settings: ServiceSettin
         summary="A photo, or a picture before and after an edit, goes in; a LoRA comes out.",
         lifespan=lifespan,
     )
-    for room in (loras, images, edits, likeness, jobs, system):
+    for room in (loras, images, edits, similarity, jobs, system):
         app.include_router(room.router)
     add_handlers(app)
     document_problems(app)

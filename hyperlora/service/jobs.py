@@ -27,13 +27,12 @@ from sqlalchemy import (
 from sqlalchemy.engine import Engine as Database
 
 from hyperlora.errors import HyperloraError
-from hyperlora.service.batching import Expired, QueueFull
+from hyperlora.service.engine.batcher import Expired, QueueFull
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 OPEN: Final = ("queued", "running")
 STOPPED: Final = "the server stopped before this job was done: send it again"
 _log = logging.getLogger("hyperlora.service")
-
 _METADATA = MetaData()
 _JOBS = Table(
     "jobs",
@@ -48,7 +47,6 @@ _JOBS = Table(
     Column("result", String),
     Column("error", String),
 )
-
 Report = Callable[[float], None]
 """Told, from any thread, which fraction is done."""
 

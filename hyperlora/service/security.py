@@ -17,11 +17,10 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hyperlora.service.problems import problem
+from hyperlora.service.errors import problem
 from hyperlora.service.settings import digest
 
 LOCAL: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-
 _bearer = HTTPBearer(auto_error=False, description="An API key, if the server asks for one.")
 _header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same, for tools without bearer tokens.")
 

@@ -1,1 +1,1 @@
-"""LightningModules, DataModules, objectives and callbacks. What is released is never one of these."""
+"""LightningModules, LightningDataModules and the ``train`` command. What is released is a plain ``nn.Module``."""

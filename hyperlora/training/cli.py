@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
 
-from hyperlora.heap import keep_heap
-from hyperlora.training.seeding import SeedEveryBatch
+from hyperlora.cpu import keep_heap
+from hyperlora.training.callbacks import SeedEveryBatch
 
 
 def train(arguments: Sequence[str]) -> None:

@@ -49,9 +49,9 @@ class ImagesToLora:
                 (facts,) = client.models()[:1]
                 options: dict[str, Any] = {"format": facts["lora_format"]}
                 return (client.make_lora(photos, **options | ({"rank": rank} if rank else {})),)
-        from hyperlora.data import read_image
-        from hyperlora.formats import lora_bytes
-        from hyperlora.pipelines.generating import Photos, Settings, generate, header_of
+        from hyperlora.data.images import read_image
+        from hyperlora.lora.io.save import lora_bytes
+        from hyperlora.pipelines.generate import Photos, Settings, generate, header_of
 
         network = _model(model)
         subject = Photos.of([read_image(photo) for photo in photos], network)
@@ -88,7 +88,7 @@ class PairToLora:
 
             with Client(server, os.environ.get(KEY_VARIABLE)) as client:
                 return (client.make_change(pairs, format="kohya"),)
-        from hyperlora.formats import lora_bytes
+        from hyperlora.lora.io.save import lora_bytes
         from hyperlora.pipelines.pair_to_lora import change_header
 
         network = _pair_model(model)
@@ -167,16 +167,16 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 
 @lru_cache(maxsize=1)
 def _model(name: str) -> Any:
-    from hyperlora import ImageToLora, bundle
+    from hyperlora import ImageToLora, pretrained
 
-    return ImageToLora.from_pretrained(name or bundle.MODEL)
+    return ImageToLora.from_pretrained(name or pretrained.MODEL)
 
 
 @lru_cache(maxsize=1)
 def _pair_model(name: str) -> Any:
-    from hyperlora import PairToLora, bundle
+    from hyperlora import PairToLora, pretrained
 
-    return PairToLora.from_pretrained(name or bundle.PAIR_MODEL)
+    return PairToLora.from_pretrained(name or pretrained.PAIR_MODEL)
 
 
 def _png(image: torch.Tensor) -> bytes:

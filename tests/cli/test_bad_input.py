@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperlora.formats import load_lora
-from hyperlora.pipelines import ImageToLora, folder_generating
+from hyperlora.lora.io.load import load_lora
+from hyperlora.pipelines import generate_folder
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 Run = Callable[..., Any]
 
@@ -243,14 +244,14 @@ def test_permission_is_asked_before_the_model_is_loaded(
 def test_one_broken_lora_does_not_end_a_folder(
     run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = folder_generating.generate
+    make = generate_folder.generate
 
     def broken(*args: Any) -> Any:
         weights = make(*args)
         weights.up[0][0] = torch.nan
         return weights
 
-    monkeypatch.setattr(folder_generating, "generate", broken)
+    monkeypatch.setattr(generate_folder, "generate", broken)
     ran = run("generate", "--batch", bundle.subjects, "-o", tmp_path, "--model", bundle.model)
     assert ran.code == 0
     assert "skipped: 'person-0': " in ran.err

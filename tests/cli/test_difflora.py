@@ -10,18 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperlora import bundle as released
+from hyperlora import pretrained as released
+from hyperlora.encoders.ood_detector import Domain, described
+from hyperlora.encoders.sidecar import digest
 from hyperlora.errors import BadArtifact
-from hyperlora.formats import load_lora
-from hyperlora.models import MixtureOfFeatures
-from hyperlora.pipelines import ImageToLora, generating
-from hyperlora.pipelines.beside import digest
-from hyperlora.pipelines.domain import Domain, described
-from hyperlora.pipelines.doubts import unknown
-from hyperlora.pipelines.generating import Photos, Settings
+from hyperlora.lora.io.load import load_lora
+from hyperlora.models.image_feature_mixer import MixtureOfFeatures
+from hyperlora.pipelines import generate
+from hyperlora.pipelines.auto import open_photo_model
+from hyperlora.pipelines.generate import Photos, Settings
+from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.image_to_lora_base import Sampling
+from hyperlora.pipelines.input_checks import unknown
 from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion, face_finder
-from hyperlora.pipelines.methods import open_photo_model
-from hyperlora.pipelines.photo_model import Sampling
 
 Run = Callable[..., Any]
 
@@ -61,10 +62,10 @@ def test_the_best_of_several_is_one_of_them(run: Run, bundle: Any, difflora: Pat
 def test_candidates_come_in_the_order_of_likeness(difflora: Path) -> None:
     model = open_photo_model(difflora)
     subjects = [Photos(torch.rand(1, 3, 16, 16)) for _ in range(2)]
-    features = generating.features_of(model, subjects)
+    features = generate.features_of(model, subjects)
     made = [model.made(features, Sampling(seed)) for seed in range(4)]
     chooser: Any = lambda loras, photos: loras.flatten().sum(-1)  # noqa: E731
-    first, second = generating.candidates(model, features, subjects, Settings(best_of=4), 2, chooser)
+    first, second = generate.candidates(model, features, subjects, Settings(best_of=4), 2, chooser)
     for i in range(2):
         sums = torch.stack([lora.flatten()[i].sum() for lora in made]).sort(descending=True).values
         torch.testing.assert_close(torch.stack([lora.flatten()[i].sum() for lora in (first, second)]), sums[:2])
@@ -121,7 +122,8 @@ def test_faces_are_heard_and_their_pack_travels_with_the_model(
     run: Run, bundle: Any, difflora: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("insightface")
-    from data_builder.avatars import SPLITS, draw, identity, scene
+    from data_builder.avatars.identity import SPLITS, identity, scene
+    from data_builder.avatars.rendering import draw
 
     plain = LoraDiffusion.from_pretrained(difflora)
     torch.manual_seed(9)

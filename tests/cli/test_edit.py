@@ -9,21 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperlora import bundle
-from hyperlora.formats import load_lora
-from hyperlora.pipelines import PairToLora, load_base
-from hyperlora.pipelines.editing import apply_edit
-from hyperlora.pipelines.trying import tried
+from hyperlora import pretrained
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.diffusion.image_editing import apply_edit
+from hyperlora.lora.io.load import load_lora
+from hyperlora.pipelines.instruction_search import tried
+from hyperlora.pipelines.pair_to_lora import PairToLora
 
 
 @pytest.fixture
 def models(bundle: Any) -> list[Any]:
-    return ["--model", bundle.pair_model, "--base", bundle.edit_base]
+    return ["--model", pretrained.pair_model, "--base", pretrained.edit_base]
 
 
 @pytest.fixture
 def pair(bundle: Any) -> list[Path]:
-    folder = bundle.edit_benchmark / "inverted"
+    folder = pretrained.edit_benchmark / "inverted"
     return [folder / "shown-0_before.png", folder / "shown-0_after.png"]
 
 
@@ -39,12 +40,12 @@ def test_a_file_and_pictures_as_python_makes_them(
     done = run("edit", *pair, "--apply", *others, "--images-out", tmp_path / "edited", "-o", out, "--steps", 2,
                "--seed", 7, "--strength", 3, *models)  # fmt: skip
     assert done.code == 0, done
-    model = PairToLora.from_pretrained(bundle.pair_model)
+    model = PairToLora.from_pretrained(pretrained.pair_model)
     change = model(tuple(pair), 3)
     file = load_lora(out, model.layout)
     torch.testing.assert_close(file.weights.flatten(), change.flatten())
     assert file.header.title == "change" and len(file.header.reference_sha256) == 2
-    base, opened = load_base(bundle.edit_base), [Image.open(o) for o in others]
+    base, opened = load_base(pretrained.edit_base), [Image.open(o) for o in others]
     for keep_rest, flags in ((True, []), (False, ["--repaint"])):
         expected = apply_edit(base, opened, change, seeds=[7, 7], steps=2, keep_rest=keep_rest)
         done = run("edit", *pair, "--apply", *others, "--images-out", tmp_path / "edited", "--steps", 2,
@@ -56,7 +57,7 @@ def test_a_file_and_pictures_as_python_makes_them(
 
 
 def test_further_pairs_and_reverse(run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path) -> None:
-    model = PairToLora.from_pretrained(bundle.pair_model)
+    model = PairToLora.from_pretrained(pretrained.pair_model)
     both = model([tuple(pair), tuple(second(pair))])
     for flags, expected in (([], both), (["--reverse"], -both)):
         done = run("edit", *pair, "--pair", *second(pair), "-o", tmp_path / "c.safetensors", *flags, *models)
@@ -72,10 +73,10 @@ def test_further_pairs_and_reverse(run: Any, models: Any, pair: Any, bundle: Any
 
 def test_words_are_tried_unless_asked_not_to(run: Any, tmp_path: Path) -> None:
     """With the bundle: what its network was never shown."""
-    folder = next(bundle.EDIT_BENCHMARK.glob("*-skin"))
+    folder = next(pretrained.EDIT_BENCHMARK.glob("*-skin"))
     pair = [next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after")]
-    base = load_base(bundle.EDIT_BASE)
-    model = PairToLora.from_pretrained(bundle.PAIR_MODEL, base=base)
+    base = load_base(pretrained.EDIT_BASE)
+    model = PairToLora.from_pretrained(pretrained.PAIR_MODEL, base=base)
     expected = {(): tried(model, base, tuple(pair)), ("--one-pass",): model(tuple(pair))}
     for flags, lora in expected.items():
         done = run("edit", *pair, "-o", tmp_path / "c.safetensors", *flags)
@@ -83,7 +84,7 @@ def test_words_are_tried_unless_asked_not_to(run: Any, tmp_path: Path) -> None:
         found = load_lora(tmp_path / "c.safetensors", model.layout).weights
         torch.testing.assert_close(found.flatten(), lora.flatten())
     assert not torch.allclose(expected[()].flatten(), expected["--one-pass",].flatten(), atol=1e-3)
-    done = run("edit", *pair, "-o", tmp_path / "d.safetensors", "--base", bundle.BASE)
+    done = run("edit", *pair, "-o", tmp_path / "d.safetensors", "--base", pretrained.BASE)
     assert done.code == 2 and "avatars/edit-base" in done.err and done.err.count("\n") == 1
 
 
@@ -122,7 +123,9 @@ def test_bad_input_is_one_sentence(
 
 def test_nothing_to_do_and_wrong_bases(run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path) -> None:
     assert "Give -o FILE, or --apply IMAGE" in run("edit", *pair, *models).err
-    done = run("edit", *pair, "--apply", pair[0], "--images-out", tmp_path / "e", "--base", bundle.base, *models[:2])
+    done = run(
+        "edit", *pair, "--apply", pair[0], "--images-out", tmp_path / "e", "--base", pretrained.base, *models[:2]
+    )
     assert done.code == 2 and "bundle" not in done.err, done
     wide = tmp_path / "wide.png"
     Image.new("RGB", (30, 20)).save(wide)
@@ -131,14 +134,23 @@ def test_nothing_to_do_and_wrong_bases(run: Any, models: Any, pair: Any, bundle:
 
 
 def test_evaluate_edits(run: Any, models: Any, bundle: Any, tmp_path: Path) -> None:
-    done = run("evaluate", bundle.edit_benchmark, "--task", "edit", "--evaluator", bundle.evaluator, "--steps", 1,
+    done = run("evaluate", pretrained.edit_benchmark, "--task", "edit", "--evaluator", pretrained.evaluator, "--steps", 1,
                "--fit", 1, "--report", tmp_path / "r", "--json", *models)  # fmt: skip
     assert done.code == 0, done
     told = json.loads(done.out)
     assert told["edits"] == 2
     assert {"undone", "undone_kept", "turned", "turned_kept", "round_trip", "untouched"} == set(told["reverse"])
     assert (tmp_path / "r" / "sheet.png").is_file()
-    done = run("evaluate", bundle.edit_benchmark, "--task", "sideways")
+    done = run("evaluate", pretrained.edit_benchmark, "--task", "sideways")
     assert done.code == 2 and "known: portrait, edit" in done.err
-    done = run("evaluate", bundle.edit_benchmark, "--task", "edit", "--model", bundle.pair_model, "--base", bundle.base)
+    done = run(
+        "evaluate",
+        pretrained.edit_benchmark,
+        "--task",
+        "edit",
+        "--model",
+        pretrained.pair_model,
+        "--base",
+        pretrained.base,
+    )
     assert done.code == 2 and "one that edits pictures was expected" in done.err

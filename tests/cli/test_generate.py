@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from hyperlora.data import sha256_of
-from hyperlora.formats import load_lora
-from hyperlora.lora import LoraWeights
-from hyperlora.pipelines import ImageToLora, folder_generating
+from hyperlora.data.images import sha256_of
+from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines import generate_folder
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 Run = Callable[..., Any]
 
@@ -144,7 +145,7 @@ def test_a_killed_run_resumes(
     whole, out = tmp_path / "whole", tmp_path / "out"
     arguments = ["generate", "--batch", photos, "--model", bundle.model, "--batch-size", 1]
     run(*arguments, "-o", whole)
-    save, saved = folder_generating.write_bytes, []
+    save, saved = generate_folder.write_bytes, []
 
     def killed(*args: Any, **options: Any) -> Any:
         if len(saved) == 2:
@@ -153,7 +154,7 @@ def test_a_killed_run_resumes(
         return save(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder_generating, "write_bytes", killed)
+        patch.setattr(generate_folder, "write_bytes", killed)
         run(*arguments, "-o", out)
     assert len(index(out)) == 2
     with (out / "index.jsonl").open("a") as lines:
@@ -217,6 +218,6 @@ def test_names_that_file_systems_refuse(run: Run, bundle: Any, photos: Path, tmp
 
 
 def test_safe_names_never_meet() -> None:
-    stems = [folder_generating.file_stem(name) for name in ("a:b", "a*b", "a_b", "plain", ".hidden", "..", "")]
+    stems = [generate_folder.file_stem(name) for name in ("a:b", "a*b", "a_b", "plain", ".hidden", "..", "")]
     assert len({*stems}) == len(stems)
     assert stems[2:4] == ["a_b", "plain"]

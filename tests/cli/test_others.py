@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperlora.cli.render import weighted
+from hyperlora.cli.options import weighted
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.diffusion.text_to_image import render
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.formats import LoraHeader, load_lora
-from hyperlora.pipelines import ImageToLora, load_base, render
+from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 Run = Callable[..., Any]
 PROMPT = "a portrait of sks person, smiling"
@@ -162,7 +165,7 @@ def test_a_benchmark_is_halved(bundle: Any) -> None:
 
 
 def test_demo(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hyperlora import bundle as shipped
+    from hyperlora import pretrained as shipped
 
     tiny = {
         "BASE": bundle.base, "MODEL": bundle.model, "EVALUATOR": bundle.evaluator, "BENCHMARK": bundle.benchmark,

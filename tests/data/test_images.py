@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from hyperlora.data import image_files, images, read_image, sha256_of, to_image, to_tensor
+from hyperlora.data import images
+from hyperlora.data.images import image_files, read_image, sha256_of, to_image, to_tensor
 from hyperlora.errors import BadImage
 
 

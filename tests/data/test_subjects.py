@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperlora.data import Subject, subjects_in
+from hyperlora.data.subjects import Subject, subjects_in
 from hyperlora.errors import BadImage
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from data_builder.__main__ import app
-from data_builder.audit import examine, gains, read_findings
-from data_builder.chunks import Chunks
-from data_builder.plan import Recipe, write_plan
-from data_builder.planning import make_plan
-from data_builder.running import run
-from data_builder.sources import Avatars
-from hyperlora.data.loras import LoraDataset
-from hyperlora.data.shards import open_shard, shard_bytes
+from data_builder.audit.checks import examine, gains, read_findings
+from data_builder.build.chunk_store import Chunks
+from data_builder.build.make_plan import make_plan
+from data_builder.build.plan import Recipe, write_plan
+from data_builder.build.run import run
+from data_builder.cli import app
+from data_builder.sources.sources import Avatars
+from hyperlora.data.lora_dataset import LoraDataset
+from hyperlora.data.lora_shards import open_shard, shard_bytes
 
 N = 12
 
@@ -83,7 +83,7 @@ def test_likeness_is_read_by_an_evaluator(build: Path, bundle: Any) -> None:
 
 
 def test_a_sample_is_a_small_dataset_with_the_recipe_of_the_whole(build: Path, tmp_path: Path) -> None:
-    from data_builder.sampling import read_recipe
+    from data_builder.build.export_sample import read_recipe
 
     CliRunner().invoke(app, ["audit", str(build), "--evaluator", "none", "--threshold", "-9", "--pictures", "0"])
     CliRunner().invoke(app, ["pack", str(build), "-o", str(tmp_path / "out")])

@@ -8,15 +8,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from data_builder.avatars import EDITS, SPLITS, Scene, caption, draw, edited, identity, prompt, scene
 from data_builder.avatars import vocabulary as words
-from data_builder.avatars.benchmark import SCENES, write_benchmark
-from data_builder.avatars.captions import named
-from data_builder.avatars.datamodules import ATTRIBUTES, labels_of
+from data_builder.avatars.benchmarks import SCENES, write_benchmark
+from data_builder.avatars.captions import caption, named, prompt
+from data_builder.avatars.edits import EDITS, edited
+from data_builder.avatars.identity import SPLITS, Scene, identity, scene
 from data_builder.avatars.landmarks import landmarks
-from data_builder.avatars.latents import latents_of
-from data_builder.avatars.portraits import Plan, Portraits, draw_portraits
-from hyperlora.training.reader import UNSEEN
+from data_builder.avatars.portrait_dataset import Plan, Portraits, draw_portraits
+from data_builder.avatars.rendering import draw
+from data_builder.datamodules.feature_cache import latents_of
+from data_builder.datamodules.portraits import ATTRIBUTES, labels_of
+from hyperlora.training.modules.attribute_classifier import UNSEEN
 
 
 def pixels(person, how, size=128):

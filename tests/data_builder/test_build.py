@@ -16,19 +16,20 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_builder.__main__ import app
-from data_builder.chunks import Chunks, alone
-from data_builder.farm import Farm
-from data_builder.materials import material
-from data_builder.plan import Plan, Recipe, read_plan, write_plan
-from data_builder.planning import crop_of, make_plan
-from data_builder.running import run
-from data_builder.sources import Avatars, Folder, Hub, opened, source_of, to_dict
-from hyperlora.data.loras import LoraDataset
+from data_builder.build.chunk_store import Chunks, alone
+from data_builder.build.make_plan import make_plan
+from data_builder.build.plan import Plan, Recipe, read_plan, write_plan
+from data_builder.build.run import run
+from data_builder.build.subject_data import material
+from data_builder.build.trainer import Farm
+from data_builder.cli import app
+from data_builder.sources.crops import crop_of
+from data_builder.sources.sources import Avatars, Folder, Hub, opened, source_of, to_dict
+from hyperlora.data.lora_dataset import LoraDataset
+from hyperlora.diffusion.diffusion_base import load_base
 from hyperlora.errors import BadRequest
-from hyperlora.lora import LoraWeights
-from hyperlora.lora.merging import relative_error
-from hyperlora.pipelines import load_base
+from hyperlora.lora.merge import relative_error
+from hyperlora.lora.weights import LoraWeights
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,7 +152,7 @@ def test_a_networks_loras_are_fitted_from_as_they_are(bundle: Any, photos: Path)
 
 
 def test_dreambooth_options(bundle: Any, photos: Path, tmp_path: Path) -> None:
-    from data_builder.materials import class_prompts, material
+    from data_builder.build.subject_data import class_prompts, material
 
     options = {"prior_images": 3, "templates": ("a photo of {}", "{} at sea"), "variants": 2, "held_out": 1}
     plan = make_plan(Folder(str(photos)), recipe(bundle, **options, identifier="ohwx dog", class_name="a dog"))
@@ -259,7 +260,7 @@ def test_what_cannot_be_is_said(bundle: Any, photos: Path, tmp_path: Path) -> No
 
 
 def test_as_many_subjects_as_a_gpu_holds() -> None:
-    from data_builder.memory import within
+    from data_builder.build.batch_size import within
 
     gib = 2**30
     assert within(80 * gib, 8 * gib, 10 * gib) == 31  # 8 + 30 · 2 GiB are 85 % of 80 GiB

@@ -9,21 +9,22 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_builder.__main__ import app
-from data_builder.avatars import SPLITS, draw, identity, scene
-from data_builder.differential import STRENGTHS, differential
-from data_builder.paired import paired
-from hyperlora import bundle as bundle_paths
-from hyperlora.adapters import injected
-from hyperlora.data import to_tensor
-from hyperlora.encoders import Reader
+from benchmarks.ablations.paired_edit import paired
+from data_builder.avatars.identity import SPLITS, identity, scene
+from data_builder.avatars.rendering import draw
+from data_builder.baselines.differential_lora import STRENGTHS, differential
+from data_builder.cli import app
+from hyperlora import pretrained as bundle_paths
+from hyperlora.data.images import pixels_of, to_tensor
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.diffusion.lora_injection import injected
+from hyperlora.diffusion.losses import denoising_loss
+from hyperlora.diffusion.text_to_image import render
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.errors import BadRequest
-from hyperlora.evaluation.personalisation import pixels_of
-from hyperlora.formats import load_lora
-from hyperlora.lora import LoraWeights
-from hyperlora.lora.merging import relative_error
-from hyperlora.objectives import denoising_loss
-from hyperlora.pipelines import load_base, render
+from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.merge import relative_error
+from hyperlora.lora.weights import LoraWeights
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import torch
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from data_builder.chunks import Chunks  # noqa: E402
-from data_builder.cluster import run_on_ray  # noqa: E402
-from data_builder.plan import Recipe, write_plan  # noqa: E402
-from data_builder.planning import make_plan  # noqa: E402
-from data_builder.running import run  # noqa: E402
-from data_builder.sources import Avatars  # noqa: E402
+from data_builder.build.chunk_store import Chunks  # noqa: E402
+from data_builder.build.make_plan import make_plan  # noqa: E402
+from data_builder.build.plan import Recipe, write_plan  # noqa: E402
+from data_builder.build.run import run  # noqa: E402
+from data_builder.build.run_ray import run_on_ray  # noqa: E402
+from data_builder.sources.sources import Avatars  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.heavy
@@ -71,11 +71,11 @@ def test_a_node_that_dies_loses_and_repeats_nothing(bundle: Any, cluster: Any, t
 
 
 def test_photos_become_loras_through_ray_data(bundle: Any, cluster: Any, tmp_path: Path) -> None:
-    from hyperlora.formats import load_lora
-    from hyperlora.pipelines import ImageToLora
-    from hyperlora.pipelines.folder_generating import generate_folder
-    from hyperlora.pipelines.generating import Settings
-    from hyperlora.pipelines.ray_batches import on_ray
+    from hyperlora.lora.io.load import load_lora
+    from hyperlora.pipelines.generate import Settings
+    from hyperlora.pipelines.generate_folder import generate_folder
+    from hyperlora.pipelines.generate_ray import on_ray
+    from hyperlora.pipelines.image_to_lora import ImageToLora
 
     model, settings = ImageToLora.from_pretrained(bundle.model), Settings()
     here = generate_folder(model, bundle.subjects, tmp_path / "here", settings, batch_size=2)

@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 
-from hyperlora.encoders import Reader, VisionEncoder, photo_encoder
+from hyperlora.diffusion.diffusion_base import Base, denoiser_encoder, load_base
+from hyperlora.encoders.attribute_classifier import Reader, photo_encoder
+from hyperlora.encoders.timm_encoder import VisionEncoder
 from hyperlora.errors import BadArtifact, BadRequest, LayoutMismatch
-from hyperlora.models import Hypernetwork
-from hyperlora.pipelines import ImageToLora, load_base
-from hyperlora.pipelines.bases import Base
-from hyperlora.pipelines.image_to_lora import denoiser_encoder
+from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 @pytest.fixture

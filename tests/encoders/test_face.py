@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from data_builder.__main__ import app
-from data_builder.cutting import cut
-from data_builder.plan import read_plan
-from hyperlora.encoders.face import UNKNOWN_LICENCE, FaceFinder
+from data_builder.build.plan import read_plan
+from data_builder.cli import app
+from data_builder.sources.crops import cut
+from hyperlora.encoders.face_analysis import UNKNOWN_LICENCE, FaceFinder
 from hyperlora.errors import BadArtifact, BadImage
 
 pytest.importorskip("insightface")

@@ -11,15 +11,16 @@ from typer.testing import CliRunner
 
 pytest.importorskip("insightface")
 
-from data_builder.__main__ import app
-from data_builder.avatars import SPLITS, Scene, draw, identity, scene
+from data_builder.avatars.identity import SPLITS, Scene, identity, scene
 from data_builder.avatars.landmarks import landmarks
-from data_builder.plan import read_plan
-from hyperlora import bundle as released
-from hyperlora.encoders.face import FaceFinder
+from data_builder.avatars.rendering import draw
+from data_builder.build.plan import read_plan
+from data_builder.cli import app
+from hyperlora import pretrained as released
+from hyperlora.encoders.face_analysis import FaceFinder
 from hyperlora.encoders.face_networks import FaceDetector, FaceRecogniser
 from hyperlora.errors import BadArtifact, BadImage
-from hyperlora.training.faces import FACE, UNCLEAR, Wanted
+from hyperlora.training.modules.face import FACE, UNCLEAR, Wanted
 
 PEOPLE = SPLITS["validation"][:12]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hyperlora.evaluation.metrics import Score
-from hyperlora.evaluation.personalisation import Row
 from hyperlora.evaluation.report import markdown
+from hyperlora.evaluation.subject_evaluator import Row
 
 
 def test_a_small_gain_of_everybody_is_seen_though_people_differ_much() -> None:

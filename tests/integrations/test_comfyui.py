@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from hyperlora.formats import load_lora
-from hyperlora.pipelines import ImageToLora, load_base
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.lora.io.load import load_lora
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -56,7 +57,7 @@ def test_images_to_a_saved_lora(pack: ModuleType, bundle: Any, tmp_path: Path, m
     network = ImageToLora.from_pretrained(bundle.model, base=load_base(bundle.base))
     file = load_lora(made, network.layout)
     assert file.format == "kohya"
-    from hyperlora.data import to_image
+    from hyperlora.data.images import to_image
 
     expected = network([to_image(image.permute(2, 0, 1)) for image in images])
     torch.testing.assert_close(file.weights.flatten(), expected.flatten())
@@ -80,8 +81,8 @@ def test_images_to_a_saved_lora(pack: ModuleType, bundle: Any, tmp_path: Path, m
 
 
 def test_a_pair_to_a_lora(pack: ModuleType, bundle: Any) -> None:
-    from hyperlora.data import to_image
-    from hyperlora.pipelines import PairToLora
+    from hyperlora.data.images import to_image
+    from hyperlora.pipelines.pair_to_lora import PairToLora
 
     before = torch.rand(1, 20, 20, 3, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
     after = 1 - before

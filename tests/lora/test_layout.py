@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hyperlora.errors import LayoutMismatch
-from hyperlora.lora import LoraLayout, Site
+from hyperlora.lora.layout import LoraLayout, Site
 
 LAYOUT = LoraLayout(
     (Site("unet.a", 3, 5), Site("unet.b.c", 18, 4, (3, 3)), Site("text_encoder.d", 2, 2)), 4, "base/one"

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperlora.errors import LayoutMismatch
-from hyperlora.lora import LoraLayout, LoraWeights, Site
+from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.weights import LoraWeights
 
 LAYOUT = LoraLayout((Site("unet.a", 7, 5), Site("unet.b", 18, 6, (3, 3)), Site("unet.c", 3, 9)), 2, "base")
 BATCHES = st.sampled_from([(), (1,), (3,), (2, 3)])

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from hyperlora.features import ImageFeatures
-from hyperlora.lora import LoraLayout, LoraWeights, Site
-from hyperlora.lora.parametrisation import LearnedBasis, LiDB
-from hyperlora.models import Hypernetwork
+from hyperlora.lora.heads import LearnedBasis, LiDB
+from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.models.hypernetwork import Hypernetwork
 
 LAYOUT = LoraLayout(
     (Site("unet.a", 24, 40), Site("unet.b", 6, 8), Site("unet.c", 9 * 4, 16, (3, 3))), rank=2, base="tiny"

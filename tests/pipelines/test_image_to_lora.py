@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data_builder.release.share_weights import borrow
+from hyperlora.diffusion.diffusion_base import load_base
 from hyperlora.errors import BadArtifact, BadRequest
-from hyperlora.pipelines import ImageToLora, load_base
-from hyperlora.pipelines.released import borrow
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def test_the_strength_of_its_card_multiplies_what_it_makes(bundle: Any, tmp_path: Path) -> None:

@@ -15,11 +15,15 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from hyperlora.pipelines import ImageToLora, PairToLora, load_base
-from hyperlora.pipelines.likeness import Likeness
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.identity_similarity import Likeness
+from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
-from hyperlora.service import LocalEngine, ServiceSettings, create_app
-from hyperlora.service.changes import Changes
+from hyperlora.pipelines.pair_to_lora import PairToLora
+from hyperlora.service.app import create_app
+from hyperlora.service.engine.edits import Changes
+from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.settings import ServiceSettings
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +66,7 @@ def serving(
 
         app = create_app(engine, given)
         if page:
-            from hyperlora.service.page import add_page
+            from hyperlora.service.ui import add_page
 
             add_page(app, given)
         client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)

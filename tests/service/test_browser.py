@@ -16,19 +16,23 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from hyperlora import bundle, load_lora
-from hyperlora.pipelines import ImageToLora, PairToLora, load_base
-from hyperlora.pipelines.likeness import Likeness
-from hyperlora.service import LocalEngine, ServiceSettings, create_app
-from hyperlora.service.changes import Changes
-from hyperlora.service.page import add_page
+from hyperlora import load_lora, pretrained
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.identity_similarity import Likeness
+from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.pair_to_lora import PairToLora
+from hyperlora.service.app import create_app
+from hyperlora.service.engine.edits import Changes
+from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.settings import ServiceSettings
+from hyperlora.service.ui import add_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE = 300_000  # milliseconds, for a machine that does other things too
 PICTURES = os.environ.get("PAGE_PICTURES")
 STEPS = "20" if PICTURES else "4"
-PHOTO = bundle.BENCHMARK / "subjects" / "person-1100002" / "0.webp"
-EDIT = bundle.EDIT_BENCHMARK / "000-glasses"
+PHOTO = pretrained.BENCHMARK / "subjects" / "person-1100002" / "0.webp"
+EDIT = pretrained.EDIT_BENCHMARK / "000-glasses"
 
 pytestmark = [
     pytest.mark.heavy,
@@ -38,10 +42,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    base, edit_base = load_base(bundle.BASE), load_base(bundle.EDIT_BASE)
-    model = ImageToLora.from_pretrained(bundle.MODEL, base=base)
-    changes = Changes(PairToLora.from_pretrained(bundle.PAIR_MODEL, base=edit_base), edit_base)
-    likeness = Likeness.from_pretrained(bundle.EVALUATOR)
+    base, edit_base = load_base(pretrained.BASE), load_base(pretrained.EDIT_BASE)
+    model = ImageToLora.from_pretrained(pretrained.MODEL, base=base)
+    changes = Changes(PairToLora.from_pretrained(pretrained.PAIR_MODEL, base=edit_base), edit_base)
+    likeness = Likeness.from_pretrained(pretrained.EVALUATOR)
     settings = ServiceSettings(state=tmp_path_factory.mktemp("state"), deadline=PATIENCE / 1000)
     app = create_app(
         lambda observe: LocalEngine(model, base, observe=observe, changes=changes, likeness=likeness), settings

@@ -9,9 +9,9 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from hyperlora.formats import load_lora
-from hyperlora.pipelines.editing import apply_edit
-from hyperlora.service.changes import Changes
+from hyperlora.diffusion.image_editing import apply_edit
+from hyperlora.lora.io.load import load_lora
+from hyperlora.service.engine.edits import Changes
 from tests.service.conftest import photo, send
 from tests.service.test_routes import refusal
 

@@ -19,15 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from hyperlora.formats import lora_bytes
-from hyperlora.service import LocalEngine, ServiceSettings, create_app
-from hyperlora.service.settings import digest
+from hyperlora.lora.io.save import lora_bytes
+from hyperlora.service.app import create_app
+from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.settings import ServiceSettings, digest
 from tests.service.conftest import photo, send
 
 
 @pytest.fixture(scope="module")
 def api(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from hyperlora.pipelines import ImageToLora, load_base
+    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.pipelines.image_to_lora import ImageToLora
 
     base = load_base(bundle.base)
     model = ImageToLora.from_pretrained(bundle.model, base=base)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from hyperlora.errors import BadRequest
-from hyperlora.service.batching import Batcher, Expired, QueueFull, Work
+from hyperlora.service.engine.batcher import Batcher, Expired, QueueFull, Work
+from hyperlora.service.file_store import Files, owned
 from hyperlora.service.jobs import Jobs
 from hyperlora.service.settings import KEYS_VARIABLE, keys_from
-from hyperlora.service.storage import Files, owned
 
 
 class Blocked:

@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hyperlora.cli import app as cli
-from hyperlora.formats import load_lora
-from hyperlora.service import LocalEngine, ServiceSettings, create_app
+from hyperlora.lora.io.load import load_lora
+from hyperlora.service.app import create_app
+from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.settings import ServiceSettings
 from tests.service.conftest import photo, process
 
 CLIENTS, EACH = 8, 2
@@ -84,7 +86,7 @@ def test_the_app_as_a_deployment_has_the_same_routes(bundle: Any, models: Any, t
     ray = pytest.importorskip("ray")
     from ray import serve
 
-    from hyperlora.service.ray_serve import Scale, application, own_cluster
+    from hyperlora.service.ray_deployment import Scale, application, own_cluster
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

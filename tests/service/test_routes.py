@@ -15,11 +15,12 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from hyperlora.formats import load_lora, save_lora
-from hyperlora.lora.merging import merge
-from hyperlora.pipelines import render
-from hyperlora.pipelines.generating import finished
-from hyperlora.service import engine
+from hyperlora.diffusion.text_to_image import render
+from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.save import save_lora
+from hyperlora.lora.merge import merge
+from hyperlora.pipelines.generate import finished
+from hyperlora.service.engine import local
 from tests.service.conftest import photo, send
 
 
@@ -76,7 +77,7 @@ def test_a_lora_is_refined_by_the_model_that_made_it(
         asked.append(model)
         return finished(model, *rest)
 
-    monkeypatch.setattr(engine, "finished", watched)
+    monkeypatch.setattr(local, "finished", watched)
     assert send(client, method="difflora", refine=1).status_code == 200
     assert asked == [sampler]
 
@@ -128,7 +129,8 @@ def test_what_is_kept_has_a_lifetime(serving: Callable[..., TestClient], tmp_pat
 def test_a_picture_is_what_python_would_draw(
     client: TestClient, models: Any, strategy: str, extra: dict[str, Any]
 ) -> None:
-    from hyperlora.pipelines import autolora, composed
+    from hyperlora.diffusion.autolora_guidance import autolora
+    from hyperlora.diffusion.multi_lora import composed
 
     _, base = models
     one, two = send(client, photo(10)).content, send(client, photo(90)).content

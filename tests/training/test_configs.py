@@ -20,15 +20,17 @@ import yaml
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from hyperlora import bundle as released
-from hyperlora.encoders import Reader
+from hyperlora import pretrained as released
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.encoders.attribute_classifier import Reader
 from hyperlora.encoders.face_networks import FaceDetector, FaceRecogniser
-from hyperlora.pipelines import ImageToLora, PairToLora, load_base
+from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.image_to_lora_base import PhotoModel
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
-from hyperlora.pipelines.photo_model import PhotoModel
-from hyperlora.training import change, edit_base, hypernetwork
+from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.training.cli import train
+from hyperlora.training.modules import hypernetwork, instruct_pix2pix, pair_hypernetwork
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("**/*.yaml"))
@@ -211,7 +213,7 @@ class Stages:
 
 
 def _draw() -> None:
-    from data_builder.avatars.portraits import Plan, draw_portraits
+    from data_builder.avatars.portrait_dataset import Plan, draw_portraits
 
     draw_portraits(Path("runs/data/train"), Plan("train", people=12, each=4, size=32), workers=1)
     draw_portraits(Path("runs/data/validation"), Plan("validation", people=4, each=4, size=32), workers=1)
@@ -224,7 +226,7 @@ def _build_tokenizer() -> None:
 
 
 def _fit_codes() -> None:
-    from data_builder.avatars.codes import fit_codes
+    from data_builder.baselines.lidb_targets import fit_codes
 
     fit_codes(
         Path("runs/data/train"), "checkpoints/avatars/base", "runs/avatars/base/vae",
@@ -234,7 +236,7 @@ def _fit_codes() -> None:
 
 
 def _draw_edits() -> None:
-    from data_builder.avatars.pairs import PairPlan, draw_pairs
+    from data_builder.avatars.pair_dataset import PairPlan, draw_pairs
 
     draw_pairs(Path("runs/data/edits"), PairPlan("train", groups=12, size=32), workers=1)
     draw_pairs(Path("runs/data/edits-of-three"), PairPlan("train", groups=8, people=3, size=32), workers=1)
@@ -243,10 +245,10 @@ def _draw_edits() -> None:
 
 
 def _build_loras() -> None:
-    from data_builder.plan import Recipe, write_plan
-    from data_builder.planning import make_plan
-    from data_builder.running import run
-    from data_builder.sources import Avatars
+    from data_builder.build.make_plan import make_plan
+    from data_builder.build.plan import Recipe, write_plan
+    from data_builder.build.run import run
+    from data_builder.sources.sources import Avatars
 
     for name, first in (("build", 0), ("build-validation", 1_000_000)):
         recipe = Recipe("checkpoints/avatars/base", preset="attention", rank=1, steps=1, at_once=4)
@@ -255,7 +257,7 @@ def _build_loras() -> None:
 
 
 def _learn_components() -> None:
-    from hyperlora.data import LoraDataset
+    from hyperlora.data.lora_dataset import LoraDataset
     from hyperlora.pipelines.lora_codec import LoraCodec
 
     data = LoraDataset("runs/avatars/build", "train")
@@ -288,7 +290,7 @@ def frozen_bases(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple
         loaded.append((base, load_base(name, **options)))
         return base
 
-    for module in (hypernetwork, change, edit_base):
+    for module in (hypernetwork, pair_hypernetwork, instruct_pix2pix):
         monkeypatch.setattr(module, "load_base", load)
     return loaded
 

@@ -9,12 +9,13 @@ import yaml
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
-from hyperlora.adapters import layout_of
-from hyperlora.encoders import VisionEncoder
-from hyperlora.formats import save_lora
-from hyperlora.lora import LoraLayout, LoraWeights
-from hyperlora.models import Hypernetwork
-from hyperlora.pipelines import ImageToLora
+from hyperlora.diffusion.target_modules import layout_of
+from hyperlora.encoders.timm_encoder import VisionEncoder
+from hyperlora.lora.io.save import save_lora
+from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.pipelines.image_to_lora import ImageToLora
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}

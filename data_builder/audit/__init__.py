@@ -1,0 +1,1 @@
+"""Checks of a finished dataset of LoRAs: outliers, duplicates, identities."""

@@ -1,0 +1,1 @@
+"""Per-subject baselines and regression targets."""

@@ -1,0 +1,1 @@
+"""Builds of LoRA datasets: plan, run, status, pack."""

@@ -1,0 +1,1 @@
+"""LightningDataModules over drawn avatars and fitted LoRAs."""

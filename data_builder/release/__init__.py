@@ -1,0 +1,1 @@
+"""Tools that prepare released models: calibration, pruning, shared weights."""

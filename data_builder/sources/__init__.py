@@ -1,0 +1,1 @@
+"""Where photos come from, and which part of each is used."""

@@ -1,0 +1,1 @@
+"""A base diffusion model with LoRAs on it: injection, losses, sampling, composition, guidance."""

@@ -1,0 +1,44 @@
+"""Presets: which Linear and Conv2d of a diffusers denoiser or a text encoder take a LoRA."""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from torch import nn
+
+from hyperlora.errors import BadRequest
+from hyperlora.lora.layout import LoraLayout
+
+_ATTENTION = r"(^|\.)(attn\d?|attention)\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
+_FEED_FORWARD = (
+    r"(^|\.)(ff(_context)?|img_mlp|txt_mlp)\.net\.(0\.proj|2)$|\.feed_forward\.w[123]$"
+    r"|^single_transformer_blocks\.\d+\.proj_(mlp|out)$"
+)
+_TIME = r"\.time_emb_proj$"
+_CONV = r"\.(conv1|conv2|conv_shortcut|conv|proj_in|proj_out)$"
+_TEXT = r"self_attn\.(q_proj|k_proj|v_proj|out_proj)$"
+PRESETS: Final[Mapping[str, str]] = {
+    "attention": f"{_ATTENTION}|{_TEXT}",
+    "attention+mlp": f"{_ATTENTION}|{_FEED_FORWARD}|{_TIME}|{_TEXT}|\\.mlp\\.fc[12]$",
+    "attention+conv": f"{_ATTENTION}|{_CONV}|{_TEXT}",
+}
+"""``attention``: all projections of self- and cross-attention (SD 1.5 UNet: 128 sites). ``attention+mlp``: also
+feed-forward and the time embedding's projection in residual blocks, which small bases need. ``attention+conv``: LoCon.
+Text encoders always give q, k, v and out, since kohya's format takes no fewer."""
+
+
+def layout_of(components: Mapping[str, nn.Module], preset: str, rank: int, base: str) -> LoraLayout:
+    """The layout of a preset over named components (``unet``, ``transformer``, ``text_encoder``, ``text_encoder_2``).
+
+    Raises ``BadRequest`` for an unknown preset or a rank below 1, ``LayoutMismatch`` if a component has no such site.
+    """
+    if preset not in PRESETS:
+        raise BadRequest(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    if rank < 1:
+        raise BadRequest(f"rank must be at least 1, got {rank}")
+    pattern = re.compile(PRESETS[preset])
+    layouts = [
+        LoraLayout.of(module, name, lambda path: bool(pattern.search(path)), rank, base)
+        for name, module in components.items()
+    ]
+    return LoraLayout(tuple(site for layout in layouts for site in layout.sites), rank, base)

@@ -1,0 +1,125 @@
+"""Keys in files <-> names of sites, through diffusers' own converters.
+
+    site                  text_encoder.encoder.layers.0.self_attn.q_proj
+    diffusers (PEFT)      text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight
+    kohya                 lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight
+
+transformers 5.6 flattened ``CLIPTextModel``; files keep the older ``text_model.``, which every loader understands.
+"""
+
+import re
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, Final
+
+from hyperlora.errors import BadLoraFile, BadRequest
+
+KOHYA_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+COMPONENTS: Final = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+_ROOTS: Final = frozenset(
+    {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding", "text_model"}
+    | {"text_projection"}
+)
+_INNER: Final = frozenset(
+    {"attentions", "resnets", "downsamplers", "upsamplers", "transformer_blocks", "attn1", "attn2", "to_q", "to_k"}
+    | {"to_v", "to_out", "ff", "net", "proj", "proj_in", "proj_out", "conv", "conv1", "conv2", "conv_shortcut"}
+    | {"time_emb_proj", "linear_1", "linear_2", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj"}
+    | {"out_proj", "mlp", "fc1", "fc2"}
+)
+"""The only names in a UNet or CLIP path, to recognise a kohya name whose dots cannot be restored without the base."""
+
+
+def file_name(site_name: str) -> str:
+    """The site's name in files: ``text_model.`` inserted where transformers flattened a CLIP text encoder."""
+    component, path = site_name.split(".", 1)
+    flat = component.startswith("text_encoder") and path.startswith("encoder.layers.")
+    return f"{component}.text_model.{path}" if flat else site_name
+
+
+def peft_key(key: str) -> str:
+    """A diffusers key of any age in today's (PEFT) spelling, ``<component>.<path>.lora_A.weight``."""
+    from diffusers.utils.state_dict_utils import (
+        StateDictType,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    if key.startswith("text_encoder"):
+        (key,) = convert_state_dict_to_peft({key: None}, original_type=StateDictType.DIFFUSERS_OLD)
+    (key,) = convert_unet_state_dict_to_peft({key: None})
+    return str(key)
+
+
+def kohya_stems(site_name: str) -> tuple[str, ...]:
+    """Every stem under which kohya files may hold a site; empty for components that kohya's format does not know."""
+    component, path = file_name(site_name).split(".", 1)
+    return tuple(prefix + path.replace(".", "_") for prefix in KOHYA_PREFIXES.get(component, ()))
+
+
+def site_name_of_kohya(stem: str, layers_per_block: int = 2) -> str:
+    """The site of a kohya stem by diffusers' converter, which also knows Stability's block numbering of SDXL files.
+
+    ``layers_per_block`` is the UNet's (2 in SD and SDXL). Raises ``BadLoraFile`` if the name cannot be understood.
+    """
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+
+    raw: dict[str, Any] = {f"{stem}.lora_down.weight": None, f"{stem}.lora_up.weight": None}
+    config: Any = SimpleNamespace(layers_per_block=layers_per_block)
+    try:
+        converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(raw, unet_config=config)
+        name = next(peft_key(key) for key in converted if key.endswith(".down.weight"))
+    except (ValueError, KeyError, IndexError, StopIteration) as error:
+        raise BadLoraFile(f"kohya key {stem!r} names no site of a Stable Diffusion model") from error
+    name = name.removesuffix(".lora_A.weight")
+    _, root, *inner = name.split(".")
+    if root not in _ROOTS or any(part not in _INNER and not re.fullmatch(r"\d+", part) for part in inner):
+        raise BadLoraFile(f"kohya key {stem!r} cannot be read without its base: pass modules= or layout=")
+    return name
+
+
+_SGM_RESNET: Final = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_SGM_ENDS: Final = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+def sgm_path(path: str) -> str:
+    """A module of diffusers' SDXL UNet as Stability's code and most SDXL LoRA files name it.
+
+    The numbering is diffusers' ``convert_ldm_unet_checkpoint`` read backwards: two layers per down block, three per up
+    block. Raises ``BadRequest`` for a module that SDXL does not have.
+    """
+    if path in _SGM_ENDS:
+        return _SGM_ENDS[path]
+    match path.split("."):
+        case ["down_blocks", block, "resnets", layer, part]:
+            return f"input_blocks.{1 + 3 * int(block) + int(layer)}.0.{_SGM_RESNET[part]}"
+        case ["down_blocks", block, "attentions", layer, *rest]:
+            return ".".join([f"input_blocks.{1 + 3 * int(block) + int(layer)}.1", *rest])
+        case ["down_blocks", block, "downsamplers", "0", "conv"]:
+            return f"input_blocks.{3 + 3 * int(block)}.0.op"
+        case ["mid_block", "resnets", layer, part]:
+            return f"middle_block.{2 * int(layer)}.{_SGM_RESNET[part]}"
+        case ["mid_block", "attentions", "0", *rest]:
+            return ".".join(["middle_block.1", *rest])
+        case ["up_blocks", block, "resnets", layer, part]:
+            return f"output_blocks.{3 * int(block) + int(layer)}.0.{_SGM_RESNET[part]}"
+        case ["up_blocks", block, "attentions", layer, *rest]:
+            return ".".join([f"output_blocks.{3 * int(block) + int(layer)}.1", *rest])
+        case ["up_blocks", ("0" | "1") as block, "upsamplers", "0", "conv"]:  # after a resnet and an attention
+            return f"output_blocks.{2 + 3 * int(block)}.2.conv"
+    raise BadRequest(f"SDXL has no module {path}: sgm names are for SDXL LoRAs only")

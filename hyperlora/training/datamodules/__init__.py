@@ -1,0 +1,1 @@
+"""LightningDataModules over folders on disk."""

@@ -1,0 +1,1 @@
+"""One LightningModule per file, named after the network that it trains."""

@@ -1,0 +1,75 @@
+"""Presets on the real architectures (meta device), counted against PEFT."""
+
+import pytest
+import torch
+from torch import nn
+
+from hyperlora.diffusion.target_modules import PRESETS, layout_of
+from hyperlora.errors import BadRequest, LayoutMismatch
+
+SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def on_meta(config: dict) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(**config)
+
+
+@pytest.mark.parametrize(("config", "sites", "numbers"), [(SD15, 128, 797_184), (SDXL, 560, 5_806_080)])
+def test_attention_preset_is_pefts_attention_lora(config: dict, sites: int, numbers: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    unet = on_meta(config)
+    layout = layout_of({"unet": unet}, "attention", 4, "base")
+    assert (len(layout.sites), layout.numel) == (sites, numbers)
+    with torch.device("meta"):
+        inject_adapter_in_model(
+            LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet, low_cpu_mem_usage=True
+        )
+    adapted = {name.removesuffix(".lora_A") for name, _ in unet.named_modules() if name.endswith(".lora_A")}
+    assert adapted == {site.path for site in layout.sites}
+    assert sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name) == numbers
+
+
+def test_wider_presets_contain_the_narrow_one(unet: nn.Module) -> None:
+    names = {preset: {s.path for s in layout_of({"unet": unet}, preset, 2, "b").sites} for preset in PRESETS}
+    assert names["attention"] < names["attention+mlp"]
+    assert names["attention"] < names["attention+conv"]
+    conv = names["attention+conv"]
+    assert {"down_blocks.0.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv"} <= conv
+    assert "down_blocks.0.resnets.0.time_emb_proj" in names["attention+mlp"] - conv
+
+
+def test_text_encoder_gives_q_k_v_and_out(text_encoder: nn.Module) -> None:
+    layout = layout_of({"text_encoder": text_encoder}, "attention", 2, "b")
+    assert len(layout.sites) == 2 * 4
+    assert {site.path.rsplit(".", 1)[1] for site in layout.sites} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+
+def test_dit_gives_both_streams(transformer: nn.Module) -> None:
+    leaves = {s.path.split("attn.")[-1] for s in layout_of({"transformer": transformer}, "attention", 2, "b").sites}
+    assert leaves == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+
+
+def test_bad_requests(unet: nn.Module) -> None:
+    with pytest.raises(BadRequest, match="unknown preset 'all'; known: attention"):
+        layout_of({"unet": unet}, "all", 4, "b")
+    with pytest.raises(BadRequest, match="at least 1, got 0"):
+        layout_of({"unet": unet}, "attention", 0, "b")
+    with pytest.raises(LayoutMismatch, match="Linear"):
+        layout_of({"unet": nn.Linear(2, 2)}, "attention", 4, "b")

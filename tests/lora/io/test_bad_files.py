@@ -1,0 +1,262 @@
+"""Every file or request that cannot be trusted ends in one sentence, and nothing is written."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hyperlora.errors import BadLoraFile, BadRequest, HyperloraError, LayoutMismatch
+from hyperlora.lora.io import safetensors_file
+from hyperlora.lora.io.inspect import describe
+from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.save import save_lora
+from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.weights import LoraWeights
+
+Make = Callable[..., LoraWeights]
+Q, K = "unet.mid_block.attentions.0.to_q", "unet.mid_block.attentions.0.to_k"
+STEM = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+def pair(name: str = Q, rank: int = 2, suffixes: tuple[str, str] = ("lora_A", "lora_B")) -> dict[str, Tensor]:
+    down, up = suffixes
+    return {f"{name}.{down}.weight": torch.ones(rank, 3), f"{name}.{up}.weight": torch.ones(4, rank)}
+
+
+def kohya_pair(stem: str = STEM) -> dict[str, Tensor]:
+    return pair(stem, suffixes=("lora_down", "lora_up"))
+
+
+def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in state.items() if part not in key}
+
+
+BAD_STATES: dict[str, tuple[dict[str, Tensor], str]] = {
+    "nan": (pair() | {f"{Q}.lora_B.weight": torch.full((4, 2), torch.nan)}, rf"{Q}\.lora_B\.weight .* holds NaN"),
+    "infinity": (pair() | {f"{Q}.lora_A.weight": torch.full((2, 3), torch.inf)}, "holds NaN or infinity"),
+    "climbing name": (pair("../../etc/passwd"), r"'\.\./\.\./etc/passwd.* no module path"),
+    "empty name part": (pair("unet..x"), "no module path"),
+    "endless name": (pair("unet." + "a" * 400), "no module path"),
+    "integer weights": (pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.int8)}, "has dtype I8"),
+    "double weights": (pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.float64)}, "has dtype F64"),
+    "down without up": (without(pair(), "lora_B") | pair(K), rf"down of {Q} but no up"),
+    "up without down": (without(pair(), "lora_A") | pair(K), rf"up of {Q} but no down"),
+    "alpha alone": (
+        kohya_pair() | {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
+        "alpha of lora_unet_conv_in but no down",
+    ),
+    "ranks differ": (pair() | {f"{Q}.lora_B.weight": torch.ones(4, 5)}, "ranks 2 and 5 differ inside the pair"),
+    "a vector": (pair() | {f"{Q}.lora_B.weight": torch.ones(4)}, "no Linear or convolution"),
+    "no numbers": (pair(rank=0), "no Linear or convolution"),
+    "conv with linear": (pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, 3, 3)}, "no Linear or convolution"),
+    "wide up kernel": (
+        {f"{Q}.lora_A.weight": torch.ones(2, 3, 3, 3), f"{Q}.lora_B.weight": torch.ones(4, 2, 3, 3)},
+        "no Linear or convolution",
+    ),
+    "unknown key": (pair() | {"unet.conv_in.weight": torch.ones(2)}, "unet.conv_in.weight, which belongs to no LoRA"),
+    "bias": (pair() | {f"{Q}.lora_B.bias": torch.ones(4)}, "belongs to no LoRA pair"),
+    "unknown component": (pair("vae.decoder.x"), "vae.decoder.x.* expected it to start with one of unet."),
+    "peft's own file": (pair("base_model.model.x"), "expected it to start with"),
+    "one site twice": (
+        pair("unet.mid_block.attn1.to_q") | pair("unet.mid_block.attn1.processor.to_q"),
+        "two keys for down of unet.mid_block.attn1.to_q",
+    ),
+    "DoRA": (pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)}, "is DoRA"),
+    "LoHa": ({f"{STEM}.hada_w1_a": torch.ones(2, 2)}, "is LoHa .* convert it first"),
+    "LoKr": ({f"{STEM}.lokr_w1": torch.ones(2, 2)}, "is LoKr"),
+    "kohya without up": (without(kohya_pair(), "lora_up"), "down of lora_unet.* but no up"),
+    "kohya of another model": (kohya_pair("lora_unet_double_blocks_0_img_attn_proj"), "double_blocks_0.* base"),
+    "kohya key among diffusers'": (pair() | kohya_pair(), "expected it to start with"),
+    "kohya bad block number": (kohya_pair("lora_unet_input_blocks_x_1_proj_in"), "names no site"),
+    "one kohya site twice": (
+        kohya_pair("lora_te_text_model_encoder_layers_0_mlp_fc1")
+        | kohya_pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        "two LoRAs for site text_encoder.text_model",
+    ),
+    "alpha of many numbers": (kohya_pair() | {f"{STEM}.alpha": torch.ones(2)}, "not one number"),
+    "alpha is NaN": (kohya_pair() | {f"{STEM}.alpha": torch.tensor(torch.nan)}, "holds NaN"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_bad_states(case: str, tmp_path: Path) -> None:
+    state, sentence = BAD_STATES[case]
+    save_file(state, tmp_path / "bad.safetensors")
+    for read in (load_lora, describe):
+        with pytest.raises(BadLoraFile, match=sentence) as caught:
+            read(tmp_path / "bad.safetensors")
+        assert "\n" not in str(caught.value)
+
+
+def test_the_good_states_behind_the_bad_ones_load(tmp_path: Path) -> None:
+    for state in (pair(), kohya_pair(), kohya_pair() | {f"{STEM}.alpha": torch.tensor(1.0)}):
+        save_file(state, tmp_path / "good.safetensors")
+        assert load_lora(tmp_path / "good.safetensors").weights.layout.base == "unknown"
+
+
+BAD_CONFIGS = {
+    "no JSON": ("{", "no JSON"),
+    "no table": ("[1]", "no table"),
+    "DoRA": ({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_dora": True}, "is DoRA"),
+    "another rank": ({"unet.r": 8, "unet.lora_alpha": 8}, "has rank 2, its lora_adapter_metadata header says 8"),
+    "alpha is text": ({"unet.r": 2, "unet.lora_alpha": "two"}, "no sound lora_alpha"),
+    "alpha is infinite": ({"unet.r": 2, "unet.lora_alpha": 1e999}, "no sound lora_alpha"),
+    "no rank": ({"unet.lora_alpha": 2}, "no sound r "),
+    "pattern is a list": ({"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": [1]}, "alpha_pattern"),
+    "pattern takes forever": (
+        {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {"(a+)+$": 1}},
+        "alpha_pattern",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_adapter_headers(case: str, tmp_path: Path) -> None:
+    config, sentence = BAD_CONFIGS[case]
+    text = config if isinstance(config, str) else json.dumps(config)
+    save_file(pair(), tmp_path / "bad.safetensors", metadata={"lora_adapter_metadata": text})
+    with pytest.raises(BadLoraFile, match=sentence):
+        load_lora(tmp_path / "bad.safetensors")
+
+
+def raw_file(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+BAD_BYTES = {
+    "empty": (b"", "not a safetensors file"),
+    "pickle": (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00", "not a safetensors file"),
+    "header longer than the file": (struct.pack("<Q", 1 << 40) + b"{}", "header claims"),
+    "no JSON": (raw_file(b"nonsense"), "no JSON"),
+    "deep JSON": (raw_file(b"[" * 100_000), "no JSON"),
+    "a list": (raw_file(b"[1, 2]"), "no table"),
+    "no tensors": (raw_file(b"{}"), "holds 0 tensors"),
+    "a key twice": (raw_file(f'{{"a.alpha":{ENTRY},"a.alpha":{ENTRY}}}'.encode(), b"\0" * 4), "key 'a.alpha' twice"),
+    "offsets outside": (raw_file(f'{{"a.alpha":{ENTRY}}}'.encode()), "not a sound safetensors file"),
+    "metadata of numbers": (raw_file(b'{"__metadata__":{"a":1}}'), "table of strings"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BYTES)
+def test_bad_bytes(case: str, tmp_path: Path) -> None:
+    content, sentence = BAD_BYTES[case]
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    with pytest.raises(BadLoraFile, match=sentence):
+        load_lora(tmp_path / "bad.safetensors")
+
+
+def test_other_suffixes_are_never_opened(tmp_path: Path) -> None:
+    torch.save(pair(), tmp_path / "evil.bin")
+    with pytest.raises(BadLoraFile, match="never opened"):
+        load_lora(tmp_path / "evil.bin")
+    with pytest.raises(BadLoraFile, match="there is no file"):
+        load_lora(tmp_path / "none.safetensors")
+
+
+def test_caps_on_size_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(pair() | pair(K), tmp_path / "x.safetensors")
+    monkeypatch.setattr(safetensors_file, "MAX_TENSORS", 3)
+    with pytest.raises(BadLoraFile, match="holds 4 tensors, expected 1 to 3"):
+        load_lora(tmp_path / "x.safetensors")
+    monkeypatch.setattr(safetensors_file, "MAX_BYTES", 100)
+    with pytest.raises(BadLoraFile, match="GiB are read"):
+        load_lora(tmp_path / "x.safetensors")
+
+
+def test_padding_may_not_explode(tmp_path: Path) -> None:
+    save_file(pair(rank=50), tmp_path / "x.safetensors")
+    with pytest.raises(BadLoraFile, match="350 numbers at rank 50: too many"):
+        load_lora(tmp_path / "x.safetensors", max_numbers=349)
+    assert load_lora(tmp_path / "x.safetensors", max_numbers=350).weights.layout.rank == 50
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a_file_for_another_layout_is_refused_with_both_counts(
+    modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, format: Any
+) -> None:
+    lora = random_lora({"unet": modules["unet"]}, "attention")
+    n, path = len(lora.layout.sites), save_lora(lora, tmp_path / "x.safetensors", format=format)
+    whole = random_lora(modules, "attention").layout
+    sentence = rf"base 'tiny/base', {n} sites\) has {n} of the {n + 8} sites expected for base 'tiny/base' and 0 others"
+    with pytest.raises(LayoutMismatch, match=sentence):
+        load_lora(path, whole)
+    nothing = LoraLayout((Site("unet.elsewhere", 3, 4),), 2, "other/base")
+    with pytest.raises(LayoutMismatch, match=rf"has 0 of the 1 sites expected for base 'other/base' and {n} others"):
+        load_lora(path, nothing)
+    with pytest.raises(LayoutMismatch, match="for base 'tiny/base', this base is 'other/base'"):
+        load_lora(path, replace(lora.layout, base="other/base"))
+    wider = replace(lora.layout.sites[0], fan_in=99)
+    with pytest.raises(LayoutMismatch, match="99→8 expected"):
+        load_lora(path, replace(lora.layout, sites=(wider, *lora.layout.sites[1:])))
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a_file_for_other_modules_is_refused(
+    pipe: Any, modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, format: Any
+) -> None:
+    path = save_lora(random_lora(modules, "attention"), tmp_path / "x.safetensors", format=format)
+    with pytest.raises(LayoutMismatch, match=r"has 8 sites that this base lacks, e\.g\. text_encoder\..*unet"):
+        load_lora(path, modules={"unet": pipe.unet})
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q = nn.Linear(16, 24)
+    with pytest.raises(LayoutMismatch, match=r"mid_block.*to_q is 16→16 in the LoRA, 16→24 expected"):
+        load_lora(path, modules=modules)
+    with pytest.raises(BadRequest, match="not both"):
+        load_lora(path, random_lora(modules).layout, modules)
+
+
+def broken(lora: LoraWeights, value: float) -> LoraWeights:
+    return LoraWeights(lora.layout, (torch.full_like(lora.down[0], value), *lora.down[1:]), lora.up)
+
+
+def test_bad_saves_write_nothing(modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path) -> None:
+    lora = random_lora(modules, "attention")
+    q_only = LoraLayout(tuple(s for s in lora.layout.sites if s.name.endswith("q_proj")), 3, "b")
+    mlp_only = LoraLayout((Site("text_encoder.encoder.layers.0.mlp.fc1", 2, 2),), 3, "b")
+    transformer = LoraLayout((Site("transformer.x", 2, 2),), 3, "b")
+    clash = LoraLayout((Site("unet.a.b_c", 2, 2), Site("unet.a_b.c", 2, 2)), 3, "b")
+    cases: list[tuple[LoraWeights, dict[str, Any], str]] = [
+        (LoraWeights.stack([lora, lora]), {}, r"a batch of \[2\]"),
+        (broken(lora, torch.nan), {}, "holds NaN or infinity as torch.float32"),
+        (broken(lora, 1e6), {"dtype": torch.float16}, "or needs float32"),
+        (lora, {"dtype": torch.float64}, "not torch.float64"),
+        (lora, {"format": "onnx"}, "unknown LoRA format 'onnx'"),
+        (LoraWeights.zeros(transformer), {"format": "kohya"}, "kohya files hold unet.* not transformer"),
+        (LoraWeights.zeros(LoraLayout((Site("vae.x", 2, 2),), 3, "b")), {}, "not vae"),
+        (LoraWeights.zeros(clash), {"format": "kohya"}, "one name in kohya's format"),
+        (LoraWeights.zeros(q_only), {"format": "kohya"}, "without out_proj"),
+        (LoraWeights.zeros(mlp_only), {}, "without out_proj"),
+        (lora, {"header": LoraHeader(extra={"ss_v2": "x"})}, "'ss_v2' is reserved"),
+    ]
+    for weights, arguments, sentence in cases:
+        with pytest.raises(HyperloraError, match=sentence):
+            save_lora(weights, tmp_path / "folder" / "x.safetensors", **arguments)
+    with pytest.raises(BadRequest, match=r"got x\.bin"):
+        save_lora(lora, tmp_path / "x.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file(
+    modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (random_lora(modules, seed=seed) for seed in (0, 1))
+    path = save_lora(old, tmp_path / "x.safetensors")
+
+    def full(descriptor: int) -> None:
+        os.truncate(descriptor, 100)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_lora(new, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    assert torch.equal(load_lora(path, old.layout).weights.flatten(), old.flatten())

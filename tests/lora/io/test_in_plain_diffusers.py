@@ -1,0 +1,49 @@
+"""A file of ours in a process that knows only diffusers draws what ``render`` draws here."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.diffusion.text_to_image import render
+from hyperlora.lora.io.load import load_lora
+from hyperlora.pipelines.image_to_lora import ImageToLora
+
+SCRIPT = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+base, lora, prompt, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(base)
+if lora != "none":
+    pipe.load_lora_weights(lora)
+image = pipe(prompt, num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(7)).images[0]
+image.save(out)
+assert "hyperlora" not in sys.modules
+"""
+PROMPT = "a portrait of sks person"
+
+
+def drawn_by_diffusers(bundle: Any, lora: Path | str, out: Path) -> np.ndarray:
+    arguments = [sys.executable, "-I", "-c", SCRIPT, str(bundle.base), str(lora), PROMPT, str(out)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.asarray(Image.open(out), int)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_plain_diffusers_draws_the_same(bundle: Any, tmp_path: Path, format: Any) -> None:
+    lora = ImageToLora.from_pretrained(str(bundle.model))(bundle.photo)
+    path = lora.save(tmp_path / "me.safetensors", format)
+    base = load_base(bundle.base)
+    (ours,) = render(base, [PROMPT], lora, seeds=[7], steps=3, guidance=2.0)
+    (plain,) = render(base, [PROMPT], None, seeds=[7], steps=3, guidance=2.0)
+    theirs = drawn_by_diffusers(bundle, path, tmp_path / "theirs.png")
+    assert np.abs(np.asarray(ours, int) - theirs).max() <= 2
+    assert np.abs(np.asarray(plain, int) - theirs).mean() > 2, "the LoRA changes nothing"
+    assert load_lora(path, lora.layout).header.base_model == base.id

@@ -1,0 +1,119 @@
+"""The header says everything to galleries, to kohya's tools and to us, and comes back."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperlora.errors import BadLoraFile, BadRequest
+from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.save import save_lora
+from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.weights import LoraWeights
+
+LAYOUT = LoraLayout((Site("unet.mid_block.attentions.0.proj_in", 3, 4),), 2, "org/base")
+FULL = LoraHeader(
+    title="Ada",
+    base_model="org/base",
+    architecture="stable-diffusion-v1",
+    resolution=(512, 768),
+    trigger_phrase="sks person",
+    license="CC0-1.0",
+    date="2026-01-02",
+    generator="hyperlora image-to-lora",
+    generator_version="9.9",
+    layout_fingerprint=LAYOUT.fingerprint,
+    encoder="org/encoder",
+    encoder_license="MIT",
+    reference_sha256=("aa", "bb"),
+    recommended_strength=0.8,
+    extra={"modelspec.author": "Ada", "note": "hello"},
+)
+TEXTS = st.text(max_size=20)
+
+
+def test_a_saved_header_comes_back_and_names_base_and_fingerprint(tmp_path: Path) -> None:
+    path = save_lora(LoraWeights.zeros(LAYOUT), tmp_path / "x.safetensors", header=FULL)
+    assert load_lora(path).header == FULL
+    bare = load_lora(save_lora(LoraWeights.zeros(LAYOUT), tmp_path / "y.safetensors")).header
+    assert (bare.base_model, bare.layout_fingerprint) == ("org/base", LAYOUT.fingerprint)
+    assert bare.title
+    assert bare.date
+    assert bare.generator_version
+
+
+def test_metadata_is_complete_for_every_reader() -> None:
+    metadata = FULL.to_metadata(LAYOUT)
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.implementation"] == "diffusers"
+    assert metadata["modelspec.title"] == "Ada"
+    assert metadata["modelspec.resolution"] == "512x768"
+    assert metadata["modelspec.date"] == "2026-01-02"
+    assert metadata["modelspec.trigger_phrase"] == "sks person"
+    assert metadata["modelspec.license"] == "CC0-1.0"
+    assert metadata["ss_v2"] == "False"
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert (metadata["ss_network_dim"], float(metadata["ss_network_alpha"])) == ("2", 2.0)
+    assert json.loads(metadata["ss_network_args"]) == {}
+    assert metadata["hyperlora.base"] == "org/base"
+    assert metadata["hyperlora.layout_fingerprint"] == LAYOUT.fingerprint
+    assert metadata["note"] == "hello"
+    conv = LoraLayout((Site("unet.conv_in", 9, 4, (3, 3)),), 2, "b")
+    assert json.loads(FULL.to_metadata(conv)["ss_network_args"]) == {"conv_dim": 2, "conv_alpha": 2.0}
+
+
+@given(
+    st.builds(
+        LoraHeader,
+        title=TEXTS,
+        base_model=TEXTS.filter(bool),
+        architecture=st.sampled_from(["", "stable-diffusion-v1", "stable-diffusion-xl-v1-base", "sana"]),
+        resolution=st.none() | st.tuples(st.integers(1, 9999), st.integers(1, 9999)),
+        trigger_phrase=TEXTS,
+        license=TEXTS,
+        date=TEXTS,
+        generator=TEXTS,
+        generator_version=TEXTS,
+        layout_fingerprint=TEXTS,
+        encoder=TEXTS,
+        encoder_license=TEXTS,
+        reference_sha256=st.lists(TEXTS).map(tuple),
+        recommended_strength=st.floats(-2, 2),
+        extra=st.dictionaries(st.text("abc.", min_size=1), TEXTS),
+    )
+)
+def test_from_metadata_undoes_to_metadata(header: LoraHeader) -> None:
+    assert LoraHeader.from_metadata(header.to_metadata(LAYOUT)) == header
+
+
+def test_other_tools_headers_are_read_for_what_they_say() -> None:
+    foreign = LoraHeader.from_metadata(
+        {
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_sd_model_name": "sdxl.safetensors",
+            "modelspec.resolution": "big",
+        }
+    )
+    assert foreign.architecture == "stable-diffusion-xl-v1-base"
+    assert foreign.base_model == "sdxl.safetensors"
+    assert foreign.resolution is None
+    assert LoraHeader.from_metadata({}).title == ""
+
+
+def test_reserved_and_malformed_fields_are_refused() -> None:
+    with pytest.raises(BadRequest, match=r"'modelspec\.title' is reserved"):
+        LoraHeader(extra={"modelspec.title": "x"}).to_metadata(LAYOUT)
+    for key, value in {
+        "hyperlora.recommended_strength": "nan",
+        "hyperlora.reference_sha256": "[1]",
+    }.items():
+        with pytest.raises(BadLoraFile, match="malformed"):
+            LoraHeader.from_metadata({key: value})
+    with pytest.raises(BadLoraFile, match="malformed"):
+        LoraHeader.from_metadata({"hyperlora.recommended_strength": "strong"})
