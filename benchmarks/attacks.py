@@ -19,14 +19,16 @@ HOST: Final = "127.0.0.1"
 FORM: Final = "multipart/form-data; boundary=b"
 
 
-def request(path: str, body: bytes = b"", kind: str = FORM, method: str = "POST", **headers: str) -> bytes:
+def build_request(
+    path: str, body: bytes = b"", content_type: str = FORM, method: str = "POST", **headers: str
+) -> bytes:
     """An HTTP/1.1 request; ``headers`` are added, or put in place of the usual ones (``_`` for ``-``)."""
-    usual = {"host": HOST, "content-type": kind, "content-length": str(len(body)), "connection": "close"}
+    usual = {"host": HOST, "content-type": content_type, "content-length": str(len(body)), "connection": "close"}
     lines = [f"{k}: {v}" for k, v in (usual | {k.replace("_", "-"): v for k, v in headers.items()}).items()]
     return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1") + body
 
 
-def form(*parts: tuple[str, bytes | str]) -> bytes:
+def build_form(*parts: tuple[str, bytes | str]) -> bytes:
     """A multipart body; bytes are files, strings are fields."""
     out = b""
     for name, value in parts:
@@ -36,7 +38,7 @@ def form(*parts: tuple[str, bytes | str]) -> bytes:
     return out + b"--b--\r\n"
 
 
-def photo(random: Random, format: str = "", size: int = 48) -> bytes:
+def generate_photo(random: Random, format: str = "", size: int = 48) -> bytes:
     buffer, formats = io.BytesIO(), ["PNG", "JPEG", "WEBP"]
     pixels = random.integers(0, 256, (4, 4, 3), np.uint8)
     image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
@@ -44,52 +46,56 @@ def photo(random: Random, format: str = "", size: int = 48) -> bytes:
     return buffer.getvalue()
 
 
-def photos(data: bytes, *fields: tuple[str, bytes | str]) -> bytes:
-    return request("/v1/loras", form(("photos", data), *fields))
+def build_photo_request(data: bytes, *fields: tuple[str, bytes | str]) -> bytes:
+    return build_request("/v1/loras", build_form(("photos", data), *fields))
 
 
-def mutated(random: Random) -> bytes:
+def generate_mutated_photo(random: Random) -> bytes:
     """Bytes of a picture changed, put in or taken out: some still decode, and a LoRA is the right answer to those."""
-    data = bytearray(photo(random))
+    data = bytearray(generate_photo(random))
     for _ in range(random.integers(1, 20)):
-        place = int(random.integers(len(data)))
+        position = int(random.integers(len(data)))
         match int(random.integers(3)):
             case 0:
-                data[place] = int(random.integers(256))
+                data[position] = int(random.integers(256))
             case 1:
-                data[place:place] = random.bytes(int(random.integers(1, 60)))
+                data[position:position] = random.bytes(int(random.integers(1, 60)))
             case 2:
-                del data[place : place + int(random.integers(1, 30))]
-    return photos(bytes(data))
+                del data[position : position + int(random.integers(1, 30))]
+    return build_photo_request(bytes(data))
 
 
-def truncated(random: Random) -> bytes:
-    data = photo(random)
-    return photos(data[: int(random.integers(1, len(data) * 3 // 4))])
+def generate_truncated_photo(random: Random) -> bytes:
+    data = generate_photo(random)
+    return build_photo_request(data[: int(random.integers(1, len(data) * 3 // 4))])
 
 
-def chunk(kind: bytes, body: bytes) -> bytes:
+def build_png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def bomb(random: Random) -> bytes:
+def generate_decompression_bomb(random: Random) -> bytes:
     """Small files that claim, or hold, a lot: pixels, compressed text, a colour profile."""
     side = int(random.choice([5100, 9000, 60000, 2**31 - 1]))
-    header = chunk(b"IHDR", struct.pack(">II", side, side) + b"\x08\x02\0\0\0")
+    header = build_png_chunk(b"IHDR", struct.pack(">II", side, side) + b"\x08\x02\0\0\0")
     zeros = zlib.compress(bytes(int(random.integers(1, 40)) << 20))
-    extra = [b"", chunk(b"zTXt", b"a\0\0" + zeros), chunk(b"iCCP", b"a\0\0" + zeros)][random.integers(3)]
-    return photos(b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zeros) + chunk(b"IEND", b""))
+    extra = [b"", build_png_chunk(b"zTXt", b"a\0\0" + zeros), build_png_chunk(b"iCCP", b"a\0\0" + zeros)][
+        random.integers(3)
+    ]
+    return build_photo_request(
+        b"\x89PNG\r\n\x1a\n" + header + extra + build_png_chunk(b"IDAT", zeros) + build_png_chunk(b"IEND", b"")
+    )
 
 
-def wrong_kind(random: Random) -> bytes:
+def generate_wrong_file_type(random: Random) -> bytes:
     buffer = io.BytesIO()
     Image.linear_gradient("L").save(buffer, ["GIF", "TIFF", "BMP", "ICO", "PPM", "PDF"][random.integers(6)])
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     others = [svg, pickle.dumps({"a": 1}), b"PK\3\4" + random.bytes(90), b"\x7fELF" + random.bytes(90), b"<html>", b""]
-    return photos([buffer.getvalue(), *others, random.bytes(500)][random.integers(len(others) + 2)])
+    return build_photo_request([buffer.getvalue(), *others, random.bytes(500)][random.integers(len(others) + 2)])
 
 
-def lora(random: Random) -> bytes:
+def generate_malformed_lora(random: Random) -> bytes:
     """Files that are no LoRA, or one that must not be loaded, sent along with a prompt or a picture."""
     down, up = torch.zeros(2, 64), torch.zeros(64, 2)
     stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -114,13 +120,13 @@ def lora(random: Random) -> bytes:
     ]
     file = files[random.integers(len(files))]()
     if random.integers(2):
-        return request("/v1/edits", form(("picture", photo(random, "PNG")), ("lora", file)))
-    wanted = {"prompt": "a", "steps": 1, "loras": [{"content": base64.b64encode(file).decode()}]}
-    return request("/v1/images", json.dumps(wanted).encode(), "application/json")
+        return build_request("/v1/edits", build_form(("picture", generate_photo(random, "PNG")), ("lora", file)))
+    image_request = {"prompt": "a", "steps": 1, "loras": [{"content": base64.b64encode(file).decode()}]}
+    return build_request("/v1/images", json.dumps(image_request).encode(), "application/json")
 
 
-def field(random: Random) -> bytes:
-    bad = [
+def generate_invalid_field(random: Random) -> bytes:
+    invalid_fields = [
         ("rank", "0"),
         ("rank", "-1"),
         ("rank", "9" * 400),
@@ -128,24 +134,48 @@ def field(random: Random) -> bytes:
         ("strength", "nan"),
         ("title", "x" * 9999),
     ]
-    bad += [("strength", "1e999"), ("refine", "501"), ("refine", "1.5"), ("format", "ckpt"), ("keep", "perhaps")]
-    bad += [("strength", "\u0661\ud7ff"), ("rank", "129"), ("refine", "-0.5"), ("before", "text"), ("consent", "\0")]
-    return photos(photo(random, "PNG"), bad[random.integers(len(bad))])
+    invalid_fields += [
+        ("strength", "1e999"),
+        ("refine", "501"),
+        ("refine", "1.5"),
+        ("format", "ckpt"),
+        ("keep", "perhaps"),
+    ]
+    invalid_fields += [
+        ("strength", "\u0661\ud7ff"),
+        ("rank", "129"),
+        ("refine", "-0.5"),
+        ("before", "text"),
+        ("consent", "\0"),
+    ]
+    return build_photo_request(generate_photo(random, "PNG"), invalid_fields[random.integers(len(invalid_fields))])
 
 
-def body(random: Random) -> bytes:
+def generate_invalid_json(random: Random) -> bytes:
     """JSON that is none, or not what is asked for."""
-    good = {"prompt": "a", "steps": 1}
-    odd = [{"prompt": 1}, {"steps": 0}, {"steps": "x"}, {"seed": -1}, {"seed": 2**70}, {"width": 63}, {"gamma": 1e9}]
-    odd += [
+    valid = {"prompt": "a", "steps": 1}
+    invalid_values = [
+        {"prompt": 1},
+        {"steps": 0},
+        {"steps": "x"},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"width": 63},
+        {"gamma": 1e9},
+    ]
+    invalid_values += [
         {"loras": [{}]},
         {"loras": [{"id": "../../x"}]},
         {"loras": "x"},
         {"regions": [[2, 0, 0, 0]]},
         {"unknown": 1},
     ]
-    odd += [{"prompt": "<lora:../../etc/passwd>"}, {"strategy": "composite"}, {"loras": [{"content": "%%%"}]}]
-    texts = [json.dumps(good | each).encode() for each in odd]
+    invalid_values += [
+        {"prompt": "<lora:../../etc/passwd>"},
+        {"strategy": "composite"},
+        {"loras": [{"content": "%%%"}]},
+    ]
+    texts = [json.dumps(valid | each).encode() for each in invalid_values]
     texts += [
         b"",
         b"{",
@@ -157,12 +187,12 @@ def body(random: Random) -> bytes:
         b"1" * 5000,
     ]
     texts += [b'{"prompt": "a", "guidance": NaN}', b'{"prompt": "a", "guidance": 1e999}', random.bytes(300)]
-    return request("/v1/images", texts[random.integers(len(texts))], "application/json")
+    return build_request("/v1/images", texts[random.integers(len(texts))], "application/json")
 
 
-def multipart(random: Random) -> bytes:
+def generate_invalid_multipart(random: Random) -> bytes:
     """Forms that are broken, cut off, or too many."""
-    whole = form(("photos", photo(random, "PNG")))
+    whole = build_form(("photos", generate_photo(random, "PNG")))
     many = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n' * 3000 + b"--b--\r\n"
     long = b"--b\r\nContent-Disposition: form-data; name=photos; " + b"x" * 70_000 + b"\r\n\r\n\r\n--b--\r\n"
     bodies = [
@@ -187,19 +217,23 @@ def multipart(random: Random) -> bytes:
         "a/\xff; boundary=\xfe",
     ]
     data = bodies[random.integers(len(bodies))]
-    return request("/v1/loras", data, kinds[random.integers(len(kinds))])
+    return build_request("/v1/loras", data, kinds[random.integers(len(kinds))])
 
 
-def head(random: Random) -> bytes:
+def generate_invalid_header(random: Random) -> bytes:
     """Heads that no server should take: huge, contradictory, or not HTTP at all."""
-    data = form(("photos", b"x"))
-    whole = request("/v1/loras", data)
-    heads = [request("/v1/loras", data, x_long="x" * size) for size in (65_000, 200_000)]
-    heads += [request("/v1/loras", data, **{f"x_{i}": "y" * 1000 for i in range(100)})]
+    data = build_form(("photos", b"x"))
+    whole = build_request("/v1/loras", data)
+    heads = [build_request("/v1/loras", data, x_long="x" * size) for size in (65_000, 200_000)]
+    heads += [build_request("/v1/loras", data, **{f"x_{i}": "y" * 1000 for i in range(100)})]
     heads += [
-        request("/v1/loras", data, content_length=size) for size in ("-1", "x", "1, 2", "9" * 30, "10000000000000")
+        build_request("/v1/loras", data, content_length=size)
+        for size in ("-1", "x", "1, 2", "9" * 30, "10000000000000")
     ]
-    heads += [request("/v1/loras", b"zz\r\n" + data, transfer_encoding="chunked"), request("/v1/loras" + "/x" * 40_000)]
+    heads += [
+        build_request("/v1/loras", b"zz\r\n" + data, transfer_encoding="chunked"),
+        build_request("/v1/loras" + "/x" * 40_000),
+    ]
     heads += [
         whole.replace(b"host:", b"ho st:"),
         whole.replace(b"host:", b"ho\0st:"),
@@ -211,14 +245,14 @@ def head(random: Random) -> bytes:
         b"\x16\3\1\2\0\1\0\1\xfc\3\3" * 9 + b"\r\n\r\n",
     ]
     heads += [
-        request("/v1/loras/%00%ff", method="GET"),
-        request("/v1/loras", method="BREW"),
+        build_request("/v1/loras/%00%ff", method="GET"),
+        build_request("/v1/loras", method="BREW"),
         random.bytes(300) + b"\r\n\r\n",
     ]
     return heads[random.integers(len(heads))]
 
 
-def path(random: Random) -> bytes:
+def generate_invalid_path(random: Random) -> bytes:
     paths = [
         "/v1/loras/../../etc/passwd",
         "/v1/loras/..%2F..%2Fetc%2Fpasswd",
@@ -233,19 +267,21 @@ def path(random: Random) -> bytes:
         "//etc/passwd",
         "/v1/loras?x=" + "y" * 3000,
     ]
-    return request(paths[random.integers(len(paths))].replace(" ", "%20"), method=str(random.choice(["GET", "DELETE"])))
+    return build_request(
+        paths[random.integers(len(paths))].replace(" ", "%20"), method=str(random.choice(["GET", "DELETE"]))
+    )
 
 
-def elsewhere(random: Random) -> bytes:
+def generate_foreign_origin(random: Random) -> bytes:
     """To a server without keys, from pages or under names of others."""
     hosts = ["evil.example", "127.0.0.1.evil.example", "[::2]", "localhost:x@evil.example", "10.0.0.1:8000"]
-    data = form(("photos", photo(random, "PNG")))
+    data = build_form(("photos", generate_photo(random, "PNG")))
     if random.integers(2):
-        return request("/v1/loras", data, host=hosts[random.integers(len(hosts))])
-    return request("/v1/loras", data, origin=str(random.choice(["null", "https://evil.example", "file://"])))
+        return build_request("/v1/loras", data, host=hosts[random.integers(len(hosts))])
+    return build_request("/v1/loras", data, origin=str(random.choice(["null", "https://evil.example", "file://"])))
 
 
-def key(random: Random) -> bytes:
+def generate_invalid_key(random: Random) -> bytes:
     """To a server with keys."""
     wrong = [
         "Bearer wrong",
@@ -255,26 +291,26 @@ def key(random: Random) -> bytes:
         "bearer \xff\xfe",
         "Bearer a-right-key-0123456 x",
     ]
-    data = form(("photos", photo(random, "PNG")))
+    data = build_form(("photos", generate_photo(random, "PNG")))
     choice = int(random.integers(len(wrong) + 2))
     if choice == len(wrong):
-        return request("/v1/loras", data)
+        return build_request("/v1/loras", data)
     if choice > len(wrong):
-        return request("/v1/loras", data, x_api_key=str(random.bytes(20).hex()))
-    return request("/v1/loras", data, authorization=wrong[choice])
+        return build_request("/v1/loras", data, x_api_key=str(random.bytes(20).hex()))
+    return build_request("/v1/loras", data, authorization=wrong[choice])
 
 
-OPEN: Final[dict[str, Callable[[Random], bytes]]] = {
-    "mutated pictures": mutated,
-    "truncated pictures": truncated,
-    "bombs": bomb,
-    "other kinds of file": wrong_kind,
-    "LoRA files": lora,
-    "form fields": field,
-    "JSON": body,
-    "multipart": multipart,
-    "heads": head,
-    "paths": path,
-    "hosts and origins": elsewhere,
+UNAUTHENTICATED_ATTACKS: Final[dict[str, Callable[[Random], bytes]]] = {
+    "mutated pictures": generate_mutated_photo,
+    "truncated pictures": generate_truncated_photo,
+    "bombs": generate_decompression_bomb,
+    "other kinds of file": generate_wrong_file_type,
+    "LoRA files": generate_malformed_lora,
+    "form fields": generate_invalid_field,
+    "JSON": generate_invalid_json,
+    "multipart": generate_invalid_multipart,
+    "heads": generate_invalid_header,
+    "paths": generate_invalid_path,
+    "hosts and origins": generate_foreign_origin,
 }
-KEYED: Final = {"keys": key}
+AUTHENTICATED_ATTACKS: Final = {"keys": generate_invalid_key}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
-from hyperlora.diffusion.denoiser_calls import Call, caught
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.diffusion.multi_lora import composed
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.diffusion.denoiser_calls import DenoiserCall, intercept_denoiser
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.multi_lora import compose_loras
 from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.lora.io.save import save_lora
 from hyperlora.pipelines.image_to_lora import ImageToLora
@@ -30,14 +30,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--images", type=int, default=4)
     arguments = parser.parse_args()
-    keep_heap()
-    base = load_base(pretrained.BASE)
-    photos = load_benchmark(pretrained.BENCHMARK, base.resolution, arguments.loras).photos[:, :1]
+    disable_malloc_trim()
+    base = load_diffusion_base(pretrained.BASE_DIR)
+    photos = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.loras).photos[:, :1]
     with torch.no_grad():
-        loras = list(ImageToLora.from_pretrained(pretrained.MODEL, base=base).forward(photos))
+        loras = list(ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base).forward(photos))
     pipe = base.pipeline
 
-    def latents(seed: int) -> Tensor:
+    def sample_latents(seed: int) -> Tensor:
         return pipe(
             "a portrait of sks person, smiling",
             num_inference_steps=arguments.steps,
@@ -46,35 +46,37 @@ def main() -> None:
             generator=torch.Generator().manual_seed(seed),
         ).images
 
-    def timed(name: str) -> tuple[float, list[Tensor]]:
-        latents(0)  # warm up
-        began = time.perf_counter()
-        made = [latents(seed) for seed in range(arguments.images)]
-        seconds = (time.perf_counter() - began) / arguments.images
+    def measure_latency(name: str) -> tuple[float, list[Tensor]]:
+        sample_latents(0)  # warm up
+        start_time = time.perf_counter()
+        latent_samples = [sample_latents(seed) for seed in range(arguments.images)]
+        seconds = (time.perf_counter() - start_time) / arguments.images
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"{name:34s} {seconds:.3f} s per image, {peak:.2f} GiB peak so far", flush=True)
-        return seconds, made
+        return seconds, latent_samples
 
-    one, _ = timed("one LoRA less: the base")
-    with composed(pipe, loras, "composite"):
-        batched, ours = timed(f"composite of {len(loras)}, one forward")
+    base_time_s, _ = measure_latency("one LoRA less: the base")
+    with compose_loras(pipe, loras, "composite"):
+        batched, batched_latents = measure_latency(f"composite of {len(loras)}, one forward")
     with tempfile.TemporaryDirectory() as folder:
         names = [f"l{i}" for i in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
             pipe.load_lora_weights(save_lora(lora, Path(folder) / f"{name}.safetensors"), adapter_name=name)
-        with caught(pipe, _one_after_another(pipe, names)):
-            reference, theirs = timed(f"composite of {len(loras)}, set_adapters")
-    apart = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-    print(f"ratio {batched / reference:.2f} (base alone {one / reference:.2f}); latents differ by at most {apart:.1e}")
+        with intercept_denoiser(pipe, _make_sequential_predictor(pipe, names)):
+            reference, reference_latents = measure_latency(f"composite of {len(loras)}, set_adapters")
+    max_difference = max(float((a - b).abs().max()) for a, b in zip(batched_latents, reference_latents, strict=True))
+    print(
+        f"ratio {batched / reference:.2f} (base alone {base_time_s / reference:.2f}); latents differ by at most {max_difference:.1e}"
+    )
 
 
-def _one_after_another(pipe: Any, names: list[str]) -> Callable[[Call], Tensor]:
-    def predict(call: Call) -> Tensor:
-        made = []
+def _make_sequential_predictor(pipe: Any, names: list[str]) -> Callable[[DenoiserCall], Tensor]:
+    def predict(call: DenoiserCall) -> Tensor:
+        predictions = []
         for name in names:
             pipe.set_adapters([name])
-            made.append(call())
-        return torch.stack(made).mean(0)
+            predictions.append(call())
+        return torch.stack(predictions).mean(0)
 
     return predict
 

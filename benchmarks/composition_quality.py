@@ -12,13 +12,13 @@ import torch
 from concepts import World
 from PIL import Image
 
-from hyperlora.cpu import keep_heap
-from hyperlora.data.images import pixels_of, to_image
-from hyperlora.diffusion.autolora_guidance import autolora
-from hyperlora.diffusion.multi_lora import composed
-from hyperlora.diffusion.text_to_image import render
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.data.images import stack_images, to_image
+from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
+from hyperlora.diffusion.multi_lora import compose_loras
+from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.evaluation.metrics import Score
-from hyperlora.evaluation.report import contact_sheet
+from hyperlora.evaluation.report import draw_contact_sheet
 
 CONCEPTS = {
     "garment": ("garment", "spacesuit"),
@@ -26,7 +26,7 @@ CONCEPTS = {
     "glasses": ("glasses", "sunglasses"),
     "style": ("style", "sepia"),
 }
-WHERE = {
+CONCEPT_REGIONS = {
     "person": (0.0, 0.0, 1.0, 0.75),
     "garment": (0.0, 0.75, 1.0, 1.0),
     "background": (0.0, 0.0, 1.0, 0.25),
@@ -38,87 +38,121 @@ STRATEGIES: dict[str, dict[str, Any]] = {"merge": {}, "switch": {"every": 1}, "c
 GAMMAS = {0.0: "o", 0.5: "s", 1.0: "^", 1.5: "D", 2.0: "*"}
 
 
-def regions(world: World, out: Path) -> None:
+def evaluate_regions(evaluation: World, output_dir: Path) -> None:
     """Two people side by side, each in a window of its own; the windows overlap by a quarter of their width."""
-    n = len(world.people)
-    size = world.base.resolution
+    n = len(evaluation.subject_loras)
+    size = evaluation.base.resolution
     width = 2 * size - size // 8 * 2
     boxes = [(0.0, 0.0, size / width, 1.0), (1 - size / width, 0.0, 1.0, 1.0)]
     prompt = "a portrait of sks person, smiling, open eyes, wearing a blue hoodie, gray background"
-    alone, left, right, crossed = [], [], [], []
+    alone, left, right, crosstalk = [], [], [], []
     sheet = []
     for i in range(n):
         j = (i + 1) % n
-        (single,) = render(world.base, [prompt], world.people[i], seeds=[50 + i], steps=world.steps)
-        with composed(world.base.pipeline, [world.people[i], world.people[j]], "spatial", regions=boxes, window=True):
-            (both,) = render(world.base, [prompt], None, seeds=[50 + i], steps=world.steps, width=width, height=size)
+        (single,) = generate_images(
+            evaluation.base, [prompt], evaluation.subject_loras[i], seeds=[50 + i], num_inference_steps=evaluation.steps
+        )
+        with compose_loras(
+            evaluation.base.pipeline,
+            [evaluation.subject_loras[i], evaluation.subject_loras[j]],
+            "spatial",
+            regions=boxes,
+            window=True,
+        ):
+            (both,) = generate_images(
+                evaluation.base,
+                [prompt],
+                None,
+                seeds=[50 + i],
+                num_inference_steps=evaluation.steps,
+                width=width,
+                height=size,
+            )
         halves = [both.crop((0, 0, size, size)), both.crop((width - size, 0, width, size))]
-        alone.append(world.identity_of([single], [i])[0])
-        left.append(world.identity_of([halves[0]], [i])[0])
-        right.append(world.identity_of([halves[1]], [j])[0])
-        crossed += [world.identity_of([halves[0]], [j])[0], world.identity_of([halves[1]], [i])[0]]
-        photos = [to_image(world.judge.benchmark.photos[person, 0]) for person in (i, j)]
-        sheet.append(_between(photos[0], both, photos[1]))
-    rows = {"alone": alone, "left region": left, "right region": right, "cross-talk": crossed}
+        alone.append(evaluation.score_identity([single], [i])[0])
+        left.append(evaluation.score_identity([halves[0]], [i])[0])
+        right.append(evaluation.score_identity([halves[1]], [j])[0])
+        crosstalk += [evaluation.score_identity([halves[0]], [j])[0], evaluation.score_identity([halves[1]], [i])[0]]
+        photos = [to_image(evaluation.evaluator.benchmark.photos[person, 0]) for person in (i, j)]
+        sheet.append(_combine_with_photos(photos[0], both, photos[1]))
+    rows = {"alone": alone, "left region": left, "right region": right, "cross-talk": crosstalk}
     for name, values in rows.items():
-        print(f"| {name} | {Score.of(torch.stack(values))} |")
+        print(f"| {name} | {Score.from_samples(torch.stack(values))} |")
     ratio = float(torch.stack(left + right).mean() / torch.stack(alone).mean())
     print(f"regions keep {ratio:.2f} of the single-person score")
-    _sheet([sheet[i : i + 2] for i in range(0, min(n, 8), 2)], gap=12).save(out / "regions.png")
+    _make_image_grid([sheet[i : i + 2] for i in range(0, min(n, 8), 2)], gap=12).save(output_dir / "regions.png")
 
 
-def strategies(world: World, out: Path) -> None:
+def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
     """A person and 1 to 4 concepts: what each strategy keeps of all of them."""
-    concepts = {name: world.change(*what) for name, what in CONCEPTS.items()}
+    concepts = {name: evaluation.fit_concept_lora(*what) for name, what in CONCEPTS.items()}
     prompt = "a portrait of sks person"
     print("| LoRAs | strategy | identity | concepts kept |\n|---|---|---|---|")
-    pictures = {}
-    n = len(world.people)
+    images = {}
+    n = len(evaluation.subject_loras)
     for k in range(1, len(concepts) + 1):
         names = list(concepts)[:k]
-        where = {"regions": [WHERE["person"], *(WHERE[name] for name in names)]}
+        region_options = {"regions": [CONCEPT_REGIONS["person"], *(CONCEPT_REGIONS[name] for name in names)]}
         for strategy, options in STRATEGIES.items():
-            given = options | (where if strategy == "spatial" else {})
-            drawn = []
+            strategy_options = options | (region_options if strategy == "spatial" else {})
+            person_images = []
             for i in range(n):
-                loras = [world.people[i], *(concepts[name] for name in names)]
-                with composed(world.base.pipeline, loras, strategy, **given):  # type: ignore[arg-type]
-                    drawn += render(world.base, [prompt], None, seeds=[70 + i], steps=world.steps)
-            kept = torch.tensor(
-                [[v == CONCEPTS[name][1] for v in world.read(drawn, CONCEPTS[name][0])] for name in names]
+                loras = [evaluation.subject_loras[i], *(concepts[name] for name in names)]
+                with compose_loras(evaluation.base.pipeline, loras, strategy, **strategy_options):  # type: ignore[arg-type]
+                    person_images += generate_images(
+                        evaluation.base, [prompt], None, seeds=[70 + i], num_inference_steps=evaluation.steps
+                    )
+            concept_accuracy = torch.tensor(
+                [
+                    [v == CONCEPTS[name][1] for v in evaluation.predict_labels(person_images, CONCEPTS[name][0])]
+                    for name in names
+                ]
             ).float()
-            who = Score.of(world.identity_of(drawn, range(n)))
-            print(f"| person + {' + '.join(names)} | {strategy} | {who} | {Score.of(kept.mean(0))} |", flush=True)
-            pictures[k, strategy] = drawn[:2]
+            identity_score = Score.from_samples(evaluation.score_identity(person_images, range(n)))
+            print(
+                f"| person + {' + '.join(names)} | {strategy} | {identity_score} | {Score.from_samples(concept_accuracy.mean(0))} |",
+                flush=True,
+            )
+            images[k, strategy] = person_images[:2]
     counts = range(1, len(concepts) + 1)
-    grid = [[pictures[k, s][i] for i in range(2) for s in STRATEGIES] for k in counts]
+    grid = [[images[k, s][i] for i in range(2) for s in STRATEGIES] for k in counts]
     labels = ["person + " + " + ".join(list(concepts)[:k]) for k in counts]
-    contact_sheet([*STRATEGIES, *STRATEGIES], grid, labels=labels).save(out / "strategies.png")
+    draw_contact_sheet([*STRATEGIES, *STRATEGIES], grid, row_labels=labels).save(output_dir / "strategies.png")
 
 
-def autolora_sweep(world: World, out: Path) -> None:
+def evaluate_autolora(evaluation: World, output_dir: Path) -> None:
     """Identity against diversity (mean distance of pictures of one person with different seeds) over γ and w."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    prompt, seeds, n = "a portrait of sks person", range(4), len(world.people)
+    prompt, seeds, n = "a portrait of sks person", range(4), len(evaluation.subject_loras)
     print("| w | γ | identity | diversity |\n|---|---|---|---|")
     figure, axes = plt.subplots(figsize=(6, 4))
     for w in (1.5, 3.0, 5.0):
         curve = []
         for gamma in GAMMAS:
-            who, spread = [], []
+            identity_scores, distances = [], []
             for i in range(n):
-                with autolora(world.base.pipeline, world.people[i], gamma):
-                    drawn = render(world.base, [prompt] * len(seeds), None, seeds=seeds, steps=world.steps, guidance=w)
-                pixels = pixels_of(drawn).flatten(1)
-                who.append(world.identity_of(drawn, [i] * len(seeds)).mean())
-                spread.append(torch.pdist(pixels).mean() / pixels.shape[1] ** 0.5)
-            one, other = Score.of(torch.stack(who)), Score.of(torch.stack(spread))
-            print(f"| {w:g} | {gamma:g} | {one} | {other} |", flush=True)
-            curve.append((other.mean, one.mean, gamma))
+                with apply_autolora_guidance(evaluation.base.pipeline, evaluation.subject_loras[i], gamma):
+                    images = generate_images(
+                        evaluation.base,
+                        [prompt] * len(seeds),
+                        None,
+                        seeds=seeds,
+                        num_inference_steps=evaluation.steps,
+                        guidance_scale=w,
+                    )
+                pixels = stack_images(images).flatten(1)
+                identity_scores.append(evaluation.score_identity(images, [i] * len(seeds)).mean())
+                distances.append(torch.pdist(pixels).mean() / pixels.shape[1] ** 0.5)
+            identity, diversity = (
+                Score.from_samples(torch.stack(identity_scores)),
+                Score.from_samples(torch.stack(distances)),
+            )
+            print(f"| {w:g} | {gamma:g} | {identity} | {diversity} |", flush=True)
+            curve.append((diversity.mean, identity.mean, gamma))
         (line,) = axes.plot([c[0] for c in curve], [c[1] for c in curve], label=f"guidance {w:g}")
         for x, y, gamma in curve:
             axes.plot(x, y, GAMMAS[gamma], color=line.get_color(), markersize=7)
@@ -129,10 +163,10 @@ def autolora_sweep(world: World, out: Path) -> None:
     axes.set_title("AutoLoRA: γ along each curve")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(out / "autolora.png", dpi=110)
+    figure.savefig(output_dir / "autolora.png", dpi=110)
 
 
-def _sheet(rows: Sequence[Sequence[Image.Image]], gap: int = 0) -> Image.Image:
+def _make_image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 0) -> Image.Image:
     """Pictures of one size in rows, unlabelled, ``gap`` pixels of white between them."""
     width, height = (n + gap for n in rows[0][0].size)
     sheet = Image.new("RGB", (max(map(len, rows)) * width - gap, len(rows) * height - gap), "white")
@@ -142,32 +176,32 @@ def _sheet(rows: Sequence[Sequence[Image.Image]], gap: int = 0) -> Image.Image:
     return sheet
 
 
-def _between(left: Image.Image, picture: Image.Image, right: Image.Image) -> Image.Image:
-    """``picture`` with square photos of its height on both sides."""
-    height = picture.height
-    strip = Image.new("RGB", (picture.width + 2 * height, height))
+def _combine_with_photos(left: Image.Image, image: Image.Image, right: Image.Image) -> Image.Image:
+    """``image`` with square photos of its height on both sides."""
+    height = image.height
+    strip = Image.new("RGB", (image.width + 2 * height, height))
     strip.paste(left.resize((height, height)), (0, 0))
-    strip.paste(picture, (height, 0))
-    strip.paste(right.resize((height, height)), (picture.width + height, 0))
+    strip.paste(image, (height, 0))
+    strip.paste(right.resize((height, height)), (image.width + height, 0))
     return strip
 
 
 def main() -> None:
-    parts: dict[str, Any] = {
-        "regions": regions,
-        "strategies": strategies,
-        "autolora": autolora_sweep,
+    tasks: dict[str, Any] = {
+        "regions": evaluate_regions,
+        "strategies": evaluate_strategies,
+        "autolora": evaluate_autolora,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=parts)
+    parser.add_argument("part", choices=tasks)
     parser.add_argument("--people", type=int, default=16)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/composition"))
     arguments = parser.parse_args()
-    keep_heap()
+    disable_malloc_trim()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    world = World(arguments.people, arguments.steps)
-    parts[arguments.part](world, arguments.out)
+    evaluation = World(arguments.people, arguments.steps)
+    tasks[arguments.part](evaluation, arguments.out)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,16 @@ held-out fitted LoRAs would be copies. *Spread* is 1 - the mean cosine between s
 import argparse
 from pathlib import Path
 
-from benchmarks.ablations.codec_heldout import HeldOut, Tried, held_out, table
+from benchmarks.ablations.codec_heldout import CodecResult, HeldOutEvaluation, format_table, make_held_out_evaluation
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
+from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.lora_dataset import LoraDataset
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.encoders.attribute_classifier import Reader
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.evaluation.benchmark import Benchmark, load_benchmark
-from hyperlora.evaluation.subject_evaluator import Judge
-from hyperlora.pipelines.auto import open_photo_model
-from hyperlora.pipelines.image_to_lora_base import Sampling
+from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
+from hyperlora.pipelines.auto import load_image_to_lora
+from hyperlora.pipelines.image_to_lora_base import SamplingConfig
 from hyperlora.pipelines.lora_codec import LoraCodec
 
 
@@ -43,34 +43,44 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10, help="Of drawing.")
     arguments = parser.parse_args()
-    keep_heap()
-    base = load_base(pretrained.BASE)
-    reader = Reader.from_pretrained(pretrained.EVALUATOR)
-    prompts = load_benchmark(pretrained.BENCHMARK, base.resolution, 1).prompts[: arguments.prompts]
+    disable_malloc_trim()
+    base = load_diffusion_base(pretrained.BASE_DIR)
+    reader = AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR)
+    prompts = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, 1).prompts[: arguments.prompts]
 
-    def judge(benchmark: Benchmark) -> Judge:
-        return Judge(base, reader, benchmark, arguments.steps)
+    def make_evaluator(benchmark: Benchmark) -> SubjectEvaluator:
+        return SubjectEvaluator(base, reader, benchmark, arguments.steps)
 
-    trial = held_out(
-        arguments.dataset, arguments.held_out, judge, prompts, base.resolution, arguments.people, arguments.split
+    evaluation = make_held_out_evaluation(
+        arguments.dataset,
+        arguments.held_out,
+        make_evaluator,
+        prompts,
+        base.resolution,
+        arguments.people,
+        arguments.split,
     )
-    original = trial.original()
-    rows = [original]
+    baseline = evaluation.evaluate_original()
+    rows = [baseline]
     for name in arguments.codecs:
-        rows.append(trial.decoded(Path(name).name, LoraCodec.from_pretrained(name), original))
+        rows.append(evaluation.evaluate_codec(Path(name).name, LoraCodec.from_pretrained(name), baseline))
     for count in arguments.components:
-        codec = LoraCodec.of_principal_components(LoraDataset(arguments.dataset, "train"), 1, count)
-        rows.append(trial.decoded(f"{count} principal components", codec, original))
-    rows += [row for name in arguments.model for row in _sampled(trial, name, original, arguments)]
-    print(*table(rows), sep="\n")
+        codec = LoraCodec.fit_pca(LoraDataset(arguments.dataset, "train"), 1, count)
+        rows.append(evaluation.evaluate_codec(f"{count} principal components", codec, baseline))
+    rows += [row for name in arguments.model for row in _sample_loras(evaluation, name, baseline, arguments)]
+    print(*format_table(rows), sep="\n")
 
 
-def _sampled(trial: HeldOut, name: str, original: Tried, arguments: argparse.Namespace) -> list[Tried]:
-    model = open_photo_model(name, base=trial.judge.base)
-    if not model.samples:
-        return [trial.sampled(f"{name}, one photo", model, original, Sampling(), 1)]
+def _sample_loras(
+    evaluation: HeldOutEvaluation, name: str, baseline: CodecResult, arguments: argparse.Namespace
+) -> list[CodecResult]:
+    model = load_image_to_lora(name, base=evaluation.evaluator.base)
+    if not model.is_generative:
+        return [evaluation.evaluate_sampler(f"{name}, one photo", model, baseline, SamplingConfig(), 1)]
     return [
-        trial.sampled(f"{name}, one photo, {n} steps, guidance {g:g}", model, original, Sampling(0, n, g))
+        evaluation.evaluate_sampler(
+            f"{name}, one photo, {n} steps, guidance {g:g}", model, baseline, SamplingConfig(0, n, g)
+        )
         for n in arguments.sampling_steps
         for g in arguments.guidance
     ]

@@ -9,17 +9,19 @@ import sys
 import numpy as np
 import torch
 
-from data_builder.avatars.pair_dataset import DrawnPairs
-from hyperlora.pipelines.input_checks import UNRELATED, likeness
+from data_builder.avatars.pair_dataset import PairDataset
+from hyperlora.pipelines.input_checks import SIMILARITY_THRESHOLD, compute_structural_similarity
 
 
 def main() -> None:
-    drawn = DrawnPairs(sys.argv[1] if len(sys.argv) > 1 else "runs/data/edits-validation")
-    pictures = torch.from_numpy(np.array(drawn.images)).permute(0, 3, 1, 2).float() / 255
-    before, after = pictures[0::2], pictures[1::2]
+    dataset = PairDataset(sys.argv[1] if len(sys.argv) > 1 else "runs/data/edits-validation")
+    images = torch.from_numpy(np.array(dataset.images)).permute(0, 3, 1, 2).float() / 255
+    before, after = images[0::2], images[1::2]
     for name, others in (("own", after), ("another person's", after.roll(2, 0))):
-        below = [likeness(a, b) < UNRELATED for a, b in zip(before, others, strict=True)]
-        print(f"{name} picture after: {sum(below) / len(below):.1%} of {len(below)} called unrelated")
+        is_rejected = [
+            compute_structural_similarity(a, b) < SIMILARITY_THRESHOLD for a, b in zip(before, others, strict=True)
+        ]
+        print(f"{name} picture after: {sum(is_rejected) / len(is_rejected):.1%} of {len(is_rejected)} called unrelated")
 
 
 if __name__ == "__main__":

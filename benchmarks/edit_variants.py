@@ -16,23 +16,23 @@ import torch
 import yaml
 from PIL import Image
 
-from data_builder.datamodules.edits import PairsToPairs
+from data_builder.datamodules.edits import PairDataModule
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
+from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.images import to_image
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.diffusion.image_editing import apply_edit
-from hyperlora.encoders.attribute_classifier import Reader
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.image_editing import edit_images
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.evaluation.edit_benchmark import EditBenchmark, load_edit_benchmark
-from hyperlora.evaluation.edit_evaluator import EditJudge
-from hyperlora.evaluation.edit_suite import pair_loras, undone
-from hyperlora.evaluation.report import contact_sheet
+from hyperlora.evaluation.edit_evaluator import EditEvaluator
+from hyperlora.evaluation.edit_suite import evaluate_reversal, generate_pair_loras
+from hyperlora.evaluation.report import draw_contact_sheet
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.pair_to_lora import PairToLora
-from hyperlora.training.modules.pair_hypernetwork import ChangeTraining
+from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
 
-OUT: Final = Path("runs/edit-variants")
-WORDLESS: Final[dict[str, Any]] = {"telling": 0.0, "network": {"words": None}}
+OUTPUT_DIR: Final = Path("runs/edit-variants")
+NO_INSTRUCTION_HEAD: Final[dict[str, Any]] = {"telling": 0.0, "network": {"words": None}}
 PAPER: Final[dict[str, Any]] = {
     "telling": 0.0,
     "reverse": 1.0,
@@ -43,9 +43,9 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "as in the bundle": {},
     "no reverse": {"reverse": 0.0},
     "no exchange": {"exchange": 0.0},
-    "no words": WORDLESS,
+    "no words": NO_INSTRUCTION_HEAD,
     "the pair itself, mirrored": {"target": "mirrored"},
-    "no words, difference of tokens": {**WORDLESS, "network": {"words": None, "join": "difference"}},
+    "no words, difference of tokens": {**NO_INSTRUCTION_HEAD, "network": {"words": None, "join": "difference"}},
     "as published": PAPER,
     "as published, no reverse": {**PAPER, "reverse": 0.0},
     "as published, no exchange": {**PAPER, "exchange": 0.0},
@@ -65,79 +65,85 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     arguments = parser.parse_args()
-    keep_heap()
+    disable_malloc_trim()
     config = yaml.safe_load(Path(arguments.config).read_text())
     config["data"]["init_args"]["batch_size"] = arguments.batch
     network = yaml.safe_load(Path(arguments.network).read_text())["model"]["init_args"]["network"]
-    network["words"] = PairToLora.from_pretrained(pretrained.PAIR_MODEL).network.config["words"]
+    network["words"] = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR).network.config["words"]
     config["model"]["init_args"] |= {"network": network, "start_from": None}
     print("| variant | own | another's | undoing | accuracy | made | leakage | undone to |")
     print("|---" * 8 + "|")
-    back: dict[str, list[Image.Image]] = {}
+    reversed_images: dict[str, list[Image.Image]] = {}
     for name in arguments.only:
-        cells, back[name] = _trained(config, name, arguments.steps, arguments.folder)
+        cells, reversed_images[name] = _train_variant(config, name, arguments.steps, arguments.folder)
         print(f"| {name} |", *cells, sep=" ", flush=True)
-    base = load_base(pretrained.EDIT_BASE)
-    sheet = _sheet(load_edit_benchmark(arguments.folder, base.resolution), back)
-    sheet.save(OUT / "undone.png")
-    print(f"what the negatives make of the answers: {OUT / 'undone.png'}")
+    base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
+    sheet = _make_contact_sheet(load_edit_benchmark(arguments.folder, base.resolution), reversed_images)
+    sheet.save(OUTPUT_DIR / "undone.png")
+    print(f"what the negatives make of the answers: {OUTPUT_DIR / 'undone.png'}")
 
 
-def _trained(config: dict[str, Any], name: str, steps: int, folder: str) -> tuple[list[str], list[Image.Image]]:
+def _train_variant(config: dict[str, Any], name: str, steps: int, folder: str) -> tuple[list[str], list[Image.Image]]:
     """The cells of one variant's line, and what the negatives of its LoRAs make of the answers."""
     L.seed_everything(0, verbose=False)
-    given, data = config["model"]["init_args"], dict(config["data"]["init_args"])
-    change = dict(VARIANTS[name])
-    data["target"] = change.pop("target", "other")
-    network = {**given["network"], **change.pop("network", {})}
-    out = OUT / "-".join(name.replace(",", "").split())
-    shipped = PairToLora.from_pretrained(pretrained.PAIR_MODEL)
-    vision = shipped.encoder.config
-    options = {**given, **change, "network": network, "encoder": vision["name"], "out": str(out)}
+    base_options, data = config["model"]["init_args"], dict(config["data"]["init_args"])
+    overrides = dict(VARIANTS[name])
+    data["target"] = overrides.pop("target", "other")
+    network = {**base_options["network"], **overrides.pop("network", {})}
+    out = OUTPUT_DIR / "-".join(name.replace(",", "").split())
+    released = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR)
+    vision = released.encoder.config
+    options = {**base_options, **overrides, "network": network, "encoder": vision["name"], "out": str(out)}
     if data["target"] == "mirrored":  # nothing is known of what these show, and they are mirrored anew each time
         options |= {"reader": None, "reading_weight": 0.0}
         data |= {"encoder": None, "encoder_options": None}
     options["encoder_options"] = {k: v for k, v in vision.items() if k not in ("name", "licence")}
-    model = ChangeTraining(**options)
-    model.model.encoder.load_state_dict(shipped.encoder.state_dict())
-    if (wording := model.model.network.wording) is not None and shipped.network.wording is not None:
-        wording.load_state_dict(shipped.network.wording.state_dict())
+    model = PairHypernetworkTraining(**options)
+    model.model.encoder.load_state_dict(released.encoder.state_dict())
+    if (wording := model.model.network.instruction_head) is not None and released.network.instruction_head is not None:
+        wording.load_state_dict(released.network.instruction_head.state_dict())
     trainer = L.Trainer(
         max_steps=steps, precision="bf16-mixed", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
         limit_val_batches=0, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(model, datamodule=PairsToPairs(**data))
-    losses = _losses(model, data)
+    trainer.fit(model, datamodule=PairDataModule(**data))
+    losses = _compute_losses(model, data)
     base = model.base
     benchmark = load_edit_benchmark(folder, base.resolution)
-    judge = EditJudge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark, shipped.steps)
-    loras = pair_loras(model.model.eval(), benchmark, 1)[0]
-    row = judge.row("one pair", loras)
-    scores = [f"{row.score(metric, 'seen kinds')}" for metric in ("accuracy", "made", "leakage")]
-    back = undone(judge, model.model)
-    return [f"{cell} |" for cell in (*losses, *scores, back.undone)], undone_pictures(judge, loras)
+    judge = EditEvaluator(
+        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark, released.num_inference_steps
+    )
+    loras = generate_pair_loras(model.model.eval(), benchmark, 1)[0]
+    row = judge.evaluate("one pair", loras)
+    scores = [f"{row.compute_score(metric, 'seen kinds')}" for metric in ("accuracy", "made", "leakage")]
+    reversal = evaluate_reversal(judge, model.model)
+    return [f"{cell} |" for cell in (*losses, *scores, reversal.negated_lora)], generate_reversals(judge, loras)
 
 
-def undone_pictures(judge: EditJudge, loras: LoraWeights) -> list[Image.Image]:
+def generate_reversals(judge: EditEvaluator, loras: LoraWeights) -> list[Image.Image]:
     """What the negative of each edit's LoRA makes of its first answer."""
-    answers = torch.stack([edit.others[0, 1] for edit in judge.benchmark.edits])
-    return apply_edit(judge.base, answers, -loras, seeds=[0] * len(answers), steps=judge.steps)
+    answers = torch.stack([edit.test_pairs[0, 1] for edit in judge.benchmark.edits])
+    return edit_images(
+        judge.base, answers, -loras, seeds=[0] * len(answers), num_inference_steps=judge.num_inference_steps
+    )
 
 
-def _sheet(benchmark: EditBenchmark, back: dict[str, list[Image.Image]], rows: int = 8) -> Image.Image:
+def _make_contact_sheet(
+    benchmark: EditBenchmark, reversed_images: dict[str, list[Image.Image]], rows: int = 8
+) -> Image.Image:
     """The first edits of different kinds: the picture before, the answer, and what each variant undoes it to."""
     kinds = [edit.kind for edit in benchmark.edits]
     chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:rows]
-    shown = [[to_image(benchmark.edits[i].others[0, side]) for side in (0, 1)] for i in chosen]
-    grid = [[*pair, *(made[i] for made in back.values())] for pair, i in zip(shown, chosen, strict=True)]
-    titles = ["before", "the answer", *(f"undone: {name}" for name in back)]
-    return contact_sheet(titles, grid, labels=[kinds[i] for i in chosen])
+    pairs = [[to_image(benchmark.edits[i].test_pairs[0, side]) for side in (0, 1)] for i in chosen]
+    grid = [[*pair, *(made[i] for made in reversed_images.values())] for pair, i in zip(pairs, chosen, strict=True)]
+    titles = ["before", "the answer", *(f"undone: {name}" for name in reversed_images)]
+    return draw_contact_sheet(titles, grid, row_labels=[kinds[i] for i in chosen])
 
 
-def _losses(model: ChangeTraining, data: dict[str, Any]) -> list[str]:
+def _compute_losses(model: PairHypernetworkTraining, data: dict[str, Any]) -> list[str]:
     """Denoising losses of validation people: with the own pair's LoRA, another's, and of undoing."""
     trainer = L.Trainer(logger=False, enable_checkpointing=False, precision="bf16-mixed", enable_model_summary=False)
-    (logged,) = trainer.validate(model, datamodule=PairsToPairs(**{**data, "target": "other"}), verbose=False)
+    (logged,) = trainer.validate(model, datamodule=PairDataModule(**{**data, "target": "other"}), verbose=False)
     return [f"{logged[f'val/{case}']:.3f}" for case in ("own", "shuffled", "reverse")]
 
 

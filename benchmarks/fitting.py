@@ -14,62 +14,68 @@ import torch
 from peft import LoraConfig
 
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
-from hyperlora.diffusion.diffusion_base import Base, load_base
-from hyperlora.diffusion.losses import denoising_loss
-from hyperlora.diffusion.target_modules import layout_of
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
+from hyperlora.diffusion.losses import compute_denoising_loss
+from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.finetuning.examples import Chance, Examples
-from hyperlora.finetuning.refine import photo_examples
-from hyperlora.finetuning.trainer import fit
+from hyperlora.finetuning.examples import SubjectRng, TrainingExamples
+from hyperlora.finetuning.refine import make_photo_examples
+from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 
 LR = 1e-3
 
 
-def at_once(base: Base, examples: Examples, start: LoraWeights, steps: int, batch: int) -> tuple[float, float]:
+def fit_multi_lora(
+    base: DiffusionBase, examples: TrainingExamples, start: LoraWeights, steps: int, batch_size: int
+) -> tuple[float, float]:
     """Seconds per subject and the mean loss of the last ten steps."""
-    began = time.perf_counter()
-    expand = partial(LoraWeights.unflatten, start.layout)
-    done = fit(
-        base.denoiser, base.noise_schedule, examples, start.flatten(), expand, steps=steps, lr=LR, batch=batch,
+    start_time = time.perf_counter()
+    unflatten_codes = partial(LoraWeights.unflatten, start.layout)
+    result = fine_tune_loras(
+        base.denoiser, base.noise_scheduler, examples, start.flatten(), unflatten_codes, num_steps=steps, lr=LR, batch_size=batch_size,
         seeds=range(len(start)),
     )  # fmt: skip
-    return (time.perf_counter() - began) / len(start), float(done.losses[-10:].mean())
+    return (time.perf_counter() - start_time) / len(start), float(result.losses[-10:].mean())
 
 
-def one_by_one(
-    base: Base, examples: Examples, start: LoraWeights, steps: int, batch: int,
-    encoded: Callable[[int], Examples] | None = None,
+def fit_with_peft(
+    base: DiffusionBase, examples: TrainingExamples, start: LoraWeights, steps: int, batch_size: int,
+    encode_fn: Callable[[int], TrainingExamples] | None = None,
 ) -> tuple[float, float]:  # fmt: skip
-    """The same with ``unet.add_adapter`` per subject, as DreamBooth-LoRA scripts do it; with ``encoded``, a
+    """The same with ``unet.add_adapter`` per subject, as DreamBooth-LoRA scripts do it; with ``encode_fn``, a
     subject's examples are made anew for every step."""
     unet, losses = base.denoiser, []
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     for i in range(len(start)):
-        sites = [site.path for site in start.layout.sites]
-        unet.add_adapter(LoraConfig(r=start.layout.rank, lora_alpha=start.layout.rank, target_modules=sites))
+        targets = [site.path for site in start.layout.targets]
+        unet.add_adapter(LoraConfig(r=start.layout.rank, lora_alpha=start.layout.rank, target_modules=targets))
         parameters = dict(unet.named_parameters())
         with torch.no_grad():
-            for site, down, up in zip(start.layout.sites, start.down, start.up, strict=True):
+            for site, down, up in zip(start.layout.targets, start.down, start.up, strict=True):
                 parameters[f"{site.path}.lora_A.default.weight"].copy_(down[i])
                 parameters[f"{site.path}.lora_B.default.weight"].copy_(up[i])
         optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], LR)
-        chance = Chance([i])  # the timesteps and noise that it has among all
-        mine = Examples(examples.latents[i : i + 1], {k: v[i : i + 1] for k, v in examples.conditions.items()})
+        rng = SubjectRng([i])  # the timesteps and noise that it has among all
+        subject_examples = TrainingExamples(
+            examples.latents[i : i + 1], {k: v[i : i + 1] for k, v in examples.conditions.items()}
+        )
         for step in range(steps):
-            if encoded is not None:
-                mine = encoded(i)
-            choice, draw = chance.draw(mine, batch, torch.tensor([0]))
-            latents, conditions = mine.pick(choice)
-            loss = denoising_loss(unet, base.noise_schedule, latents, draw=draw, **conditions).mean()
+            if encode_fn is not None:
+                subject_examples = encode_fn(i)
+            indices, noise_sample = rng.sample_batch(subject_examples, batch_size, torch.tensor([0]))
+            latents, conditions = subject_examples.gather_examples(indices)
+            loss = compute_denoising_loss(
+                unet, base.noise_scheduler, latents, noise_sample=noise_sample, **conditions
+            ).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if step >= steps - 10:
                 losses.append(loss.item())
         unet.unload_lora()
-    return (time.perf_counter() - began) / len(start), sum(losses) / len(losses)
+    return (time.perf_counter() - start_time) / len(start), sum(losses) / len(losses)
 
 
 def main() -> None:
@@ -78,19 +84,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     arguments = parser.parse_args()
-    keep_heap()
+    disable_malloc_trim()
     torch.manual_seed(0)
-    base = load_base(pretrained.BASE)
-    layout = layout_of({"unet": base.denoiser}, "attention+mlp", 4, base.id)
-    photos = load_benchmark(pretrained.BENCHMARK, base.resolution, arguments.k).photos
-    examples = photo_examples(base, photos, "a portrait of sks person")
+    base = load_diffusion_base(pretrained.BASE_DIR)
+    layout = make_layout({"unet": base.denoiser}, "attention+mlp", 4, base.id)
+    photos = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.k).photos
+    examples = make_photo_examples(base, photos, "a portrait of sks person")
     start = LoraWeights.zeros(layout, (arguments.k,), 0.05)
     for batch in arguments.batch:
-        ours, our_loss = at_once(base, examples, start, arguments.steps, batch)
-        theirs, their_loss = one_by_one(base, examples, start, arguments.steps, batch)
+        multi_lora_time_s, multi_lora_loss = fit_multi_lora(base, examples, start, arguments.steps, batch)
+        peft_time_s, peft_loss = fit_with_peft(base, examples, start, arguments.steps, batch)
         print(
-            f"batch {batch}: at once {ours:.3f} s, one by one {theirs:.3f} s per subject, ratio {theirs / ours:.2f}; "
-            f"final loss {our_loss:.4f} and {their_loss:.4f}"
+            f"batch {batch}: at once {multi_lora_time_s:.3f} s, one by one {peft_time_s:.3f} s per subject, ratio {peft_time_s / multi_lora_time_s:.2f}; "
+            f"final loss {multi_lora_loss:.4f} and {peft_loss:.4f}"
         )
 
 

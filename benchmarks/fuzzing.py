@@ -20,10 +20,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import server
 
 KEY = "a-right-key-0123456"
-PASS = 25  # cases of one operation at a time: some have few parameters, and so few cases
+CASES_PER_PASS = 25  # cases of one operation at a time: some have few parameters, and so few cases
 
 
-class Fuzzed:
+class FuzzReport:
     """Answers by operation and failures by check."""
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class Fuzzed:
         self.examples: dict[str, str] = {}
 
     @property
-    def cases(self) -> int:
+    def num_cases(self) -> int:
         return sum(counter.total() for counter in self.answers.values())
 
-    def one(self, name: str, case: Any) -> None:
+    def run_case(self, name: str, case: Any) -> None:
         """Send a case and run every check on its answer."""
         headers = {"Authorization": f"Bearer {KEY}"}
-        _cheapen(case.body)
+        _limit_cost(case.body)
         response = case.call(headers=headers, timeout=180)
         self.answers.setdefault(name, Counter())[response.status_code] += 1
         try:
@@ -49,7 +49,7 @@ class Fuzzed:
                 self.examples.setdefault(type(failure).__name__, f"{name}: {failure}")
 
 
-def _cheapen(body: Any) -> None:
+def _limit_cost(body: Any) -> None:
     """What takes long and is no news: steps of refining and of drawing."""
     if isinstance(body, dict):
         if "refine" in body:
@@ -58,17 +58,17 @@ def _cheapen(body: Any) -> None:
             body |= {"steps": min(body["steps"], 2), "width": 64, "height": 64}
 
 
-def fuzz(fuzzed: Fuzzed, operation: Any, number: int) -> None:
-    """``PASS`` cases of an operation, or as many as it has."""
+def fuzz_operation(report: FuzzReport, operation: Any, rng_seed: int) -> None:
+    """``CASES_PER_PASS`` cases of an operation, or as many as it has."""
 
-    @seed(number)
+    @seed(rng_seed)
     @settings(
-        max_examples=PASS, deadline=None, suppress_health_check=list(HealthCheck), database=None,
+        max_examples=CASES_PER_PASS, deadline=None, suppress_health_check=list(HealthCheck), database=None,
         phases=[Phase.explicit, Phase.generate],
     )  # fmt: skip
     @given(case=operation.as_strategy())
     def send(case: Any) -> None:
-        fuzzed.one(operation.label, case)
+        report.run_case(operation.label, case)
 
     send()
 
@@ -78,26 +78,28 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    fuzzed, number = Fuzzed(), arguments.seed
+    report, rng_seed = FuzzReport(), arguments.seed
     with tempfile.NamedTemporaryFile("w") as keys:
         keys.write(KEY)
         keys.flush()
         with server("--keys", keys.name) as (url, _):
             api = schemathesis.openapi.from_url(url + "/openapi.json")
             operations = [result.ok() for result in api.get_all_operations()]
-            while fuzzed.cases < arguments.cases:
+            while report.num_cases < arguments.cases:
                 for operation in operations:
-                    fuzz(fuzzed, operation, number)
-                number += 1
+                    fuzz_operation(report, operation, rng_seed)
+                rng_seed += 1
     table = Table("operation", "cases", "answers")
-    for name, answers in fuzzed.answers.items():
+    for name, answers in report.answers.items():
         table.add_row(name, str(answers.total()), ", ".join(f"{k}: {n}" for k, n in sorted(answers.items())))
     Console(width=120).print(table)
-    errors = sum(n for counter in fuzzed.answers.values() for status, n in counter.items() if status >= 500)
-    print(f"{fuzzed.cases} cases, {errors} server errors, {fuzzed.failures.total()} failures {dict(fuzzed.failures)}")
-    for example in fuzzed.examples.values():
+    errors = sum(n for counter in report.answers.values() for status, n in counter.items() if status >= 500)
+    print(
+        f"{report.num_cases} cases, {errors} server errors, {report.failures.total()} failures {dict(report.failures)}"
+    )
+    for example in report.examples.values():
         print(example)
-    raise SystemExit(1 if fuzzed.failures else 0)
+    raise SystemExit(1 if report.failures else 0)
 
 
 if __name__ == "__main__":

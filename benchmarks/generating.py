@@ -11,14 +11,14 @@ import time
 import torch
 
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.encoders.attribute_classifier import Reader
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.subject_evaluator import Judge
-from hyperlora.evaluation.subject_suite import FitSettings, fitted_loras
+from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
+from hyperlora.evaluation.subject_suite import FineTuneBaseline, fit_subject_loras
 from hyperlora.pipelines.image_to_lora import ImageToLora
-from hyperlora.pipelines.refine_generated import refined
+from hyperlora.pipelines.refine_generated import refine_predictions
 
 
 def main() -> None:
@@ -27,29 +27,33 @@ def main() -> None:
     parser.add_argument("--fit-steps", type=int, default=20)
     parser.add_argument("--as-if", type=int, default=300)
     arguments = parser.parse_args()
-    keep_heap()
-    base = load_base(pretrained.BASE)
-    model = ImageToLora.from_pretrained(pretrained.MODEL, base=base)
-    benchmark = load_benchmark(pretrained.BENCHMARK, base.resolution, arguments.photos)
+    disable_malloc_trim()
+    base = load_diffusion_base(pretrained.BASE_DIR)
+    model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
+    benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.photos)
     photos = benchmark.photos[:, :1]
-    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark)
+    judge = SubjectEvaluator(base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark)
     rates = {}
     with torch.no_grad():
         for size in (1, 32):
             model.forward(photos[:size])  # warm up
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             for chunk in photos.split(size):
                 model.forward(chunk)
-            rates[size] = len(photos) / (time.perf_counter() - began)
-    began = time.perf_counter()
-    refined(model, base, model.forward(photos[:1]), photos[:1], steps=40)
-    finer = time.perf_counter() - began
-    began = time.perf_counter()
-    fitted_loras(judge, model, photos[:1], FitSettings(steps=arguments.fit_steps, prior_images=1))
-    fitted = (time.perf_counter() - began) * arguments.as_if / arguments.fit_steps
+            rates[size] = len(photos) / (time.perf_counter() - start_time)
+    start_time = time.perf_counter()
+    refine_predictions(model, base, model.forward(photos[:1]), photos[:1], num_steps=40)
+    refine_time_s = time.perf_counter() - start_time
+    start_time = time.perf_counter()
+    fit_subject_loras(judge, model, photos[:1], FineTuneBaseline(num_steps=arguments.fit_steps, num_class_images=1))
+    finetune_time_s = (time.perf_counter() - start_time) * arguments.as_if / arguments.fit_steps
     print(f"photos/s: batch 1 {rates[1]:.1f}, batch 32 {rates[32]:.1f}, ratio {rates[32] / rates[1]:.2f}")
-    print(f"seconds: one pass {1 / rates[1]:.4f}, refined 40 {finer:.2f}, fitted {arguments.as_if} {fitted:.1f}")
-    print(f"one pass is {fitted * rates[1]:.0f}x, refined {fitted / finer:.1f}x faster than fitting")
+    print(
+        f"seconds: one pass {1 / rates[1]:.4f}, refined 40 {refine_time_s:.2f}, fitted {arguments.as_if} {finetune_time_s:.1f}"
+    )
+    print(
+        f"one pass is {finetune_time_s * rates[1]:.0f}x, refined {finetune_time_s / refine_time_s:.1f}x faster than fitting"
+    )
 
 
 if __name__ == "__main__":

@@ -20,50 +20,62 @@ from fitting import at_once, one_by_one
 from torch import Tensor
 
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
+from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.lora_dataset import LoraDataset
-from hyperlora.diffusion.diffusion_base import Base, load_base
-from hyperlora.encoders.attribute_classifier import Reader
+from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.subject_evaluator import Judge, Row
-from hyperlora.finetuning.examples import Examples
-from hyperlora.finetuning.refine import photo_examples
-from hyperlora.finetuning.trainer import fit
+from hyperlora.evaluation.subject_evaluator import SubjectEvaluator, SubjectResult
+from hyperlora.finetuning.examples import TrainingExamples
+from hyperlora.finetuning.refine import make_photo_examples
+from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
 PROMPT = "a portrait of sks person"
 
 
-def likeness(
-    judge: Judge, name: str, start: LoraWeights, examples: Examples, snapshots: list[int], lr: float, batch: int
-) -> list[tuple[int, Row]]:
+def evaluate_identity(
+    judge: SubjectEvaluator,
+    name: str,
+    start: LoraWeights,
+    examples: TrainingExamples,
+    snapshots: list[int],
+    lr: float,
+    batch_size: int,
+) -> list[tuple[int, SubjectResult]]:
     """The scores after as many steps as ``snapshots`` say (0 is the start)."""
-    rows = [(0, judge.row(f"{name}, 0 steps", start))] if 0 in snapshots else []
-    wanted = [n for n in snapshots if n]
-    if wanted:
+    rows = [(0, judge.evaluate(f"{name}, 0 steps", start))] if 0 in snapshots else []
+    fit_steps = [n for n in snapshots if n]
+    if fit_steps:
         expand = partial(LoraWeights.unflatten, start.layout)
-        done = fit(
-            judge.base.denoiser, judge.base.noise_schedule, examples, start.flatten(), expand, steps=max(wanted), lr=lr,
-            batch=batch, snapshots=wanted, label=name,
+        result = fine_tune_loras(
+            judge.base.denoiser, judge.base.noise_scheduler, examples, start.flatten(), expand, num_steps=max(fit_steps), lr=lr,
+            batch_size=batch_size, snapshot_steps=fit_steps, progress_label=name,
         )  # fmt: skip
-        rows += [(n, judge.row(f"{name}, {n} steps", done.snapshots[n])) for n in wanted]
+        rows += [(n, judge.evaluate(f"{name}, {n} steps", result.snapshots[n])) for n in fit_steps]
     for _, row in rows:
-        print(f"{row.name}: I {row.identity}, P {row.prompt}", flush=True)
+        print(f"{row.name}: I {row.identity}, P {row.prompt_accuracy}", flush=True)
     return rows
 
 
-def seconds_per_step(base: Base, photos: Tensor, start: LoraWeights, steps: int, batch: int) -> dict[str, float]:
+def measure_step_times(
+    base: DiffusionBase, photos: Tensor, start: LoraWeights, steps: int, batch_size: int
+) -> dict[str, float]:
     """Of one subject, by way."""
-    examples = photo_examples(base, photos, PROMPT)
+    examples = make_photo_examples(base, photos, PROMPT)
 
-    def encoded(subject: int) -> Examples:
-        return photo_examples(base, photos[subject : subject + 1, torch.randperm(photos.shape[1])[:batch]], PROMPT)
+    def encode_photos(subject: int) -> TrainingExamples:
+        return make_photo_examples(
+            base, photos[subject : subject + 1, torch.randperm(photos.shape[1])[:batch_size]], PROMPT
+        )
 
     ways: dict[str, Callable[[], tuple[float, float]]] = {
-        "PEFT, one by one, encoding at every step": lambda: one_by_one(base, examples, start, steps, batch, encoded),
-        "PEFT, one by one, encoded once": lambda: one_by_one(base, examples, start, steps, batch),
-        "all at once": lambda: at_once(base, examples, start, steps, batch),
+        "PEFT, one by one, encoding at every step": lambda: one_by_one(
+            base, examples, start, steps, batch_size, encode_photos
+        ),
+        "PEFT, one by one, encoded once": lambda: one_by_one(base, examples, start, steps, batch_size),
+        "all at once": lambda: at_once(base, examples, start, steps, batch_size),
     }
     return {name: way()[0] / steps for name, way in ways.items()}
 
@@ -79,38 +91,44 @@ def main() -> None:
     parser.add_argument("--warm-steps", type=int, nargs="+", default=[0, 12, 48], help="From the mean or the network.")
     parser.add_argument("--timed", type=int, default=12, help="Steps that are timed.")
     arguments = parser.parse_args()
-    keep_heap()
+    disable_malloc_trim()
     torch.manual_seed(0)
-    base = load_base(pretrained.BASE)
-    network = ImageToLora.from_pretrained(pretrained.MODEL, base=base)
+    base = load_diffusion_base(pretrained.BASE_DIR)
+    network = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
     benchmark = load_benchmark(arguments.benchmark, base.resolution, arguments.people)
-    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark, steps=12)
+    judge = SubjectEvaluator(
+        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark, num_inference_steps=12
+    )
     photos, n = benchmark.photos, len(benchmark.names)
-    examples = photo_examples(base, photos, PROMPT)
+    examples = make_photo_examples(base, photos, PROMPT)
     random = LoraWeights.zeros(network.layout, (n,), 0.05)
-    try_from = partial(likeness, judge, examples=examples, batch=arguments.batch)
+    evaluate_from = partial(evaluate_identity, judge, examples=examples, batch_size=arguments.batch)
 
-    scratch = try_from("from scratch", random, snapshots=arguments.steps, lr=arguments.lr)
+    scratch = evaluate_from("from scratch", random, snapshots=arguments.steps, lr=arguments.lr)
     steps_needed, best = max(scratch, key=lambda found: found[1].identity.mean)
     with torch.no_grad():
         warm = {"the network's prediction": network.forward(photos)}
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         network.forward(photos[:1])
-        predicting = time.perf_counter() - began
+        predict_time_s = time.perf_counter() - start_time
     if arguments.dataset:
         data = LoraDataset(arguments.dataset, "train")
-        mean = data.lora(range(0, len(data), max(1, len(data) // 128))).mean()
+        mean = data.get_weights(range(0, len(data), max(1, len(data) // 128))).mean()
         warm["the mean LoRA"] = LoraWeights.unflatten(mean.layout, mean.flatten().expand(n, -1))
-    needed: dict[str, float] = {}
+    steps_to_target: dict[str, float] = {}
     for name, start in warm.items():
-        for steps, row in try_from(name, start, snapshots=arguments.warm_steps, lr=arguments.lr / 3):
+        for steps, row in evaluate_from(name, start, snapshots=arguments.warm_steps, lr=arguments.lr / 3):
             if row.identity.mean >= best.identity.mean:
-                needed.setdefault(name, steps)
-    costs = seconds_per_step(base, photos, random, arguments.timed, arguments.batch)
-    print(f"\nto I {best.identity} ({best.name}, P {best.prompt})\n\n| way | steps | seconds | LoRAs/hour | ratio |")
+                steps_to_target.setdefault(name, steps)
+    costs = measure_step_times(base, photos, random, arguments.timed, arguments.batch)
+    print(
+        f"\nto I {best.identity} ({best.name}, P {best.prompt_accuracy})\n\n| way | steps | seconds | LoRAs/hour | ratio |"
+    )
     print("|---" * 5 + "|")
     ways = [(name, steps_needed, cost * steps_needed) for name, cost in costs.items()]
-    ways += [(f"all at once, from {k}", s, costs["all at once"] * s + predicting) for k, s in needed.items()]
+    ways += [
+        (f"all at once, from {k}", s, costs["all at once"] * s + predict_time_s) for k, s in steps_to_target.items()
+    ]
     for name, steps, seconds in ways:
         print(f"| {name} | {steps} | {seconds:.2f} | {3600 / seconds:,.0f} | {ways[0][2] / seconds:,.1f} |")
 

@@ -16,29 +16,33 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hyperlora.data.lora_dataset import LoraDataset, write_table
-from hyperlora.data.lora_shards import LoraRecord, shard_bytes
+from hyperlora.data.lora_shards import LoraRecord, serialize_shard
 from hyperlora.lora.io.safetensors_file import write_bytes
-from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.layout import LoraLayout, TargetModule
 
 
-def written(folder: Path, rows: int, numbers: int, per_shard: int = 512) -> LoraDataset:
+def write_shards(folder: Path, rows: int, num_parameters: int, per_shard: int = 512) -> LoraDataset:
     """A packed dataset of random rows."""
-    sites = tuple(Site(f"unet.layer{i}", 320, 320) for i in range(max(1, numbers // 1280)))
-    layout = LoraLayout(sites, 2, "random")
+    targets = tuple(TargetModule(f"unet.layer{i}", 320, 320) for i in range(max(1, num_parameters // 1280)))
+    layout = LoraLayout(targets, 2, "random")
     for i, first in enumerate(range(0, rows, per_shard)):
         block = torch.randn(min(per_shard, rows - first), layout.numel).half()
-        write_bytes(shard_bytes(block, layout, ()), folder / f"loras-{i:05d}.safetensors")
+        write_bytes(serialize_shard(block, layout, ()), folder / f"loras-{i:05d}.safetensors")
     write_table([LoraRecord(f"subject-{i}") for i in range(rows)], folder / "table.parquet")
     return LoraDataset(folder)
 
 
-def rates(read: Callable[[list[int]], object], rows: int, batch: int, reads: int, in_order: bool) -> str:
+def measure_rates(
+    read: Callable[[list[int]], object], rows: int, batch_size: int, num_reads: int, in_order: bool
+) -> str:
     """LoRAs per second, by the clock and by this process's time."""
-    began, worked = time.perf_counter(), time.process_time()
-    for first in range(0, reads, batch):
-        read([(first + i) % rows for i in range(batch)] if in_order else torch.randint(rows, (batch,)).tolist())
-    clock, work = time.perf_counter() - began, time.process_time() - worked
-    return f"{reads / clock:,.0f} LoRAs/s, {reads / work:,.0f} per second on a core"
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
+    for first in range(0, num_reads, batch_size):
+        read(
+            [(first + i) % rows for i in range(batch_size)] if in_order else torch.randint(rows, (batch_size,)).tolist()
+        )
+    wall_time_s, cpu_time_s = time.perf_counter() - wall_start, time.process_time() - cpu_start
+    return f"{num_reads / wall_time_s:,.0f} LoRAs/s, {num_reads / cpu_time_s:,.0f} per second on a core"
 
 
 def main() -> None:
@@ -50,18 +54,18 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, n = Path(name), arguments.rows
-        data = written(folder / "shards", n, arguments.numbers)
+        data = write_shards(folder / "shards", n, arguments.numbers)
         print(f"{n} LoRAs of {data.layout.numel:,} fp16 numbers")
         for kind, in_order in (("random", False), ("in order", True)):
-            print(f"shards, {kind}: {rates(lambda i: data[i], n, arguments.batch, arguments.reads, in_order)}")
-        alone = min(n, 256)
-        for i in range(alone):
-            weights = data.lora(i)
-            pairs = zip(data.layout.sites, weights.down, weights.up, strict=True)
+            print(f"shards, {kind}: {measure_rates(lambda i: data[i], n, arguments.batch, arguments.reads, in_order)}")
+        num_files = min(n, 256)
+        for i in range(num_files):
+            weights = data.get_weights(i)
+            pairs = zip(data.layout.targets, weights.down, weights.up, strict=True)
             tensors = {f"{s.name}.{k}": t.half().contiguous() for s, d, u in pairs for k, t in (("down", d), ("up", u))}
             save_file(tensors, folder / f"{i}.safetensors")
-        files = rates(
-            lambda chosen: [load_file(folder / f"{i}.safetensors") for i in chosen], alone, arguments.batch,
+        files = measure_rates(
+            lambda chosen: [load_file(folder / f"{i}.safetensors") for i in chosen], num_files, arguments.batch,
             arguments.reads // 20, False,
         )  # fmt: skip
         print(f"one file per LoRA, random: {files}")

@@ -12,8 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from hyperlora.diffusion.target_modules import layout_of
-from hyperlora.encoders.timm_encoder import VisionEncoder
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.lora.io.save import save_lora
 from hyperlora.models.hypernetwork import Hypernetwork
 from hyperlora.pipelines.image_to_lora import ImageToLora
@@ -22,19 +22,19 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 def main() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults are Stable Diffusion 1's
-    layout = layout_of({"unet": unet}, "attention", 4, "sd15")
-    encoder = VisionEncoder("vit_base_patch16_224")
-    network = Hypernetwork(layout, encoder.width, width=768, depth=4, heads=12, head_options={"size": 64})
+    layout = make_layout({"unet": unet}, "attention", 4, "sd15")
+    encoder = TimmEncoder("vit_base_patch16_224")
+    network = Hypernetwork(layout, encoder.width, width=768, depth=4, num_heads=12, head_options={"size": 64})
     model = ImageToLora(encoder, network).eval().requires_grad_(False)
     photo = Image.new("RGB", (512, 512), "gray")
     times = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(4):
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             save_lora(model(photo), Path(folder) / "lora.safetensors")
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start_time)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{len(layout.sites)} sites, {layout.numel:,} numbers; warm {min(times[1:]):.2f} s, peak {peak:.2f} GB")
+    print(f"{len(layout.targets)} sites, {layout.numel:,} numbers; warm {min(times[1:]):.2f} s, peak {peak:.2f} GB")
 
 
 if __name__ == "__main__":

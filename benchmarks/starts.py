@@ -15,22 +15,33 @@ import torch
 from torch import Tensor
 
 from data_builder.build.make_plan import make_plan
-from data_builder.build.plan import Planned, Recipe
-from data_builder.build.subject_data import Material, material
-from data_builder.build.trainer import Farm, open_base
-from data_builder.sources.sources import Avatars
+from data_builder.build.plan import PlannedLora, Recipe
+from data_builder.build.subject_data import SubjectData, load_subject
+from data_builder.build.trainer import ChunkTrainer, load_recipe_base
+from data_builder.sources.sources import AvatarSource
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
-from hyperlora.finetuning.examples import Examples, Probe
-from hyperlora.finetuning.trainer import fit
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.finetuning.examples import TrainingExamples, ValidationProbe
+from hyperlora.finetuning.trainer import fine_tune_loras
 
 
-def loss_of(farm: Farm, rows: Tensor, planned: list[Planned], materials: list[Material]) -> float:
+def compute_loss(
+    farm: ChunkTrainer, rows: Tensor, planned_loras: list[PlannedLora], subjects: list[SubjectData]
+) -> float:
     """Mean loss on each subject's fixed draws, of LoRAs written as rows."""
-    measure = Examples.joined([m.measure for m in materials])
-    probe = Probe.of(measure, [p.seed for p in planned])
-    done = fit(farm.base.denoiser, farm.base.noise_schedule, measure, rows, farm.space, steps=0, lr=0, probe=probe)
-    return float(done.looks[0].mean())
+    val_examples = TrainingExamples.pad_and_cat([m.val_examples for m in subjects])
+    probe = ValidationProbe.from_examples(val_examples, [p.seed for p in planned_loras])
+    result = fine_tune_loras(
+        farm.base.denoiser,
+        farm.base.noise_scheduler,
+        val_examples,
+        rows,
+        farm.parametrization,
+        num_steps=0,
+        lr=0,
+        probe=probe,
+    )
+    return float(result.val_losses[0].mean())
 
 
 def main() -> None:
@@ -40,30 +51,37 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1_000_000, help="Seed of the first person (validation).")
     parser.add_argument("--starts", nargs="+", default=["zero", "shared", "network"])
     arguments = parser.parse_args()
-    keep_heap()
-    recipe = Recipe(str(pretrained.BASE), steps=arguments.steps, every=max(1, arguments.steps // 4), rows="float32")
-    people = Avatars(arguments.first, arguments.first + arguments.people, each=4)
-    base = open_base(recipe)
+    disable_malloc_trim()
+    recipe = Recipe(
+        str(pretrained.BASE_DIR),
+        finetune_steps=arguments.steps,
+        eval_every=max(1, arguments.steps // 4),
+        storage_dtype="float32",
+    )
+    people = AvatarSource(arguments.first, arguments.first + arguments.people, portraits_per_identity=4)
+    base = load_recipe_base(recipe)
     for start in arguments.starts:
-        plan = make_plan(people, replace(recipe, start=start), views=2)
-        farm = Farm(plan, base)
-        planned = sorted(plan.rows, key=lambda row: row.view)  # all first views, then all second ones
-        materials = [material(row, farm.source, base, recipe) for row in planned]
-        began = time.perf_counter()
-        fitted = farm.fit(planned, materials)
-        seconds = (time.perf_counter() - began) / len(planned)
-        one, two = fitted.weights.flatten().chunk(2)
-        middle = loss_of(farm, (one + two) / 2, planned[: len(one)], materials[: len(one)])
-        rows = torch.cat([one, two])
-        spread = rows - rows.mean(0)
-        near = torch.cosine_similarity(*spread.chunk(2), dim=-1).mean()
-        power = torch.linalg.svdvals(spread).square()
+        plan = make_plan(people, replace(recipe, start=start), loras_per_subject=2)
+        farm = ChunkTrainer(plan, base)
+        planned = sorted(plan.rows, key=lambda row: row.repetition)  # all first views, then all second ones
+        materials = [load_subject(row, farm.source, base, recipe) for row in planned]
+        start_time = time.perf_counter()
+        result = farm.fit_subjects(planned, materials)
+        seconds = (time.perf_counter() - start_time) / len(planned)
+        first_fits, second_fits = result.weights.flatten().chunk(2)
+        midpoint_loss = compute_loss(
+            farm, (first_fits + second_fits) / 2, planned[: len(first_fits)], materials[: len(first_fits)]
+        )
+        rows = torch.cat([first_fits, second_fits])
+        deviations = rows - rows.mean(0)
+        cosine = torch.cosine_similarity(*deviations.chunk(2), dim=-1).mean()
+        variances = torch.linalg.svdvals(deviations).square()
         half = arguments.people // 2
-        best = fitted.looks.nan_to_num(torch.inf).amin(0)
+        best = result.val_losses.nan_to_num(torch.inf).amin(0)
         print(
-            f"{start:8s} loss {float(fitted.looks[0].mean()):.4f} -> {float(best.mean()):.4f}"
-            f", midpoint {middle:.4f}, cosine of two fits {float(near):.2f}, "
-            f"first {half} of {len(rows)} components {float(power[:half].sum() / power.sum()):.0%}, "
+            f"{start:8s} loss {float(result.val_losses[0].mean()):.4f} -> {float(best.mean()):.4f}"
+            f", midpoint {midpoint_loss:.4f}, cosine of two fits {float(cosine):.2f}, "
+            f"first {half} of {len(rows)} components {float(variances[:half].sum() / variances.sum()):.0%}, "
             f"{seconds:.1f} s/LoRA"
         )
 

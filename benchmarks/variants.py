@@ -10,13 +10,13 @@ import argparse
 from dataclasses import replace
 
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.encoders.attribute_classifier import Reader
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.report import markdown
-from hyperlora.evaluation.subject_evaluator import Judge
-from hyperlora.evaluation.subject_suite import NO_LORA, FitSettings, rows_of
+from hyperlora.evaluation.report import format_markdown
+from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
+from hyperlora.evaluation.subject_suite import BASELINE_NAME, FineTuneBaseline, evaluate_model
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
@@ -29,21 +29,30 @@ def main() -> None:
     parser.add_argument("--refine", type=int, default=0)
     parser.add_argument("--fit", type=int, default=0)
     arguments = parser.parse_args()
-    keep_heap()
-    base = load_base(pretrained.BASE)
-    benchmark = load_benchmark(pretrained.BENCHMARK, base.resolution, arguments.people)
-    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark, steps=arguments.steps)
-    table = [judge.row(NO_LORA, None)]
-    fitting = FitSettings(steps=arguments.fit) if arguments.fit else None
-    for given in arguments.models:
-        name, folder = given.split("=", 1)
+    disable_malloc_trim()
+    base = load_diffusion_base(pretrained.BASE_DIR)
+    benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.people)
+    judge = SubjectEvaluator(
+        base,
+        AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR),
+        benchmark,
+        num_inference_steps=arguments.steps,
+    )
+    table = [judge.evaluate(BASELINE_NAME, None)]
+    finetune_baseline = FineTuneBaseline(num_steps=arguments.fit) if arguments.fit else None
+    for model_spec in arguments.models:
+        name, folder = model_spec.split("=", 1)
         model = ImageToLora.from_pretrained(folder, base=base)
-        found = rows_of(
-            judge, model, strengths=tuple(arguments.strengths), refine_steps=arguments.refine, fitting=fitting
+        results = evaluate_model(
+            judge,
+            model,
+            strengths=tuple(arguments.strengths),
+            refine_steps=arguments.refine,
+            finetune_baseline=finetune_baseline,
         )
-        table += [replace(row, name=f"{name}: {row.name}") for row in found]
-        fitting = None
-        print(markdown(table), flush=True)
+        table += [replace(row, name=f"{name}: {row.name}") for row in results]
+        finetune_baseline = None
+        print(format_markdown(table), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperlora.client import AsyncClient, Client
-    from hyperlora.diffusion.autolora_guidance import autolora
-    from hyperlora.diffusion.diffusion_base import load_base
-    from hyperlora.diffusion.lora_injection import injected
-    from hyperlora.diffusion.multi_lora import composed
-    from hyperlora.diffusion.target_modules import layout_of
-    from hyperlora.diffusion.text_to_image import render
+    from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
+    from hyperlora.diffusion.diffusion_base import load_diffusion_base
+    from hyperlora.diffusion.lora_injection import inject_lora
+    from hyperlora.diffusion.multi_lora import compose_loras
+    from hyperlora.diffusion.target_modules import make_layout
+    from hyperlora.diffusion.text_to_image import generate_images
     from hyperlora.errors import HyperloraError
     from hyperlora.finetuning.refine import refine
     from hyperlora.lora.io.load import load_lora
-    from hyperlora.lora.io.metadata import LoraHeader
+    from hyperlora.lora.io.metadata import LoraMetadata
     from hyperlora.lora.io.save import save_lora
     from hyperlora.lora.layout import LoraLayout
     from hyperlora.lora.weights import LoraWeights
@@ -30,18 +30,18 @@ _MODULES = {
     "Client": "client",
     "HyperloraError": "errors",
     "ImageToLora": "pipelines.image_to_lora",
-    "LoraHeader": "lora.io.metadata",
+    "LoraMetadata": "lora.io.metadata",
     "LoraLayout": "lora.layout",
     "LoraWeights": "lora.weights",
     "PairToLora": "pipelines.pair_to_lora",
-    "autolora": "diffusion.autolora_guidance",
-    "composed": "diffusion.multi_lora",
-    "injected": "diffusion.lora_injection",
-    "layout_of": "diffusion.target_modules",
-    "load_base": "diffusion.diffusion_base",
+    "apply_autolora_guidance": "diffusion.autolora_guidance",
+    "compose_loras": "diffusion.multi_lora",
+    "inject_lora": "diffusion.lora_injection",
+    "make_layout": "diffusion.target_modules",
+    "load_diffusion_base": "diffusion.diffusion_base",
     "load_lora": "lora.io.load",
     "refine": "finetuning.refine",
-    "render": "diffusion.text_to_image",
+    "generate_images": "diffusion.text_to_image",
     "save_lora": "lora.io.save",
 }
 
@@ -50,24 +50,24 @@ __all__ = [
     "Client",
     "HyperloraError",
     "ImageToLora",
-    "LoraHeader",
+    "LoraMetadata",
     "LoraLayout",
     "LoraWeights",
     "PairToLora",
-    "autolora",
-    "composed",
-    "injected",
-    "layout_of",
-    "load_base",
+    "apply_autolora_guidance",
+    "compose_loras",
+    "inject_lora",
+    "make_layout",
+    "load_diffusion_base",
     "load_lora",
     "refine",
-    "render",
+    "generate_images",
     "save_lora",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name when the name is first used, so that ``import hyperlora`` costs nothing."""
+    """Import the module of a public name when the name is first used, so that ``import main_callback`` costs nothing."""
     if name in _MODULES:
         return getattr(import_module(f"hyperlora.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'hyperlora' has no attribute {name!r}")

@@ -4,7 +4,7 @@
         lora = server.make_lora(["me.png"])
         server.draw("a portrait of sks person, smiling", loras=[lora]).save("out.png")
 
-Both raise ``ServerRefused`` with the server's own sentence.
+Both raise ``ApiError`` with the server's own sentence.
 """
 
 import io
@@ -19,50 +19,60 @@ from PIL import Image
 
 from hyperlora.errors import HyperloraError
 
-Photo = str | PathLike[str] | bytes | Image.Image
-Pair = tuple[Photo, Photo]
-_SIDES = ("before", "after")
+ImageInput = str | PathLike[str] | bytes | Image.Image
+ImageInputPair = tuple[ImageInput, ImageInput]
+_PAIR_FIELDS = ("before", "after")
 
 
-class ServerRefused(HyperloraError):
-    """The server's answer was no; ``status`` is HTTP's."""
+class ApiError(HyperloraError):
+    """The server's answer was no; ``status_code`` is HTTP's."""
 
-    def __init__(self, status: int, detail: str) -> None:
+    def __init__(self, status_code: int, detail: str) -> None:
         super().__init__(detail)
-        self.status = status
+        self.status_code = status_code
 
 
 class Client:
-    """One connection pool; ``key`` is an API key where the server asks for one."""
+    """One connection pool; ``api_key`` is an API key where the server asks for one."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", key: str | None = None, **options: Any) -> None:
-        self._http = httpx.Client(**_options(url, key, options))
+    def __init__(
+        self, base_url: str = "http://127.0.0.1:8000", api_key: str | None = None, **httpx_options: Any
+    ) -> None:
+        self._http = httpx.Client(**_make_httpx_options(base_url, api_key, httpx_options))
 
-    def make_lora(self, photos: Sequence[Photo], **options: Any) -> bytes:
-        """A ``.safetensors`` file from photos of one subject; ``options`` are the form's: format, rank, strength..."""
-        return _checked(self._http.post("/v1/loras", **_form(photos, options))).content
+    def create_lora(self, photos: Sequence[ImageInput], **options: Any) -> bytes:
+        """A ``.safetensors`` file from photos of one subject; ``httpx_options`` are the form's: format, rank, strength..."""
+        return _check_response(self._http.post("/v1/loras", **_build_photo_form(photos, options))).content
 
-    def make_change(self, pairs: Sequence[Pair], **options: Any) -> bytes:
+    def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: Any) -> bytes:
         """A ``.safetensors`` file of the edit that pairs (before, after) show."""
-        return _checked(self._http.post("/v1/loras", **_change(pairs, options))).content
+        return _check_response(self._http.post("/v1/loras", **_build_pair_form(pairs, options))).content
 
-    def edit(
-        self, picture: Photo, pairs: Sequence[Pair] = (), lora: bytes | None = None, **options: Any
+    def edit_image(
+        self, image: ImageInput, pairs: Sequence[ImageInputPair] = (), lora: bytes | None = None, **options: Any
     ) -> Image.Image:
-        """The picture after the edit that pairs show, or a LoRA of a change holds; ``options``: strength, seed..."""
-        return _opened(_checked(self._http.post("/v1/edits", **_edit(picture, pairs, lora, options))))
+        """The picture after the edit that pairs show, or a LoRA of a change holds; ``httpx_options``: strength, seed..."""
+        return _decode_image(
+            _check_response(self._http.post("/v1/edits", **_build_edit_form(image, pairs, lora, options)))
+        )
 
-    def draw(self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any) -> Image.Image:
-        """A picture, with LoRA files or ids of kept ones; ``options`` are the request's: seed, steps, strategy..."""
-        return _opened(_checked(self._http.post("/v1/images", json=_wanted(prompt, loras, options))))
+    def generate_image(self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any) -> Image.Image:
+        """A picture, with LoRA files or ids of kept ones; ``httpx_options`` are the request's: seed, steps, strategy..."""
+        return _decode_image(
+            _check_response(self._http.post("/v1/images", json=_build_image_request(prompt, loras, options)))
+        )
 
-    def likeness(self, photos: Sequence[Photo], pictures: Sequence[Photo]) -> list[float]:
+    def compute_identity_similarity(self, photos: Sequence[ImageInput], images: Sequence[ImageInput]) -> list[float]:
         """How much each picture shows the person of the photos: 0 anyone, 1 another real photo of the same person."""
-        return list(_checked(self._http.post("/v1/likeness", files=_compared(photos, pictures))).json()["pictures"])
+        return list(
+            _check_response(self._http.post("/v1/likeness", files=_build_similarity_files(photos, images))).json()[
+                "pictures"
+            ]
+        )
 
-    def models(self) -> list[dict[str, Any]]:
+    def list_models(self) -> list[dict[str, Any]]:
         """What the server has."""
-        return list(_checked(self._http.get("/v1/models")).json())
+        return list(_check_response(self._http.get("/v1/models")).json())
 
     def __enter__(self) -> Self:
         return self
@@ -74,35 +84,43 @@ class Client:
 class AsyncClient:
     """``Client`` for asyncio."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", key: str | None = None, **options: Any) -> None:
-        self._http = httpx.AsyncClient(**_options(url, key, options))
+    def __init__(
+        self, base_url: str = "http://127.0.0.1:8000", api_key: str | None = None, **httpx_options: Any
+    ) -> None:
+        self._http = httpx.AsyncClient(**_make_httpx_options(base_url, api_key, httpx_options))
 
-    async def make_lora(self, photos: Sequence[Photo], **options: Any) -> bytes:
-        """As ``Client.make_lora``."""
-        return _checked(await self._http.post("/v1/loras", **_form(photos, options))).content
+    async def create_lora(self, photos: Sequence[ImageInput], **options: Any) -> bytes:
+        """As ``Client.create_lora``."""
+        return _check_response(await self._http.post("/v1/loras", **_build_photo_form(photos, options))).content
 
-    async def make_change(self, pairs: Sequence[Pair], **options: Any) -> bytes:
-        """As ``Client.make_change``."""
-        return _checked(await self._http.post("/v1/loras", **_change(pairs, options))).content
+    async def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: Any) -> bytes:
+        """As ``Client.create_edit_lora``."""
+        return _check_response(await self._http.post("/v1/loras", **_build_pair_form(pairs, options))).content
 
-    async def edit(
-        self, picture: Photo, pairs: Sequence[Pair] = (), lora: bytes | None = None, **options: Any
+    async def edit_image(
+        self, image: ImageInput, pairs: Sequence[ImageInputPair] = (), lora: bytes | None = None, **options: Any
     ) -> Image.Image:
-        """As ``Client.edit``."""
-        return _opened(_checked(await self._http.post("/v1/edits", **_edit(picture, pairs, lora, options))))
+        """As ``Client.edit_image``."""
+        return _decode_image(
+            _check_response(await self._http.post("/v1/edits", **_build_edit_form(image, pairs, lora, options)))
+        )
 
-    async def draw(self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any) -> Image.Image:
-        """As ``Client.draw``."""
-        return _opened(_checked(await self._http.post("/v1/images", json=_wanted(prompt, loras, options))))
+    async def generate_image(self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any) -> Image.Image:
+        """As ``Client.generate_image``."""
+        return _decode_image(
+            _check_response(await self._http.post("/v1/images", json=_build_image_request(prompt, loras, options)))
+        )
 
-    async def likeness(self, photos: Sequence[Photo], pictures: Sequence[Photo]) -> list[float]:
-        """As ``Client.likeness``."""
-        answer = await self._http.post("/v1/likeness", files=_compared(photos, pictures))
-        return list(_checked(answer).json()["pictures"])
+    async def compute_identity_similarity(
+        self, photos: Sequence[ImageInput], images: Sequence[ImageInput]
+    ) -> list[float]:
+        """As ``Client.compute_identity_similarity``."""
+        response = await self._http.post("/v1/likeness", files=_build_similarity_files(photos, images))
+        return list(_check_response(response).json()["pictures"])
 
-    async def models(self) -> list[dict[str, Any]]:
-        """As ``Client.models``."""
-        return list(_checked(await self._http.get("/v1/models")).json())
+    async def list_models(self) -> list[dict[str, Any]]:
+        """As ``Client.list_models``."""
+        return list(_check_response(await self._http.get("/v1/models")).json())
 
     async def __aenter__(self) -> Self:
         return self
@@ -111,62 +129,76 @@ class AsyncClient:
         await self._http.aclose()
 
 
-def _options(url: str, key: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return {"base_url": url, "headers": headers, "timeout": 150.0} | options
+def _make_httpx_options(base_url: str, api_key: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return {"base_url": base_url, "headers": headers, "timeout": 150.0} | options
 
 
-def _form(photos: Sequence[Photo], options: dict[str, Any]) -> dict[str, Any]:
-    files = [("photos", (f"{i}", _bytes(photo))) for i, photo in enumerate(photos)]
+def _build_photo_form(photos: Sequence[ImageInput], options: dict[str, Any]) -> dict[str, Any]:
+    files = [("photos", (f"{i}", _read_image_bytes(photo))) for i, photo in enumerate(photos)]
     return {"files": files, "data": {name: str(value) for name, value in options.items()}}
 
 
-def _change(pairs: Sequence[Pair], options: dict[str, Any]) -> dict[str, Any]:
-    files = [(side, (f"{i}", _bytes(p))) for i, pair in enumerate(pairs) for side, p in zip(_SIDES, pair, strict=True)]
+def _build_pair_form(pairs: Sequence[ImageInputPair], options: dict[str, Any]) -> dict[str, Any]:
+    files = [
+        (side, (f"{i}", _read_image_bytes(image)))
+        for i, pair in enumerate(pairs)
+        for side, image in zip(_PAIR_FIELDS, pair, strict=True)
+    ]
     return {"files": files, "data": {name: str(value) for name, value in options.items()}}
 
 
-def _edit(picture: Photo, pairs: Sequence[Pair], lora: bytes | None, options: dict[str, Any]) -> dict[str, Any]:
-    form = _change(pairs, options)
-    form["files"] += [("picture", ("picture", _bytes(picture))), *([("lora", ("lora", lora))] if lora else [])]
+def _build_edit_form(
+    image: ImageInput, pairs: Sequence[ImageInputPair], lora: bytes | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    form = _build_pair_form(pairs, options)
+    form["files"] += [("picture", ("picture", _read_image_bytes(image))), *([("lora", ("lora", lora))] if lora else [])]
     return form
 
 
-def _compared(photos: Sequence[Photo], pictures: Sequence[Photo]) -> list[tuple[str, tuple[str, bytes]]]:
-    parts = {"photos": photos, "pictures": pictures}
-    return [(name, (f"{i}", _bytes(one))) for name, many in parts.items() for i, one in enumerate(many)]
-
-
-def _wanted(prompt: str, loras: Sequence[bytes | str], options: dict[str, Any]) -> dict[str, Any]:
-    weights = options.pop("weights", None) or [1.0] * len(loras)
-    chosen = [
-        {"id": lora, "weight": w} if isinstance(lora, str) else {"content": b64encode(lora).decode(), "weight": w}
-        for lora, w in zip(loras, weights, strict=True)
+def _build_similarity_files(
+    photos: Sequence[ImageInput], images: Sequence[ImageInput]
+) -> list[tuple[str, tuple[str, bytes]]]:
+    fields = {"photos": photos, "pictures": images}
+    return [
+        (name, (f"{i}", _read_image_bytes(image)))
+        for name, field_images in fields.items()
+        for i, image in enumerate(field_images)
     ]
-    return {"prompt": prompt, "loras": chosen, **options}
 
 
-def _bytes(photo: Photo) -> bytes:
-    if isinstance(photo, bytes):
-        return photo
-    if isinstance(photo, Image.Image):
+def _build_image_request(prompt: str, loras: Sequence[bytes | str], options: dict[str, Any]) -> dict[str, Any]:
+    weights = options.pop("weights", None) or [1.0] * len(loras)
+    lora_refs = [
+        {"id": lora, "weight": weight}
+        if isinstance(lora, str)
+        else {"content": b64encode(lora).decode(), "weight": weight}
+        for lora, weight in zip(loras, weights, strict=True)
+    ]
+    return {"prompt": prompt, "loras": lora_refs, **options}
+
+
+def _read_image_bytes(image: ImageInput) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
         buffer = io.BytesIO()
-        photo.save(buffer, "PNG")
+        image.save(buffer, "PNG")
         return buffer.getvalue()
-    return Path(photo).read_bytes()
+    return Path(image).read_bytes()
 
 
-def _opened(response: httpx.Response) -> Image.Image:
+def _decode_image(response: httpx.Response) -> Image.Image:
     image = Image.open(io.BytesIO(response.content))
     image.load()
     return image
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
+def _check_response(response: httpx.Response) -> httpx.Response:
     if response.is_error:
         try:
             detail = str(response.json()["detail"])
         except (ValueError, KeyError, TypeError):
             detail = f"the server answered {response.status_code} {response.reason_phrase}"
-        raise ServerRefused(response.status_code, detail)
+        raise ApiError(response.status_code, detail)
     return response

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-def keep_heap() -> None:
+def disable_malloc_trim() -> None:
     """Tell glibc's malloc not to hand large freed blocks back to the system; does nothing elsewhere."""
     if sys.platform != "linux":
         return
@@ -23,9 +23,9 @@ def keep_heap() -> None:
         libc.mallopt(_M_TOP_PAD, 2**28)
 
 
-def quick_attention(like: Tensor, positions: int) -> AbstractContextManager[Any]:
-    """The plain product wherever something is learned on CPU and attends over up to 1024 ``positions``, where memory
+def select_sdpa_kernel(tensor: Tensor, seq_len: int) -> AbstractContextManager[Any]:
+    """The plain product wherever something is learned on CPU and attends over up to 1024 ``seq_len``, where memory
     does not matter: there the backward pass of the fused kernel takes a quarter of a small UNet's step, and half of a
-    pair network's. ``like`` is any tensor of the computation."""
-    small = like.device.type == "cpu" and positions <= 1024 and torch.is_grad_enabled()
-    return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()
+    pair network's. ``tensor`` is any tensor of the computation."""
+    use_math = tensor.device.type == "cpu" and seq_len <= 1024 and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if use_math else nullcontext()

@@ -5,21 +5,21 @@ class HyperloraError(Exception):
     """Base of every error that a user can cause and mend."""
 
 
-class LayoutMismatch(HyperloraError):
+class LayoutMismatchError(HyperloraError):
     """LoRA weights and a base model (or another LoRA) do not belong together."""
 
 
-class BadImage(HyperloraError):
+class InvalidImageError(HyperloraError):
     """A picture that cannot or must not be read."""
 
 
-class BadLoraFile(HyperloraError):
+class InvalidLoraFileError(HyperloraError):
     """A LoRA file that cannot be trusted or understood."""
 
 
-class BadArtifact(HyperloraError):
+class ModelLoadError(HyperloraError):
     """A folder or hub id that does not hold what was expected."""
 
 
-class BadRequest(HyperloraError):
+class InvalidArgumentError(HyperloraError):
     """Arguments that make no sense together."""

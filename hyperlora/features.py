@@ -19,6 +19,6 @@ class ImageFeatures:
     def width(self) -> int:
         return self.tokens.shape[-1]
 
-    def joined(self) -> Tensor:
+    def flatten_views(self) -> Tensor:
         """All views' tokens in one sequence, [batch, views * tokens, width]."""
         return self.tokens.flatten(1, 2)

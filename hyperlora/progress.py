@@ -10,25 +10,31 @@ from rich.text import Text
 T = TypeVar("T")
 
 
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str, per: str) -> None:
+class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str, time_unit: str) -> None:
         super().__init__()
-        self.seconds, self.unit = {"s": 1, "hour": 3600}[per], f"{unit}/{per}"
+        self.seconds_per_unit, self.unit = {"s": 1, "hour": 3600}[time_unit], f"{unit}/{time_unit}"
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed * self.seconds:.1f} {self.unit}" if speed else f"– {self.unit}")
+        return Text(f"{speed * self.seconds_per_unit:.1f} {self.unit}" if speed else f"– {self.unit}")
 
 
 def track(
-    items: Iterable[T], label: str, unit: str, total: int | None = None, size: int = 1, per: str = "s", done: int = 0
+    items: Iterable[T],
+    description: str,
+    unit: str,
+    total: int | None = None,
+    units_per_item: int = 1,
+    time_unit: str = "s",
+    completed: int = 0,
 ) -> Iterator[T]:
-    """Iterate with a bar on stderr; each item counts for ``size`` units of ``total``, of which ``done`` were there
-    before. The rate is ``per`` s or hour."""
-    rate = _Rate(unit, per)
+    """Iterate with a bar on stderr; each item counts for ``units_per_item`` units of ``total``, of which ``completed`` were there
+    before. The rate is ``time_unit`` s or hour."""
+    rate = _RateColumn(unit, time_unit)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total, completed=done)
+        task = bar.add_task(description, total=total, completed=completed)
         for item in items:
             yield item
-            bar.advance(task, size)
+            bar.advance(task, units_per_item)

@@ -122,7 +122,7 @@ def transformer() -> nn.Module:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Folders of a tiny ``checkpoints/avatars``; ``base`` draws 16x16 pixels. Read-only: tests share it."""
+    """Folders of a tiny ``checkpoints/draw_portraits``; ``base`` draws 16x16 pixels. Read-only: tests share it."""
 
     base: Path
     model: Path
@@ -163,21 +163,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def difflora(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny ``LoraDiffusion`` over the bundle's base, whose LoRAs differ by photo and by seed."""
-    from hyperlora.lora.normalization import RowScale
-    from hyperlora.models.image_feature_mixer import MixtureOfFeatures
-    from hyperlora.models.lora_dit import LoraDenoiser
-    from hyperlora.models.lora_pca import PartedAutoencoder
+    from hyperlora.lora.normalization import LoraNormalizer
+    from hyperlora.models.image_feature_mixer import MixedImageFeatures
+    from hyperlora.models.lora_dit import LoraDiT
+    from hyperlora.models.lora_pca import FactorwiseLoraPCA
     from hyperlora.pipelines.image_to_lora import ImageToLora
     from hyperlora.pipelines.lora_codec import LoraCodec
-    from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion
+    from hyperlora.pipelines.lora_diffusion import FACE_EMBED_DIM, LoraDiffusion
 
     other = ImageToLora.from_pretrained(str(bundle.model))
     torch.manual_seed(8)
-    components = PartedAutoencoder(other.layout, 2, 3, each=3)
-    components.learn(torch.randn(12, other.layout.numel))
-    codec = LoraCodec(RowScale(other.layout), components)
-    mixture = MixtureOfFeatures(FACE_WIDTH, other.encoder.width, width=16, tokens=2, heads=2, mode="image")
-    denoiser = LoraDenoiser(*codec.shape, 16, width=16, depth=1, heads=2)
+    components = FactorwiseLoraPCA(other.layout, 2, 3, components_per_factor=3)
+    components.fit(torch.randn(12, other.layout.numel))
+    codec = LoraCodec(LoraNormalizer(other.layout), components)
+    mixture = MixedImageFeatures(FACE_EMBED_DIM, other.encoder.width, width=16, num_tokens=2, num_heads=2, mode="image")
+    denoiser = LoraDiT(*codec.latent_shape, 16, width=16, depth=1, num_heads=2)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("difflora")
@@ -197,28 +197,30 @@ def _save_base(folder: Path) -> None:
 
 
 def _save_model(made: Bundle) -> None:
-    from hyperlora.diffusion.diffusion_base import load_base
-    from hyperlora.diffusion.target_modules import layout_of
-    from hyperlora.encoders.timm_encoder import VisionEncoder
+    from hyperlora.diffusion.diffusion_base import load_diffusion_base
+    from hyperlora.diffusion.target_modules import make_layout
+    from hyperlora.encoders.timm_encoder import TimmEncoder
     from hyperlora.models.hypernetwork import Hypernetwork
     from hyperlora.pipelines.image_to_lora import ImageToLora
 
-    base = load_base(made.base)
+    base = load_diffusion_base(made.base)
     torch.manual_seed(4)
-    encoder = VisionEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
-    layout = layout_of({"unet": base.denoiser}, "attention", 2, base.id)
-    network = Hypernetwork(layout, encoder.width, width=16, depth=1, heads=2, head="basis", head_options={"size": 4})
+    encoder = TimmEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
+    layout = make_layout({"unet": base.denoiser}, "attention", 2, base.id)
+    network = Hypernetwork(
+        layout, encoder.width, width=16, depth=1, num_heads=2, head="basis", head_options={"size": 4}
+    )
     with torch.no_grad():
-        network.head_weight.normal_(std=0.1)  # zero at initialisation: every photo would give the same LoRA
+        network.code_proj.normal_(std=0.1)  # zero at initialisation: every photo would give the same LoRA
     ImageToLora(encoder, network, {"trigger_phrase": "sks person", "resolution": 16}).save_pretrained(made.model)
 
 
 def _save_evaluator(folder: Path) -> None:
-    from hyperlora.encoders.attribute_classifier import Reader
+    from hyperlora.encoders.attribute_classifier import AttributeClassifier
 
     torch.manual_seed(5)
     scale = (0.1, 0.9)
-    Reader("vit_tiny_patch16_224", 16, ATTRIBUTES, ["age"], 8, _BACKBONE, scale).save_pretrained(folder)
+    AttributeClassifier("vit_tiny_patch16_224", 16, ATTRIBUTES, ["age"], 8, _BACKBONE, scale).save_pretrained(folder)
 
 
 def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
@@ -240,27 +242,27 @@ def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
 
 
 def _save_edit_base(made: Bundle) -> None:
-    from hyperlora.training.modules.instruct_pix2pix import write_edit_base
+    from hyperlora.training.modules.instruct_pix2pix import save_edit_pipeline
 
-    write_edit_base(made.edit_base, made.base, tiny_unet(8))
+    save_edit_pipeline(made.edit_base, made.base, tiny_unet(8))
 
 
 def _save_pair_model(made: Bundle) -> None:
-    from hyperlora.diffusion.diffusion_base import load_base
-    from hyperlora.diffusion.target_modules import layout_of
-    from hyperlora.encoders.timm_encoder import VisionEncoder
-    from hyperlora.models.pair_hypernetwork import ChangeNetwork
+    from hyperlora.diffusion.diffusion_base import load_diffusion_base
+    from hyperlora.diffusion.target_modules import make_layout
+    from hyperlora.encoders.timm_encoder import TimmEncoder
+    from hyperlora.models.pair_hypernetwork import PairHypernetwork
     from hyperlora.pipelines.pair_to_lora import PairToLora
 
-    base = load_base(made.edit_base)
+    base = load_diffusion_base(made.edit_base)
     torch.manual_seed(7)
-    encoder = VisionEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
-    layout = layout_of({"unet": base.denoiser}, "attention", 2, base.id)
-    network = ChangeNetwork(
+    encoder = TimmEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
+    layout = make_layout({"unet": base.denoiser}, "attention", 2, base.id)
+    network = PairHypernetwork(
         layout, encoder.width, antisymmetric=True, width=16, depth=1, heads=2, head="basis", head_options={"size": 4}
     )
     with torch.no_grad():
-        network.hypernetwork.head_weight.normal_(std=0.3)
+        network.hypernetwork.code_proj.normal_(std=0.3)
     PairToLora(encoder, network, {"resolution": 16}).save_pretrained(made.pair_model)
 
 

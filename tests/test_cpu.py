@@ -3,12 +3,12 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hyperlora.cpu import quick_attention
+from hyperlora.cpu import select_sdpa_kernel
 
 
 def gradient(x: torch.Tensor, positions: int) -> tuple[torch.Tensor, str]:
     x = x.clone().requires_grad_()
-    with quick_attention(x, positions):
+    with select_sdpa_kernel(x, positions):
         y = scaled_dot_product_attention(x, x.flip(-1), x)
     y.square().sum().backward()
     assert x.grad is not None and y.grad_fn is not None
@@ -24,5 +24,5 @@ def test_gradients_are_the_fused_kernels() -> None:
 
 def test_where_nothing_is_learned_the_fused_kernel_stays() -> None:
     x = torch.randn(1, 1, 8, 8)
-    with torch.no_grad(), quick_attention(x, 8):
+    with torch.no_grad(), select_sdpa_kernel(x, 8):
         assert torch.backends.cuda.flash_sdp_enabled()

@@ -15,10 +15,10 @@ from hyperlora.lora.io.safetensors_file import write_bytes
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
 
-FINDINGS: Final = Path("audit") / "findings.jsonl"
-ODD: Final = 6.0
+FINDINGS_PATH: Final = Path("audit") / "findings.jsonl"
+OUTLIER_SIGMA: Final = 6.0
 """Robust standard deviations of log ‖ΔW‖ beyond which a row is an outlier."""
-ALIKE: Final = 0.9999
+DUPLICATE_COSINE: Final = 0.9999
 """Cosine of two rows' deviations from the median above which they count as the same LoRA."""
 
 
@@ -27,106 +27,116 @@ class Finding:
     """One row: its norm ‖ΔW‖ and score (None where they cannot be told), and what is wrong with it."""
 
     subject: str
-    view: int
+    repetition: int
     norm: float | None
     score: float | None
     flags: tuple[str, ...] = ()
 
 
-def examine(dataset: LoraDataset, scores: Mapping[int, float], threshold: float, batch: int = 64) -> list[Finding]:
+def audit_rows(
+    dataset: LoraDataset, scores: Mapping[int, float], threshold: float, batch_size: int = 64
+) -> list[Finding]:
     """Every row of ``dataset``. ``scores`` by row say how well it reproduces its subject; below ``threshold`` (or not
     a number) it is flagged."""
-    finite, norms, digests, sketches = [], [], [], []
-    project = torch.randn(dataset.layout.numel, 32, generator=torch.Generator().manual_seed(0))
-    batches = dataset.batches(batch)
-    for rows in track(batches, "looking at rows", "rows", len(dataset), batch):
-        digests += [hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).digest() for row in rows]
-        fine = rows.isfinite().all(-1)
-        clean = torch.where(fine[:, None], rows.float(), torch.zeros(()))
-        finite.append(fine)
-        norms.append(LoraWeights.unflatten(dataset.layout, clean).norms().square().sum(-1).sqrt())
-        sketches.append(clean @ project)
-    good, norm = torch.cat(finite), torch.cat(norms)
-    flags: list[list[str]] = [[] if ok else ["not finite"] for ok in good.tolist()]
-    for i in _odd(norm, good):
-        flags[i].append(f"norm {float(norm[i]):.3g}, {float(norm[good].median()):.3g} is usual")
-    names = [f"{r.subject}" + (f"#{r.view}" if r.view else "") for r in dataset.records]
-    for i, first in _repeated(digests):
-        flags[i].append(f"the same row as {names[first]}")
-    for i, first in _alike(torch.cat(sketches), good):
-        if digests[i] != digests[first]:
-            flags[i].append(f"almost the same LoRA as {names[first]}")
-    for i, first in _same_photos(dataset):
-        flags[i].append(f"the same photo as {names[first]}")
+    finite_masks, norms, row_hashes, sketches = [], [], [], []
+    projection = torch.randn(dataset.layout.numel, 32, generator=torch.Generator().manual_seed(0))
+    batches = dataset.iter_batches(batch_size)
+    for rows in track(batches, "looking at rows", "rows", len(dataset), batch_size):
+        row_hashes += [hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).digest() for row in rows]
+        is_finite = rows.isfinite().all(-1)
+        finite_rows = torch.where(is_finite[:, None], rows.float(), torch.zeros(()))
+        finite_masks.append(is_finite)
+        norms.append(LoraWeights.unflatten(dataset.layout, finite_rows).compute_delta_norms().square().sum(-1).sqrt())
+        sketches.append(finite_rows @ projection)
+    valid_mask, all_norms = torch.cat(finite_masks), torch.cat(norms)
+    flags: list[list[str]] = [[] if ok else ["not finite"] for ok in valid_mask.tolist()]
+    for i in _find_outliers(all_norms, valid_mask):
+        flags[i].append(f"norm {float(all_norms[i]):.3g}, {float(all_norms[valid_mask].median()):.3g} is usual")
+    names = [f"{r.subject}" + (f"#{r.repetition}" if r.repetition else "") for r in dataset.records]
+    for i, first_row in _find_exact_duplicates(row_hashes):
+        flags[i].append(f"the same row as {names[first_row]}")
+    for i, first_row in _find_near_duplicates(torch.cat(sketches), valid_mask):
+        if row_hashes[i] != row_hashes[first_row]:
+            flags[i].append(f"almost the same LoRA as {names[first_row]}")
+    for i, first_row in _find_shared_photos(dataset):
+        flags[i].append(f"the same photo as {names[first_row]}")
     for i, score in scores.items():
         if not score >= threshold:
             flags[i].append(f"score {score:.3f}, at least {threshold:g} expected")
     return [
-        Finding(r.subject, r.view, float(norm[i]) if good[i] else None, _number(scores.get(i)), tuple(flags[i]))
+        Finding(
+            r.subject,
+            r.repetition,
+            float(all_norms[i]) if valid_mask[i] else None,
+            _replace_nan(scores.get(i)),
+            tuple(flags[i]),
+        )
         for i, r in enumerate(dataset.records)
     ]
 
 
-def gains(dataset: LoraDataset) -> dict[int, float]:
+def compute_loss_reductions(dataset: LoraDataset) -> dict[int, float]:
     """1 - loss / loss at the start on each row's fixed draws (held-out photos where there are any), from the table."""
-    found = {i: (r.before, r.after) for i, r in enumerate(dataset.records)}
-    return {i: 1 - after / before for i, (before, after) in found.items() if before and after is not None}
+    losses = {i: (r.initial_loss, r.best_loss) for i, r in enumerate(dataset.records)}
+    return {i: 1 - after / before for i, (before, after) in losses.items() if before and after is not None}
 
 
 def write_findings(findings: Iterable[Finding], build: Path) -> None:
     """Undone by ``read_findings``."""
     lines = (json.dumps(asdict(finding)) + "\n" for finding in findings)
-    write_bytes("".join(lines).encode(), build / FINDINGS)
+    write_bytes("".join(lines).encode(), build / FINDINGS_PATH)
 
 
 def read_findings(build: Path) -> list[Finding]:
     """Empty where no audit was made."""
-    file = build / FINDINGS
+    file = build / FINDINGS_PATH
     lines = file.read_text().splitlines() if file.is_file() else []
     return [Finding(**{**(row := json.loads(line)), "flags": tuple(row["flags"])}) for line in lines]
 
 
-def _odd(norm: Tensor, good: Tensor) -> list[int]:
+def _find_outliers(norms: Tensor, valid_mask: Tensor) -> list[int]:
     """Rows whose log norm is far from the median, in units of the spread (at least 5 %)."""
-    if not good.any():
+    if not valid_mask.any():
         return []
-    logs = norm.clamp_min(1e-12).log()
-    middle = logs[good].median()
-    spread = max(1.4826 * float((logs[good] - middle).abs().median()), 0.05)
-    return [int(i) for i in torch.nonzero(good & ((logs - middle).abs() > ODD * spread)).flatten()]
+    log_norms = norms.clamp_min(1e-12).log()
+    median = log_norms[valid_mask].median()
+    spread = max(1.4826 * float((log_norms[valid_mask] - median).abs().median()), 0.05)
+    return [int(i) for i in torch.nonzero(valid_mask & ((log_norms - median).abs() > OUTLIER_SIGMA * spread)).flatten()]
 
 
-def _repeated(digests: list[bytes]) -> list[tuple[int, int]]:
-    first: dict[bytes, int] = {}
-    return [(i, place) for i, digest in enumerate(digests) if (place := first.setdefault(digest, i)) != i]
+def _find_exact_duplicates(row_hashes: list[bytes]) -> list[tuple[int, int]]:
+    first_rows: dict[bytes, int] = {}
+    return [
+        (i, first_row) for i, digest in enumerate(row_hashes) if (first_row := first_rows.setdefault(digest, i)) != i
+    ]
 
 
-def _same_photos(dataset: LoraDataset) -> list[tuple[int, int]]:
+def _find_shared_photos(dataset: LoraDataset) -> list[tuple[int, int]]:
     """Rows that share a photo with an earlier row of another subject."""
-    first: dict[str, int] = {}
-    found: dict[int, int] = {}
+    first_rows: dict[str, int] = {}
+    shared: dict[int, int] = {}
     for i, record in enumerate(dataset.records):
-        for image in record.images:
-            place = first.setdefault(image, i)
-            if dataset.records[place].subject != record.subject:
-                found.setdefault(i, place)
-    return sorted(found.items())
+        for image in record.reference_sha256:
+            first_row = first_rows.setdefault(image, i)
+            if dataset.records[first_row].subject != record.subject:
+                shared.setdefault(i, first_row)
+    return sorted(shared.items())
 
 
-def _alike(sketches: Tensor, good: Tensor, block: int = 1024) -> list[tuple[int, int]]:
+def _find_near_duplicates(sketches: Tensor, valid_mask: Tensor, block_size: int = 1024) -> list[tuple[int, int]]:
     """Pairs (row, earlier row) whose random projections, less their median, point the same way."""
-    if int(good.sum()) < 3:
+    if int(valid_mask.sum()) < 3:
         return []
-    turned = torch.nn.functional.normalize(sketches - sketches[good].median(0).values, dim=-1)
-    turned = torch.where(good[:, None], turned, torch.zeros(()))
-    found: dict[int, int] = {}
-    for first in range(0, len(turned), block):
-        cosine = turned[first : first + block] @ turned.T
-        for i, j in torch.nonzero(cosine > ALIKE).tolist():
-            if j < first + i:
-                found.setdefault(first + i, j)
-    return sorted(found.items())
+    directions = torch.nn.functional.normalize(sketches - sketches[valid_mask].median(0).values, dim=-1)
+    directions = torch.where(valid_mask[:, None], directions, torch.zeros(()))
+    duplicates: dict[int, int] = {}
+    for block_start in range(0, len(directions), block_size):
+        cosine = directions[block_start : block_start + block_size] @ directions.T
+        for i, j in torch.nonzero(cosine > DUPLICATE_COSINE).tolist():
+            if j < block_start + i:
+                duplicates.setdefault(block_start + i, j)
+    return sorted(duplicates.items())
 
 
-def _number(value: float | None) -> float | None:
+def _replace_nan(value: float | None) -> float | None:
     return value if value is not None and value == value else None

@@ -9,56 +9,67 @@ from pathlib import Path
 from PIL import Image
 
 from data_builder.audit.checks import Finding
-from data_builder.audit.scoring import Drawn
+from data_builder.audit.scoring import RowImages
 from hyperlora.lora.io.safetensors_file import write_bytes
 
-_STYLE = (
+_CSS = (
     "body{font:15px system-ui;margin:2em auto;max-width:60em;padding:0 1em;color:#222;background:#fff}"
     "img{height:128px;margin:2px;border-radius:4px}figure{display:inline-block;margin:.5em}td,th{padding:.2em .8em;"
     "text-align:left;border-bottom:1px solid #ddd}figcaption{font-size:13px}"
 )
 
 
-def best_median_worst(scores: Mapping[int, float], n: int) -> dict[str, list[int]]:
-    """``n`` rows of each, by score, best first."""
+def select_best_median_worst(scores: Mapping[int, float], num_rows: int) -> dict[str, list[int]]:
+    """``num_rows`` rows of each, by score, best first."""
     order = sorted(scores, key=lambda i: -scores[i])
-    middle = max(0, (len(order) - n) // 2)
-    return {"best": order[:n], "median": order[middle : middle + n], "worst": order[-n:]}
+    median_start = max(0, (len(order) - num_rows) // 2)
+    return {
+        "best": order[:num_rows],
+        "median": order[median_start : median_start + num_rows],
+        "worst": order[-num_rows:],
+    }
 
 
-def write_page(
-    path: Path, title: str, findings: Sequence[Finding], scores: Mapping[int, float], what: str, drawn: Sequence[Drawn]
+def write_html_report(
+    path: Path,
+    title: str,
+    findings: Sequence[Finding],
+    scores: Mapping[int, float],
+    score_name: str,
+    row_images: Sequence[RowImages],
 ) -> None:
-    """``path`` (HTML, pictures inside): ``what`` names the score, ``drawn`` are the rows that can be shown."""
+    """``generate_invalid_path`` (HTML, pictures inside): ``score_name`` names the score, ``row_images`` are the rows that can be shown."""
     flagged = [f for f in findings if f.flags]
     values = sorted(scores.values())
-    parts = [f"<h1>{html.escape(title)}</h1><p>{len(findings)} LoRAs, {len(flagged)} flagged.</p>"]
+    sections = [f"<h1>{html.escape(title)}</h1><p>{len(findings)} LoRAs, {len(flagged)} flagged.</p>"]
     if values:
         quartiles = [values[min(len(values) - 1, len(values) * q // 4)] for q in range(5)]
         cells = "".join(f"<td>{v:.3f}</td>" for v in quartiles)
-        heads = "".join(f"<th>{name}</th>" for name in ("lowest", "25 %", "median", "75 %", "highest"))
-        parts.append(f"<h2>{html.escape(what)}</h2><table><tr>{heads}</tr><tr>{cells}</tr></table>")
-    shown = {d.row: d for d in drawn}
-    n = max(1, len(drawn) // 3)
-    for name, rows in best_median_worst({i: scores[i] for i in shown if i in scores}, n).items():
-        figures = "".join(_figure(shown[i], findings[i], scores[i]) for i in rows)
-        parts.append(f"<h2>{name}</h2>{figures}")
-    lines = "".join(
-        f"<tr><td>{html.escape(f.subject)}</td><td>{f.view}</td><td>{html.escape('; '.join(f.flags))}</td></tr>"
+        header_cells = "".join(f"<th>{name}</th>" for name in ("lowest", "25 %", "median", "75 %", "highest"))
+        sections.append(f"<h2>{html.escape(score_name)}</h2><table><tr>{header_cells}</tr><tr>{cells}</tr></table>")
+    images_by_row = {d.row: d for d in row_images}
+    rows_per_group = max(1, len(row_images) // 3)
+    for name, rows in select_best_median_worst(
+        {i: scores[i] for i in images_by_row if i in scores}, rows_per_group
+    ).items():
+        figures = "".join(_format_figure(images_by_row[i], findings[i], scores[i]) for i in rows)
+        sections.append(f"<h2>{name}</h2>{figures}")
+    flagged_rows = "".join(
+        f"<tr><td>{html.escape(f.subject)}</td><td>{f.repetition}</td><td>{html.escape('; '.join(f.flags))}</td></tr>"
         for f in flagged
     )
-    parts.append(f"<h2>flagged</h2><table><tr><th>subject</th><th>view</th><th>why</th></tr>{lines}</table>")
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    write_bytes((page + "".join(parts)).encode(), path)
+    sections.append(f"<h2>flagged</h2><table><tr><th>subject</th><th>view</th><th>why</th></tr>{flagged_rows}</table>")
+    html_head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_CSS}</style>"
+    write_bytes((html_head + "".join(sections)).encode(), path)
 
 
-def _figure(drawn: Drawn, finding: Finding, score: float) -> str:
-    pictures = [p for p in (drawn.photo, *drawn.pictures) if p is not None]
-    images = "".join(f'<img alt="" src="data:image/png;base64,{_encoded(p)}">' for p in pictures)
+def _format_figure(row_images: RowImages, finding: Finding, score: float) -> str:
+    row_pictures = [p for p in (row_images.photo, *row_images.images) if p is not None]
+    images = "".join(f'<img alt="" src="data:image/png;base64,{_encode_base64(p)}">' for p in row_pictures)
     return f"<figure>{images}<figcaption>{html.escape(finding.subject)}: {score:.3f}</figcaption></figure>"
 
 
-def _encoded(picture: Image.Image) -> str:
+def _encode_base64(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

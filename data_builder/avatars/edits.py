@@ -9,29 +9,39 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from data_builder.avatars import vocabulary as words
-from data_builder.avatars.identity import SPLITS, Identity, Scene, hidden, identity, scene
-from hyperlora.prompt_blending import reworded, told
+from data_builder.avatars.identity import (
+    SPLITS,
+    AvatarIdentity,
+    Scene,
+    list_hidden_attributes,
+    sample_identity,
+    sample_scene,
+)
+from hyperlora.prompt_blending import apply_prompt_template, combine_blends
 
-Portrait = tuple[Identity, Scene]
-BACK: Final = "back to {}"
+Portrait = tuple[AvatarIdentity, Scene]
+UNDO_TEMPLATE: Final = "back to {}"
 """How a LoRA's negative asks for what was before an edit: in other words than those that ask for it as an edit, so that
 both can be told apart in one sum."""
-EXACT: Final = "exact "
+CONTINUOUS_PREFIX: Final = "exact "
 """What the kinds begin with whose values are any colour, ``#rrggbb``, and no name says which."""
-_VALUES: Final = {
+_ATTRIBUTE_VALUES: Final = {
     "glasses": words.GLASSES, "hat": words.HAT, "facial_hair": words.FACIAL_HAIR, "hair_color": words.HAIR_COLOR,
     "hair": words.HAIR, "expression": words.EXPRESSION, "eyes": words.EYES, "garment": words.GARMENT,
     "garment_color": words.GARMENT_COLOR, "background": words.BACKGROUND, "skin": words.SKIN, "style": words.STYLE,
     "tone": words.TONE,
 }  # fmt: skip
-_OPTIONAL: Final = {"glasses": "none", "hat": "none", "facial_hair": "none", "style": "plain", "tone": "plain"}
+_ABSENT_VALUES: Final = {"glasses": "none", "hat": "none", "facial_hair": "none", "style": "plain", "tone": "plain"}
 """Kinds that are something added (or taken away): one of the two values is this one."""
-KINDS: Final = (*_VALUES, *(EXACT + name for name in ("background", "garment_color", "hair_color")))
-UNSEEN_KINDS: Final = ("hat", "skin")
+EDIT_KINDS: Final = (
+    *_ATTRIBUTE_VALUES,
+    *(CONTINUOUS_PREFIX + name for name in ("background", "garment_color", "hair_color")),
+)
+HELD_OUT_KINDS: Final = ("hat", "skin")
 """No network that reads pairs is ever trained on these; the edit base knows them by name."""
-UNSEEN_VALUE: Final = ("style", "negative")
+HELD_OUT_VALUE: Final = ("style", "negative")
 """No edit of any training, not even of the edit base, is this one."""
-UNSEEN_TOGETHER: Final = (
+HELD_OUT_COMBINATIONS: Final = (
     frozenset({"glasses", "background"}), frozenset({"expression", "hair_color"}), frozenset({"garment", "tone"}),
     frozenset({"facial_hair", "garment_color"}),
 )  # fmt: skip
@@ -39,8 +49,8 @@ UNSEEN_TOGETHER: Final = (
 
 
 @dataclass(frozen=True)
-class Change:
-    """``attribute`` goes from ``before`` to ``after``: the same edit on whomever it is made."""
+class AttributeEdit:
+    """``attribute`` goes from ``previous_values`` to ``after``: the same edit on whomever it is made."""
 
     attribute: str
     before: str
@@ -48,34 +58,34 @@ class Change:
 
     @property
     def kind(self) -> str:
-        return EXACT + self.attribute if self.after.startswith("#") else self.attribute
+        return CONTINUOUS_PREFIX + self.attribute if self.after.startswith("#") else self.attribute
 
     @property
     def instruction(self) -> str:
         """The edit in words; of an exact colour, the nearest one that has a name."""
-        return instruction(self.attribute, self.after)
+        return format_instruction(self.attribute, self.after)
 
-    def reversed(self) -> "Change":
+    def reverse(self) -> "AttributeEdit":
         return replace(self, before=self.after, after=self.before)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One person ``before`` and ``after`` some changes."""
+class AvatarPair:
+    """One person ``previous_values`` and ``after`` some changes."""
 
     before: Portrait
     after: Portrait
-    changes: tuple[Change, ...]
+    edits: tuple[AttributeEdit, ...]
 
     @property
     def instruction(self) -> str:
-        return ", ".join(change.instruction for change in self.changes)
+        return ", ".join(change.instruction for change in self.edits)
 
 
-def instruction(attribute: str, value: str) -> str:
+def format_instruction(attribute: str, value: str) -> str:
     """What a user would type to have ``attribute`` become ``value``, in words of the captions."""
     if value.startswith("#"):
-        value = nearest(attribute, value)
+        value = find_nearest_color(attribute, value)
     absent = value == "none"
     match attribute:
         case "glasses":
@@ -101,163 +111,192 @@ def instruction(attribute: str, value: str) -> str:
     return value  # an expression
 
 
-def asked(values: Sequence[tuple[str, str]], mixed: bool = False) -> str:
-    """What asks for these values of attributes at once, as ``hyperlora.prompt_blending``: the sum of what asks for each, so that
+def compose_instruction(values: Sequence[tuple[str, str]], use_mixture: bool = False) -> str:
+    """What asks for these values of attributes at once, as ``main_callback.prompt_blending``: the sum of what asks for each, so that
     words of changes add up as their LoRAs do; of an exact colour, which has no name, a mixture of those that have. With
-    ``mixed`` those that have one are mixtures too, as whoever sees a colour cannot know whether it has a name."""
-    return told(_prompts(values, mixed))
+    ``use_mixture`` those that have one are mixtures too, as whoever sees a colour cannot know whether it has a name."""
+    return combine_blends(_compute_prompt_weights(values, use_mixture))
 
 
-def undoable(
-    values: Sequence[tuple[str, str]], before: Sequence[tuple[str, str]], mixed: bool = False, undo: bool = False
+def compose_instruction_with_undo(
+    values: Sequence[tuple[str, str]],
+    previous_values: Sequence[tuple[str, str]],
+    use_mixture: bool = False,
+    undo: bool = False,
 ) -> str:
-    """``asked``, less what would ask to go ``BACK`` to the values before; with ``undo`` the negative of that, which
+    """``compose_instruction``, less what would ask to go ``UNDO_TEMPLATE`` to the values before; with ``undo`` the negative of that, which
     asks for these."""
-    way = -1.0 if undo else 1.0
-    add = {prompt: way * weight for prompt, weight in _prompts(values, mixed).items()}
-    return told(add | {reworded(k, BACK): -way * weight for k, weight in _prompts(before, mixed).items()})
+    sign = -1.0 if undo else 1.0
+    weights = {prompt: sign * weight for prompt, weight in _compute_prompt_weights(values, use_mixture).items()}
+    return combine_blends(
+        weights
+        | {
+            apply_prompt_template(k, UNDO_TEMPLATE): -sign * weight
+            for k, weight in _compute_prompt_weights(previous_values, use_mixture).items()
+        }
+    )
 
 
-def _prompts(values: Sequence[tuple[str, str]], mixed: bool) -> dict[str, float]:
+def _compute_prompt_weights(values: Sequence[tuple[str, str]], use_mixture: bool) -> dict[str, float]:
     """How much of each plain prompt asks for these values."""
-    parts: defaultdict[str, float] = defaultdict(float)
+    prompt_weights: defaultdict[str, float] = defaultdict(float)
     for attribute, value in values:
-        for name, weight in _mixture(attribute, value, mixed).items():
-            parts[instruction(attribute, name)] += weight
-    return parts
+        for name, weight in _compute_mixture_weights(attribute, value, use_mixture).items():
+            prompt_weights[format_instruction(attribute, name)] += weight
+    return prompt_weights
 
 
-def vocabulary() -> dict[str, Any]:
-    """What changes that a network may be shown are called, as ``hyperlora.models.instruction_vocabulary`` reads it: one of the
+def build_vocabulary() -> dict[str, Any]:
+    """What changes that a network may be shown are called, as ``main_callback.models.instruction_vocabulary`` reads it: one of the
     values of an attribute, or a colour between black, red, green and blue; how to ask for the way back; and what else
     the edit base knows, which no network is shown."""
     corners = ("#000000", "#ff0000", "#00ff00", "#0000ff")
-    mixtures = {k: [asked([(k, color)]) for color in corners] for k in _VALUES if EXACT + k in KINDS}
-    named = [k for k in _VALUES if k not in mixtures and k not in UNSEEN_KINDS]
-    choices = {k: [instruction(k, v) for v in _VALUES[k] if (k, v) != UNSEEN_VALUE] for k in named}
-    further = [instruction(k, v) for k in UNSEEN_KINDS for v in _VALUES[k]]
-    return {"choices": choices, "mixtures": mixtures, "back": BACK, "further": further}
+    color_axes = {
+        k: [compose_instruction([(k, color)]) for color in corners]
+        for k in _ATTRIBUTE_VALUES
+        if CONTINUOUS_PREFIX + k in EDIT_KINDS
+    }
+    categorical_attributes = [k for k in _ATTRIBUTE_VALUES if k not in color_axes and k not in HELD_OUT_KINDS]
+    categories = {
+        k: [format_instruction(k, v) for v in _ATTRIBUTE_VALUES[k] if (k, v) != HELD_OUT_VALUE]
+        for k in categorical_attributes
+    }
+    zero_shot_prompts = [format_instruction(k, v) for k in HELD_OUT_KINDS for v in _ATTRIBUTE_VALUES[k]]
+    return {"choices": categories, "mixtures": color_axes, "back": UNDO_TEMPLATE, "further": zero_shot_prompts}
 
 
-def _mixture(attribute: str, value: str, mixed: bool) -> dict[str, float]:
+def _compute_mixture_weights(attribute: str, value: str, use_mixture: bool) -> dict[str, float]:
     """The least weights that sum to 1 with which the named colours of ``attribute`` mix to ``#rrggbb``, some of them
-    negative; of a name, itself, or if ``mixed`` the mixture of its colour."""
-    table = _VALUES[attribute]
-    color = table.get(value, value) if mixed and isinstance(table, dict) else value
+    negative; of a name, itself, or if ``use_mixture`` the mixture of its colour."""
+    table = _ATTRIBUTE_VALUES[attribute]
+    color = table.get(value, value) if use_mixture and isinstance(table, dict) else value
     if not color.startswith("#"):
         return {value: 1.0}
-    weights = _mixing(attribute) @ np.append(_rgb(color) / 255, 1)
+    weights = _compute_mixing_matrix(attribute) @ np.append(_parse_rgb(color) / 255, 1)
     return dict(zip(table, weights.tolist(), strict=True))
 
 
 @cache
-def _mixing(attribute: str) -> np.ndarray:
+def _compute_mixing_matrix(attribute: str) -> np.ndarray:
     """[names, 4]: from red, green, blue and 1 to weights."""
-    table = _VALUES[attribute]
+    table = _ATTRIBUTE_VALUES[attribute]
     assert isinstance(table, dict)
-    named = np.stack([np.append(_rgb(color) / 255, 1) for color in table.values()])
-    return np.linalg.pinv(named.T)
+    named_colors = np.stack([np.append(_parse_rgb(color) / 255, 1) for color in table.values()])
+    return np.linalg.pinv(named_colors.T)
 
 
-def nearest(attribute: str, color: str) -> str:
+def find_nearest_color(attribute: str, color: str) -> str:
     """The named colour of ``attribute`` that is closest to ``#rrggbb``."""
-    table = _VALUES[attribute]
+    table = _ATTRIBUTE_VALUES[attribute]
     assert isinstance(table, dict)
-    return min(table, key=lambda name: float(np.abs(_rgb(table[name]) - _rgb(color)).sum()))
+    return min(table, key=lambda name: float(np.abs(_parse_rgb(table[name]) - _parse_rgb(color)).sum()))
 
 
-def change(rng: np.random.Generator, kind: str) -> Change:
-    """A random edit of this kind, ``UNSEEN_VALUE`` aside."""
-    attribute = kind.removeprefix(EXACT)
+def sample_edit(rng: np.random.Generator, kind: str) -> AttributeEdit:
+    """A random edit of this kind, ``HELD_OUT_VALUE`` aside."""
+    attribute = kind.removeprefix(CONTINUOUS_PREFIX)
     if kind != attribute:
         before, after = (f"#{r:02x}{g:02x}{b:02x}" for r, g, b in rng.integers(20, 245, (2, 3)))
-        return Change(attribute, before, after)
-    values = [v for v in _VALUES[kind] if (kind, v) != UNSEEN_VALUE]
-    if kind in _OPTIONAL:
-        nothing = _OPTIONAL[kind]
-        something = str(rng.choice([v for v in values if v != nothing]))
-        before, after = (nothing, something) if rng.random() < 0.7 else (something, nothing)
+        return AttributeEdit(attribute, before, after)
+    values = [v for v in _ATTRIBUTE_VALUES[kind] if (kind, v) != HELD_OUT_VALUE]
+    if kind in _ABSENT_VALUES:
+        absent_value = _ABSENT_VALUES[kind]
+        present_value = str(rng.choice([v for v in values if v != absent_value]))
+        before, after = (absent_value, present_value) if rng.random() < 0.7 else (present_value, absent_value)
     else:
         before, after = (str(v) for v in rng.choice(values, 2, replace=False))
-    return Change(attribute, before, after)
+    return AttributeEdit(attribute, before, after)
 
 
-def changes(rng: np.random.Generator, kinds: tuple[str, ...] = KINDS, two: float = 0.2) -> tuple[Change, ...]:
-    """One change, or with probability ``two`` two of kinds that training may see together."""
-    first = str(rng.choice(kinds))
-    others = [k for k in kinds if _together(first, k) and frozenset({first, k}) not in UNSEEN_TOGETHER]
-    if rng.random() >= two or not others:
-        return (change(rng, first),)
-    return change(rng, first), change(rng, str(rng.choice(others)))
+def sample_edits(
+    rng: np.random.Generator, kinds: tuple[str, ...] = EDIT_KINDS, two_edit_fraction: float = 0.2
+) -> tuple[AttributeEdit, ...]:
+    """One change, or with probability ``two_edit_fraction`` two of kinds that training may see together."""
+    first_kind = str(rng.choice(kinds))
+    compatible_kinds = [
+        k for k in kinds if _are_compatible(first_kind, k) and frozenset({first_kind, k}) not in HELD_OUT_COMBINATIONS
+    ]
+    if rng.random() >= two_edit_fraction or not compatible_kinds:
+        return (sample_edit(rng, first_kind),)
+    return sample_edit(rng, first_kind), sample_edit(rng, str(rng.choice(compatible_kinds)))
 
 
-def _together(one: str, other: str) -> bool:
+def _are_compatible(first_kind: str, second_kind: str) -> bool:
     """Whether both can be seen at once: not two of the same attribute, no hair under a hat, no colours in sepia."""
-    attributes = {one.removeprefix(EXACT), other.removeprefix(EXACT)}
-    unseen = ({"hat", "hair"}, {"hat", "hair_color"}, {"glasses", "eyes"})
-    return len(attributes) == 2 and attributes not in unseen and "style" not in attributes
+    attributes = {first_kind.removeprefix(CONTINUOUS_PREFIX), second_kind.removeprefix(CONTINUOUS_PREFIX)}
+    conflicting = ({"hat", "hair"}, {"hat", "hair_color"}, {"glasses", "eyes"})
+    return len(attributes) == 2 and attributes not in conflicting and "style" not in attributes
 
 
-def pair(portrait: Portrait, made: tuple[Change, ...]) -> Pair:
+def make_pair(portrait: Portrait, edits: tuple[AttributeEdit, ...]) -> AvatarPair:
     """The changes on one person, in a scene that shows them."""
-    person, how = _showing(portrait, {c.attribute for c in made})
-    before, after = {c.attribute: c.before for c in made}, {c.attribute: c.after for c in made}
-    return Pair(edited(person, how, **before), edited(person, how, **after), made)
+    person, scene = _make_visible(portrait, {c.attribute for c in edits})
+    before, after = {c.attribute: c.before for c in edits}, {c.attribute: c.after for c in edits}
+    return AvatarPair(apply_edits(person, scene, **before), apply_edits(person, scene, **after), edits)
 
 
-def pairs_of(split: str, group: int, people: int, kinds: tuple[str, ...] = KINDS, two: float = 0.2) -> list[Pair]:
-    """The ``group``-th change of a split, on ``people`` people of their own. Nobody of a split's first 50,000 seeds
+def sample_pairs(
+    split: str,
+    edit_index: int,
+    num_identities: int,
+    kinds: tuple[str, ...] = EDIT_KINDS,
+    two_edit_fraction: float = 0.2,
+) -> list[AvatarPair]:
+    """The ``edit_index``-th change of a split, on ``num_identities`` people of their own. Nobody of a split's first 50,000 seeds
     takes part, whom portraits and benchmarks are drawn from."""
     seeds = SPLITS[split]
-    made = changes(np.random.default_rng([20261123, seeds.start, group]), kinds, two)
-    first = 50_000 + group * people
-    return [pair((identity(seed), scene(seed, 0)), made) for seed in seeds[first : first + people]]
+    edits = sample_edits(np.random.default_rng([20261123, seeds.start, edit_index]), kinds, two_edit_fraction)
+    offset = 50_000 + edit_index * num_identities
+    return [
+        make_pair((sample_identity(seed), sample_scene(seed, 0)), edits)
+        for seed in seeds[offset : offset + num_identities]
+    ]
 
 
-def _showing(portrait: Portrait, attributes: set[str]) -> Portrait:
-    person, how = portrait
-    how = replace(how, style="plain", tone="plain", hat="none")
-    if "eyes" in attributes and "eyes" in hidden(how):
-        how = replace(how, glasses="none")
-    if "garment_color" in attributes and how.garment in words.COLORLESS_GARMENTS:
-        how = replace(how, garment="hoodie")
-    return person, how
-
-
-def _rgb(color: str) -> np.ndarray:
-    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
-
-
-EDITS: Final = (
-    "glasses", "hat", "facial_hair", "hair_color", "hair", "expression", "eyes", "garment", "garment_color",
-    "background", "skin", "style", "tone",
-)  # fmt: skip
-"""Attributes that ``edited`` can change, promptable and identity ones."""
-Drawn = TypeVar("Drawn", Identity, Scene)
-_RGB = {"hair_color": "hair_rgb", "skin": "skin_rgb", "facial_hair_color": "facial_hair_rgb"}
-
-
-def edited(person: Identity, scene: Scene, **changes: str) -> tuple[Identity, Scene]:
-    """Person and scene after the named changes, e.g. ``edited(p, s, glasses="sunglasses", style="sepia")``. A colour is
-    a name or ``#rrggbb``.
-
-    Raises ``ValueError`` for an attribute that is not in ``EDITS``.
-    """
-    from data_builder.avatars import vocabulary as words
-
-    for name, value in changes.items():
-        if name not in EDITS:
-            raise ValueError(f"cannot edit {name!r}; editable: {', '.join(EDITS)}")
-        if name in words.PROMPT_ATTRIBUTES or name == "tone":
-            scene = _with(scene, name, value)
-            continue
-        person = _with(person, name, value)
-        if name in _RGB:
-            color = words.color(words.SKIN if name == "skin" else words.HAIR_COLOR, value)
-            person = _with(person, _RGB[name], tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)))
+def _make_visible(portrait: Portrait, attributes: set[str]) -> Portrait:
+    person, scene = portrait
+    scene = replace(scene, style="plain", tone="plain", hat="none")
+    if "eyes" in attributes and "eyes" in list_hidden_attributes(scene):
+        scene = replace(scene, glasses="none")
+    if "garment_color" in attributes and scene.garment in words.COLORLESS_GARMENTS:
+        scene = replace(scene, garment="hoodie")
     return person, scene
 
 
-def _with(drawn: Drawn, name: str, value: object) -> Drawn:
-    changes: dict[str, Any] = {name: value}
-    return replace(drawn, **changes)
+def _parse_rgb(color: str) -> np.ndarray:
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+
+
+EDITABLE_ATTRIBUTES: Final = (
+    "glasses", "hat", "facial_hair", "hair_color", "hair", "expression", "eyes", "garment", "garment_color",
+    "background", "skin", "style", "tone",
+)  # fmt: skip
+"""Attributes that ``apply_edits`` can change, promptable and identity ones."""
+IdentityOrScene = TypeVar("Drawn", AvatarIdentity, Scene)
+_RGB_FIELDS = {"hair_color": "hair_rgb", "skin": "skin_rgb", "facial_hair_color": "facial_hair_rgb"}
+
+
+def apply_edits(person: AvatarIdentity, scene: Scene, **edits: str) -> tuple[AvatarIdentity, Scene]:
+    """Person and scene after the named changes, e.g. ``apply_edits(p, s, glasses="sunglasses", style="sepia")``. A colour is
+    a name or ``#rrggbb``.
+
+    Raises ``ValueError`` for an attribute that is not in ``EDITABLE_ATTRIBUTES``.
+    """
+    from data_builder.avatars import vocabulary as words
+
+    for name, value in edits.items():
+        if name not in EDITABLE_ATTRIBUTES:
+            raise ValueError(f"cannot edit {name!r}; editable: {', '.join(EDITABLE_ATTRIBUTES)}")
+        if name in words.PROMPT_ATTRIBUTES or name == "tone":
+            scene = _replace_field(scene, name, value)
+            continue
+        person = _replace_field(person, name, value)
+        if name in _RGB_FIELDS:
+            color = words.resolve_color(words.SKIN if name == "skin" else words.HAIR_COLOR, value)
+            person = _replace_field(person, _RGB_FIELDS[name], tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)))
+    return person, scene
+
+
+def _replace_field(instance: IdentityOrScene, name: str, value: object) -> IdentityOrScene:
+    fields: dict[str, Any] = {name: value}
+    return replace(instance, **fields)

@@ -1,4 +1,4 @@
-"""Who is drawn (``Identity``) and how (``Scene``), both deterministic in a seed."""
+"""Who is drawn (``AvatarIdentity``) and how (``Scene``), both deterministic in a seed."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -17,8 +17,8 @@ Rgb = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What stays the same in all portraits of one person. Named attributes are keys of ``vocabulary``; the ``*_rgb``
+class AvatarIdentity:
+    """What stays the same in all portraits of one person. Named attributes are keys of ``build_vocabulary``; the ``*_parse_rgb``
     are the exact colours around the named ones; geometry values are scale factors around 1."""
 
     seed: int
@@ -58,42 +58,42 @@ class Scene:
     zoom: float = 1.0
 
 
-def hidden(scene: Scene) -> frozenset[str]:
+def list_hidden_attributes(scene: Scene) -> frozenset[str]:
     """Attributes that nobody can read off a portrait of this scene: eyes behind dark glasses, hair under a hat,
     colours that are not drawn."""
-    out: set[str] = set()
+    attributes: set[str] = set()
     if scene.glasses in ("sunglasses", "white sunglasses", "eyepatch"):
-        out.add("eyes")
+        attributes.add("eyes")
     if scene.garment in words.COLORLESS_GARMENTS:
-        out.add("garment_color")
+        attributes.add("garment_color")
     if scene.hat != "none":
-        out |= {"hair", "hair_color"}
+        attributes |= {"hair", "hair_color"}
     if scene.style in ("grayscale", "sepia", "pencil"):
-        out |= {"hair_color", "skin", "garment_color", "background"}
-    return frozenset(out)
+        attributes |= {"hair_color", "skin", "garment_color", "background"}
+    return frozenset(attributes)
 
 
-def identity(seed: int) -> Identity:
+def sample_identity(seed: int) -> AvatarIdentity:
     """The person with this seed; ``SPLITS`` says which split it belongs to."""
     rng = np.random.default_rng([20261121, seed])
-    hair_color = _pick(rng, words.HAIR_COLOR)
-    facial_hair_color = hair_color if rng.random() < 0.7 else _pick(rng, words.HAIR_COLOR)
-    skin = _pick(rng, words.SKIN)
-    hair_rgb = _near(rng, words.HAIR_COLOR[hair_color])
-    return Identity(
+    hair_color = _sample_key(rng, words.HAIR_COLOR)
+    facial_hair_color = hair_color if rng.random() < 0.7 else _sample_key(rng, words.HAIR_COLOR)
+    skin = _sample_key(rng, words.SKIN)
+    hair_rgb = _sample_color_near(rng, words.HAIR_COLOR[hair_color])
+    return AvatarIdentity(
         seed=seed,
-        hair=_pick(rng, words.HAIR),
+        hair=_sample_key(rng, words.HAIR),
         hair_color=hair_color,
         hair_rgb=hair_rgb,
         skin=skin,
-        skin_rgb=_near(rng, words.SKIN[skin]),
-        facial_hair="none" if rng.random() < 0.5 else _pick(rng, words.FACIAL_HAIR),
+        skin_rgb=_sample_color_near(rng, words.SKIN[skin]),
+        facial_hair="none" if rng.random() < 0.5 else _sample_key(rng, words.FACIAL_HAIR),
         facial_hair_color=facial_hair_color,
         facial_hair_rgb=hair_rgb
         if facial_hair_color == hair_color
-        else _near(rng, words.HAIR_COLOR[facial_hair_color]),
-        nose=_pick(rng, words.NOSE),
-        eyebrows=_pick(rng, words.EYEBROWS),
+        else _sample_color_near(rng, words.HAIR_COLOR[facial_hair_color]),
+        nose=_sample_key(rng, words.NOSE),
+        eyebrows=_sample_key(rng, words.EYEBROWS),
         eye_distance=rng.uniform(0.86, 1.2),
         eye_height=rng.uniform(0.8, 1.25),
         nose_scale=rng.uniform(0.85, 1.5),
@@ -102,17 +102,17 @@ def identity(seed: int) -> Identity:
     )
 
 
-def scene(seed: int, number: int) -> Scene:
-    """The ``number``-th random scene of person ``seed``."""
-    rng = np.random.default_rng([20261122, seed, number])
+def sample_scene(seed: int, index: int) -> Scene:
+    """The ``index``-th random scene of person ``seed``."""
+    rng = np.random.default_rng([20261122, seed, index])
     return Scene(
-        expression=_pick(rng, words.EXPRESSION),
-        eyes="open" if rng.random() < 0.4 else _pick(rng, words.EYES),
-        glasses="none" if rng.random() < 0.5 else _pick(rng, words.GLASSES),
-        garment=_pick(rng, words.GARMENT),
-        garment_color=_pick(rng, words.GARMENT_COLOR),
-        background=_pick(rng, words.BACKGROUND),
-        hat=_pick(rng, words.HAT) if rng.random() < 0.05 else "none",
+        expression=_sample_key(rng, words.EXPRESSION),
+        eyes="open" if rng.random() < 0.4 else _sample_key(rng, words.EYES),
+        glasses="none" if rng.random() < 0.5 else _sample_key(rng, words.GLASSES),
+        garment=_sample_key(rng, words.GARMENT),
+        garment_color=_sample_key(rng, words.GARMENT_COLOR),
+        background=_sample_key(rng, words.BACKGROUND),
+        hat=_sample_key(rng, words.HAT) if rng.random() < 0.05 else "none",
         style=str(rng.choice(words.STYLE[1:])) if rng.random() < 0.08 else "plain",
         roll=rng.uniform(-5, 5),
         shift_x=rng.uniform(-7, 7),
@@ -121,11 +121,11 @@ def scene(seed: int, number: int) -> Scene:
     )
 
 
-def _pick(rng: np.random.Generator, table: dict[str, str]) -> str:
+def _sample_key(rng: np.random.Generator, table: dict[str, str]) -> str:
     return str(rng.choice(list(table)))
 
 
-def _near(rng: np.random.Generator, color: str, spread: int = 14) -> Rgb:
+def _sample_color_near(rng: np.random.Generator, color: str, max_shift: int = 14) -> Rgb:
     r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    jitter = rng.integers(-spread, spread + 1, 3)
+    jitter = rng.integers(-max_shift, max_shift + 1, 3)
     return tuple(int(np.clip(c + j, 0, 255)) for c, j in zip((r, g, b), jitter, strict=True))  # type: ignore[return-value]

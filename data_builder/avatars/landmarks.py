@@ -14,14 +14,14 @@ import resvg_py
 from PIL import Image
 
 from data_builder.avatars import vocabulary as words
-from data_builder.avatars.identity import Identity, Scene
-from data_builder.avatars.rendering import LEFT, SIDE, TOP, transforms
+from data_builder.avatars.identity import AvatarIdentity, Scene
+from data_builder.avatars.rendering import CROP_LEFT, CROP_SIZE, CROP_TOP, compute_transforms
 
-_FACE: Final = "translate(76 82)"
+_FACE_TRANSFORM: Final = "translate(76 82)"
 """The drawing library's place of eyes, nose and mouth."""
-_HEAD: Final = ((76, 60), (188, 60), (188, 186), (76, 186))
+_FACE_CORNERS: Final = ((76, 60), (188, 60), (188, 186), (76, 186))
 """Corners of what is called the face: forehead to chin, without ears."""
-_SCALE: Final = 4
+_PIXELS_PER_UNIT: Final = 4
 """Pixels of a drawing unit where the extent of a part is measured."""
 
 
@@ -34,80 +34,93 @@ class Landmarks:
     box: np.ndarray
 
 
-def landmarks(person: Identity, scene: Scene, size: int = 128) -> Landmarks:
-    """Of the portrait that ``draw`` draws at ``size`` pixels. Eyes behind glasses are where they would be seen."""
-    maps = transforms(person, scene)
-    pose = _matrix(maps.all)
-    face = pose @ _matrix(_FACE)
+def compute_landmarks(person: AvatarIdentity, scene: Scene, size: int = 128) -> Landmarks:
+    """Of the portrait that ``render_portrait`` draws at ``size`` pixels. Eyes behind glasses are where they would be seen."""
+    part_transforms = compute_transforms(person, scene)
+    pose_matrix = _parse_transform(part_transforms.pose)
+    face_matrix = pose_matrix @ _parse_transform(_FACE_TRANSFORM)
     keypoints = np.concatenate(
         [
-            _moved(face @ _matrix(maps.eyes), _eyes(words.EYES[scene.eyes])),
-            _moved(face @ _matrix(maps.nose), _nose(words.NOSE[person.nose])),
-            _moved(face @ _matrix(maps.mouth), _corners(words.EXPRESSION[scene.expression])),
+            _apply_affine(
+                face_matrix @ _parse_transform(part_transforms.eyes), _find_eye_centers(words.EYES[scene.eyes])
+            ),
+            _apply_affine(
+                face_matrix @ _parse_transform(part_transforms.nose), _find_nose_center(words.NOSE[person.nose])
+            ),
+            _apply_affine(
+                face_matrix @ _parse_transform(part_transforms.mouth),
+                _find_mouth_corners(words.EXPRESSION[scene.expression]),
+            ),
         ]
     )
-    head = _moved(pose, np.array(_HEAD, float))
-    box = np.concatenate([head.min(0), head.max(0)])
-    scale = size / SIDE
-    return Landmarks((keypoints - (LEFT, TOP)) * scale, (box - (LEFT, TOP, LEFT, TOP)) * scale)
+    face_corners = _apply_affine(pose_matrix, np.array(_FACE_CORNERS, float))
+    box = np.concatenate([face_corners.min(0), face_corners.max(0)])
+    scale = size / CROP_SIZE
+    return Landmarks(
+        (keypoints - (CROP_LEFT, CROP_TOP)) * scale, (box - (CROP_LEFT, CROP_TOP, CROP_LEFT, CROP_TOP)) * scale
+    )
 
 
 @cache
-def _eyes(name: str) -> np.ndarray:
+def _find_eye_centers(name: str) -> np.ndarray:
     """Middles of both eyes [2, 2] in the part's own units."""
-    rows, columns = np.nonzero(_painted(pa.EyeType[name]))
-    left = columns < 56 * _SCALE
-    return np.array([_middle(rows[side], columns[side]) for side in (left, ~left)])
+    rows, columns = np.nonzero(_render_part_mask(pa.EyeType[name]))
+    left = columns < 56 * _PIXELS_PER_UNIT
+    return np.array([_compute_center(rows[side], columns[side]) for side in (left, ~left)])
 
 
 @cache
-def _nose(name: str) -> np.ndarray:
+def _find_nose_center(name: str) -> np.ndarray:
     """The middle of the nose [1, 2]."""
-    return np.array([_middle(*np.nonzero(_painted(pa.NoseType[name])))])
+    return np.array([_compute_center(*np.nonzero(_render_part_mask(pa.NoseType[name])))])
 
 
 @cache
-def _corners(name: str) -> np.ndarray:
+def _find_mouth_corners(name: str) -> np.ndarray:
     """The outermost points of the mouth [2, 2]."""
-    rows, columns = np.nonzero(_painted(pa.MouthType[name]))
-    ends = (columns <= columns.min() + _SCALE, columns >= columns.max() - _SCALE)
-    return np.array([[columns[end].mean(), rows[end].mean()] for end in ends]) / _SCALE
+    rows, columns = np.nonzero(_render_part_mask(pa.MouthType[name]))
+    end_masks = (columns <= columns.min() + _PIXELS_PER_UNIT, columns >= columns.max() - _PIXELS_PER_UNIT)
+    return np.array([[columns[end].mean(), rows[end].mean()] for end in end_masks]) / _PIXELS_PER_UNIT
 
 
-def _middle(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float]:
+def _compute_center(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float]:
     """x and y halfway between the outermost painted pixels."""
-    return float(columns.min() + columns.max()) / 2 / _SCALE, float(rows.min() + rows.max()) / 2 / _SCALE
+    return float(columns.min() + columns.max()) / 2 / _PIXELS_PER_UNIT, float(
+        rows.min() + rows.max()
+    ) / 2 / _PIXELS_PER_UNIT
 
 
-def _painted(part: pa.EyeType | pa.NoseType | pa.MouthType) -> np.ndarray:
-    """Where a part of the drawing library covers its place, alone: [height, width] at ``_SCALE`` pixels per unit."""
+def _render_part_mask(part: pa.EyeType | pa.NoseType | pa.MouthType) -> np.ndarray:
+    """Where a part of the drawing library covers its place, alone: [height, width] at ``_PIXELS_PER_UNIT`` pixels per unit."""
     text = (Path(pa.__file__).parent / part.__path__ / f"{part.value}.svg").read_text(encoding="utf-8")
-    names = " ".join(re.findall(r'xmlns[^=]*="[^"]*"', text))
-    whole = re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 120 60" {names}>', text, count=1)
-    png = resvg_py.svg_to_bytes(svg_string=whole, width=120 * _SCALE, height=60 * _SCALE, skip_system_fonts=True)
+    namespaces = " ".join(re.findall(r'xmlns[^=]*="[^"]*"', text))
+    wrapped_svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 120 60" {namespaces}>', text, count=1)
+    png = resvg_py.svg_to_bytes(
+        svg_string=wrapped_svg, width=120 * _PIXELS_PER_UNIT, height=60 * _PIXELS_PER_UNIT, skip_system_fonts=True
+    )
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))[..., 3] > 20
 
 
-def _moved(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+def _apply_affine(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Points [n, 2] after an affine map."""
-    moved: np.ndarray = points @ matrix[:2, :2].T + matrix[:2, 2]
-    return moved
+    transformed_points: np.ndarray = points @ matrix[:2, :2].T + matrix[:2, 2]
+    return transformed_points
 
 
-def _matrix(transform: str) -> np.ndarray:
+def _parse_transform(transform: str) -> np.ndarray:
     """The affine map [3, 3] of an SVG transform of ``translate``, ``scale`` and ``rotate`` about a point."""
     matrix = np.eye(3)
-    for kind, inside in re.findall(r"(\w+)\(([^)]*)\)", transform):
-        numbers = [float(value) for value in inside.split()]
+    for kind, arguments in re.findall(r"(\w+)\(([^)]*)\)", transform):
+        numbers = [float(value) for value in arguments.split()]
         match kind, numbers:
             case "translate", [x, y]:
-                step = np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])
+                factor = np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])
             case "scale", [x, y]:
-                step = np.diag([x, y, 1.0])
+                factor = np.diag([x, y, 1.0])
             case "rotate", [turn, x, y]:
                 a, b = cos(radians(turn)), sin(radians(turn))
-                step = np.array([[a, -b, x - a * x + b * y], [b, a, y - b * x - a * y], [0, 0, 1]])
+                factor = np.array([[a, -b, x - a * x + b * y], [b, a, y - b * x - a * y], [0, 0, 1]])
             case _:
-                raise ValueError(f"unknown transform {kind}({inside})")
-        matrix = matrix @ step
+                raise ValueError(f"unknown transform {kind}({arguments})")
+        matrix = matrix @ factor
     return matrix

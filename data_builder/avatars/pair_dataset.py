@@ -7,53 +7,53 @@ from pathlib import Path
 
 import numpy as np
 
-from data_builder.avatars.edits import Pair, pairs_of, vocabulary
-from data_builder.avatars.portrait_dataset import draw_into
-from data_builder.avatars.rendering import draw
+from data_builder.avatars.edits import AvatarPair, build_vocabulary, sample_pairs
+from data_builder.avatars.portrait_dataset import draw_dataset
+from data_builder.avatars.rendering import render_portrait
 
 
 @dataclass(frozen=True)
-class PairPlan:
-    """``groups`` changes of a split, each made on ``people`` people; a share of ``two`` are two changes at once."""
+class PairDatasetConfig:
+    """``num_edits`` changes of a split, each made on ``identities_per_edit`` people; a share of ``two_edit_fraction`` are two changes at once."""
 
     split: str
-    groups: int
-    people: int = 2
+    num_edits: int
+    identities_per_edit: int = 2
     size: int = 128
-    two: float = 0.2
+    two_edit_fraction: float = 0.2
 
-    def group(self, number: int) -> list[Pair]:
-        return pairs_of(self.split, number, self.people, two=self.two)
+    def sample_edit_pairs(self, edit_index: int) -> list[AvatarPair]:
+        return sample_pairs(self.split, edit_index, self.identities_per_edit, two_edit_fraction=self.two_edit_fraction)
 
 
-class DrawnPairs:
+class PairDataset:
     """``images`` uint8 [2 * people * groups, size, size, 3], memory-mapped: person after person, before and after."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
-        self.plan = PairPlan(**json.loads((folder / "plan.json").read_text()))
+        self.config = PairDatasetConfig(**json.loads((folder / "plan.json").read_text()))
         self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
 
     def __len__(self) -> int:
-        return self.plan.groups * self.plan.people
+        return self.config.num_edits * self.config.identities_per_edit
 
-    def pairs(self) -> list[Pair]:
+    def list_pairs(self) -> list[AvatarPair]:
         """All pairs; the pictures of pair i are 2 i and 2 i + 1."""
-        return [pair for number in range(self.plan.groups) for pair in self.plan.group(number)]
+        return [pair for number in range(self.config.num_edits) for pair in self.config.sample_edit_pairs(number)]
 
 
-def draw_pairs(folder: Path, plan: PairPlan, workers: int | None = None) -> None:
+def draw_pairs(folder: Path, config: PairDatasetConfig, num_workers: int | None = None) -> None:
     """Draw a dataset into ``folder``, with the vocabulary of its changes; what is already there by the same plan stays
     as it is."""
-    jobs = ((plan, number) for number in range(plan.groups))
-    draw_into(
-        folder, asdict(plan), plan.groups, 2 * plan.people, plan.size, _draw_group, jobs,
-        f"{plan.split} changes", workers,
+    jobs = ((config, number) for number in range(config.num_edits))
+    draw_dataset(
+        folder, asdict(config), config.num_edits, 2 * config.identities_per_edit, config.size, _draw_edit_pairs, jobs,
+        f"{config.split} changes", num_workers,
     )  # fmt: skip
-    (folder / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1))
+    (folder / "vocabulary.json").write_text(json.dumps(build_vocabulary(), indent=1))
 
 
-def _draw_group(job: tuple[PairPlan, int]) -> np.ndarray:
-    plan, number = job
-    portraits = [p for pair in plan.group(number) for p in (pair.before, pair.after)]
-    return np.stack([np.asarray(draw(who, how, plan.size)) for who, how in portraits])
+def _draw_edit_pairs(job: tuple[PairDatasetConfig, int]) -> np.ndarray:
+    config, edit_index = job
+    portraits = [p for pair in config.sample_edit_pairs(edit_index) for p in (pair.before, pair.after)]
+    return np.stack([np.asarray(render_portrait(person, scene, config.size)) for person, scene in portraits])

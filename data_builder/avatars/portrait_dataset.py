@@ -11,72 +11,83 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from data_builder.avatars.identity import SPLITS, Identity, Scene, identity, scene
-from data_builder.avatars.rendering import draw
+from data_builder.avatars.identity import SPLITS, AvatarIdentity, Scene, sample_identity, sample_scene
+from data_builder.avatars.rendering import render_portrait
 from hyperlora.progress import track
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``people`` persons of a split from its ``start``-th on, ``each`` portraits of every one, ``size`` pixels."""
+class PortraitDatasetConfig:
+    """``num_identities`` persons of a split from its ``offset``-th on, ``each`` portraits of every one, ``size`` pixels."""
 
     split: str
-    people: int
-    each: int
+    num_identities: int
+    portraits_per_identity: int
     size: int = 128
-    start: int = 0
+    offset: int = 0
 
-    def seeds(self) -> range:
-        return SPLITS[self.split][self.start : self.start + self.people]
+    def list_seeds(self) -> range:
+        return SPLITS[self.split][self.offset : self.offset + self.num_identities]
 
 
-class Portraits:
+class PortraitDataset:
     """Drawn portraits in person order: ``images`` uint8 [people * each, size, size, 3], memory-mapped."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
-        self.plan = Plan(**json.loads((folder / "plan.json").read_text()))
+        self.config = PortraitDatasetConfig(**json.loads((folder / "plan.json").read_text()))
         self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def person(self, index: int) -> Identity:
-        return identity(self.plan.seeds()[index // self.plan.each])
+    def get_identity(self, index: int) -> AvatarIdentity:
+        return sample_identity(self.config.list_seeds()[index // self.config.portraits_per_identity])
 
-    def scene(self, index: int) -> Scene:
-        return scene(self.plan.seeds()[index // self.plan.each], index % self.plan.each)
+    def get_scene(self, index: int) -> Scene:
+        return sample_scene(
+            self.config.list_seeds()[index // self.config.portraits_per_identity],
+            index % self.config.portraits_per_identity,
+        )
 
 
-def draw_portraits(folder: Path, plan: Plan, workers: int | None = None) -> None:
+def draw_portraits(folder: Path, config: PortraitDatasetConfig, num_workers: int | None = None) -> None:
     """Draw a dataset into ``folder``; does nothing if the same plan is already there."""
-    jobs = ((seed, plan.each, plan.size) for seed in plan.seeds())
-    draw_into(
-        folder, asdict(plan), plan.people, plan.each, plan.size, _draw_person, jobs, f"{plan.split} people", workers
+    jobs = ((seed, config.portraits_per_identity, config.size) for seed in config.list_seeds())
+    draw_dataset(
+        folder,
+        asdict(config),
+        config.num_identities,
+        config.portraits_per_identity,
+        config.size,
+        _draw_identity,
+        jobs,
+        f"{config.split} people",
+        num_workers,
     )
 
 
-def draw_into(
-    folder: Path, plan: dict[str, Any], jobs_count: int, each: int, size: int, work: Callable[[Any], np.ndarray],
-    jobs: Iterable[Any], label: str, workers: int | None = None,
+def draw_dataset(
+    folder: Path, config: dict[str, Any], num_jobs: int, images_per_job: int, size: int, draw_fn: Callable[[Any], np.ndarray],
+    jobs: Iterable[Any], label: str, num_workers: int | None = None,
 ) -> None:  # fmt: skip
-    """``images.npy`` of what ``work`` draws for every job, ``each`` pictures a job, and ``plan.json``, which is written
+    """``images.npy`` of what ``draw_fn`` draws for every job, ``each`` pictures a job, and ``config.json``, which is written
     last, so an interrupted run leaves no dataset that looks complete."""
-    done = folder / "plan.json"
-    if done.exists() and json.loads(done.read_text()) == plan:
+    config_path = folder / "plan.json"
+    if config_path.exists() and json.loads(config_path.read_text()) == config:
         return
-    done.unlink(missing_ok=True)
+    config_path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    images = open_memmap(folder / "images.npy", "w+", np.uint8, (jobs_count * each, size, size, 3))
-    with get_context("spawn").Pool(workers or os.cpu_count()) as pool:
-        drawn = pool.imap(work, jobs, chunksize=8)
-        for i, pictures in enumerate(track(drawn, "drawing", label, jobs_count)):
-            images[i * each : (i + 1) * each] = pictures
+    images = open_memmap(folder / "images.npy", "w+", np.uint8, (num_jobs * images_per_job, size, size, 3))
+    with get_context("spawn").Pool(num_workers or os.cpu_count()) as pool:
+        results = pool.imap(draw_fn, jobs, chunksize=8)
+        for i, job_images in enumerate(track(results, "drawing", label, num_jobs)):
+            images[i * images_per_job : (i + 1) * images_per_job] = job_images
     images.flush()
-    done.write_text(json.dumps(plan))
+    config_path.write_text(json.dumps(config))
 
 
-def _draw_person(job: tuple[int, int, int]) -> np.ndarray:
-    seed, each, size = job
-    who = identity(seed)
-    return np.stack([np.asarray(draw(who, scene(seed, k), size)) for k in range(each)])
+def _draw_identity(job: tuple[int, int, int]) -> np.ndarray:
+    seed, num_portraits, size = job
+    person = sample_identity(seed)
+    return np.stack([np.asarray(render_portrait(person, sample_scene(seed, k), size)) for k in range(num_portraits)])

@@ -8,22 +8,22 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPTokenizer
 
 from data_builder.avatars import vocabulary as words
-from data_builder.avatars.captions import caption
-from data_builder.avatars.identity import identity, scene
+from data_builder.avatars.captions import sample_caption
+from data_builder.avatars.identity import sample_identity, sample_scene
 
-_START, _END = "<|startoftext|>", "<|endoftext|>"
+_BOS_TOKEN, _EOS_TOKEN = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_tokenizer(out: Path, max_length: int = 48) -> CLIPTokenizer:
-    """Byte-pair encoding learned on the world's captions until each word is one token; saved to ``out``.
+def build_tokenizer(output_dir: Path, max_length: int = 48) -> CLIPTokenizer:
+    """Byte-pair encoding learned on the world's captions until each word is one token; saved to ``output_dir``.
 
     Letters stay tokens too, so that any prompt can be encoded.
     """
     rng = np.random.default_rng(0)
-    corpus = [caption(identity(i), scene(i, 0), rng, 1.0) for i in range(4000)]
+    corpus = [sample_caption(sample_identity(i), sample_scene(i, 0), rng, 1.0) for i in range(4000)]
     tables = (words.IDENTITY_ATTRIBUTES | words.PROMPT_ATTRIBUTES).values()
     corpus += [name for table in tables for name in table] * 20
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_END))
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_EOS_TOKEN))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -31,12 +31,12 @@ def build_tokenizer(out: Path, max_length: int = 48) -> CLIPTokenizer:
         vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(corpus, trainer)
-    learned = bpe.get_vocab()
+    bpe_vocab = bpe.get_vocab()
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    vocabulary = sorted(learned, key=lambda t: learned[t])
-    vocabulary += [f"{c}</w>" for c in alphabet if f"{c}</w>" not in learned] + [_START, _END]
+    tokens = sorted(bpe_vocab, key=lambda t: bpe_vocab[t])
+    tokens += [f"{c}</w>" for c in alphabet if f"{c}</w>" not in bpe_vocab] + [_BOS_TOKEN, _EOS_TOKEN]
     tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=max_length
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=max_length
     )
-    tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(output_dir)
     return tokenizer

@@ -80,6 +80,6 @@ PROMPT_ATTRIBUTES: Final = {
 GEOMETRY: Final = ("eye_distance", "eye_height", "nose_scale", "mouth_scale", "face_width")
 
 
-def color(table: dict[str, str], value: str) -> str:
-    """``#rrggbb`` of a colour given by its name in ``table`` or as ``#rrggbb``."""
+def resolve_color(table: dict[str, str], value: str) -> str:
+    """``#rrggbb`` of a colour given by its name in ``format_table`` or as ``#rrggbb``."""
     return value if value.startswith("#") else table[value]

@@ -13,116 +13,129 @@ from PIL import Image
 from torch import Tensor
 
 from hyperlora.data.images import read_image, to_tensor
-from hyperlora.data.subjects import subjects_in
-from hyperlora.diffusion.diffusion_base import Base, load_base
-from hyperlora.diffusion.target_modules import layout_of
-from hyperlora.diffusion.text_to_image import render
-from hyperlora.errors import BadRequest
-from hyperlora.finetuning.refine import photo_examples
-from hyperlora.finetuning.trainer import fit
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.data.subjects import list_subjects
+from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.diffusion.text_to_image import generate_images
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.finetuning.refine import make_photo_examples
+from hyperlora.finetuning.trainer import fine_tune_loras
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
-def differential(
-    base: Base,
+def fit_differential_lora(
+    base: DiffusionBase,
     before: Tensor,
     after: Tensor,
     *,
     preset: str = "attention+mlp",
     rank: int = 4,
-    steps: int = 300,
+    finetune_steps: int = 300,
     lr: float = 2e-3,
-    batch: int = 2,
+    batch_size: int = 2,
     prompt: str = "",
     seed: int = 0,
     label: str | None = None,
 ) -> LoraWeights:
     """The change from ``before`` to ``after``, both [pairs, 3, h, w] in [0, 1], as one LoRA of 2·``rank``.
 
-    All 2·pairs LoRAs are fitted at once. Raises ``BadRequest`` if the numbers of pictures differ or a pair is twice the
+    All 2·pairs LoRAs are fitted at once. Raises ``InvalidArgumentError`` if the numbers of pictures differ or a pair is twice the
     same picture.
     """
     check_pairs(before, after)
     component = next(iter(base.modules))
-    layout = layout_of({component: base.denoiser}, preset, rank, base.id)
-    examples = photo_examples(base, torch.cat([before, after])[:, None], prompt)
-    std = (sum(s.fan_in for s in layout.sites) / len(layout.sites)) ** -0.5
+    layout = make_layout({component: base.denoiser}, preset, rank, base.id)
+    examples = make_photo_examples(base, torch.cat([before, after])[:, None], prompt)
+    init_std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        start = LoraWeights.zeros(layout, (), std).flatten().to(before.device).expand(2 * len(before), -1)
-        fitted = fit(
-            base.denoiser, base.noise_schedule, examples, start, partial(LoraWeights.unflatten, layout),
-            steps=steps, lr=lr, batch=batch, twins=2, label=label,
+        init_codes = LoraWeights.zeros(layout, (), init_std).flatten().to(before.device).expand(2 * len(before), -1)
+        loras = fine_tune_loras(
+            base.denoiser, base.noise_scheduler, examples, init_codes, partial(LoraWeights.unflatten, layout),
+            num_steps=finetune_steps, lr=lr, batch_size=batch_size, num_paired_groups=2, progress_label=label,
         ).weights  # fmt: skip
-    n = len(before)
-    changes = fitted[slice(n, 2 * n)] - fitted[slice(n)]
-    return changes[0] if n == 1 else changes.mean()
+    num_pairs = len(before)
+    differences = loras[slice(num_pairs, 2 * num_pairs)] - loras[slice(num_pairs)]
+    return differences[0] if num_pairs == 1 else differences.mean()
 
 
 def check_pairs(before: Tensor, after: Tensor) -> None:
-    """Raises ``BadRequest`` if the numbers of pictures differ or a pair is twice the same picture."""
+    """Raises ``InvalidArgumentError`` if the numbers of pictures differ or a pair is twice the same picture."""
     if before.shape != after.shape:
-        raise BadRequest(f"as many pictures before as after expected, got {len(before)} and {len(after)}")
-    if same := [i for i in range(len(before)) if torch.equal(before[i], after[i])]:
-        raise BadRequest(f"pair {same[0] + 1} is twice the same picture: there is no change to learn")
+        raise InvalidArgumentError(f"as many pictures before as after expected, got {len(before)} and {len(after)}")
+    if identical := [i for i in range(len(before)) if torch.equal(before[i], after[i])]:
+        raise InvalidArgumentError(f"pair {identical[0] + 1} is twice the same picture: there is no change to learn")
 
 
-def slider(base: Base, change: LoraWeights, prompt: str, seeds: range, steps: int = 20) -> Image.Image:
+def render_slider_grid(
+    base: DiffusionBase, lora: LoraWeights, prompt: str, seeds: range, num_inference_steps: int = 20
+) -> Image.Image:
     """A sheet: one row per seed, one column per strength of ``STRENGTHS``."""
     rows, columns = len(seeds), len(STRENGTHS)
-    weights = LoraWeights.stack([change * s for _ in seeds for s in STRENGTHS])
-    drawn = render(
+    weights = LoraWeights.stack([lora * s for _ in seeds for s in STRENGTHS])
+    images = generate_images(
         base,
         [prompt] * (rows * columns),
         weights,
         seeds=[seed for seed in seeds for _ in STRENGTHS],
-        steps=steps,
+        num_inference_steps=num_inference_steps,
     )
-    width, height = drawn[0].size
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    for i, picture in enumerate(drawn):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, rows * height))
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    return grid
 
 
-def build(
-    before: Path, after: Path, base: str, out: Path, *, sheet: Path | None, prompt: str, preset: str, rank: int,
-    steps: int, lr: float, format: str,
+def build_differential_lora(
+    before: Path, after: Path, base: str, output_path: Path, *, grid_path: Path | None, prompt: str, preset: str, rank: int,
+    finetune_steps: int, lr: float, format: str,
 ) -> None:  # fmt: skip
-    """Files to a file (and a slider sheet), as ``python -m data_builder differential`` does."""
-    pairs = _pairs(before, after)
-    opened = [[read_image(path) for path in pair] for pair in pairs]
-    for (first, second), (a, b) in zip(pairs, opened, strict=True):
-        if a.size != b.size:
-            raise BadRequest(
-                f"{first.name} is {a.size[0]}x{a.size[1]}, {second.name} {b.size[0]}x{b.size[1]}: same size"
+    """Files to a file (and a slider sheet), as ``python -m data_builder fit_differential_lora`` does."""
+    pairs = _match_pairs(before, after)
+    image_pairs = [[read_image(path) for path in pair] for pair in pairs]
+    for (before_path, after_path), (before_image, after_image) in zip(pairs, image_pairs, strict=True):
+        if before_image.size != after_image.size:
+            raise InvalidArgumentError(
+                f"{before_path.name} is {before_image.size[0]}x{before_image.size[1]}, {after_path.name} {after_image.size[0]}x{after_image.size[1]}: same size"
             )
-    model = load_base(base)
-    pixels = torch.stack([torch.stack([to_tensor(image, model.resolution) for image in pair]) for pair in opened])
-    change = differential(
-        model, pixels[:, 0], pixels[:, 1], preset=preset, rank=rank, steps=steps, lr=lr, label="fitting"
+    diffusion_base = load_diffusion_base(base)
+    pixels = torch.stack(
+        [torch.stack([to_tensor(image, diffusion_base.resolution) for image in pair]) for pair in image_pairs]
+    )
+    lora = fit_differential_lora(
+        diffusion_base,
+        pixels[:, 0],
+        pixels[:, 1],
+        preset=preset,
+        rank=rank,
+        finetune_steps=finetune_steps,
+        lr=lr,
+        label="fitting",
     )
     title = f"{before.stem} to {after.stem}"
-    header = LoraHeader(title=title, architecture=model.architecture, resolution=(model.resolution,) * 2)
-    save_lora(change, out, format=format, header=header)  # type: ignore[arg-type]
-    if sheet is not None:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        slider(model, change, prompt, range(4)).save(sheet)
+    metadata = LoraMetadata(
+        title=title, architecture=diffusion_base.architecture, resolution=(diffusion_base.resolution,) * 2
+    )
+    save_lora(lora, output_path, format=format, metadata=metadata)  # type: ignore[arg-type]
+    if grid_path is not None:
+        grid_path.parent.mkdir(parents=True, exist_ok=True)
+        render_slider_grid(diffusion_base, lora, prompt, range(4)).save(grid_path)
 
 
-def _pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
+def _match_pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
     if before.is_dir() != after.is_dir():
-        raise BadRequest(f"{before} and {after}: two images, or two folders, expected")
+        raise InvalidArgumentError(f"{before} and {after}: two images, or two folders, expected")
     if not before.is_dir():
         return [(before, after)]
-    there = {s.name: s.photos[0] for s in subjects_in(after)}
-    found = [(s.photos[0], there.pop(s.name)) for s in subjects_in(before) if s.name in there]
-    if not found or there:
-        raise BadRequest(
-            f"{before} and {after} must hold pictures of the same names, e.g. {min(there, default='none')}"
+    unmatched = {s.name: s.photos[0] for s in list_subjects(after)}
+    pairs = [(s.photos[0], unmatched.pop(s.name)) for s in list_subjects(before) if s.name in unmatched]
+    if not pairs or unmatched:
+        raise InvalidArgumentError(
+            f"{before} and {after} must hold pictures of the same names, e.g. {min(unmatched, default='none')}"
         )
-    return found
+    return pairs

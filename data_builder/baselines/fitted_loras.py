@@ -1,27 +1,27 @@
-"""LoRAs fitted to one photo each of a benchmark's people (DreamBooth); ``hyperlora demo`` shows them beside its own."""
+"""LoRAs fitted to one photo each of a benchmark's people (DreamBooth); ``main_callback demo`` shows them beside its own."""
 
 from pathlib import Path
 
 import torch
 
 from hyperlora import pretrained
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.encoders.attribute_classifier import Reader
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.evaluation.benchmark import load_benchmark
-from hyperlora.evaluation.subject_evaluator import Judge
-from hyperlora.evaluation.subject_suite import FitSettings, fitted_loras
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
+from hyperlora.evaluation.subject_suite import FineTuneBaseline, fit_subject_loras
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
-def fit_benchmark(out: Path, people: int, settings: FitSettings) -> None:
-    """``out/NAME.safetensors`` (fp16) for the first ``people``, of the bundled model's sites and rank."""
-    base = load_base(pretrained.BASE)
-    model = ImageToLora.from_pretrained(pretrained.MODEL, base=base)
-    benchmark = load_benchmark(pretrained.BENCHMARK, base.resolution, people)
-    judge = Judge(base, Reader.from_pretrained(pretrained.EVALUATOR), benchmark)
-    loras = fitted_loras(judge, model, benchmark.photos[:, :1], settings)[settings.steps]
-    header = LoraHeader(architecture=base.architecture, trigger_phrase=str(model.card.get("trigger_phrase", "")))
+def fit_baseline_loras(output_dir: Path, num_subjects: int, settings: FineTuneBaseline) -> None:
+    """``output_dir/NAME.safetensors`` (fp16) for the first ``num_subjects``, of the bundled model's sites and rank."""
+    base = load_diffusion_base(pretrained.BASE_DIR)
+    model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
+    benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, num_subjects)
+    evaluator = SubjectEvaluator(base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark)
+    loras = fit_subject_loras(evaluator, model, benchmark.photos[:, :1], settings)[settings.num_steps]
+    metadata = LoraMetadata(architecture=base.architecture, trigger_phrase=str(model.card.get("trigger_phrase", "")))
     for i, name in enumerate(benchmark.names):
-        save_lora(loras[i], out / f"{name}.safetensors", header=header, dtype=torch.float16)
+        save_lora(loras[i], output_dir / f"{name}.safetensors", metadata=metadata, dtype=torch.float16)

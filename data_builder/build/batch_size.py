@@ -6,43 +6,43 @@ from typing import Final
 import torch
 
 from data_builder.build.plan import Plan
-from data_builder.build.subject_data import class_latents, material
-from data_builder.build.trainer import Farm, open_base
+from data_builder.build.subject_data import load_subject, sample_class_latents
+from data_builder.build.trainer import ChunkTrainer, load_recipe_base
 
-MOST: Final = 256
-ON_CPU: Final = 16
-SHARE: Final = 0.85
+MAX_BATCH_SIZE: Final = 256
+CPU_BATCH_SIZE: Final = 16
+MEMORY_FRACTION: Final = 0.85
 """Of the GPU's memory that may be used: fragments and other programs take some."""
 
 
-def as_many_as_fit(plan: Plan) -> Plan:
+def scale_batch_size(plan: Plan) -> Plan:
     """``plan`` with as many subjects at once as this machine's GPU holds; 16 without one, where memory is not what
     bounds it."""
-    k = ON_CPU
+    batch_size = CPU_BATCH_SIZE
     if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        k = within(total, *_peaks(plan))
-    return replace(plan, recipe=replace(plan.recipe, at_once=min(k, len(plan.rows))))
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        batch_size = compute_max_batch_size(total_bytes, *_measure_peak_memory(plan))
+    return replace(plan, recipe=replace(plan.recipe, at_once=min(batch_size, len(plan.rows))))
 
 
-def within(total: int, one: int, two: int) -> int:
-    """How many fit into ``total`` bytes where ``one`` takes so much and ``two`` so much, each further one as much as
+def compute_max_batch_size(total_bytes: int, peak_one_bytes: int, peak_two_bytes: int) -> int:
+    """How many fit into ``total_bytes`` bytes where ``peak_one_bytes`` takes so much and ``peak_two_bytes`` so much, each further one as much as
     the second; at least 1, at most 256."""
-    more = (SHARE * total - one) / max(1, two - one)
-    return int(min(MOST, max(1, 1 + more)))
+    additional = (MEMORY_FRACTION * total_bytes - peak_one_bytes) / max(1, peak_two_bytes - peak_one_bytes)
+    return int(min(MAX_BATCH_SIZE, max(1, 1 + additional)))
 
 
-def _peaks(plan: Plan) -> tuple[int, int]:
+def _measure_peak_memory(plan: Plan) -> tuple[int, int]:
     """Bytes at the peak of one step with one subject and with two, the longest list of photos first."""
     recipe = replace(plan.recipe, steps=1, every=1)
-    base = open_base(recipe)
-    latents = class_latents(base, recipe) if recipe.prior_images else None
-    farm = Farm(replace(plan, recipe=recipe), base, latents)
-    longest = max(plan.rows, key=lambda row: len(row.photos))
-    made = material(longest, farm.source, base, recipe)
-    peaks = []
-    for k in (1, 2):
+    base = load_recipe_base(recipe)
+    latents = sample_class_latents(base, recipe) if recipe.num_class_images else None
+    trainer = ChunkTrainer(replace(plan, recipe=recipe), base, latents)
+    largest = max(plan.rows, key=lambda row: len(row.photos))
+    subject_data = load_subject(largest, trainer.source, base, recipe)
+    peak_bytes = []
+    for num_subjects in (1, 2):
         torch.cuda.reset_peak_memory_stats()
-        farm.fit([longest] * k, [made] * k)
-        peaks.append(torch.cuda.max_memory_allocated())
-    return peaks[0], peaks[1]
+        trainer.fit_subjects([largest] * num_subjects, [subject_data] * num_subjects)
+        peak_bytes.append(torch.cuda.max_memory_allocated())
+    return peak_bytes[0], peak_bytes[1]

@@ -7,66 +7,66 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_builder.build.chunk_store import Chunks, require_whole
+from data_builder.build.chunk_store import ChunkStore, check_complete
 from data_builder.build.plan import read_plan
-from hyperlora.data.lora_dataset import TABLE, write_table
-from hyperlora.data.lora_shards import LoraRecord, open_shard, shard_bytes
-from hyperlora.errors import BadRequest
+from hyperlora.data.lora_dataset import TABLE_NAME, write_table
+from hyperlora.data.lora_shards import LoraRecord, open_shard, serialize_shard
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
 from hyperlora.progress import track
 
 
-def pack(
+def pack_chunks(
     folder: Path,
-    out: Path,
+    output_dir: Path,
     *,
     rows_per_shard: int = 4096,
     partial: bool = False,
     scores: dict[tuple[str, int], float] | None = None,
-    without: Collection[tuple[str, int]] = (),
+    excluded: Collection[tuple[str, int]] = (),
 ) -> int:
-    """Write ``out/loras-00000.safetensors``, ... and ``table.parquet`` (last) from the finished chunks of a build, in
-    the plan's order; how many rows. ``scores`` fill the table's column, rows ``without`` are left out; both by
+    """Write ``output_dir/loras-00000.safetensors``, ... and ``table.parquet`` (last) from the finished chunks of a build, in
+    the plan's order; how many rows. ``scores`` fill the table's column, rows ``excluded`` are left out; both by
     (subject, view).
 
-    Raises ``BadRequest`` for an unfinished build (unless ``partial``) or a folder that holds other shards.
+    Raises ``InvalidArgumentError`` for an unfinished build (unless ``partial``) or a folder that holds other shards.
     """
-    chunks = Chunks(read_plan(folder), folder)
-    require_whole(chunks, partial)
-    if out.resolve() == (folder / "chunks").resolve():
-        raise BadRequest(f"{str(out)!r} holds the chunks themselves: pack into another folder")
-    for old in sorted(out.glob("loras-*.safetensors")):
-        if open_shard(old).notes.get("hyperlora.plan") != chunks.plan.digest:
-            raise BadRequest(f"{str(out)!r} holds the LoRAs of another plan: pack into another folder")
-        old.unlink()
-    (out / TABLE).unlink(missing_ok=True)
-    layout = chunks.open(chunks.done()[0]).layout
+    store = ChunkStore(read_plan(folder), folder)
+    check_complete(store, partial)
+    if output_dir.resolve() == (folder / "chunks").resolve():
+        raise InvalidArgumentError(f"{str(output_dir)!r} holds the chunks themselves: pack into another folder")
+    for stale_shard in sorted(output_dir.glob("loras-*.safetensors")):
+        if open_shard(stale_shard).metadata.get("hyperlora.plan") != store.plan.fingerprint:
+            raise InvalidArgumentError(f"{str(output_dir)!r} holds the LoRAs of another plan: pack into another folder")
+        stale_shard.unlink()
+    (output_dir / TABLE_NAME).unlink(missing_ok=True)
+    layout = store.open_chunk(store.list_finished_chunks()[0]).layout
     records: list[LoraRecord] = []
-    for i, (rows, table) in enumerate(_joined(chunks, rows_per_shard, scores or {}, without)):
-        data = shard_bytes(rows, layout, (), {"hyperlora.plan": chunks.plan.digest})
-        write_bytes(data, out / f"loras-{i:05d}.safetensors")
-        records += table
-    write_bytes((folder / "plan.json").read_bytes(), out / "plan.json")
-    places = [divmod(i, rows_per_shard) for i in range(len(records))]
-    write_table(records, out / TABLE, shard=[s for s, _ in places], row=[r for _, r in places])
+    for i, (rows, shard_records) in enumerate(_split_into_shards(store, rows_per_shard, scores or {}, excluded)):
+        data = serialize_shard(rows, layout, (), {"hyperlora.plan": store.plan.fingerprint})
+        write_bytes(data, output_dir / f"loras-{i:05d}.safetensors")
+        records += shard_records
+    write_bytes((folder / "plan.json").read_bytes(), output_dir / "plan.json")
+    positions = [divmod(i, rows_per_shard) for i in range(len(records))]
+    write_table(records, output_dir / TABLE_NAME, shard=[s for s, _ in positions], row=[r for _, r in positions])
     return len(records)
 
 
-def _joined(
-    chunks: Chunks, most: int, scores: dict[tuple[str, int], float], without: Collection[tuple[str, int]]
+def _split_into_shards(
+    store: ChunkStore, rows_per_shard: int, scores: dict[tuple[str, int], float], excluded: Collection[tuple[str, int]]
 ) -> Iterator[tuple[Tensor, list[LoraRecord]]]:
     rows: list[Tensor] = []
-    table: list[LoraRecord] = []
-    for number in track(chunks.done(), "packing", "chunks", len(chunks.done())):
-        shard = chunks.open(number)
-        for row, record in zip(shard.rows, shard.table, strict=True):
-            key = (record.subject, record.view)
-            if key in without:
+    records: list[LoraRecord] = []
+    for number in track(store.list_finished_chunks(), "packing", "chunks", len(store.list_finished_chunks())):
+        shard = store.open_chunk(number)
+        for row, record in zip(shard.rows, shard.records, strict=True):
+            key = (record.subject, record.repetition)
+            if key in excluded:
                 continue
             rows.append(row)
-            table.append(replace(record, score=scores.get(key, record.score)))
-            if len(rows) == most:
-                yield torch.stack(rows), table
-                rows, table = [], []
+            records.append(replace(record, score=scores.get(key, record.score)))
+            if len(rows) == rows_per_shard:
+                yield torch.stack(rows), records
+                rows, records = [], []
     if rows:
-        yield torch.stack(rows), table
+        yield torch.stack(rows), records

@@ -1,4 +1,4 @@
-"""``Plan``: everything that decides a dataset of LoRAs. The same plan gives the same rows, however often its run is
+"""``PortraitDatasetConfig``: everything that decides a dataset of LoRAs. The same plan gives the same rows, however often its run is
 stopped and on however many machines it goes on."""
 
 import hashlib
@@ -9,150 +9,158 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from data_builder.sources.types import Photo, _photo
-from hyperlora.errors import BadRequest
+from data_builder.sources.types import Photo, _parse_photo
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
 
-FILE: Final = "plan.json"
-STARTS: Final = ("zero", "shared", "mean", "network")
-SPACES: Final = ("lora", "locon", "lidb", "loha", "lokr")
+PLAN_FILE: Final = "plan.json"
+INIT_METHODS: Final = ("zero", "shared", "mean", "network")
+PARAMETRIZATIONS: Final = ("lora", "locon", "lidb", "loha", "lokr")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How each LoRA is fitted.
 
-    ``space``: plain LoRA, LoCon (convolutions too), LiDB, or PEFT's LoHa and LoKr of rank ``inner``, all stored as
-    plain LoRA of ``rank``. ``start``: ΔW = 0 with random factors of each subject's own (zero) or of all subjects
-    (shared, so that weight space is smooth), the mean LoRA of the dataset ``start_from``, or what the network there
-    predicts from the photos. ``templates`` name the subject ``{}``: ``identifier`` where it is learned, ``class_name``
-    on the ``prior_images`` that the base draws (DreamBooth's prior preservation). ``variants`` are random crops of each
-    photo; photos are mirrored only where ``flip`` says that the subjects are symmetric. ``held_out`` photos of each
-    subject only measure it, every ``every`` steps; it ends after ``patience`` looks without a better one.
-    ``at_once`` subjects make a chunk, ``variant`` names the base's files (fp16), ``rows`` is the dtype on disk.
+    ``parametrization``: plain LoRA, LoCon (convolutions too), LiDB, or PEFT's LoHa and LoKr of rank ``inner_rank``, all stored as
+    plain LoRA of ``rank``. ``init``: ΔW = 0 with random factors of each subject's own (zero) or of all subjects
+    (shared, so that weight space is smooth), the mean LoRA of the dataset ``init_from``, or what the network there
+    predicts from the photos. ``prompt_templates`` name the subject ``{}``: ``identifier`` where it is learned, ``class_noun``
+    on the ``num_class_images`` that the base draws (DreamBooth's prior preservation). ``num_crops`` are random crops of each
+    photo; photos are mirrored only where ``flip`` says that the subjects are symmetric. ``num_val_photos`` photos of each
+    subject only measure it, every ``eval_every`` steps; it ends after ``patience`` looks without a better one.
+    ``subjects_per_batch`` subjects make a chunk, ``variant`` names the base's files (fp16), ``storage_dtype`` is the dtype on disk.
     """
 
     base: str
     preset: str = "attention+mlp"
     rank: int = 4
-    space: str = "lora"
-    inner: int | None = None
-    start: str = "shared"
-    start_from: str = ""
-    steps: int = 300
+    parametrization: str = "lora"
+    inner_rank: int | None = None
+    init: str = "shared"
+    init_from: str = ""
+    finetune_steps: int = 300
     lr: float = 1e-3
-    batch: int = 2
-    at_once: int = 16
+    batch_size: int = 2
+    subjects_per_batch: int = 16
     identifier: str = "sks person"
-    class_name: str = "a person"
-    templates: tuple[str, ...] = ("a portrait of {}",)
-    prior_images: int = 0
-    prior_weight: float = 1.0
-    variants: int = 1
+    class_noun: str = "a person"
+    prompt_templates: tuple[str, ...] = ("a portrait of {}",)
+    num_class_images: int = 0
+    prior_loss_weight: float = 1.0
+    num_crops: int = 1
     flip: bool = False
-    held_out: int = 0
-    every: int = 25
+    num_val_photos: int = 0
+    eval_every: int = 25
     patience: int | None = None
     dtype: str = "float32"
     variant: str | None = None
-    checkpointing: bool = False
-    rows: str = "float16"
+    gradient_checkpointing: bool = False
+    storage_dtype: str = "float16"
     seed: int = 0
 
-    def check(self) -> None:
-        """Raises ``BadRequest`` for what cannot be."""
-        if self.start not in STARTS:
-            raise BadRequest(f"unknown start {self.start!r}; known: {', '.join(STARTS)}")
-        if self.space not in SPACES:
-            raise BadRequest(f"unknown space {self.space!r}; known: {', '.join(SPACES)}")
-        if self.start in ("mean", "network") and self.space not in ("lora", "locon"):
-            raise BadRequest(f"{self.space} fits its own numbers and starts at zero or shared, not at {self.start!r}")
-        if self.start == "mean" and not self.start_from:
-            raise BadRequest("the mean of which dataset? Give its folder with --start-from")
-        if self.rows not in ("float32", "float16", "bfloat16"):
-            raise BadRequest(f"rows are stored as float32, float16 or bfloat16, not {self.rows!r}")
-        if bad := [template for template in self.templates if template.count("{}") != 1]:
-            raise BadRequest(f"the template {bad[0]!r} must name the subject once, as {{}}: a portrait of {{}}")
+    def validate(self) -> None:
+        """Raises ``InvalidArgumentError`` for what cannot be."""
+        if self.init not in INIT_METHODS:
+            raise InvalidArgumentError(f"unknown start {self.init!r}; known: {', '.join(INIT_METHODS)}")
+        if self.parametrization not in PARAMETRIZATIONS:
+            raise InvalidArgumentError(f"unknown space {self.parametrization!r}; known: {', '.join(PARAMETRIZATIONS)}")
+        if self.init in ("mean", "network") and self.parametrization not in ("lora", "locon"):
+            raise InvalidArgumentError(
+                f"{self.parametrization} fits its own numbers and starts at zero or shared, not at {self.init!r}"
+            )
+        if self.init == "mean" and not self.init_from:
+            raise InvalidArgumentError("the mean of which dataset? Give its folder with --start-from")
+        if self.storage_dtype not in ("float32", "float16", "bfloat16"):
+            raise InvalidArgumentError(f"rows are stored as float32, float16 or bfloat16, not {self.storage_dtype!r}")
+        if invalid_templates := [template for template in self.prompt_templates if template.count("{}") != 1]:
+            raise InvalidArgumentError(
+                f"the template {invalid_templates[0]!r} must name the subject once, as {{}}: a portrait of {{}}"
+            )
         for name in ("rank", "steps", "batch", "at_once", "variants", "every"):
             if getattr(self, name) < 1:
-                raise BadRequest(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise InvalidArgumentError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One row to be: ``view`` counts the LoRAs of one subject, ``seed`` decides all that chance decides for it."""
+class PlannedLora:
+    """One row to be: ``repetition`` counts the LoRAs of one subject, ``seed`` decides all that chance decides for it."""
 
     subject: str
     photos: tuple[Photo, ...]
     seed: int
     split: str = "train"
-    view: int = 0
+    repetition: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``source`` says where photos are read (``sources.opened``), ``skipped`` what was left out and why, ``remarks``
+    """``source`` says where photos are read (``sources.opened``), ``skipped`` what was left out and why, ``warnings``
     what else is worth knowing of photos."""
 
     recipe: Recipe
     source: Mapping[str, Any]
-    rows: tuple[Planned, ...]
+    rows: tuple[PlannedLora, ...]
     skipped: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
-    notes: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def chunks(self) -> int:
-        return -(-len(self.rows) // self.recipe.at_once)
+    def num_chunks(self) -> int:
+        return -(-len(self.rows) // self.recipe.subjects_per_batch)
 
-    def chunk(self, number: int) -> Sequence[Planned]:
-        k = self.recipe.at_once
-        return self.rows[number * k : (number + 1) * k]
+    def get_chunk(self, number: int) -> Sequence[PlannedLora]:
+        subjects_per_batch = self.recipe.subjects_per_batch
+        return self.rows[number * subjects_per_batch : (number + 1) * subjects_per_batch]
 
     @cached_property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything a row depends on."""
-        facts = [asdict(self.recipe), dict(self.source), [asdict(row) for row in self.rows]]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        hashed_fields = [asdict(self.recipe), dict(self.source), [asdict(row) for row in self.rows]]
+        return hashlib.sha256(json.dumps(hashed_fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        return json.dumps({"digest": self.digest, **asdict(self)}, indent=1)
+        return json.dumps({"digest": self.fingerprint, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Inverse of ``to_json``. Raises ``ValueError``, ``KeyError`` or ``TypeError`` for other texts."""
         data = json.loads(text)
         recipe = Recipe(**{**data["recipe"], "templates": tuple(data["recipe"]["templates"])})
-        rows = tuple(Planned(**{**row, "photos": tuple(map(_photo, row["photos"]))}) for row in data["rows"])
+        rows = tuple(PlannedLora(**{**row, "photos": tuple(map(_parse_photo, row["photos"]))}) for row in data["rows"])
         return cls(recipe, data["source"], rows, tuple(data["skipped"]), tuple(data["remarks"]), data["notes"])
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
-    """``folder/plan.json``; does nothing if the same plan is there. Raises ``BadRequest`` if another one is."""
-    if (folder / FILE).exists():
-        if read_plan(folder).digest == plan.digest:
+    """``folder/plan.json``; does nothing if the same plan is there. Raises ``InvalidArgumentError`` if another one is."""
+    if (folder / PLAN_FILE).exists():
+        if read_plan(folder).fingerprint == plan.fingerprint:
             return
-        raise BadRequest(f"{str(folder)!r} holds another plan: run that one, or choose another folder")
-    write_bytes(plan.to_json().encode(), folder / FILE)
+        raise InvalidArgumentError(f"{str(folder)!r} holds another plan: run that one, or choose another folder")
+    write_bytes(plan.to_json().encode(), folder / PLAN_FILE)
 
 
 def read_plan(folder: Path) -> Plan:
-    """Raises ``BadRequest`` for a folder without a plan or with a damaged one."""
-    file = folder / FILE
+    """Raises ``InvalidArgumentError`` for a folder without a plan or with a damaged one."""
+    file = folder / PLAN_FILE
     if not file.is_file():
-        raise BadRequest(f"{str(folder)!r} holds no plan.json: make one first, data-builder plan SOURCE -o {folder}")
+        raise InvalidArgumentError(
+            f"{str(folder)!r} holds no plan.json: make one first, data-builder plan SOURCE -o {folder}"
+        )
     try:
         return Plan.from_json(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadRequest(f"{str(file)!r} is no plan ({' '.join(str(error).split())[:100]}): make it again") from error
+        raise InvalidArgumentError(
+            f"{str(file)!r} is no plan ({' '.join(str(error).split())[:100]}): make it again"
+        ) from error
 
 
-def printable(text: str) -> str:
+def replace_invalid_utf8(text: str) -> str:
     """``text`` without the bytes that are no UTF-8, which names of files may hold."""
     return text.encode("utf-8", "replace").decode()
 
 
-def seed_of(recipe_seed: int, subject: str, view: int) -> int:
+def compute_subject_seed(recipe_seed: int, subject: str, repetition: int) -> int:
     """A subject's own seed, whatever its place in the list."""
-    digest = hashlib.sha256(f"{recipe_seed}/{subject}/{view}".encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(f"{recipe_seed}/{subject}/{repetition}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big")

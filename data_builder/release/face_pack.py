@@ -11,69 +11,71 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperlora.encoders.face_networks import FaceDetector, FaceRecogniser
-from hyperlora.errors import BadRequest
+from hyperlora.encoders.face_networks import FaceDetector, FaceRecognizer
+from hyperlora.errors import InvalidArgumentError
 
-DETECTOR: Final = "det_avatars.onnx"
-RECOGNISER: Final = "rec_avatars.onnx"
-LICENCE: Final = "MODEL.LICENSE"
-_TERMS: Final = (
+DETECTOR_FILE: Final = "det_avatars.onnx"
+RECOGNIZER_FILE: Final = "rec_avatars.onnx"
+LICENSE_FILE: Final = "MODEL.LICENSE"
+_LICENSE_TEXT: Final = (
     "Apache-2.0\n\nThe two networks of this pack were trained by hyperlora, from nothing, on portraits that "
     "python_avatars (MIT) draws.\nhttps://www.apache.org/licenses/LICENSE-2.0\n"
 )
-_LEAST: Final = 64
+_MIN_FP16_SIZE: Final = 64
 """Numbers of a weight that is stored as fp16."""
 
 
-def write_face_pack(detector: Path, recogniser: Path, out: Path) -> int:
-    """Write the pack of two released networks into the folder ``out``; how many bytes it has.
+def write_face_pack(detector: Path, recognizer: Path, output_dir: Path) -> int:
+    """Write the pack of two released networks into the folder ``output_dir``; how many bytes it has.
 
-    Raises ``BadArtifact`` if a folder holds another network, ``BadRequest`` if ``onnx`` is missing.
+    Raises ``ModelLoadError`` if a folder holds another network, ``InvalidArgumentError`` if ``onnx`` is missing.
     """
-    finder, knower = FaceDetector.from_pretrained(detector), FaceRecogniser.from_pretrained(recogniser)
-    sides = {2: "height", 3: "width"}
+    face_detector, face_recognizer = FaceDetector.from_pretrained(detector), FaceRecognizer.from_pretrained(recognizer)
+    spatial_axes = {2: "height", 3: "width"}
     files = {
-        DETECTOR: _exported(finder, torch.zeros(1, 3, 128, 128), 9, sides),
-        RECOGNISER: _exported(knower, knower.example, 1, {0: "batch"}),
+        DETECTOR_FILE: _export_onnx(face_detector, torch.zeros(1, 3, 128, 128), 9, spatial_axes),
+        RECOGNIZER_FILE: _export_onnx(face_recognizer, face_recognizer.example_input, 1, {0: "batch"}),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        (out / name).write_bytes(data)
-    (out / LICENCE).write_text(_TERMS, encoding="utf-8")
-    digests = {name: {"file": name, "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+        (output_dir / name).write_bytes(data)
+    (output_dir / LICENSE_FILE).write_text(_LICENSE_TEXT, encoding="utf-8")
+    file_entries = {name: {"file": name, "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     manifest = {
-        "manifest_version": 2, "model_id": "avatars", "license": LICENCE,
-        "tasks": {"detection": digests[DETECTOR], "recognition": digests[RECOGNISER]},
+        "manifest_version": 2, "model_id": "avatars", "license": LICENSE_FILE,
+        "tasks": {"detection": file_entries[DETECTOR_FILE], "recognition": file_entries[RECOGNIZER_FILE]},
     }  # fmt: skip
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return sum(file.stat().st_size for file in out.iterdir())
+    (output_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return sum(file.stat().st_size for file in output_dir.iterdir())
 
 
-def _exported(network: nn.Module, example: Tensor, outputs: int, moving: dict[int, str]) -> bytes:
-    """The network as ONNX, weights fp16; ``moving`` names the axes of its input that may have any length."""
+def _export_onnx(network: nn.Module, example: Tensor, num_outputs: int, input_axes: dict[int, str]) -> bytes:
+    """The network as ONNX, weights fp16; ``input_axes`` names the axes of its input that may have any length."""
     try:
         import onnx
     except ImportError as error:
-        raise BadRequest("a face pack is written with onnx: pip install onnx") from error
-    names = [f"out{i}" for i in range(outputs)]
-    axes = {"in": moving} | ({"out0": {0: "batch"}} if 0 in moving else {name: {0: f"k{name}"} for name in names})
+        raise InvalidArgumentError("a face pack is written with onnx: pip install onnx") from error
+    names = [f"out{i}" for i in range(num_outputs)]
+    dynamic_axes = {"in": input_axes} | (
+        {"out0": {0: "batch"}} if 0 in input_axes else {name: {0: f"k{name}"} for name in names}
+    )
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         file = Path(folder) / "network.onnx"
         warnings.simplefilter("ignore")  # PyTorch's, on the exporter that needs no further package
         torch.onnx.export(
             network, (example,), file, dynamo=False, opset_version=17, input_names=["in"], output_names=names,
-            dynamic_axes=axes,
+            dynamic_axes=dynamic_axes,
         )  # fmt: skip
-        return _halved(onnx.load(file)).SerializeToString()
+        return _convert_weights_to_fp16(onnx.load(file)).SerializeToString()
 
 
-def _halved(model: "onnx.ModelProto") -> "onnx.ModelProto":  # type: ignore[name-defined]  # noqa: F821
+def _convert_weights_to_fp16(model: "onnx.ModelProto") -> "onnx.ModelProto":  # type: ignore[name-defined]  # noqa: F821
     """Weights as fp16 with a cast behind each, which onnxruntime does once, when it loads the model."""
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
     for weight in model.graph.initializer:
-        if weight.data_type != TensorProto.FLOAT or np.prod(weight.dims) < _LEAST:
+        if weight.data_type != TensorProto.FLOAT or np.prod(weight.dims) < _MIN_FP16_SIZE:
             continue
         name, values = weight.name, numpy_helper.to_array(weight)
         weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Final
 
 from PIL import Image
 
-from data_builder.sources.types import Listed
+from data_builder.sources.types import SubjectEntry
 from hyperlora.data.images import read_image
-from hyperlora.data.subjects import subjects_in
-from hyperlora.errors import BadImage, BadRequest
+from hyperlora.data.subjects import list_subjects
+from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
 IMAGE_COLUMNS: Final = ("image", "img", "photo", "picture", "jpg", "png", "webp")
 SUBJECT_COLUMNS: Final = ("subject", "identity", "celeb_id", "person", "label", "name", "id")
@@ -20,152 +20,160 @@ CAPTION_COLUMNS: Final = ("caption", "text", "prompt")
 
 
 @dataclass(frozen=True)
-class Avatars:
-    """People ``first`` to ``last - 1`` of the avatar world, ``each`` portraits of every one, their prompts the captions
+class AvatarSource:
+    """People ``first_seed`` to ``end_seed - 1`` of the avatar world, ``portraits_per_identity`` portraits of every one, their prompts the captions
     (of everything but the identity)."""
 
     kind: ClassVar[str] = "avatars"
-    first: int
-    last: int
-    each: int = 4
-    size: int = 128
+    first_seed: int
+    end_seed: int
+    portraits_per_identity: int = 4
+    resolution: int = 128
 
-    def subjects(self, skipped: list[str]) -> Iterator[Listed]:
-        from data_builder.avatars.captions import prompt
-        from data_builder.avatars.identity import SPLITS, scene
+    def list_subjects(self, skipped: list[str]) -> Iterator[SubjectEntry]:
+        from data_builder.avatars.captions import build_prompt
+        from data_builder.avatars.identity import SPLITS, sample_scene
 
-        for seed in range(self.first, self.last):
+        for seed in range(self.first_seed, self.end_seed):
             split = next((name for name, seeds in SPLITS.items() if seed in seeds), "train")
-            photos = tuple((f"{seed}/{k}", prompt(scene(seed, k))) for k in range(self.each))
-            yield Listed(f"person-{seed}", photos, split)
+            photos = tuple(
+                (f"{seed}/{k}", build_prompt(sample_scene(seed, k))) for k in range(self.portraits_per_identity)
+            )
+            yield SubjectEntry(f"person-{seed}", photos, split)
 
-    def read(self, ref: str) -> tuple[Image.Image, str]:
+    def read_photo(self, ref: str) -> tuple[Image.Image, str]:
         """The picture and its digest (of the pixels)."""
-        from data_builder.avatars.identity import identity, scene
-        from data_builder.avatars.rendering import draw
+        from data_builder.avatars.identity import sample_identity, sample_scene
+        from data_builder.avatars.rendering import render_portrait
 
         seed, number = map(int, ref.split("/"))
-        image = draw(identity(seed), scene(seed, number), self.size)
+        image = render_portrait(sample_identity(seed), sample_scene(seed, number), self.resolution)
         return image, hashlib.sha256(image.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Folder:
+class FolderSource:
     """A folder of images, one subject each, or of sub-folders with several photos of one subject."""
 
     kind: ClassVar[str] = "folder"
-    where: str
+    path: str
 
-    def subjects(self, skipped: list[str]) -> Iterator[Listed]:
-        for subject in subjects_in(self.where, skipped):
-            refs = [str(p.relative_to(self.where)) for p in subject.photos]
-            yield Listed(subject.name, tuple(zip(refs, subject.captions, strict=True)))
+    def list_subjects(self, skipped: list[str]) -> Iterator[SubjectEntry]:
+        for subject in list_subjects(self.path, skipped):
+            refs = [str(p.relative_to(self.path)) for p in subject.photos]
+            yield SubjectEntry(subject.name, tuple(zip(refs, subject.captions, strict=True)))
 
-    def read(self, ref: str) -> tuple[Image.Image, str]:
-        """The picture and its digest (of the file). Raises ``BadImage``."""
-        path = Path(self.where) / ref
+    def read_photo(self, ref: str) -> tuple[Image.Image, str]:
+        """The picture and its digest (of the file). Raises ``InvalidImageError``."""
+        path = Path(self.path) / ref
         image = read_image(path)
         return image, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Hub:
+class HubSource:
     """A Hugging Face dataset by id, or a local folder of its Parquet files or of ``save_to_disk``. Columns are found
     by name unless given; without one that names subjects, every row is a subject."""
 
     kind: ClassVar[str] = "hub"
-    where: str
+    path: str
     split: str = "train"
-    image: str | None = None
-    subject: str | None = None
-    caption: str | None = None
+    image_column: str | None = None
+    subject_column: str | None = None
+    caption_column: str | None = None
 
     @cached_property
     def _rows(self) -> Any:
         try:
             import datasets
         except ImportError as error:
-            raise BadRequest("reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'") from error
-        on_disk = any((Path(self.where) / f).is_file() for f in ("dataset_info.json", "dataset_dict.json"))
+            raise InvalidArgumentError(
+                "reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'"
+            ) from error
+        on_disk = any((Path(self.path) / f).is_file() for f in ("dataset_info.json", "dataset_dict.json"))
         try:
             if on_disk:
-                rows = datasets.load_from_disk(self.where)
+                rows = datasets.load_from_disk(self.path)
             else:
-                rows = datasets.load_dataset(self.where, split=self.split)
+                rows = datasets.load_dataset(self.path, split=self.split)
             if isinstance(rows, Mapping):
                 rows = rows[self.split]
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise BadRequest(
-                f"{self.where!r}, split {self.split!r}, is neither a folder of photos nor a dataset ({reason})"
+            raise InvalidArgumentError(
+                f"{self.path!r}, split {self.split!r}, is neither a folder of photos nor a dataset ({reason})"
             ) from error
-        column = _column(rows.column_names, self.image, IMAGE_COLUMNS)
+        column = _find_column(rows.column_names, self.image_column, IMAGE_COLUMNS)
         if column is None:
-            raise BadRequest(f"{self.where!r} has the columns {', '.join(rows.column_names)}: which holds the images? "
+            raise InvalidArgumentError(f"{self.path!r} has the columns {', '.join(rows.column_names)}: which holds the images? "
                              "Give --image-column")  # fmt: skip
         return rows.cast_column(column, datasets.Image(decode=False)).rename_column(column, "photo to read")
 
-    def subjects(self, skipped: list[str]) -> Iterator[Listed]:
+    def list_subjects(self, skipped: list[str]) -> Iterator[SubjectEntry]:
         rows = self._rows
-        who = _column(rows.column_names, self.subject, SUBJECT_COLUMNS)
-        words = _column(rows.column_names, self.caption, CAPTION_COLUMNS)
-        captions = list(rows[words]) if words else [None] * len(rows)
-        names = [str(name) for name in rows[who]] if who else [f"row-{i:06d}" for i in range(len(rows))]
+        subject_key = _find_column(rows.column_names, self.subject_column, SUBJECT_COLUMNS)
+        caption_key = _find_column(rows.column_names, self.caption_column, CAPTION_COLUMNS)
+        captions = list(rows[caption_key]) if caption_key else [None] * len(rows)
+        names = [str(name) for name in rows[subject_key]] if subject_key else [f"row-{i:06d}" for i in range(len(rows))]
         photos: dict[str, list[tuple[str, str | None]]] = {}
         for i, (name, caption) in enumerate(zip(names, captions, strict=True)):
             photos.setdefault(name, []).append((str(i), str(caption) if caption else None))
-        for name, found in photos.items():
-            yield Listed(name, tuple(found), self.split if self.split in ("train", "validation", "test") else None)
+        for name, entries in photos.items():
+            yield SubjectEntry(
+                name, tuple(entries), self.split if self.split in ("train", "validation", "test") else None
+            )
 
-    def read(self, ref: str) -> tuple[Image.Image, str]:
-        """The picture and its digest (of the encoded bytes). Raises ``BadImage``."""
+    def read_photo(self, ref: str) -> tuple[Image.Image, str]:
+        """The picture and its digest (of the encoded bytes). Raises ``InvalidImageError``."""
         cell = self._rows[int(ref)]["photo to read"] or {}
         data = cell.get("bytes")
         if data is None and cell.get("path"):
             data = Path(cell["path"]).read_bytes()
         if not data:
-            raise BadImage(f"row {ref} of {self.where!r} holds no image: remove the row")
+            raise InvalidImageError(f"row {ref} of {self.path!r} holds no image: remove the row")
         try:
             return read_image(data), hashlib.sha256(data).hexdigest()
-        except BadImage as error:
-            raise BadImage(f"row {ref} of {self.where!r}: {error}") from error
+        except InvalidImageError as error:
+            raise InvalidImageError(f"row {ref} of {self.path!r}: {error}") from error
 
 
-Source = Avatars | Folder | Hub
+Source = AvatarSource | FolderSource | HubSource
 
 
-def source_of(text: str, *, each: int, size: int, split: str, columns: Mapping[str, str | None]) -> Source:
-    """``avatars:FIRST-LAST`` (last not included), a folder of photos, or a dataset's folder or hub id.
+def parse_source(
+    text: str, *, portraits_per_identity: int, resolution: int, split: str, columns: Mapping[str, str | None]
+) -> Source:
+    """``draw_portraits:FIRST-LAST`` (last not included), a folder of photos, or a dataset's folder or hub id.
 
-    Raises ``BadRequest`` for a range that is none.
+    Raises ``InvalidArgumentError`` for a range that is none.
     """
     if text.startswith("avatars:"):
         first, _, last = text.removeprefix("avatars:").partition("-")
         if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-            raise BadRequest(
+            raise InvalidArgumentError(
                 f"{text!r} names no people of the avatar world: write avatars:FIRST-LAST, as avatars:0-200"
             )
-        return Avatars(int(first), int(last), each, size)
+        return AvatarSource(int(first), int(last), portraits_per_identity, resolution)
     folder = Path(text)
-    marks = ("dataset_info.json", "dataset_dict.json")
-    is_dataset = any((folder / m).is_file() for m in marks) or any(folder.glob("*.parquet"))
+    dataset_files = ("dataset_info.json", "dataset_dict.json")
+    is_dataset = any((folder / m).is_file() for m in dataset_files) or any(folder.glob("*.parquet"))
     if folder.exists() and not is_dataset and not any(folder.glob("data/*.parquet")):
-        return Folder(text)
-    return Hub(text, split, **columns)
+        return FolderSource(text)
+    return HubSource(text, split, **columns)
 
 
-def to_dict(source: Source) -> dict[str, Any]:
+def source_to_dict(source: Source) -> dict[str, Any]:
     return {"kind": source.kind, **asdict(source)}
 
 
-def opened(facts: Mapping[str, Any]) -> Source:
-    """Inverse of ``to_dict``."""
-    kinds: dict[str, Any] = {kind.kind: kind for kind in (Avatars, Folder, Hub)}
-    made: Source = kinds[facts["kind"]](**{k: v for k, v in facts.items() if k != "kind"})
-    return made
+def source_from_dict(config: Mapping[str, Any]) -> Source:
+    """Inverse of ``source_to_dict``."""
+    source_classes: dict[str, Any] = {kind.kind: kind for kind in (AvatarSource, FolderSource, HubSource)}
+    source: Source = source_classes[config["kind"]](**{k: v for k, v in config.items() if k != "kind"})
+    return source
 
 
-def _column(found: list[str], given: str | None, known: tuple[str, ...]) -> str | None:
-    if given and given not in found:
-        raise BadRequest(f"the dataset has the columns {', '.join(found)}, not {given!r}")
-    return given or next((name for name in known if name in found), None)
+def _find_column(column_names: list[str], requested: str | None, candidates: tuple[str, ...]) -> str | None:
+    if requested and requested not in column_names:
+        raise InvalidArgumentError(f"the dataset has the columns {', '.join(column_names)}, not {requested!r}")
+    return requested or next((name for name in candidates if name in column_names), None)

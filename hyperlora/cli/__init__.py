@@ -10,7 +10,7 @@ from hyperlora.cli.options import RayCommand
 from hyperlora.errors import HyperloraError
 
 
-class Verbs(TyperGroup):
+class CommandGroup(TyperGroup):
     """What a user can mend is one sentence on stderr and exit code 2. What the machine refuses half-way (disk full,
     permissions lost) is one sentence and exit code 1; anything else is a bug and keeps its traceback."""
 
@@ -23,20 +23,20 @@ class Verbs(TyperGroup):
         except BrokenPipeError:  # `hyperlora … | head`: typer ends quietly
             raise
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            typer.echo(f"error: {where}{error.strerror or error}", err=True)
+            location = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"error: {location}{error.strerror or error}", err=True)
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(demo.demo)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(demo.run_demo)
 app.command(cls=RayCommand)(generate.generate)
 app.command(cls=edit.EditCommand)(edit.edit)
 app.command()(render.render)
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(serve.serve)
-for verb in (
+for command in (
     lora_tools.convert,
     lora_tools.combine,
     lora_tools.diff,
@@ -44,12 +44,12 @@ for verb in (
     lora_tools.scale,
     lora_tools.split,
 ):
-    app.command()(verb)
+    app.command()(command)
 app.command(context_settings=train.PASS_THROUGH)(train.train)
 
 
 @app.callback()
-def hyperlora() -> None:
+def main_callback() -> None:
     """A photo goes in, a LoRA comes out in one forward pass."""
 
 

@@ -1,4 +1,4 @@
-"""``hyperlora edit``."""
+"""``main_callback edit``."""
 
 from itertools import takewhile
 from pathlib import Path
@@ -7,30 +7,30 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from hyperlora.errors import BadRequest
+from hyperlora.errors import InvalidArgumentError
 
 
 class EditCommand(TyperCommand):
-    """``--pair BEFORE AFTER``, as often as wanted, and ``--apply IMAGE...``: typer's repeated options take one value
+    """``--pair BEFORE AFTER``, as often as wanted, and ``--image_paths IMAGE...``: typer's repeated options take one value
     each, so the two of a pair go as two lines, and each image under an option of its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given: list[str] = []
-        rest = list(args)
-        while rest:
-            option = rest.pop(0)
-            values = list(takewhile(lambda arg: not arg.startswith("-"), rest))
+        argv: list[str] = []
+        remaining = list(args)
+        while remaining:
+            option = remaining.pop(0)
+            values = list(takewhile(lambda arg: not arg.startswith("-"), remaining))
             if option == "--pair":
                 if len(values) < 2:
-                    raise BadRequest("--pair needs two pictures: --pair BEFORE AFTER")
-                given += [option, "\n".join(values[:2])]
-                del rest[:2]
+                    raise InvalidArgumentError("--pair needs two pictures: --pair BEFORE AFTER")
+                argv += [option, "\n".join(values[:2])]
+                del remaining[:2]
             elif option == "--apply" and values:
-                given += [part for value in values for part in (option, value)]
-                del rest[: len(values)]
+                argv += [part for value in values for part in (option, value)]
+                del remaining[: len(values)]
             else:
-                given.append(option)
-        return super().parse_args(ctx, given)
+                argv.append(option)
+        return super().parse_args(ctx, argv)
 
 
 def edit(
@@ -39,20 +39,20 @@ def edit(
     pair: Annotated[
         list[str] | None, typer.Option(metavar="BEFORE AFTER", help="A further pair of the same edit; repeat.")
     ] = None,
-    apply: Annotated[list[Path] | None, typer.Option(metavar="IMAGE...", help="Pictures to edit alike.")] = None,
-    images_out: Annotated[Path, typer.Option(help="Folder for the edited pictures.")] = Path("edited"),
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="LoRA file of the change to write.")] = None,
+    image_paths: Annotated[list[Path] | None, typer.Option(metavar="IMAGE...", help="Pictures to edit alike.")] = None,
+    images_dir: Annotated[Path, typer.Option(help="Folder for the edited pictures.")] = Path("edited"),
+    output: Annotated[Path | None, typer.Option("-o", "--out", help="LoRA file of the change to write.")] = None,
     strength: Annotated[float, typer.Option(help="How much of the change; below 0 undoes it.")] = 1.0,
     reverse: Annotated[bool, typer.Option("--reverse", help="Undo the change instead.")] = False,
-    repaint: Annotated[
+    no_preserve: Annotated[
         bool, typer.Option("--repaint", help="Repaint what the change leaves alone too, as the LoRA file does.")
     ] = False,
     instruction: Annotated[str, typer.Option(help="Words besides, if the base should also follow some.")] = "",
-    further: Annotated[
+    candidate_prompts: Annotated[
         list[str] | None,
         typer.Option("--try", metavar="WORDS", help="What else the base may know and the network cannot say; repeat."),
     ] = None,
-    one_pass: Annotated[bool, typer.Option("--one-pass", help="Try no words; needs no base for -o.")] = False,
+    no_search: Annotated[bool, typer.Option("--one-pass", help="Try no words; needs no base for -o.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     model: Annotated[str | None, typer.Option(help="Folder or hub id of a PairToLora model.")] = None,
@@ -60,99 +60,103 @@ def edit(
     format: Annotated[str, typer.Option(help="diffusers or kohya.")] = "diffusers",
 ) -> None:
     """A picture before and after an edit in, the LoRA of the change out; and the same edit on other pictures."""
-    from hyperlora.cli.options import require_file, require_folder, write_picture
+    from hyperlora.cli.options import check_output_dir, check_output_file, save_image
 
-    pairs = _pairs(before, after, pair or [])
-    if out is None and not apply:
-        raise BadRequest("what should become of the change? Give -o FILE, or --apply IMAGE, or both")
+    pairs = _collect_pairs(before, after, pair or [])
+    if output is None and not image_paths:
+        raise InvalidArgumentError("what should become of the change? Give -o FILE, or --apply IMAGE, or both")
     if format not in ("diffusers", "kohya"):
-        raise BadRequest(f"unknown format {format!r}; known: diffusers, kohya")
-    if further and one_pass:
-        raise BadRequest("--try and --one-pass given: trying words takes more than one pass, so leave one out")
+        raise InvalidArgumentError(f"unknown format {format!r}; known: diffusers, kohya")
+    if candidate_prompts and no_search:
+        raise InvalidArgumentError(
+            "--try and --one-pass given: trying words takes more than one pass, so leave one out"
+        )
     if not -10 <= strength <= 10:  # also refuses NaN
-        raise BadRequest(f"strength between -10 and 10 expected, got {strength}")
-    if out is not None:
-        require_file(out, ".safetensors")
-    if apply:
-        require_folder(images_out)
+        raise InvalidArgumentError(f"strength between -10 and 10 expected, got {strength}")
+    if output is not None:
+        check_output_file(output, ".safetensors")
+    if image_paths:
+        check_output_dir(images_dir)
 
     from hyperlora import pretrained
-    from hyperlora.cpu import keep_heap
-    from hyperlora.data.edit_pairs import read_pair
+    from hyperlora.cpu import disable_malloc_trim
+    from hyperlora.data.edit_pairs import read_image_pair
     from hyperlora.data.images import read_image
-    from hyperlora.diffusion.diffusion_base import load_base
-    from hyperlora.diffusion.image_editing import apply_edit
+    from hyperlora.diffusion.diffusion_base import load_diffusion_base
+    from hyperlora.diffusion.image_editing import edit_images
     from hyperlora.lora.io.save import save_lora
-    from hyperlora.pipelines.input_checks import doubts
-    from hyperlora.pipelines.instruction_search import tried
-    from hyperlora.pipelines.pair_to_lora import PairToLora, change_header
+    from hyperlora.pipelines.input_checks import check_pair
+    from hyperlora.pipelines.instruction_search import generate_with_search
+    from hyperlora.pipelines.pair_to_lora import PairToLora, make_edit_metadata
 
-    keep_heap()
-    opened = [read_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
-    pictures = [read_image(path) for path in apply or []]
-    for paths, images in zip(pairs, opened, strict=True):
-        for doubt in doubts(*images):
-            typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {doubt}", err=True)
-    frozen = load_base(base or pretrained.EDIT_BASE) if apply else None
-    network = PairToLora.from_pretrained(model or pretrained.PAIR_MODEL, base=frozen)
-    shown = [pair[::-1] for pair in opened] if reverse else opened
-    words = [] if one_pass else [*network.further, *(further or [])]
-    if words:
-        change = tried(network, frozen or _base_to_try(network, base), shown, strength, words)
+    disable_malloc_trim()
+    image_pairs = [read_image_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
+    input_images = [read_image(path) for path in image_paths or []]
+    for paths, image_pair in zip(pairs, image_pairs, strict=True):
+        for warning in check_pair(*image_pair):
+            typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {warning}", err=True)
+    edit_base = load_diffusion_base(base or pretrained.EDIT_BASE_DIR) if image_paths else None
+    pair_to_lora = PairToLora.from_pretrained(model or pretrained.PAIR_TO_LORA_DIR, base=edit_base)
+    directed_pairs = [pair[::-1] for pair in image_pairs] if reverse else image_pairs
+    search_prompts = [] if no_search else [*pair_to_lora.zero_shot_prompts, *(candidate_prompts or [])]
+    if search_prompts:
+        lora = generate_with_search(
+            pair_to_lora, edit_base or _load_search_base(pair_to_lora, base), directed_pairs, strength, search_prompts
+        )
     else:
-        change = network(shown, strength)
-    if out is not None:
-        header = change_header(network, out.stem, pairs)
-        save_lora(change, out, format=format, header=header)  # type: ignore[arg-type]
-        typer.echo(f"{out}: rank {change.layout.rank} for {change.layout.base}")
-    if frozen is not None:
-        seeds = [seed] * len(pictures)
-        edited = apply_edit(
-            frozen, pictures, change, seeds=seeds, instructions=instruction, steps=steps or network.steps,
-            keep_rest=not repaint,
+        lora = pair_to_lora(directed_pairs, strength)
+    if output is not None:
+        metadata = make_edit_metadata(pair_to_lora, output.stem, pairs)
+        save_lora(lora, output, format=format, metadata=metadata)  # type: ignore[arg-type]
+        typer.echo(f"{output}: rank {lora.layout.rank} for {lora.layout.base}")
+    if edit_base is not None:
+        seeds = [seed] * len(input_images)
+        edited_images = edit_images(
+            edit_base, input_images, lora, seeds=seeds, instructions=instruction, num_inference_steps=steps or pair_to_lora.num_inference_steps,
+            preserve_unedited=not no_preserve,
         )  # fmt: skip
-        for path, picture in zip(_names(apply or [], images_out), edited, strict=True):
-            write_picture(picture, path)
+        for path, edited_image in zip(_make_output_paths(image_paths or [], images_dir), edited_images, strict=True):
+            save_image(edited_image, path)
             typer.echo(str(path))
 
 
-def _base_to_try(network: Any, given: str | None) -> Any:
+def _load_search_base(pair_to_lora: Any, base_name: str | None) -> Any:
     """The base that words are tried with, where none is loaded yet."""
     from hyperlora import pretrained
-    from hyperlora.diffusion.diffusion_base import base_id, load_base
-    from hyperlora.pipelines.instruction_search import NO_WORDS
+    from hyperlora.diffusion.diffusion_base import get_base_id, load_diffusion_base
+    from hyperlora.pipelines.instruction_search import NO_INSTRUCTION_HEAD
 
-    if network.network.wording is None:
-        raise BadRequest(NO_WORDS)
-    if given is None and network.layout.base != base_id(pretrained.EDIT_BASE):
-        raise BadRequest(
-            f"words are tried with the base of the LoRA, {network.layout.base!r}: give --base or --one-pass"
+    if pair_to_lora.network.wording is None:
+        raise InvalidArgumentError(NO_INSTRUCTION_HEAD)
+    if base_name is None and pair_to_lora.layout.base != get_base_id(pretrained.EDIT_BASE_DIR):
+        raise InvalidArgumentError(
+            f"words are tried with the base of the LoRA, {pair_to_lora.layout.base!r}: give --base or --one-pass"
         )
-    base = load_base(given or pretrained.EDIT_BASE)
-    network.layout.require_base(base.id)
-    return base
+    edit_base = load_diffusion_base(base_name or pretrained.EDIT_BASE_DIR)
+    pair_to_lora.layout.require_base(edit_base.id)
+    return edit_base
 
 
-def _pairs(before: Path | None, after: Path | None, more: list[str]) -> list[tuple[Path, Path]]:
+def _collect_pairs(before: Path | None, after: Path | None, extra_pairs: list[str]) -> list[tuple[Path, Path]]:
     if (before is None) != (after is None):
-        raise BadRequest("one picture given: a picture before and one after the edit are expected")
-    pairs = [*([(before, after)] if before is not None and after is not None else []), *map(_two, more)]
+        raise InvalidArgumentError("one picture given: a picture before and one after the edit are expected")
+    pairs = [*([(before, after)] if before is not None and after is not None else []), *map(_split_pair, extra_pairs)]
     if not pairs:
-        raise BadRequest("no pair given: name a picture before and one after the edit")
+        raise InvalidArgumentError("no pair given: name a picture before and one after the edit")
     return pairs
 
 
-def _two(lines: str) -> tuple[Path, Path]:
-    before, _, after = lines.partition("\n")
+def _split_pair(joined_paths: str) -> tuple[Path, Path]:
+    before, _, after = joined_paths.partition("\n")
     return Path(before), Path(after)
 
 
-def _names(pictures: list[Path], folder: Path) -> list[Path]:
-    """``folder/STEM.png`` for each, numbered where two have the same stem."""
-    names: list[Path] = []
-    for path in pictures:
-        name, n = folder / f"{path.stem}.png", 2
-        while name in names:
-            name, n = folder / f"{path.stem}-{n}.png", n + 1
-        names.append(name)
-    return names
+def _make_output_paths(image_paths: list[Path], output_dir: Path) -> list[Path]:
+    """``output_dir/STEM.png`` for each, numbered where two have the same stem."""
+    output_paths: list[Path] = []
+    for path in image_paths:
+        output_path, suffix_number = output_dir / f"{path.stem}.png", 2
+        while output_path in output_paths:
+            output_path, suffix_number = output_dir / f"{path.stem}-{suffix_number}.png", suffix_number + 1
+        output_paths.append(output_path)
+    return output_paths

@@ -1,4 +1,4 @@
-"""``hyperlora train``."""
+"""``main_callback train``."""
 
 from typing import Any, Final
 

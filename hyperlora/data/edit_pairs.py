@@ -3,10 +3,10 @@
 * a folder of ``NAME_before.png`` and ``NAME_after.png`` (and, if there is one, ``NAME.txt`` with the instruction)
 * InstructPix2Pix's ``clip-filtered`` folders: ``seeds.json``, and in each folder ``prompt.json`` and ``SEED_0.jpg``,
   ``SEED_1.jpg`` (2211.09800)
-* SEED-Data-Edit: ``*.jsonl`` of ``source_image``, ``target_image``, ``instruction``, paths relative to the folder
+* SEED-Data-Edit: ``*.jsonl`` of ``source_image``, ``target_image``, ``format_instruction``, paths relative to the folder
   (2405.04007)
 * a Hugging Face dataset by id, or a local folder of its Parquet files or of ``save_to_disk``: MagicBrush's
-  ``source_img``, ``target_img``, ``instruction`` (2306.10012), and others' names of these columns
+  ``source_img``, ``target_img``, ``format_instruction`` (2306.10012), and others' names of these columns
 """
 
 import json
@@ -17,12 +17,12 @@ from typing import Any, Final, overload
 
 from PIL import Image
 
-from hyperlora.data.images import Source, entries, image_files, read_image
-from hyperlora.errors import BadImage, BadRequest
+from hyperlora.data.images import ImageSource, list_entries, list_image_files, read_image
+from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
-_BEFORE: Final = ("source_img", "original_image", "source_image", "input_image", "before")
-_AFTER: Final = ("target_img", "edited_image", "target_image", "output_image", "after")
-_WORDS: Final = ("instruction", "edit_prompt", "edit", "prompt")
+_BEFORE_COLUMNS: Final = ("source_img", "original_image", "source_image", "input_image", "before")
+_AFTER_COLUMNS: Final = ("target_img", "edited_image", "target_image", "output_image", "after")
+_INSTRUCTION_COLUMNS: Final = ("instruction", "edit_prompt", "edit", "prompt")
 
 
 @dataclass(frozen=True)
@@ -30,74 +30,82 @@ class ImagePair:
     """A picture before and after an edit, not read yet, and what was asked for (perhaps nothing)."""
 
     name: str
-    before: Source
-    after: Source
+    before: ImageSource
+    after: ImageSource
     instruction: str = ""
 
 
-def pairs_in(source: str | Path, split: str = "train") -> Sequence[ImagePair]:
+def load_edit_pairs(source: str | Path, split: str = "train") -> Sequence[ImagePair]:
     """The pairs of a folder or of a Hugging Face dataset (extra ``data``), whose ``split`` is taken.
 
-    Raises ``BadImage`` for a folder without pairs, ``BadRequest`` for a dataset without the columns.
+    Raises ``InvalidImageError`` for a folder without pairs, ``InvalidArgumentError`` for a dataset without the columns.
     """
     folder = Path(source)
     if not folder.exists():
-        return HubPairs(str(source), split)
+        return HubEditPairs(str(source), split)
     if (folder / "seeds.json").is_file():
-        return list(_instruct_pix2pix(folder))
+        return list(_read_instruct_pix2pix(folder))
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return HubPairs(str(source), split)
-    names = {p.suffix for p in entries(folder)}
-    if ".jsonl" in names:
-        return list(_seed_data_edit(folder))
-    if ".parquet" in names or any(folder.glob("data/*.parquet")):
-        return HubPairs(str(source), split)
-    return named_pairs(folder)
+        return HubEditPairs(str(source), split)
+    suffixes = {p.suffix for p in list_entries(folder)}
+    if ".jsonl" in suffixes:
+        return list(_read_seed_data_edit(folder))
+    if ".parquet" in suffixes or any(folder.glob("data/*.parquet")):
+        return HubEditPairs(str(source), split)
+    return list_named_pairs(folder)
 
 
-def named_pairs(folder: str | Path) -> list[ImagePair]:
-    """``NAME_before.*`` with ``NAME_after.*``, sorted by name. Raises ``BadImage`` if there is none, or a half."""
-    found: dict[str, dict[str, Path]] = {}
-    for path in image_files(folder):
+def list_named_pairs(folder: str | Path) -> list[ImagePair]:
+    """``NAME_before.*`` with ``NAME_after.*``, sorted by name. Raises ``InvalidImageError`` if there is none, or a half."""
+    sides_by_name: dict[str, dict[str, Path]] = {}
+    for path in list_image_files(folder):
         name, _, side = path.stem.rpartition("_")
         if side in ("before", "after"):
-            found.setdefault(name, {})[side] = path
-    if not found:
-        raise BadImage(f"{str(folder)!r} holds no pair: files named NAME_before.png and NAME_after.png are expected")
-    if alone := next((sides for sides in found.values() if len(sides) < 2), None):
-        ((side, path),) = alone.items()
-        other = {"before": "after", "after": "before"}
-        raise BadImage(f"{str(path)!r} has no picture {other[side]} beside it: add it, or remove this one")
+            sides_by_name.setdefault(name, {})[side] = path
+    if not sides_by_name:
+        raise InvalidImageError(
+            f"{str(folder)!r} holds no pair: files named NAME_before.png and NAME_after.png are expected"
+        )
+    if incomplete_pair := next((sides for sides in sides_by_name.values() if len(sides) < 2), None):
+        ((side, path),) = incomplete_pair.items()
+        opposite_side = {"before": "after", "after": "before"}
+        raise InvalidImageError(
+            f"{str(path)!r} has no picture {opposite_side[side]} beside it: add it, or remove this one"
+        )
     return [
-        ImagePair(name, sides["before"], sides["after"], _text(sides["before"].with_name(f"{name}.txt")))
-        for name, sides in sorted(found.items())
+        ImagePair(name, sides["before"], sides["after"], _read_text(sides["before"].with_name(f"{name}.txt")))
+        for name, sides in sorted(sides_by_name.items())
     ]
 
 
-class HubPairs(Sequence[ImagePair]):
+class HubEditPairs(Sequence[ImagePair]):
     """The pairs of a Hugging Face dataset, decoded when they are asked for."""
 
     def __init__(self, source: str, split: str) -> None:
         try:
             import datasets
         except ImportError as error:
-            raise BadRequest("reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'") from error
-        on_disk = any((Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+            raise InvalidArgumentError(
+                "reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'"
+            ) from error
+        is_on_disk = any((Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
         try:
-            rows = datasets.load_from_disk(source) if on_disk else datasets.load_dataset(source, split=split)
-            if isinstance(rows, Mapping):
-                rows = rows[split]
+            dataset = datasets.load_from_disk(source) if is_on_disk else datasets.load_dataset(source, split=split)
+            if isinstance(dataset, Mapping):
+                dataset = dataset[split]
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise BadRequest(
+            raise InvalidArgumentError(
                 f"{source!r}, split {split!r}, is neither a folder of pairs nor a dataset ({reason})"
             ) from error
-        self.rows, self.source = rows, source
-        self.columns = [_column(rows.column_names, names, source) for names in (_BEFORE, _AFTER)]
-        self.words = next((name for name in _WORDS if name in rows.column_names), None)
+        self.dataset, self.source = dataset, source
+        self.image_columns = [
+            _find_column(dataset.column_names, names, source) for names in (_BEFORE_COLUMNS, _AFTER_COLUMNS)
+        ]
+        self.instruction_column = next((name for name in _INSTRUCTION_COLUMNS if name in dataset.column_names), None)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.dataset)
 
     @overload
     def __getitem__(self, index: int) -> ImagePair: ...
@@ -106,57 +114,66 @@ class HubPairs(Sequence[ImagePair]):
     def __getitem__(self, index: int | slice) -> ImagePair | list[ImagePair]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = self.rows[index]
-        before, after = (row[name] for name in self.columns)
-        return ImagePair(f"{self.source}#{index}", before, after, str(row[self.words]) if self.words else "")
+        row = self.dataset[index]
+        before, after = (row[name] for name in self.image_columns)
+        return ImagePair(
+            f"{self.source}#{index}",
+            before,
+            after,
+            str(row[self.instruction_column]) if self.instruction_column else "",
+        )
 
 
-def _instruct_pix2pix(folder: Path) -> Iterator[ImagePair]:
-    for name, seeds in _json(folder / "seeds.json"):
-        words = str(_json(folder / name / "prompt.json").get("edit", ""))
+def _read_instruct_pix2pix(folder: Path) -> Iterator[ImagePair]:
+    for name, seeds in _read_json(folder / "seeds.json"):
+        instruction = str(_read_json(folder / name / "prompt.json").get("edit", ""))
         for seed in seeds:
             before, after = (folder / name / f"{seed}_{i}.jpg" for i in (0, 1))
-            yield ImagePair(f"{name}/{seed}", before, after, words)
+            yield ImagePair(f"{name}/{seed}", before, after, instruction)
 
 
-def _seed_data_edit(folder: Path) -> Iterator[ImagePair]:
+def _read_seed_data_edit(folder: Path) -> Iterator[ImagePair]:
     for file in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+        for line_index, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
             if not line.strip():
                 continue
             try:
                 row: dict[str, Any] = json.loads(line)
                 before, after = folder / row["source_image"], folder / row["target_image"]
             except (ValueError, KeyError, TypeError) as error:
-                raise BadRequest(
-                    f"{str(file)!r}, line {number + 1}: source_image and target_image expected; mend or remove the line"
+                raise InvalidArgumentError(
+                    f"{str(file)!r}, line {line_index + 1}: source_image and target_image expected; mend or remove the line"
                 ) from error
-            yield ImagePair(f"{file.stem}#{number}", before, after, str(row.get("instruction", "")))
+            yield ImagePair(f"{file.stem}#{line_index}", before, after, str(row.get("instruction", "")))
 
 
-def _column(found: Sequence[str], names: Sequence[str], source: str) -> str:
-    if name := next((name for name in names if name in found), None):
+def _find_column(column_names: Sequence[str], candidates: Sequence[str], source: str) -> str:
+    if name := next((name for name in candidates if name in column_names), None):
         return name
-    raise BadRequest(f"{source!r} has the columns {', '.join(found)}; one of {', '.join(names)} was expected")
+    raise InvalidArgumentError(
+        f"{source!r} has the columns {', '.join(column_names)}; one of {', '.join(candidates)} was expected"
+    )
 
 
-def _json(file: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadRequest(f"{str(file)!r} cannot be read as JSON ({error}): fetch the dataset again") from error
+        raise InvalidArgumentError(
+            f"{str(path)!r} cannot be read as JSON ({error}): fetch the dataset again"
+        ) from error
 
 
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
-def read_pair(before: Source, after: Source) -> tuple[Image.Image, Image.Image]:
-    """Both pictures. Raises ``BadRequest`` if they are not of the same size: what changed cannot be told then."""
-    a, b = read_image(before), read_image(after)
-    if a.size != b.size:
-        raise BadRequest(
-            f"the picture before is {a.width}×{a.height}, the one after {b.width}×{b.height}: the same size is "
+def read_image_pair(before: ImageSource, after: ImageSource) -> tuple[Image.Image, Image.Image]:
+    """Both pictures. Raises ``InvalidArgumentError`` if they are not of the same size: what changed cannot be told then."""
+    before_image, after_image = read_image(before), read_image(after)
+    if before_image.size != after_image.size:
+        raise InvalidArgumentError(
+            f"the picture before is {before_image.width}×{before_image.height}, the one after {after_image.width}×{after_image.height}: the same size is "
             f"expected, so crop or turn one of them"
         )
-    return a, b
+    return before_image, after_image

@@ -1,4 +1,4 @@
-"""Pictures from anywhere, safely: files, uploads and PIL images become 8-bit RGB, or a ``BadImage`` says why not."""
+"""Pictures from anywhere, safely: files, uploads and PIL images become 8-bit RGB, or a ``InvalidImageError`` says why not."""
 
 import hashlib
 import io
@@ -15,62 +15,70 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
-from hyperlora.errors import BadImage
+from hyperlora.errors import InvalidImageError
 
 MAX_PIXELS: Final = 25_000_000
 MAX_BYTES: Final = 50_000_000
-SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-_AT_MOST: Final = f"at most {MAX_PIXELS // 10**6} megapixels are read"
-Source = str | os.PathLike[str] | bytes | Image.Image
+IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+_MAX_PIXELS_MESSAGE: Final = f"at most {MAX_PIXELS // 10**6} megapixels are read"
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 
-def read_image(source: Source) -> Image.Image:
+def read_image(source: ImageSource) -> Image.Image:
     """The picture as people see it: upright, first frame, transparency over white, 8-bit RGB, no EXIF, GPS or ICC.
 
     Files and bytes must be PNG, JPEG or WEBP by content, at most ``MAX_BYTES`` long and ``MAX_PIXELS`` large; the
     size is read from the header before anything is decoded. A PIL image of any format counts as it stands (and stays
-    as it is). Raises ``BadImage``.
+    as it is). Raises ``InvalidImageError``.
     """
     if isinstance(source, Image.Image):
-        return _decoded(source, "the given image")
-    data, name = _bytes_of(source), _name(source)
-    kind, opener = _kind(data, name)
+        return _decode_image(source, "the given image")
+    data, source_name = _read_bytes(source), _format_source_name(source)
+    format_name, decoder = _detect_format(data, source_name)
     try:
-        image = opener(io.BytesIO(data))
+        image = decoder(io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # PIL's WEBP checks by itself
-        raise BadImage(f"{name}, a {kind} file, is huge, {_AT_MOST}: scale it down") from error
+        raise InvalidImageError(
+            f"{source_name}, a {format_name} file, is huge, {_MAX_PIXELS_MESSAGE}: scale it down"
+        ) from error
     except Exception as error:  # decoders raise anything on hostile bytes
-        raise _damaged(f"{name}, a {kind} file,", error) from error
-    return _decoded(image, f"{name}, a {kind} file,")
+        raise _make_damaged_error(f"{source_name}, a {format_name} file,", error) from error
+    return _decode_image(image, f"{source_name}, a {format_name} file,")
 
 
-def image_files(folder: str | os.PathLike[str], *, within: Path | None = None) -> list[Path]:
+def list_image_files(folder: str | os.PathLike[str], *, root_dir: Path | None = None) -> list[Path]:
     """The PNG, JPEG and WEBP files (by name) directly in ``folder``, sorted; hidden files and links that lead out of
-    ``within`` (``folder`` itself unless given) do not count. Raises ``BadImage`` if there is none."""
+    ``root_dir`` (``folder`` itself unless given) do not count. Raises ``InvalidImageError`` if there is none."""
     folder = Path(folder)
-    root = within or folder
-    found = [p for p in entries(folder) if p.suffix.lower() in SUFFIXES and p.is_file() and is_inside(p, root)]
-    if not found:
-        raise BadImage(f"{str(folder)!r} holds no PNG, JPEG or WEBP image: put at least one there (no links elsewhere)")
-    return found
+    root = root_dir or folder
+    paths = [
+        p for p in list_entries(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and is_within(p, root)
+    ]
+    if not paths:
+        raise InvalidImageError(
+            f"{str(folder)!r} holds no PNG, JPEG or WEBP image: put at least one there (no links elsewhere)"
+        )
+    return paths
 
 
-def entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, without hidden names. Raises ``BadImage`` if it is no folder or cannot be read."""
+def list_entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without hidden names. Raises ``InvalidImageError`` if it is no folder or cannot be read."""
     try:
         return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     except FileNotFoundError as error:
-        raise BadImage(f"there is no folder {str(folder)!r}: check the path") from error
+        raise InvalidImageError(f"there is no folder {str(folder)!r}: check the path") from error
     except NotADirectoryError as error:
-        raise BadImage(f"{str(folder)!r} is a file, a folder of images was expected: name its folder") from error
+        raise InvalidImageError(
+            f"{str(folder)!r} is a file, a folder of images was expected: name its folder"
+        ) from error
     except (OSError, ValueError) as error:
-        raise BadImage(
-            f"the folder {str(folder)!r} cannot be read ({_reason(error)}): check its permissions"
+        raise InvalidImageError(
+            f"the folder {str(folder)!r} cannot be read ({_format_reason(error)}): check its permissions"
         ) from error
 
 
-def is_inside(path: Path, root: Path) -> bool:
-    """Whether ``path``, with all links followed, lies below ``root``."""
+def is_within(path: Path, root: Path) -> bool:
+    """Whether ``generate_invalid_path``, with all links followed, lies below ``root``."""
     return root.resolve() in path.resolve().parents
 
 
@@ -87,37 +95,41 @@ def to_image(tensor: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def sha256_of(source: str | os.PathLike[str] | bytes) -> str:
-    """64 hexadecimal digits of the file's bytes, or of these bytes. Raises ``BadImage`` for a file ``read_image`` would
+def compute_sha256(source: str | os.PathLike[str] | bytes) -> str:
+    """64 hexadecimal digits of the file's bytes, or of these bytes. Raises ``InvalidImageError`` for a file ``read_image`` would
     not open."""
-    return hashlib.sha256(_bytes_of(source)).hexdigest()
+    return hashlib.sha256(_read_bytes(source)).hexdigest()
 
 
-def _bytes_of(source: str | os.PathLike[str] | bytes) -> bytes:
-    name = _name(source)
+def _read_bytes(source: str | os.PathLike[str] | bytes) -> bytes:
+    source_name = _format_source_name(source)
     if isinstance(source, bytes):
         data = source
     else:
         path = Path(source)
         try:
             if path.is_dir():
-                raise BadImage(f"{name} is a folder, one image file was expected: name a file in it")
+                raise InvalidImageError(f"{source_name} is a folder, one image file was expected: name a file in it")
             if not path.is_file():  # neither missing files nor pipes and devices, which may never end
-                raise BadImage(f"there is no file {name}, an image was expected: check the path")
+                raise InvalidImageError(f"there is no file {source_name}, an image was expected: check the path")
             with path.open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
-            raise BadImage(f"{name} cannot be read ({_reason(error)}): check its name and permissions") from error
+            raise InvalidImageError(
+                f"{source_name} cannot be read ({_format_reason(error)}): check its name and permissions"
+            ) from error
     if len(data) > MAX_BYTES:
-        raise BadImage(f"{name} is larger than the {MAX_BYTES // 10**6} MB an image may have: save it smaller")
+        raise InvalidImageError(
+            f"{source_name} is larger than the {MAX_BYTES // 10**6} MB an image may have: save it smaller"
+        )
     return data
 
 
-def _name(source: str | os.PathLike[str] | bytes) -> str:
+def _format_source_name(source: str | os.PathLike[str] | bytes) -> str:
     return f"the image ({len(source)} bytes)" if isinstance(source, bytes) else repr(str(Path(source)))
 
 
-def _kind(data: bytes, name: str) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
+def _detect_format(data: bytes, source_name: str) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
     """The format by its first bytes, and its decoder. Going past ``Image.open`` keeps PIL's other fifty decoders out,
     and its warning about large images, which only a filter for the whole process could silence."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -126,32 +138,36 @@ def _kind(data: bytes, name: str) -> tuple[str, Callable[[io.BytesIO], Image.Ima
         return "JPEG", jpeg_factory
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "WEBP", WebPImageFile
-    found = "is empty" if not data else "is another kind of file"
-    raise BadImage(f"{name} {found}, a PNG, JPEG or WEBP image was expected: save it as one of these")
+    problem = "is empty" if not data else "is another kind of file"
+    raise InvalidImageError(f"{source_name} {problem}, a PNG, JPEG or WEBP image was expected: save it as one of these")
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
+def _decode_image(image: Image.Image, source_name: str) -> Image.Image:
     width, height = image.size
     if not width or not height:
-        raise BadImage(f"{name} is {width}×{height}, at least one pixel was expected: choose another image")
+        raise InvalidImageError(
+            f"{source_name} is {width}×{height}, at least one pixel was expected: choose another image"
+        )
     if width * height > MAX_PIXELS:
-        raise BadImage(f"{name} is {width}×{height}, {_AT_MOST}: scale it down")
+        raise InvalidImageError(f"{source_name} is {width}×{height}, {_MAX_PIXELS_MESSAGE}: scale it down")
     try:
         image.load()
-        rgb = _rgb(image, name)
-        return _upright(rgb, _orientation(image))
-    except BadImage:
+        rgb = _convert_to_rgb(image, source_name)
+        return _apply_orientation(rgb, _read_orientation(image))
+    except InvalidImageError:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
-        raise _damaged(name, error) from error
+        raise _make_damaged_error(source_name, error) from error
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _convert_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
     """A new 8-bit RGB image without any metadata."""
     if image.mode == "F":
-        raise BadImage(f"{name} has floating-point pixels of unknown range, 8 or 16 bits expected: scale it to 8 bits")
+        raise InvalidImageError(
+            f"{source_name} has floating-point pixels of unknown range, 8 or 16 bits expected: scale it to 8 bits"
+        )
     if image.mode.startswith("I"):
-        rgb = _from_16_bit(image, name)
+        rgb = _convert_16_bit_to_rgb(image, source_name)
     elif image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image
         rgba = image.convert("RGBA")
@@ -162,18 +178,20 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     return rgb
 
 
-def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
-    wide = np.asarray(image).astype(np.int64)  # "I" has 32 bits, of which PNG fills 16
-    low, high = int(wide.min()), int(wide.max())
+def _convert_16_bit_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
+    pixels = np.asarray(image).astype(np.int64)  # "I" has 32 bits, of which PNG fills 16
+    low, high = int(pixels.min()), int(pixels.max())
     if low < 0 or high > 0xFFFF:
-        raise BadImage(f"{name} has pixels from {low} to {high}, 0 to 65535 expected: scale it to 8 or 16 bits")
-    gray = ((wide + 128) // 257).astype(np.uint8)
-    if isinstance(key := image.info.get("transparency"), int):
-        gray[wide == key] = 255
+        raise InvalidImageError(
+            f"{source_name} has pixels from {low} to {high}, 0 to 65535 expected: scale it to 8 or 16 bits"
+        )
+    gray = ((pixels + 128) // 257).astype(np.uint8)
+    if isinstance(transparent_value := image.info.get("transparency"), int):
+        gray[pixels == transparent_value] = 255
     return Image.fromarray(gray).convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -182,7 +200,7 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
+def _apply_orientation(rgb: Image.Image, orientation: int) -> Image.Image:
     """``exif_transpose`` with nothing but the orientation in EXIF: it fails on fields it cannot write back."""
     if orientation != 1:
         rgb.getexif()[ExifTags.Base.Orientation] = orientation
@@ -190,15 +208,17 @@ def _upright(rgb: Image.Image, orientation: int) -> Image.Image:
     return rgb
 
 
-def _damaged(name: str, error: Exception) -> BadImage:
-    return BadImage(f"{name} is damaged or cut off ({_reason(error)}), a whole image was expected: export it again")
+def _make_damaged_error(source_name: str, error: Exception) -> InvalidImageError:
+    return InvalidImageError(
+        f"{source_name} is damaged or cut off ({_format_reason(error)}), a whole image was expected: export it again"
+    )
 
 
-def _reason(error: Exception) -> str:
+def _format_reason(error: Exception) -> str:
     text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
     return " ".join(text.split()).rstrip(".")
 
 
-def pixels_of(images: Sequence[Image.Image]) -> Tensor:
+def stack_images(images: Sequence[Image.Image]) -> Tensor:
     """PIL images of one size to [n, 3, h, w] in [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2).float() / 255

@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import nn
 
-from hyperlora.errors import BadRequest
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.layout import LoraLayout
 
 _ATTENTION = r"(^|\.)(attn\d?|attention)\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
@@ -17,7 +17,7 @@ _FEED_FORWARD = (
 _TIME = r"\.time_emb_proj$"
 _CONV = r"\.(conv1|conv2|conv_shortcut|conv|proj_in|proj_out)$"
 _TEXT = r"self_attn\.(q_proj|k_proj|v_proj|out_proj)$"
-PRESETS: Final[Mapping[str, str]] = {
+TARGET_PRESETS: Final[Mapping[str, str]] = {
     "attention": f"{_ATTENTION}|{_TEXT}",
     "attention+mlp": f"{_ATTENTION}|{_FEED_FORWARD}|{_TIME}|{_TEXT}|\\.mlp\\.fc[12]$",
     "attention+conv": f"{_ATTENTION}|{_CONV}|{_TEXT}",
@@ -27,18 +27,18 @@ feed-forward and the time embedding's projection in residual blocks, which small
 Text encoders always give q, k, v and out, since kohya's format takes no fewer."""
 
 
-def layout_of(components: Mapping[str, nn.Module], preset: str, rank: int, base: str) -> LoraLayout:
+def make_layout(components: Mapping[str, nn.Module], preset: str, rank: int, base: str) -> LoraLayout:
     """The layout of a preset over named components (``unet``, ``transformer``, ``text_encoder``, ``text_encoder_2``).
 
-    Raises ``BadRequest`` for an unknown preset or a rank below 1, ``LayoutMismatch`` if a component has no such site.
+    Raises ``InvalidArgumentError`` for an unknown preset or a rank below 1, ``LayoutMismatchError`` if a component has no such site.
     """
-    if preset not in PRESETS:
-        raise BadRequest(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    if preset not in TARGET_PRESETS:
+        raise InvalidArgumentError(f"unknown preset {preset!r}; known: {', '.join(TARGET_PRESETS)}")
     if rank < 1:
-        raise BadRequest(f"rank must be at least 1, got {rank}")
-    pattern = re.compile(PRESETS[preset])
+        raise InvalidArgumentError(f"rank must be at least 1, got {rank}")
+    pattern = re.compile(TARGET_PRESETS[preset])
     layouts = [
-        LoraLayout.of(module, name, lambda path: bool(pattern.search(path)), rank, base)
+        LoraLayout.from_module(module, name, lambda path: bool(pattern.search(path)), rank, base)
         for name, module in components.items()
     ]
-    return LoraLayout(tuple(site for layout in layouts for site in layout.sites), rank, base)
+    return LoraLayout(tuple(target for layout in layouts for target in layout.targets), rank, base)

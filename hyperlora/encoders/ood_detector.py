@@ -1,4 +1,4 @@
-"""``Domain``: what pictures a photo encoder's model was trained on, and how far a photo lies from them."""
+"""``OodDetector``: what pictures a photo encoder's model was trained on, and how far a photo lies from them."""
 
 import os
 from dataclasses import dataclass, replace
@@ -10,80 +10,108 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperlora.encoders.sidecar import read_beside
-from hyperlora.errors import BadArtifact
+from hyperlora.encoders.sidecar import read_sidecar
+from hyperlora.errors import ModelLoadError
 from hyperlora.features import ImageFeatures
 
-FILE: Final = "domain.safetensors"
-_GROUPS: Final = 4
-_TENSORS: Final = ("mean", "axes", "variances")
+OOD_DETECTOR_FILE: Final = "domain.safetensors"
+_MAX_TOKEN_GROUPS: Final = 4
+_TENSOR_NAMES: Final = ("mean", "axes", "variances")
 
 
 @dataclass(frozen=True)
-class Domain:
-    """A Gaussian around the described photos of training: ``axes`` with their variances, and ``rest``, one variance for
+class OodDetector:
+    """A Gaussian around the described photos of training: ``components`` with their variances, and ``noise_variance``, one variance for
     all other directions (probabilistic PCA). Its Mahalanobis distance tells other photos, on features of unit length
     much better than on raw ones (2505.18032).
 
-    ``mean`` [width], ``axes`` [width, kept], ``variances`` [kept]. Photos up to ``farthest`` are known. ``subjects`` is
-    what people call the pictures, ``encoder`` the digest of the network that sees them.
+    ``mean`` [width], ``components`` [width, kept], ``explained_variance`` [kept]. Photos up to ``threshold`` are known. ``domain_name`` is
+    what people call the pictures, ``encoder_fingerprint`` the digest of the network that sees them.
     """
 
     mean: Tensor
-    axes: Tensor
-    variances: Tensor
-    rest: float
-    farthest: float
-    subjects: str
-    encoder: str
+    components: Tensor
+    explained_variance: Tensor
+    noise_variance: float
+    threshold: float
+    domain_name: str
+    encoder_fingerprint: str
 
     @classmethod
-    def of(
-        cls, training: Tensor, held_out: Tensor, subjects: str, encoder: str, kept: int = 90, passing: float = 0.995
+    def fit(
+        cls,
+        train_features: Tensor,
+        val_features: Tensor,
+        domain_name: str,
+        encoder_fingerprint: str,
+        num_components: int = 90,
+        pass_rate: float = 0.995,
     ) -> Self:
-        """From described photos [n, width] of training; the fraction ``passing`` of those ``held_out`` is known."""
-        mean, kept = training.mean(0), min(kept, training.shape[1] // 2)
-        variances, axes = torch.linalg.eigh((training - mean).mT @ (training - mean) / len(training))
-        variances, axes = variances.flip(0).clamp(min=0), axes.flip(1)
-        rest = float(variances[kept:].mean())
-        found = cls(mean, axes[:, :kept].half().float(), variances[:kept], rest, 0.0, subjects, encoder)
-        return replace(found, farthest=float(found.distances(held_out).quantile(passing)))
+        """From described photos [n, width] of training; the fraction ``pass_rate`` of those ``val_features`` is known."""
+        mean, num_components = train_features.mean(0), min(num_components, train_features.shape[1] // 2)
+        explained_variance, components = torch.linalg.eigh(
+            (train_features - mean).mT @ (train_features - mean) / len(train_features)
+        )
+        explained_variance, components = explained_variance.flip(0).clamp(min=0), components.flip(1)
+        noise_variance = float(explained_variance[num_components:].mean())
+        detector = cls(
+            mean,
+            components[:, :num_components].half().float(),
+            explained_variance[:num_components],
+            noise_variance,
+            0.0,
+            domain_name,
+            encoder_fingerprint,
+        )
+        return replace(detector, farthest=float(detector.compute_distances(val_features).quantile(pass_rate)))
 
-    def distances(self, described: Tensor) -> Tensor:
+    def compute_distances(self, features: Tensor) -> Tensor:
         """Squared Mahalanobis distances, [..., width] to [...]."""
-        centred = described.cpu() - self.mean
-        along = (centred @ self.axes).square()
-        return (along / self.variances).sum(-1) + (centred.square().sum(-1) - along.sum(-1)) / self.rest
+        centered = features.cpu() - self.mean
+        squared_projections = (centered @ self.components).square()
+        return (squared_projections / self.explained_variance).sum(-1) + (
+            centered.square().sum(-1) - squared_projections.sum(-1)
+        ) / self.noise_variance
 
-    def known(self, features: ImageFeatures) -> Tensor:
+    def is_in_domain(self, features: ImageFeatures) -> Tensor:
         """Whether each photo looks like the training pictures, [batch, views]."""
-        return self.distances(described(features)) <= self.farthest
+        return self.compute_distances(pool_features(features)) <= self.threshold
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``domain.safetensors`` into the folder of the model."""
-        numbers = {"rest": repr(self.rest), "farthest": repr(self.farthest)}
-        tensors = {"mean": self.mean, "axes": self.axes.half().contiguous(), "variances": self.variances}
-        save_file(tensors, Path(folder) / FILE, numbers | {"subjects": self.subjects, "encoder": self.encoder})
+        metadata = {"rest": repr(self.noise_variance), "farthest": repr(self.threshold)}
+        tensors = {"mean": self.mean, "axes": self.components.half().contiguous(), "variances": self.explained_variance}
+        save_file(
+            tensors,
+            Path(folder) / OOD_DETECTOR_FILE,
+            metadata | {"subjects": self.domain_name, "encoder": self.encoder_fingerprint},
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], encoder: nn.Module) -> Self | None:
-        """What ``save`` wrote, or None where nothing is. Raises ``BadArtifact`` if it is damaged or of another
-        ``encoder``."""
-        path, again = Path(folder) / FILE, "make it again with `python -m data_builder domain`"
-        found = read_beside(path, _TENSORS, encoder, again)
-        if found is None:
+        """What ``save`` wrote, or None where nothing is. Raises ``ModelLoadError`` if it is damaged or of another
+        ``encoder_fingerprint``."""
+        path, rebuild_hint = Path(folder) / OOD_DETECTOR_FILE, "make it again with `python -m data_builder domain`"
+        sidecar = read_sidecar(path, _TENSOR_NAMES, encoder, rebuild_hint)
+        if sidecar is None:
             return None
-        tensors, facts = found
+        tensors, metadata = sidecar
         try:
-            rest, farthest = float(facts["rest"]), float(facts["farthest"])
-            return cls(**tensors, rest=rest, farthest=farthest, subjects=facts["subjects"], encoder=facts["encoder"])
+            noise_variance, threshold = float(metadata["rest"]), float(metadata["farthest"])
+            return cls(
+                **tensors,
+                rest=noise_variance,
+                farthest=threshold,
+                subjects=metadata["subjects"],
+                encoder=metadata["encoder"],
+            )
         except (KeyError, ValueError) as error:
-            raise BadArtifact(f"{path} is damaged: {again}") from error
+            raise ModelLoadError(f"{path} is damaged: {rebuild_hint}") from error
 
 
-def described(features: ImageFeatures) -> Tensor:
+def pool_features(features: ImageFeatures) -> Tensor:
     """Each photo in one vector of unit length, [batch, views, width]: the means of up to four groups of tokens."""
     tokens = features.tokens.flatten(0, 1).float()
-    if tokens.shape[1] > _GROUPS:
-        tokens = F.adaptive_avg_pool1d(tokens.mT, _GROUPS).mT
+    if tokens.shape[1] > _MAX_TOKEN_GROUPS:
+        tokens = F.adaptive_avg_pool1d(tokens.mT, _MAX_TOKEN_GROUPS).mT
     return F.normalize(tokens.flatten(1), dim=-1).unflatten(0, features.tokens.shape[:2])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hyperlora.data.images import read_image, to_tensor
-from hyperlora.data.subjects import subjects_in
-from hyperlora.errors import BadRequest
+from hyperlora.data.subjects import list_subjects
+from hyperlora.errors import InvalidArgumentError
 
 DEFAULT_PROMPTS = (
     "a portrait of sks person",
@@ -33,11 +33,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``photos`` [subjects, conditioning views, 3, size, size] and ``others`` [subjects, views, 3, size, size]."""
+    """``load_photos`` [subjects, conditioning views, 3, size, size] and ``comparison_photos`` [subjects, views, 3, size, size]."""
 
     names: tuple[str, ...]
     photos: Tensor
-    others: Tensor
+    comparison_photos: Tensor
     prompts: tuple[Prompt, ...]
 
     @property
@@ -45,31 +45,42 @@ class Benchmark:
         return all(p.truth for p in self.prompts)
 
 
-def load_benchmark(folder: str | os.PathLike[str], size: int, limit: int | None = None) -> Benchmark:
+def load_benchmark(folder: str | os.PathLike[str], image_size: int, max_subjects: int | None = None) -> Benchmark:
     """Read a benchmark, or any folder of subjects with at least two photos each (its prompts are then general ones).
 
-    Raises ``BadRequest`` if a subject has a single photo: half are for conditioning, the others for comparison.
+    Raises ``InvalidArgumentError`` if a subject has a single photo: half are for conditioning, the others for comparison.
     """
     folder = Path(folder)
-    inside = folder / "subjects"
-    subjects = subjects_in(inside if inside.is_dir() else folder)[:limit]
-    fewest = min(subjects, key=lambda s: len(s.photos))
-    n = len(fewest.photos)
-    if n < 2:
-        raise BadRequest(f"subject {fewest.name!r} has one photo, at least 2 expected: to condition on and to compare")
-    pixels = torch.stack([torch.stack([to_tensor(read_image(p), size) for p in s.photos[:n]]) for s in subjects])
+    subjects_dir = folder / "subjects"
+    subjects = list_subjects(subjects_dir if subjects_dir.is_dir() else folder)[:max_subjects]
+    smallest_subject = min(subjects, key=lambda s: len(s.photos))
+    num_photos = len(smallest_subject.photos)
+    if num_photos < 2:
+        raise InvalidArgumentError(
+            f"subject {smallest_subject.name!r} has one photo, at least 2 expected: to condition on and to compare"
+        )
+    pixels = torch.stack(
+        [torch.stack([to_tensor(read_image(p), image_size) for p in s.photos[:num_photos]]) for s in subjects]
+    )
     return Benchmark(
-        tuple(s.name for s in subjects), pixels[:, : n // 2], pixels[:, n // 2 :], _prompts(folder / "prompts.json")
+        tuple(s.name for s in subjects),
+        pixels[:, : num_photos // 2],
+        pixels[:, num_photos // 2 :],
+        _load_prompts(folder / "prompts.json"),
     )
 
 
-def _prompts(file: Path) -> tuple[Prompt, ...]:
-    if not file.is_file():
+def _load_prompts(path: Path) -> tuple[Prompt, ...]:
+    if not path.is_file():
         return tuple(Prompt(text, {}) for text in DEFAULT_PROMPTS)
     try:
-        found = tuple(Prompt(str(item["prompt"]), dict(item.get("truth", {}))) for item in json.loads(file.read_text()))
+        prompts = tuple(
+            Prompt(str(item["prompt"]), dict(item.get("truth", {}))) for item in json.loads(path.read_text())
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadRequest(f'{str(file)!r} is no list of {{"prompt": "...", "truth": {{...}}}}: correct it') from error
-    if not found:
-        raise BadRequest(f"{str(file)!r} holds no prompt: write one, or remove the file for general prompts")
-    return found
+        raise InvalidArgumentError(
+            f'{str(path)!r} is no list of {{"prompt": "...", "truth": {{...}}}}: correct it'
+        ) from error
+    if not prompts:
+        raise InvalidArgumentError(f"{str(path)!r} holds no prompt: write one, or remove the file for general prompts")
+    return prompts

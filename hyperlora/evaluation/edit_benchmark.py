@@ -1,7 +1,7 @@
 """A benchmark of edits on disk: for each edit a pair that shows it, and other pictures with the drawn answer.
 
 edits.json                             [{"name", "kind", "group", "instruction", "truth": {attribute: class},
-                                         "blend": words for what none names, as ``hyperlora.prompt_blending``}, ...]
+                                         "blend": words for what none names, as ``main_callback.prompt_blending``}, ...]
                                         of two changes at once, "kind" is "one + other"
 NAME/shown-K_before.*  shown-K_after.*    pairs that show the edit (the first is used unless told otherwise)
 NAME/other-K_before.*  other-K_after.*    pictures to edit, and the exact answers
@@ -19,19 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperlora.data.edit_pairs import ImagePair, named_pairs
+from hyperlora.data.edit_pairs import ImagePair, list_named_pairs
 from hyperlora.data.images import read_image, to_tensor
-from hyperlora.errors import BadRequest
+from hyperlora.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
 class Edit:
-    """``shown`` [pairs, 2, 3, size, size] and ``others`` [pictures, 2, 3, size, size], of each before and after;
+    """``example_pairs`` [pairs, 2, 3, size, size] and ``test_pairs`` [pictures, 2, 3, size, size], of each before and after;
     ``truth`` is what an evaluator should read in the answers."""
 
     name: str
-    shown: Tensor
-    others: Tensor
+    example_pairs: Tensor
+    test_pairs: Tensor
     kind: str = ""
     group: str = ""
     instruction: str = ""
@@ -39,7 +39,7 @@ class Edit:
     truth: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def all_named(self) -> bool:
+    def has_complete_truth(self) -> bool:
         """Whether ``truth`` names all that changes: of a ``kind`` of two, "garment + tone", both."""
         return len(self.truth) > self.kind.count(" + ")
 
@@ -54,40 +54,52 @@ class EditBenchmark:
         return tuple(dict.fromkeys(edit.group for edit in self.edits))
 
 
-def load_edit_benchmark(folder: str | os.PathLike[str], size: int, limit: int | None = None) -> EditBenchmark:
-    """Read a benchmark; ``limit`` takes the first so many edits of every group. Raises ``BadRequest`` for an
-    ``edits.json`` that is none, ``BadImage`` if there is no pair."""
+def load_edit_benchmark(
+    folder: str | os.PathLike[str], image_size: int, max_edits_per_group: int | None = None
+) -> EditBenchmark:
+    """Read a benchmark; ``max_edits_per_group`` takes the first so many edits of every group. Raises ``InvalidArgumentError`` for an
+    ``edits.json`` that is none, ``InvalidImageError`` if there is no pair."""
     folder = Path(folder)
-    file = folder / "edits.json"
-    if not file.is_file():
-        pairs = [(pair.name, _tensor([pair], size)) for pair in named_pairs(folder)]
-        return EditBenchmark(tuple(Edit(name, pixels, pixels) for name, pixels in pairs[:limit]))
+    path = folder / "edits.json"
+    if not path.is_file():
+        pairs = [(pair.name, _stack_pairs([pair], image_size)) for pair in list_named_pairs(folder)]
+        return EditBenchmark(tuple(Edit(name, pixels, pixels) for name, pixels in pairs[:max_edits_per_group]))
     try:
-        facts = [dict(item) for item in json.loads(file.read_text())]
-        chosen = [f for i, f in enumerate(facts) if limit is None or _rank(facts, i) < limit]
-        edits = [_edit(folder / str(f["name"]), f, size) for f in chosen]
+        entries = [dict(item) for item in json.loads(path.read_text())]
+        selected = [
+            f
+            for i, f in enumerate(entries)
+            if max_edits_per_group is None or _count_earlier_in_group(entries, i) < max_edits_per_group
+        ]
+        edits = [_load_edit(folder / str(f["name"]), f, image_size) for f in selected]
     except (ValueError, TypeError, KeyError) as error:
-        raise BadRequest(f'{str(file)!r} is no list of {{"name": ..., "kind": ...}}: draw it again') from error
+        raise InvalidArgumentError(
+            f'{str(path)!r} is no list of {{"name": ..., "kind": ...}}: draw it again'
+        ) from error
     if not edits:
-        raise BadRequest(f"{str(file)!r} lists no edit: draw the benchmark again")
+        raise InvalidArgumentError(f"{str(path)!r} lists no edit: draw the benchmark again")
     return EditBenchmark(tuple(edits))
 
 
-def _rank(facts: list[dict[str, object]], index: int) -> int:
-    return sum(f.get("group") == facts[index].get("group") for f in facts[:index])
+def _count_earlier_in_group(entries: list[dict[str, object]], index: int) -> int:
+    return sum(f.get("group") == entries[index].get("group") for f in entries[:index])
 
 
-def _edit(folder: Path, facts: Mapping[str, object], size: int) -> Edit:
-    pairs = named_pairs(folder)
-    shown, others = ([p for p in pairs if p.name.startswith(kind)] for kind in ("shown-", "other-"))
-    truth = facts.get("truth") or {}
-    if not shown or not others or not isinstance(truth, Mapping):
-        raise BadRequest(f"{str(folder)!r} lacks shown-0_before/_after or other-0_before/_after: draw it again")
+def _load_edit(folder: Path, entry: Mapping[str, object], image_size: int) -> Edit:
+    pairs = list_named_pairs(folder)
+    example_pairs, test_pairs = ([p for p in pairs if p.name.startswith(kind)] for kind in ("shown-", "other-"))
+    truth = entry.get("truth") or {}
+    if not example_pairs or not test_pairs or not isinstance(truth, Mapping):
+        raise InvalidArgumentError(
+            f"{str(folder)!r} lacks shown-0_before/_after or other-0_before/_after: draw it again"
+        )
     return Edit(
-        folder.name, _tensor(shown, size), _tensor(others, size), str(facts["kind"]), str(facts["group"]),
-        str(facts["instruction"]), str(facts.get("blend", "")), {str(k): str(v) for k, v in truth.items()},
+        folder.name, _stack_pairs(example_pairs, image_size), _stack_pairs(test_pairs, image_size), str(entry["kind"]), str(entry["group"]),
+        str(entry["instruction"]), str(entry.get("blend", "")), {str(k): str(v) for k, v in truth.items()},
     )  # fmt: skip
 
 
-def _tensor(pairs: Sequence[ImagePair], size: int) -> Tensor:
-    return torch.stack([torch.stack([to_tensor(read_image(s), size) for s in (p.before, p.after)]) for p in pairs])
+def _stack_pairs(pairs: Sequence[ImagePair], image_size: int) -> Tensor:
+    return torch.stack(
+        [torch.stack([to_tensor(read_image(s), image_size) for s in (p.before, p.after)]) for p in pairs]
+    )

@@ -9,124 +9,158 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyperlora.diffusion.diffusion_base import Base
-from hyperlora.diffusion.image_editing import kept
+from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.diffusion.image_editing import blend_edit_region
 from hyperlora.evaluation.edit_benchmark import EditBenchmark
-from hyperlora.evaluation.edit_evaluator import EditJudge, EditRow
+from hyperlora.evaluation.edit_evaluator import EditEvaluator, EditResult
 from hyperlora.evaluation.metrics import Score
-from hyperlora.finetuning.examples import Examples
-from hyperlora.finetuning.trainer import fit
+from hyperlora.finetuning.examples import TrainingExamples
+from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.pipelines.instruction_search import lora_of_pairs
+from hyperlora.pipelines.instruction_search import search_pair_lora
 from hyperlora.pipelines.pair_to_lora import PairToLora
-from hyperlora.pipelines.prompt_lora import lora_of_words
+from hyperlora.pipelines.prompt_lora import make_lora_from_prompts
 
-NOISIER: Final = 5.0
+TIMESTEP_SHIFT: Final = 5.0
 """How far timesteps are shifted where LoRAs are optimised for a pair: an edit is decided behind much noise."""
 
 
 @dataclass(frozen=True)
-class Undone:
+class ReversalErrors:
     """Mean errors, of 1, of the picture before against: what -Δ makes of the answer, and with the rest kept; what the
     LoRA of the pair turned round makes of it, and with the rest kept; the round trip through the autoencoder, which no
     repainted picture is better than; and the answer itself, as if nothing was undone."""
 
-    undone: Score
-    undone_kept: Score
-    turned: Score
-    turned_kept: Score
-    round_trip: Score
-    untouched: Score
+    negated_lora: Score
+    negated_lora_preserved: Score
+    reversed_pair: Score
+    reversed_pair_preserved: Score
+    vae_round_trip: Score
+    unchanged_input: Score
 
 
-def edit_rows(judge: EditJudge, model: PairToLora, *, fit_steps: int = 0, fit_lr: float = 1e-3) -> Iterator[EditRow]:
+def evaluate_edit_suite(
+    evaluator: EditEvaluator, model: PairToLora, *, finetune_steps: int = 0, finetune_lr: float = 1e-3
+) -> Iterator[EditResult]:
     """Score the ceiling, the copies, the base with and without words, the model, its controls and, if asked, LoRAs
     optimised for each pair; of words, pair and these also where what the edit does not touch stays as it is."""
-    benchmark = judge.benchmark
-    sizes = [len(edit.others) for edit in benchmark.edits]
-    shown = [edit.shown[0, 1].expand(n, *edit.shown.shape[2:]) for edit, n in zip(benchmark.edits, sizes, strict=True)]
-    yield judge.scored("the answers, through the autoencoder", judge.round_trip)
-    yield judge.scored("copy of B", judge.before)
-    yield judge.scored("copy of A'", torch.cat(shown))
-    yield (nothing := judge.row("no LoRA", None))
+    benchmark = evaluator.benchmark
+    images_per_edit = [len(edit.test_pairs) for edit in benchmark.edits]
+    example_outputs = [
+        edit.example_pairs[0, 1].expand(n, *edit.example_pairs.shape[2:])
+        for edit, n in zip(benchmark.edits, images_per_edit, strict=True)
+    ]
+    yield evaluator.score_images("the answers, through the autoencoder", evaluator.vae_round_trip)
+    yield evaluator.score_images("copy of B", evaluator.inputs)
+    yield evaluator.score_images("copy of A'", torch.cat(example_outputs))
+    yield (no_lora := evaluator.evaluate("no LoRA", None))
 
-    def with_rest_kept(row: EditRow) -> Iterator[EditRow]:
-        yield row
-        yield judge.scored(f"{row.name}, the rest kept", kept(judge.before, row.pictures, nothing.pictures))
+    def add_preserved_result(result: EditResult) -> Iterator[EditResult]:
+        yield result
+        yield evaluator.score_images(
+            f"{result.name}, the rest kept", blend_edit_region(evaluator.inputs, result.images, no_lora.images)
+        )
 
     if any(edit.instruction for edit in benchmark.edits):
-        yield from with_rest_kept(judge.row("words instead of a pair", None, told=lambda edit: edit.instruction))
+        yield from add_preserved_result(
+            evaluator.evaluate("words instead of a pair", None, prompt_fn=lambda edit: edit.instruction)
+        )
         if any(edit.blend for edit in benchmark.edits):
-            yield judge.row("words, blended", None, told=lambda edit: edit.blend or edit.instruction)
-        if model.network.sites is not None:
-            said = lora_of_words(judge.base, [edit.instruction for edit in benchmark.edits], model.layout.rank)
-            yield judge.row("words, as a LoRA", said)
-    lora, seconds = pair_loras(model, benchmark, 1)
-    yield from with_rest_kept(judge.row("one pair", lora, seconds=seconds))
-    if model.further:
-        sure, took = pair_loras(model, benchmark, 1, base=judge.base)
-        yield from with_rest_kept(judge.row("one pair, words tried", sure, seconds=took))
-        if len(sure) > 1:
-            yield judge.row("another edit's pair, words tried", sure[torch.arange(len(sure)).roll(1)])
-    fewest = min(len(edit.shown) for edit in benchmark.edits)
-    if fewest > 1:
-        several, took = pair_loras(model, benchmark, fewest)
-        yield judge.row(f"{fewest} pairs", several, seconds=took)
-    if len(lora) > 1:  # of a single edit these would be its own
-        yield judge.row("another edit's pair", lora[torch.arange(len(lora)).roll(1)])
-        yield judge.row("mean LoRA, one for all", lora.mean())
-    if fit_steps:
-        fitted, took = fitted_to_pairs(judge.base, model.layout, benchmark, fit_steps, fit_lr)
-        yield from with_rest_kept(judge.row(f"fitted to the pair, {fit_steps} steps", fitted, seconds=took))
+            yield evaluator.evaluate("words, blended", None, prompt_fn=lambda edit: edit.blend or edit.instruction)
+        if model.network.text_substitution is not None:
+            instruction_loras = make_lora_from_prompts(
+                evaluator.base, [edit.instruction for edit in benchmark.edits], model.layout.rank
+            )
+            yield evaluator.evaluate("words, as a LoRA", instruction_loras)
+    loras, seconds = generate_pair_loras(model, benchmark, 1)
+    yield from add_preserved_result(evaluator.evaluate("one pair", loras, seconds=seconds))
+    if model.zero_shot_prompts:
+        search_loras, elapsed = generate_pair_loras(model, benchmark, 1, base=evaluator.base)
+        yield from add_preserved_result(evaluator.evaluate("one pair, words tried", search_loras, seconds=elapsed))
+        if len(search_loras) > 1:
+            yield evaluator.evaluate(
+                "another edit's pair, words tried", search_loras[torch.arange(len(search_loras)).roll(1)]
+            )
+    min_pairs = min(len(edit.example_pairs) for edit in benchmark.edits)
+    if min_pairs > 1:
+        multi_pair_loras, elapsed = generate_pair_loras(model, benchmark, min_pairs)
+        yield evaluator.evaluate(f"{min_pairs} pairs", multi_pair_loras, seconds=elapsed)
+    if len(loras) > 1:  # of a single edit these would be its own
+        yield evaluator.evaluate("another edit's pair", loras[torch.arange(len(loras)).roll(1)])
+        yield evaluator.evaluate("mean LoRA, one for all", loras.mean())
+    if finetune_steps:
+        finetuned_loras, elapsed = fit_pair_loras(evaluator.base, model.layout, benchmark, finetune_steps, finetune_lr)
+        yield from add_preserved_result(
+            evaluator.evaluate(f"fitted to the pair, {finetune_steps} steps", finetuned_loras, seconds=elapsed)
+        )
 
 
-def undone(judge: EditJudge, model: PairToLora) -> Undone:
+def evaluate_reversal(evaluator: EditEvaluator, model: PairToLora) -> ReversalErrors:
     """By the LoRA of each edit's first pair, words tried if there are any to try."""
-    lora, turned_round = (pair_loras(model, judge.benchmark, 1, turned=t, base=judge.base)[0] for t in (False, True))
-    made = judge.edited("undone", -lora, judge.answers)
-    turned = judge.edited("turned round", turned_round, judge.answers)
-    nothing = judge.edited("asked for nothing", None, judge.answers)
-    both = [picture for one in (made, turned) for picture in (one, kept(judge.answers, one, nothing))]
-    around = judge.through_autoencoder(judge.before)
-    return Undone(*(_error(x, judge.before) for x in (*both, around, judge.answers)))
+    loras, reversed_loras = (
+        generate_pair_loras(model, evaluator.benchmark, 1, swap_sides=t, base=evaluator.base)[0] for t in (False, True)
+    )
+    negated_images = evaluator.render_edits("undone", -loras, evaluator.targets)
+    reversed_images = evaluator.render_edits("turned round", reversed_loras, evaluator.targets)
+    no_lora_images = evaluator.render_edits("asked for nothing", None, evaluator.targets)
+    reversal_images = [
+        picture
+        for one in (negated_images, reversed_images)
+        for picture in (one, blend_edit_region(evaluator.targets, one, no_lora_images))
+    ]
+    vae_images = evaluator.reconstruct_images(evaluator.inputs)
+    return ReversalErrors(
+        *(_compute_l1_error(x, evaluator.inputs) for x in (*reversal_images, vae_images, evaluator.targets))
+    )
 
 
 @torch.no_grad()
-def pair_loras(
-    model: PairToLora, benchmark: EditBenchmark, pairs: int, *, turned: bool = False, base: Base | None = None
+def generate_pair_loras(
+    model: PairToLora,
+    benchmark: EditBenchmark,
+    num_pairs: int,
+    *,
+    swap_sides: bool = False,
+    base: DiffusionBase | None = None,
 ) -> tuple[LoraWeights, float]:
-    """One LoRA per edit from its first ``pairs`` pairs (after and before, if ``turned``), one at a time as a user makes
+    """One LoRA per edit from its first ``num_pairs`` pairs (after and before, if ``turned``), one at a time as a user makes
     them, and seconds: in single forward passes, or with words tried by the ``base``."""
-    began = time.perf_counter()
-    shown = (edit.shown[:pairs].flip(1) if turned else edit.shown[:pairs] for edit in benchmark.edits)
-    loras = [lora_of_pairs(model, base, pair) if base else model.forward(pair[None])[0] for pair in shown]
-    return LoraWeights.stack(loras), (time.perf_counter() - began) / len(loras)
+    start_time = time.perf_counter()
+    example_pairs = (
+        edit.example_pairs[:num_pairs].flip(1) if swap_sides else edit.example_pairs[:num_pairs]
+        for edit in benchmark.edits
+    )
+    loras = [search_pair_lora(model, base, pair) if base else model.forward(pair[None])[0] for pair in example_pairs]
+    return LoraWeights.stack(loras), (time.perf_counter() - start_time) / len(loras)
 
 
-def fitted_to_pairs(
-    base: Base, layout: LoraLayout, benchmark: EditBenchmark, steps: int, lr: float, chunk: int = 16
+def fit_pair_loras(
+    base: DiffusionBase, layout: LoraLayout, benchmark: EditBenchmark, num_steps: int, lr: float, batch_size: int = 16
 ) -> tuple[LoraWeights, float]:
     """LoRAs of the network's sites and rank, each optimised on its one pair alone through the edit base (what a network
     is to be faster than), and seconds for each."""
-    began = time.perf_counter()
-    shown = torch.stack([edit.shown[0] for edit in benchmark.edits])
-    std = (sum(s.fan_in for s in layout.sites) / len(layout.sites)) ** -0.5
-    parts = []
-    for some in shown.split(chunk):
-        before, after = (base.encode_images(some[:, side])[:, None] for side in (0, 1))
-        text = base.encode_prompts([""])["encoder_hidden_states"].expand(len(some), 1, -1, -1)
-        conditions = {"encoder_hidden_states": text, "beside": before / base.pipeline.vae.config.scaling_factor}
-        start = LoraWeights.zeros(layout, (len(some),), std).flatten()
-        expand = partial(LoraWeights.unflatten, layout)
-        done = fit(
-            base.denoiser, base.noise_schedule, Examples(after, conditions), start, expand, steps=steps, lr=lr,
-            shift=NOISIER, label="fitting",
+    start_time = time.perf_counter()
+    example_pairs = torch.stack([edit.example_pairs[0] for edit in benchmark.edits])
+    std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
+    flat_loras = []
+    for pair_batch in example_pairs.split(batch_size):
+        before, after = (base.encode_images(pair_batch[:, side])[:, None] for side in (0, 1))
+        prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"].expand(len(pair_batch), 1, -1, -1)
+        conditions = {
+            "encoder_hidden_states": prompt_embeds,
+            "beside": before / base.pipeline.vae.config.scaling_factor,
+        }
+        init_codes = LoraWeights.zeros(layout, (len(pair_batch),), std).flatten()
+        unflatten = partial(LoraWeights.unflatten, layout)
+        result = fine_tune_loras(
+            base.denoiser, base.noise_scheduler, TrainingExamples(after, conditions), init_codes, unflatten, num_steps=num_steps, lr=lr,
+            shift=TIMESTEP_SHIFT, progress_label="fitting",
         )  # fmt: skip
-        parts.append(done.weights.flatten())
-    weights = LoraWeights.unflatten(layout, torch.cat(parts))
-    return weights, (time.perf_counter() - began) / len(weights)
+        flat_loras.append(result.weights.flatten())
+    weights = LoraWeights.unflatten(layout, torch.cat(flat_loras))
+    return weights, (time.perf_counter() - start_time) / len(weights)
 
 
-def _error(made: Tensor, wanted: Tensor) -> Score:
-    return Score.of((made - wanted).abs().mean((1, 2, 3)))
+def _compute_l1_error(images: Tensor, target_images: Tensor) -> Score:
+    return Score.from_samples((images - target_images).abs().mean((1, 2, 3)))

@@ -7,91 +7,95 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.encoders.attribute_classifier import Reader, Reading
+from hyperlora.encoders.attribute_classifier import AttributeClassifier, AttributePrediction
 
 
-def nearest(rows: Tensor, training: Tensor) -> Tensor:
-    """The cosine of each of ``rows`` [n, P] to the nearest of ``training`` [m, P], both less their mean, [n]: 1 is a
+def compute_max_train_cosine(rows: Tensor, train_rows: Tensor) -> Tensor:
+    """The cosine of each of ``evaluate_suite`` [n, P] to the nearest of ``train_rows`` [m, P], both less their mean, [n]: 1 is a
     copy. A model that has memorised makes LoRAs nearer to its training set than held-out LoRAs are (2506.07998)."""
-    return (F.normalize(rows, dim=-1) @ F.normalize(training, dim=-1).mT).amax(-1)
+    return (F.normalize(rows, dim=-1) @ F.normalize(train_rows, dim=-1).mT).amax(-1)
 
 
-def spread(samples: Tensor) -> float:
+def compute_sample_diversity(samples: Tensor) -> float:
     """1 - the mean cosine of different ones of ``samples`` [n, s, P] of the same subject, less their mean."""
-    unit = F.normalize(samples, dim=-1)
-    s = samples.shape[1]
-    cosines = (unit @ unit.mT)[:, ~torch.eye(s, dtype=torch.bool)]
-    return 1 - float(cosines.mean()) if s > 1 else 0.0
+    unit_rows = F.normalize(samples, dim=-1)
+    num_samples = samples.shape[1]
+    cosines = (unit_rows @ unit_rows.mT)[:, ~torch.eye(num_samples, dtype=torch.bool)]
+    return 1 - float(cosines.mean()) if num_samples > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over subjects and its standard error; ``each`` subject's own."""
+    """A mean over subjects and its standard error; ``per_subject`` subject's own."""
 
     mean: float
-    error: float
-    each: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    standard_error: float
+    per_subject: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
-    def of(cls, per_subject: Tensor) -> "Score":
+    def from_samples(cls, per_subject: Tensor) -> "Score":
         n = len(per_subject)
-        error = float(per_subject.std() / n**0.5) if n > 1 else 0.0
-        return cls(float(per_subject.mean()), error, tuple(per_subject.tolist()))
+        standard_error = float(per_subject.std() / n**0.5) if n > 1 else 0.0
+        return cls(float(per_subject.mean()), standard_error, tuple(per_subject.tolist()))
 
-    def above(self, other: "Score") -> "Score":
+    def compute_paired_difference(self, baseline: "Score") -> "Score":
         """The difference, subject by subject: its error is far below either score's, since most of that is people."""
-        return Score.of(torch.tensor(self.each) - torch.tensor(other.each))
+        return Score.from_samples(torch.tensor(self.per_subject) - torch.tensor(baseline.per_subject))
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.error:.3f}"
+        return f"{self.mean:.3f} ± {self.standard_error:.3f}"
 
 
 @dataclass(frozen=True)
 class IdentityScale:
     """What 0 and 1 mean: cosines of real portraits of different people and of the same person."""
 
-    real: Tensor  # [subjects, views, width]
-    different: float
-    same: float
+    real_embeddings: Tensor  # [subjects, views, width]
+    different_cosine: float
+    same_cosine: float
 
     @classmethod
-    def of(cls, identity: Tensor) -> "IdentityScale":
-        """``identity`` [subjects, views >= 2, width] of unit length, of real photos.
+    def from_embeddings(cls, embeddings: Tensor) -> "IdentityScale":
+        """``embeddings`` [subjects, views >= 2, width] of unit length, of real photos.
 
-        With one view per subject ``same`` cannot be measured and is 1 (said in the report).
+        With one view per subject ``same_cosine`` cannot be measured and is 1 (said in the report).
         """
-        subjects, views, _ = identity.shape
-        flat = identity.flatten(0, 1)
+        subjects, views, _ = embeddings.shape
+        flat = embeddings.flatten(0, 1)
         cosine = (flat @ flat.mT).unflatten(0, (subjects, views)).unflatten(-1, (subjects, views))
-        own = torch.eye(subjects, dtype=torch.bool)
+        is_same_subject = torch.eye(subjects, dtype=torch.bool)
         pairs = cosine.movedim(2, 1)  # [subjects, subjects, views, views]
-        same = pairs[own][:, ~torch.eye(views, dtype=torch.bool)]
-        different = float(pairs[~own].mean()) if subjects > 1 else 0.0
-        return cls(identity, different, float(same.mean()) if views > 1 else 1.0)
+        same_cosine = pairs[is_same_subject][:, ~torch.eye(views, dtype=torch.bool)]
+        different_cosine = float(pairs[~is_same_subject].mean()) if subjects > 1 else 0.0
+        return cls(embeddings, different_cosine, float(same_cosine.mean()) if views > 1 else 1.0)
 
-    def score(self, generated: Tensor) -> Tensor:
+    def compute_score(self, generated_embeddings: Tensor) -> Tensor:
         """I = (cos(generated, real of the same person) - different) / (same - different), per subject.
 
-        ``generated`` [subjects, images, width]; 0 is anyone, 1 as good as another real portrait.
+        ``generated_embeddings`` [subjects, images, width]; 0 is anyone, 1 as good as another real portrait.
         """
-        cosine = torch.einsum("siw,svw->siv", generated, self.real).mean((1, 2))
-        return (cosine - self.different) / (self.same - self.different)
+        cosine = torch.einsum("siw,svw->siv", generated_embeddings, self.real_embeddings).mean((1, 2))
+        return (cosine - self.different_cosine) / (self.same_cosine - self.different_cosine)
 
 
-def prompt_score(reader: Reader, reading: Reading, truths: Sequence[Mapping[str, str]]) -> Tensor:
-    """P per image [n]: the fraction of the prompted attributes that ``reader`` reads back."""
-    rights = []
+def compute_prompt_accuracy(
+    classifier: AttributeClassifier, prediction: AttributePrediction, truths: Sequence[Mapping[str, str]]
+) -> Tensor:
+    """P per image [n]: the fraction of the prompted attributes that ``classifier`` reads back."""
+    accuracies = []
     for i, truth in enumerate(truths):
-        right = [int(reading.logits[k][i].argmax()) == reader.attributes[k].index(v) for k, v in truth.items()]
-        rights.append(sum(right) / len(right))
-    return torch.tensor(rights)
+        correct = [int(prediction.logits[k][i].argmax()) == classifier.attributes[k].index(v) for k, v in truth.items()]
+        accuracies.append(sum(correct) / len(correct))
+    return torch.tensor(accuracies)
 
 
-def attribute_scores(reader: Reader, reading: Reading, truths: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """For each prompted attribute, the fraction of the images prompted with it where ``reader`` reads it back."""
-    found: dict[str, list[bool]] = {}
+def compute_attribute_accuracy(
+    classifier: AttributeClassifier, prediction: AttributePrediction, truths: Sequence[Mapping[str, str]]
+) -> dict[str, float]:
+    """For each prompted attribute, the fraction of the images prompted with it where ``classifier`` reads it back."""
+    correct_by_attribute: dict[str, list[bool]] = {}
     for i, truth in enumerate(truths):
         for name, value in truth.items():
-            right = int(reading.logits[name][i].argmax()) == reader.attributes[name].index(value)
-            found.setdefault(name, []).append(right)
-    return {name: sum(rights) / len(rights) for name, rights in found.items()}
+            is_correct = int(prediction.logits[name][i].argmax()) == classifier.attributes[name].index(value)
+            correct_by_attribute.setdefault(name, []).append(is_correct)
+    return {name: sum(rights) / len(rights) for name, rights in correct_by_attribute.items()}

@@ -9,121 +9,140 @@ from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
 from hyperlora.evaluation.metrics import Score
-from hyperlora.evaluation.subject_evaluator import Row
+from hyperlora.evaluation.subject_evaluator import SubjectResult
 
 matplotlib.use("Agg")
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def format_markdown(results: Sequence[SubjectResult]) -> str:
     """The table, as in ``docs/results.md``."""
     lines = ["| | I | P | seconds per LoRA |", "|---|---|---|---|"]
-    for row in rows:
+    for row in results:
         seconds = f"{row.seconds:.3f}" if row.seconds is not None else "–"
-        lines.append(f"| {row.name} | {row.identity} | {row.prompt or '–'} | {seconds} |")
-    if names := sorted({name for row in rows for name in row.attributes}):
+        lines.append(f"| {row.name} | {row.identity} | {row.prompt_accuracy or '–'} | {seconds} |")
+    if names := sorted({name for row in results for name in row.attribute_accuracy}):
         lines += ["", f"| P of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-        for row in rows:
-            lines.append(f"| {row.name} | {' | '.join(f'{row.attributes[n]:.2f}' for n in names)} |")
-    return "\n".join([*lines, *_compared(rows)]) + "\n"
+        for row in results:
+            lines.append(f"| {row.name} | {' | '.join(f'{row.attribute_accuracy[n]:.2f}' for n in names)} |")
+    return "\n".join([*lines, *_format_comparison(results)]) + "\n"
 
 
-COMPARED: Final = "one photo"
+REFERENCE_NAME: Final = "one photo"
 """The row that rows of the same people made otherwise are compared with."""
 
 
-def _compared(rows: Sequence[Row]) -> list[str]:
+def _format_comparison(results: Sequence[SubjectResult]) -> list[str]:
     """What refining, more photos, choosing or fitting brings, person by person."""
-    plain = next((row for row in rows if row.name == COMPARED), None)
-    wanted = ("refined", "best of", "photos", "fitted")
-    others = [row for row in rows if any(word in row.name for word in wanted)]
-    if plain is None or not others:
+    reference = next((row for row in results if row.name == REFERENCE_NAME), None)
+    variant_names = ("refined", "best of", "photos", "fitted")
+    variants = [row for row in results if any(word in row.name for word in variant_names)]
+    if reference is None or not variants:
         return []
-    found = [f"{row.name} {_signed(row.identity.above(plain.identity))}" for row in others]
-    return ["", f"I, person by person, against {COMPARED}: {'; '.join(found)}."]
+    differences = [
+        f"{row.name} {_format_difference(row.identity.compute_paired_difference(reference.identity))}"
+        for row in variants
+    ]
+    return ["", f"I, person by person, against {REFERENCE_NAME}: {'; '.join(differences)}."]
 
 
-def _signed(score: Score) -> str:
-    return f"{score.mean:+.3f} ± {score.error:.3f}"
+def _format_difference(score: Score) -> str:
+    return f"{score.mean:+.3f} ± {score.standard_error:.3f}"
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
+def build_json_report(results: Sequence[SubjectResult]) -> list[dict[str, object]]:
     return [
         {
             "name": row.name,
             "identity": row.identity.mean,
-            "identity_error": row.identity.error,
-            "prompt": row.prompt.mean if row.prompt else None,
-            "prompt_error": row.prompt.error if row.prompt else None,
+            "identity_error": row.identity.standard_error,
+            "prompt": row.prompt_accuracy.mean if row.prompt_accuracy else None,
+            "prompt_error": row.prompt_accuracy.standard_error if row.prompt_accuracy else None,
             "seconds": row.seconds,
-            "attributes": dict(row.attributes),
+            "attributes": dict(row.attribute_accuracy),
         }
-        for row in rows
+        for row in results
     ]
 
 
-def write_report(folder: Path, rows: Sequence[Row], photos: Sequence[Image.Image]) -> None:
+def write_report(folder: Path, results: Sequence[SubjectResult], photos: Sequence[Image.Image]) -> None:
     """``report.md``, ``sheet.png`` (six subjects, all rows, two prompts) and ``scores.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(markdown(rows) + "\n![sheet](sheet.png)\n\n![scores](scores.png)\n")
+    (folder / "report.md").write_text(format_markdown(results) + "\n![sheet](sheet.png)\n\n![scores](scores.png)\n")
     subjects = range(min(6, len(photos)))
     columns = [("photo", list(photos))] + [
         (f"{row.name} · {p + 1}", [row.images[s][p] for s in subjects])
-        for row in rows
+        for row in results
         if row.images
         for p in range(min(2, len(row.images[0])))
     ]
-    contact_sheet([c[0] for c in columns], [[c[1][s] for c in columns] for s in subjects]).save(folder / "sheet.png")
-    _plot(rows).savefig(folder / "scores.png", dpi=120)
+    draw_contact_sheet([c[0] for c in columns], [[c[1][s] for c in columns] for s in subjects]).save(
+        folder / "sheet.png"
+    )
+    _plot_scores(results).savefig(folder / "scores.png", dpi=120)
     plt.close("all")
 
 
-def contact_sheet(
-    titles: Sequence[str], grid: Sequence[Sequence[Image.Image]], cell: int = 128, labels: Sequence[str] = ()
+def draw_contact_sheet(
+    column_titles: Sequence[str],
+    grid: Sequence[Sequence[Image.Image]],
+    cell_size: int = 128,
+    row_labels: Sequence[str] = (),
 ) -> Image.Image:
-    """Pictures in rows under column titles (wrapped), on white; ``labels`` stand at the left of their rows."""
+    """Pictures in rows under column titles (wrapped), on white; ``row_labels`` stand at the left of their rows."""
     font = ImageFont.load_default(size=12)
-    wrapped = [_wrap(title, font, cell - 8) for title in titles]
-    top = 10 + 15 * max(len(lines) for lines in wrapped)
+    title_lines = [_wrap_text(title, font, cell_size - 8) for title in column_titles]
+    header_height = 10 + 15 * max(len(lines) for lines in title_lines)
     gap = 4
-    left = gap + (cell if labels else 0)
-    sheet = Image.new("RGB", (left + len(titles) * (cell + gap), top + len(grid) * (cell + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for x, lines in enumerate(wrapped):
-        pen.multiline_text((left + x * (cell + gap) + 2, 4), "\n".join(lines), fill="#222222", font=font, spacing=2)
-    for y, label in enumerate(labels):
-        lines = _wrap(label, font, cell - 8)
-        pen.multiline_text(
-            (gap + 2, top + y * (cell + gap) + 4), "\n".join(lines), fill="#222222", font=font, spacing=2
+    label_width = gap + (cell_size if row_labels else 0)
+    sheet = Image.new(
+        "RGB",
+        (label_width + len(column_titles) * (cell_size + gap), header_height + len(grid) * (cell_size + gap)),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    for x, lines in enumerate(title_lines):
+        draw.multiline_text(
+            (label_width + x * (cell_size + gap) + 2, 4), "\n".join(lines), fill="#222222", font=font, spacing=2
+        )
+    for y, label in enumerate(row_labels):
+        lines = _wrap_text(label, font, cell_size - 8)
+        draw.multiline_text(
+            (gap + 2, header_height + y * (cell_size + gap) + 4), "\n".join(lines), fill="#222222", font=font, spacing=2
         )
     for y, row in enumerate(grid):
-        for x, picture in enumerate(row):
-            at = (left + x * (cell + gap), top + y * (cell + gap))
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), at)
+        for x, image in enumerate(row):
+            position = (label_width + x * (cell_size + gap), header_height + y * (cell_size + gap))
+            sheet.paste(image.resize((cell_size, cell_size), Image.Resampling.LANCZOS), position)
     return sheet
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, max_width: int) -> list[str]:
     lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
+        candidate = f"{lines[-1]} {word}".strip()
+        if font.getlength(candidate) <= max_width or not lines[-1]:
+            lines[-1] = candidate
         else:
             lines.append(word)
     return lines
 
 
-def _plot(rows: Sequence[Row]) -> plt.Figure:
+def _plot_scores(results: Sequence[SubjectResult]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for row in rows:
-        if row.prompt is None:
+    for row in results:
+        if row.prompt_accuracy is None:
             axes.axvline(row.identity.mean, alpha=0.4)
             continue
         axes.errorbar(
-            row.identity.mean, row.prompt.mean, xerr=row.identity.error, yerr=row.prompt.error, fmt="o", capsize=2
+            row.identity.mean,
+            row.prompt_accuracy.mean,
+            xerr=row.identity.standard_error,
+            yerr=row.prompt_accuracy.standard_error,
+            fmt="o",
+            capsize=2,
         )
-        at = (row.identity.mean, row.prompt.mean)
-        axes.annotate(row.name, at, fontsize=7, xytext=(5, 4), textcoords="offset points")
+        position = (row.identity.mean, row.prompt_accuracy.mean)
+        axes.annotate(row.name, position, fontsize=7, xytext=(5, 4), textcoords="offset points")
     axes.set_xlabel("identity score I (0 anyone, 1 another real portrait)")
     axes.set_ylabel("prompt score P")
     axes.grid(alpha=0.3)

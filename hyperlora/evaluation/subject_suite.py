@@ -9,126 +9,152 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hyperlora.data.images import pixels_of
-from hyperlora.diffusion.text_to_image import render
-from hyperlora.evaluation.subject_evaluator import Judge, Row
-from hyperlora.finetuning.examples import Examples
-from hyperlora.finetuning.refine import photo_examples
-from hyperlora.finetuning.trainer import fit
+from hyperlora.data.images import stack_images
+from hyperlora.diffusion.text_to_image import generate_images
+from hyperlora.evaluation.subject_evaluator import SubjectEvaluator, SubjectResult
+from hyperlora.finetuning.examples import TrainingExamples
+from hyperlora.finetuning.refine import make_photo_examples
+from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.pipelines.generate import Photos, Settings, candidates
-from hyperlora.pipelines.image_to_lora_base import PhotoModel, Sampling
-from hyperlora.pipelines.refine_generated import refined
-from hyperlora.pipelines.rerank import Chooser
+from hyperlora.pipelines.generate import GenerationConfig, SubjectPhotos, generate_candidates
+from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase, SamplingConfig
+from hyperlora.pipelines.refine_generated import refine_predictions
+from hyperlora.pipelines.rerank import IdentityReranker
 
-NO_LORA: Final = "base, no LoRA"
+BASELINE_NAME: Final = "base, no LoRA"
 
 
 @dataclass(frozen=True)
-class FitSettings:
+class FineTuneBaseline:
     """A LoRA fitted per subject on its one photo, the model's sites and rank: Adam, with prior preservation on
-    ``prior_images`` pictures that the base itself draws of the class."""
+    ``num_class_images`` pictures that the base itself draws of the class."""
 
-    steps: int = 300
+    num_steps: int = 300
     lr: float = 1e-3
-    batch: int = 2
-    prior_weight: float = 1.0
-    prior_images: int = 32
-    chunk: int = 16
+    batch_size: int = 2
+    prior_loss_weight: float = 1.0
+    num_class_images: int = 32
+    subjects_per_batch: int = 16
 
 
-def rows(judge: Judge, model: PhotoModel, **options: Any) -> Iterator[Row]:
-    """Score the base and ``rows_of`` the model, which takes the ``options``."""
-    yield judge.row(NO_LORA, None)
-    yield from rows_of(judge, model, **options)
+def evaluate_suite(evaluator: SubjectEvaluator, model: ImageToLoraBase, **options: Any) -> Iterator[SubjectResult]:
+    """Score the base and ``evaluate_model`` the model, which takes the ``options``."""
+    yield evaluator.evaluate(BASELINE_NAME, None)
+    yield from evaluate_model(evaluator, model, **options)
 
 
-def rows_of(
-    judge: Judge,
-    model: PhotoModel,
+def evaluate_model(
+    evaluator: SubjectEvaluator,
+    model: ImageToLoraBase,
     *,
     strengths: tuple[float, ...] = (0.6, 0.8),
     refine_steps: int = 0,
-    fitting: FitSettings | None = None,
-    sampling: Sampling | None = None,
-    best_of: int = 1,
-    chooser: Chooser | None = None,
-) -> Iterator[Row]:
+    finetune_baseline: FineTuneBaseline | None = None,
+    sampling: SamplingConfig | None = None,
+    num_candidates: int = 1,
+    reranker: IdentityReranker | None = None,
+) -> Iterator[SubjectResult]:
     """Score the model from one photo and from all, its controls and, if asked, refined and fitted LoRAs, and the
-    likest of ``best_of`` samples (as ``chooser`` finds)."""
-    photos = judge.benchmark.photos
-    one = photos[:, :1]
-    lora, seconds = _timed(lambda: one_by_one(model, one, sampling))
-    yield judge.row("one photo", lora, seconds)
+    likest of ``num_candidates`` samples (as ``reranker`` finds)."""
+    photos = evaluator.benchmark.photos
+    first_photo = photos[:, :1]
+    loras, seconds = _measure_generation(lambda: generate_sequentially(model, first_photo, sampling))
+    yield evaluator.evaluate("one photo", loras, seconds)
     for strength in strengths:
-        yield judge.row(f"one photo, strength {strength:g}", lora * strength, seconds)
+        yield evaluator.evaluate(f"one photo, strength {strength:g}", loras * strength, seconds)
     if photos.shape[1] > 1:
-        many, seconds = _timed(lambda: one_by_one(model, photos, sampling))
-        yield judge.row(f"{photos.shape[1]} photos", many, seconds)
-    if best_of > 1:
-        best, took = _timed(lambda: _best(model, one, sampling or Sampling(), best_of, chooser))
-        yield judge.row(f"one photo, best of {best_of}", best, took)
-    if len(lora) > 1:  # of a single subject these would be its own
-        yield judge.row("shuffled: another's LoRA", lora[torch.arange(len(lora)).roll(1)])
-        yield judge.row("mean LoRA", lora.mean())
+        multi_photo_loras, seconds = _measure_generation(lambda: generate_sequentially(model, photos, sampling))
+        yield evaluator.evaluate(f"{photos.shape[1]} photos", multi_photo_loras, seconds)
+    if num_candidates > 1:
+        best_loras, elapsed = _measure_generation(
+            lambda: _generate_best(model, first_photo, sampling or SamplingConfig(), num_candidates, reranker)
+        )
+        yield evaluator.evaluate(f"one photo, best of {num_candidates}", best_loras, elapsed)
+    if len(loras) > 1:  # of a single subject these would be its own
+        yield evaluator.evaluate("shuffled: another's LoRA", loras[torch.arange(len(loras)).roll(1)])
+        yield evaluator.evaluate("mean LoRA", loras.mean())
     if refine_steps:
-        finer, took = _timed(lambda: refined(model, judge.base, lora, one, steps=refine_steps, label="refining"))
-        yield judge.row(f"one photo, refined {refine_steps} steps", finer, took)
-    if fitting is not None:
-        fitted, took = _timed(lambda: fitted_loras(judge, model, one, fitting)[fitting.steps])
-        yield judge.row(f"fitted per subject, {fitting.steps} steps", fitted, took)
+        refined_loras, elapsed = _measure_generation(
+            lambda: refine_predictions(
+                model, evaluator.base, loras, first_photo, num_steps=refine_steps, progress_label="refining"
+            )
+        )
+        yield evaluator.evaluate(f"one photo, refined {refine_steps} steps", refined_loras, elapsed)
+    if finetune_baseline is not None:
+        finetuned_loras, elapsed = _measure_generation(
+            lambda: fit_subject_loras(evaluator, model, first_photo, finetune_baseline)[finetune_baseline.num_steps]
+        )
+        yield evaluator.evaluate(f"fitted per subject, {finetune_baseline.num_steps} steps", finetuned_loras, elapsed)
 
 
-def fitted_loras(
-    judge: Judge, model: PhotoModel, photos: Tensor, settings: FitSettings, snapshots: Sequence[int] = ()
+def fit_subject_loras(
+    evaluator: SubjectEvaluator,
+    model: ImageToLoraBase,
+    photos: Tensor,
+    baseline: FineTuneBaseline,
+    snapshot_steps: Sequence[int] = (),
 ) -> dict[int, LoraWeights]:
-    """DreamBooth-LoRA per subject, ``settings.chunk`` subjects at once; by number of steps: each of ``snapshots``, and
-    ``settings.steps``."""
-    base, layout = judge.base, model.layout
-    trigger = model.card.get("trigger_phrase", "sks person")
-    prior = _prior(judge, settings) if settings.prior_weight else None
-    std = (sum(s.fan_in for s in layout.sites) / len(layout.sites)) ** -0.5
-    wanted = sorted({*snapshots, settings.steps})
-    parts: dict[int, list[Tensor]] = {n: [] for n in wanted}
-    for chunk in photos.split(settings.chunk):
-        examples = photo_examples(base, chunk, f"a portrait of {trigger}")
-        start = LoraWeights.zeros(layout, (len(chunk),), std).flatten()
-        done = fit(
-            base.denoiser, base.noise_schedule, examples, start, partial(LoraWeights.unflatten, layout),
-            steps=settings.steps, lr=settings.lr, batch=settings.batch, prior_weight=settings.prior_weight,
-            prior=prior.shared(len(chunk)) if prior else None, snapshots=wanted, label="fitting",
+    """DreamBooth-LoRA per subject, ``baseline.subjects_per_batch`` subjects at once; by number of steps: each of ``snapshot_steps``, and
+    ``baseline.num_steps``."""
+    base, layout = evaluator.base, model.layout
+    trigger_phrase = model.card.get("trigger_phrase", "sks person")
+    class_examples = _make_class_examples(evaluator, baseline) if baseline.prior_loss_weight else None
+    std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
+    all_steps = sorted({*snapshot_steps, baseline.num_steps})
+    flat_by_step: dict[int, list[Tensor]] = {n: [] for n in all_steps}
+    for photo_batch in photos.split(baseline.subjects_per_batch):
+        examples = make_photo_examples(base, photo_batch, f"a portrait of {trigger_phrase}")
+        init_codes = LoraWeights.zeros(layout, (len(photo_batch),), std).flatten()
+        result = fine_tune_loras(
+            base.denoiser, base.noise_scheduler, examples, init_codes, partial(LoraWeights.unflatten, layout),
+            num_steps=baseline.num_steps, lr=baseline.lr, batch_size=baseline.batch_size, prior_loss_weight=baseline.prior_loss_weight,
+            prior_examples=class_examples.expand_subjects(len(photo_batch)) if class_examples else None, snapshot_steps=all_steps, progress_label="fitting",
         )  # fmt: skip
-        for n in wanted:
-            parts[n].append(done.snapshots[n].flatten())
-    return {n: LoraWeights.unflatten(layout, torch.cat(flat)) for n, flat in parts.items()}
+        for n in all_steps:
+            flat_by_step[n].append(result.snapshots[n].flatten())
+    return {n: LoraWeights.unflatten(layout, torch.cat(flat)) for n, flat in flat_by_step.items()}
 
 
-def _prior(judge: Judge, settings: FitSettings) -> Examples:
+def _make_class_examples(evaluator: SubjectEvaluator, baseline: FineTuneBaseline) -> TrainingExamples:
     prompt = "a portrait of a person"
-    n = settings.prior_images
-    pictures = render(judge.base, [prompt] * n, seeds=range(n), steps=judge.steps, guidance=judge.guidance)
-    return photo_examples(judge.base, pixels_of(pictures)[None], prompt)
+    num_images = baseline.num_class_images
+    images = generate_images(
+        evaluator.base,
+        [prompt] * num_images,
+        seeds=range(num_images),
+        num_inference_steps=evaluator.num_inference_steps,
+        guidance_scale=evaluator.guidance_scale,
+    )
+    return make_photo_examples(evaluator.base, stack_images(images)[None], prompt)
 
 
-def one_by_one(model: PhotoModel, photos: Tensor, sampling: Sampling | None = None) -> LoraWeights:
+def generate_sequentially(
+    model: ImageToLoraBase, photos: Tensor, sampling: SamplingConfig | None = None
+) -> LoraWeights:
     """Single forward passes, as a user makes them, so that the time per LoRA is honest; each by a seed of its own."""
-    how = sampling or Sampling()
+    base_sampling = sampling or SamplingConfig()
     with torch.no_grad():
-        made = [model.forward(p[None], replace(how, seed=how.seed + i))[0] for i, p in enumerate(photos)]
-    return LoraWeights.stack(made)
+        loras = [
+            model.forward(p[None], replace(base_sampling, seed=base_sampling.seed + i))[0] for i, p in enumerate(photos)
+        ]
+    return LoraWeights.stack(loras)
 
 
-def _best(
-    model: PhotoModel, photos: Tensor, sampling: Sampling, best_of: int, chooser: Chooser | None
+def _generate_best(
+    model: ImageToLoraBase, photos: Tensor, sampling: SamplingConfig, num_candidates: int, reranker: IdentityReranker | None
 ) -> LoraWeights:  # fmt: skip
-    settings, made = Settings(best_of=best_of), []
+    config, loras = GenerationConfig(num_candidates=num_candidates), []
     for i, p in enumerate(photos):
-        how = replace(settings, sampling=replace(sampling, seed=sampling.seed + best_of * i))
-        made.append(candidates(model, model.features(p[None]), [Photos(p)], how, 1, chooser)[0][0])
-    return LoraWeights.stack(made)
+        subject_config = replace(config, sampling=replace(sampling, seed=sampling.seed + num_candidates * i))
+        loras.append(
+            generate_candidates(model, model.encode_photos(p[None]), [SubjectPhotos(p)], subject_config, 1, reranker)[
+                0
+            ][0]
+        )
+    return LoraWeights.stack(loras)
 
 
-def _timed(make: Callable[[], LoraWeights]) -> tuple[LoraWeights, float]:
-    began = time.perf_counter()
-    weights = make()
-    return weights, (time.perf_counter() - began) / len(weights)
+def _measure_generation(generate_fn: Callable[[], LoraWeights]) -> tuple[LoraWeights, float]:
+    start_time = time.perf_counter()
+    weights = generate_fn()
+    return weights, (time.perf_counter() - start_time) / len(weights)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperlora.diffusion.lora_injection import injected
-from hyperlora.diffusion.losses import denoising_loss
-from hyperlora.errors import BadRequest
-from hyperlora.finetuning.examples import Chance, Examples, Probe
+from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.losses import compute_denoising_loss
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.finetuning.examples import SubjectRng, TrainingExamples, ValidationProbe
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
 
@@ -18,173 +18,195 @@ __all__ = ["Chance", "Examples", "Fitted", "Probe", "fit"]
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """``codes`` [K, P] as fitted, ``weights`` they expand to (batch K), ``losses`` [steps, K] (as many steps as the
-    longest took); ``snapshots`` their
-    state after as many steps as were asked for. ``looks`` [n, K] are the losses on the probe's draws, the first before
-    any step, and ``taken`` [K] the steps of each subject. Losses and looks are NaN once a subject has ended."""
+class FineTuneResult:
+    """``fit_lidb_targets`` [K, P] as fitted, ``weights`` they expand to (batch K), ``losses`` [steps, K] (as many steps as the
+    longest took); ``snapshot_steps`` their
+    state after as many steps as were asked for. ``val_losses`` [n, K] are the losses on the probe's draws, the first before
+    any step, and ``num_steps`` [K] the steps of each subject. Losses and looks are NaN once a subject has ended."""
 
     codes: Tensor
     weights: LoraWeights
     losses: Tensor
     snapshots: Mapping[int, LoraWeights]
-    looks: Tensor
-    taken: Tensor
+    val_losses: Tensor
+    num_steps: Tensor
 
 
-def fit(
+def fine_tune_loras(
     denoiser: nn.Module,
     scheduler: Any,
-    examples: Examples,
-    start: Tensor,
-    expand: Callable[[Tensor], LoraWeights],
+    examples: TrainingExamples,
+    init_codes: Tensor,
+    decode_codes: Callable[[Tensor], LoraWeights],
     *,
-    steps: int,
+    num_steps: int,
     lr: float,
-    batch: int = 1,
-    prior: Examples | None = None,
-    prior_weight: float = 1.0,
-    frozen: LoraWeights | None = None,
-    snapshots: Collection[int] = (),
-    twins: int = 1,
-    changes: Tensor | None = None,
+    batch_size: int = 1,
+    prior_examples: TrainingExamples | None = None,
+    prior_loss_weight: float = 1.0,
+    base_loras: LoraWeights | None = None,
+    snapshot_steps: Collection[int] = (),
+    num_paired_groups: int = 1,
+    x0_offsets: Tensor | None = None,
     shift: float = 1.0,
     seeds: Sequence[int] | None = None,
-    probe: Probe | None = None,
-    label: str | None = None,
-    watch: Callable[[int], None] | None = None,
-) -> Fitted:
-    """Adam on K LoRAs at once. ``start`` [K, P] are the codes to begin with and ``expand`` their expansion to weights:
+    probe: ValidationProbe | None = None,
+    progress_label: str | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> FineTuneResult:
+    """Adam on K LoRAs at once. ``init_codes`` [K, P] are the codes to begin with and ``decode_codes`` their expansion to weights:
     ``partial(LoraWeights.unflatten, layout)`` for plain LoRA, a parametrisation for LiDB.
 
-    ``prior`` holds class images for DreamBooth's prior preservation (2208.12242, eq. 2); ``frozen`` weights (batch K)
+    ``prior_examples`` holds class images for DreamBooth's prior preservation (2208.12242, eq. 2); ``base_loras`` weights (batch K)
     stay added below the fitted ones, as rank-relaxed fine-tuning needs. Subjects do not influence each other; with
-    ``seeds`` (one each) neither does what chance decides for them. With ``twins`` = t, subjects i, i + K/t, i + 2K/t...
-    get the same timesteps and noise, so that they differ by their examples alone. ``changes`` [K, n, c, h, w] are edits
-    the LoRAs should make on the examples, ``shift`` is of timesteps, both as ``denoising_loss`` takes them. ``probe``
-    follows each subject's loss and may end it early. ``watch`` is told the number of every step before it and may raise
+    ``seeds`` (one each) neither does what chance decides for them. With ``num_paired_groups`` = t, subjects i, i + K/t, i + 2K/t...
+    get the same timesteps and noise, so that they differ by their examples alone. ``x0_offsets`` [K, n, c, h, w] are edits
+    the LoRAs should make on the examples, ``shift`` is of timesteps, both as ``compute_denoising_loss`` takes them. ``probe``
+    follows each subject's loss and may end it early. ``on_step`` is told the number of every step before it and may raise
     to end them.
     """
-    if seeds is not None and twins > 1:
-        raise BadRequest("twins share what chance decides, seeds keep it apart: give one of them")
-    k = len(start)
-    going = torch.arange(k, device=start.device)
-    codes = start.detach().clone().requires_grad_()
+    if seeds is not None and num_paired_groups > 1:
+        raise InvalidArgumentError("twins share what chance decides, seeds keep it apart: give one of them")
+    k = len(init_codes)
+    active = torch.arange(k, device=init_codes.device)
+    codes = init_codes.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([codes], lr)
-    chance = None if seeds is None else Chance(seeds)
-    course = _Course(start.detach(), probe is not None)
-    losses, kept = [], {}
+    rng = None if seeds is None else SubjectRng(seeds)
+    early_stopping = _EarlyStopping(init_codes.detach(), probe is not None)
+    losses, saved_loras = [], {}
 
-    def lora() -> LoraWeights:
-        return expand(codes) if frozen is None else _of(frozen, going) + expand(codes)
+    def build_loras() -> LoraWeights:
+        return (
+            decode_codes(codes) if base_loras is None else _select_base_loras(base_loras, active) + decode_codes(codes)
+        )
 
-    def look(step: int) -> None:
+    def validate_step(step: int) -> None:
         assert probe is not None
-        with torch.no_grad(), injected(denoiser, lora()):
-            course.look(going, codes, _probed(denoiser, scheduler, probe, going), step)
+        with torch.no_grad(), inject_lora(denoiser, build_loras()):
+            early_stopping.update_best(active, codes, _compute_val_losses(denoiser, scheduler, probe, active), step)
 
     if probe is not None:
-        look(0)
-    for step in track(range(1, steps + 1), label, "steps", steps) if label else range(1, steps + 1):
-        if watch is not None:
-            watch(step)
-        with injected(denoiser, lora()):
-            loss = _loss(denoiser, scheduler, examples, batch, going, twins, changes, shift, chance)
-            if prior is not None:
-                again = _loss(denoiser, scheduler, prior, batch, going, twins, None, shift, chance)
-                loss = loss + prior_weight * again
+        validate_step(0)
+    for step in (
+        track(range(1, num_steps + 1), progress_label, "steps", num_steps)
+        if progress_label
+        else range(1, num_steps + 1)
+    ):
+        if on_step is not None:
+            on_step(step)
+        with inject_lora(denoiser, build_loras()):
+            loss = _compute_loss(
+                denoiser, scheduler, examples, batch_size, active, num_paired_groups, x0_offsets, shift, rng
+            )
+            if prior_examples is not None:
+                prior_loss = _compute_loss(
+                    denoiser, scheduler, prior_examples, batch_size, active, num_paired_groups, None, shift, rng
+                )
+                loss = loss + prior_loss_weight * prior_loss
         (codes.grad,) = torch.autograd.grad(loss.sum(), codes)
         optimizer.step()
-        losses.append(_spread(loss.detach(), going, k))
-        course.taken[going] = step
-        if step in snapshots:
-            kept[step] = expand(course.now(going, codes).clone())
-        if probe is not None and (step % probe.every == 0 or step == steps):
-            look(step)
-            on = course.goes_on(going, probe.patience)
-            if not on.all():
-                course.now(going, codes)
-                going, codes, optimizer = going[on], *_fewer(codes, optimizer, on)
-            if not len(going):
+        losses.append(_scatter_to_subjects(loss.detach(), active, k))
+        early_stopping.num_steps[active] = step
+        if step in snapshot_steps:
+            saved_loras[step] = decode_codes(early_stopping.update_codes(active, codes).clone())
+        if probe is not None and (step % probe.eval_every == 0 or step == num_steps):
+            validate_step(step)
+            active_mask = early_stopping.is_active(active, probe.patience)
+            if not active_mask.all():
+                early_stopping.update_codes(active, codes)
+                active, codes, optimizer = active[active_mask], *_select_active(codes, optimizer, active_mask)
+            if not len(active):
                 break
-    final = course.now(going, codes) if course.best_codes is None else course.best_codes
-    return Fitted(
-        final, expand(final), torch.stack(losses) if losses else torch.zeros(0, k), kept,
-        torch.stack(course.looks) if course.looks else torch.zeros(0, k), course.taken,
+    final_codes = (
+        early_stopping.update_codes(active, codes) if early_stopping.best_codes is None else early_stopping.best_codes
+    )
+    return FineTuneResult(
+        final_codes, decode_codes(final_codes), torch.stack(losses) if losses else torch.zeros(0, k), saved_loras,
+        torch.stack(early_stopping.val_losses) if early_stopping.val_losses else torch.zeros(0, k), early_stopping.num_steps,
     )  # fmt: skip
 
 
-class _Course:
-    """Where each of the K subjects stands, and with ``followed`` what it was at its best look."""
+class _EarlyStopping:
+    """Where each of the K subjects stands, and with ``track_best`` what it was at its best look."""
 
-    def __init__(self, start: Tensor, followed: bool) -> None:
-        k, device = len(start), start.device
-        self.codes = start.clone()
-        self.best_codes = start.clone() if followed else None
-        self.best = torch.full((k,), torch.inf, device=device)
-        self.taken, self.worse = (torch.zeros(k, dtype=torch.long, device=device) for _ in range(2))
-        self.looks: list[Tensor] = []
+    def __init__(self, init_codes: Tensor, track_best: bool) -> None:
+        k, device = len(init_codes), init_codes.device
+        self.codes = init_codes.clone()
+        self.best_codes = init_codes.clone() if track_best else None
+        self.best_losses = torch.full((k,), torch.inf, device=device)
+        self.num_steps, self.num_bad_checks = (torch.zeros(k, dtype=torch.long, device=device) for _ in range(2))
+        self.val_losses: list[Tensor] = []
 
-    def now(self, going: Tensor, codes: Tensor) -> Tensor:
-        """The codes [K, P] of all, those of ``going`` as they are."""
-        self.codes[going] = codes.detach()
+    def update_codes(self, active: Tensor, codes: Tensor) -> Tensor:
+        """The codes [K, P] of all, those of ``active`` as they are."""
+        self.codes[active] = codes.detach()
         return self.codes
 
-    def look(self, going: Tensor, codes: Tensor, losses: Tensor, step: int) -> None:
-        better = (losses < self.best[going]) | (step == 0)
-        self.best[going] = torch.where(better, losses, self.best[going])
+    def update_best(self, active: Tensor, codes: Tensor, losses: Tensor, step: int) -> None:
+        improved = (losses < self.best_losses[active]) | (step == 0)
+        self.best_losses[active] = torch.where(improved, losses, self.best_losses[active])
         if self.best_codes is not None:
-            self.best_codes[going[better]] = codes.detach()[better]
-        self.worse[going] = torch.where(better, 0, self.worse[going] + 1)
-        self.looks.append(_spread(losses, going, len(self.codes)))
+            self.best_codes[active[improved]] = codes.detach()[improved]
+        self.num_bad_checks[active] = torch.where(improved, 0, self.num_bad_checks[active] + 1)
+        self.val_losses.append(_scatter_to_subjects(losses, active, len(self.codes)))
 
-    def goes_on(self, going: Tensor, patience: int | None) -> Tensor:
-        return torch.ones_like(going, dtype=torch.bool) if patience is None else self.worse[going] < patience
+    def is_active(self, active: Tensor, patience: int | None) -> Tensor:
+        return torch.ones_like(active, dtype=torch.bool) if patience is None else self.num_bad_checks[active] < patience
 
 
-def _loss(
-    denoiser: nn.Module, scheduler: Any, examples: Examples, batch: int, going: Tensor, twins: int,
-    changes: Tensor | None, shift: float, chance: Chance | None,
+def _compute_loss(
+    denoiser: nn.Module, scheduler: Any, examples: TrainingExamples, batch_size: int, active: Tensor, num_paired_groups: int,
+    x0_offsets: Tensor | None, shift: float, rng: SubjectRng | None,
 ) -> Tensor:  # fmt: skip
-    """Mean loss over ``batch`` random examples, per subject [k]."""
-    device, k, draw = examples.latents.device, len(going), None
-    if chance is not None:
-        choice, draw = chance.draw(examples, batch, going)
+    """Mean loss over ``batch_size`` random examples, per subject [k]."""
+    device, k, noise_sample = examples.latents.device, len(active), None
+    if rng is not None:
+        indices, noise_sample = rng.sample_batch(examples, batch_size, active)
     else:
-        choice = torch.randint(examples.latents.shape[1], (batch, k // twins), device=device).repeat(1, twins)
-        if examples.counts is not None:
-            choice %= torch.tensor(examples.counts, device=device)[going]
-    latents, conditions = examples.pick(choice, going)
-    if twins > 1:
-        u = torch.rand(batch, k // twins, device=device).repeat(1, twins).flatten()
-        noise = torch.randn(batch, k // twins, *latents.shape[1:], device=device)
-        draw = u, noise.repeat(1, twins, *[1] * (latents.ndim - 1)).flatten(0, 1)
-    change = None if changes is None else Examples(changes, {}).pick(choice, going)[0]
-    loss = denoising_loss(denoiser, scheduler, latents, shift=shift, draw=draw, change=change, **conditions)
-    return loss.view(batch, k).mean(0)
+        indices = torch.randint(examples.latents.shape[1], (batch_size, k // num_paired_groups), device=device).repeat(
+            1, num_paired_groups
+        )
+        if examples.num_examples is not None:
+            indices %= torch.tensor(examples.num_examples, device=device)[active]
+    latents, conditions = examples.gather_examples(indices, active)
+    if num_paired_groups > 1:
+        u = torch.rand(batch_size, k // num_paired_groups, device=device).repeat(1, num_paired_groups).flatten()
+        noise = torch.randn(batch_size, k // num_paired_groups, *latents.shape[1:], device=device)
+        noise_sample = u, noise.repeat(1, num_paired_groups, *[1] * (latents.ndim - 1)).flatten(0, 1)
+    x0_offset = None if x0_offsets is None else TrainingExamples(x0_offsets, {}).gather_examples(indices, active)[0]
+    loss = compute_denoising_loss(
+        denoiser, scheduler, latents, shift=shift, noise_sample=noise_sample, x0_offset=x0_offset, **conditions
+    )
+    return loss.view(batch_size, k).mean(0)
 
 
-def _probed(denoiser: nn.Module, scheduler: Any, probe: Probe, going: Tensor) -> Tensor:
+def _compute_val_losses(denoiser: nn.Module, scheduler: Any, probe: ValidationProbe, active: Tensor) -> Tensor:
     """Mean loss over the probe's draws, per subject [k]."""
-    parts = []
-    for choice, u, noise in zip(probe.choice, probe.u, probe.noise, strict=True):
-        latents, conditions = probe.examples.pick(choice[going][None], going)
-        parts.append(denoising_loss(denoiser, scheduler, latents, draw=(u[going], noise[going]), **conditions))
-    return torch.stack(parts).mean(0)
+    losses = []
+    for indices, u, noise in zip(probe.indices, probe.u, probe.noise, strict=True):
+        latents, conditions = probe.examples.gather_examples(indices[active][None], active)
+        losses.append(
+            compute_denoising_loss(denoiser, scheduler, latents, noise_sample=(u[active], noise[active]), **conditions)
+        )
+    return torch.stack(losses).mean(0)
 
 
-def _fewer(codes: Tensor, optimizer: torch.optim.Adam, on: Tensor) -> tuple[Tensor, torch.optim.Adam]:
-    """The rows ``on`` of the codes, and Adam as it would stand had there been no others."""
-    fewer = codes.detach()[on].requires_grad_()
-    again = torch.optim.Adam([fewer], optimizer.param_groups[0]["lr"])
-    again.state[fewer] = {k: v[on] if v.ndim else v for k, v in optimizer.state[codes].items()}
-    return fewer, again
+def _select_active(codes: Tensor, optimizer: torch.optim.Adam, active_mask: Tensor) -> tuple[Tensor, torch.optim.Adam]:
+    """The rows ``active_mask`` of the codes, and Adam as it would stand had there been no others."""
+    active_codes = codes.detach()[active_mask].requires_grad_()
+    active_optimizer = torch.optim.Adam([active_codes], optimizer.param_groups[0]["lr"])
+    active_optimizer.state[active_codes] = {
+        k: v[active_mask] if v.ndim else v for k, v in optimizer.state[codes].items()
+    }
+    return active_codes, active_optimizer
 
 
-def _of(frozen: LoraWeights, going: Tensor) -> LoraWeights:
-    return frozen if len(going) == len(frozen) else frozen[going]
+def _select_base_loras(base_loras: LoraWeights, active: Tensor) -> LoraWeights:
+    return base_loras if len(active) == len(base_loras) else base_loras[active]
 
 
-def _spread(values: Tensor, going: Tensor, k: int) -> Tensor:
+def _scatter_to_subjects(values: Tensor, active: Tensor, num_subjects: int) -> Tensor:
     """[k] per subject still fitted to [K], NaN for the others."""
-    return torch.full((k,), torch.nan, device=values.device, dtype=values.dtype).index_copy(0, going, values)
+    return torch.full((num_subjects,), torch.nan, device=values.device, dtype=values.dtype).index_copy(
+        0, active, values
+    )

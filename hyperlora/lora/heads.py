@@ -5,7 +5,7 @@ learned basis (2503.16944, eq. 3):  down = D_0 + Σ c_i D_i,  up = Σ c'_i U_i  
 softmax basis (LoRWeB, 2602.15727):  down = Σ softmax(c)_i D_i,  up = Σ softmax(c')_i U_i
 full:  the factors themselves, one linear layer for each (2411.19156)
 
-All are modules whose ``forward`` takes one code per factor and site, [*batch, sites, code_size], and whose zero ``up``
+All are modules whose ``forward`` takes one code per factor and site, [*batch, sites, code_size], and whose zero ``up_basis``
 code gives ΔW = 0 (of the softmax basis: at initialisation).
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from hyperlora.errors import BadRequest
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 
@@ -31,111 +31,122 @@ class LiDB(nn.Module):
         self.layout, self.a, self.b, self.seed = layout, a, b, seed
         self.code_size = layout.rank * max(a, b)
         generator = torch.Generator().manual_seed(seed)
-        for i, site in enumerate(layout.sites):
-            self.register_buffer(f"a{i}", _orthogonal(site.fan_out, a, generator), persistent=False)
-            self.register_buffer(f"b{i}", _orthogonal(site.fan_in, b, generator).mT, persistent=False)
+        for i, target in enumerate(layout.targets):
+            self.register_buffer(f"a{i}", _make_orthogonal_matrix(target.out_features, a, generator), persistent=False)
+            self.register_buffer(
+                f"b{i}", _make_orthogonal_matrix(target.in_features, b, generator).mT, persistent=False
+            )
 
-    def start(self) -> Tensor:
-        """Codes [2 * sites, code_size] of ΔW = 0 from which gradients flow: random ``down`` (from the seed, so that all
-        who start here start alike), then zero ``up``."""
+    def init_codes(self) -> Tensor:
+        """Codes [2 * sites, code_size] of ΔW = 0 from which gradients flow: random ``down_basis`` (from the seed, so that all
+        who start here start alike), then zero ``up_basis``."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        down = torch.randn(len(self.layout.sites), self.code_size, generator=generator) * self.b**-0.5
+        down = torch.randn(len(self.layout.targets), self.code_size, generator=generator) * self.b**-0.5
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down``, ``up`` [*batch, sites, code_size]."""
+        """``down_basis``, ``up_basis`` [*batch, sites, code_size]."""
         rank, downs, ups = self.layout.rank, [], []
-        for i in range(len(self.layout.sites)):
+        for i in range(len(self.layout.targets)):
             a, b = self.get_buffer(f"a{i}"), self.get_buffer(f"b{i}")
             downs.append(down[..., i, : rank * len(b)].unflatten(-1, (rank, len(b))) @ b)
             ups.append(a @ up[..., i, : rank * a.shape[1]].unflatten(-1, (a.shape[1], rank)))
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
-class LearnedBasis(nn.Module):
+class LowRankBasisHead(nn.Module):
     """``size`` learned directions per factor and site, mixed by as many coefficients.
 
-    ``down`` has a constant term of ordinary LoRA initialisation, so that a zero code is an ordinary untrained LoRA.
-    With ``per_rank`` each of a direction's ``rank`` vectors has a coefficient of its own: the factors fill a space of
+    ``down_basis`` has a constant term of ordinary LoRA initialisation, so that a zero code is an ordinary untrained LoRA.
+    With ``coefficients_per_rank`` each of a direction's ``rank`` vectors has a coefficient of its own: the factors fill a space of
     ``rank`` times as many dimensions, for no more directions to learn and to keep.
     """
 
-    def __init__(self, layout: LoraLayout, size: int = 48, per_rank: bool = False) -> None:
+    def __init__(self, layout: LoraLayout, size: int = 48, coefficients_per_rank: bool = False) -> None:
         super().__init__()
         rank = layout.rank
-        self.layout, self.size, self.per_rank = layout, size, per_rank
-        self.code_size = size * rank if per_rank else size
-        self.constant = nn.ParameterList(torch.randn(rank, s.fan_in) * s.fan_in**-0.5 for s in layout.sites)
-        self.down = nn.ParameterList(torch.randn(size, rank * s.fan_in) * s.fan_in**-0.5 for s in layout.sites)
-        self.up = nn.ParameterList(torch.randn(size, s.fan_out * rank) * (size * rank) ** -0.5 for s in layout.sites)
+        self.layout, self.size, self.coefficients_per_rank = layout, size, coefficients_per_rank
+        self.code_size = size * rank if coefficients_per_rank else size
+        self.down_bias = nn.ParameterList(
+            torch.randn(rank, target.in_features) * target.in_features**-0.5 for target in layout.targets
+        )
+        self.down_basis = nn.ParameterList(
+            torch.randn(size, rank * target.in_features) * target.in_features**-0.5 for target in layout.targets
+        )
+        self.up_basis = nn.ParameterList(
+            torch.randn(size, target.out_features * rank) * (size * rank) ** -0.5 for target in layout.targets
+        )
 
-    def start(self) -> Tensor:
-        """Codes [2 * sites, size]: small random ``down`` coefficients, zero ``up`` ones."""
-        down = torch.randn(len(self.layout.sites), self.code_size) * 0.1 * self.size**-0.5
+    def init_codes(self) -> Tensor:
+        """Codes [2 * sites, size]: small random ``down_basis`` coefficients, zero ``up_basis`` ones."""
+        down = torch.randn(len(self.layout.targets), self.code_size) * 0.1 * self.size**-0.5
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down``, ``up`` [*batch, sites, code_size]."""
+        """``down_basis``, ``up_basis`` [*batch, sites, code_size]."""
         rank, downs, ups = self.layout.rank, [], []
-        for i, site in enumerate(self.layout.sites):
-            one, other = self.down[i].unflatten(-1, (rank, site.fan_in)), self.up[i].unflatten(-1, (site.fan_out, rank))
+        for i, target in enumerate(self.layout.targets):
+            down_basis, up_basis = (
+                self.down_basis[i].unflatten(-1, (rank, target.in_features)),
+                self.up_basis[i].unflatten(-1, (target.out_features, rank)),
+            )
             # [*batch, size, rank], or 1 instead of rank where a direction is taken as a whole
-            a, b = (code[..., i, :].unflatten(-1, (self.size, -1)) for code in (down, up))
-            downs.append(torch.einsum("...sr,sri->...ri", a, one) + self.constant[i])
-            ups.append(torch.einsum("...sr,sor->...or", b, other))
+            down_coefficients, up_coefficients = (code[..., i, :].unflatten(-1, (self.size, -1)) for code in (down, up))
+            downs.append(torch.einsum("...sr,sri->...ri", down_coefficients, down_basis) + self.down_bias[i])
+            ups.append(torch.einsum("...sr,sor->...or", up_coefficients, up_basis))
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
-class SoftmaxBasis(LearnedBasis):
+class SoftmaxBasisHead(LowRankBasisHead):
     """A mix of ``size`` learned LoRAs whose shares are positive and add up to 1."""
 
     def __init__(self, layout: LoraLayout, size: int = 32) -> None:
         super().__init__(layout, size)
-        for up in self.up:
-            nn.init.zeros_(up)
+        for up_basis in self.up_basis:
+            nn.init.zeros_(up_basis)
 
-    def start(self) -> Tensor:
+    def init_codes(self) -> Tensor:
         """Codes [2 * sites, size]: equal shares."""
-        return torch.zeros(2 * len(self.layout.sites), self.code_size)
+        return torch.zeros(2 * len(self.layout.targets), self.code_size)
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down``, ``up`` [*batch, sites, size], before the softmax."""
+        """``down_basis``, ``up_basis`` [*batch, sites, size], before the softmax."""
         return super().forward(down.softmax(-1), up.softmax(-1))
 
 
-class Full(nn.Module):
+class DirectHead(nn.Module):
     """The factors themselves, padded to the widest site's: nothing is shared between sites."""
 
     def __init__(self, layout: LoraLayout) -> None:
         super().__init__()
         self.layout = layout
-        self.code_size = layout.rank * max(max(s.fan_in, s.fan_out) for s in layout.sites)
+        self.code_size = layout.rank * max(max(target.in_features, target.out_features) for target in layout.targets)
 
-    def start(self) -> Tensor:
+    def init_codes(self) -> Tensor:
         """Codes [2 * sites, code_size]: ordinary LoRA initialisation."""
-        down = torch.stack([torch.randn(self.code_size) * s.fan_in**-0.5 for s in self.layout.sites])
+        down = torch.stack([torch.randn(self.code_size) * target.in_features**-0.5 for target in self.layout.targets])
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down``, ``up`` [*batch, sites, code_size]."""
+        """``down_basis``, ``up_basis`` [*batch, sites, code_size]."""
         rank, downs, ups = self.layout.rank, [], []
-        for i, site in enumerate(self.layout.sites):
-            downs.append(down[..., i, : rank * site.fan_in].unflatten(-1, (rank, site.fan_in)))
-            ups.append(up[..., i, : site.fan_out * rank].unflatten(-1, (site.fan_out, rank)))
+        for i, target in enumerate(self.layout.targets):
+            downs.append(down[..., i, : rank * target.in_features].unflatten(-1, (rank, target.in_features)))
+            ups.append(up[..., i, : target.out_features * rank].unflatten(-1, (target.out_features, rank)))
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
-_KINDS: Final = {"lidb": LiDB, "basis": LearnedBasis, "softmax": SoftmaxBasis, "full": Full}
+_HEADS: Final = {"lidb": LiDB, "basis": LowRankBasisHead, "softmax": SoftmaxBasisHead, "full": DirectHead}
 
 
-def parametrisation(kind: str, layout: LoraLayout, **options: Any) -> "LiDB | LearnedBasis | Full":
-    """One of ``_KINDS`` by name, as configs do. Raises ``BadRequest`` for another."""
-    if kind not in _KINDS:
-        raise BadRequest(f"unknown parametrisation {kind!r}; known: {', '.join(_KINDS)}")
-    made: LiDB | LearnedBasis | Full = _KINDS[kind](layout, **options)
-    return made
+def make_head(head_type: str, layout: LoraLayout, **options: Any) -> "LiDB | LowRankBasisHead | DirectHead":
+    """One of ``_HEADS`` by name, as configs do. Raises ``InvalidArgumentError`` for another."""
+    if head_type not in _HEADS:
+        raise InvalidArgumentError(f"unknown parametrisation {head_type!r}; known: {', '.join(_HEADS)}")
+    head: LiDB | LowRankBasisHead | DirectHead = _HEADS[head_type](layout, **options)
+    return head
 
 
-def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+def _make_orthogonal_matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """[rows, min(rows, columns)] with orthonormal columns."""
     return torch.linalg.qr(torch.randn(rows, min(rows, columns), generator=generator))[0]

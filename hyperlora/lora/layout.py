@@ -9,21 +9,21 @@ from typing import Any, Final
 
 from torch import nn
 
-from hyperlora.errors import LayoutMismatch
+from hyperlora.errors import LayoutMismatchError
 
 UNKNOWN_BASE: Final = "unknown"
 """The base of a LoRA whose file does not name one."""
 
 
 @dataclass(frozen=True)
-class Site:
-    """One adapted weight. ``name`` is ``component.module.path`` (``unet.mid_block....to_q``); ``fan_in`` counts the
-    kernel for convolutions, whose LoRA is a ``kernel`` convolution to ``rank`` channels and a 1x1 one back (LoCon)."""
+class TargetModule:
+    """One adapted weight. ``name`` is ``component.module.path`` (``unet.mid_block....to_q``); ``in_features`` counts the
+    kernel for convolutions, whose LoRA is a ``kernel_size`` convolution to ``rank`` channels and a 1x1 one back (LoCon)."""
 
     name: str
-    fan_in: int
-    fan_out: int
-    kernel: tuple[int, int] | None = None
+    in_features: int
+    out_features: int
+    kernel_size: tuple[int, int] | None = None
 
     @property
     def component(self) -> str:
@@ -34,7 +34,7 @@ class Site:
         return self.name.split(".", 1)[1]
 
     @property
-    def reads_text(self) -> bool:
+    def is_text_projection(self) -> bool:
         """Whether it makes keys or values of a prompt's tokens (cross-attention of UNets)."""
         return self.path.endswith((".attn2.to_k", ".attn2.to_v"))
 
@@ -42,37 +42,37 @@ class Site:
 @dataclass(frozen=True)
 class LoraLayout:
     """Ordered sites of one base model at one rank. ``base`` is the base model's id; numbers of different layouts never
-    mix: ``require`` says in one sentence why not."""
+    mix: ``check_compatible`` says in one sentence why not."""
 
-    sites: tuple[Site, ...]
+    targets: tuple[TargetModule, ...]
     rank: int
     base: str
 
     @classmethod
-    def of(
-        cls, module: nn.Module, component: str, matches: Callable[[str], bool], rank: int, base: str
+    def from_module(
+        cls, module: nn.Module, component: str, filter_fn: Callable[[str], bool], rank: int, base: str
     ) -> "LoraLayout":
-        """The layout of every Linear or Conv2d in ``module`` (meta device is fine) whose path ``matches``.
+        """The layout of every Linear or Conv2d in ``module`` (meta device is fine) whose path ``filter_fn``.
 
-        Raises ``LayoutMismatch`` if there is none.
+        Raises ``LayoutMismatchError`` if there is none.
         """
-        sites = tuple(
-            _site(f"{component}.{path}", layer)
+        targets = tuple(
+            _make_target(f"{component}.{path}", layer)
             for path, layer in module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and matches(path)
+            if isinstance(layer, nn.Linear | nn.Conv2d) and filter_fn(path)
         )
-        if not sites:
-            raise LayoutMismatch(f"no site of the preset exists in {type(module).__name__}: choose another preset")
-        return cls(sites, rank, base)
+        if not targets:
+            raise LayoutMismatchError(f"no site of the preset exists in {type(module).__name__}: choose another preset")
+        return cls(targets, rank, base)
 
     @property
     def components(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(site.component for site in self.sites))
+        return tuple(dict.fromkeys(target.component for target in self.targets))
 
     @property
     def numel(self) -> int:
         """Numbers in one LoRA of this layout."""
-        return sum(self.rank * (site.fan_in + site.fan_out) for site in self.sites)
+        return sum(self.rank * (target.in_features + target.out_features) for target in self.targets)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,49 +84,60 @@ class LoraLayout:
 
     def __add__(self, other: "LoraLayout") -> "LoraLayout":
         """The sites of both, e.g. of a UNet and its text encoder (same rank and base)."""
-        self.require(LoraLayout(self.sites, other.rank, other.base))
-        return replace(self, sites=self.sites + other.sites)
+        self.check_compatible(LoraLayout(self.targets, other.rank, other.base))
+        return replace(self, sites=self.targets + other.targets)
 
-    def require(self, other: "LoraLayout", *, any_rank: bool = False) -> None:
-        """Raise ``LayoutMismatch`` unless ``other`` has the same sites, base and (unless ``any_rank``) rank."""
-        other.require_base(self.base)
-        mine, theirs = {s.name: s for s in self.sites}, {s.name: s for s in other.sites}
-        if missing := mine.keys() ^ theirs.keys():
-            raise LayoutMismatch(
-                f"the LoRA has {len(theirs)} sites, {len(mine)} expected; {len(missing)} differ, e.g. {min(missing)}"
+    def check_compatible(self, other: "LoraLayout", *, ignore_rank: bool = False) -> None:
+        """Raise ``LayoutMismatchError`` unless ``other`` has the same sites, base and (unless ``ignore_rank``) rank."""
+        other.check_base(self.base)
+        own_targets, other_targets = {s.name: s for s in self.targets}, {s.name: s for s in other.targets}
+        if missing := own_targets.keys() ^ other_targets.keys():
+            raise LayoutMismatchError(
+                f"the LoRA has {len(other_targets)} sites, {len(own_targets)} expected; {len(missing)} differ, e.g. {min(missing)}"
             )
-        for name, site in mine.items():
-            if site != theirs[name]:
-                raise LayoutMismatch(f"site {name} is {_shape(theirs[name])} in the LoRA, {_shape(site)} expected")
-        if self.sites != other.sites:
-            raise LayoutMismatch("the LoRA's sites are in another order than expected")
-        if not any_rank and self.rank != other.rank:
-            raise LayoutMismatch(f"the LoRA has rank {other.rank}, rank {self.rank} expected: resize it first")
+        for name, target in own_targets.items():
+            if target != other_targets[name]:
+                raise LayoutMismatchError(
+                    f"site {name} is {_format_shape(other_targets[name])} in the LoRA, {_format_shape(target)} expected"
+                )
+        if self.targets != other.targets:
+            raise LayoutMismatchError("the LoRA's sites are in another order than expected")
+        if not ignore_rank and self.rank != other.rank:
+            raise LayoutMismatchError(f"the LoRA has rank {other.rank}, rank {self.rank} expected: resize it first")
 
-    def require_base(self, base: str) -> None:
-        """Raise ``LayoutMismatch`` unless LoRAs of this layout are for ``base``."""
+    def check_base(self, base: str) -> None:
+        """Raise ``LayoutMismatchError`` unless LoRAs of this layout are for ``base``."""
         if self.base != base:
-            raise LayoutMismatch(f"the LoRA is for base {self.base!r}, this base is {base!r}: use its own base")
+            raise LayoutMismatchError(f"the LoRA is for base {self.base!r}, this base is {base!r}: use its own base")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LoraLayout":
-        """Inverse of ``to_dict`` (also after a trip through JSON)."""
-        sites = (
-            Site(s["name"], s["fan_in"], s["fan_out"], tuple(s["kernel"]) if s["kernel"] else None)
-            for s in data["sites"]
+        """Inverse of ``source_to_dict`` (also after a trip through JSON)."""
+        targets = (
+            TargetModule(
+                target["name"],
+                target["fan_in"],
+                target["fan_out"],
+                tuple(target["kernel"]) if target["kernel"] else None,
+            )
+            for target in data["sites"]
         )
-        return cls(tuple(sites), data["rank"], data["base"])
+        return cls(tuple(targets), data["rank"], data["base"])
 
 
-def _site(name: str, layer: nn.Linear | nn.Conv2d) -> Site:
+def _make_target(name: str, layer: nn.Linear | nn.Conv2d) -> TargetModule:
     if isinstance(layer, nn.Linear):
-        return Site(name, layer.in_features, layer.out_features)
-    kernel = (int(layer.kernel_size[0]), int(layer.kernel_size[1]))
-    return Site(name, layer.in_channels // layer.groups * kernel[0] * kernel[1], layer.out_channels, kernel)
+        return TargetModule(name, layer.in_features, layer.out_features)
+    kernel_size = (int(layer.kernel_size[0]), int(layer.kernel_size[1]))
+    return TargetModule(
+        name, layer.in_channels // layer.groups * kernel_size[0] * kernel_size[1], layer.out_channels, kernel_size
+    )
 
 
-def _shape(site: Site) -> str:
-    return f"{site.fan_in}→{site.fan_out}" + (f" ({site.kernel[0]}x{site.kernel[1]} conv)" if site.kernel else "")
+def _format_shape(target: TargetModule) -> str:
+    return f"{target.in_features}→{target.out_features}" + (
+        f" ({target.kernel_size[0]}x{target.kernel_size[1]} conv)" if target.kernel_size else ""
+    )

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hyperlora.errors import LayoutMismatch
+from hyperlora.errors import LayoutMismatchError
 from hyperlora.lora.layout import LoraLayout
 
 if TYPE_CHECKING:
-    from hyperlora.lora.io.metadata import LoraHeader
+    from hyperlora.lora.io.metadata import LoraMetadata
 
 
 @dataclass(frozen=True)
@@ -28,36 +28,42 @@ class LoraWeights:
     up: tuple[Tensor, ...]
 
     def __post_init__(self) -> None:
-        if not len(self.down) == len(self.up) == len(self.layout.sites):
-            raise LayoutMismatch(f"{len(self.down)} sites given, the layout has {len(self.layout.sites)}")
-        for site, down, up in zip(self.layout.sites, self.down, self.up, strict=True):
-            expected = (self.layout.rank, site.fan_in), (site.fan_out, self.layout.rank)
+        if not len(self.down) == len(self.up) == len(self.layout.targets):
+            raise LayoutMismatchError(f"{len(self.down)} sites given, the layout has {len(self.layout.targets)}")
+        for target, down, up in zip(self.layout.targets, self.down, self.up, strict=True):
+            expected = (self.layout.rank, target.in_features), (target.out_features, self.layout.rank)
             if (down.shape[-2:], up.shape[-2:]) != expected or down.shape[:-2] != up.shape[:-2]:
-                raise LayoutMismatch(f"{site.name}: down {list(down.shape)}, up {list(up.shape)}; expected {expected}")
+                raise LayoutMismatchError(
+                    f"{target.name}: down {list(down.shape)}, up {list(up.shape)}; expected {expected}"
+                )
 
     @classmethod
-    def zeros(cls, layout: LoraLayout, batch: Sequence[int] = (), std: float = 0.0) -> "LoraWeights":
+    def zeros(cls, layout: LoraLayout, batch_shape: Sequence[int] = (), std: float = 0.0) -> "LoraWeights":
         """ΔW = 0. With ``std`` > 0 the ``down`` factors are random, as fitting needs (else no gradient flows)."""
-        down = tuple(std * torch.randn(*batch, layout.rank, s.fan_in) for s in layout.sites)
-        return cls(layout, down, tuple(torch.zeros(*batch, s.fan_out, layout.rank) for s in layout.sites))
+        down = tuple(std * torch.randn(*batch_shape, layout.rank, target.in_features) for target in layout.targets)
+        return cls(
+            layout,
+            down,
+            tuple(torch.zeros(*batch_shape, target.out_features, layout.rank) for target in layout.targets),
+        )
 
     @classmethod
     def stack(cls, loras: Sequence["LoraWeights"]) -> "LoraWeights":
         """One batch of several LoRAs of one layout; undone by iterating."""
         for other in loras[1:]:
-            loras[0].layout.require(other.layout)
+            loras[0].layout.check_compatible(other.layout)
         down = tuple(torch.stack(d) for d in zip(*(lora.down for lora in loras), strict=True))
         return cls(loras[0].layout, down, tuple(torch.stack(u) for u in zip(*(lora.up for lora in loras), strict=True)))
 
     @property
-    def batch(self) -> torch.Size:
+    def batch_shape(self) -> torch.Size:
         return self.down[0].shape[:-2]
 
     def __len__(self) -> int:
         """LoRAs in the batch. Raises ``TypeError`` without batch axis."""
-        if not self.batch:
+        if not self.batch_shape:
             raise TypeError("this LoRA has no batch axis")
-        return self.batch[0]
+        return self.batch_shape[0]
 
     def __bool__(self) -> bool:
         return True  # not its length
@@ -67,23 +73,23 @@ class LoraWeights:
             raise IndexError(index)  # so that iterating ends
         return LoraWeights(self.layout, tuple(d[index] for d in self.down), tuple(u[index] for u in self.up))
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "LoraWeights":
-        """``function`` on every tensor, e.g. ``lambda t: t.to("cuda")``."""
-        return LoraWeights(self.layout, tuple(map(function, self.down)), tuple(map(function, self.up)))
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> "LoraWeights":
+        """``fn`` on every tensor, e.g. ``lambda t: t.to("cuda")``."""
+        return LoraWeights(self.layout, tuple(map(fn, self.down)), tuple(map(fn, self.up)))
 
     def save(
         self,
         path: str | PathLike[str],
         format: Literal["diffusers", "kohya", "sgm"] = "diffusers",
-        header: "LoraHeader | None" = None,
+        metadata: "LoraMetadata | None" = None,
     ) -> Path:
-        """Write this LoRA (no batch axis) as ``hyperlora.lora.io.save.save_lora`` does; undone by ``load_lora``."""
+        """Write this LoRA (no batch axis) as ``main_callback.lora.io.save.save_lora`` does; undone by ``load_lora``."""
         from hyperlora.lora.io.save import save_lora  # the one step up: files know LoRAs, this only opens their door
 
-        return save_lora(self, path, format=format, header=header)
+        return save_lora(self, path, format=format, metadata=metadata)
 
     def detach(self) -> "LoraWeights":
-        return self.map(torch.Tensor.detach)
+        return self.apply(torch.Tensor.detach)
 
     def flatten(self) -> Tensor:
         """[*batch, numel] in layout order, per site down then up."""
@@ -92,28 +98,38 @@ class LoraWeights:
 
     @classmethod
     def unflatten(cls, layout: LoraLayout, flat: Tensor) -> "LoraWeights":
-        """Inverse of ``flatten``. Raises ``LayoutMismatch`` if the last axis is not ``layout.numel`` long."""
+        """Inverse of ``flatten``. Raises ``LayoutMismatchError`` if the last axis is not ``layout.numel`` long."""
         if flat.shape[-1] != layout.numel:
-            raise LayoutMismatch(f"{flat.shape[-1]} numbers given, the layout has {layout.numel}")
-        sizes = [n for s in layout.sites for n in (layout.rank * s.fan_in, s.fan_out * layout.rank)]
+            raise LayoutMismatchError(f"{flat.shape[-1]} numbers given, the layout has {layout.numel}")
+        sizes = [
+            n
+            for target in layout.targets
+            for n in (layout.rank * target.in_features, target.out_features * layout.rank)
+        ]
         parts = flat.split(sizes, -1)
-        down = (p.unflatten(-1, (layout.rank, s.fan_in)) for p, s in zip(parts[::2], layout.sites, strict=True))
-        up = (p.unflatten(-1, (s.fan_out, layout.rank)) for p, s in zip(parts[1::2], layout.sites, strict=True))
+        down = (
+            p.unflatten(-1, (layout.rank, target.in_features))
+            for p, target in zip(parts[::2], layout.targets, strict=True)
+        )
+        up = (
+            p.unflatten(-1, (target.out_features, layout.rank))
+            for p, target in zip(parts[1::2], layout.targets, strict=True)
+        )
         return cls(layout, tuple(down), tuple(up))
 
-    def delta(self) -> tuple[Tensor, ...]:
+    def get_delta_weights(self) -> tuple[Tensor, ...]:
         """ΔW = up @ down per site, [*batch, fan_out, fan_in]."""
         return tuple(u @ d for d, u in zip(self.down, self.up, strict=True))
 
-    def norms(self) -> Tensor:
+    def compute_delta_norms(self) -> Tensor:
         """Frobenius norm of ΔW per site, [*batch, sites], without forming ΔW: tr(uᵀu ddᵀ)."""
-        squares = (((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True))
-        return torch.stack(tuple(squares), -1).clamp_min(0).sqrt()
+        squared_norms = (((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True))
+        return torch.stack(tuple(squared_norms), -1).clamp_min(0).sqrt()
 
-    def squared_norm(self) -> Tensor:
-        """‖ΔW‖², the mean over batch and sites; unlike ``norms`` it has a gradient at ΔW = 0, where training begins."""
-        squares = (((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True))
-        return torch.stack(tuple(squares)).mean()
+    def compute_mean_squared_norm(self) -> Tensor:
+        """‖ΔW‖², the mean over batch and sites; unlike ``compute_delta_norms`` it has a gradient at ΔW = 0, where training begins."""
+        squared_norms = (((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True))
+        return torch.stack(tuple(squared_norms)).mean()
 
     def __mul__(self, strength: float | Tensor) -> "LoraWeights":
         """ΔW times a number, or times one per LoRA of the batch ([*batch])."""
@@ -128,7 +144,7 @@ class LoraWeights:
 
     def __add__(self, other: "LoraWeights") -> "LoraWeights":
         """Exact sum of the two ΔW; the ranks add (``resize`` brings it back)."""
-        self.layout.require(other.layout, any_rank=True)
+        self.layout.check_compatible(other.layout, ignore_rank=True)
         down = tuple(torch.cat(pair, -2) for pair in zip(self.down, other.down, strict=True))
         up = tuple(torch.cat(pair, -1) for pair in zip(self.up, other.up, strict=True))
         return LoraWeights(self.layout.with_rank(self.layout.rank + other.layout.rank), down, up)
@@ -138,10 +154,10 @@ class LoraWeights:
 
     def resize(self, rank: int) -> "LoraWeights":
         """The best rank-``rank`` approximation of ΔW (SVD), factors balanced; exact when ``rank`` is no smaller."""
-        pairs = [_truncated(d, u, rank) for d, u in zip(self.down, self.up, strict=True)]
-        return LoraWeights(self.layout.with_rank(rank), tuple(d for d, _ in pairs), tuple(u for _, u in pairs))
+        factors = [_resize_factors(d, u, rank) for d, u in zip(self.down, self.up, strict=True)]
+        return LoraWeights(self.layout.with_rank(rank), tuple(d for d, _ in factors), tuple(u for _, u in factors))
 
-    def balance(self) -> "LoraWeights":
+    def canonicalize(self) -> "LoraWeights":
         """The same ΔW with downᵀ and up of equal singular values, unique up to signs: comparable between LoRAs."""
         return self.resize(self.layout.rank)
 
@@ -153,7 +169,7 @@ class LoraWeights:
         return LoraWeights(self.layout.with_rank(n * rank), down, up).resize(rank)
 
 
-def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _resize_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     dtype = down.dtype
     q_up, r_up = torch.linalg.qr(up.float())  # up = q_up r_up
     q_down, r_down = torch.linalg.qr(down.float().mT)  # down = r_downᵀ q_downᵀ

@@ -1,4 +1,4 @@
-"""``MixtureOfFeatures``: what a face and an image network say about a photo, as one condition (MIF; 2408.06740).
+"""``MixedImageFeatures``: what a face and an image network say about a photo, as one condition (MIF; 2408.06740).
 
 z = g ⊙ E_face(x) + (1 - g) ⊙ E_image(x)        g = σ(gate(E_face, E_image)), per token and channel
 """
@@ -8,13 +8,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from hyperlora.errors import BadRequest
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 
-GATES: Final = ("gate", "average", "face", "image")
+GATE_MODES: Final = ("gate", "average", "face", "image")
 
 
-class MixtureOfFeatures(nn.Module):
+class MixedImageFeatures(nn.Module):
     """Face features [batch, views, 1, face_width] and image tokens [batch, views, n, image_width] to tokens
     [batch, views, tokens, width].
 
@@ -24,63 +24,67 @@ class MixtureOfFeatures(nn.Module):
 
     def __init__(
         self,
-        face_width: int,
-        image_width: int,
+        face_feature_width: int,
+        image_feature_width: int,
         width: int = 128,
-        tokens: int = 16,
-        heads: int = 4,
+        num_tokens: int = 16,
+        num_heads: int = 4,
         mode: str = "gate",
     ) -> None:
         super().__init__()
-        if mode not in GATES:
-            raise BadRequest(f"unknown mixture {mode!r}; known: {', '.join(GATES)}")
+        if mode not in GATE_MODES:
+            raise InvalidArgumentError(f"unknown mixture {mode!r}; known: {', '.join(GATE_MODES)}")
         self.mode, self.width = mode, width
         self.config: dict[str, Any] = {
-            "face_width": face_width, "image_width": image_width, "width": width, "tokens": tokens, "heads": heads,
+            "face_width": face_feature_width, "image_width": image_feature_width, "width": width, "tokens": num_tokens, "heads": num_heads,
             "mode": mode,
         }  # fmt: skip
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         if mode != "image":
-            self.face = nn.Sequential(
-                nn.LayerNorm(face_width), nn.Linear(face_width, tokens * width), nn.Unflatten(-1, (tokens, width))
+            self.face_proj = nn.Sequential(
+                nn.LayerNorm(face_feature_width),
+                nn.Linear(face_feature_width, num_tokens * width),
+                nn.Unflatten(-1, (num_tokens, width)),
             )
         if mode != "face":
-            self.image = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, width))
-            self.queries = nn.Parameter(torch.randn(tokens, width) * 0.02)
-            self.look = nn.MultiheadAttention(width, heads, batch_first=True)
+            self.image_proj = nn.Sequential(nn.LayerNorm(image_feature_width), nn.Linear(image_feature_width, width))
+            self.queries = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
+            self.cross_attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
         if mode == "gate":
             self.gate = nn.Linear(2 * width, width)
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
 
-    def forward(self, face: ImageFeatures, image: ImageFeatures) -> ImageFeatures:
-        return self.mixed(face, image)[0]
+    def forward(self, face_features: ImageFeatures, image_features: ImageFeatures) -> ImageFeatures:
+        return self.forward_with_gate(face_features, image_features)[0]
 
-    def mixed(self, face: ImageFeatures, image: ImageFeatures) -> tuple[ImageFeatures, Tensor]:
+    def forward_with_gate(
+        self, face_features: ImageFeatures, image_features: ImageFeatures
+    ) -> tuple[ImageFeatures, Tensor]:
         """The mixture and its gate, both [batch, views, tokens, width]: 1 where only the face is heard."""
-        shape = image.tokens.shape[:2]
+        shape = image_features.tokens.shape[:2]
         if self.mode == "image":
-            heard = self._of_image(image)
-            gate = torch.zeros_like(heard)
+            mixed = self._encode_image(image_features)
+            gate = torch.zeros_like(mixed)
         elif self.mode == "face":
-            heard = self._of_face(face)
-            gate = torch.ones_like(heard)
+            mixed = self._encode_face(face_features)
+            gate = torch.ones_like(mixed)
         else:
-            one, other = self._of_face(face), self._of_image(image)
-            gate = torch.full_like(one, 0.5)
+            face_tokens, image_tokens = self._encode_face(face_features), self._encode_image(image_features)
+            gate = torch.full_like(face_tokens, 0.5)
             if self.mode == "gate":
-                gate = torch.sigmoid(self.gate(torch.cat([one, other], -1)))
-            heard = gate * one + (1 - gate) * other
-        return ImageFeatures(heard.unflatten(0, shape)), gate.unflatten(0, shape)
+                gate = torch.sigmoid(self.gate(torch.cat([face_tokens, image_tokens], -1)))
+            mixed = gate * face_tokens + (1 - gate) * image_tokens
+        return ImageFeatures(mixed.unflatten(0, shape)), gate.unflatten(0, shape)
 
-    def _of_face(self, face: ImageFeatures) -> Tensor:
+    def _encode_face(self, face_features: ImageFeatures) -> Tensor:
         """[batch * views, tokens, width]."""
-        found: Tensor = self.norms[0](self.face(face.tokens.flatten(0, 1)[:, 0]))
-        return found
+        face_tokens: Tensor = self.norms[0](self.face_proj(face_features.tokens.flatten(0, 1)[:, 0]))
+        return face_tokens
 
-    def _of_image(self, image: ImageFeatures) -> Tensor:
+    def _encode_image(self, image_features: ImageFeatures) -> Tensor:
         """[batch * views, tokens, width]."""
-        seen = self.image(image.tokens.flatten(0, 1))
-        looked, _ = self.look(self.queries.expand(len(seen), -1, -1), seen, seen, need_weights=False)
-        found: Tensor = self.norms[1](looked)
-        return found
+        keys = self.image_proj(image_features.tokens.flatten(0, 1))
+        attn_output, _ = self.cross_attn(self.queries.expand(len(keys), -1, -1), keys, keys, need_weights=False)
+        image_tokens: Tensor = self.norms[1](attn_output)
+        return image_tokens

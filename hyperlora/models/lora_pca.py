@@ -8,90 +8,120 @@ from torch import Tensor, nn
 from hyperlora.lora.layout import LoraLayout
 
 
-class LinearAutoencoder(nn.Module):
+class LoraPCA(nn.Module):
     """Rows [batch, numel] to latents [batch, tokens, width] by as many directions as they have numbers, and back."""
 
-    basis: Tensor
+    components: Tensor
 
-    def __init__(self, layout: LoraLayout, tokens: int = 16, width: int = 16) -> None:
+    def __init__(self, layout: LoraLayout, num_tokens: int = 16, latent_width: int = 16) -> None:
         super().__init__()
-        self.layout, self.tokens, self.width = layout, tokens, width
-        self.config: dict[str, Any] = {"tokens": tokens, "width": width}
-        self.register_buffer("basis", torch.zeros(tokens * width, layout.numel))
+        self.layout, self.num_tokens, self.latent_width = layout, num_tokens, latent_width
+        self.config: dict[str, Any] = {"tokens": num_tokens, "width": latent_width}
+        self.register_buffer("basis", torch.zeros(num_tokens * latent_width, layout.numel))
 
     @property
     def compression(self) -> float:
         """Numbers of a LoRA per number of its latents."""
-        return self.layout.numel / (self.tokens * self.width)
+        return self.layout.numel / (self.num_tokens * self.latent_width)
 
-    def learn(self, rows: Tensor) -> None:
+    def fit(self, rows: Tensor) -> None:
         """Of rows [n, numel] of mean 0; where they have fewer directions than asked for, zeros are left."""
-        self.basis.copy_(directions(rows, len(self.basis)))
+        self.components.copy_(compute_principal_components(rows, len(self.components)))
 
     def encode(self, rows: Tensor) -> Tensor:
         """[batch, tokens, width]."""
-        return (rows @ self.basis.mT).unflatten(-1, (self.tokens, self.width))
+        return (rows @ self.components.mT).unflatten(-1, (self.num_tokens, self.latent_width))
 
     def decode(self, latents: Tensor) -> Tensor:
         """[batch, numel]."""
-        return latents.flatten(-2) @ self.basis
+        return latents.flatten(-2) @ self.components
 
 
-class PartedAutoencoder(nn.Module):
-    """Principal components in two steps: ``each`` directions of every factor (``down`` or ``up`` of a site) alone, then
-    ``tokens`` * ``width`` directions of all factors' coefficients together.
+class FactorwiseLoraPCA(nn.Module):
+    """Principal components in two steps: ``components_per_factor`` directions of every factor (``down`` or ``up`` of a site) alone, then
+    ``num_tokens`` * ``latent_width`` directions of all factors' coefficients together.
 
-    It holds ``each`` * numel numbers where ``LinearAutoencoder`` holds ``tokens`` * ``width`` * numel, and loses little
+    It holds ``components_per_factor`` * numel numbers where ``LoraPCA`` holds ``num_tokens`` * ``latent_width`` * numel, and loses little
     more, since what the LoRAs of one base do to one weight lies near a few directions.
     """
 
-    parts: Tensor
-    joint: Tensor
+    factor_components: Tensor
+    joint_components: Tensor
 
-    def __init__(self, layout: LoraLayout, tokens: int = 8, width: int = 16, each: int = 20) -> None:
+    def __init__(
+        self, layout: LoraLayout, num_tokens: int = 8, latent_width: int = 16, components_per_factor: int = 20
+    ) -> None:
         super().__init__()
-        self.layout, self.tokens, self.width, self.each = layout, tokens, width, each
-        self.config: dict[str, Any] = {"tokens": tokens, "width": width, "each": each}
-        self.sizes = [layout.rank * n for site in layout.sites for n in (site.fan_in, site.fan_out)]
-        self.register_buffer("parts", torch.zeros(each, layout.numel))
-        self.register_buffer("joint", torch.zeros(tokens * width, len(self.sizes) * each))
+        self.layout, self.num_tokens, self.latent_width, self.components_per_factor = (
+            layout,
+            num_tokens,
+            latent_width,
+            components_per_factor,
+        )
+        self.config: dict[str, Any] = {"tokens": num_tokens, "width": latent_width, "each": components_per_factor}
+        self.factor_sizes = [
+            layout.rank * num_features
+            for target in layout.targets
+            for num_features in (target.in_features, target.out_features)
+        ]
+        self.register_buffer("parts", torch.zeros(components_per_factor, layout.numel))
+        self.register_buffer(
+            "joint", torch.zeros(num_tokens * latent_width, len(self.factor_sizes) * components_per_factor)
+        )
 
     @property
     def compression(self) -> float:
         """Numbers of a LoRA per number of its latents."""
-        return self.layout.numel / (self.tokens * self.width)
+        return self.layout.numel / (self.num_tokens * self.latent_width)
 
-    def learn(self, rows: Tensor) -> None:
+    def fit(self, rows: Tensor) -> None:
         """Of rows [n, numel] of mean 0; where they have fewer directions than asked for, zeros are left."""
-        found = [directions(part, self.each) for part in rows.split(self.sizes, -1)]
-        self.parts.copy_(torch.cat(found, -1))
-        self.joint.copy_(directions(self._coefficients(rows), len(self.joint)))
+        factor_components = [
+            compute_principal_components(factor_rows, self.components_per_factor)
+            for factor_rows in rows.split(self.factor_sizes, -1)
+        ]
+        self.factor_components.copy_(torch.cat(factor_components, -1))
+        self.joint_components.copy_(
+            compute_principal_components(self._compute_coefficients(rows), len(self.joint_components))
+        )
 
     def encode(self, rows: Tensor) -> Tensor:
         """[batch, tokens, width]."""
-        return (self._coefficients(rows) @ self.joint.mT).unflatten(-1, (self.tokens, self.width))
+        return (self._compute_coefficients(rows) @ self.joint_components.mT).unflatten(
+            -1, (self.num_tokens, self.latent_width)
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """[batch, numel]."""
-        coefficients = (latents.flatten(-2) @ self.joint).split(self.each, -1)
-        parts = self.parts.split(self.sizes, -1)
-        return torch.cat([c @ part for c, part in zip(coefficients, parts, strict=True)], -1)
+        coefficients = (latents.flatten(-2) @ self.joint_components).split(self.components_per_factor, -1)
+        factor_components = self.factor_components.split(self.factor_sizes, -1)
+        return torch.cat(
+            [
+                factor_coefficients @ components
+                for factor_coefficients, components in zip(coefficients, factor_components, strict=True)
+            ],
+            -1,
+        )
 
-    def _coefficients(self, rows: Tensor) -> Tensor:
+    def _compute_coefficients(self, rows: Tensor) -> Tensor:
         """[batch, factors * each]."""
-        split = zip(rows.split(self.sizes, -1), self.parts.split(self.sizes, -1), strict=True)
-        return torch.cat([row @ part.mT for row, part in split], -1)
+        factors = zip(
+            rows.split(self.factor_sizes, -1), self.factor_components.split(self.factor_sizes, -1), strict=True
+        )
+        return torch.cat([factor_rows @ components.mT for factor_rows, components in factors], -1)
 
 
-def directions(rows: Tensor, count: int, least: float = 1e-6) -> Tensor:
-    """The ``count`` orthonormal directions of most variance of rows [n, width] of mean 0, [count, width]; zeros in
-    place of those whose variance is below ``least`` of the first's.
+def compute_principal_components(rows: Tensor, num_components: int, min_variance_ratio: float = 1e-6) -> Tensor:
+    """The ``num_components`` orthonormal directions of most variance of rows [n, width] of mean 0, [count, width]; zeros in
+    place of those whose variance is below ``min_variance_ratio`` of the first's.
 
     From the eigenvectors of the smaller of rows rowsᵀ and rowsᵀ rows.
     """
     rows = rows.float()
-    wide = len(rows) < rows.shape[1]
-    power, vectors = torch.linalg.eigh((rows @ rows.mT if wide else rows.mT @ rows).double())
-    vectors = vectors.flip(1)[:, :count][:, power.flip(0)[:count] > least * power[-1]].float()
-    found = torch.linalg.qr(rows.mT @ vectors).Q.mT if wide else vectors.mT
-    return torch.cat([found, rows.new_zeros(count - len(found), rows.shape[1])])
+    is_wide = len(rows) < rows.shape[1]
+    eigenvalues, eigenvectors = torch.linalg.eigh((rows @ rows.mT if is_wide else rows.mT @ rows).double())
+    eigenvectors = eigenvectors.flip(1)[:, :num_components][
+        :, eigenvalues.flip(0)[:num_components] > min_variance_ratio * eigenvalues[-1]
+    ].float()
+    components = torch.linalg.qr(rows.mT @ eigenvectors).Q.mT if is_wide else eigenvectors.mT
+    return torch.cat([components, rows.new_zeros(num_components - len(components), rows.shape[1])])

@@ -4,56 +4,58 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from hyperlora.diffusion.diffusion_base import Base
-from hyperlora.errors import BadRequest
+from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.finetuning.refine import refine
 from hyperlora.finetuning.refine_identity import refine_identity
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.pipelines.image_to_lora_base import PhotoModel
+from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 
-RefineBy = Literal["identity", "photos"]
+RefineMethod = Literal["identity", "photos"]
 """What a refined LoRA is held to: who is recognised in its pictures, or the photos by the diffusion loss."""
-_TOGETHER: Final = 4
+_CHUNK_SIZE: Final = 4
 """Subjects whose pictures are decoded at once, with all that gradients need of it."""
 
 
-def refined(
-    model: PhotoModel,
-    base: Base,
+def refine_predictions(
+    model: ImageToLoraBase,
+    base: DiffusionBase,
     predicted: LoraWeights,
     photos: Tensor,
     *,
-    steps: int = 40,
+    num_steps: int = 40,
     out_rank: int | None = None,
-    by: RefineBy | None = None,
-    label: str | None = None,
-    watch: Callable[[int], None] | None = None,
+    method: RefineMethod | None = None,
+    progress_label: str | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> LoraWeights:
-    """``by`` who the model's ``identity`` recognises in pictures of the ``scenes`` that its card names, or by the
-    ``photos`` themselves; if not given, the former wherever the model has an identity. Other arguments as those of
+    """``method`` who the model's ``sample_identity`` recognises in pictures of the ``scenes`` that its card names, or by the
+    ``load_photos`` themselves; if not given, the former wherever the model has an identity. Other arguments as those of
     ``refine``.
 
-    Raises ``BadRequest`` as ``require_refining`` does."""
-    require_refining(model, by)
-    prompt = f"a portrait of {model.trigger}"
-    if model.identity is None or by == "photos":
+    Raises ``InvalidArgumentError`` as ``check_refine_method`` does."""
+    check_refine_method(model, method)
+    prompt = f"a portrait of {model.trigger_phrase}"
+    if model.identity_embedder is None or method == "photos":
         return refine(
-            base, predicted, photos, steps=steps, out_rank=out_rank, prompt=prompt, label=label, watch=watch
+            base, predicted, photos, num_steps=num_steps, out_rank=out_rank, prompt=prompt, progress_label=progress_label, on_step=on_step
         )  # fmt: skip
     prompts = [", ".join(filter(None, (prompt, scene))) for scene in model.card.get("scenes") or [""] * 8]
-    parts = [
+    refined_chunks = [
         refine_identity(
-            base, predicted[some], photos[some], model.identity, prompts, steps=steps, out_rank=out_rank, label=label,
-            watch=watch,
+            base, predicted[indices], photos[indices], model.identity_embedder, prompts, num_steps=num_steps, out_rank=out_rank, progress_label=progress_label,
+            on_step=on_step,
         )
-        for some in torch.arange(len(photos)).split(_TOGETHER)
+        for indices in torch.arange(len(photos)).split(_CHUNK_SIZE)
     ]  # fmt: skip
-    return LoraWeights.unflatten(parts[0].layout, torch.cat([part.flatten() for part in parts]))
+    return LoraWeights.unflatten(refined_chunks[0].layout, torch.cat([part.flatten() for part in refined_chunks]))
 
 
-def require_refining(model: PhotoModel, by: str | None) -> None:
-    """Raise ``BadRequest`` for an unknown way to refine, and for one that needs an identity where there is none."""
-    if by is not None and by not in get_args(RefineBy):
-        raise BadRequest(f"unknown way to refine {by!r}; known: {', '.join(get_args(RefineBy))}")
-    if by == "identity" and model.identity is None:
-        raise BadRequest("this model cannot recognise anyone (it has no identity.safetensors): refine by photos")
+def check_refine_method(model: ImageToLoraBase, method: str | None) -> None:
+    """Raise ``InvalidArgumentError`` for an unknown way to refine, and for one that needs an identity where there is none."""
+    if method is not None and method not in get_args(RefineMethod):
+        raise InvalidArgumentError(f"unknown way to refine {method!r}; known: {', '.join(get_args(RefineMethod))}")
+    if method == "identity" and model.identity_embedder is None:
+        raise InvalidArgumentError(
+            "this model cannot recognise anyone (it has no identity.safetensors): refine by photos"
+        )

@@ -7,35 +7,40 @@ import torch
 from torch import Tensor
 
 from hyperlora.data.images import to_tensor
-from hyperlora.diffusion.diffusion_base import Base
-from hyperlora.diffusion.text_to_image import render
-from hyperlora.encoders.identity_similarity import Likeness
+from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.diffusion.text_to_image import generate_images
+from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.lora.weights import LoraWeights
 
 
 @dataclass(frozen=True)
-class Chooser:
-    """``prompts`` are drawn on ``base`` in ``steps`` steps, with the same noise for every LoRA, so that they differ by
+class IdentityReranker:
+    """``prompts`` are drawn on ``base`` in ``num_inference_steps`` steps, with the same noise for every LoRA, so that they differ by
     the LoRA alone."""
 
-    base: Base
-    likeness: Likeness
+    base: DiffusionBase
+    identity_similarity: IdentitySimilarity
     prompts: Sequence[str]
-    steps: int = 10
-    guidance: float = 3.0
+    num_inference_steps: int = 10
+    guidance_scale: float = 3.0
 
     def __call__(self, loras: LoraWeights, photos: Tensor) -> Tensor:
-        """How much each of ``loras`` (batch n) shows who is on ``photos`` [views, 3, h, w], [n]."""
-        n, m = len(loras), len(self.prompts)
-        each = loras[torch.arange(n).repeat_interleave(m)]
-        pictures = render(
-            self.base, list(self.prompts) * n, each, seeds=list(range(m)) * n, steps=self.steps, guidance=self.guidance
+        """How much each of ``measure_lora_throughput`` (batch n) shows who is on ``load_photos`` [views, 3, h, w], [n]."""
+        num_loras, num_prompts = len(loras), len(self.prompts)
+        repeated_loras = loras[torch.arange(num_loras).repeat_interleave(num_prompts)]
+        images = generate_images(
+            self.base,
+            list(self.prompts) * num_loras,
+            repeated_loras,
+            seeds=list(range(num_prompts)) * num_loras,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
         )
-        size = self.likeness.image_size
-        drawn = torch.stack([to_tensor(picture, size) for picture in pictures])
-        return self.likeness(photos.cpu(), drawn).view(n, m).mean(1)
+        size = self.identity_similarity.image_size
+        image_tensors = torch.stack([to_tensor(image, size) for image in images])
+        return self.identity_similarity(photos.cpu(), image_tensors).view(num_loras, num_prompts).mean(1)
 
 
-def portraits_of(trigger: str) -> tuple[str, ...]:
+def make_scoring_prompts(trigger_phrase: str) -> tuple[str, ...]:
     """Plain prompts to judge a likeness by."""
-    return (f"a portrait of {trigger}", f"a portrait of {trigger}, smiling")
+    return (f"a portrait of {trigger_phrase}", f"a portrait of {trigger_phrase}, smiling")

@@ -27,11 +27,11 @@ from sqlalchemy import (
 from sqlalchemy.engine import Engine as Database
 
 from hyperlora.errors import HyperloraError
-from hyperlora.service.engine.batcher import Expired, QueueFull
+from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
 
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-OPEN: Final = ("queued", "running")
-STOPPED: Final = "the server stopped before this job was done: send it again"
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ACTIVE_STATES: Final = ("queued", "running")
+SERVER_STOPPED: Final = "the server stopped before this job was done: send it again"
 _log = logging.getLogger("hyperlora.service")
 _METADATA = MetaData()
 _JOBS = Table(
@@ -47,7 +47,7 @@ _JOBS = Table(
     Column("result", String),
     Column("error", String),
 )
-Report = Callable[[float], None]
+ProgressFn = Callable[[float], None]
 """Told, from any thread, which fraction is done."""
 
 
@@ -58,7 +58,7 @@ class Job:
     id: str
     owner: str
     kind: str
-    state: State
+    state: JobState
     progress: float
     created: float
     finished: float | None
@@ -70,59 +70,59 @@ class Jobs:
     """Runs accepted work as tasks of the running event loop.
 
     Opening the table reports what an earlier process accepted and did not finish as failed: photos are kept in memory
-    only, so it cannot be done again. ``at_once`` jobs run together, the others are queued. ``observe`` is told of every
+    only, so it cannot be done again. ``max_concurrent`` jobs run together, the others are queued. ``on_state_change`` is told of every
     change of state.
     """
 
     def __init__(
         self,
-        file: Path,
-        capacity: int,
-        observe: Callable[[str, str], None] | None = None,
+        database_path: Path,
+        max_jobs: int,
+        on_state_change: Callable[[str, str], None] | None = None,
         *,
-        per_owner: int | None = None,
-        at_once: int = 8,
+        max_jobs_per_owner: int | None = None,
+        max_concurrent: int = 8,
     ) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.capacity, self.per_owner = capacity, per_owner or capacity
-        self._observe = observe or (lambda kind, state: None)
+        database_path.parent.mkdir(parents=True, exist_ok=True)
+        self.max_jobs, self.max_jobs_per_owner = max_jobs, max_jobs_per_owner or max_jobs
+        self._on_state_change = on_state_change or (lambda kind, state: None)
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._owners: Counter[str] = Counter()
-        self._turns = asyncio.Semaphore(at_once)
-        self._stopping = self._leaving = False
-        self._changed = asyncio.Condition()
-        self._database = _opened(file)
-        self._fail_open("the server stopped before this job was done, and photos live in memory only: send it again")
+        self._jobs_per_owner: Counter[str] = Counter()
+        self._run_slots = asyncio.Semaphore(max_concurrent)
+        self._stopping = self._streams_closed = False
+        self._state_changed = asyncio.Condition()
+        self._database = _open_database(database_path)
+        self._fail_active("the server stopped before this job was done, and photos live in memory only: send it again")
 
-    def accept(self, kind: str, owner: str, work: Callable[[Report], Awaitable[str]]) -> Job:
-        """Start ``work``, which returns the id of a kept file, and return at once. The job is in the table before.
+    def submit(self, kind: str, owner: str, run_fn: Callable[[ProgressFn], Awaitable[str]]) -> Job:
+        """Start ``run_fn``, which returns the id of a kept file, and return at once. The job is in the table before.
 
-        Raises ``QueueFull`` if as many jobs are open as may be, of all callers or of this one.
+        Raises ``QueueFullError`` if as many jobs are open as may be, of all callers or of this one.
         """
-        if len(self._tasks) >= self.capacity:
-            raise QueueFull(f"{self.capacity} jobs are open already: ask again in a moment")
-        if self._owners[owner] >= self.per_owner:
-            raise QueueFull(f"you have {self.per_owner} open jobs already: wait for one of them")
+        if len(self._tasks) >= self.max_jobs:
+            raise QueueFullError(f"{self.max_jobs} jobs are open already: ask again in a moment")
+        if self._jobs_per_owner[owner] >= self.max_jobs_per_owner:
+            raise QueueFullError(f"you have {self.max_jobs_per_owner} open jobs already: wait for one of them")
         job = Job(uuid4().hex, owner, kind, "queued", 0.0, time.time(), None, None, None)
         with self._database.begin() as connection:
             connection.execute(insert(_JOBS).values(**job.__dict__))
-        self._observe(kind, "queued")
-        task = asyncio.create_task(self._run(job, work))
+        self._on_state_change(kind, "queued")
+        task = asyncio.create_task(self._run_job(job, run_fn))
         self._tasks[job.id] = task
-        self._owners[owner] += 1
-        task.add_done_callback(lambda _: self._forget(job))
+        self._jobs_per_owner[owner] += 1
+        task.add_done_callback(lambda _: self._remove_task(job))
         return job
 
-    def _forget(self, job: Job) -> None:
+    def _remove_task(self, job: Job) -> None:
         self._tasks.pop(job.id, None)
-        self._owners[job.owner] -= 1
-        if not self._owners[job.owner]:
-            del self._owners[job.owner]
+        self._jobs_per_owner[job.owner] -= 1
+        if not self._jobs_per_owner[job.owner]:
+            del self._jobs_per_owner[job.owner]
 
-    def sweep(self, seconds: float) -> None:
+    def delete_stale(self, retention_s: float) -> None:
         """Forget jobs that were finished ``seconds`` ago."""
         with self._database.begin() as connection:
-            connection.execute(delete(_JOBS).where(_JOBS.c.finished < time.time() - seconds))
+            connection.execute(delete(_JOBS).where(_JOBS.c.finished < time.time() - retention_s))
 
     def get(self, id: str, owner: str) -> Job | None:
         """The job, if it is this owner's."""
@@ -137,89 +137,91 @@ class Jobs:
             await asyncio.wait([task])
         return self.get(job.id, job.owner) or job
 
-    async def follow(self, job: Job) -> AsyncIterator[Job]:
+    async def stream(self, job: Job) -> AsyncIterator[Job]:
         """The job now and after every change, until it is finished or the server stops."""
-        while (now := self.get(job.id, job.owner)) is not None:
-            yield now
-            if now.state not in OPEN:
+        while (current := self.get(job.id, job.owner)) is not None:
+            yield current
+            if current.state not in ACTIVE_STATES:
                 return
-            async with self._changed:
-                while self.get(job.id, job.owner) == now:
-                    if self._leaving:
+            async with self._state_changed:
+                while self.get(job.id, job.owner) == current:
+                    if self._streams_closed:
                         return
-                    await self._changed.wait()
+                    await self._state_changed.wait()
 
-    async def dismiss(self) -> None:
-        """End every ``follow``: an open stream would hold a server that stops."""
-        self._leaving = True
-        async with self._changed:
-            self._changed.notify_all()
+    async def close_streams(self) -> None:
+        """End every ``stream``: an open stream would hold a server that stops."""
+        self._streams_closed = True
+        async with self._state_changed:
+            self._state_changed.notify_all()
 
     @property
-    def open(self) -> int:
+    def num_active(self) -> int:
         with self._database.connect() as connection:
-            count = connection.scalar(select(func.count()).select_from(_JOBS).where(_JOBS.c.state.in_(OPEN)))
+            count = connection.scalar(select(func.count()).select_from(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES)))
         return int(count or 0)
 
-    async def drain(self, seconds: float) -> None:
+    async def drain(self, timeout_s: float) -> None:
         """Let open jobs finish; after ``seconds``, report those that did not as failed."""
         if self._tasks:
-            await asyncio.wait(list(self._tasks.values()), timeout=seconds)
+            await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
         self._stopping = True
         for task in list(self._tasks.values()):
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()))
-        self._fail_open(STOPPED)
+        self._fail_active(SERVER_STOPPED)
         self._database.dispose()
 
-    async def _run(self, job: Job, work: Callable[[Report], Awaitable[str]]) -> None:
+    async def _run_job(self, job: Job, run_fn: Callable[[ProgressFn], Awaitable[str]]) -> None:
         try:
-            async with self._turns:
-                await self._set(job, state="running")
-                result = await work(self._reporter(job))
-            await self._set(job, state="succeeded", progress=1.0, result=result, finished=time.time())
+            async with self._run_slots:
+                await self._update_job(job, state="running")
+                result = await run_fn(self._make_progress_fn(job))
+            await self._update_job(job, state="succeeded", progress=1.0, result=result, finished=time.time())
         except asyncio.CancelledError:
             if self._stopping:
-                await self._set(job, state="failed", error=STOPPED, finished=time.time())
+                await self._update_job(job, state="failed", error=SERVER_STOPPED, finished=time.time())
             else:
-                await self._set(job, state="cancelled", error="cancelled on request", finished=time.time())
-        except (HyperloraError, QueueFull, Expired) as error:
-            await self._set(job, state="failed", error=str(error), finished=time.time())
+                await self._update_job(job, state="cancelled", error="cancelled on request", finished=time.time())
+        except (HyperloraError, QueueFullError, DeadlineExceededError) as error:
+            await self._update_job(job, state="failed", error=str(error), finished=time.time())
         except Exception:
             _log.exception("a job failed unexpectedly")
-            await self._set(job, state="failed", error="the server made a mistake; it is logged", finished=time.time())
+            await self._update_job(
+                job, state="failed", error="the server made a mistake; it is logged", finished=time.time()
+            )
 
-    def _reporter(self, job: Job) -> Report:
+    def _make_progress_fn(self, job: Job) -> ProgressFn:
         loop, last = asyncio.get_running_loop(), 0.0
 
-        def report(progress: float) -> None:
+        def report_progress(progress: float) -> None:
             nonlocal last
             if progress >= last + 0.05:  # each is a write to the disk
                 last = progress
-                asyncio.run_coroutine_threadsafe(self._set(job, state="running", progress=progress), loop)
+                asyncio.run_coroutine_threadsafe(self._update_job(job, state="running", progress=progress), loop)
 
-        return report
+        return report_progress
 
-    async def _set(self, job: Job, **values: object) -> None:
+    async def _update_job(self, job: Job, **values: object) -> None:
         with self._database.begin() as connection:
-            known = _JOBS.c.state.in_(OPEN)  # what is finished stays as it is
-            connection.execute(update(_JOBS).where(_JOBS.c.id == job.id, known).values(**values))
-        self._observe(job.kind, str(values["state"]))
-        async with self._changed:
-            self._changed.notify_all()
+            is_active = _JOBS.c.state.in_(ACTIVE_STATES)  # what is finished stays as it is
+            connection.execute(update(_JOBS).where(_JOBS.c.id == job.id, is_active).values(**values))
+        self._on_state_change(job.kind, str(values["state"]))
+        async with self._state_changed:
+            self._state_changed.notify_all()
 
-    def _fail_open(self, reason: str) -> None:
+    def _fail_active(self, reason: str) -> None:
         with self._database.begin() as connection:
             values = {"state": "failed", "error": reason, "finished": time.time()}
-            connection.execute(update(_JOBS).where(_JOBS.c.state.in_(OPEN)).values(**values))
+            connection.execute(update(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES)).values(**values))
 
 
-def _opened(file: Path) -> Database:
-    database = create_engine(f"sqlite:///{file}", connect_args={"check_same_thread": False})
+def _open_database(path: Path) -> Database:
+    database = create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False})
 
     @event.listens_for(database, "connect")
-    def durable(connection: object, _: object) -> None:
+    def set_pragmas(connection: object, _: object) -> None:
         cursor = connection.cursor()  # type: ignore[attr-defined]
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")

@@ -1,4 +1,4 @@
-"""``Preview``: how far what latents look like is off, seen through a linear preview of the autoencoder."""
+"""``LatentPreviewLoss``: how far what latents look like is off, seen through a linear preview of the autoencoder."""
 
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperlora.diffusion.diffusion_base import Base
-from hyperlora.encoders.attribute_classifier import Reader
-from hyperlora.errors import BadRequest
-from hyperlora.training.modules.attribute_classifier import attribute_loss
+from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.training.modules.attribute_classifier import compute_attribute_loss
 
-_AROUND: Final = 3
+_KERNEL_SIZE: Final = 3
 """Latents across that the pixels of one place are made from."""
 
 
-class Preview(nn.Module):
-    """A small picture of latents [n, ``channels``, h, w], ``detail`` pixels across for each place: the map to RGB from
+class LatentPreviewLoss(nn.Module):
+    """A small picture of latents [n, ``channels``, h, w], ``upscale`` pixels across for each place: the map to RGB from
     -1 to 1 that is nearest to what a base decodes, linear in the place and those around it (ComfyUI's latent previews
     look at the place alone).
 
@@ -27,50 +27,52 @@ class Preview(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, channels: int, detail: int = 2) -> None:
+    def __init__(self, channels: int, upscale: int = 2) -> None:
         super().__init__()
-        self.detail = detail
-        self.register_buffer("kernel", torch.zeros(3 * detail**2, channels, _AROUND, _AROUND))
+        self.upscale = upscale
+        self.register_buffer("kernel", torch.zeros(3 * upscale**2, channels, _KERNEL_SIZE, _KERNEL_SIZE))
 
     @property
-    def fitted(self) -> bool:
+    def has_kernel(self) -> bool:
         return bool(self.kernel.any())
 
     @torch.no_grad()
-    def fit(self, base: Base, examples: Tensor) -> None:
-        """The least squares of what ``base`` decodes of ``examples`` [n, channels, h, w]; the constant is left out, as
+    def fit_kernel(self, base: DiffusionBase, latents: Tensor) -> None:
+        """The least squares of what ``base`` decodes of ``latents`` [n, channels, h, w]; the constant is left out, as
         differences have none."""
-        height, width = (self.detail * size for size in examples.shape[-2:])
-        pixels = F.adaptive_avg_pool2d(base.decode_latents(examples).float() * 2 - 1, (height, width))
-        wanted = F.pixel_unshuffle(pixels, self.detail).movedim(1, -1).flatten(0, 2)
-        around = F.unfold(examples.float(), _AROUND, padding=_AROUND // 2).mT.flatten(0, 1)
-        given = F.pad(around, (0, 1), value=1.0)
-        fitted = torch.linalg.lstsq(given.double().cpu(), wanted.double().cpu()).solution[:-1]
-        self.kernel.copy_(fitted.mT.reshape(self.kernel.shape))
+        height, width = (self.upscale * size for size in latents.shape[-2:])
+        pixels = F.adaptive_avg_pool2d(base.decode_latents(latents).float() * 2 - 1, (height, width))
+        target_pixels = F.pixel_unshuffle(pixels, self.upscale).movedim(1, -1).flatten(0, 2)
+        latent_patches = F.unfold(latents.float(), _KERNEL_SIZE, padding=_KERNEL_SIZE // 2).mT.flatten(0, 1)
+        design_matrix = F.pad(latent_patches, (0, 1), value=1.0)
+        solution = torch.linalg.lstsq(design_matrix.double().cpu(), target_pixels.double().cpu()).solution[:-1]
+        self.kernel.copy_(solution.mT.reshape(self.kernel.shape))
 
-    def error(self, latents: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    def compute_error(self, latents: Tensor, target_latents: Tensor, weight: Tensor) -> Tensor:
         """Squared error of the preview per sample [n]; ``weight`` [n, 1, h, w]: how much each place counts."""
-        off = F.conv2d(latents.float() - wanted.float(), self.kernel, padding=_AROUND // 2)
-        return (off.square() * weight).mean((1, 2, 3))
+        preview_diff = F.conv2d(latents.float() - target_latents.float(), self.kernel, padding=_KERNEL_SIZE // 2)
+        return (preview_diff.square() * weight).mean((1, 2, 3))
 
 
-class Misreading:
+class AttributeLoss:
     """``weight`` times what a released reader of latents (a folder; None for no such loss) misreads."""
 
-    def __init__(self, reader: str | None, weight: float) -> None:
-        self.reader = Reader.from_pretrained(reader) if reader else None
+    def __init__(self, classifier_dir: str | None, weight: float) -> None:
+        self.classifier = AttributeClassifier.from_pretrained(classifier_dir) if classifier_dir else None
         self.weight = weight
 
     def to(self, device: torch.device) -> None:
-        if self.reader is not None:
-            self.reader.to(device)
+        if self.classifier is not None:
+            self.classifier.to(device)
 
-    def of(self, labels: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor] | None:
-        """A loss per sample of latents [n, c, h, w], as ``denoising_loss`` takes it. Raises ``BadRequest`` if there is
+    def make_loss_fn(self, labels: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+        """A loss per sample of latents [n, c, h, w], as ``compute_denoising_loss`` takes it. Raises ``InvalidArgumentError`` if there is
         a reader, but the data do not say what it should read."""
-        reader = self.reader
-        if reader is None:
+        classifier = self.classifier
+        if classifier is None:
             return None
         if labels is None:
-            raise BadRequest("a reader is given, but the data have no labels: leave it out, or use drawn portraits")
-        return lambda latents: self.weight * attribute_loss(reader(latents), labels)
+            raise InvalidArgumentError(
+                "a reader is given, but the data have no labels: leave it out, or use drawn portraits"
+            )
+        return lambda latents: self.weight * compute_attribute_loss(classifier(latents), labels)

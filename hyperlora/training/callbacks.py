@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 
-class SeedEveryBatch(L.Callback):
+class PerBatchSeed(L.Callback):
     """Draw each batch's noise from a seed of its own: base seed, and the batch's number among those of all devices.
 
     With one seed at the start alone, all devices would draw the same noise and timesteps for their different samples,
@@ -21,7 +21,7 @@ class SeedEveryBatch(L.Callback):
         self.on_train_epoch_start(trainer, pl_module)  # a resumed run goes on within its epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        seed = _seed(0, trainer.current_epoch, trainer.global_rank)
+        seed = _compute_seed(0, trainer.current_epoch, trainer.global_rank)
         torch.manual_seed(seed)
         for loader in (trainer.train_dataloader, trainer.val_dataloaders):
             if isinstance(loader, DataLoader):  # what it draws for itself must not come out of the data's stream
@@ -32,9 +32,9 @@ class SeedEveryBatch(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed(_seed(1, trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank))
+        torch.manual_seed(_compute_seed(1, trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank))
 
 
-def _seed(*place: int) -> int:
-    base = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where Lightning's seed_everything keeps it
-    return int(np.random.SeedSequence([base, *place]).generate_state(1)[0])
+def _compute_seed(*position: int) -> int:
+    base_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where Lightning's seed_everything keeps it
+    return int(np.random.SeedSequence([base_seed, *position]).generate_state(1)[0])

@@ -1,17 +1,17 @@
-"""``hyperlora train``: LightningCLI over every LightningModule and DataModule, by class path."""
+"""``main_callback train``: LightningCLI over every LightningModule and DataModule, by class path."""
 
 from collections.abc import Sequence
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
 
-from hyperlora.cpu import keep_heap
-from hyperlora.training.callbacks import SeedEveryBatch
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.training.callbacks import PerBatchSeed
 
 
-def train(arguments: Sequence[str]) -> None:
-    """Run LightningCLI with these command-line arguments, e.g. ``["fit", "--config", "configs/avatars/vae.yaml"]``."""
-    keep_heap()
+def train(args: Sequence[str]) -> None:
+    """Run LightningCLI with these command-line arguments, e.g. ``["fit", "--config", "configs/draw_portraits/vae.yaml"]``."""
+    disable_malloc_trim()
     LightningCLI(
         L.LightningModule,
         L.LightningDataModule,
@@ -19,6 +19,6 @@ def train(arguments: Sequence[str]) -> None:
         subclass_mode_data=True,
         save_config_callback=None,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [SeedEveryBatch()]},
-        args=list(arguments),
+        trainer_defaults={"callbacks": [PerBatchSeed()]},
+        args=list(args),
     )

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 CATEGORY = "hyperlora"
-KEY_VARIABLE = "HYPERLORA_API_KEY"
+API_KEY_ENV = "HYPERLORA_API_KEY"
 """Where the server's API key is read from: what is typed into a node ends up in every picture's metadata."""
 
 
@@ -39,25 +39,25 @@ class ImagesToLora:
             },
         }
 
-    def make(self, images: torch.Tensor, model: str = "", server: str = "", rank: int = 0) -> tuple[bytes]:
+    def generate_lora(self, images: torch.Tensor, model: str = "", server: str = "", rank: int = 0) -> tuple[bytes]:
         """``images`` [n, h, w, 3] in [0, 1]."""
-        photos = [_png(image) for image in images]
+        photos = [_encode_png(image) for image in images]
         if server:
             from hyperlora import Client
 
-            with Client(server, os.environ.get(KEY_VARIABLE)) as client:
-                (facts,) = client.models()[:1]
-                options: dict[str, Any] = {"format": facts["lora_format"]}
-                return (client.make_lora(photos, **options | ({"rank": rank} if rank else {})),)
+            with Client(server, os.environ.get(API_KEY_ENV)) as client:
+                (model_info,) = client.list_models()[:1]
+                options: dict[str, Any] = {"format": model_info["lora_format"]}
+                return (client.create_lora(photos, **options | ({"rank": rank} if rank else {})),)
         from hyperlora.data.images import read_image
-        from hyperlora.lora.io.save import lora_bytes
-        from hyperlora.pipelines.generate import Photos, Settings, generate, header_of
+        from hyperlora.lora.io.save import serialize_lora
+        from hyperlora.pipelines.generate import GenerationConfig, SubjectPhotos, generate_loras, make_metadata
 
-        network = _model(model)
-        subject = Photos.of([read_image(photo) for photo in photos], network)
-        weights = generate(network, [subject], Settings(rank=rank or None))[0]
-        style = "kohya" if "unet" in network.layout.components else "diffusers"
-        return (lora_bytes(weights, format=style, header=header_of(network, "LoRA", photos)),)
+        pipeline = _load_image_to_lora(model)
+        subject = SubjectPhotos.from_images([read_image(photo) for photo in photos], pipeline)
+        weights = generate_loras(pipeline, [subject], GenerationConfig(rank=rank or None))[0]
+        lora_format = "kohya" if "unet" in pipeline.layout.components else "diffusers"
+        return (serialize_lora(weights, format=lora_format, metadata=make_metadata(pipeline, "LoRA", photos)),)
 
 
 class PairToLora:
@@ -78,21 +78,25 @@ class PairToLora:
             },
         }
 
-    def make(self, before: torch.Tensor, after: torch.Tensor, model: str = "", server: str = "") -> tuple[bytes]:
+    def generate_lora(
+        self, before: torch.Tensor, after: torch.Tensor, model: str = "", server: str = ""
+    ) -> tuple[bytes]:
         """``before`` and ``after`` [n, h, w, 3] in [0, 1]."""
         if before.shape != after.shape:
             raise ValueError(f"before is {list(before.shape)}, after {list(after.shape)}: the same size is expected")
-        pairs = [(_png(a), _png(b)) for a, b in zip(before, after, strict=True)]
+        pairs = [(_encode_png(a), _encode_png(b)) for a, b in zip(before, after, strict=True)]
         if server:
             from hyperlora import Client
 
-            with Client(server, os.environ.get(KEY_VARIABLE)) as client:
-                return (client.make_change(pairs, format="kohya"),)
-        from hyperlora.lora.io.save import lora_bytes
-        from hyperlora.pipelines.pair_to_lora import change_header
+            with Client(server, os.environ.get(API_KEY_ENV)) as client:
+                return (client.create_edit_lora(pairs, format="kohya"),)
+        from hyperlora.lora.io.save import serialize_lora
+        from hyperlora.pipelines.pair_to_lora import make_edit_metadata
 
-        network = _pair_model(model)
-        return (lora_bytes(network(pairs), format="kohya", header=change_header(network, "change", pairs)),)
+        pipeline = _load_pair_to_lora(model)
+        return (
+            serialize_lora(pipeline(pairs), format="kohya", metadata=make_edit_metadata(pipeline, "change", pairs)),
+        )
 
 
 class ApplyLora:
@@ -111,13 +115,13 @@ class ApplyLora:
             "optional": {"clip": ("CLIP",)},
         }
 
-    def apply(self, model: Any, lora: bytes, strength: float, clip: Any = None) -> tuple[Any, Any]:
+    def apply_lora(self, model: Any, lora: bytes, strength: float, clip: Any = None) -> tuple[Any, Any]:
         """ComfyUI's own loader does it, and warns of keys it does not know."""
         import comfy.sd
         from safetensors.torch import load
 
-        changed, text = comfy.sd.load_lora_for_models(model, clip, load(lora), strength, strength)
-        return changed, text
+        patched_model, patched_clip = comfy.sd.load_lora_for_models(model, clip, load(lora), strength, strength)
+        return patched_model, patched_clip
 
 
 class SaveLora:
@@ -133,22 +137,22 @@ class SaveLora:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {"required": {"lora": ("HYPERLORA",), "name": ("STRING", {"default": "hyperlora"})}}
 
-    def save(self, lora: bytes, name: str) -> dict[str, Any]:
+    def save_lora(self, lora: bytes, name: str) -> dict[str, Any]:
         """Never over another file: a number is added."""
         import folder_paths
 
         folder = Path(folder_paths.get_folder_paths("loras")[0])
         folder.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[^\w .-]|^\.+", "_", name).strip(" .") or "hyperlora"
-        number, path = 1, folder / f"{stem}.safetensors"
+        suffix, path = 1, folder / f"{stem}.safetensors"
         while True:
             try:
                 with path.open("xb") as file:
                     file.write(lora)
                 return {"ui": {"text": [path.name]}}
             except FileExistsError:
-                number += 1
-                path = folder / f"{stem}-{number}.safetensors"
+                suffix += 1
+                path = folder / f"{stem}-{suffix}.safetensors"
 
 
 NODE_CLASS_MAPPINGS = {
@@ -166,20 +170,20 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 
 
 @lru_cache(maxsize=1)
-def _model(name: str) -> Any:
+def _load_image_to_lora(name: str) -> Any:
     from hyperlora import ImageToLora, pretrained
 
-    return ImageToLora.from_pretrained(name or pretrained.MODEL)
+    return ImageToLora.from_pretrained(name or pretrained.IMAGE_TO_LORA_DIR)
 
 
 @lru_cache(maxsize=1)
-def _pair_model(name: str) -> Any:
+def _load_pair_to_lora(name: str) -> Any:
     from hyperlora import PairToLora, pretrained
 
-    return PairToLora.from_pretrained(name or pretrained.PAIR_MODEL)
+    return PairToLora.from_pretrained(name or pretrained.PAIR_TO_LORA_DIR)
 
 
-def _png(image: torch.Tensor) -> bytes:
+def _encode_png(image: torch.Tensor) -> bytes:
     pixels = image[..., :3].clamp(0, 1).mul(255).round().to("cpu", torch.uint8).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")

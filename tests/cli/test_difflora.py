@@ -11,24 +11,24 @@ import torch
 from PIL import Image
 
 from hyperlora import pretrained as released
-from hyperlora.encoders.ood_detector import Domain, described
-from hyperlora.encoders.sidecar import digest
-from hyperlora.errors import BadArtifact
+from hyperlora.encoders.ood_detector import OodDetector, pool_features
+from hyperlora.encoders.sidecar import compute_encoder_fingerprint
+from hyperlora.errors import ModelLoadError
 from hyperlora.lora.io.load import load_lora
-from hyperlora.models.image_feature_mixer import MixtureOfFeatures
+from hyperlora.models.image_feature_mixer import MixedImageFeatures
 from hyperlora.pipelines import generate
-from hyperlora.pipelines.auto import open_photo_model
-from hyperlora.pipelines.generate import Photos, Settings
+from hyperlora.pipelines.auto import load_image_to_lora
+from hyperlora.pipelines.generate import GenerationConfig, SubjectPhotos
 from hyperlora.pipelines.image_to_lora import ImageToLora
-from hyperlora.pipelines.image_to_lora_base import Sampling
-from hyperlora.pipelines.input_checks import unknown
-from hyperlora.pipelines.lora_diffusion import FACE_WIDTH, LoraDiffusion, face_finder
+from hyperlora.pipelines.image_to_lora_base import SamplingConfig
+from hyperlora.pipelines.input_checks import check_photos
+from hyperlora.pipelines.lora_diffusion import FACE_EMBED_DIM, LoraDiffusion, make_face_analyzer
 
 Run = Callable[..., Any]
 
 
 def norm(one: Path, other: Path) -> float:
-    return float((load_lora(one).weights - load_lora(other).weights).norms().sum())
+    return float((load_lora(one).weights - load_lora(other).weights).compute_delta_norms().sum())
 
 
 def test_a_photo_to_samples(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
@@ -60,22 +60,24 @@ def test_the_best_of_several_is_one_of_them(run: Run, bundle: Any, difflora: Pat
 
 
 def test_candidates_come_in_the_order_of_likeness(difflora: Path) -> None:
-    model = open_photo_model(difflora)
-    subjects = [Photos(torch.rand(1, 3, 16, 16)) for _ in range(2)]
-    features = generate.features_of(model, subjects)
-    made = [model.made(features, Sampling(seed)) for seed in range(4)]
+    model = load_image_to_lora(difflora)
+    subjects = [SubjectPhotos(torch.rand(1, 3, 16, 16)) for _ in range(2)]
+    features = generate.encode_subjects(model, subjects)
+    made = [model.generate_from_features(features, SamplingConfig(seed)) for seed in range(4)]
     chooser: Any = lambda loras, photos: loras.flatten().sum(-1)  # noqa: E731
-    first, second = generate.candidates(model, features, subjects, Settings(best_of=4), 2, chooser)
+    first, second = generate.generate_candidates(
+        model, features, subjects, GenerationConfig(num_candidates=4), 2, chooser
+    )
     for i in range(2):
         sums = torch.stack([lora.flatten()[i].sum() for lora in made]).sort(descending=True).values
         torch.testing.assert_close(torch.stack([lora.flatten()[i].sum() for lora in (first, second)]), sums[:2])
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(difflora: Path) -> None:
-    model = open_photo_model(difflora)
+    model = load_image_to_lora(difflora)
     photos = torch.rand(3, 1, 3, 16, 16)
-    together = model.forward(photos, Sampling(5))
-    alone = model.forward(photos[1:2], Sampling(5))
+    together = model.forward(photos, SamplingConfig(5))
+    alone = model.forward(photos[1:2], SamplingConfig(5))
     torch.testing.assert_close(together[1].flatten(), alone[0].flatten(), rtol=1e-4, atol=1e-5)
 
 
@@ -97,13 +99,19 @@ def test_the_same_table(run: Run, bundle: Any, difflora: Path) -> None:
 
 
 def test_photos_unlike_those_of_training_are_noticed(difflora: Path) -> None:
-    model = open_photo_model(difflora)
+    model = load_image_to_lora(difflora)
     torch.manual_seed(0)
     usual = torch.rand(3, 16, 16)
     photos = (usual + 0.02 * torch.randn(40, 1, 3, 16, 16)).clamp(0, 1)
-    known = model.image_features(model.features(photos))
-    domain = Domain.of(described(known)[:, 0], described(known)[:, 0], "faces", digest(model.encoder), kept=8)
-    (notices,) = unknown(domain, model.image_features(model.features(1 - usual[None, None])))
+    known = model.get_image_features(model.encode_photos(photos))
+    domain = OodDetector.fit(
+        pool_features(known)[:, 0],
+        pool_features(known)[:, 0],
+        "faces",
+        compute_encoder_fingerprint(model.encoder),
+        num_components=8,
+    )
+    (notices,) = check_photos(domain, model.get_image_features(model.encode_photos(1 - usual[None, None])))
     assert "not look like the faces" in notices[0]
 
 
@@ -122,43 +130,43 @@ def test_faces_are_heard_and_their_pack_travels_with_the_model(
     run: Run, bundle: Any, difflora: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("insightface")
-    from data_builder.avatars.identity import SPLITS, identity, scene
-    from data_builder.avatars.rendering import draw
+    from data_builder.avatars.identity import SPLITS, sample_identity, sample_scene
+    from data_builder.avatars.rendering import render_portrait
 
     plain = LoraDiffusion.from_pretrained(difflora)
     torch.manual_seed(9)
-    mixture = MixtureOfFeatures(FACE_WIDTH, plain.encoder.width, width=16, tokens=2, heads=2, mode="face")
+    mixture = MixedImageFeatures(FACE_EMBED_DIM, plain.encoder.width, width=16, num_tokens=2, num_heads=2, mode="face")
     card = {"resolution": 128}
-    face = face_finder(released.FACE_PACK, plain.encoder, card)
+    face = make_face_analyzer(released.FACE_PACK_DIR, plain.encoder, card)
     LoraDiffusion(plain.encoder, mixture, plain.denoiser, plain.codec, face, card).save_pretrained(tmp_path / "made")
     folder = shutil.move(tmp_path / "made", tmp_path / "moved")
     model = LoraDiffusion.from_pretrained(folder)
-    assert model.face is not None and model.face.folder.parent == Path(folder).resolve()
+    assert model.face_analyzer is not None and model.face_analyzer.pack_dir.parent == Path(folder).resolve()
     assert model.photo_size == 128 and plain.photo_size == 16
     photos = []
     for seed in SPLITS["validation"][:2]:
         photos.append(tmp_path / f"{seed}.png")
-        draw(identity(seed), scene(seed, 0)).save(photos[-1])
+        render_portrait(sample_identity(seed), sample_scene(seed, 0)).save(photos[-1])
     files = [tmp_path / f"{photo.stem}.safetensors" for photo in photos]
     for photo, file in zip(photos, files, strict=True):
         assert run("generate", photo, "-o", file, "--model", folder).code == 0
     assert norm(*files) > 1e-4, "faces alone tell people apart"
-    header = load_lora(files[0]).header
+    header = load_lora(files[0]).metadata
     assert header.encoder.endswith(", face-pack") and header.encoder_license.endswith("faces: Apache-2.0")
 
     blank = tmp_path / "blank.png"
     Image.new("RGB", (128, 128), "gray").save(blank)
     ran = run("generate", blank, "-o", tmp_path / "blank.safetensors", "--model", folder)
     assert ran.code == 2 and "no face was found" in ran.err
-    heard, _ = model.features(torch.full((1, 1, 3, 128, 128), 0.5), faceless=True)
+    heard, _ = model.encode_photos(torch.full((1, 1, 3, 128, 128), 0.5), allow_no_face=True)
     assert not heard.tokens.any()
 
 
 def test_methods_are_told_apart(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
-    assert isinstance(open_photo_model(difflora), LoraDiffusion)
-    assert isinstance(open_photo_model(bundle.model), ImageToLora)
-    with pytest.raises(BadArtifact, match="of the method hyperdreambooth, not difflora"):
-        open_photo_model(bundle.model, "difflora")
+    assert isinstance(load_image_to_lora(difflora), LoraDiffusion)
+    assert isinstance(load_image_to_lora(bundle.model), ImageToLora)
+    with pytest.raises(ModelLoadError, match="of the method hyperdreambooth, not difflora"):
+        load_image_to_lora(bundle.model, "difflora")
     out = tmp_path / "x.safetensors"
     for options, sentence in (
         (["--method", "magic"], "unknown method 'magic'; known: hyperdreambooth, difflora"),

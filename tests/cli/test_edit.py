@@ -1,4 +1,4 @@
-"""``hyperlora edit`` and ``evaluate --task edit``: files, pictures, and one sentence for what cannot be."""
+"""``main_callback edit`` and ``evaluate --task edit``: files, pictures, and one sentence for what cannot be."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from hyperlora import pretrained
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.diffusion.image_editing import apply_edit
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.image_editing import edit_images
 from hyperlora.lora.io.load import load_lora
-from hyperlora.pipelines.instruction_search import tried
+from hyperlora.pipelines.instruction_search import generate_with_search
 from hyperlora.pipelines.pair_to_lora import PairToLora
 
 
@@ -44,10 +44,10 @@ def test_a_file_and_pictures_as_python_makes_them(
     change = model(tuple(pair), 3)
     file = load_lora(out, model.layout)
     torch.testing.assert_close(file.weights.flatten(), change.flatten())
-    assert file.header.title == "change" and len(file.header.reference_sha256) == 2
-    base, opened = load_base(pretrained.edit_base), [Image.open(o) for o in others]
+    assert file.metadata.title == "change" and len(file.metadata.reference_sha256) == 2
+    base, opened = load_diffusion_base(pretrained.edit_base), [Image.open(o) for o in others]
     for keep_rest, flags in ((True, []), (False, ["--repaint"])):
-        expected = apply_edit(base, opened, change, seeds=[7, 7], steps=2, keep_rest=keep_rest)
+        expected = edit_images(base, opened, change, seeds=[7, 7], num_inference_steps=2, preserve_unedited=keep_rest)
         done = run("edit", *pair, "--apply", *others, "--images-out", tmp_path / "edited", "--steps", 2,
                    "--seed", 7, "--strength", 3, *flags, *models)  # fmt: skip
         for path, picture in zip(others, expected, strict=True):
@@ -73,25 +73,25 @@ def test_further_pairs_and_reverse(run: Any, models: Any, pair: Any, bundle: Any
 
 def test_words_are_tried_unless_asked_not_to(run: Any, tmp_path: Path) -> None:
     """With the bundle: what its network was never shown."""
-    folder = next(pretrained.EDIT_BENCHMARK.glob("*-skin"))
+    folder = next(pretrained.EDIT_BENCHMARK_DIR.glob("*-skin"))
     pair = [next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after")]
-    base = load_base(pretrained.EDIT_BASE)
-    model = PairToLora.from_pretrained(pretrained.PAIR_MODEL, base=base)
-    expected = {(): tried(model, base, tuple(pair)), ("--one-pass",): model(tuple(pair))}
+    base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
+    model = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=base)
+    expected = {(): generate_with_search(model, base, tuple(pair)), ("--one-pass",): model(tuple(pair))}
     for flags, lora in expected.items():
         done = run("edit", *pair, "-o", tmp_path / "c.safetensors", *flags)
         assert done.code == 0, done
         found = load_lora(tmp_path / "c.safetensors", model.layout).weights
         torch.testing.assert_close(found.flatten(), lora.flatten())
     assert not torch.allclose(expected[()].flatten(), expected["--one-pass",].flatten(), atol=1e-3)
-    done = run("edit", *pair, "-o", tmp_path / "d.safetensors", "--base", pretrained.BASE)
+    done = run("edit", *pair, "-o", tmp_path / "d.safetensors", "--base", pretrained.BASE_DIR)
     assert done.code == 2 and "avatars/edit-base" in done.err and done.err.count("\n") == 1
 
 
 def test_what_is_doubtful_is_said(run: Any, models: Any, pair: Any, tmp_path: Path) -> None:
     done = run("edit", pair[0], pair[0], "-o", tmp_path / "c.safetensors", *models)
     assert done.code == 0 and "no change found" in done.err
-    assert load_lora(tmp_path / "c.safetensors").weights.norms().max() < 1e-5
+    assert load_lora(tmp_path / "c.safetensors").weights.compute_delta_norms().max() < 1e-5
 
 
 def test_pictures_of_one_name_do_not_meet(run: Any, models: Any, pair: Any, tmp_path: Path) -> None:

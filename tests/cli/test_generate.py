@@ -1,4 +1,4 @@
-"""``hyperlora generate``: photos to files."""
+"""``main_callback generate_loras``: photos to files."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from hyperlora.data.images import sha256_of
+from hyperlora.data.images import compute_sha256
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines import generate_folder
@@ -39,11 +39,11 @@ def test_photos_to_a_file(run: Run, bundle: Any, tmp_path: Path, format: str, vi
     file = load_lora(out, model.layout)
     assert file.format == format
     torch.testing.assert_close(file.weights.flatten(), model(photos).flatten())
-    assert file.header.trigger_phrase == "sks person"
-    assert file.header.title == "me"
-    assert file.header.resolution == (16, 16)
-    assert file.header.base_model == model.layout.base
-    assert file.header.reference_sha256 == tuple(sha256_of(p) for p in photos)
+    assert file.metadata.trigger_phrase == "sks person"
+    assert file.metadata.title == "me"
+    assert file.metadata.resolution == (16, 16)
+    assert file.metadata.base_model == model.layout.base
+    assert file.metadata.reference_sha256 == tuple(compute_sha256(p) for p in photos)
 
 
 def test_people_differ(run: Run, bundle: Any, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_people_differ(run: Run, bundle: Any, tmp_path: Path) -> None:
         photo = bundle.subjects / person / "0.png"
         run("generate", photo, "-o", tmp_path / f"{person}.safetensors", "--model", bundle.model)
     one, other = (weights(p) for p in sorted(tmp_path.iterdir()))
-    assert (one - other).norms().sum() > 0.05 * one.norms().sum()
+    assert (one - other).compute_delta_norms().sum() > 0.05 * one.compute_delta_norms().sum()
 
 
 def test_rank_and_strength(run: Run, bundle: Any, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_rank_and_strength(run: Run, bundle: Any, tmp_path: Path) -> None:
     plain, twice, four, one = (weights(tmp_path / f"{n}.safetensors") for n in ("plain", "twice", "four", "one"))
     torch.testing.assert_close(twice.flatten(), (plain * 2).flatten())
     assert (four.layout.rank, one.layout.rank) == (4, 1)
-    for wide, full in zip(four.delta(), plain.delta(), strict=True):
+    for wide, full in zip(four.get_delta_weights(), plain.get_delta_weights(), strict=True):
         torch.testing.assert_close(wide, full, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one.flatten(), plain.resize(1).flatten())
 
@@ -80,7 +80,7 @@ def test_refining_changes_the_lora_and_repeats_exactly(run: Run, bundle: Any, tm
         assert ran.code == 0, ran
     plain, a, b = (weights(tmp_path / f"{n}.safetensors") for n in ("plain", "a", "b"))
     assert a.layout == plain.layout
-    assert (a - plain).norms().sum() > 1e-4 * plain.norms().sum()
+    assert (a - plain).compute_delta_norms().sum() > 1e-4 * plain.compute_delta_norms().sum()
     assert torch.equal(a.flatten(), b.flatten())
 
 
@@ -218,6 +218,6 @@ def test_names_that_file_systems_refuse(run: Run, bundle: Any, photos: Path, tmp
 
 
 def test_safe_names_never_meet() -> None:
-    stems = [generate_folder.file_stem(name) for name in ("a:b", "a*b", "a_b", "plain", ".hidden", "..", "")]
+    stems = [generate_folder.make_file_stem(name) for name in ("a:b", "a*b", "a_b", "plain", ".hidden", "..", "")]
     assert len({*stems}) == len(stems)
     assert stems[2:4] == ["a_b", "plain"]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora.diffusion.lora_prompt_syntax import Mention, mentions
-from hyperlora.errors import BadRequest
+from hyperlora.diffusion.lora_prompt_syntax import LoraTag, parse_lora_tags
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.find import find_lora
 from hyperlora.lora.io.load import load_lora
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
-from hyperlora.lora.merge import merge, relative_error
+from hyperlora.lora.merge import compute_relative_error, merge
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
@@ -26,7 +26,7 @@ def shelf(bundle: Any, tmp_path: Path) -> Path:
     """Two LoRAs of the tiny bundle, a.safetensors and people/b.safetensors, titled Anna and Ben."""
     model = ImageToLora.from_pretrained(str(bundle.model))
     for i, (name, title) in enumerate((("a", "Anna"), ("people/b", "Ben"))):
-        header = LoraHeader(
+        header = LoraMetadata(
             title=title, trigger_phrase=f"sks {title}", license="mit", architecture="stable-diffusion-v1"
         )
         lora = model(bundle.subjects / f"person-{i}" / "0.png") * 3.0
@@ -44,8 +44,8 @@ def test_algebra(run: Run, shelf: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "made.safetensors"
     for arguments, expected, tolerance in (
         (["combine", f"{a}:0.7", f"{b}:-0.5"], merge([one, two], [0.7, -0.5]), 1e-6),
-        (["combine", a, b, "--rank", 3, "--how", "svd"], merge([one, two], how="svd", rank=3), 1e-5),
-        (["combine", a, b, "--how", "ties", "--density", 0.4], merge([one, two], how="ties", density=0.4), 1e-5),
+        (["combine", a, b, "--rank", 3, "--how", "svd"], merge([one, two], method="svd", rank=3), 1e-5),
+        (["combine", a, b, "--how", "ties", "--density", 0.4], merge([one, two], method="ties", density=0.4), 1e-5),
         (["diff", a, b], merge([one, two], [1, -1]), 1e-6),
         (["resize", a, "--rank", 1], one.resize(1), 1e-5),
         (["scale", a, "--by", -0.5], one * -0.5, 1e-6),
@@ -57,9 +57,11 @@ def test_algebra(run: Run, shelf: Path, tmp_path: Path) -> None:
         assert ran.code == 0, ran
         assert "error" in ran.out
         if expected is not None:
-            assert relative_error(weights(out), expected) <= tolerance, arguments
+            assert compute_relative_error(weights(out), expected) <= tolerance, arguments
     with_zeros = run("scale", a, "--block", "unet.mid_block=0", "-o", out)
-    norms = dict(zip([s.name for s in weights(out).layout.sites], weights(out).norms().tolist(), strict=True))
+    norms = dict(
+        zip([s.name for s in weights(out).layout.targets], weights(out).compute_delta_norms().tolist(), strict=True)
+    )
     assert with_zeros.code == 0
     assert {n.startswith("unet.mid_block") for n, norm in norms.items() if norm == 0} == {True}
     assert run("convert", b, "-o", out).code == 0
@@ -69,18 +71,20 @@ def test_algebra(run: Run, shelf: Path, tmp_path: Path) -> None:
 def test_the_error_that_is_printed(run: Run, shelf: Path, tmp_path: Path) -> None:
     a, out = shelf / "a.safetensors", tmp_path / "small.safetensors"
     said = run("resize", a, "--rank", 1, "-o", out).out
-    assert float(said.split("error ")[-1]) == pytest.approx(relative_error(weights(a).resize(1), weights(a)), rel=0.05)
+    assert float(said.split("error ")[-1]) == pytest.approx(
+        compute_relative_error(weights(a).resize(1), weights(a)), rel=0.05
+    )
     assert float(run("convert", a, "-o", out).out.split("error ")[-1]) < 1e-6
 
 
 def test_headers_of_results(run: Run, shelf: Path, tmp_path: Path) -> None:
     a, b, out = shelf / "a.safetensors", shelf / "people" / "b.safetensors", tmp_path / "c.safetensors"
     assert run("combine", f"{a}:0.7", b, "-o", out).code == 0
-    header = load_lora(out).header
+    header = load_lora(out).metadata
     assert (header.title, header.trigger_phrase, header.license) == ("0.7 Anna + 1 Ben", "sks Anna, sks Ben", "mit")
-    assert header.base_model == load_lora(a).header.base_model
+    assert header.base_model == load_lora(a).metadata.base_model
     assert len(header.reference_sha256) == len(
-        {*load_lora(a).header.reference_sha256, *load_lora(b).header.reference_sha256}
+        {*load_lora(a).metadata.reference_sha256, *load_lora(b).metadata.reference_sha256}
     )
 
 
@@ -93,7 +97,7 @@ def test_split(run: Run, shelf: Path, tmp_path: Path) -> None:
         == 0
     )
     parts = [weights(out / f"{name}.safetensors") for name in ("down", "rest")]
-    assert relative_error(merge(parts), weights(a)) < 1e-6
+    assert compute_relative_error(merge(parts), weights(a)) < 1e-6
     ran = run("split", a, "-o", tmp_path / "none")
     assert (ran.code, (tmp_path / "none").exists()) == (2, False)
     assert "changes nothing in block 'unet.up_blocks.0.attentions.0'" in ran.err
@@ -103,7 +107,7 @@ def test_bad_algebra(run: Run, shelf: Path, bundle: Any, tmp_path: Path) -> None
     a, b, out = shelf / "a.safetensors", shelf / "people" / "b.safetensors", tmp_path / "x.safetensors"
     one = load_lora(a)
     other = LoraWeights(
-        one.weights.layout.__class__(one.weights.layout.sites, 2, "another/base"), one.weights.down, one.weights.up
+        one.weights.layout.__class__(one.weights.layout.targets, 2, "another/base"), one.weights.down, one.weights.up
     )
     alien = save_lora(other, tmp_path / "alien.safetensors")
     broken = tmp_path / "broken.safetensors"
@@ -129,18 +133,18 @@ def test_bad_algebra(run: Run, shelf: Path, bundle: Any, tmp_path: Path) -> None
 
 
 def test_mentions() -> None:
-    text, found = mentions(
+    text, found = parse_lora_tags(
         "a <lora:me:0.8> portrait, <lora:people/b:0.5:1>, <lora:c:te=0.2:step=5-15> <lora:d:1:start=0.25>"
     )
     assert text == "a portrait"
     assert found == (
-        Mention("me", 0.8, 0.8),
-        Mention("people/b", 0.5, 1.0),
-        Mention("c", 0.2, 0.2, 5, 15),
-        Mention("d", 1.0, 1.0, 0.25),
+        LoraTag("me", 0.8, 0.8),
+        LoraTag("people/b", 0.5, 1.0),
+        LoraTag("c", 0.2, 0.2, 5, 15),
+        LoraTag("d", 1.0, 1.0, 0.25),
     )
-    assert [found[2].active(s, 20) for s in (4, 5, 14, 15)] == [False, True, True, False]
-    assert [found[3].active(s, 20) for s in (4, 5, 19)] == [False, True, True]
+    assert [found[2].is_active(s, 20) for s in (4, 5, 14, 15)] == [False, True, True, False]
+    assert [found[3].is_active(s, 20) for s in (4, 5, 19)] == [False, True, True]
     for bad, sentence in (
         ("<lora:>", "names no LoRA"),
         ("<lora:x:heavy>", "a number was expected, got 'heavy'"),
@@ -149,8 +153,8 @@ def test_mentions() -> None:
         ("<lora:x:dyn=3>", "unknown parameter 'dyn'"),
         ("a <lora:x", "not closed"),
     ):
-        with pytest.raises(BadRequest, match=sentence):
-            mentions(bad)
+        with pytest.raises(InvalidArgumentError, match=sentence):
+            parse_lora_tags(bad)
 
 
 def test_find_lora(shelf: Path) -> None:
@@ -162,12 +166,14 @@ def test_find_lora(shelf: Path) -> None:
     )
     assert find_lora(shelf, "people/b") == find_lora(shelf, "Ben") == shelf / "people" / "b.safetensors"
     (shelf / "broken.safetensors").write_bytes(b"not a LoRA")
-    with pytest.raises(BadRequest, match=r"no LoRA called 'Bne' .* did you mean 'Ben'\?.*not readable: broken"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"no LoRA called 'Bne' .* did you mean 'Ben'\?.*not readable: broken"
+    ):
         find_lora(shelf, "Bne")
     (shelf / "b.safetensors").write_bytes((shelf / "a.safetensors").read_bytes())
-    with pytest.raises(BadRequest, match="2 LoRAs are called 'b'"):
+    with pytest.raises(InvalidArgumentError, match="2 LoRAs are called 'b'"):
         find_lora(shelf, "b")
-    with pytest.raises(BadRequest, match="no folder"):
+    with pytest.raises(InvalidArgumentError, match="no folder"):
         find_lora(shelf / "nothing", "a")
 
 

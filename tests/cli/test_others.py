@@ -1,4 +1,4 @@
-"""``render``, ``inspect``, ``evaluate``, ``demo``, ``train``: what they say and write."""
+"""``generate_images``, ``inspect``, ``evaluate``, ``run_demo``, ``train``: what they say and write."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperlora.cli.options import weighted
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.diffusion.text_to_image import render
+from hyperlora.cli.options import parse_weighted_path
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.lora.io.load import load_lora
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
 Run = Callable[..., Any]
@@ -47,14 +47,14 @@ def loras(bundle: Any, tmp_path: Path) -> list[Path]:
     model = ImageToLora.from_pretrained(str(bundle.model))
     return [
         model(bundle.subjects / f"person-{i}" / "0.png").save(
-            tmp_path / f"p{i}.safetensors", format, LoraHeader(title=f"p{i}")
+            tmp_path / f"p{i}.safetensors", format, LoraMetadata(title=f"p{i}")
         )
         for i, format in enumerate(("diffusers", "kohya"))
     ]
 
 
 def test_render_draws_what_the_library_draws(run: Run, bundle: Any, loras: list[Path], tmp_path: Path) -> None:
-    base = load_base(bundle.base)
+    base = load_diffusion_base(bundle.base)
     options = ["--prompt", PROMPT, "--base", bundle.base, "--steps", 3, "--seed", 5, "--guidance", 2]
     pictures = {}
     for name, files in {"none": [], "one": [loras[0]], "two": [f"{loras[0]}:0.5", f"{loras[1]}:-0.7"]}.items():
@@ -66,7 +66,7 @@ def test_render_draws_what_the_library_draws(run: Run, bundle: Any, loras: list[
         pictures[name] = pixels(tmp_path / "new" / f"{name}.png")
     a, b = (load_lora(path, modules=base.modules).weights for path in loras)
     for name, lora in {"none": None, "one": a, "two": 0.5 * a + -0.7 * b}.items():
-        (image,) = render(base, [PROMPT], lora, seeds=[5], steps=3, guidance=2)
+        (image,) = generate_images(base, [PROMPT], lora, seeds=[5], num_inference_steps=3, guidance_scale=2)
         assert np.abs(pictures[name] - pixels(image)).max() <= 2
     for one, other in (("none", "one"), ("one", "two"), ("none", "two")):
         assert np.abs(pictures[one] - pictures[other]).mean() > 1, f"{one} and {other} look the same"
@@ -91,7 +91,7 @@ def test_render_notes_another_base(run: Run, bundle: Any, loras: list[Path], tmp
     ],
 )
 def test_weights_of_files(text: str, expected: tuple[str, float]) -> None:
-    assert weighted(text) == (Path(expected[0]), expected[1])
+    assert parse_weighted_path(text) == (Path(expected[0]), expected[1])
 
 
 def test_inspect(run: Run, bundle: Any, loras: list[Path]) -> None:
@@ -160,7 +160,7 @@ def test_evaluate_a_folder_of_ones_own(run: Run, bundle: Any, tmp_path: Path) ->
 def test_a_benchmark_is_halved(bundle: Any) -> None:
     found = load_benchmark(bundle.benchmark, 16, 3)
     assert found.names == ("person-0", "person-1", "person-2")
-    assert found.photos.shape == found.others.shape == (3, 2, 3, 16, 16)
+    assert found.photos.shape == found.comparison_photos.shape == (3, 2, 3, 16, 16)
     assert found.has_truth
 
 

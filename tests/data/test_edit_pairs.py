@@ -6,9 +6,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from hyperlora.data.edit_pairs import pairs_in
+from hyperlora.data.edit_pairs import load_edit_pairs
 from hyperlora.data.images import read_image
-from hyperlora.errors import BadImage, BadRequest
+from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
 
 def picture(color, size=(6, 4)):
@@ -28,18 +28,18 @@ def test_a_plain_folder(tmp_path):
         picture(BLUE).save(tmp_path / f"{name}_after.webp", lossless=True)
     (tmp_path / "a.txt").write_text("make it blue\n")
     picture("green").save(tmp_path / "other.png")
-    one, two = pairs_in(tmp_path)
+    one, two = load_edit_pairs(tmp_path)
     assert (one.name, one.instruction, two.name, two.instruction) == ("a", "make it blue", "b_2", "")
     assert colors(one) == (RED, BLUE)
 
 
 def test_half_a_pair_and_none_are_named(tmp_path):
     picture(RED).save(tmp_path / "a_before.png")
-    with pytest.raises(BadImage, match=r"a_before\.png' has no picture after beside it"):
-        pairs_in(tmp_path)
+    with pytest.raises(InvalidImageError, match=r"a_before\.png' has no picture after beside it"):
+        load_edit_pairs(tmp_path)
     (tmp_path / "a_before.png").rename(tmp_path / "a.png")
-    with pytest.raises(BadImage, match=r"NAME_before\.png and NAME_after\.png are expected"):
-        pairs_in(tmp_path)
+    with pytest.raises(InvalidImageError, match=r"NAME_before\.png and NAME_after\.png are expected"):
+        load_edit_pairs(tmp_path)
 
 
 def test_instruct_pix2pix(tmp_path):
@@ -51,13 +51,13 @@ def test_instruct_pix2pix(tmp_path):
         picture(RED).save(folder / f"{seed}_0.jpg")
         picture(BLUE).save(folder / f"{seed}_1.jpg")
     (tmp_path / "seeds.json").write_text(json.dumps([["0000001", ["11", "12"]]]))
-    found = pairs_in(tmp_path)
+    found = load_edit_pairs(tmp_path)
     assert [(p.name, p.instruction) for p in found] == [("0000001/11", "make it blue"), ("0000001/12", "make it blue")]
     before, after = colors(found[1])
     assert before[0] > 200 and after[2] > 200
     (folder / "prompt.json").write_text("{")
-    with pytest.raises(BadRequest, match="fetch the dataset again"):
-        pairs_in(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="fetch the dataset again"):
+        load_edit_pairs(tmp_path)
 
 
 def test_seed_data_edit(tmp_path):
@@ -66,11 +66,11 @@ def test_seed_data_edit(tmp_path):
     picture(BLUE).save(tmp_path / "images" / "2.png")
     row = {"source_image": "images/1.png", "target_image": "images/2.png", "instruction": "blue"}
     (tmp_path / "part1.jsonl").write_text(json.dumps(row) + "\n\n")
-    (pair,) = pairs_in(tmp_path)
+    (pair,) = load_edit_pairs(tmp_path)
     assert colors(pair) == (RED, BLUE) and pair.instruction == "blue"
     (tmp_path / "part2.jsonl").write_text('{"source_image": "x.png"}')
-    with pytest.raises(BadRequest, match=r"part2\.jsonl', line 1: source_image and target_image expected"):
-        pairs_in(tmp_path)
+    with pytest.raises(InvalidArgumentError, match=r"part2\.jsonl', line 1: source_image and target_image expected"):
+        load_edit_pairs(tmp_path)
 
 
 @pytest.mark.parametrize("columns", [("source_img", "target_img", "instruction"),
@@ -86,16 +86,16 @@ def test_hugging_face_datasets(tmp_path, columns, kind):
     else:
         (tmp_path / "d" / "data").mkdir(parents=True)
         rows.to_parquet(str(tmp_path / "d" / "data" / "train-00000-of-00001.parquet"))
-    found = pairs_in(tmp_path / "d")
+    found = load_edit_pairs(tmp_path / "d")
     assert len(found) == 3 and found[2].instruction == "x"
     assert colors(found[0]) == (RED, BLUE) and len(found[1:]) == 2
     if kind == "split":
-        assert len(pairs_in(tmp_path / "d", "dev")) == 1
-        with pytest.raises(BadRequest, match="split 'test'"):
-            pairs_in(tmp_path / "d", "test")
+        assert len(load_edit_pairs(tmp_path / "d", "dev")) == 1
+        with pytest.raises(InvalidArgumentError, match="split 'test'"):
+            load_edit_pairs(tmp_path / "d", "test")
 
 
 def test_a_dataset_without_pictures_is_refused(tmp_path):
     Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(BadRequest, match="has the columns text; one of source_img"):
-        pairs_in(tmp_path / "d")
+    with pytest.raises(InvalidArgumentError, match="has the columns text; one of source_img"):
+        load_edit_pairs(tmp_path / "d")

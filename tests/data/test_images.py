@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from hyperlora.data import images
-from hyperlora.data.images import image_files, read_image, sha256_of, to_image, to_tensor
-from hyperlora.errors import BadImage
+from hyperlora.data.images import compute_sha256, list_image_files, read_image, to_image, to_tensor
+from hyperlora.errors import InvalidImageError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -155,7 +155,9 @@ def test_too_many_pixels_are_refused_from_the_header(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(BadImage, match=rf"is {size[0]}×{size[1]}, at most 25 megapixels are read: scale it down"):
+    with pytest.raises(
+        InvalidImageError, match=rf"is {size[0]}×{size[1]}, at most 25 megapixels are read: scale it down"
+    ):
         read_image(png_header(*size))
     assert not recwarn.list
 
@@ -163,7 +165,7 @@ def test_too_many_pixels_are_refused_from_the_header(
 def test_too_many_pixels_of_the_other_formats_and_of_pil_images() -> None:
     wide = Image.new("L", (6000, 5000))
     for source in (wide, encoded(wide, "JPEG"), encoded(wide, "WEBP", quality=1, method=0)):
-        with pytest.raises(BadImage, match="6000×5000, at most 25 megapixels"):
+        with pytest.raises(InvalidImageError, match="6000×5000, at most 25 megapixels"):
             read_image(source)
 
 
@@ -175,7 +177,7 @@ def test_a_huge_webp_canvas_is_refused_whatever_pil_warns(side: int, action: str
     data[24:30] = (side - 1).to_bytes(3, "little") * 2
     with warnings.catch_warnings():
         warnings.simplefilter(action)
-        with pytest.raises(BadImage, match="at most 25 megapixels are read: scale it down"):
+        with pytest.raises(InvalidImageError, match="at most 25 megapixels are read: scale it down"):
             read_image(bytes(data))
 
 
@@ -184,7 +186,7 @@ def test_too_many_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     path = tmp_path / "large.png"
     path.write_bytes(encoded(photo()) + bytes(1_000_000))
     for source in (path, path.read_bytes()):
-        with pytest.raises(BadImage, match="larger than the 1 MB"):
+        with pytest.raises(InvalidImageError, match="larger than the 1 MB"):
             read_image(source)
 
 
@@ -194,20 +196,24 @@ def test_a_cut_off_file_is_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"cut.{kind.lower()}"
     for share in (0.1, 0.5, 0.9):
         path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(BadImage, match=r"cut.*is damaged or cut off \(.+\), a whole image was expected") as caught:
+        with pytest.raises(
+            InvalidImageError, match=r"cut.*is damaged or cut off \(.+\), a whole image was expected"
+        ) as caught:
             read_image(path)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("data", [b"", b"<svg/>", b"GIF89a" + bytes(40), b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"])
 def test_other_contents_are_refused(data: bytes) -> None:
-    with pytest.raises(BadImage, match=r"PNG, JPEG or WEBP|whole image"):
+    with pytest.raises(InvalidImageError, match=r"PNG, JPEG or WEBP|whole image"):
         read_image(data)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO"])
 def test_formats_off_the_list_are_refused_though_pil_reads_them(kind: str) -> None:
-    with pytest.raises(BadImage, match="another kind of file, a PNG, JPEG or WEBP image was expected: save it as"):
+    with pytest.raises(
+        InvalidImageError, match="another kind of file, a PNG, JPEG or WEBP image was expected: save it as"
+    ):
         read_image(encoded(photo(), kind))
 
 
@@ -215,13 +221,13 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing")
     for name in ("missing.png", "pipe.png", "dangling.png", "nul\0.png"):
-        with pytest.raises(BadImage, match="there is no file"):
+        with pytest.raises(InvalidImageError, match="there is no file"):
             read_image(tmp_path / name)
-    with pytest.raises(BadImage, match="is a folder"):
+    with pytest.raises(InvalidImageError, match="is a folder"):
         read_image(tmp_path)
-    with pytest.raises(BadImage, match="cannot be read"):
+    with pytest.raises(InvalidImageError, match="cannot be read"):
         read_image(tmp_path / ("x" * 300))
-    with pytest.raises(BadImage, match=r"cannot be read|there is no file"):
+    with pytest.raises(InvalidImageError, match=r"cannot be read|there is no file"):
         read_image("/proc/self/mem")
 
 
@@ -236,14 +242,14 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
     ids=["float", "over 16 bits", "negative", "no pixels"],
 )
 def test_pil_images_without_an_8_bit_meaning(image: Image.Image) -> None:
-    with pytest.raises(BadImage, match="expected"):
+    with pytest.raises(InvalidImageError, match="expected"):
         read_image(image)
 
 
 def read_or_refuse(data: bytes) -> None:
     try:
         mode, said = read_image(data).mode, ""
-    except BadImage as error:
+    except InvalidImageError as error:
         mode, said = "RGB", str(error)
     assert mode == "RGB"
     assert "\n" not in said
@@ -317,20 +323,20 @@ def test_image_files_are_sorted_and_visible_and_inside(tmp_path: Path) -> None:
         path.write_bytes(encoded(photo()))
     (inside / "d.webp").symlink_to(outside / "x.png")
     (inside / "e.png").symlink_to(inside / "b.PNG")
-    assert [p.name for p in image_files(inside)] == ["a.jpeg", "b.PNG", "e.png"]
-    assert [p.name for p in image_files(str(inside), within=tmp_path)] == ["a.jpeg", "b.PNG", "d.webp", "e.png"]
+    assert [p.name for p in list_image_files(inside)] == ["a.jpeg", "b.PNG", "e.png"]
+    assert [p.name for p in list_image_files(str(inside), root_dir=tmp_path)] == ["a.jpeg", "b.PNG", "d.webp", "e.png"]
 
 
 def test_image_files_names_a_folder_that_has_none(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(BadImage, match=rf"{tmp_path.name}' holds no PNG, JPEG or WEBP image"):
-        image_files(tmp_path)
-    with pytest.raises(BadImage, match="there is no folder"):
-        image_files(tmp_path / "missing")
-    with pytest.raises(BadImage, match="is a file, a folder of images was expected"):
-        image_files(tmp_path / "notes.txt")
-    with pytest.raises(BadImage, match="cannot be read"):
-        image_files("nul\0")
+    with pytest.raises(InvalidImageError, match=rf"{tmp_path.name}' holds no PNG, JPEG or WEBP image"):
+        list_image_files(tmp_path)
+    with pytest.raises(InvalidImageError, match="there is no folder"):
+        list_image_files(tmp_path / "missing")
+    with pytest.raises(InvalidImageError, match="is a file, a folder of images was expected"):
+        list_image_files(tmp_path / "notes.txt")
+    with pytest.raises(InvalidImageError, match="cannot be read"):
+        list_image_files("nul\0")
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 24))
@@ -364,6 +370,6 @@ def test_to_image_clamps_and_takes_half_precision_with_gradient() -> None:
 def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"abc")
-    assert sha256_of(path) == sha256_of(b"abc") == hashlib.sha256(b"abc").hexdigest()
-    with pytest.raises(BadImage, match="there is no file"):
-        sha256_of(tmp_path / "b")
+    assert compute_sha256(path) == compute_sha256(b"abc") == hashlib.sha256(b"abc").hexdigest()
+    with pytest.raises(InvalidImageError, match="there is no file"):
+        compute_sha256(tmp_path / "b")

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperlora.data.subjects import Subject, subjects_in
-from hyperlora.errors import BadImage
+from hyperlora.data.subjects import Subject, list_subjects
+from hyperlora.errors import InvalidImageError
 
 
 def touch(*paths: Path) -> None:
@@ -17,11 +17,11 @@ def test_sub_folders_are_subjects_with_several_photos_and_images_subjects_of_the
     touch(tmp_path / ".cache/x.png", tmp_path / ".y.png", tmp_path / "zoe/.z.png")
     (tmp_path / "zoe/1.txt").write_text("\ufeffa portrait of zoe \nand more", encoding="utf-8")
     (tmp_path / "adam.txt").write_text("\n")
-    assert subjects_in(tmp_path) == [
+    assert list_subjects(tmp_path) == [
         Subject("adam", (tmp_path / "adam.webp",), (None,)),
         Subject("zoe", (tmp_path / "zoe/1.jpg", tmp_path / "zoe/2.png"), ("a portrait of zoe", None)),
     ]
-    assert subjects_in(str(tmp_path)) == subjects_in(tmp_path)
+    assert list_subjects(str(tmp_path)) == list_subjects(tmp_path)
 
 
 def test_links_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_links_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
     (folder / "loop").symlink_to(folder)
     (folder / "up").symlink_to(tmp_path)
     (folder / "secret.png").symlink_to(outside / "secret.png")
-    me, shared = subjects_in(folder)
+    me, shared = list_subjects(folder)
     assert me == Subject("me", (folder / "me/1.png", folder / "me/2.png"), (None, None))
     assert shared.name == "shared"
 
@@ -43,28 +43,28 @@ def test_links_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
 def test_a_folder_that_is_itself_a_link_is_read(tmp_path: Path) -> None:
     touch(tmp_path / "real/me.png")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert subjects_in(tmp_path / "link")[0].photos == (tmp_path / "link/me.png",)
+    assert list_subjects(tmp_path / "link")[0].photos == (tmp_path / "link/me.png",)
 
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadImage, match="holds no subject: put PNG, JPEG or WEBP images there"):
-        subjects_in(tmp_path)
-    with pytest.raises(BadImage, match="there is no folder"):
-        subjects_in(tmp_path / "missing")
+    with pytest.raises(InvalidImageError, match="holds no subject: put PNG, JPEG or WEBP images there"):
+        list_subjects(tmp_path)
+    with pytest.raises(InvalidImageError, match="there is no folder"):
+        list_subjects(tmp_path / "missing")
     touch(tmp_path / "adam.png")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadImage, match="empty' holds no PNG, JPEG or WEBP image"):
-        subjects_in(tmp_path)
+    with pytest.raises(InvalidImageError, match="empty' holds no PNG, JPEG or WEBP image"):
+        list_subjects(tmp_path)
     touch(tmp_path / "empty/1.png", tmp_path / "adam.jpg")
-    with pytest.raises(BadImage, match="two subjects called 'adam'"):
-        subjects_in(tmp_path)
+    with pytest.raises(InvalidImageError, match="two subjects called 'adam'"):
+        list_subjects(tmp_path)
 
 
 def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "me.png")
     (tmp_path / "me.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(BadImage, match=r"me\.txt' cannot be read as UTF-8 text"):
-        subjects_in(tmp_path)
+    with pytest.raises(InvalidImageError, match=r"me\.txt' cannot be read as UTF-8 text"):
+        list_subjects(tmp_path)
     (tmp_path / "me.txt").write_text("x" * 100_000)
-    with pytest.raises(BadImage, match=r"me\.txt' is longer than 64000 bytes"):
-        subjects_in(tmp_path)
+    with pytest.raises(InvalidImageError, match=r"me\.txt' is longer than 64000 bytes"):
+        list_subjects(tmp_path)

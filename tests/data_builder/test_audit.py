@@ -7,15 +7,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from data_builder.audit.checks import examine, gains, read_findings
-from data_builder.build.chunk_store import Chunks
+from data_builder.audit.checks import audit_rows, compute_loss_reductions, read_findings
+from data_builder.build.chunk_store import ChunkStore
 from data_builder.build.make_plan import make_plan
 from data_builder.build.plan import Recipe, write_plan
-from data_builder.build.run import run
+from data_builder.build.run import run_build
 from data_builder.cli import app
-from data_builder.sources.sources import Avatars
+from data_builder.sources.sources import AvatarSource
 from hyperlora.data.lora_dataset import LoraDataset
-from hyperlora.data.lora_shards import open_shard, shard_bytes
+from hyperlora.data.lora_shards import open_shard, serialize_shard
 
 N = 12
 
@@ -24,14 +24,14 @@ N = 12
 def build(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dozen people; row 3 is not finite, row 5 is ten times too large, row 7 is row 6 again."""
     folder = tmp_path_factory.mktemp("audited")
-    recipe = Recipe(str(bundle.base), preset="attention", rank=2, steps=8, at_once=4, every=4, lr=1e-2, start="zero",
-                    rows="float32")  # fmt: skip
-    plan = make_plan(Avatars(0, N, each=2, size=16), recipe)
+    recipe = Recipe(str(bundle.base), preset="attention", rank=2, finetune_steps=8, subjects_per_batch=4, eval_every=4, lr=1e-2, init="zero",
+                    storage_dtype="float32")  # fmt: skip
+    plan = make_plan(AvatarSource(0, N, portraits_per_identity=2, resolution=16), recipe)
     write_plan(plan, folder)
-    run(folder)
-    chunks = Chunks(plan, folder)
+    run_build(folder)
+    chunks = ChunkStore(plan, folder)
     for number in range(3):
-        shard = open_shard(chunks.path(number))
+        shard = open_shard(chunks.get_path(number))
         rows = shard.rows.clone()
         for i in range(4):
             row = 4 * number + i
@@ -41,15 +41,15 @@ def build(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 rows[i] *= 10
             if row == 7:
                 rows[i] = rows[i - 1]
-        notes = {k: v for k, v in shard.notes.items() if k in ("hyperlora.plan", "hyperlora.skipped")}
-        chunks.path(number).write_bytes(shard_bytes(rows, shard.layout, shard.table, notes))
+        notes = {k: v for k, v in shard.metadata.items() if k in ("hyperlora.plan", "hyperlora.skipped")}
+        chunks.get_path(number).write_bytes(serialize_shard(rows, shard.layout, shard.records, notes))
     return folder
 
 
 def test_finds_what_was_broken(build: Path) -> None:
     data = LoraDataset(build)
-    scores = {**gains(data), 10: -0.5}
-    found = examine(data, scores, threshold=-0.1)
+    scores = {**compute_loss_reductions(data), 10: -0.5}
+    found = audit_rows(data, scores, threshold=-0.1)
     flagged = {i: f.flags for i, f in enumerate(found) if f.flags}
     assert flagged.keys() == {3, 5, 7, 10}
     assert flagged[3] == ("not finite",) and "is usual" in flagged[5][0]
@@ -95,7 +95,7 @@ def test_a_sample_is_a_small_dataset_with_the_recipe_of_the_whole(build: Path, t
     assert 1 <= len(few) < len(whole) and sum(f.stat().st_size for f in (tmp_path / "few").iterdir()) <= most
     assert torch.equal(few[0], whole[0]) and few.records[0] == whole.records[0]
     recipe = read_recipe(tmp_path / "few" / "recipe.json")
-    assert recipe.steps == 8 and recipe.base == whole.layout.base
+    assert recipe.finetune_steps == 8 and recipe.base == whole.layout.base
     arguments = [
         "plan",
         "avatars:0-2",

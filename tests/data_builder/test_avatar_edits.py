@@ -7,48 +7,50 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from data_builder.avatars.benchmarks import UNSEEN, write_edit_benchmark
+from data_builder.avatars.benchmarks import HELD_OUT_KINDS_GROUP, write_edit_benchmark
 from data_builder.avatars.edits import (
-    KINDS,
-    UNSEEN_TOGETHER,
-    UNSEEN_VALUE,
-    Change,
-    asked,
-    change,
-    instruction,
-    pair,
-    pairs_of,
-    undoable,
-    vocabulary,
+    EDIT_KINDS,
+    HELD_OUT_COMBINATIONS,
+    HELD_OUT_VALUE,
+    AttributeEdit,
+    build_vocabulary,
+    compose_instruction,
+    compose_instruction_with_undo,
+    format_instruction,
+    make_pair,
+    sample_edit,
+    sample_pairs,
 )
-from data_builder.avatars.identity import SPLITS, identity, scene
-from data_builder.avatars.pair_dataset import DrawnPairs, PairPlan, draw_pairs
-from data_builder.avatars.rendering import draw
+from data_builder.avatars.identity import SPLITS, sample_identity, sample_scene
+from data_builder.avatars.pair_dataset import PairDataset, PairDatasetConfig, draw_pairs
+from data_builder.avatars.rendering import render_portrait
 from data_builder.avatars.vocabulary import BACKGROUND, GARMENT_COLOR, HAIR_COLOR
 from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
-from hyperlora.models.instruction_vocabulary import Vocabulary
-from hyperlora.prompt_blending import parts_of, reworded
+from hyperlora.models.instruction_vocabulary import InstructionVocabulary
+from hyperlora.prompt_blending import apply_prompt_template, parse_blend
 
 GROUPS = range(400)
 
 
 def portrait(seed=3):
-    return identity(seed), scene(seed, 0)
+    return sample_identity(seed), sample_scene(seed, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EDIT_KINDS)
 def test_every_kind_is_visible_and_undone_by_its_reverse(kind):
-    made = change(np.random.default_rng(1), kind)
-    drawn = pair(portrait(), (made,))
-    back = pair(portrait(), (made.reversed(),))
+    made = sample_edit(np.random.default_rng(1), kind)
+    drawn = make_pair(portrait(), (made,))
+    back = make_pair(portrait(), (made.reverse(),))
     assert made.kind == kind and made.before != made.after
     assert (drawn.before, drawn.after) == (back.after, back.before)
-    before, after = (np.asarray(draw(*p, 64)).astype(int) for p in (drawn.before, drawn.after))
+    before, after = (np.asarray(render_portrait(*p, 64)).astype(int) for p in (drawn.before, drawn.after))
     assert (before != after).any()
 
 
 def test_a_pair_differs_in_what_changed_only():
-    drawn = pair(portrait(), (Change("glasses", "none", "sunglasses"), Change("background", "#102030", "#a0b0c0")))
+    drawn = make_pair(
+        portrait(), (AttributeEdit("glasses", "none", "sunglasses"), AttributeEdit("background", "#102030", "#a0b0c0"))
+    )
     (who, before), (same, after) = drawn.before, drawn.after
     assert who == same
     assert after == replace(before, glasses="sunglasses", background="#a0b0c0")
@@ -57,57 +59,65 @@ def test_a_pair_differs_in_what_changed_only():
 
 def test_the_same_change_on_all_people_of_a_group():
     for group in range(30):
-        drawn = pairs_of("train", group, 3)
-        assert len({p.changes for p in drawn}) == 1 and len({p.before[0].seed for p in drawn}) == 3
+        drawn = sample_pairs("train", group, 3)
+        assert len({p.edits for p in drawn}) == 1 and len({p.before[0].seed for p in drawn}) == 3
 
 
 def test_training_pairs_hold_nothing_that_is_held_out():
-    drawn = [pairs_of("train", group, 1)[0] for group in GROUPS]
-    kinds = [frozenset(c.kind for c in p.changes) for p in drawn]
-    assert set(KINDS) <= set().union(*kinds), "all kinds are drawn: the network's data leaves the unseen ones out"
-    assert not set(kinds) & set(UNSEEN_TOGETHER)
-    values = {(c.attribute, v) for p in drawn for c in p.changes for v in (c.before, c.after)}
-    assert UNSEEN_VALUE not in values
+    drawn = [sample_pairs("train", group, 1)[0] for group in GROUPS]
+    kinds = [frozenset(c.kind for c in p.edits) for p in drawn]
+    assert set(EDIT_KINDS) <= set().union(*kinds), "all kinds are drawn: the network's data leaves the unseen ones out"
+    assert not set(kinds) & set(HELD_OUT_COMBINATIONS)
+    values = {(c.attribute, v) for p in drawn for c in p.edits for v in (c.before, c.after)}
+    assert HELD_OUT_VALUE not in values
     assert 0.1 < np.mean([len(k) > 1 for k in kinds]) < 0.3
 
 
 def test_people_of_splits_are_apart():
-    people = {split: {p.before[0].seed for group in range(50) for p in pairs_of(split, group, 2)} for split in SPLITS}
+    people = {
+        split: {p.before[0].seed for group in range(50) for p in sample_pairs(split, group, 2)} for split in SPLITS
+    }
     for split, seeds in people.items():
         assert seeds < set(SPLITS[split])
 
 
 def test_words_name_what_becomes():
-    assert instruction("glasses", "none") == "no glasses"
-    assert instruction("facial_hair", "full beard") == "a full beard"
-    assert instruction("background", "#ff0000").endswith("red background")
-    assert instruction("garment_color", "blue") == "blue clothes"
-    assert instruction("expression", "sad") == "sad"
+    assert format_instruction("glasses", "none") == "no glasses"
+    assert format_instruction("facial_hair", "full beard") == "a full beard"
+    assert format_instruction("background", "#ff0000").endswith("red background")
+    assert format_instruction("garment_color", "blue") == "blue clothes"
+    assert format_instruction("expression", "sad") == "sad"
 
 
 def test_what_has_no_name_is_asked_for_as_a_mixture_of_named_colours():
     for attribute, colors in (("background", BACKGROUND), ("garment_color", GARMENT_COLOR), ("hair_color", HAIR_COLOR)):
-        mixture = parts_of(asked([(attribute, "#20c8f0")]))
-        named = {instruction(attribute, name): rgb(color) for name, color in colors.items()}
+        mixture = parse_blend(compose_instruction([(attribute, "#20c8f0")]))
+        named = {format_instruction(attribute, name): rgb(color) for name, color in colors.items()}
         assert sum(mixture.values()) == pytest.approx(1, abs=1e-3)
         assert sum(w * named[words] for words, w in mixture.items()) == pytest.approx(rgb("#20c8f0"), abs=0.5)
-        assert asked([(attribute, next(iter(colors)))]) == next(iter(named))  # a name is itself
+        assert compose_instruction([(attribute, next(iter(colors)))]) == next(iter(named))  # a name is itself
 
 
 def test_several_changes_are_asked_for_as_the_sum_of_their_words():
-    assert parts_of(asked([("glasses", "none"), ("expression", "sad")])) == {"no glasses": 1, "sad": 1, "": -1}
-    three = parts_of(asked([("glasses", "none"), ("background", "#20c8f0"), ("expression", "sad")]))
-    alone = parts_of(asked([("background", "#20c8f0")]))
+    assert parse_blend(compose_instruction([("glasses", "none"), ("expression", "sad")])) == {
+        "no glasses": 1,
+        "sad": 1,
+        "": -1,
+    }
+    three = parse_blend(compose_instruction([("glasses", "none"), ("background", "#20c8f0"), ("expression", "sad")]))
+    alone = parse_blend(compose_instruction([("background", "#20c8f0")]))
     assert three == {"no glasses": 1, "sad": 1, "": -2} | alone
 
 
 def test_the_negative_of_a_change_asks_for_what_was_there():
     changes = [("glasses", "none"), ("hair_color", "red")], [("glasses", "sunglasses"), ("hair_color", "#808080")]
-    do, undo = (parts_of(undoable(*changes, mixed=True, undo=way)) for way in (False, True))
+    do, undo = (
+        parse_blend(compose_instruction_with_undo(*changes, use_mixture=True, undo=way)) for way in (False, True)
+    )
     assert do[""] == undo[""] == 1
     assert {k: -v for k, v in do.items() if k} == {k: v for k, v in undo.items() if k}
     assert do["no glasses"] == 1 and undo["back to wearing sunglasses"] == 1
-    asks, takes = (parts_of(asked(values, mixed=True)) for values in changes)
+    asks, takes = (parse_blend(compose_instruction(values, use_mixture=True)) for values in changes)
     assert do | {"": -1} == asks | {f"back to {k}": -v for k, v in takes.items() if k}
 
 
@@ -116,45 +126,45 @@ def rgb(color):
 
 
 def test_drawn_pairs_on_disk(tmp_path):
-    plan = PairPlan("validation", groups=3, people=2, size=32)
-    draw_pairs(tmp_path, plan, workers=1)
-    drawn = DrawnPairs(tmp_path)
+    plan = PairDatasetConfig("validation", num_edits=3, identities_per_edit=2, size=32)
+    draw_pairs(tmp_path, plan, num_workers=1)
+    drawn = PairDataset(tmp_path)
     assert len(drawn) == 6 and drawn.images.shape == (12, 32, 32, 3)
-    last = drawn.pairs()[5]
-    assert np.array_equal(drawn.images[10], np.asarray(draw(*last.before, 32)))
-    assert np.array_equal(drawn.images[11], np.asarray(draw(*last.after, 32)))
+    last = drawn.list_pairs()[5]
+    assert np.array_equal(drawn.images[10], np.asarray(render_portrait(*last.before, 32)))
+    assert np.array_equal(drawn.images[11], np.asarray(render_portrait(*last.after, 32)))
 
 
 def test_the_training_set_of_pair_networks_leaves_unseen_kinds_out(tmp_path, monkeypatch):
     from data_builder.datamodules import edits
 
-    draw_pairs(tmp_path, PairPlan("train", groups=60, people=2, size=16), workers=1)
+    draw_pairs(tmp_path, PairDatasetConfig("train", num_edits=60, identities_per_edit=2, size=16), num_workers=1)
     monkeypatch.setattr(edits, "latents_of", lambda folder, vae: np.zeros((240, 4, 2, 2), np.float16))
-    shown = edits._Shown(str(tmp_path), "vae", "other", 0.0)
-    kinds = {c.kind for i in shown.seen for c in shown.pairs[i].changes}
+    shown = edits._PairTransferDataset(str(tmp_path), "vae", "other", 0.0)
+    kinds = {c.kind for i in shown.train_indices for c in shown.pairs[i].edits}
     assert kinds and not kinds & {"hat", "skin"}
-    together = {frozenset(c.attribute for c in shown.pairs[i].changes) for i in shown.seen}
-    assert not together & set(UNSEEN_TOGETHER)
+    together = {frozenset(c.attribute for c in shown.pairs[i].edits) for i in shown.train_indices}
+    assert not together & set(HELD_OUT_COMBINATIONS)
     item = shown[0]
     assert item["pairs"].shape == (1, 2, 3, 16, 16) and item["before"].shape == (4, 2, 2)
-    mirrored = edits._Shown(str(tmp_path), "vae", "mirrored", 0.0)[0]
+    mirrored = edits._PairTransferDataset(str(tmp_path), "vae", "mirrored", 0.0)[0]
     assert np.array_equal(mirrored["images"], mirrored["pairs"][0].flip(-1))
-    nothing = edits._Shown(str(tmp_path), "vae", "mirrored", 1.0)[0]
+    nothing = edits._PairTransferDataset(str(tmp_path), "vae", "mirrored", 1.0)[0]
     assert np.array_equal(nothing["pairs"][0, 0], nothing["pairs"][0, 1]) and nothing["instructions"] == ""
 
 
 def test_the_edit_base_is_told_as_loras_tell_it(tmp_path, monkeypatch):
     from data_builder.datamodules import edits
 
-    draw_pairs(tmp_path, PairPlan("train", groups=30, people=2, size=16), workers=1)
+    draw_pairs(tmp_path, PairDatasetConfig("train", num_edits=30, identities_per_edit=2, size=16), num_workers=1)
     monkeypatch.setattr(edits, "latents_of", lambda folder, vae: np.zeros((120, 4, 2, 2), np.float16))
-    plain = edits._Edits(str(tmp_path), "vae", 0.0)
+    plain = edits._EditLatentDataset(str(tmp_path), "vae", 0.0)
     assert not any("back to" in plain[i]["instructions"] for i in range(len(plain)))
-    edits = edits._Edits(str(tmp_path), "vae", 0.0, undoing=1.0)
+    edits = edits._EditLatentDataset(str(tmp_path), "vae", 0.0, undo_prob=1.0)
     ways, own = [], []
     for number in range(len(edits)):
-        changes = [c.reversed() if number % 2 else c for c in edits.pairs[number // 2].changes]
-        told = {k: w for k, w in parts_of(edits[number]["instructions"]).items() if k}
+        changes = [c.reverse() if number % 2 else c for c in edits.pairs[number // 2].edits]
+        told = {k: w for k, w in parse_blend(edits[number]["instructions"]).items() if k}
         back = {k.removeprefix("back to "): w for k, w in told.items() if k.startswith("back to ")}
         there = {k: w for k, w in told.items() if not k.startswith("back to ")}
         undo = sum(back.values()) > 0
@@ -169,25 +179,25 @@ def test_the_edit_base_is_told_as_loras_tell_it(tmp_path, monkeypatch):
 
 def said(values):
     """What asks for the values, with names and with mixtures of colours."""
-    return [{k: w for k, w in parts_of(asked(values, mixed)).items() if k} for mixed in (False, True)]
+    return [{k: w for k, w in parse_blend(compose_instruction(values, mixed)).items() if k} for mixed in (False, True)]
 
 
 def test_the_benchmark_of_edits(tmp_path):
-    write_edit_benchmark(tmp_path, each=1, others=2)
+    write_edit_benchmark(tmp_path, edits_per_kind=1, num_test_pairs=2)
     found = load_edit_benchmark(tmp_path, 32)
-    assert {e.kind for e in found.edits} >= set(KINDS)
-    assert {e.kind for e in found.edits if e.group == UNSEEN} == {"hat", "skin"}
+    assert {e.kind for e in found.edits} >= set(EDIT_KINDS)
+    assert {e.kind for e in found.edits if e.group == HELD_OUT_KINDS_GROUP} == {"hat", "skin"}
     for edit in found.edits:
-        assert edit.shown.shape == (2, 2, 3, 32, 32) and edit.others.shape == (2, 2, 3, 32, 32)
-        assert edit.instruction and (edit.others[:, 0] != edit.others[:, 1]).any()
+        assert edit.example_pairs.shape == (2, 2, 3, 32, 32) and edit.test_pairs.shape == (2, 2, 3, 32, 32)
+        assert edit.instruction and (edit.test_pairs[:, 0] != edit.test_pairs[:, 1]).any()
         assert bool(edit.blend) == edit.kind.startswith("exact ")
     assert next(e for e in found.edits if e.kind == "glasses").truth.keys() == {"glasses"}
-    assert len(load_edit_benchmark(tmp_path, 32, limit=1).edits) == len(found.groups)
+    assert len(load_edit_benchmark(tmp_path, 32, max_edits_per_group=1).edits) == len(found.groups)
 
 
 def test_a_colour_with_a_name_may_be_a_mixture_too():
-    named = parts_of(asked([("hair_color", "red"), ("glasses", "none")], mixed=True))
-    assert named == parts_of(asked([("hair_color", HAIR_COLOR["red"]), ("glasses", "none")]))
+    named = parse_blend(compose_instruction([("hair_color", "red"), ("glasses", "none")], use_mixture=True))
+    assert named == parse_blend(compose_instruction([("hair_color", HAIR_COLOR["red"]), ("glasses", "none")]))
 
 
 COLOURS = {"hair_color": HAIR_COLOR, "garment_color": GARMENT_COLOR, "background": BACKGROUND}
@@ -195,17 +205,21 @@ COLOURS = {"hair_color": HAIR_COLOR, "garment_color": GARMENT_COLOR, "background
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["named", "mixed"])
 def test_the_vocabulary_reads_what_every_change_is_called(mixed):
-    words = Vocabulary.of(vocabulary())
-    assert words.ways_back == [reworded(prompt, "back to {}") for prompt in words.prompts]
-    assert not {"hat", "skin"} & set(words.choices) and "negative style" not in words.prompts
-    drawn = [made for n in range(300) for made in pairs_of("train", n, 1)]
-    afters = [{c.attribute: c.after for c in made.changes} for made in drawn]
+    words = InstructionVocabulary.from_config(build_vocabulary())
+    assert words.undo_prompts == [apply_prompt_template(prompt, "back to {}") for prompt in words.prompts]
+    assert not {"hat", "skin"} & set(words.categories) and "negative style" not in words.prompts
+    drawn = [made for n in range(300) for made in sample_pairs("train", n, 1)]
+    afters = [{c.attribute: c.after for c in made.edits} for made in drawn]
     seen = [after for after in afters if not {"hat", "skin"} & set(after)]
-    meant = words.meant([asked(list(after.items()), mixed) for after in seen])
+    meant = words.encode([compose_instruction(list(after.items()), mixed) for after in seen])
     for i, after in enumerate(seen):
-        said = {k: words.choices[k][j - 1] for k, j in zip(words.choices, meant.choices[i].tolist(), strict=True) if j}
-        assert said == {k: instruction(k, v) for k, v in after.items() if k not in COLOURS}
-        for attribute, points in zip(words.mixtures, meant.points, strict=True):
+        said = {
+            k: words.categories[k][j - 1]
+            for k, j in zip(words.categories, meant.categories[i].tolist(), strict=True)
+            if j
+        }
+        assert said == {k: format_instruction(k, v) for k, v in after.items() if k not in COLOURS}
+        for attribute, points in zip(words.color_axes, meant.points, strict=True):
             if attribute not in after:
                 assert points[i].isnan().all()
                 continue
@@ -214,19 +228,22 @@ def test_the_vocabulary_reads_what_every_change_is_called(mixed):
 
 
 def test_a_network_says_of_both_ways_what_the_edit_base_is_told():
-    words = Vocabulary.of(vocabulary())
+    words = InstructionVocabulary.from_config(build_vocabulary())
     for number in range(60):
-        (made,) = pairs_of("train", number, 1)
-        sides = [[(c.attribute, getattr(c, side)) for c in made.changes] for side in ("after", "before")]
+        (made,) = sample_pairs("train", number, 1)
+        sides = [[(c.attribute, getattr(c, side)) for c in made.edits] for side in ("after", "before")]
         if {"hat", "skin"} & {attribute for attribute, _ in sides[0]}:
             continue
-        wanted, there = (words.weights(numbers(words, asked(side, mixed=True)))[0].tolist() for side in sides)
+        wanted, there = (
+            words.compute_prompt_weights(numbers(words, compose_instruction(side, use_mixture=True)))[0].tolist()
+            for side in sides
+        )
         parts: dict[str, float] = {}
-        said = zip([*words.prompts, *words.ways_back], [*wanted, *(-w for w in there)], strict=True)
+        said = zip([*words.prompts, *words.undo_prompts], [*wanted, *(-w for w in there)], strict=True)
         for prompt, weight in said:
-            for part, share in parts_of(prompt).items():
+            for part, share in parse_blend(prompt).items():
                 parts[part] = parts.get(part, 0.0) + weight * share
-        told = parts_of(undoable(*sides, mixed=True))
+        told = parse_blend(compose_instruction_with_undo(*sides, use_mixture=True))
         for part in {*parts, *told} - {""}:
             assert parts.get(part, 0.0) == pytest.approx(told.get(part, 0.0), abs=0.01), part
 

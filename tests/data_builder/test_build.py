@@ -16,19 +16,26 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_builder.build.chunk_store import Chunks, alone
+from data_builder.build.chunk_store import ChunkStore, lock_build
 from data_builder.build.make_plan import make_plan
 from data_builder.build.plan import Plan, Recipe, read_plan, write_plan
-from data_builder.build.run import run
-from data_builder.build.subject_data import material
-from data_builder.build.trainer import Farm
+from data_builder.build.run import run_build
+from data_builder.build.subject_data import load_subject
+from data_builder.build.trainer import ChunkTrainer
 from data_builder.cli import app
-from data_builder.sources.crops import crop_of
-from data_builder.sources.sources import Avatars, Folder, Hub, opened, source_of, to_dict
+from data_builder.sources.crops import make_cropper
+from data_builder.sources.sources import (
+    AvatarSource,
+    FolderSource,
+    HubSource,
+    parse_source,
+    source_from_dict,
+    source_to_dict,
+)
 from hyperlora.data.lora_dataset import LoraDataset
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.errors import BadRequest
-from hyperlora.lora.merge import relative_error
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.merge import compute_relative_error
 from hyperlora.lora.weights import LoraWeights
 
 ROOT = Path(__file__).parents[2]
@@ -55,14 +62,14 @@ def recipe(bundle: Any, **more: Any) -> Recipe:
 
 
 def built(bundle: Any, photos: Path, folder: Path, **more: Any) -> LoraDataset:
-    write_plan(make_plan(Folder(str(photos)), recipe(bundle, **more)), folder)
-    run(folder)
+    write_plan(make_plan(FolderSource(str(photos)), recipe(bundle, **more)), folder)
+    run_build(folder)
     return LoraDataset(folder)
 
 
 def near(one: LoraWeights, other: LoraWeights) -> bool:
     """But for rounding, which Adam's first steps magnify where a gradient is almost nothing."""
-    return relative_error(one, other) < 0.02
+    return compute_relative_error(one, other) < 0.02
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
@@ -70,45 +77,53 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_plan_survives_its_file(bundle: Any, photos: Path) -> None:
-    plan = make_plan(Folder(str(photos)), recipe(bundle), crop=crop_of("none"), views=2, validation=0.5)
+    plan = make_plan(
+        FolderSource(str(photos)), recipe(bundle), cropper=make_cropper("none"), loras_per_subject=2, val_fraction=0.5
+    )
     again = Plan.from_json(plan.to_json())
-    assert again == plan and again.digest == plan.digest
+    assert again == plan and again.fingerprint == plan.fingerprint
     assert len(plan.rows) == 12 and len({row.seed for row in plan.rows}) == 12
     assert {row.split for row in plan.rows} == {"train", "validation"}
-    other = make_plan(Folder(str(photos)), recipe(bundle, steps=5), crop=crop_of("none"), views=2, validation=0.5)
-    assert other.digest != plan.digest and [r.seed for r in other.rows] == [r.seed for r in plan.rows]
+    other = make_plan(
+        FolderSource(str(photos)),
+        recipe(bundle, steps=5),
+        cropper=make_cropper("none"),
+        loras_per_subject=2,
+        val_fraction=0.5,
+    )
+    assert other.fingerprint != plan.fingerprint and [r.seed for r in other.rows] == [r.seed for r in plan.rows]
 
 
 def test_rows_do_not_depend_on_interruptions_or_neighbours(bundle: Any, photos: Path, tmp_path: Path) -> None:
     whole = built(bundle, photos, tmp_path / "whole")
     assert len(whole) == 6 and whole.records[0].subject == "person-0"
-    assert [len(r.images) for r in whole.records] == [2, 1, 2, 1, 3, 1]
+    assert [len(r.reference_sha256) for r in whole.records] == [2, 1, 2, 1, 3, 1]
     interrupted = tmp_path / "interrupted"
     write_plan(read_plan(tmp_path / "whole"), interrupted)
-    base = load_base(bundle.base)
-    chunks = Chunks(read_plan(interrupted), interrupted)
-    chunks.write(2, Farm(chunks.plan, base).chunk(2), 1.0)
+    base = load_diffusion_base(bundle.base)
+    chunks = ChunkStore(read_plan(interrupted), interrupted)
+    chunks.write_chunk(2, ChunkTrainer(chunks.plan, base).build_chunk(2), 1.0)
     (interrupted / "chunks" / ".000001.safetensors.x.tmp").write_bytes(b"half")
-    assert run(interrupted) == 4
+    assert run_build(interrupted) == 4
     assert all_bytes(interrupted) == all_bytes(tmp_path / "whole")
-    assert run(interrupted) == 0
+    assert run_build(interrupted) == 0
     one_by_one = built(bundle, photos, tmp_path / "single", at_once=1)
     for i in range(6):
-        assert near(one_by_one.lora(i), whole.lora(i))
+        assert near(one_by_one.get_weights(i), whole.get_weights(i))
 
 
 def test_early_stop_ends_subjects_apart_and_keeps_their_best(bundle: Any, photos: Path, tmp_path: Path) -> None:
     free = built(bundle, photos, tmp_path / "free", steps=12, lr=0.3)
     early = built(bundle, photos, tmp_path / "early", steps=12, lr=0.3, patience=1)
-    assert {r.steps for r in free.records} == {12}
-    assert min(r.steps for r in early.records) < 12
+    assert {r.num_steps for r in free.records} == {12}
+    assert min(r.num_steps for r in early.records) < 12
     for before, after in zip(early.records, free.records, strict=True):
-        assert before.before == after.before and before.after >= after.after - 1e-5  # type: ignore[operator]
-        assert before.after <= before.before  # type: ignore[operator]
+        assert before.initial_loss == after.initial_loss and before.best_loss >= after.best_loss - 1e-5  # type: ignore[operator]
+        assert before.best_loss <= before.initial_loss  # type: ignore[operator]
     alone_ = built(bundle, photos, tmp_path / "alone", steps=12, lr=0.3, patience=1, at_once=1)
     for i in range(6):
-        assert alone_.records[i].steps == early.records[i].steps
-        assert near(alone_.lora(i), early.lora(i))
+        assert alone_.records[i].num_steps == early.records[i].num_steps
+        assert near(alone_.get_weights(i), early.get_weights(i))
 
 
 @pytest.mark.parametrize("space", ["locon", "lidb", "loha", "lokr"])
@@ -117,60 +132,64 @@ def test_every_space_gives_plain_loras_that_lower_the_loss(
 ) -> None:
     made = built(bundle, photos, tmp_path, space=space, rank=4, steps=30, at_once=3)
     assert made.layout.rank == 4 and len(made) == 6
-    assert any(s.kernel for s in made.layout.sites) == (space == "locon")
-    assert all(r.after < r.before for r in made.records)  # type: ignore[operator]
-    assert float(made.lora(range(6)).norms().sum(-1).min()) > 0
+    assert any(s.kernel_size for s in made.layout.targets) == (space == "locon")
+    assert all(r.best_loss < r.initial_loss for r in made.records)  # type: ignore[operator]
+    assert float(made.get_weights(range(6)).compute_delta_norms().sum(-1).min()) > 0
 
 
 def test_starts(bundle: Any, photos: Path, tmp_path: Path) -> None:
     plain = built(bundle, photos, tmp_path / "shared", steps=2)
     for start, source in (("zero", ""), ("mean", str(tmp_path / "shared")), ("network", str(bundle.model))):
-        write_plan(make_plan(Folder(str(photos)), recipe(bundle, start=start, start_from=source)), tmp_path / start)
-    base, plan = load_base(bundle.base), read_plan(tmp_path / "mean")
-    start = Farm(plan, base).start(plan.chunk(0), [])
-    mean = plain.lora(range(6)).mean()
-    for got, expected in zip(LoraWeights.unflatten(plain.layout, start)[0].delta(), mean.delta(), strict=True):
+        write_plan(
+            make_plan(FolderSource(str(photos)), recipe(bundle, start=start, start_from=source)), tmp_path / start
+        )
+    base, plan = load_diffusion_base(bundle.base), read_plan(tmp_path / "mean")
+    start = ChunkTrainer(plan, base).init_codes(plan.get_chunk(0), [])
+    mean = plain.get_weights(range(6)).mean()
+    for got, expected in zip(
+        LoraWeights.unflatten(plain.layout, start)[0].get_delta_weights(), mean.get_delta_weights(), strict=True
+    ):
         assert torch.allclose(got, expected, atol=1e-6)
     plan = read_plan(tmp_path / "zero")
-    own = Farm(plan, base).start(plan.chunk(0), [])
+    own = ChunkTrainer(plan, base).init_codes(plan.get_chunk(0), [])
     assert not torch.equal(own[0], own[1])
-    run(tmp_path / "network")
+    run_build(tmp_path / "network")
     network = LoraDataset(tmp_path / "network")
-    assert float(network.lora(0).norms().min()) > 0, "a network's LoRA changes every site"
-    shared = Farm(read_plan(tmp_path / "shared"), base).start(plan.chunk(0), [])
+    assert float(network.get_weights(0).compute_delta_norms().min()) > 0, "a network's LoRA changes every site"
+    shared = ChunkTrainer(read_plan(tmp_path / "shared"), base).init_codes(plan.get_chunk(0), [])
     assert torch.equal(shared[0], shared[1])
 
 
 def test_a_networks_loras_are_fitted_from_as_they_are(bundle: Any, photos: Path) -> None:
     """Not only the same ΔW: factors turned by SVD have nothing in common from row to row."""
-    plan = make_plan(Folder(str(photos)), recipe(bundle, start="network", start_from=str(bundle.model)))
-    farm = Farm(plan, load_base(bundle.base))
+    plan = make_plan(FolderSource(str(photos)), recipe(bundle, start="network", start_from=str(bundle.model)))
+    farm = ChunkTrainer(plan, load_diffusion_base(bundle.base))
     assert farm.network is not None
-    materials = [material(row, farm.source, farm.base, plan.recipe) for row in plan.rows]
+    materials = [load_subject(row, farm.source, farm.base, plan.recipe) for row in plan.rows]
     wanted = [farm.network.forward(m.pixels[None]).flatten() for m in materials]
-    torch.testing.assert_close(farm.start(plan.rows, materials), torch.cat(wanted))
+    torch.testing.assert_close(farm.init_codes(plan.rows, materials), torch.cat(wanted))
 
 
 def test_dreambooth_options(bundle: Any, photos: Path, tmp_path: Path) -> None:
-    from data_builder.build.subject_data import class_prompts, material
+    from data_builder.build.subject_data import load_subject, make_class_prompts
 
     options = {"prior_images": 3, "templates": ("a photo of {}", "{} at sea"), "variants": 2, "held_out": 1}
-    plan = make_plan(Folder(str(photos)), recipe(bundle, **options, identifier="ohwx dog", class_name="a dog"))
-    base = load_base(bundle.base)
-    assert class_prompts(plan.recipe) == ["a photo of a dog", "a dog at sea", "a photo of a dog"]
-    first = material(plan.rows[0], Folder(str(photos)), base, plan.recipe)
-    assert first.examples.latents.shape[:2] == (1, 2), "one photo learned, twice cropped, under its own caption"
-    assert first.measure.latents.shape[:2] == (1, 2), "the other photo measures, under both templates"
-    one = material(plan.rows[1], Folder(str(photos)), base, plan.recipe)
-    assert one.examples.latents.shape[1] == 4, "a single photo learns and measures: two crops, two templates"
+    plan = make_plan(FolderSource(str(photos)), recipe(bundle, **options, identifier="ohwx dog", class_name="a dog"))
+    base = load_diffusion_base(bundle.base)
+    assert make_class_prompts(plan.recipe) == ["a photo of a dog", "a dog at sea", "a photo of a dog"]
+    first = load_subject(plan.rows[0], FolderSource(str(photos)), base, plan.recipe)
+    assert first.train_examples.latents.shape[:2] == (1, 2), "one photo learned, twice cropped, under its own caption"
+    assert first.val_examples.latents.shape[:2] == (1, 2), "the other photo measures, under both templates"
+    one = load_subject(plan.rows[1], FolderSource(str(photos)), base, plan.recipe)
+    assert one.train_examples.latents.shape[1] == 4, "a single photo learns and measures: two crops, two templates"
     write_plan(plan, tmp_path)
-    run(tmp_path)
+    run_build(tmp_path)
     stamp = (tmp_path / "class.safetensors").read_bytes()
     without = built(bundle, photos, tmp_path / "without", **{**options, "prior_images": 0}, identifier="ohwx dog")
     assert not torch.allclose(LoraDataset(tmp_path)[0], without[0])
     (tmp_path / "chunks" / "000001.safetensors").unlink()
     before = all_bytes(tmp_path)
-    run(tmp_path)
+    run_build(tmp_path)
     assert (tmp_path / "class.safetensors").read_bytes() == stamp
     assert all(all_bytes(tmp_path)[name] == data for name, data in before.items())
 
@@ -181,7 +200,7 @@ def test_bfloat16_and_checkpointing(bundle: Any, photos: Path, tmp_path: Path) -
     half = built(bundle, photos, tmp_path / "c", dtype="bfloat16", rows="bfloat16")
     assert torch.allclose(saving[0], plain[0], atol=1e-4)
     assert half[0].dtype == torch.bfloat16 and torch.allclose(half[0].float(), plain[0], atol=0.05)
-    assert half.records[0].after < half.records[0].before * 1.01  # type: ignore[operator]
+    assert half.records[0].best_loss < half.records[0].initial_loss * 1.01  # type: ignore[operator]
 
 
 def test_sdxl_in_bfloat16_with_checkpointing(bundle: Any, photos: Path, tmp_path: Path) -> None:
@@ -202,12 +221,14 @@ def test_sdxl_in_bfloat16_with_checkpointing(bundle: Any, photos: Path, tmp_path
     xl = StableDiffusionXLPipeline(*parts, add_watermarker=False)
     xl.to(torch.float16).save_pretrained(tmp_path / "tiny" / "xl", variant="fp16")
     facts = {"base": str(tmp_path / "tiny" / "xl"), "variant": "fp16", "dtype": "bfloat16", "checkpointing": True}
-    plan = make_plan(Folder(str(photos)), replace(recipe(bundle, steps=8, prior_images=2), **facts), limit=3)
+    plan = make_plan(
+        FolderSource(str(photos)), replace(recipe(bundle, steps=8, prior_images=2), **facts), num_subjects=3
+    )
     write_plan(plan, tmp_path / "build")
-    run(tmp_path / "build")
+    run_build(tmp_path / "build")
     made = LoraDataset(tmp_path / "build")
     assert made.layout.base == "tiny/xl" and len(made) == 3
-    assert all(r.after < r.before for r in made.records)  # type: ignore[operator]
+    assert all(r.best_loss < r.initial_loss for r in made.records)  # type: ignore[operator]
 
 
 def test_bad_photos_are_named_and_the_rest_goes_on(bundle: Any, photos: Path, tmp_path: Path) -> None:
@@ -228,7 +249,7 @@ def test_bad_photos_are_named_and_the_rest_goes_on(bundle: Any, photos: Path, tm
         assert sum(name in line for line in plan.skipped) == 1 and name in done.stderr
     Image.new("RGB", (9, 9)).save(mixed / "person-1.png")  # another photo since the plan
     (mixed / "person-3.png").unlink()
-    run(out)
+    run_build(out)
     assert [r.subject for r in LoraDataset(out).records] == ["person-0", "person-2", "person-4", "person-5"]
     shown = CliRunner().invoke(app, ["status", str(out), "--json"])
     found = json.loads(shown.stdout)
@@ -239,7 +260,7 @@ def test_bad_photos_are_named_and_the_rest_goes_on(bundle: Any, photos: Path, tm
 
 def test_what_cannot_be_is_said(bundle: Any, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "build"
-    write_plan(make_plan(Folder(str(photos)), recipe(bundle)), out)
+    write_plan(make_plan(FolderSource(str(photos)), recipe(bundle)), out)
     base = ["--base", str(bundle.base)]
     for arguments, sentence in (
         (["plan", "avatars:5-5", "-o", "x"], "avatars:FIRST-LAST"),
@@ -255,16 +276,19 @@ def test_what_cannot_be_is_said(bundle: Any, photos: Path, tmp_path: Path) -> No
         assert done.exit_code == 2, (arguments, done.output)
         assert sentence in done.stderr and done.stderr.strip().startswith("error: ")
     assert not (tmp_path / "x").exists()
-    with alone(out), pytest.raises(BadRequest, match="another run is at work"):
-        run(out)
+    with lock_build(out), pytest.raises(InvalidArgumentError, match="another run is at work"):
+        run_build(out)
 
 
 def test_as_many_subjects_as_a_gpu_holds() -> None:
-    from data_builder.build.batch_size import within
+    from data_builder.build.batch_size import compute_max_batch_size
 
     gib = 2**30
-    assert within(80 * gib, 8 * gib, 10 * gib) == 31  # 8 + 30 · 2 GiB are 85 % of 80 GiB
-    assert within(8 * gib, 9 * gib, 12 * gib) == 1 and within(80 * gib, gib, gib + 1) == 256
+    assert compute_max_batch_size(80 * gib, 8 * gib, 10 * gib) == 31  # 8 + 30 · 2 GiB are 85 % of 80 GiB
+    assert (
+        compute_max_batch_size(8 * gib, 9 * gib, 12 * gib) == 1
+        and compute_max_batch_size(80 * gib, gib, gib + 1) == 256
+    )
 
 
 def test_packing_keeps_rows_and_their_order(bundle: Any, photos: Path, tmp_path: Path) -> None:
@@ -295,25 +319,29 @@ def test_sources_survive_the_plan_and_know_their_subjects(photos: Path, tmp_path
     made.to_parquet(str(tmp_path / "parquet" / "train.parquet"))
     nothing = dict.fromkeys(("image", "subject", "caption"))
     for where in ("saved", "parquet"):
-        source = source_of(str(tmp_path / where), each=1, size=16, split="train", columns=nothing)
-        assert isinstance(source, Hub) and opened(to_dict(source)) == source
-        found = list(source.subjects([]))
+        source = parse_source(
+            str(tmp_path / where), portraits_per_identity=1, resolution=16, split="train", columns=nothing
+        )
+        assert isinstance(source, HubSource) and source_from_dict(source_to_dict(source)) == source
+        found = list(source.list_subjects([]))
         assert [(s.name, s.photos) for s in found] == [("7", (("0", "a"), ("2", "c"))), ("8", (("1", "b"),)),
                                                        ("9", (("3", None),))]  # fmt: skip
-        image, digest = source.read("2")
+        image, digest = source.read_photo("2")
         assert image.size == (24, 20) and len(digest) == 64
-    people = source_of("avatars:1000000-1000002", each=3, size=32, split="train", columns=nothing)
-    assert people == Avatars(1_000_000, 1_000_002, 3, 32) and opened(to_dict(people)) == people
-    assert [s.split for s in people.subjects([])] == ["validation"] * 2
-    assert people.read("1000000/1")[0].size == (32, 32)
+    people = parse_source(
+        "avatars:1000000-1000002", portraits_per_identity=3, resolution=32, split="train", columns=nothing
+    )
+    assert people == AvatarSource(1_000_000, 1_000_002, 3, 32) and source_from_dict(source_to_dict(people)) == people
+    assert [s.split for s in people.list_subjects([])] == ["validation"] * 2
+    assert people.read_photo("1000000/1")[0].size == (32, 32)
 
 
 @pytest.mark.slow
 def test_a_killed_run_loses_and_repeats_nothing(bundle: Any, photos: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments, the last ones after chunks were finished; then to the end."""
-    plan = make_plan(Folder(str(photos)), recipe(bundle, steps=6, at_once=1), views=3)
+    plan = make_plan(FolderSource(str(photos)), recipe(bundle, steps=6, at_once=1), loras_per_subject=3)
     write_plan(plan, tmp_path / "whole")
-    run(tmp_path / "whole")
+    run_build(tmp_path / "whole")
     out = tmp_path / "killed"
     write_plan(plan, out)
     draw, kills = random.Random(1), 0
@@ -321,13 +349,15 @@ def test_a_killed_run_loses_and_repeats_nothing(bundle: Any, photos: Path, tmp_p
     for _ in range(2):
         child = subprocess.Popen([sys.executable, "-m", "data_builder", "run", str(out)], env=environment,
                                  stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
-        before = len(Chunks(plan, out).done())
-        while child.poll() is None and len(Chunks(plan, out).done()) < min(before + 3, plan.chunks - 1):
+        before = len(ChunkStore(plan, out).list_finished_chunks())
+        while child.poll() is None and len(ChunkStore(plan, out).list_finished_chunks()) < min(
+            before + 3, plan.num_chunks - 1
+        ):
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.05))
         kills += child.poll() is None
         child.send_signal(signal.SIGKILL)
         child.wait()
-    assert kills and 0 < len(Chunks(plan, out).done()) < plan.chunks
-    run(out)
+    assert kills and 0 < len(ChunkStore(plan, out).list_finished_chunks()) < plan.num_chunks
+    run_build(out)
     assert all_bytes(out) == all_bytes(tmp_path / "whole")

@@ -12,12 +12,12 @@ import torch
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from data_builder.build.chunk_store import Chunks  # noqa: E402
+from data_builder.build.chunk_store import ChunkStore  # noqa: E402
 from data_builder.build.make_plan import make_plan  # noqa: E402
 from data_builder.build.plan import Recipe, write_plan  # noqa: E402
-from data_builder.build.run import run  # noqa: E402
-from data_builder.build.run_ray import run_on_ray  # noqa: E402
-from data_builder.sources.sources import Avatars  # noqa: E402
+from data_builder.build.run import run_build  # noqa: E402
+from data_builder.build.run_ray import run_build_on_ray  # noqa: E402
+from data_builder.sources.sources import AvatarSource  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.heavy
@@ -39,50 +39,52 @@ def cluster() -> Iterator[Any]:
 
 
 def test_a_node_that_dies_loses_and_repeats_nothing(bundle: Any, cluster: Any, tmp_path: Path) -> None:
-    recipe = Recipe(str(bundle.base), preset="attention", rank=2, steps=20, at_once=1, every=10)
-    plan = make_plan(Avatars(0, 12, each=2, size=16), recipe)
+    recipe = Recipe(
+        str(bundle.base), preset="attention", rank=2, finetune_steps=20, subjects_per_batch=1, eval_every=10
+    )
+    plan = make_plan(AvatarSource(0, 12, portraits_per_identity=2, resolution=16), recipe)
     for name in ("here", "there"):
         write_plan(plan, tmp_path / name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a Ray worker of one CPU computes: sums in another order round otherwise
     try:
-        run(tmp_path / "here")
+        run_build(tmp_path / "here")
     finally:
         torch.set_num_threads(threads)
     second = cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
-    chunks, killed_at = Chunks(plan, tmp_path / "there"), list[int]()
+    chunks, killed_at = ChunkStore(plan, tmp_path / "there"), list[int]()
 
     def kill_when_begun() -> None:
-        while not chunks.done():
+        while not chunks.list_finished_chunks():
             time.sleep(0.01)
         cluster.remove_node(second, allow_graceful=False)
-        killed_at.append(len(chunks.done()))
+        killed_at.append(len(chunks.list_finished_chunks()))
 
     killer = threading.Thread(target=kill_when_begun)
     killer.start()
-    assert run_on_ray(tmp_path / "there") == 12
+    assert run_build_on_ray(tmp_path / "there") == 12
     killer.join()
-    assert 0 < killed_at[0] < plan.chunks
-    for number in range(plan.chunks):
-        assert chunks.path(number).read_bytes() == Chunks(plan, tmp_path / "here").path(number).read_bytes()
+    assert 0 < killed_at[0] < plan.num_chunks
+    for number in range(plan.num_chunks):
+        assert chunks.get_path(number).read_bytes() == ChunkStore(plan, tmp_path / "here").get_path(number).read_bytes()
     lines = (tmp_path / "there" / "log.jsonl").read_text().splitlines()
-    assert len(lines) == plan.chunks, "every chunk was written once"
-    assert run_on_ray(tmp_path / "there") == 0
+    assert len(lines) == plan.num_chunks, "every chunk was written once"
+    assert run_build_on_ray(tmp_path / "there") == 0
 
 
 def test_photos_become_loras_through_ray_data(bundle: Any, cluster: Any, tmp_path: Path) -> None:
     from hyperlora.lora.io.load import load_lora
-    from hyperlora.pipelines.generate import Settings
+    from hyperlora.pipelines.generate import GenerationConfig
     from hyperlora.pipelines.generate_folder import generate_folder
-    from hyperlora.pipelines.generate_ray import on_ray
+    from hyperlora.pipelines.generate_ray import make_ray_batch_generator
     from hyperlora.pipelines.image_to_lora import ImageToLora
 
-    model, settings = ImageToLora.from_pretrained(bundle.model), Settings()
+    model, settings = ImageToLora.from_pretrained(bundle.model), GenerationConfig()
     here = generate_folder(model, bundle.subjects, tmp_path / "here", settings, batch_size=2)
-    maker = on_ray("local", str(bundle.model), None, settings)
-    there = generate_folder(model, bundle.subjects, tmp_path / "there", settings, batch_size=2, maker=maker)
-    assert sorted(m.subject for m in there) == sorted(m.subject for m in here) and all(m.recipe for m in there)
+    maker = make_ray_batch_generator("local", str(bundle.model), None, settings)
+    there = generate_folder(model, bundle.subjects, tmp_path / "there", settings, batch_size=2, batch_generator=maker)
+    assert sorted(m.subject for m in there) == sorted(m.subject for m in here) and all(m.config_hash for m in there)
     for made in here:
         one, other = (load_lora(tmp_path / name / str(made.file)).weights.flatten() for name in ("here", "there"))
         assert (one - other).abs().max() < 1e-6
-    assert generate_folder(model, bundle.subjects, tmp_path / "there", settings, maker=maker) == there
+    assert generate_folder(model, bundle.subjects, tmp_path / "there", settings, batch_generator=maker) == there

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperlora.diffusion.denoiser_calls import denoiser_of
-from hyperlora.diffusion.target_modules import layout_of
+from hyperlora.diffusion.denoiser_calls import get_denoiser
+from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.lora.weights import LoraWeights
 
 
@@ -22,11 +22,11 @@ class Tiny:
 
     @property
     def name(self) -> str:
-        return denoiser_of(self.pipe)[0]
+        return get_denoiser(self.pipe)[0]
 
     @property
     def denoiser(self) -> nn.Module:
-        return denoiser_of(self.pipe)[1]
+        return get_denoiser(self.pipe)[1]
 
     def latents(self, **more: Any) -> Tensor:
         return self.pipe(
@@ -34,15 +34,15 @@ class Tiny:
         ).images
 
     def lora(self, seed: int, preset: str = "attention+mlp", rank: int = 3, size: float = 0.2) -> LoraWeights:
-        layout = layout_of({self.name: self.denoiser}, preset, rank, "tiny/base")
+        layout = make_layout({self.name: self.denoiser}, preset, rank, "tiny/base")
         generator = torch.Generator().manual_seed(seed)
         return LoraWeights.unflatten(layout, size * torch.randn(layout.numel, generator=generator))
 
     def merged(self, lora: LoraWeights) -> "Tiny":
         """The same with ΔW added to the weights."""
         other = deepcopy(self.pipe)
-        module = denoiser_of(other)[1]
-        for site, delta in zip(lora.layout.sites, lora.delta(), strict=True):
+        module = get_denoiser(other)[1]
+        for site, delta in zip(lora.layout.targets, lora.get_delta_weights(), strict=True):
             weight = module.get_submodule(site.path).weight
             weight.data += delta.reshape(weight.shape)
         return Tiny(other, **self.arguments)

@@ -1,4 +1,4 @@
-"""``injected`` against merged weights and against PEFT, per sample, nested, and through autograd."""
+"""``inject_lora`` against merged weights and against PEFT, per sample, nested, and through autograd."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -7,23 +7,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperlora.diffusion.lora_injection import injected
-from hyperlora.diffusion.target_modules import layout_of
-from hyperlora.errors import LayoutMismatch
+from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.errors import LayoutMismatchError
 from hyperlora.lora.weights import LoraWeights
 
 SEEING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def random_lora(component: str, module: nn.Module, preset: str, *batch: int, seed: int = 0) -> LoraWeights:
-    layout = layout_of({component: module}, preset, 3, "tiny")
+    layout = make_layout({component: module}, preset, 3, "tiny")
     generator = torch.Generator().manual_seed(seed)
     return LoraWeights.unflatten(layout, 0.2 * torch.randn(*batch, layout.numel, generator=generator))
 
 
 def merged(module: nn.Module, lora: LoraWeights) -> nn.Module:
     module = deepcopy(module)
-    for site, delta in zip(lora.layout.sites, lora.delta(), strict=True):
+    for site, delta in zip(lora.layout.targets, lora.get_delta_weights(), strict=True):
         layer = module.get_submodule(site.path)
         layer.weight = nn.Parameter(layer.weight + delta.reshape(layer.weight.shape), requires_grad=False)
     return module
@@ -48,9 +48,9 @@ def run_transformer(transformer: nn.Module, inputs: tuple[Tensor, Tensor, Tensor
 def peft_output(module: nn.Module, lora: LoraWeights, run: Callable[[nn.Module], Tensor]) -> Tensor:
     from peft import LoraConfig, inject_adapter_in_model
 
-    rank, paths = lora.layout.rank, [site.path for site in lora.layout.sites]
+    rank, paths = lora.layout.rank, [site.path for site in lora.layout.targets]
     module = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), deepcopy(module))
-    for site, down, up in zip(lora.layout.sites, lora.down, lora.up, strict=True):
+    for site, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
         layer = module.get_submodule(site.path)
         for factor, value in ((layer.lora_A["default"], down), (layer.lora_B["default"], up)):
             factor.weight.data = value.reshape(factor.weight.shape).clone()
@@ -61,7 +61,7 @@ def peft_output(module: nn.Module, lora: LoraWeights, run: Callable[[nn.Module],
 def test_unet_equals_merged_and_peft(unet: nn.Module, preset: str) -> None:
     lora, inputs = random_lora("unet", unet, preset), unet_inputs(2)
     plain = run_unet(unet, inputs)
-    with injected(unet, lora):
+    with inject_lora(unet, lora):
         output = run_unet(unet, inputs)
     torch.testing.assert_close(output, run_unet(merged(unet, lora), inputs), **SEEING)
     torch.testing.assert_close(output, peft_output(unet, lora, lambda m: run_unet(m, inputs)), **SEEING)
@@ -72,7 +72,7 @@ def test_unet_equals_merged_and_peft(unet: nn.Module, preset: str) -> None:
 def test_dit_equals_merged_and_peft(transformer: nn.Module) -> None:
     lora, inputs = random_lora("transformer", transformer, "attention+mlp", seed=1), unet_inputs(2)
     plain = run_transformer(transformer, inputs)
-    with injected(transformer, lora):
+    with inject_lora(transformer, lora):
         output = run_transformer(transformer, inputs)
     torch.testing.assert_close(output, run_transformer(merged(transformer, lora), inputs), **SEEING)
     torch.testing.assert_close(output, peft_output(transformer, lora, lambda m: run_transformer(m, inputs)), **SEEING)
@@ -82,7 +82,7 @@ def test_dit_equals_merged_and_peft(transformer: nn.Module) -> None:
 @pytest.mark.parametrize("preset", ["attention+mlp", "attention+conv"])
 def test_every_sample_has_its_own_lora_also_in_a_doubled_batch(unet: nn.Module, preset: str) -> None:
     loras, inputs = random_lora("unet", unet, preset, 3), unet_inputs(6)
-    with injected(unet, loras):
+    with inject_lora(unet, loras):
         output = run_unet(unet, inputs)
     for i in range(6):
         alone = run_unet(merged(unet, loras[i % 3]), tuple(x[i : i + 1] for x in inputs))
@@ -91,7 +91,7 @@ def test_every_sample_has_its_own_lora_also_in_a_doubled_batch(unet: nn.Module, 
 
 def test_dit_samples_have_their_own_loras(transformer: nn.Module) -> None:
     loras, inputs = random_lora("transformer", transformer, "attention", 2), unet_inputs(4)
-    with injected(transformer, loras):
+    with inject_lora(transformer, loras):
         output = run_transformer(transformer, inputs)
     for i in range(4):
         alone = run_transformer(merged(transformer, loras[i % 2]), tuple(x[i : i + 1] for x in inputs))
@@ -101,20 +101,20 @@ def test_dit_samples_have_their_own_loras(transformer: nn.Module) -> None:
 def test_text_encoder_and_unet_together(unet: nn.Module, text_encoder: nn.Module) -> None:
     tokens = torch.tensor([[0, 7, 8, 1], [0, 9, 3, 1]])
     modules = {"unet": unet, "text_encoder": text_encoder}
-    layout = layout_of(modules, "attention", 3, "tiny")
+    layout = make_layout(modules, "attention", 3, "tiny")
     loras = LoraWeights.unflatten(
         layout, 0.2 * torch.randn(2, layout.numel, generator=torch.Generator().manual_seed(0))
     )
     latents, timestep, _ = unet_inputs(2)
-    with injected(modules, loras):
+    with inject_lora(modules, loras):
         text = text_encoder(tokens).last_hidden_state
         output = run_unet(unet, (latents, timestep, text))
     for i in range(2):
         parts = {
             name: LoraWeights(
-                layout_of({name: module}, "attention", 3, "tiny"),
-                tuple(d[i] for s, d in zip(layout.sites, loras.down, strict=True) if s.component == name),
-                tuple(u[i] for s, u in zip(layout.sites, loras.up, strict=True) if s.component == name),
+                make_layout({name: module}, "attention", 3, "tiny"),
+                tuple(d[i] for s, d in zip(layout.targets, loras.down, strict=True) if s.component == name),
+                tuple(u[i] for s, u in zip(layout.targets, loras.up, strict=True) if s.component == name),
             )
             for name, module in modules.items()
         }
@@ -127,13 +127,13 @@ def test_text_encoder_and_unet_together(unet: nn.Module, text_encoder: nn.Module
 def test_nested_contexts_add_up(unet: nn.Module) -> None:
     a, b = (random_lora("unet", unet, "attention+conv", seed=seed) for seed in (0, 1))
     inputs = unet_inputs(2)
-    with injected(unet, a + b):
+    with inject_lora(unet, a + b):
         expected = run_unet(unet, inputs)
-    with injected(unet, a), injected(unet, b):
+    with inject_lora(unet, a), inject_lora(unet, b):
         torch.testing.assert_close(run_unet(unet, inputs), expected, **SEEING)
     only_a = run_unet(merged(unet, a), inputs)
-    with injected(unet, a):
-        with injected(unet, b):
+    with inject_lora(unet, a):
+        with inject_lora(unet, b):
             pass
         torch.testing.assert_close(run_unet(unet, inputs), only_a, **SEEING)
 
@@ -141,7 +141,7 @@ def test_nested_contexts_add_up(unet: nn.Module) -> None:
 def test_contexts_close_on_errors(unet: nn.Module) -> None:
     inputs = unet_inputs(1)
     plain = run_unet(unet, inputs)
-    with pytest.raises(ZeroDivisionError), injected(unet, random_lora("unet", unet, "attention")):
+    with pytest.raises(ZeroDivisionError), inject_lora(unet, random_lora("unet", unet, "attention")):
         _ = 1 / 0
     assert torch.equal(run_unet(unet, inputs), plain)
 
@@ -150,12 +150,12 @@ def test_contexts_close_on_errors(unet: nn.Module) -> None:
 def test_gradients_of_one_sample_do_not_touch_the_others(unet: nn.Module, preset: str) -> None:
     loras, inputs = random_lora("unet", unet, preset, 3), unet_inputs(3)
     flat = loras.flatten().requires_grad_()
-    with injected(unet, LoraWeights.unflatten(loras.layout, flat)):
+    with inject_lora(unet, LoraWeights.unflatten(loras.layout, flat)):
         run_unet(unet, inputs)[1].square().sum().backward()
     assert flat.grad is not None
     assert flat.grad[[0, 2]].eq(0).all()
     alone = loras[1].flatten().requires_grad_()
-    with injected(unet, LoraWeights.unflatten(loras.layout, alone)):
+    with inject_lora(unet, LoraWeights.unflatten(loras.layout, alone)):
         run_unet(unet, tuple(x[1:2] for x in inputs)).square().sum().backward()
     torch.testing.assert_close(flat.grad[1], alone.grad, rtol=1e-3, atol=1e-4)
     assert alone.grad is not None
@@ -172,7 +172,7 @@ def test_checkpointing_gives_the_same_gradients_after_the_context_has_closed(
     def gradient() -> Tensor:
         flat = lora.flatten().requires_grad_()
         latents, timestep, text = unet_inputs(2)
-        with injected(module, LoraWeights.unflatten(lora.layout, flat)):
+        with inject_lora(module, LoraWeights.unflatten(lora.layout, flat)):
             if which == "text_encoder":
                 output = module(torch.tensor([[0, 7, 8, 1], [0, 9, 3, 1]])).last_hidden_state
             else:
@@ -193,10 +193,10 @@ def test_checkpointing_gives_the_same_gradients_after_the_context_has_closed(
 
 def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(unet: nn.Module) -> None:
     loras, inputs = random_lora("unet", unet, "attention+conv", 2), unet_inputs(2)
-    with injected(unet, loras):
+    with inject_lora(unet, loras):
         exact = run_unet(unet, inputs)
     flat = loras.flatten().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16), injected(unet, LoraWeights.unflatten(loras.layout, flat)):
+    with torch.autocast("cpu", torch.bfloat16), inject_lora(unet, LoraWeights.unflatten(loras.layout, flat)):
         output = run_unet(unet, inputs)
     assert output.dtype == torch.bfloat16
     assert (output.float() - exact).norm() < 0.05 * exact.norm()
@@ -215,7 +215,7 @@ def test_fitting_k_at_once_is_fitting_one_by_one(unet: nn.Module, optimizer: typ
         flat = start.flatten()[index].clone().requires_grad_()
         steps = optimizer([flat], lr=1e-2)
         for _ in range(3):
-            with injected(unet, LoraWeights.unflatten(start.layout, flat)):
+            with inject_lora(unet, LoraWeights.unflatten(start.layout, flat)):
                 error = run_unet(unet, tuple(x[index] for x in inputs)) - target[index]
             steps.zero_grad()
             error.square().flatten(1).mean(1).sum().backward()
@@ -231,7 +231,7 @@ def test_fitting_k_at_once_is_fitting_one_by_one(unet: nn.Module, optimizer: typ
 
 def test_errors_name_what_is_wrong(unet: nn.Module, text_encoder: nn.Module) -> None:
     def refused(target: nn.Module, lora: LoraWeights, sentence: str) -> None:
-        with pytest.raises(LayoutMismatch, match=sentence), injected(target, lora):
+        with pytest.raises(LayoutMismatchError, match=sentence), inject_lora(target, lora):
             run_unet(unet, unet_inputs(3))
 
     lora = random_lora("unet", unet, "attention")
@@ -239,7 +239,7 @@ def test_errors_name_what_is_wrong(unet: nn.Module, text_encoder: nn.Module) -> 
     wider = deepcopy(unet)
     wider.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1").to_q = nn.Linear(16, 24)
     refused(wider, lora, r"mid_block.*to_q is \(16, 24\) in the base, \(16, 16\)")
-    both = layout_of({"unet": unet, "text_encoder": text_encoder}, "attention", 2, "tiny")
+    both = make_layout({"unet": unet, "text_encoder": text_encoder}, "attention", 2, "tiny")
     refused(unet, LoraWeights.zeros(both), "unet, text_encoder: pass a mapping")
     refused(unet, random_lora("unet", unet, "attention", 2), "3 samples cannot share 2 LoRAs")
     refused(unet, random_lora("unet", unet, "attention", 2, 2), "one batch axis expected")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.diffusion.denoiser_calls import Call, predictions
-from hyperlora.diffusion.multi_lora import composed
-from hyperlora.errors import BadRequest, LayoutMismatch
+from hyperlora.diffusion.denoiser_calls import DenoiserCall, predict_per_lora
+from hyperlora.diffusion.multi_lora import compose_loras
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.merge import merge
 from hyperlora.lora.weights import LoraWeights
@@ -61,7 +61,7 @@ def test_equals_a_plain_loop_with_set_adapters(tiny: Any, tmp_path: Path, kind: 
     order = [2, 0, 1]
     active = (lambda step: [0, 1, 2]) if strategy == "composite" else (lambda step: [order[step // 2 % 3]])
     expected = plain_loop(t, loras, tmp_path, active)
-    with composed(t.pipe, loras, strategy, every=2, order=order):
+    with compose_loras(t.pipe, loras, strategy, every=2, order=order):
         found = t.latents()
     torch.testing.assert_close(found, expected, **CLOSE)
     assert apart(found, t.latents()) > 0.05
@@ -71,7 +71,7 @@ def test_equals_a_plain_loop_with_set_adapters(tiny: Any, tmp_path: Path, kind: 
 def test_merge_equals_merged_weights(tiny: Any, kind: str) -> None:
     t = tiny(kind)
     a, b = t.lora(1), t.lora(2, "attention", rank=2)
-    with composed(t.pipe, [a, b], "merge", [0.7, -0.4]):
+    with compose_loras(t.pipe, [a, b], "merge", [0.7, -0.4]):
         found = t.latents()
     torch.testing.assert_close(found, t.merged(merge([a, b], [0.7, -0.4])).latents(), **CLOSE)
     assert apart(found, t.latents()) > 0.01
@@ -92,7 +92,7 @@ def test_composites_of_one_lora_are_that_lora(tiny: Any, kind: str) -> None:
         {"loras": [lora], "strategy": "spatial", "regions": [whole]},
         {"loras": [lora], "strategy": "spatial", "regions": [whole], "window": True},
     ):
-        with composed(t.pipe, **options):
+        with compose_loras(t.pipe, **options):
             torch.testing.assert_close(t.latents(), alone, **CLOSE)
     assert apart(alone, t.latents()) > 0.01
 
@@ -102,7 +102,7 @@ def test_one_step_in_regions_is_each_lora_in_its_own(tiny: Any, kind: str) -> No
     t = tiny(kind)
     left, right = t.lora(1), t.lora(2)
     one = {"num_inference_steps": 1}
-    with composed(t.pipe, [left, right], "spatial", regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 0.5)]):
+    with compose_loras(t.pipe, [left, right], "spatial", regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 0.5)]):
         found = t.latents(**one)
     pictures = [_as_grid(x) for x in (found, t.merged(left).latents(**one), t.merged(right).latents(**one))]
     base = _as_grid(t.latents(**one))
@@ -127,7 +127,7 @@ def test_windows_are_pictures_of_their_own(tiny: Any) -> None:
     a, b = t.lora(1), t.lora(2)
     wide = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(3))
     boxes = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
-    with composed(t.pipe, [a, b], "spatial", regions=boxes, window=True):
+    with compose_loras(t.pipe, [a, b], "spatial", regions=boxes, window=True):
         found = t.latents(latents=wide, width=16)
     halves = [t.merged(lora).latents(latents=half.clone()) for lora, half in zip((a, b), wide.chunk(2, 3), strict=True)]
     torch.testing.assert_close(found, torch.cat(halves, 3), **CLOSE)
@@ -139,11 +139,11 @@ def test_masks_share_their_edge(tiny: Any) -> None:
     half = torch.full((16, 16), 0.5)
     as_picture = Image.fromarray(half.mul(255).byte().numpy())
     one = {"num_inference_steps": 1}
-    with composed(t.pipe, [a, b], "spatial", regions=[half, half]):
+    with compose_loras(t.pipe, [a, b], "spatial", regions=[half, half]):
         found = t.latents(**one)
-    with composed(t.pipe, [a, b], "composite"):
+    with compose_loras(t.pipe, [a, b], "composite"):
         torch.testing.assert_close(found, t.latents(**one), **CLOSE)
-    with composed(t.pipe, [a], "spatial", regions=[as_picture]):
+    with compose_loras(t.pipe, [a], "spatial", regions=[as_picture]):
         mixed = t.latents(**one)
     expected = (t.merged(a).latents(**one) * 127 + t.latents(**one) * 128) / 255
     torch.testing.assert_close(mixed, expected, **CLOSE)
@@ -157,7 +157,7 @@ def test_a_schedule_sees_every_step_once_and_starts_again(tiny: Any) -> None:
         seen.append((step, steps))
         return [1.0 if step < 2 else 0.0]
 
-    with composed(t.pipe, [t.lora(1)], schedule=schedule):
+    with compose_loras(t.pipe, [t.lora(1)], schedule=schedule):
         first = t.latents()
         second = t.latents()
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)] * 2
@@ -166,11 +166,11 @@ def test_a_schedule_sees_every_step_once_and_starts_again(tiny: Any) -> None:
 
 
 def test_text_encoder_parts_are_added(pipe: Any, bundle: Any) -> None:
-    from hyperlora.diffusion.diffusion_base import load_base
-    from hyperlora.diffusion.target_modules import layout_of
+    from hyperlora.diffusion.diffusion_base import load_diffusion_base
+    from hyperlora.diffusion.target_modules import make_layout
 
-    base = load_base(bundle.base)
-    layout = layout_of({k: base.modules[k] for k in ("unet", "text_encoder")}, "attention", 2, base.id)
+    base = load_diffusion_base(bundle.base)
+    layout = make_layout({k: base.modules[k] for k in ("unet", "text_encoder")}, "attention", 2, base.id)
     a, b = (
         LoraWeights.unflatten(layout, 0.3 * torch.randn(layout.numel, generator=torch.Generator().manual_seed(s)))
         for s in (0, 1)
@@ -180,9 +180,9 @@ def test_text_encoder_parts_are_added(pipe: Any, bundle: Any) -> None:
         return base.encode_prompts(["a portrait"])["encoder_hidden_states"]
 
     plain = encoded()
-    with composed(base.pipeline, [a, b], "composite", [1.0, 0.5]):
+    with compose_loras(base.pipeline, [a, b], "composite", [1.0, 0.5]):
         both = encoded()
-    with composed(base.pipeline, [merge([a, b], [1.0, 0.5])]):
+    with compose_loras(base.pipeline, [merge([a, b], [1.0, 0.5])]):
         torch.testing.assert_close(encoded(), both)
     assert apart(both, plain) > 0.01
 
@@ -200,8 +200,8 @@ def test_falls_back_to_smaller_forwards_when_memory_runs_out(tiny: Any) -> None:
 
     forward = t.denoiser.forward
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 16))
-    found = predictions(Call(limited, inputs, {}), {"unet": t.denoiser}, loras)
-    expected = predictions(Call(forward, inputs, {}), {"unet": t.denoiser}, loras)
+    found = predict_per_lora(DenoiserCall(limited, inputs, {}), {"unet": t.denoiser}, loras)
+    expected = predict_per_lora(DenoiserCall(forward, inputs, {}), {"unet": t.denoiser}, loras)
     assert sizes == [10, 6, 4, 4, 2]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -209,7 +209,7 @@ def test_falls_back_to_smaller_forwards_when_memory_runs_out(tiny: Any) -> None:
 def test_leaves_the_pipeline_as_it_was(tiny: Any) -> None:
     t = tiny("sd")
     before = t.latents()
-    with pytest.raises(RuntimeError), composed(t.pipe, [t.lora(1)] * 2, "composite"):
+    with pytest.raises(RuntimeError), compose_loras(t.pipe, [t.lora(1)] * 2, "composite"):
         raise RuntimeError
     assert "forward" not in vars(t.denoiser)
     assert torch.equal(t.latents(), before)
@@ -232,18 +232,18 @@ def test_leaves_the_pipeline_as_it_was(tiny: Any) -> None:
 def test_says_what_is_wrong(tiny: Any, options: dict[str, Any], sentence: str) -> None:
     t = tiny("sd")
     with (
-        pytest.raises(BadRequest, match=sentence.replace("(", r"\(")),
-        composed(t.pipe, [t.lora(1), t.lora(2)], **options),
+        pytest.raises(InvalidArgumentError, match=sentence.replace("(", r"\(")),
+        compose_loras(t.pipe, [t.lora(1), t.lora(2)], **options),
     ):
         t.latents()
 
 
 def test_refuses_a_lora_of_another_base(tiny: Any) -> None:
     sd, sdxl = tiny("sd"), tiny("sdxl")
-    with pytest.raises(LayoutMismatch), composed(sd.pipe, [sd.lora(1), sdxl.lora(1)], "composite"):
+    with pytest.raises(LayoutMismatchError), compose_loras(sd.pipe, [sd.lora(1), sdxl.lora(1)], "composite"):
         sd.latents()
     with (
-        pytest.raises(LayoutMismatch, match="which StableDiffusion3Pipeline lacks"),
-        composed(tiny("sd3").pipe, [sd.lora(1)]),
+        pytest.raises(LayoutMismatchError, match="which StableDiffusion3Pipeline lacks"),
+        compose_loras(tiny("sd3").pipe, [sd.lora(1)]),
     ):
         pass

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hyperlora.diffusion.target_modules import PRESETS, layout_of
-from hyperlora.errors import BadRequest, LayoutMismatch
+from hyperlora.diffusion.target_modules import TARGET_PRESETS, make_layout
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
 SDXL = {
@@ -35,19 +35,19 @@ def test_attention_preset_is_pefts_attention_lora(config: dict, sites: int, numb
     from peft import LoraConfig, inject_adapter_in_model
 
     unet = on_meta(config)
-    layout = layout_of({"unet": unet}, "attention", 4, "base")
-    assert (len(layout.sites), layout.numel) == (sites, numbers)
+    layout = make_layout({"unet": unet}, "attention", 4, "base")
+    assert (len(layout.targets), layout.numel) == (sites, numbers)
     with torch.device("meta"):
         inject_adapter_in_model(
             LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet, low_cpu_mem_usage=True
         )
     adapted = {name.removesuffix(".lora_A") for name, _ in unet.named_modules() if name.endswith(".lora_A")}
-    assert adapted == {site.path for site in layout.sites}
+    assert adapted == {site.path for site in layout.targets}
     assert sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name) == numbers
 
 
 def test_wider_presets_contain_the_narrow_one(unet: nn.Module) -> None:
-    names = {preset: {s.path for s in layout_of({"unet": unet}, preset, 2, "b").sites} for preset in PRESETS}
+    names = {preset: {s.path for s in make_layout({"unet": unet}, preset, 2, "b").targets} for preset in TARGET_PRESETS}
     assert names["attention"] < names["attention+mlp"]
     assert names["attention"] < names["attention+conv"]
     conv = names["attention+conv"]
@@ -56,20 +56,20 @@ def test_wider_presets_contain_the_narrow_one(unet: nn.Module) -> None:
 
 
 def test_text_encoder_gives_q_k_v_and_out(text_encoder: nn.Module) -> None:
-    layout = layout_of({"text_encoder": text_encoder}, "attention", 2, "b")
-    assert len(layout.sites) == 2 * 4
-    assert {site.path.rsplit(".", 1)[1] for site in layout.sites} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    layout = make_layout({"text_encoder": text_encoder}, "attention", 2, "b")
+    assert len(layout.targets) == 2 * 4
+    assert {site.path.rsplit(".", 1)[1] for site in layout.targets} == {"q_proj", "k_proj", "v_proj", "out_proj"}
 
 
 def test_dit_gives_both_streams(transformer: nn.Module) -> None:
-    leaves = {s.path.split("attn.")[-1] for s in layout_of({"transformer": transformer}, "attention", 2, "b").sites}
+    leaves = {s.path.split("attn.")[-1] for s in make_layout({"transformer": transformer}, "attention", 2, "b").targets}
     assert leaves == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
 
 
 def test_bad_requests(unet: nn.Module) -> None:
-    with pytest.raises(BadRequest, match="unknown preset 'all'; known: attention"):
-        layout_of({"unet": unet}, "all", 4, "b")
-    with pytest.raises(BadRequest, match="at least 1, got 0"):
-        layout_of({"unet": unet}, "attention", 0, "b")
-    with pytest.raises(LayoutMismatch, match="Linear"):
-        layout_of({"unet": nn.Linear(2, 2)}, "attention", 4, "b")
+    with pytest.raises(InvalidArgumentError, match="unknown preset 'all'; known: attention"):
+        make_layout({"unet": unet}, "all", 4, "b")
+    with pytest.raises(InvalidArgumentError, match="at least 1, got 0"):
+        make_layout({"unet": unet}, "attention", 0, "b")
+    with pytest.raises(LayoutMismatchError, match="Linear"):
+        make_layout({"unet": nn.Linear(2, 2)}, "attention", 4, "b")

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from data_builder.build.plan import read_plan
 from data_builder.cli import app
-from data_builder.sources.crops import cut
-from hyperlora.encoders.face_analysis import UNKNOWN_LICENCE, FaceFinder
-from hyperlora.errors import BadArtifact, BadImage
+from data_builder.sources.crops import crop_image
+from hyperlora.encoders.face_analysis import UNKNOWN_LICENSE, FaceAnalyzer
+from hyperlora.errors import InvalidImageError, ModelLoadError
 
 pytest.importorskip("insightface")
 KEYPOINTS = ((-0.4, -0.4), (0.4, -0.4), (0.0, 0.0), (-0.3, 0.45), (0.3, 0.45))
@@ -74,22 +74,22 @@ def photo(large: bool = True, small: bool = False) -> Image.Image:
 
 
 def test_finds_the_largest_first_and_squares_it_by_its_keypoints(pack: Path) -> None:
-    finder = FaceFinder(pack)
-    assert finder.licence == "CC0-1.0"
-    faces = finder.faces(photo(small=True))
+    finder = FaceAnalyzer(pack)
+    assert finder.license == "CC0-1.0"
+    faces = finder.detect_faces(photo(small=True))
     assert [round(face.area**0.5) for face in faces] == [96, 40]
     assert faces[0].box == pytest.approx((272, 208, 368, 304), abs=1)
     assert faces[0].embedding is not None and np.linalg.norm(faces[0].embedding) == pytest.approx(1, abs=1e-3)
-    x, y, side, angle = faces[0].square(1.0)
+    x, y, side, angle = faces[0].compute_aligned_crop_box(1.0)
     assert abs(x - 320) < 8 and 230 < y < 250 and 100 < side < 140 and abs(angle) < 1
-    red = np.asarray(cut(photo(), faces[0].square(1.0), 32)).reshape(-1, 3)
+    red = np.asarray(crop_image(photo(), faces[0].compute_aligned_crop_box(1.0), 32)).reshape(-1, 3)
     assert (red[:, 0] > 128).mean() > 0.05, "the square holds the face"
 
 
 def test_a_turned_face_comes_out_upright(pack: Path) -> None:
     from dataclasses import replace
 
-    face = FaceFinder(pack).face(photo())
+    face = FaceAnalyzer(pack).get_face(photo())
     turn = np.deg2rad(20)
     spin = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     middle = np.array([320.0, 256.0])
@@ -97,40 +97,40 @@ def test_a_turned_face_comes_out_upright(pack: Path) -> None:
     eyes = Image.new("RGB", (640, 640), "black")
     for point in turned.keypoints[:2]:
         ImageDraw.Draw(eyes).ellipse((*(point - 4), *(point + 4)), fill="white")
-    upright = np.asarray(cut(eyes, turned.square(1.2), 128).convert("L")) > 128
+    upright = np.asarray(crop_image(eyes, turned.compute_aligned_crop_box(1.2), 128).convert("L")) > 128
     rows, columns = np.nonzero(upright)
     left, right = rows[columns < 64].mean(), rows[columns >= 64].mean()
     assert abs(left - right) < 2, "the eyes are level"
 
 
 def test_says_which_face_is_missing(pack: Path) -> None:
-    finder = FaceFinder(pack)
-    with pytest.raises(BadImage, match="no face was found"):
-        finder.face(photo(large=False))
-    with pytest.raises(BadImage, match="face 1 was asked for, there are 1"):
-        finder.face(photo(), 1)
+    finder = FaceAnalyzer(pack)
+    with pytest.raises(InvalidImageError, match="no face was found"):
+        finder.get_face(photo(large=False))
+    with pytest.raises(InvalidImageError, match="face 1 was asked for, there are 1"):
+        finder.get_face(photo(), 1)
 
 
 def test_says_what_is_wrong_with_a_pack(pack: Path, tmp_path: Path) -> None:
     import shutil
 
-    with pytest.raises(BadArtifact, match="there is no face pack 'antelope9'"):
-        FaceFinder("antelope9")
-    with pytest.raises(BadArtifact, match="holds no ONNX model"):
-        FaceFinder(tmp_path)
+    with pytest.raises(ModelLoadError, match="there is no face pack 'antelope9'"):
+        FaceAnalyzer("antelope9")
+    with pytest.raises(ModelLoadError, match="holds no ONNX model"):
+        FaceAnalyzer(tmp_path)
     tampered = shutil.copytree(pack, tmp_path / "tampered")
     with (tampered / "det_tiny.onnx").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(BadArtifact, match=r"tampered with .*SHA-256 mismatch"):
-        FaceFinder(tampered)
+    with pytest.raises(ModelLoadError, match=r"tampered with .*SHA-256 mismatch"):
+        FaceAnalyzer(tampered)
     half = shutil.copytree(pack, tmp_path / "half")
     for name in ("det_tiny.onnx", "manifest.json"):
         (half / name).unlink()
-    with pytest.raises(BadArtifact, match="has no detector"):
-        FaceFinder(half)
+    with pytest.raises(ModelLoadError, match="has no detector"):
+        FaceAnalyzer(half)
     bare = shutil.copytree(pack, tmp_path / "bare")
     (bare / "manifest.json").unlink()
-    assert FaceFinder(bare).licence == UNKNOWN_LICENCE
+    assert FaceAnalyzer(bare).license == UNKNOWN_LICENSE
 
 
 def test_a_plan_crops_to_faces_and_goes_on_without_those_that_have_none(
@@ -146,9 +146,9 @@ def test_a_plan_crops_to_faces_and_goes_on_without_those_that_have_none(
     assert done.exit_code == 0, done.output
     plan = read_plan(out)
     assert [row.subject for row in plan.rows] == ["one", "two"]
-    assert plan.rows[0].photos[0].square == pytest.approx(plan.rows[1].photos[0].square, abs=1)
+    assert plan.rows[0].photos[0].crop_box == pytest.approx(plan.rows[1].photos[0].crop_box, abs=1)
     assert "none, none.png: no face was found" in done.stderr and "two, two.png: 2 faces, the largest" in done.stderr
-    assert plan.notes == {"crop": "face", "face_pack": pack.name, "face_licence": "CC0-1.0"}
+    assert plan.metadata == {"crop": "face", "face_pack": pack.name, "face_licence": "CC0-1.0"}
     second = CliRunner().invoke(app, [*map(str, arguments[:3]), str(tmp_path / "second"), *map(str, arguments[4:]),
                                       "--face", "1"])  # fmt: skip
     assert second.exit_code == 0 and [r.subject for r in read_plan(tmp_path / "second").rows] == ["two"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hyperlora.diffusion.diffusion_base import load_base
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.lora.io.load import load_lora
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
@@ -54,7 +54,7 @@ def test_images_to_a_saved_lora(pack: ModuleType, bundle: Any, tmp_path: Path, m
     images = torch.rand(2, 20, 20, 3, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
     make, apply, save = (pack.NODE_CLASS_MAPPINGS[f"Hyperlora{n}"]() for n in ("ImagesToLora", "Apply", "Save"))
     (made,) = make.make(images, model=str(bundle.model))
-    network = ImageToLora.from_pretrained(bundle.model, base=load_base(bundle.base))
+    network = ImageToLora.from_pretrained(bundle.model, base=load_diffusion_base(bundle.base))
     file = load_lora(made, network.layout)
     assert file.format == "kohya"
     from hyperlora.data.images import to_image

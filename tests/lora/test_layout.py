@@ -9,15 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hyperlora.errors import LayoutMismatch
-from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.errors import LayoutMismatchError
+from hyperlora.lora.layout import LoraLayout, TargetModule
 
 LAYOUT = LoraLayout(
-    (Site("unet.a", 3, 5), Site("unet.b.c", 18, 4, (3, 3)), Site("text_encoder.d", 2, 2)), 4, "base/one"
+    (TargetModule("unet.a", 3, 5), TargetModule("unet.b.c", 18, 4, (3, 3)), TargetModule("text_encoder.d", 2, 2)),
+    4,
+    "base/one",
 )
 
 SITES = st.builds(
-    Site,
+    TargetModule,
     st.from_regex(r"[a-z]{1,4}(\.[a-z0-9_]{1,5}){1,3}", fullmatch=True),
     st.integers(1, 9),
     st.integers(1, 9),
@@ -43,50 +45,50 @@ def test_from_dict_undoes_to_dict_through_json(layout: LoraLayout) -> None:
     [
         replace(LAYOUT, rank=5),
         replace(LAYOUT, base="base/two"),
-        replace(LAYOUT, sites=LAYOUT.sites[::-1]),
-        replace(LAYOUT, sites=LAYOUT.sites[:-1]),
-        replace(LAYOUT, sites=(replace(LAYOUT.sites[0], fan_in=4), *LAYOUT.sites[1:])),
-        replace(LAYOUT, sites=(replace(LAYOUT.sites[0], name="unet.z"), *LAYOUT.sites[1:])),
-        replace(LAYOUT, sites=(LAYOUT.sites[0], replace(LAYOUT.sites[1], kernel=(1, 1)), LAYOUT.sites[2])),
+        replace(LAYOUT, sites=LAYOUT.targets[::-1]),
+        replace(LAYOUT, sites=LAYOUT.targets[:-1]),
+        replace(LAYOUT, sites=(replace(LAYOUT.targets[0], fan_in=4), *LAYOUT.targets[1:])),
+        replace(LAYOUT, sites=(replace(LAYOUT.targets[0], name="unet.z"), *LAYOUT.targets[1:])),
+        replace(LAYOUT, sites=(LAYOUT.targets[0], replace(LAYOUT.targets[1], kernel=(1, 1)), LAYOUT.targets[2])),
     ],
 )
 def test_fingerprint_and_require_notice_every_change(changed: LoraLayout) -> None:
     assert changed.fingerprint != LAYOUT.fingerprint
-    with pytest.raises(LayoutMismatch):
-        LAYOUT.require(changed)
+    with pytest.raises(LayoutMismatchError):
+        LAYOUT.check_compatible(changed)
 
 
 def test_require_names_what_differs() -> None:
-    LAYOUT.require(LoraLayout.from_dict(LAYOUT.to_dict()))
-    LAYOUT.require(LAYOUT.with_rank(9), any_rank=True)
-    with pytest.raises(LayoutMismatch, match="base 'other', this base is 'base/one'"):
-        LAYOUT.require(replace(LAYOUT, base="other"))
-    with pytest.raises(LayoutMismatch, match=r"has 2 sites, 3 expected; 1 differ, e\.g\. text_encoder\.d"):
-        LAYOUT.require(replace(LAYOUT, sites=LAYOUT.sites[:2]))
-    with pytest.raises(LayoutMismatch, match=r"site unet\.a is 7→5 in the LoRA, 3→5 expected"):
-        LAYOUT.require(replace(LAYOUT, sites=(Site("unet.a", 7, 5), *LAYOUT.sites[1:])))
-    with pytest.raises(LayoutMismatch, match="rank 9, rank 4 expected"):
-        LAYOUT.require(LAYOUT.with_rank(9))
+    LAYOUT.check_compatible(LoraLayout.from_dict(LAYOUT.to_dict()))
+    LAYOUT.check_compatible(LAYOUT.with_rank(9), ignore_rank=True)
+    with pytest.raises(LayoutMismatchError, match="base 'other', this base is 'base/one'"):
+        LAYOUT.check_compatible(replace(LAYOUT, base="other"))
+    with pytest.raises(LayoutMismatchError, match=r"has 2 sites, 3 expected; 1 differ, e\.g\. text_encoder\.d"):
+        LAYOUT.check_compatible(replace(LAYOUT, sites=LAYOUT.targets[:2]))
+    with pytest.raises(LayoutMismatchError, match=r"site unet\.a is 7→5 in the LoRA, 3→5 expected"):
+        LAYOUT.check_compatible(replace(LAYOUT, sites=(TargetModule("unet.a", 7, 5), *LAYOUT.targets[1:])))
+    with pytest.raises(LayoutMismatchError, match="rank 9, rank 4 expected"):
+        LAYOUT.check_compatible(LAYOUT.with_rank(9))
 
 
 def test_of_finds_linear_and_conv_and_counts_their_numbers() -> None:
     module = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Conv2d(2, 7, (3, 1)), nn.Linear(4, 4))
-    layout = LoraLayout.of(module, "net", lambda path: path != "3", rank=2, base="b")
-    assert layout.sites == (Site("net.0", 3, 5), Site("net.2", 6, 7, (3, 1)))
+    layout = LoraLayout.from_module(module, "net", lambda path: path != "3", rank=2, base="b")
+    assert layout.targets == (TargetModule("net.0", 3, 5), TargetModule("net.2", 6, 7, (3, 1)))
     assert layout.numel == 2 * (3 + 5) + 2 * (6 + 7)
-    with pytest.raises(LayoutMismatch, match="Sequential"):
-        LoraLayout.of(module, "net", lambda path: False, rank=2, base="b")
+    with pytest.raises(LayoutMismatchError, match="Sequential"):
+        LoraLayout.from_module(module, "net", lambda path: False, rank=2, base="b")
 
 
 def test_layout_needs_no_memory_on_the_meta_device() -> None:
     with torch.device("meta"):
         module = nn.Linear(10**6, 10**6)
-    assert LoraLayout.of(nn.ModuleDict({"x": module}), "net", lambda _: True, 1, "b").numel == 2 * 10**6
+    assert LoraLayout.from_module(nn.ModuleDict({"x": module}), "net", lambda _: True, 1, "b").numel == 2 * 10**6
 
 
 def test_sum_of_layouts_joins_components() -> None:
-    unet, text = replace(LAYOUT, sites=LAYOUT.sites[:2]), replace(LAYOUT, sites=LAYOUT.sites[2:])
+    unet, text = replace(LAYOUT, sites=LAYOUT.targets[:2]), replace(LAYOUT, sites=LAYOUT.targets[2:])
     assert unet + text == LAYOUT
     assert LAYOUT.components == ("unet", "text_encoder")
-    with pytest.raises(LayoutMismatch):
+    with pytest.raises(LayoutMismatchError):
         unet + text.with_rank(8)

@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from peft.tuners.lora.conversion import convert_to_lora
 from torch import nn
 
-from hyperlora.errors import BadRequest
-from hyperlora.lora.layout import LoraLayout, Site
-from hyperlora.lora.normalization import RowScale, balanced_rows
-from hyperlora.lora.parametrizations import KINDS, space
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.layout import LoraLayout, TargetModule
+from hyperlora.lora.normalization import LoraNormalizer, canonicalize_rows
+from hyperlora.lora.parametrizations import PARAMETRIZATIONS, make_parametrization
 from hyperlora.lora.weights import LoraWeights
 
 SIZES = ((24, 40), (32, 16), (20, 12))
-CONV = Site("unet.conv", 8 * 9, 12, (3, 3))
+CONV = TargetModule("unet.conv", 8 * 9, 12, (3, 3))
 
 
 def layout(rank, conv=False):
-    sites = [Site(f"unet.layers.{i}", *size) for i, size in enumerate(SIZES)]
+    sites = [TargetModule(f"unet.layers.{i}", *size) for i, size in enumerate(SIZES)]
     return LoraLayout((*sites, CONV) if conv else tuple(sites), rank, "tiny")
 
 
@@ -66,7 +66,7 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_equals_the_modules_of_peft(kind):
     config, names = CASES[kind]
-    made = space(kind, layout(4), inner=2)
+    made = make_parametrization(kind, layout(4), inner_rank=2)
     codes = codes_of(made, 3)
     model = in_peft(config)
     for i, lora in enumerate(made(codes)):
@@ -77,12 +77,12 @@ def test_equals_the_modules_of_peft(kind):
 @pytest.mark.parametrize("kind", CASES)
 def test_as_plain_lora_equals_peft_conversion(kind):
     config, names = CASES[kind]
-    made = space(kind, layout(4), inner=2)
+    made = make_parametrization(kind, layout(4), inner_rank=2)
     codes = codes_of(made, 1)
     model = in_peft(config)
     filled(model, made, codes[0], names)
     _, state = convert_to_lora(model, rank=3)
-    for i, mine in enumerate(made(codes).resize(3)[0].delta()):
+    for i, mine in enumerate(made(codes).resize(3)[0].get_delta_weights()):
         key = f"base_model.model.layers.{i}.lora_%s.weight"
         assert torch.allclose(mine, state[key % "B"] @ state[key % "A"], atol=1e-5)
 
@@ -90,33 +90,33 @@ def test_as_plain_lora_equals_peft_conversion(kind):
 def test_lokr_of_convolutions_is_pefts_kronecker_product():
     from peft.tuners.lokr.layer import make_kron
 
-    made = space("lokr", LoraLayout((CONV,), 4, "tiny"), inner=2)
+    made = make_parametrization("lokr", LoraLayout((CONV,), 4, "tiny"), inner_rank=2)
     codes = codes_of(made, 1)
-    (w1, a2, b2) = (shape for shape in made.shapes(CONV))
+    (w1, a2, b2) = (shape for shape in made.get_factor_shapes(CONV))
     pieces = [p.view(s) for p, s in zip(codes[0].split([a * b for a, b in (w1, a2, b2)]), (w1, a2, b2), strict=True)]
     w2 = (pieces[1] @ pieces[2]).view(a2[0], -1, 3, 3)
-    assert torch.allclose(made(codes).delta()[0][0], make_kron(pieces[0], w2).flatten(1), atol=1e-6)
+    assert torch.allclose(made(codes).get_delta_weights()[0][0], make_kron(pieces[0], w2).flatten(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARAMETRIZATIONS)
 def test_starts_at_nothing_and_can_leave_it(kind):
-    made = space(kind, layout(4, conv=True), a=6, b=5)
-    start = made.start(torch.Generator().manual_seed(3))
-    assert torch.equal(start, made.start(torch.Generator().manual_seed(3)))
+    made = make_parametrization(kind, layout(4, conv=True), a=6, b=5)
+    start = made.init_codes(torch.Generator().manual_seed(3))
+    assert torch.equal(start, made.init_codes(torch.Generator().manual_seed(3)))
     codes = start[None].expand(2, -1).clone().requires_grad_()
     weights = made(codes)
-    assert weights.batch == (2,) and float(weights.norms().abs().max()) == 0
-    sum(d.sum() for d in weights.delta()).backward()
+    assert weights.batch_shape == (2,) and float(weights.compute_delta_norms().abs().max()) == 0
+    sum(d.sum() for d in weights.get_delta_weights()).backward()
     assert float(codes.grad.abs().sum()) > 0
     if kind in ("loha", "lokr"):
         small = made(codes_of(made, 2)).resize(4)
-        for mine, whole in zip(small.delta(), made(codes_of(made, 2)).delta(), strict=True):
+        for mine, whole in zip(small.get_delta_weights(), made(codes_of(made, 2)).get_delta_weights(), strict=True):
             assert torch.allclose(mine, whole, atol=1e-5), "the default inner rank loses nothing"
 
 
 def test_an_unknown_space_is_named():
-    with pytest.raises(BadRequest, match=r"'dora'.*lora, lidb, loha, lokr"):
-        space("dora", layout(2))
+    with pytest.raises(InvalidArgumentError, match=r"'dora'.*lora, lidb, loha, lokr"):
+        make_parametrization("dora", layout(2))
 
 
 @settings(max_examples=25, deadline=None)
@@ -124,14 +124,14 @@ def test_an_unknown_space_is_named():
 def test_scaled_rows_come_back(seed, n, balanced):
     where = layout(2)
     rows = torch.randn(n, where.numel, generator=torch.Generator().manual_seed(seed)) * 3 + 1
-    scale = RowScale.of(where, rows.split(2), balanced=balanced)
-    back = scale.unnormalize(scale.normalize(rows))
-    mine, theirs = (LoraWeights.unflatten(where, r).delta() for r in (back, rows))
+    scale = LoraNormalizer.fit(where, rows.split(2), canonical=balanced)
+    back = scale.denormalize(scale.normalize(rows))
+    mine, theirs = (LoraWeights.unflatten(where, r).get_delta_weights() for r in (back, rows))
     for a, b in zip(mine, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
     if not balanced:
         assert torch.allclose(back, rows, atol=1e-4)
-    expected = balanced_rows(where, rows) if balanced else rows
+    expected = canonicalize_rows(where, rows) if balanced else rows
     assert torch.allclose(scale.mean, expected.mean(0), atol=1e-5)
     assert torch.allclose(scale.std, expected.std(0, correction=0), atol=1e-4)
 
@@ -142,5 +142,5 @@ def test_balanced_rows_do_not_depend_on_how_a_lora_is_written():
     lora = LoraWeights.unflatten(where, torch.randn(where.numel))
     turn = torch.linalg.qr(torch.randn(2, 2))[0]
     other = LoraWeights(where, tuple(turn.mT @ d for d in lora.down), tuple(u @ turn for u in lora.up))
-    rows = [balanced_rows(where, w.flatten()) for w in (lora, other)]
+    rows = [canonicalize_rows(where, w.flatten()) for w in (lora, other)]
     assert torch.allclose(*rows, atol=1e-5)

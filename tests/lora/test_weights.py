@@ -5,11 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperlora.errors import LayoutMismatch
-from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.errors import LayoutMismatchError
+from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
-LAYOUT = LoraLayout((Site("unet.a", 7, 5), Site("unet.b", 18, 6, (3, 3)), Site("unet.c", 3, 9)), 2, "base")
+LAYOUT = LoraLayout(
+    (TargetModule("unet.a", 7, 5), TargetModule("unet.b", 18, 6, (3, 3)), TargetModule("unet.c", 3, 9)), 2, "base"
+)
 BATCHES = st.sampled_from([(), (1,), (3,), (2, 3)])
 SEEDS = st.integers(0, 2**31)
 
@@ -20,7 +22,7 @@ def random_lora(seed: int, batch: tuple[int, ...] = (), layout: LoraLayout = LAY
 
 
 def assert_same_delta(one: LoraWeights, deltas: list[torch.Tensor], tolerance: float = 1e-5) -> None:
-    for mine, other in zip(one.delta(), deltas, strict=True):
+    for mine, other in zip(one.get_delta_weights(), deltas, strict=True):
         torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
 
 
@@ -28,7 +30,7 @@ def assert_same_delta(one: LoraWeights, deltas: list[torch.Tensor], tolerance: f
 def test_unflatten_undoes_flatten(seed: int, batch: tuple[int, ...]) -> None:
     lora = random_lora(seed, batch)
     again = LoraWeights.unflatten(LAYOUT, lora.flatten())
-    assert again.batch == batch
+    assert again.batch_shape == batch
     assert all(map(torch.equal, (*again.down, *again.up), (*lora.down, *lora.up)))
 
 
@@ -53,20 +55,22 @@ def test_sum_difference_and_multiple_are_those_of_delta(seed: int, batch: tuple[
     a, b = random_lora(seed, batch), random_lora(seed + 1, batch)
     result = k * a + b - 2 * b
     assert result.layout.rank == 6
-    assert_same_delta(result, [k * x - y for x, y in zip(a.delta(), b.delta(), strict=True)], 1e-4)
+    assert_same_delta(
+        result, [k * x - y for x, y in zip(a.get_delta_weights(), b.get_delta_weights(), strict=True)], 1e-4
+    )
 
 
 def test_one_strength_per_lora_of_a_batch() -> None:
     lora = random_lora(0, (3,))
     strengths = torch.tensor([0.0, 1.0, -2.0])
-    assert_same_delta(lora * strengths, [d * strengths[:, None, None] for d in lora.delta()])
+    assert_same_delta(lora * strengths, [d * strengths[:, None, None] for d in lora.get_delta_weights()])
 
 
 @given(SEEDS, BATCHES)
 def test_norms_are_frobenius_norms_of_delta(seed: int, batch: tuple[int, ...]) -> None:
     lora = random_lora(seed, batch)
-    expected = torch.stack([torch.linalg.matrix_norm(d) for d in lora.delta()], -1)
-    torch.testing.assert_close(lora.norms(), expected, rtol=1e-4, atol=1e-5)
+    expected = torch.stack([torch.linalg.matrix_norm(d) for d in lora.get_delta_weights()], -1)
+    torch.testing.assert_close(lora.compute_delta_norms(), expected, rtol=1e-4, atol=1e-5)
 
 
 @given(SEEDS, BATCHES, st.integers(1, 6))
@@ -75,7 +79,7 @@ def test_resize_is_the_best_approximation(seed: int, batch: tuple[int, ...], ran
     resized = lora.resize(rank)
     assert resized.layout.rank == rank
     best = []
-    for delta in lora.delta():
+    for delta in lora.get_delta_weights():
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         best.append((u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :])
     assert_same_delta(resized, best, 1e-3)
@@ -84,41 +88,41 @@ def test_resize_is_the_best_approximation(seed: int, batch: tuple[int, ...], ran
 @given(SEEDS)
 def test_balanced_factors_share_their_singular_values_and_forget_the_gauge(seed: int) -> None:
     lora = random_lora(seed)
-    balanced = lora.balance()
-    assert_same_delta(balanced, list(lora.delta()), 1e-4)
+    balanced = lora.canonicalize()
+    assert_same_delta(balanced, list(lora.get_delta_weights()), 1e-4)
     for down, up in zip(balanced.down, balanced.up, strict=True):
         torch.testing.assert_close(down @ down.mT, up.mT @ up, atol=1e-3, rtol=1e-3)
     gauge = torch.tensor([[2.0, 1.0], [0.5, -1.0]])
     turned = LoraWeights(LAYOUT, tuple(gauge @ d for d in lora.down), tuple(u @ gauge.inverse() for u in lora.up))
-    for one, other in zip(turned.balance().down, balanced.down, strict=True):
+    for one, other in zip(turned.canonicalize().down, balanced.down, strict=True):
         torch.testing.assert_close(one.abs(), other.abs(), atol=2e-2, rtol=2e-2)
 
 
 def test_mean_is_the_best_rank_r_of_the_mean_delta() -> None:
     loras = random_lora(3, (4,))
     best = []
-    for delta in loras.delta():
+    for delta in loras.get_delta_weights():
         u, s, vh = torch.linalg.svd(delta.mean(0))
         best.append(u[:, :2] @ torch.diag(s[:2]) @ vh[:2])
     assert_same_delta(loras.mean(), best, 1e-4)
     one = random_lora(5)
-    assert_same_delta(LoraWeights.stack([one, one, one]).mean(), list(one.delta()), 1e-4)
+    assert_same_delta(LoraWeights.stack([one, one, one]).mean(), list(one.get_delta_weights()), 1e-4)
 
 
 def test_zeros_change_nothing_and_std_lets_gradients_flow() -> None:
     zeros = LoraWeights.zeros(LAYOUT, (2,), std=1.0)
-    assert zeros.norms().eq(0).all()
+    assert zeros.compute_delta_norms().eq(0).all()
     assert all(d.abs().sum() > 0 for d in zeros.down)
     assert LoraWeights.zeros(LAYOUT).flatten().eq(0).all()
 
 
 def test_wrong_numbers_are_refused_in_one_sentence() -> None:
     lora = random_lora(0)
-    with pytest.raises(LayoutMismatch, match=f"3 numbers given, the layout has {LAYOUT.numel}"):
+    with pytest.raises(LayoutMismatchError, match=f"3 numbers given, the layout has {LAYOUT.numel}"):
         LoraWeights.unflatten(LAYOUT, torch.zeros(3))
-    with pytest.raises(LayoutMismatch, match="2 sites given, the layout has 3"):
+    with pytest.raises(LayoutMismatchError, match="2 sites given, the layout has 3"):
         LoraWeights(LAYOUT, lora.down[:2], lora.up[:2])
-    with pytest.raises(LayoutMismatch, match=r"unet\.a: down"):
+    with pytest.raises(LayoutMismatchError, match=r"unet\.a: down"):
         LoraWeights(LAYOUT, lora.up, lora.down)
-    with pytest.raises(LayoutMismatch, match="base 'elsewhere'"):
-        lora + random_lora(0, layout=LoraLayout(LAYOUT.sites, 2, "elsewhere"))
+    with pytest.raises(LayoutMismatchError, match="base 'elsewhere'"):
+        lora + random_lora(0, layout=LoraLayout(LAYOUT.targets, 2, "elsewhere"))

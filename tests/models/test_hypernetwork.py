@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from hyperlora.features import ImageFeatures
-from hyperlora.lora.heads import LearnedBasis, LiDB
-from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.heads import LiDB, LowRankBasisHead
+from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
 
 LAYOUT = LoraLayout(
-    (Site("unet.a", 24, 40), Site("unet.b", 6, 8), Site("unet.c", 9 * 4, 16, (3, 3))), rank=2, base="tiny"
+    (TargetModule("unet.a", 24, 40), TargetModule("unet.b", 6, 8), TargetModule("unet.c", 9 * 4, 16, (3, 3))),
+    rank=2,
+    base="tiny",
 )
 HEADS = [
     ("basis", {"size": 5}, 1),
@@ -22,7 +24,7 @@ HEADS = [
 
 def network(head, options, iterations):
     torch.manual_seed(0)
-    return Hypernetwork(LAYOUT, 12, width=16, heads=2, head=head, head_options=options, iterations=iterations)
+    return Hypernetwork(LAYOUT, 12, width=16, num_heads=2, head=head, head_options=options, iterations=iterations)
 
 
 def features(batch=3, views=2, tokens=5):
@@ -36,15 +38,15 @@ def test_zero_at_start_but_gradients_reach_the_head(head, options, iterations):
     assert weights.batch == (3,) and weights.layout == LAYOUT
     assert weights.norms().max() == 0
     sum((d - 1).square().sum() for d in weights.delta()).backward()
-    sites = len(LAYOUT.sites)
-    assert model.head_weight.grad[sites:].abs().sum() > 0, "the up codes must be able to leave zero"
+    sites = len(LAYOUT.targets)
+    assert model.code_proj.grad[sites:].abs().sum() > 0, "the up codes must be able to leave zero"
 
 
 @pytest.mark.parametrize(("head", "options", "iterations"), HEADS)
 def test_subjects_do_not_mix_and_views_matter(head, options, iterations):
     model = network(head, options, iterations)
-    torch.nn.init.normal_(model.head_weight, std=0.3)
-    torch.nn.init.normal_(model.start, std=0.3)
+    torch.nn.init.normal_(model.code_proj, std=0.3)
+    torch.nn.init.normal_(model.init_codes, std=0.3)
     seen = features()
     together = model(seen).flatten()
     alone = model(ImageFeatures(seen.tokens[1:2])).flatten()
@@ -57,7 +59,7 @@ def test_subjects_do_not_mix_and_views_matter(head, options, iterations):
 
 def test_a_basis_mixed_per_rank_holds_the_whole_mix_and_more():
     torch.manual_seed(0)
-    whole, split = LearnedBasis(LAYOUT, 5), LearnedBasis(LAYOUT, 5, per_rank=True)
+    whole, split = LowRankBasisHead(LAYOUT, 5), LowRankBasisHead(LAYOUT, 5, coefficients_per_rank=True)
     split.load_state_dict(whole.state_dict())
     down, up = torch.randn(2, 4, 3, 5)
     same = split(*(code.repeat_interleave(2, -1) for code in (down, up)))
@@ -65,17 +67,17 @@ def test_a_basis_mixed_per_rank_holds_the_whole_mix_and_more():
     codes = torch.zeros(1, 3, 10)
     codes[..., 4 * 2 + 1] = 1
     (factor, *_) = split(codes, codes).up
-    torch.testing.assert_close(factor[0, :, 1], whole.up[0][4].unflatten(-1, (40, 2))[:, 1])
+    torch.testing.assert_close(factor[0, :, 1], whole.up_basis[0][4].unflatten(-1, (40, 2))[:, 1])
     assert not factor[0, :, 0].any(), "the other vector of the direction has a coefficient of its own"
 
 
 def test_iterations_refine_the_same_guess():
     once, four = network("lidb", {"a": 10, "b": 7}, 1), network("lidb", {"a": 10, "b": 7}, 4)
     for model in (once, four):
-        torch.nn.init.normal_(model.head_weight, std=0.3)
+        torch.nn.init.normal_(model.code_proj, std=0.3)
     seen = features()
-    assert once.codes(seen).shape == four.codes(seen).shape == (3, 6, 20)
-    assert not torch.allclose(once.codes(seen), four.codes(seen))
+    assert once.predict_codes(seen).shape == four.predict_codes(seen).shape == (3, 6, 20)
+    assert not torch.allclose(once.predict_codes(seen), four.predict_codes(seen))
 
 
 def test_lidb_is_the_papers_product_with_orthonormal_fixed_factors():
@@ -93,7 +95,7 @@ def test_lidb_is_the_papers_product_with_orthonormal_fixed_factors():
 
 
 def test_lidb_of_the_paper_has_about_30_thousand_numbers_for_stable_diffusion():
-    sites = tuple(Site(f"unet.{i}", 768, 320) for i in range(128 + 48))
+    sites = tuple(TargetModule(f"unet.{i}", 768, 320) for i in range(128 + 48))
     lidb = LiDB(LoraLayout(sites, 1, "sd"), a=100, b=50)
     assert 25_000 < len(sites) * (100 + 50) < 35_000
-    assert lidb.start().shape == (2 * len(sites), 100)
+    assert lidb.init_codes().shape == (2 * len(sites), 100)

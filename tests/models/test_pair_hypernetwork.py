@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from hyperlora.errors import BadRequest
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
-from hyperlora.lora.layout import LoraLayout, Site
-from hyperlora.models.pair_hypernetwork import ChangeNetwork
+from hyperlora.lora.layout import LoraLayout, TargetModule
+from hyperlora.models.pair_hypernetwork import PairHypernetwork
 
 LAYOUT = LoraLayout(
-    (Site("unet.a", 24, 40), Site("unet.block.attn2.to_k", 6, 10), Site("unet.b", 6, 8)), rank=2, base="tiny"
+    (TargetModule("unet.a", 24, 40), TargetModule("unet.block.attn2.to_k", 6, 10), TargetModule("unet.b", 6, 8)),
+    rank=2,
+    base="tiny",
 )
 VOCABULARY = {
     "choices": {"hair": ["a bob", "a bun"], "eyes": ["closed"]},
@@ -26,10 +28,10 @@ SHAPES = [
 
 def network(**options):
     torch.manual_seed(0)
-    made = ChangeNetwork(LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options)
-    if made.sites is not None:
-        basis = made.wording.learn(torch.randn(len(made.wording.text_a), 4, 6))
-        made.sites.learn(torch.randn(4, 6), [torch.randn(10, 6)], basis)
+    made = PairHypernetwork(LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options)
+    if made.text_substitution is not None:
+        basis = made.instruction_head.set_text_embeddings(torch.randn(len(made.instruction_head.text_a), 4, 6))
+        made.text_substitution.set_base(torch.randn(4, 6), [torch.randn(10, 6)], basis)
     return made.eval()
 
 
@@ -80,7 +82,7 @@ def test_words_for_a_change_are_not_the_opposite_of_those_for_the_way_back():
     model = stirred(antisymmetric=True, words=WORDS)
     before, after = pair()
     forward, backward = model(before, after), model(after, before)
-    (place,) = model.sites.places
+    (place,) = model.text_substitution.target_indices
     for i, (one, other) in enumerate(zip(forward.delta(), backward.delta(), strict=True)):
         assert torch.allclose(one, -other, atol=1e-5, rtol=1e-4) == (i != place)
     assert model(before, before).norms().max() < 1e-6
@@ -89,15 +91,19 @@ def test_words_for_a_change_are_not_the_opposite_of_those_for_the_way_back():
 def test_with_words_for_the_way_back_the_negative_says_what_was_before():
     model = stirred(words=WORDS | {"vocabulary": VOCABULARY | {"back": "not {}"}, "text_rank": 4})
     texts = torch.randn(12, 4, 6)
-    basis = model.wording.learn(texts)
-    model.wording.rank = 4  # nothing is lost
+    basis = model.instruction_head.set_text_embeddings(texts)
+    model.instruction_head.rank = 4  # nothing is lost
     before, after = pair()
-    a, b = model.words(before, after)
+    a, b = model.predict_prompt_factors(before, after)
     (do, undo), (forward, backward) = (
         texts.split(6),
         (
-            model.wording.vocabulary.weights(model.wording.said(model.joined(one, other)))
-            - model.wording.vocabulary.weights(model.wording.said(model.joined(one, one)))
+            model.instruction_head.vocabulary.compute_prompt_weights(
+                model.instruction_head.forward_logits(model.fuse_pair(one, other))
+            )
+            - model.instruction_head.vocabulary.compute_prompt_weights(
+                model.instruction_head.forward_logits(model.fuse_pair(one, one))
+            )
             for one, other in ((before, after), (after, before))
         ),
     )
@@ -110,18 +116,18 @@ def test_texts_are_kept_in_a_common_basis():
     """Of six directions three, in which there is most to say."""
     model = network(words=WORDS | {"text_rank": 3, "text_basis": 3})
     said, whispered = torch.randn(6, 4, 3) @ torch.randn(3, 6), 1e-3 * torch.randn(6, 4, 6)
-    basis = model.wording.learn(said + whispered)
-    kept = model.wording.text_a @ model.wording.text_b @ basis
+    basis = model.instruction_head.set_text_embeddings(said + whispered)
+    kept = model.instruction_head.text_a @ model.instruction_head.text_b @ basis
     torch.testing.assert_close(kept, said, atol=0.02, rtol=0)
 
 
 def test_words_come_from_pairs_of_any_number_of_tokens():
     model = stirred(words=WORDS | {"places": 3})
     for tokens in (3, 7):
-        a, b = model.words(*pair(tokens=tokens))
+        a, b = model.predict_prompt_factors(*pair(tokens=tokens))
         assert a.shape == (3, 4, 2) and b.shape == (3, 2, 6)
-    with pytest.raises(BadRequest, match="build it with words"):
-        network().words(*pair())
+    with pytest.raises(InvalidArgumentError, match="build it with words"):
+        network().predict_prompt_factors(*pair())
 
 
 @pytest.mark.parametrize("words", [None, WORDS], ids=str)
@@ -133,20 +139,20 @@ def test_further_pairs_are_a_set(words):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(BadRequest, match="known: concat, difference, both"):
+    with pytest.raises(InvalidArgumentError, match="known: concat, difference, both"):
         network(join="sideways")
-    with pytest.raises(BadRequest, match="softmax"):
+    with pytest.raises(InvalidArgumentError, match="softmax"):
         network(antisymmetric=True, head="softmax")
-    with pytest.raises(BadRequest, match="known: lidb, basis, softmax, full"):
+    with pytest.raises(InvalidArgumentError, match="known: lidb, basis, softmax, full"):
         network(head="nonsense")
 
 
 def test_shares_of_a_softmax_basis_are_a_mix():
     model = stirred(head="softmax")
-    codes = model.codes(*pair())
+    codes = model.predict_codes(*pair())
     down, _ = codes.chunk(2, -2)
-    first = model.hypernetwork.expand(codes).down[0]
+    first = model.hypernetwork.decode_codes(codes).down[0]
     shares = down[..., 0, :].softmax(-1)
-    basis = model.hypernetwork.basis
-    expected = (shares @ basis.down[0]).unflatten(-1, (2, 24)) + basis.constant[0]
+    basis = model.hypernetwork.head
+    expected = (shares @ basis.down_basis[0]).unflatten(-1, (2, 24)) + basis.down_bias[0]
     torch.testing.assert_close(first, expected)

@@ -15,32 +15,32 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.encoders.identity_similarity import Likeness
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.service.app import create_app
-from hyperlora.service.engine.edits import Changes
+from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.local import LocalEngine
 from hyperlora.service.settings import ServiceSettings
 
 
 @pytest.fixture(scope="session")
 def models(bundle: Any) -> tuple[Any, Any]:
-    base = load_base(bundle.base)
+    base = load_diffusion_base(bundle.base)
     return ImageToLora.from_pretrained(bundle.model, base=base), base
 
 
 @pytest.fixture(scope="session")
-def changes(bundle: Any) -> Changes:
-    base = load_base(bundle.edit_base)
-    return Changes(PairToLora.from_pretrained(bundle.pair_model, base=base), base)
+def changes(bundle: Any) -> EditEngine:
+    base = load_diffusion_base(bundle.edit_base)
+    return EditEngine(PairToLora.from_pretrained(bundle.pair_model, base=base), base)
 
 
 @pytest.fixture(scope="session")
-def likeness(bundle: Any) -> Likeness:
-    return Likeness.from_pretrained(bundle.evaluator)
+def likeness(bundle: Any) -> IdentitySimilarity:
+    return IdentitySimilarity.from_pretrained(bundle.evaluator)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def sampler(difflora: Path) -> LoraDiffusion:
 
 @pytest.fixture
 def serving(
-    models: tuple[Any, Any], changes: Changes, likeness: Likeness, sampler: LoraDiffusion, tmp_path: Path
+    models: tuple[Any, Any], changes: EditEngine, likeness: IdentitySimilarity, sampler: LoraDiffusion, tmp_path: Path
 ) -> Iterator[Callable[..., TestClient]]:
     """Starts a server with these settings, and the page if wanted; all are stopped at the end."""
     running: list[TestClient] = []
@@ -60,15 +60,15 @@ def serving(
 
         def engine(observe: Any) -> LocalEngine:
             return LocalEngine(
-                *models, given.loras, queue=given.queue, batch=given.batch, observe=observe, changes=changes,
-                likeness=likeness, others=[sampler],
+                *models, given.lora_dir, max_queue_size=given.max_queue_size, max_lora_batch=given.max_lora_batch, on_batch=observe, edit_engine=changes,
+                identity_similarity=likeness, extra_models=[sampler],
             )  # fmt: skip
 
         app = create_app(engine, given)
         if page:
-            from hyperlora.service.ui import add_page
+            from hyperlora.service.ui import add_ui
 
-            add_page(app, given)
+            add_ui(app, given)
         client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
         client.__enter__()
         running.append(client)

@@ -17,22 +17,22 @@ import uvicorn
 from PIL import Image
 
 from hyperlora import load_lora, pretrained
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.encoders.identity_similarity import Likeness
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.service.app import create_app
-from hyperlora.service.engine.edits import Changes
+from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.local import LocalEngine
 from hyperlora.service.settings import ServiceSettings
-from hyperlora.service.ui import add_page
+from hyperlora.service.ui import add_ui
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE = 300_000  # milliseconds, for a machine that does other things too
 PICTURES = os.environ.get("PAGE_PICTURES")
 STEPS = "20" if PICTURES else "4"
-PHOTO = pretrained.BENCHMARK / "subjects" / "person-1100002" / "0.webp"
-EDIT = pretrained.EDIT_BENCHMARK / "000-glasses"
+PHOTO = pretrained.BENCHMARK_DIR / "subjects" / "person-1100002" / "0.webp"
+EDIT = pretrained.EDIT_BENCHMARK_DIR / "000-glasses"
 
 pytestmark = [
     pytest.mark.heavy,
@@ -42,15 +42,16 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    base, edit_base = load_base(pretrained.BASE), load_base(pretrained.EDIT_BASE)
-    model = ImageToLora.from_pretrained(pretrained.MODEL, base=base)
-    changes = Changes(PairToLora.from_pretrained(pretrained.PAIR_MODEL, base=edit_base), edit_base)
-    likeness = Likeness.from_pretrained(pretrained.EVALUATOR)
-    settings = ServiceSettings(state=tmp_path_factory.mktemp("state"), deadline=PATIENCE / 1000)
+    base, edit_base = load_diffusion_base(pretrained.BASE_DIR), load_diffusion_base(pretrained.EDIT_BASE_DIR)
+    model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
+    changes = EditEngine(PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=edit_base), edit_base)
+    likeness = IdentitySimilarity.from_pretrained(pretrained.EVALUATOR_DIR)
+    settings = ServiceSettings(state_dir=tmp_path_factory.mktemp("state"), timeout_s=PATIENCE / 1000)
     app = create_app(
-        lambda observe: LocalEngine(model, base, observe=observe, changes=changes, likeness=likeness), settings
+        lambda observe: LocalEngine(model, base, on_batch=observe, edit_engine=changes, identity_similarity=likeness),
+        settings,
     )
-    add_page(app, settings)
+    add_ui(app, settings)
     listening = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=running.run, args=([listening],), daemon=True)
@@ -128,7 +129,7 @@ def test_photos_to_portraits_to_a_file_to_a_composition(visit: Any, tmp_path: Pa
             page.click(button)
         download.value.save_as(tmp_path / f"{format}.safetensors")
         file = load_lora(tmp_path / f"{format}.safetensors")
-        assert (file.format, file.header.title) == (format, "me")
+        assert (file.format, file.metadata.title) == (format, "me")
         assert re.fullmatch(r"me(-kohya)?\.safetensors", download.value.suggested_filename)
 
     page.get_by_role("tab", name="Compose").click()

@@ -9,9 +9,9 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from hyperlora.diffusion.image_editing import apply_edit
+from hyperlora.diffusion.image_editing import edit_images
 from hyperlora.lora.io.load import load_lora
-from hyperlora.service.engine.edits import Changes
+from hyperlora.service.engine.edits import EditEngine
 from tests.service.conftest import photo, send
 from tests.service.test_routes import refusal
 
@@ -34,17 +34,17 @@ def opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def test_a_pair_becomes_the_file_that_python_would_make(client: TestClient, changes: Changes) -> None:
+def test_a_pair_becomes_the_file_that_python_would_make(client: TestClient, changes: EditEngine) -> None:
     response = post(client, "/v1/loras", ("before", BEFORE), ("after", AFTER), title="inverted", strength=0.5)
     assert response.status_code == 200, response.text
     assert "hyperlora-notice" not in response.headers
     file = load_lora(response.content, changes.model.layout)
     expected = changes.model((BEFORE, AFTER), 0.5)
     torch.testing.assert_close(file.weights.flatten(), expected.flatten())
-    assert file.header.title == "inverted" and len(file.header.reference_sha256) == 2
+    assert file.metadata.title == "inverted" and len(file.metadata.reference_sha256) == 2
 
 
-def test_an_edit_is_what_python_would_make(client: TestClient, changes: Changes) -> None:
+def test_an_edit_is_what_python_would_make(client: TestClient, changes: EditEngine) -> None:
     other = photo(60)
     files = ("picture", other), ("before", BEFORE), ("after", AFTER)
     options = {"steps": 2, "seed": 3, "strength": 5}
@@ -52,7 +52,9 @@ def test_an_edit_is_what_python_would_make(client: TestClient, changes: Changes)
     assert response.status_code == 200, response.text
     change = changes.model((BEFORE, AFTER)) * 5
     for keep_rest, sent in ((True, response), (False, post(client, "/v1/edits", *files, **options, repaint="true"))):
-        (expected,) = apply_edit(changes.base, [opened(other)], change, seeds=[3], steps=2, keep_rest=keep_rest)
+        (expected,) = edit_images(
+            changes.base, [opened(other)], change, seeds=[3], num_inference_steps=2, preserve_unedited=keep_rest
+        )
         assert abs(np.asarray(opened(sent.content), int) - np.asarray(expected, int)).max() <= 2
 
     kept = post(client, "/v1/loras", ("before", BEFORE), ("after", AFTER), keep="true", strength=5)
@@ -68,7 +70,7 @@ def test_doubts_are_told_and_the_result_still_comes(client: TestClient) -> None:
     response = post(client, "/v1/loras", ("before", BEFORE), ("after", BEFORE))
     assert response.status_code == 200
     assert "no change found" in response.headers["hyperlora-notice"]
-    assert load_lora(response.content).weights.norms().max() < 1e-5
+    assert load_lora(response.content).weights.compute_delta_norms().max() < 1e-5
 
 
 def test_as_a_job(client: TestClient) -> None:

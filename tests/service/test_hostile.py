@@ -19,23 +19,25 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from hyperlora.lora.io.save import lora_bytes
+from hyperlora.lora.io.save import serialize_lora
 from hyperlora.service.app import create_app
 from hyperlora.service.engine.local import LocalEngine
-from hyperlora.service.settings import ServiceSettings, digest
+from hyperlora.service.settings import ServiceSettings, hash_key
 from tests.service.conftest import photo, send
 
 
 @pytest.fixture(scope="module")
 def api(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from hyperlora.diffusion.diffusion_base import load_base
+    from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.pipelines.image_to_lora import ImageToLora
 
-    base = load_base(bundle.base)
+    base = load_diffusion_base(bundle.base)
     model = ImageToLora.from_pretrained(bundle.model, base=base)
-    keys = frozenset({digest(KEY)})
-    given = ServiceSettings(state=tmp_path_factory.mktemp("state"), rate="1000000/minute", deadline=20.0, keys=keys)
-    app = create_app(lambda observe: LocalEngine(model, base, observe=observe), given)
+    keys = frozenset({hash_key(KEY)})
+    given = ServiceSettings(
+        state_dir=tmp_path_factory.mktemp("state"), rate_limit="1000000/minute", timeout_s=20.0, key_digests=keys
+    )
+    app = create_app(lambda observe: LocalEngine(model, base, on_batch=observe), given)
     with TestClient(app, raise_server_exceptions=False):
         yield schemathesis.openapi.from_asgi("/openapi.json", app)
 
@@ -145,7 +147,7 @@ def test_pages_of_other_sites_cannot_use_a_server_without_keys(
 
 def test_nothing_of_a_body_is_read_before_its_sender_is_let_in(serving: Callable[..., TestClient]) -> None:
     read: list[bool] = []
-    app = serving(keys=frozenset({digest(KEY)})).app
+    app = serving(keys=frozenset({hash_key(KEY)})).app
 
     async def call(key: str) -> int:
         statuses: list[int] = []
@@ -193,7 +195,7 @@ def test_odd_headers_of_loras_are_refused(client: TestClient, models: Any, heade
 
 
 def test_a_window_at_the_edge(client: TestClient, models: Any) -> None:
-    lora = base64.b64encode(lora_bytes(models[0]([photo()]))).decode()
+    lora = base64.b64encode(serialize_lora(models[0]([photo()]))).decode()
     wanted = {"prompt": "a", "steps": 2, "width": 64, "height": 64, "strategy": "spatial", "window": True}
     answer = client.post("/v1/images", json=wanted | {"loras": [{"content": lora}], "regions": [[0.99, 0, 1, 1]]})
     assert answer.status_code == 200

@@ -22,7 +22,7 @@ CLIENTS, EACH = 8, 2
 
 
 def replicas(server: int) -> list[int]:
-    """Process ids of the replicas that descend from ``server``."""
+    """Process ids of the replicas that descend from ``start_server``."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal() and "ServeReplica:hyperlora:Models" in _title(folder):
@@ -44,7 +44,9 @@ def _title(folder: Path) -> str:
 def test_no_request_is_lost_when_a_replica_dies(bundle: Any, models: Any, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     with process(bundle, tmp_path, "--ray", "--replicas", "2") as (url, server):
-        alone = create_app(lambda observe: LocalEngine(*models, observe=observe), ServiceSettings(state=tmp_path / "x"))
+        alone = create_app(
+            lambda observe: LocalEngine(*models, on_batch=observe), ServiceSettings(state_dir=tmp_path / "x")
+        )
         answers = asyncio.run(_under_fire(url, server.pid))
         with httpx.Client(base_url=url, timeout=120) as client:
             assert client.get("/openapi.json").json() == alone.openapi()
@@ -57,7 +59,7 @@ def test_no_request_is_lost_when_a_replica_dies(bundle: Any, models: Any, tmp_pa
     assert [answer.status_code for answer in answers] == [200] * CLIENTS * EACH
     assert "a replica died over a lora" in (tmp_path / "log").read_text(), "the kill hit nobody"
     for answer in answers:
-        assert load_lora(answer.content, models[0].layout).weights.norms().max() > 0
+        assert load_lora(answer.content, models[0].layout).weights.compute_delta_norms().max() > 0
 
 
 async def _under_fire(url: str, server: int) -> list[httpx.Response]:
@@ -86,21 +88,21 @@ def test_the_app_as_a_deployment_has_the_same_routes(bundle: Any, models: Any, t
     ray = pytest.importorskip("ray")
     from ray import serve
 
-    from hyperlora.service.ray_deployment import Scale, application, own_cluster
+    from hyperlora.service.ray_deployment import ScaleConfig, build_application, make_local_cluster_options
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     chosen = {"model": str(bundle.model), "base": str(bundle.base), "edits": False, "state": str(tmp_path / "state")}
-    ray.init(log_to_driver=False, **own_cluster(Scale()))
+    ray.init(log_to_driver=False, **make_local_cluster_options(ScaleConfig()))
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(application(chosen), name="deployed")
+        serve.run(build_application(chosen), name="deployed")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            alone = create_app(lambda observe: LocalEngine(*models, observe=observe), ServiceSettings(tmp_path / "x"))
+            alone = create_app(lambda observe: LocalEngine(*models, on_batch=observe), ServiceSettings(tmp_path / "x"))
             assert client.get("/openapi.json").json() == alone.openapi()
             assert client.get("/readyz").json()["status"] == "ready"
             made = client.post("/v1/loras", files={"photos": photo()})
-            assert load_lora(made.content, models[0].layout).weights.norms().max() > 0
+            assert load_lora(made.content, models[0].layout).weights.compute_delta_norms().max() > 0
             job = client.post("/v1/loras", files={"photos": photo()}, headers={"Prefer": "respond-async"})
             assert "event: succeeded" in client.get(job.headers["location"] + "/events").text
             assert client.post("/v1/loras", files={"photos": b"no photo"}).status_code == 415

@@ -15,11 +15,11 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from hyperlora.diffusion.text_to_image import render
+from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.merge import merge
-from hyperlora.pipelines.generate import finished
+from hyperlora.pipelines.generate import postprocess_loras
 from hyperlora.service.engine import local
 from tests.service.conftest import photo, send
 
@@ -41,17 +41,19 @@ def test_a_photo_becomes_the_file_that_python_would_make(client: TestClient, mod
     file = load_lora(response.content, models[0].layout)
     expected = models[0]([photo(), photo(30)])
     torch.testing.assert_close(file.weights.flatten(), expected.flatten())
-    assert file.header.title == "Zoë 1"
-    assert file.header.reference_sha256 == tuple(hashlib.sha256(p).hexdigest() for p in (photo(), photo(30)))
-    assert "hyperlora.consent" not in file.header.extra
+    assert file.metadata.title == "Zoë 1"
+    assert file.metadata.reference_sha256 == tuple(hashlib.sha256(p).hexdigest() for p in (photo(), photo(30)))
+    assert "hyperlora.consent" not in file.metadata.extra
 
 
 def test_options_reach_the_file(client: TestClient, models: Any) -> None:
     plain, other = send(client), send(client, format="kohya", rank=1, strength=0.5, consent="true", refine=2)
     file = load_lora(other.content)
     assert (file.format, file.weights.layout.rank) == ("kohya", 1)
-    assert file.header.extra["hyperlora.consent"] == "given"
-    assert not torch.allclose(file.weights.norms(), load_lora(plain.content).weights.norms())
+    assert file.metadata.extra["hyperlora.consent"] == "given"
+    assert not torch.allclose(
+        file.weights.compute_delta_norms(), load_lora(plain.content).weights.compute_delta_norms()
+    )
 
 
 def test_another_method_makes_another_sample_for_every_seed(client: TestClient, sampler: Any) -> None:
@@ -75,7 +77,7 @@ def test_a_lora_is_refined_by_the_model_that_made_it(
 
     def watched(model: Any, *rest: Any) -> Any:
         asked.append(model)
-        return finished(model, *rest)
+        return postprocess_loras(model, *rest)
 
     monkeypatch.setattr(local, "finished", watched)
     assert send(client, method="difflora", refine=1).status_code == 200
@@ -129,8 +131,8 @@ def test_what_is_kept_has_a_lifetime(serving: Callable[..., TestClient], tmp_pat
 def test_a_picture_is_what_python_would_draw(
     client: TestClient, models: Any, strategy: str, extra: dict[str, Any]
 ) -> None:
-    from hyperlora.diffusion.autolora_guidance import autolora
-    from hyperlora.diffusion.multi_lora import composed
+    from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
+    from hyperlora.diffusion.multi_lora import compose_loras
 
     _, base = models
     one, two = send(client, photo(10)).content, send(client, photo(90)).content
@@ -141,12 +143,12 @@ def test_a_picture_is_what_python_would_draw(
     drawn = np.asarray(Image.open(io.BytesIO(response.content)))
     opened = [load_lora(f).weights for f in (one, two)]
     if "gamma" in extra:
-        context = autolora(base.pipeline, merge(opened, [2.0, 1.5]), 1.5)
+        context = apply_autolora_guidance(base.pipeline, merge(opened, [2.0, 1.5]), 1.5)
     else:
         regions = [tuple(r) for r in extra.get("regions", [])] or None
-        context = composed(base.pipeline, opened, strategy, [2.0, 1.5], regions=regions)  # type: ignore[arg-type]
+        context = compose_loras(base.pipeline, opened, strategy, [2.0, 1.5], regions=regions)  # type: ignore[arg-type]
     with context:
-        (expected,) = render(base, ["a b"], None, seeds=[5], steps=3, width=64, height=64)
+        (expected,) = generate_images(base, ["a b"], None, seeds=[5], num_inference_steps=3, width=64, height=64)
     assert np.abs(drawn.astype(int) - np.asarray(expected).astype(int)).max() <= 2
     without = client.post("/v1/images", json={**request, "loras": [], "strategy": "merge"})
     assert without.content != response.content
@@ -174,7 +176,7 @@ def test_a_job_is_accepted_followed_and_done(client: TestClient) -> None:
     assert "event: succeeded" in events
     job = client.get(accepted.headers["location"]).json()
     assert (job["state"], job["progress"]) == ("succeeded", 1.0)
-    assert load_lora(client.get(job["result"]).content).weights.norms().max() > 0
+    assert load_lora(client.get(job["result"]).content).weights.compute_delta_norms().max() > 0
     assert client.delete(accepted.headers["location"]).json()["state"] == "succeeded"
 
     picture = client.post(
@@ -204,9 +206,9 @@ def test_a_cancelled_job_frees_the_model(client: TestClient) -> None:
 
 
 def test_jobs_can_be_cancelled_and_belong_to_their_owner(serving: Callable[..., TestClient]) -> None:
-    from hyperlora.service.settings import digest
+    from hyperlora.service.settings import hash_key
 
-    client = serving(keys=frozenset(digest(k) for k in ("a-long-enough-key", "another-long-key!")))
+    client = serving(keys=frozenset(hash_key(k) for k in ("a-long-enough-key", "another-long-key!")))
     mine, yours = ({"Authorization": f"Bearer {k}"} for k in ("a-long-enough-key", "another-long-key!"))
     first = send(client, headers={"Prefer": "respond-async", **mine}, refine=60)
     second = send(client, headers={"Prefer": "respond-async", **mine}, refine=50)
@@ -217,9 +219,9 @@ def test_jobs_can_be_cancelled_and_belong_to_their_owner(serving: Callable[..., 
 
 @pytest.mark.parametrize("header", ["Authorization", "X-API-Key"])
 def test_keys(serving: Callable[..., TestClient], header: str) -> None:
-    from hyperlora.service.settings import digest
+    from hyperlora.service.settings import hash_key
 
-    client = serving(keys=frozenset({digest("a-long-enough-key")}))
+    client = serving(keys=frozenset({hash_key("a-long-enough-key")}))
     refusal(client.get("/v1/models"), 401, "an API key")
     given = "Bearer " if header == "Authorization" else ""
     refusal(client.get("/v1/models", headers={header: given + "wrong"}), 401, "an API key")

@@ -12,15 +12,15 @@ import gradio as gr
 import pytest
 from fastapi.testclient import TestClient
 
-from hyperlora.encoders.ood_detector import Domain, described
-from hyperlora.encoders.sidecar import digest
+from hyperlora.encoders.ood_detector import OodDetector, pool_features
+from hyperlora.encoders.sidecar import compute_encoder_fingerprint
 from hyperlora.lora.io.load import load_lora
-from hyperlora.service.settings import digest as key_digest
+from hyperlora.service.settings import hash_key as key_digest
 from hyperlora.service.ui.api_client import Api
-from hyperlora.service.ui.auth import COOKIE, key_of
-from hyperlora.service.ui.components import file_name, likeness, notice
-from hyperlora.service.ui.lora_tray import MOST, with_one_more
-from hyperlora.service.ui.text import presets, snippet
+from hyperlora.service.ui.auth import COOKIE_NAME, decode_key_cookie
+from hyperlora.service.ui.components import make_file_name, render_similarity, render_warnings
+from hyperlora.service.ui.lora_tray import MAX_ITEMS, add_item
+from hyperlora.service.ui.text import get_prompt_presets, make_snippet
 from tests.service.conftest import photo
 from tests.service.test_routes import refusal
 
@@ -73,7 +73,7 @@ def test_with_keys_the_page_asks_for_one(serving: Callable[..., TestClient]) -> 
     refusal(client.get("/config"), 401, "an API key")
     refusal(client.post("/gradio_api/upload", files=UPLOAD), 401, "an API key")
     wrong = client.post("/sign-in", data={"key": "<b>wrong</b>"})
-    assert (wrong.status_code, COOKIE in client.cookies) == (401, False)
+    assert (wrong.status_code, COOKIE_NAME in client.cookies) == (401, False)
     assert "no API key of this server" in wrong.text
 
     right = client.post("/sign-in", data={"key": KEY}, follow_redirects=False)
@@ -81,7 +81,7 @@ def test_with_keys_the_page_asks_for_one(serving: Callable[..., TestClient]) -> 
     assert {"HttpOnly", "SameSite=strict"} <= set(right.headers["set-cookie"].split("; "))
     assert "window.gradio_config" in client.get("/").text
     assert client.post("/gradio_api/upload", files=UPLOAD).status_code == 200
-    assert key_of(dict(client.cookies)) == KEY and key_of({COOKIE: "é"}) is None
+    assert decode_key_cookie(dict(client.cookies)) == KEY and decode_key_cookie({COOKIE_NAME: "é"}) is None
 
     guesses = [client.post("/sign-in", data={"key": f"guess number {i} of many"}).status_code for i in range(30)]
     assert guesses[-1] == 429  # guessing counts
@@ -92,13 +92,13 @@ def test_the_page_asks_as_its_visitor(serving: Callable[..., TestClient]) -> Non
     api = Api(client.app)  # type: ignore[arg-type]
 
     async def make() -> bytes:
-        async with api.of(visitor(client)) as server:
-            return await server.make_lora([photo()])
+        async with api.open_client(visitor(client)) as server:
+            return await server.create_lora([photo()])
 
     with pytest.raises(gr.Error, match="An API key of this server is needed"):
         asyncio.run(make())
     client.post("/sign-in", data={"key": KEY})
-    assert load_lora(asyncio.run(make())).weights.norms().max() > 0
+    assert load_lora(asyncio.run(make())).weights.compute_delta_norms().max() > 0
 
 
 def test_refusals_and_notices_are_the_apis_own(
@@ -109,49 +109,49 @@ def test_refusals_and_notices_are_the_apis_own(
     monkeypatch.setattr(models[0], "domain", nowhere(models[0]))
 
     async def make(data: bytes) -> list[str]:
-        async with api.of(visitor(client)) as server:
-            await server.make_lora([data])
-            return server.notices
+        async with api.open_client(visitor(client)) as server:
+            await server.create_lora([data])
+            return server.warnings
 
     (said,) = asyncio.run(make(photo()))
     assert said.startswith("this photo does not look like the gradients this model knows")
-    assert notice([said]).count("This photo does not look like") == 1
+    assert render_warnings([said]).count("This photo does not look like") == 1
     with pytest.raises(gr.Error, match="a PNG, JPEG or WEBP image was expected"):
         asyncio.run(make(b"no picture"))
 
 
-def nowhere(model: Any) -> Domain:
+def nowhere(model: Any) -> OodDetector:
     """A domain in which nothing lies."""
     import torch
 
-    seen = described(model.features(torch.rand(40, 1, 3, 16, 16)))[:, 0]
-    return replace(Domain.of(seen, seen, "gradients", digest(model.encoder)), farthest=-1.0)
+    seen = pool_features(model.features(torch.rand(40, 1, 3, 16, 16)))[:, 0]
+    return replace(OodDetector.fit(seen, seen, "gradients", compute_encoder_fingerprint(model.encoder)), farthest=-1.0)
 
 
 def test_what_the_page_shows() -> None:
-    assert "0.74" in likeness([0.7, 0.78]) and "clearly alike" in likeness([0.74])
-    assert "−0.04" in likeness([-0.04], words=False)
-    assert notice([]) == "" and "<b>" not in notice(["<b>"])
-    assert file_name("../Zoë Ä/1 ") == "Zoë-Ä-1" and file_name("//") == "lora"
+    assert "0.74" in render_similarity([0.7, 0.78]) and "clearly alike" in render_similarity([0.74])
+    assert "−0.04" in render_similarity([-0.04], with_label=False)
+    assert render_warnings([]) == "" and "<b>" not in render_warnings(["<b>"])
+    assert make_file_name("../Zoë Ä/1 ") == "Zoë-Ä-1" and make_file_name("//") == "lora"
     for facts in ({"trigger_phrase": "sks person", "base": "avatars/base"}, {"trigger_phrase": "", "base": "x/y"}):
-        assert all(prompt.startswith("a portrait of ") for prompt in presets(facts).values())
-    compile(snippet("avatars/base", "me.safetensors", 'say "cheese"'), "snippet", "exec")
+        assert all(prompt.startswith("a portrait of ") for prompt in get_prompt_presets(facts).values())
+    compile(make_snippet("avatars/base", "me.safetensors", 'say "cheese"'), "snippet", "exec")
 
 
 def test_the_shelf_keeps_the_last_under_names_of_their_own() -> None:
     shelf: list[Any] = []
-    for i in range(MOST + 2):
-        shelf = with_one_more(shelf, "me", bytes([i]))
-    assert [kept.data[0] for kept in shelf] == list(range(2, MOST + 2))
-    assert len({kept.name for kept in shelf}) == MOST
-    assert with_one_more(shelf, "again", shelf[0].data)[-1].name == "again"
+    for i in range(MAX_ITEMS + 2):
+        shelf = add_item(shelf, "me", bytes([i]))
+    assert [kept.data[0] for kept in shelf] == list(range(2, MAX_ITEMS + 2))
+    assert len({kept.name for kept in shelf}) == MAX_ITEMS
+    assert add_item(shelf, "again", shelf[0].data)[-1].name == "again"
 
 
 def test_serve_without_gradio_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 
-    from hyperlora.cli.serve import _add_page
+    from hyperlora.cli.serve import _add_ui
 
     monkeypatch.setitem(sys.modules, "hyperlora.service.ui", None)
-    _add_page(None, None)
+    _add_ui(None, None)
     assert "add the extra `ui`" in capsys.readouterr().err

@@ -1,23 +1,23 @@
-"""``Preview``: it shows what an autoencoder decodes, as far as a linear map can."""
+"""``LatentPreviewLoss``: it shows what an autoencoder decodes, as far as a linear map can."""
 
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.training.auxiliary_losses import Preview
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.training.auxiliary_losses import LatentPreviewLoss
 
 
 def test_the_preview_is_the_nearest_linear_one(bundle: Any) -> None:
-    base = load_base(bundle.edit_base)
+    base = load_diffusion_base(bundle.edit_base)
     torch.manual_seed(0)
     channels = base.pipeline.vae.config.latent_channels
     examples = torch.randn(24, channels, 8, 8)
-    preview = Preview(channels, detail=1)
-    assert not preview.fitted
-    preview.fit(base, examples)
-    assert preview.fitted
+    preview = LatentPreviewLoss(channels, upscale=1)
+    assert not preview.has_kernel
+    preview.fit_kernel(base, examples)
+    assert preview.has_kernel
     assert preview.kernel.shape == (3, channels, 3, 3)
     pixels = F.adaptive_avg_pool2d(base.decode_latents(examples) * 2 - 1, (8, 8))
     shown = F.conv2d(examples, preview.kernel, padding=1)
@@ -30,16 +30,16 @@ def test_the_preview_is_the_nearest_linear_one(bundle: Any) -> None:
 
 
 def test_its_error_counts_places_by_their_weight(bundle: Any) -> None:
-    base = load_base(bundle.edit_base)
+    base = load_diffusion_base(bundle.edit_base)
     wanted = torch.randn(6, base.pipeline.vae.config.latent_channels, 8, 8)
-    preview = Preview(wanted.shape[1])
-    preview.fit(base, wanted)
+    preview = LatentPreviewLoss(wanted.shape[1])
+    preview.fit_kernel(base, wanted)
     assert preview.kernel.shape[0] == 12
     everywhere = torch.ones(6, 1, 8, 8)
-    assert preview.error(wanted, wanted, everywhere).abs().max() == 0
+    assert preview.compute_error(wanted, wanted, everywhere).abs().max() == 0
     off = wanted.clone()
     off[:, :, :2] += 1  # only the upper part
-    error, lower = preview.error(off, wanted, everywhere), everywhere.clone()
+    error, lower = preview.compute_error(off, wanted, everywhere), everywhere.clone()
     lower[:, :, :4] = 0
-    assert error.min() > 0 and preview.error(off, wanted, lower).abs().max() == 0
-    torch.testing.assert_close(preview.error(off, wanted, 3 * everywhere), 3 * error)
+    assert error.min() > 0 and preview.compute_error(off, wanted, lower).abs().max() == 0
+    torch.testing.assert_close(preview.compute_error(off, wanted, 3 * everywhere), 3 * error)

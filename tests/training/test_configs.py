@@ -1,6 +1,6 @@
 """Every YAML in configs/ trains, at the size of toys: two steps, resumed to four, and what it releases loads.
 
-A config runs in a workspace where the paths it names exist, as ``hyperlora train fit --config`` would run it, with a
+A config runs in a workspace where the paths it names exist, as ``main_callback train fit --config`` would run it, with a
 few arguments on the command line that make it small; configs that build on one another do so here too.
 """
 
@@ -21,11 +21,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from hyperlora import pretrained as released
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.encoders.attribute_classifier import Reader
-from hyperlora.encoders.face_networks import FaceDetector, FaceRecogniser
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
+from hyperlora.encoders.face_networks import FaceDetector, FaceRecognizer
 from hyperlora.pipelines.image_to_lora import ImageToLora
-from hyperlora.pipelines.image_to_lora_base import PhotoModel
+from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.pipelines.pair_to_lora import PairToLora
@@ -62,10 +62,10 @@ def _for_real_base(name: str) -> Rule:
     return Rule(
         ImageToLora.from_pretrained,
         (
-            f"--model.init_args.base=tiny/{name}", "--model.init_args.encoder=vit_tiny_patch16_224",
+            f"--model.init_args.base_name_or_path=tiny/{name}", "--model.init_args.encoder=vit_tiny_patch16_224",
             "--model.init_args.encoder_options=" + json.dumps({"image_size": 16, "options": TINY_VIT}),
             *SMALL_HYPERNETWORK, "--data.init_args.resolution=16", "--data.init_args.encoder_size=16",
-            "--data.init_args.batch_size=2", "--data.init_args.workers=0",
+            "--data.init_args.batch_size=2", "--data.init_args.num_workers=0",
         ),
     )  # fmt: skip
 
@@ -74,10 +74,10 @@ def _for_real_edits(*arguments: str, needs: tuple[str, ...] = ()) -> Rule:
     return Rule(
         PairToLora.from_pretrained,
         (
-            "--model.init_args.base=tiny/ip2p", "--model.init_args.encoder=vit_tiny_patch16_224",
+            "--model.init_args.base_name_or_path=tiny/ip2p", "--model.init_args.encoder=vit_tiny_patch16_224",
             "--model.init_args.encoder_options=" + json.dumps({"image_size": 16, "options": TINY_VIT}),
             "--data.init_args.resolution=16", "--data.init_args.encoder_size=16",
-            "--data.init_args.batch_size=2", "--data.init_args.workers=0", *arguments,
+            "--data.init_args.batch_size=2", "--data.init_args.num_workers=0", *arguments,
         ),
         needs,
     )  # fmt: skip
@@ -94,7 +94,7 @@ def _tiny_unet(first: int) -> tuple[str, ...]:
 TINY_EDITS = ("--model.init_args.unet.block_out_channels=[64,96,16]", "--data.init_args.batch_size=4")
 RULES = {
     "avatars/vae": Rule(
-        AutoencoderKL.from_pretrained, ("--data.init_args.crop=16", "--data.init_args.batch_size=4"), ("drawn",)
+        AutoencoderKL.from_pretrained, ("--data.init_args.crop_size=16", "--data.init_args.batch_size=4"), ("drawn",)
     ),
     "avatars/vae_finish": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)),
     "avatars/vae_decoder": Rule(
@@ -103,23 +103,27 @@ RULES = {
         ("avatars/base_read", "edits"),
         ("vae.encoder.", "vae.quant_conv."),
     ),
-    "avatars/evaluator": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
-    "avatars/encoder": Rule(Reader.from_pretrained, ("--data.init_args.people_per_batch=4",), ("drawn",)),
+    "avatars/evaluator": Rule(
+        AttributeClassifier.from_pretrained, ("--data.init_args.identities_per_batch=4",), ("drawn",)
+    ),
+    "avatars/encoder": Rule(
+        AttributeClassifier.from_pretrained, ("--data.init_args.identities_per_batch=4",), ("drawn",)
+    ),
     "avatars/face_detector": Rule(
         FaceDetector.from_pretrained, ("--data.init_args.batch_size=4", "--data.init_args.size=64"), ("drawn",)
     ),
-    "avatars/face_recogniser": Rule(FaceRecogniser.from_pretrained, ("--data.init_args.batch_size=4",), ("drawn",)),
+    "avatars/face_recogniser": Rule(FaceRecognizer.from_pretrained, ("--data.init_args.batch_size=4",), ("drawn",)),
     "avatars/latent_reader": Rule(
-        Reader.from_pretrained,
-        ("--data.init_args.people_per_batch=4", "--model.init_args.image_size=4"),
+        AttributeClassifier.from_pretrained,
+        ("--data.init_args.identities_per_batch=4", "--model.init_args.image_size=4"),
         ("avatars/vae_finish",),
     ),
-    "avatars/base": Rule(load_base, _tiny_unet(32), ("avatars/vae_finish", "tokenizer")),
+    "avatars/base": Rule(load_diffusion_base, _tiny_unet(32), ("avatars/vae_finish", "tokenizer")),
     "avatars/base_finish": Rule(
-        load_base, (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"), ("avatars/base",)
+        load_diffusion_base, (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"), ("avatars/base",)
     ),
     "avatars/base_read": Rule(
-        load_base,
+        load_diffusion_base,
         (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"),
         ("avatars/base_finish", "avatars/latent_reader"),
     ),
@@ -133,8 +137,8 @@ RULES = {
         (*SMALL_HYPERNETWORK, "--data.init_args.batch_size=2"),
         ("avatars/base_read", "avatars/encoder", "codes"),
     ),
-    "avatars/edit_base": Rule(load_base, TINY_EDITS, ("avatars/base_read", "edits")),
-    "avatars/edit_base_finish": Rule(load_base, TINY_EDITS, ("avatars/edit_base",)),
+    "avatars/edit_base": Rule(load_diffusion_base, TINY_EDITS, ("avatars/base_read", "edits")),
+    "avatars/edit_base_finish": Rule(load_diffusion_base, TINY_EDITS, ("avatars/edit_base",)),
     "avatars/pair_to_lora_words": Rule(
         PairToLora.from_pretrained,
         (*SMALL_NETWORK, "--data.init_args.batch_size=4"),
@@ -213,10 +217,18 @@ class Stages:
 
 
 def _draw() -> None:
-    from data_builder.avatars.portrait_dataset import Plan, draw_portraits
+    from data_builder.avatars.portrait_dataset import PortraitDatasetConfig, draw_portraits
 
-    draw_portraits(Path("runs/data/train"), Plan("train", people=12, each=4, size=32), workers=1)
-    draw_portraits(Path("runs/data/validation"), Plan("validation", people=4, each=4, size=32), workers=1)
+    draw_portraits(
+        Path("runs/data/train"),
+        PortraitDatasetConfig("train", num_identities=12, portraits_per_identity=4, size=32),
+        num_workers=1,
+    )
+    draw_portraits(
+        Path("runs/data/validation"),
+        PortraitDatasetConfig("validation", num_identities=4, portraits_per_identity=4, size=32),
+        num_workers=1,
+    )
 
 
 def _build_tokenizer() -> None:
@@ -226,34 +238,45 @@ def _build_tokenizer() -> None:
 
 
 def _fit_codes() -> None:
-    from data_builder.baselines.lidb_targets import fit_codes
+    from data_builder.baselines.lidb_targets import fit_lidb_targets
 
-    fit_codes(
+    fit_lidb_targets(
         Path("runs/data/train"), "checkpoints/avatars/base", "runs/avatars/base/vae",
-        Path("runs/avatars/codes.safetensors"), people=6, at_once=6, steps=1, lr=1e-2, preset="attention+mlp", rank=1,
+        Path("runs/avatars/codes.safetensors"), num_subjects=6, subjects_per_batch=6, steps=1, lr=1e-2, preset="attention+mlp", rank=1,
         a=100, b=50,
     )  # fmt: skip
 
 
 def _draw_edits() -> None:
-    from data_builder.avatars.pair_dataset import PairPlan, draw_pairs
+    from data_builder.avatars.pair_dataset import PairDatasetConfig, draw_pairs
 
-    draw_pairs(Path("runs/data/edits"), PairPlan("train", groups=12, size=32), workers=1)
-    draw_pairs(Path("runs/data/edits-of-three"), PairPlan("train", groups=8, people=3, size=32), workers=1)
-    draw_pairs(Path("runs/data/edits-two"), PairPlan("train", groups=8, people=3, size=32, two=1.0), workers=1)
-    draw_pairs(Path("runs/data/edits-validation"), PairPlan("validation", groups=6, size=32), workers=1)
+    draw_pairs(Path("runs/data/edits"), PairDatasetConfig("train", num_edits=12, size=32), num_workers=1)
+    draw_pairs(
+        Path("runs/data/edits-of-three"),
+        PairDatasetConfig("train", num_edits=8, identities_per_edit=3, size=32),
+        num_workers=1,
+    )
+    draw_pairs(
+        Path("runs/data/edits-two"),
+        PairDatasetConfig("train", num_edits=8, identities_per_edit=3, size=32, two_edit_fraction=1.0),
+        num_workers=1,
+    )
+    draw_pairs(Path("runs/data/edits-validation"), PairDatasetConfig("validation", num_edits=6, size=32), num_workers=1)
 
 
 def _build_loras() -> None:
     from data_builder.build.make_plan import make_plan
     from data_builder.build.plan import Recipe, write_plan
-    from data_builder.build.run import run
-    from data_builder.sources.sources import Avatars
+    from data_builder.build.run import run_build
+    from data_builder.sources.sources import AvatarSource
 
     for name, first in (("build", 0), ("build-validation", 1_000_000)):
-        recipe = Recipe("checkpoints/avatars/base", preset="attention", rank=1, steps=1, at_once=4)
-        write_plan(make_plan(Avatars(first, first + 4, each=2, size=16), recipe), Path("runs/avatars") / name)
-        run(Path("runs/avatars") / name)
+        recipe = Recipe("checkpoints/avatars/base", preset="attention", rank=1, finetune_steps=1, subjects_per_batch=4)
+        write_plan(
+            make_plan(AvatarSource(first, first + 4, portraits_per_identity=2, resolution=16), recipe),
+            Path("runs/avatars") / name,
+        )
+        run_build(Path("runs/avatars") / name)
 
 
 def _learn_components() -> None:
@@ -261,7 +284,7 @@ def _learn_components() -> None:
     from hyperlora.pipelines.lora_codec import LoraCodec
 
     data = LoraDataset("runs/avatars/build", "train")
-    LoraCodec.of_principal_components(data, 2, 2, each=2).save_pretrained("runs/avatars/lora-components")
+    LoraCodec.fit_pca(data, 2, 2, components_per_factor=2).save_pretrained("runs/avatars/lora-components")
 
 
 _PREPARED = {
@@ -286,8 +309,8 @@ def frozen_bases(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     loaded: list[tuple[Any, Any]] = []
 
     def load(name: str, **options: Any) -> Any:
-        base = load_base(name, **options)
-        loaded.append((base, load_base(name, **options)))
+        base = load_diffusion_base(name, **options)
+        loaded.append((base, load_diffusion_base(name, **options)))
         return base
 
     for module in (hypernetwork, pair_hypernetwork, instruct_pix2pix):
@@ -334,15 +357,15 @@ def test_difflora_listens_to_faces_and_carries_their_pack(
     out = tmp_path / "model"
     train(
         [
-            *_command("avatars/difflora"), f"--model.init_args.face_pack={released.FACE_PACK}",
-            f"--model.init_args.out={out}", f"--trainer.default_root_dir={tmp_path}",
+            *_command("avatars/difflora"), f"--model.init_args.face_pack={released.FACE_PACK_DIR}",
+            f"--model.init_args.output_dir={out}", f"--trainer.default_root_dir={tmp_path}",
             f"--trainer.logger.init_args.save_dir={tmp_path}",
             f"--trainer.callbacks.init_args.dirpath={tmp_path / 'checkpoints'}",
         ]
     )  # fmt: skip
     assert re.search(r"no face was found in \d of 8 photos", caplog.text), "drawn at 16 pixels, most cannot be seen"
     model = LoraDiffusion.from_pretrained(out)
-    assert model.face is not None and model.face.folder == (out / "face-pack").resolve()
+    assert model.face_analyzer is not None and model.face_analyzer.pack_dir == (out / "face-pack").resolve()
     assert model.mixture.mode == "gate" and model.photo_size == 128
 
 
@@ -400,13 +423,13 @@ def _check_what_trains(states: dict[int, dict[str, Tensor]], frozen: tuple[str, 
 
 def _check_artifact(artifact: Any) -> None:
     """It loads; and a hypernetwork, which starts at ΔW = 0, now makes LoRAs."""
-    if isinstance(artifact, PhotoModel):
+    if isinstance(artifact, ImageToLoraBase):
         photo = Path("photos/train/person-0/0.png")
-        norms = artifact([photo]).norms()
+        norms = artifact([photo]).compute_delta_norms()
         assert norms.isfinite().all()
         assert norms.max() > 0
     if isinstance(artifact, PairToLora):
         before, after = (Path(f"pairs/validation/{n}_{side}.png") for n, side in ((0, "before"), (0, "after")))
-        norms = artifact((before, after)).norms()
+        norms = artifact((before, after)).compute_delta_norms()
         assert norms.isfinite().all()
         assert norms.max() > 0

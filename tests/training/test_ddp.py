@@ -18,11 +18,11 @@ ARGUMENTS = [
     "fit", f"--config={CONFIG}",
     "--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.callbacks.init_args.every_n_train_steps=4",
     "--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-    "--model.init_args.base=tiny/sd15", "--model.init_args.encoder=vit_tiny_patch16_224",
+    "--model.init_args.base_name_or_path=tiny/sd15", "--model.init_args.encoder=vit_tiny_patch16_224",
     "--model.init_args.encoder_options=" + json.dumps({"image_size": 16, "options": TINY_VIT}),
     "--model.init_args.hypernetwork.width=16", "--model.init_args.hypernetwork.depth=1",
     "--model.init_args.hypernetwork.heads=2", "--data.init_args.resolution=16", "--data.init_args.encoder_size=16",
-    "--data.init_args.folder=photos/single", "--data.init_args.batch_size=1", "--data.init_args.workers=0",
+    "--data.init_args.folder=photos/single", "--data.init_args.batch_size=1", "--data.init_args.num_workers=0",
 ]  # fmt: skip
 # full precision: rounding to bfloat16 would hide a wrong gradient
 ARGUMENTS += ["--trainer.precision=32-true", "--model.init_args.base_options.dtype=float32"]
@@ -49,7 +49,12 @@ def _where(name: str, devices: int) -> list[str]:
     folder = f"runs/ddp/{name}"
     strategy = [f"--trainer.devices={devices}", "--trainer.strategy=auto"]
     paths = [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
-    return [*strategy, *paths, f"--trainer.callbacks.init_args.dirpath={folder}", f"--model.init_args.out={folder}/out"]
+    return [
+        *strategy,
+        *paths,
+        f"--trainer.callbacks.init_args.dirpath={folder}",
+        f"--model.init_args.output_dir={folder}/out",
+    ]
 
 
 def _state(name: str) -> dict[str, Tensor]:

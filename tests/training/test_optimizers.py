@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hyperlora.training.optimizers import Muon, orthogonal
+from hyperlora.training.optimizers import Muon, apply_newton_schulz
 
 
 def _copies(*shape: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -54,7 +54,7 @@ def test_the_others_go_where_adamw_takes_them():
 def test_what_is_orthogonal_keeps_its_directions():
     matrix = torch.randn(12, 30)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    made = orthogonal(matrix)
+    made = apply_newton_schulz(matrix)
     assert torch.linalg.svdvals(made).sub(1).abs().max() < 0.4
     similar = torch.cosine_similarity(made.flatten(), (u @ v).flatten(), dim=0)
     assert similar > 0.95

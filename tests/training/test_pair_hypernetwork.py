@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperlora.errors import BadRequest
-from hyperlora.training.modules.pair_hypernetwork import ChangeTraining
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
 
 
 def test_a_vocabulary_that_is_not_there_is_told(workspace: Path, tmp_path: Path) -> None:
@@ -13,5 +13,5 @@ def test_a_vocabulary_that_is_not_there_is_told(workspace: Path, tmp_path: Path)
     (tmp_path / "broken.json").write_text("{")
     for name in ("missing.json", "broken.json"):
         words = {"tokens": 4, "width": 8, "vocabulary": str(tmp_path / name)}
-        with pytest.raises(BadRequest, match=rf"{name}' is no JSON file.*data_builder edits"):
-            ChangeTraining(**options, network={"words": words})
+        with pytest.raises(InvalidArgumentError, match=rf"{name}' is no JSON file.*data_builder edits"):
+            PairHypernetworkTraining(**options, network={"words": words})

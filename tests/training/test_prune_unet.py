@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel as UNet
 
-from hyperlora.training.weight_surgery import prune
+from hyperlora.training.weight_surgery import prune_unet
 
 
 def unet(deepest, in_channels=4, first=16):
@@ -25,7 +25,7 @@ def said(model, x):
 @torch.no_grad()
 def test_outer_levels_stay_as_they_were():
     wide, narrow = unet(32), unet(16)
-    prune(wide, narrow)
+    prune_unet(wide, narrow)
     for name, value in narrow.state_dict().items():
         if name.startswith(("down_blocks.0", "conv_out", "time_embedding")):
             torch.testing.assert_close(value, wide.state_dict()[name])
@@ -34,7 +34,7 @@ def test_outer_levels_stay_as_they_were():
 @torch.no_grad()
 def test_new_inputs_have_no_effect_at_first():
     wide, more = unet(32), unet(32, in_channels=8)
-    prune(wide, more)
+    prune_unet(wide, more)
     x = torch.randn(2, 8, 8, 8)
     torch.testing.assert_close(said(more, x), said(wide, x[:, :4]), atol=1e-5, rtol=1e-4)
 
@@ -46,7 +46,7 @@ def test_what_is_written_to_most_stays():
     loud = torch.tensor([i for i in range(32) if i % 8 >= 4])  # the second half of each of the 4 groups
     for block in blocks:
         block.conv2.weight[loud] *= 10
-    prune(wide, narrow)
+    prune_unet(wide, narrow)
     torch.testing.assert_close(narrow.mid_block.resnets[0].conv2.bias, wide.mid_block.resnets[0].conv2.bias[loud])
     torch.testing.assert_close(
         narrow.mid_block.resnets[0].conv2.weight, wide.mid_block.resnets[0].conv2.weight[loud][:, loud]
@@ -55,6 +55,6 @@ def test_what_is_written_to_most_stays():
 
 def test_levels_that_cannot_shrink_are_refused():
     with pytest.raises(ValueError, match="only the deepest level can shrink"):
-        prune(unet(32), unet(32, first=8))
+        prune_unet(unet(32), unet(32, first=8))
     with pytest.raises(ValueError, match="only the deepest level can shrink"):
-        prune(unet(16), unet(32))
+        prune_unet(unet(16), unet(32))

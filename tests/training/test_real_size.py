@@ -9,8 +9,8 @@ import yaml
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
-from hyperlora.diffusion.target_modules import layout_of
-from hyperlora.encoders.timm_encoder import VisionEncoder
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
@@ -45,7 +45,7 @@ def _config(name: str) -> dict[str, Any]:
 
 def _layout(name: str, unet: nn.Module) -> LoraLayout:
     config = _config(name)
-    return layout_of({"unet": unet}, config["preset"], config["rank"], config["base"])
+    return make_layout({"unet": unet}, config["preset"], config["rank"], config["base"])
 
 
 @pytest.mark.slow
@@ -54,14 +54,14 @@ def test_photo_to_a_file_that_the_real_unet_takes(tmp_path: Path) -> None:
     config = _config("sd15")
     unet = _unet(SD15).to_empty(device="cpu")  # never written to, so it takes no memory
     layout = _layout("sd15", unet)
-    assert (len(layout.sites), layout.numel) == (128, 797_184)
+    assert (len(layout.targets), layout.numel) == (128, 797_184)
     torch.manual_seed(0)
-    encoder = VisionEncoder(config["encoder"], config["encoder_options"]["image_size"])
+    encoder = TimmEncoder(config["encoder"], config["encoder_options"]["image_size"])
     network = Hypernetwork(layout, encoder.width, **config["hypernetwork"])
-    nn.init.normal_(network.head_weight, std=0.02)  # zero before training: ΔW = 0
+    nn.init.normal_(network.code_proj, std=0.02)  # zero before training: ΔW = 0
     model = ImageToLora(encoder, network, config["card"]).eval().requires_grad_(False)
     weights = model.forward(torch.rand(1, 2, 3, 224, 224))[0]
-    assert weights.norms().min() > 0
+    assert weights.compute_delta_norms().min() > 0
     file = save_lora(weights, tmp_path / "lora.safetensors")
     _check_loaded(StableDiffusionPipeline.lora_state_dict(file), unet, weights)
 
@@ -70,7 +70,7 @@ def test_photo_to_a_file_that_the_real_unet_takes(tmp_path: Path) -> None:
 def test_the_real_sdxl_unet_takes_its_layout(tmp_path: Path) -> None:
     unet = _unet(SDXL)
     layout = _layout("sdxl", unet)
-    assert (len(layout.sites), layout.numel) == (560, 5_806_080)
+    assert (len(layout.targets), layout.numel) == (560, 5_806_080)
     with torch.device("meta"):
         Hypernetwork(layout, 768, **_config("sdxl")["hypernetwork"])
     weights = LoraWeights.unflatten(layout, torch.randn(layout.numel))
@@ -83,8 +83,8 @@ def _check_loaded(loaded: Any, unet: nn.Module, weights: LoraWeights) -> None:
     state, network_alphas = loaded[:2]
     unet.load_lora_adapter(state, network_alphas=network_alphas, prefix="unet", low_cpu_mem_usage=True)
     factors = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
-    assert len(factors) == 2 * len(weights.layout.sites)
-    for site, down, up in zip(weights.layout.sites, weights.down, weights.up, strict=True):
+    assert len(factors) == 2 * len(weights.layout.targets)
+    for site, down, up in zip(weights.layout.targets, weights.down, weights.up, strict=True):
         assert unet.get_submodule(site.path).scaling == {"default_0": 1.0}
         for name, expected in ((f"{site.path}.lora_A", down), (f"{site.path}.lora_B", up)):
             found = factors[f"{name}.default_0.weight"]

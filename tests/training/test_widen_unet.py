@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from hyperlora.training.weight_surgery import widen
+from hyperlora.training.weight_surgery import widen_unet
 
 
 def unet(first: int, hidden: int = 40, time: int = 64, groups: int = 8) -> UNet2DConditionModel:
@@ -26,26 +26,26 @@ def outputs(*models: UNet2DConditionModel) -> list[torch.Tensor]:
 @pytest.mark.parametrize("times", [2, 3])
 def test_it_computes_the_same_and_can_learn_more(times: int) -> None:
     narrow, wide = unet(16), unet(16 * times)
-    widen(narrow, wide, noise=0.0)
+    widen_unet(narrow, wide, noise_std=0.0)
     for model in (narrow, wide):  # the two norms over hidden channels and a wider skip, whose groups shift
         model.up_blocks[0].resnets[1].norm1 = model.up_blocks[1].resnets[0].norm1 = torch.nn.Identity()
     torch.testing.assert_close(*outputs(narrow, wide), rtol=1e-4, atol=1e-5)
     narrow, wide = unet(16), unet(16 * times)
-    widen(narrow, wide, noise=0.05)
+    widen_unet(narrow, wide, noise_std=0.05)
     kernel = wide.conv_in.weight.detach().unflatten(0, (8, times, -1))
     assert not torch.allclose(kernel[:, 0], kernel[:, 1], rtol=1e-3)
 
 
 def test_it_is_exact_when_nothing_grows() -> None:
     narrow, same = unet(16), unet(16)
-    widen(narrow, same)
+    widen_unet(narrow, same)
     assert torch.equal(*outputs(narrow, same))
 
 
 def test_what_cannot_grow_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of it, not to 24"):
-        widen(unet(16), unet(24))
+        widen_unet(unet(16), unet(24))
     with pytest.raises(ValueError, match="only the first level"):
-        widen(unet(16), unet(32, hidden=64))
+        widen_unet(unet(16), unet(32, hidden=64))
     with pytest.raises(ValueError, match="other layers"):
-        widen(unet(16, hidden=32), unet(32, hidden=32))
+        widen_unet(unet(16, hidden=32), unet(32, hidden=32))

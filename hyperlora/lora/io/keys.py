@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Final
 
-from hyperlora.errors import BadLoraFile, BadRequest
+from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 
 KOHYA_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {
     "unet": ("lora_unet_",),
@@ -20,11 +20,11 @@ KOHYA_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {
     "text_encoder_2": ("lora_te2_",),
 }
 COMPONENTS: Final = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
-_ROOTS: Final = frozenset(
+_ROOT_MODULES: Final = frozenset(
     {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding", "text_model"}
     | {"text_projection"}
 )
-_INNER: Final = frozenset(
+_CHILD_MODULES: Final = frozenset(
     {"attentions", "resnets", "downsamplers", "upsamplers", "transformer_blocks", "attn1", "attn2", "to_q", "to_k"}
     | {"to_v", "to_out", "ff", "net", "proj", "proj_in", "proj_out", "conv", "conv1", "conv2", "conv_shortcut"}
     | {"time_emb_proj", "linear_1", "linear_2", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj"}
@@ -33,14 +33,14 @@ _INNER: Final = frozenset(
 """The only names in a UNet or CLIP path, to recognise a kohya name whose dots cannot be restored without the base."""
 
 
-def file_name(site_name: str) -> str:
+def format_file_key(target_name: str) -> str:
     """The site's name in files: ``text_model.`` inserted where transformers flattened a CLIP text encoder."""
-    component, path = site_name.split(".", 1)
-    flat = component.startswith("text_encoder") and path.startswith("encoder.layers.")
-    return f"{component}.text_model.{path}" if flat else site_name
+    component, path = target_name.split(".", 1)
+    is_flat = component.startswith("text_encoder") and path.startswith("encoder.layers.")
+    return f"{component}.text_model.{path}" if is_flat else target_name
 
 
-def peft_key(key: str) -> str:
+def convert_key_to_peft(key: str) -> str:
     """A diffusers key of any age in today's (PEFT) spelling, ``<component>.<path>.lora_A.weight``."""
     from diffusers.utils.state_dict_utils import (
         StateDictType,
@@ -54,40 +54,42 @@ def peft_key(key: str) -> str:
     return str(key)
 
 
-def kohya_stems(site_name: str) -> tuple[str, ...]:
+def list_kohya_stems(target_name: str) -> tuple[str, ...]:
     """Every stem under which kohya files may hold a site; empty for components that kohya's format does not know."""
-    component, path = file_name(site_name).split(".", 1)
+    component, path = format_file_key(target_name).split(".", 1)
     return tuple(prefix + path.replace(".", "_") for prefix in KOHYA_PREFIXES.get(component, ()))
 
 
-def site_name_of_kohya(stem: str, layers_per_block: int = 2) -> str:
+def parse_kohya_stem(stem: str, layers_per_block: int = 2) -> str:
     """The site of a kohya stem by diffusers' converter, which also knows Stability's block numbering of SDXL files.
 
-    ``layers_per_block`` is the UNet's (2 in SD and SDXL). Raises ``BadLoraFile`` if the name cannot be understood.
+    ``layers_per_block`` is the UNet's (2 in SD and SDXL). Raises ``InvalidLoraFileError`` if the name cannot be understood.
     """
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
-    raw: dict[str, Any] = {f"{stem}.lora_down.weight": None, f"{stem}.lora_up.weight": None}
+    state_dict: dict[str, Any] = {f"{stem}.lora_down.weight": None, f"{stem}.lora_up.weight": None}
     config: Any = SimpleNamespace(layers_per_block=layers_per_block)
     try:
-        converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(raw, unet_config=config)
-        name = next(peft_key(key) for key in converted if key.endswith(".down.weight"))
+        converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(state_dict, unet_config=config)
+        name = next(convert_key_to_peft(key) for key in converted if key.endswith(".down.weight"))
     except (ValueError, KeyError, IndexError, StopIteration) as error:
-        raise BadLoraFile(f"kohya key {stem!r} names no site of a Stable Diffusion model") from error
+        raise InvalidLoraFileError(f"kohya key {stem!r} names no site of a Stable Diffusion model") from error
     name = name.removesuffix(".lora_A.weight")
-    _, root, *inner = name.split(".")
-    if root not in _ROOTS or any(part not in _INNER and not re.fullmatch(r"\d+", part) for part in inner):
-        raise BadLoraFile(f"kohya key {stem!r} cannot be read without its base: pass modules= or layout=")
+    _, root, *children = name.split(".")
+    if root not in _ROOT_MODULES or any(
+        part not in _CHILD_MODULES and not re.fullmatch(r"\d+", part) for part in children
+    ):
+        raise InvalidLoraFileError(f"kohya key {stem!r} cannot be read without its base: pass modules= or layout=")
     return name
 
 
-_SGM_RESNET: Final = {
+_SGM_RESNET_PATHS: Final = {
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_SGM_ENDS: Final = {
+_SGM_TOP_LEVEL_PATHS: Final = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
@@ -97,29 +99,29 @@ _SGM_ENDS: Final = {
 }
 
 
-def sgm_path(path: str) -> str:
+def convert_path_to_sgm(path: str) -> str:
     """A module of diffusers' SDXL UNet as Stability's code and most SDXL LoRA files name it.
 
     The numbering is diffusers' ``convert_ldm_unet_checkpoint`` read backwards: two layers per down block, three per up
-    block. Raises ``BadRequest`` for a module that SDXL does not have.
+    block. Raises ``InvalidArgumentError`` for a module that SDXL does not have.
     """
-    if path in _SGM_ENDS:
-        return _SGM_ENDS[path]
+    if path in _SGM_TOP_LEVEL_PATHS:
+        return _SGM_TOP_LEVEL_PATHS[path]
     match path.split("."):
         case ["down_blocks", block, "resnets", layer, part]:
-            return f"input_blocks.{1 + 3 * int(block) + int(layer)}.0.{_SGM_RESNET[part]}"
-        case ["down_blocks", block, "attentions", layer, *rest]:
-            return ".".join([f"input_blocks.{1 + 3 * int(block) + int(layer)}.1", *rest])
+            return f"input_blocks.{1 + 3 * int(block) + int(layer)}.0.{_SGM_RESNET_PATHS[part]}"
+        case ["down_blocks", block, "attentions", layer, *suffix]:
+            return ".".join([f"input_blocks.{1 + 3 * int(block) + int(layer)}.1", *suffix])
         case ["down_blocks", block, "downsamplers", "0", "conv"]:
             return f"input_blocks.{3 + 3 * int(block)}.0.op"
         case ["mid_block", "resnets", layer, part]:
-            return f"middle_block.{2 * int(layer)}.{_SGM_RESNET[part]}"
-        case ["mid_block", "attentions", "0", *rest]:
-            return ".".join(["middle_block.1", *rest])
+            return f"middle_block.{2 * int(layer)}.{_SGM_RESNET_PATHS[part]}"
+        case ["mid_block", "attentions", "0", *suffix]:
+            return ".".join(["middle_block.1", *suffix])
         case ["up_blocks", block, "resnets", layer, part]:
-            return f"output_blocks.{3 * int(block) + int(layer)}.0.{_SGM_RESNET[part]}"
-        case ["up_blocks", block, "attentions", layer, *rest]:
-            return ".".join([f"output_blocks.{3 * int(block) + int(layer)}.1", *rest])
+            return f"output_blocks.{3 * int(block) + int(layer)}.0.{_SGM_RESNET_PATHS[part]}"
+        case ["up_blocks", block, "attentions", layer, *suffix]:
+            return ".".join([f"output_blocks.{3 * int(block) + int(layer)}.1", *suffix])
         case ["up_blocks", ("0" | "1") as block, "upsamplers", "0", "conv"]:  # after a resnet and an attention
             return f"output_blocks.{2 + 3 * int(block)}.2.conv"
-    raise BadRequest(f"SDXL has no module {path}: sgm names are for SDXL LoRAs only")
+    raise InvalidArgumentError(f"SDXL has no module {path}: sgm names are for SDXL LoRAs only")

@@ -1,4 +1,4 @@
-"""``LoraHeader``: what a LoRA file says about itself, for galleries (``modelspec``), kohya's tools (``ss_``) and us."""
+"""``LoraMetadata``: what a LoRA file says about itself, for galleries (``modelspec``), kohya's tools (``ss_``) and us."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from importlib.metadata import version
 from math import isfinite
 from typing import Any, Final
 
-from hyperlora.errors import BadLoraFile, BadRequest
+from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 from hyperlora.lora.layout import LoraLayout
 
 MODELSPEC_VERSION: Final = "1.0.1"
@@ -22,7 +22,7 @@ KOHYA_BASE_VERSIONS: Final[Mapping[str, str]] = {
     "flux-1-dev": "flux1",
 }
 """modelspec architecture -> kohya's ``ss_base_model_version``; any other architecture is written as it is."""
-_TEXTS: Final[Mapping[str, str]] = {
+_TEXT_KEYS: Final[Mapping[str, str]] = {
     "title": "modelspec.title",
     "trigger_phrase": "modelspec.trigger_phrase",
     "license": "modelspec.license",
@@ -34,7 +34,7 @@ _TEXTS: Final[Mapping[str, str]] = {
     "encoder": "hyperlora.encoder",
     "encoder_license": "hyperlora.encoder_license",
 }
-_MACHINE: Final = frozenset(
+_RESERVED_KEYS: Final = frozenset(
     {
         *("format", "lora_adapter_metadata", "modelspec.sai_model_spec", "modelspec.implementation"),
         *("modelspec.architecture", "modelspec.resolution", "ss_v2", "ss_base_model_version", "ss_network_module"),
@@ -46,12 +46,12 @@ _MACHINE: Final = frozenset(
 
 
 @cache
-def _version() -> str:
+def _get_version() -> str:
     return version("hyperlora")  # reads files
 
 
 @dataclass(frozen=True)
-class LoraHeader:
+class LoraMetadata:
     """Who made a LoRA, from what, for which base, and how to use it. Empty fields are unknown.
 
     ``architecture`` is modelspec's (``stable-diffusion-v1``), ``resolution`` (width, height), ``reference_sha256`` the
@@ -67,7 +67,7 @@ class LoraHeader:
     license: str = ""
     date: str = ""
     generator: str = "hyperlora"
-    generator_version: str = field(default_factory=_version)
+    generator_version: str = field(default_factory=_get_version)
     layout_fingerprint: str = ""
     encoder: str = ""
     encoder_license: str = ""
@@ -75,7 +75,7 @@ class LoraHeader:
     recommended_strength: float = 1.0
     extra: Mapping[str, str] = field(default_factory=dict)
 
-    def filled(self, layout: LoraLayout) -> "LoraHeader":
+    def with_defaults(self, layout: LoraLayout) -> "LoraMetadata":
         """With base and fingerprint of ``layout`` and, where missing, a title and today's date (UTC)."""
         today = datetime.now(UTC).date().isoformat()
         return replace(
@@ -86,16 +86,18 @@ class LoraHeader:
             layout_fingerprint=layout.fingerprint,
         )
 
-    def to_metadata(self, layout: LoraLayout) -> dict[str, str]:
+    def to_safetensors_metadata(self, layout: LoraLayout) -> dict[str, str]:
         """The safetensors metadata of a file with these ``layout`` and header; strings only.
 
-        Sources: ModelSpec 1.0.1; kohya-ss/sd-scripts ``train_network.py`` (``ss_`` keys). Raises ``BadRequest`` if
+        Sources: ModelSpec 1.0.1; kohya-ss/sd-scripts ``train_network.py`` (``ss_`` keys). Raises ``InvalidArgumentError`` if
         ``extra`` claims a key that a field owns.
         """
-        if taken := sorted(self.extra.keys() & (_MACHINE | set(_TEXTS.values()))):
-            raise BadRequest(f"the extra header key {taken[0]!r} is reserved: use the field of LoraHeader instead")
-        rank, has_conv = layout.rank, any(site.kernel for site in layout.sites)
-        optional = {key: getattr(self, name) for name, key in _TEXTS.items() if getattr(self, name)}
+        if reserved := sorted(self.extra.keys() & (_RESERVED_KEYS | set(_TEXT_KEYS.values()))):
+            raise InvalidArgumentError(
+                f"the extra header key {reserved[0]!r} is reserved: use the field of LoraHeader instead"
+            )
+        rank, has_conv = layout.rank, any(target.kernel_size for target in layout.targets)
+        optional = {key: getattr(self, name) for name, key in _TEXT_KEYS.items() if getattr(self, name)}
         if self.resolution:
             optional["modelspec.resolution"] = "{}x{}".format(*self.resolution)
         return {
@@ -115,41 +117,45 @@ class LoraHeader:
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> "LoraHeader":
-        """Inverse of ``to_metadata``; for files of other tools, what of it they say (base by ``ss_sd_model_name``).
+    def from_safetensors_metadata(cls, metadata: Mapping[str, str]) -> "LoraMetadata":
+        """Inverse of ``to_safetensors_metadata``; for files of other tools, what of it they say (base by ``ss_sd_model_name``).
 
-        Raises ``BadLoraFile`` if our own fields are malformed; odd fields of other tools are ignored.
+        Raises ``InvalidLoraFileError`` if our own fields are malformed; odd fields of other tools are ignored.
         """
-        texts = {name: metadata.get(key, "") for name, key in _TEXTS.items()}
-        texts["base_model"] = texts["base_model"] or metadata.get("ss_sd_model_name", "")
+        text_fields = {name: metadata.get(key, "") for name, key in _TEXT_KEYS.items()}
+        text_fields["base_model"] = text_fields["base_model"] or metadata.get("ss_sd_model_name", "")
         try:
             sha256 = json.loads(metadata.get("hyperlora.reference_sha256", "[]"))
             strength = float(metadata.get("hyperlora.recommended_strength", "1.0"))
         except (ValueError, RecursionError) as error:
-            raise BadLoraFile(f"the file's own hyperlora header is malformed: {error}") from error
+            raise InvalidLoraFileError(f"the file's own hyperlora header is malformed: {error}") from error
         if not isfinite(strength):
-            raise BadLoraFile(f"the file's own hyperlora header is malformed: recommended_strength {strength}")
+            raise InvalidLoraFileError(f"the file's own hyperlora header is malformed: recommended_strength {strength}")
         if not isinstance(sha256, list) or not all(isinstance(digest, str) for digest in sha256):
-            raise BadLoraFile("the file's own hyperlora header is malformed: reference_sha256 is no list of texts")
+            raise InvalidLoraFileError(
+                "the file's own hyperlora header is malformed: reference_sha256 is no list of texts"
+            )
         fields: dict[str, Any] = {
-            **texts,
-            "architecture": _architecture(metadata),
-            "resolution": _resolution(metadata.get("modelspec.resolution", "")),
+            **text_fields,
+            "architecture": _parse_architecture(metadata),
+            "resolution": _parse_resolution(metadata.get("modelspec.resolution", "")),
             "reference_sha256": tuple(sha256),
             "recommended_strength": strength,
-            "extra": {k: v for k, v in metadata.items() if k not in _MACHINE and k not in set(_TEXTS.values())},
+            "extra": {
+                k: v for k, v in metadata.items() if k not in _RESERVED_KEYS and k not in set(_TEXT_KEYS.values())
+            },
         }
         return cls(**fields)
 
 
-def _architecture(metadata: Mapping[str, str]) -> str:
+def _parse_architecture(metadata: Mapping[str, str]) -> str:
     if spec := metadata.get("modelspec.architecture", "").removesuffix("/lora"):
         return "" if spec == "unknown" else spec
-    kohya = metadata.get("ss_base_model_version", "")
-    return next((name for name, known in KOHYA_BASE_VERSIONS.items() if known == kohya), kohya)
+    base_version = metadata.get("ss_base_model_version", "")
+    return next((name for name, kohya_name in KOHYA_BASE_VERSIONS.items() if kohya_name == base_version), base_version)
 
 
-def _resolution(text: str) -> tuple[int, int] | None:
+def _parse_resolution(text: str) -> tuple[int, int] | None:
     width, _, height = text.partition("x")
-    fits = all(side.isdecimal() and len(side) <= 5 for side in (width, height))
-    return (int(width), int(height)) if fits else None
+    is_valid = all(side.isdecimal() and len(side) <= 5 for side in (width, height))
+    return (int(width), int(height)) if is_valid else None

@@ -5,28 +5,32 @@ from typing import Annotated
 from fastapi import APIRouter, File, Request, UploadFile
 from starlette.exceptions import HTTPException
 
-from hyperlora.service.api.responses import in_time, service_of
-from hyperlora.service.api.schemas import Likeness
-from hyperlora.service.engine.requests import LikenessOrder
-from hyperlora.service.errors import documented
+from hyperlora.service.api.responses import get_state, run_with_timeout
+from hyperlora.service.api.schemas import SimilarityResponse
+from hyperlora.service.engine.requests import SimilarityRequest
+from hyperlora.service.errors import build_problem_responses
 from hyperlora.service.security import Caller
 
 router = APIRouter(prefix="/v1/likeness", tags=["Likeness"])
 
 
-@router.post("", responses=documented(400, 403, 408, 413, 415, 503, 504))
-async def compare(
+@router.post("", responses=build_problem_responses(400, 403, 408, 413, 415, 503, 504))
+async def compute_similarity(
     request: Request,
     owner: Caller,
     photos: Annotated[list[UploadFile], File(description="Photos of one person.")],
-    pictures: Annotated[list[UploadFile], File(description="Pictures that should show this person.")],
-) -> Likeness:
+    images: Annotated[list[UploadFile], File(description="Pictures that should show this person.")],
+) -> SimilarityResponse:
     """How much pictures show the person of the photos, read by a network that took no part in drawing them. Needs an
     evaluator for the kind of pictures that the model draws (`likeness` in /v1/models)."""
-    service = service_of(request)
-    if (most := max(len(photos), len(pictures))) > service.settings.max_photos:
-        raise HTTPException(413, f"{most} pictures sent, at most {service.settings.max_photos} of each kind are taken")
-    order = LikenessOrder([await p.read() for p in photos], [await p.read() for p in pictures])
-    seconds = service.settings.deadline
-    found = await in_time(request, service.engine.likeness(order, seconds), seconds)
-    return Likeness(likeness=sum(found) / len(found), pictures=found)
+    state = get_state(request)
+    if (num_files := max(len(photos), len(images))) > state.settings.max_photos:
+        raise HTTPException(
+            413, f"{num_files} pictures sent, at most {state.settings.max_photos} of each kind are taken"
+        )
+    similarity_request = SimilarityRequest([await p.read() for p in photos], [await p.read() for p in images])
+    timeout_s = state.settings.timeout_s
+    similarities = await run_with_timeout(
+        request, state.engine.compute_similarity(similarity_request, timeout_s), timeout_s
+    )
+    return SimilarityResponse(mean_similarity=sum(similarities) / len(similarities), similarities=similarities)

@@ -2,41 +2,41 @@
 
 from fastapi import APIRouter, Request, Response
 
-from hyperlora.service.api.responses import service_of
+from hyperlora.service.api.responses import get_state
 from hyperlora.service.api.schemas import Health
-from hyperlora.service.engine.requests import ModelFacts
-from hyperlora.service.errors import documented
+from hyperlora.service.engine.requests import ModelInfo
+from hyperlora.service.errors import build_problem_responses
 from hyperlora.service.security import Caller
 
 router = APIRouter(tags=["System"])
 
 
-@router.get("/v1/models", responses=documented())
-def models(request: Request, owner: Caller) -> list[ModelFacts]:
+@router.get("/v1/models", responses=build_problem_responses())
+def list_models(request: Request, owner: Caller) -> list[ModelInfo]:
     """The models of this server."""
-    return service_of(request).engine.models()
+    return get_state(request).engine.list_models()
 
 
 @router.get("/healthz")
-async def healthz(request: Request) -> Health:
+async def get_health(request: Request) -> Health:
     """Whether the process answers."""
-    return _health(request, "ok")
+    return _make_health(request, "ok")
 
 
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready"}})
-def readyz(request: Request, response: Response) -> Health:
+def get_readiness(request: Request, response: Response) -> Health:
     """Whether requests would be taken."""
-    ready = service_of(request).engine.ready
-    response.status_code = 200 if ready else 503
-    return _health(request, "ready" if ready else "the model's thread has stopped")
+    is_ready = get_state(request).engine.is_ready
+    response.status_code = 200 if is_ready else 503
+    return _make_health(request, "ready" if is_ready else "the model's thread has stopped")
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def metrics(request: Request) -> Response:
+async def get_metrics(request: Request) -> Response:
     """For Prometheus."""
-    return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(get_state(request).metrics.render_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _health(request: Request, status: str) -> Health:
-    service = service_of(request)
-    return Health(status=status, waiting=service.engine.waiting, jobs=service.jobs.open)
+def _make_health(request: Request, status: str) -> Health:
+    state = get_state(request)
+    return Health(status=status, queue_length=state.engine.queue_length, active_jobs=state.jobs.num_active)

@@ -3,57 +3,59 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from hyperlora.service.engine.batcher import Work
+from hyperlora.service.engine.batcher import BatchSpec
 from hyperlora.service.engine.requests import (
-    ChangeOrder,
-    EditOrder,
-    LikenessOrder,
-    LoraOrder,
-    ModelFacts,
-    Noticed,
-    PictureOrder,
+    EditImageRequest,
+    EditLoraRequest,
+    EngineResult,
+    ImageRequest,
+    LoraRequest,
+    ModelInfo,
+    SimilarityRequest,
 )
 
 
-class Do(Protocol):
+class SubmitFn(Protocol):
     """Hands work to the thread that owns the models."""
 
-    def __call__(self, work: Work, payload: Any, seconds: float) -> Awaitable[Any]: ...
+    def __call__(self, spec: BatchSpec, payload: Any, timeout_s: float) -> Awaitable[Any]: ...
 
 
-Progress = Callable[[float], None]
+ProgressFn = Callable[[float], None]
 
 
 class Engine(Protocol):
-    """Does the work; refuses with ``HyperloraError``, ``QueueFull`` or ``Expired``. Cancelling an awaited call takes
+    """Does the work; refuses with ``HyperloraError``, ``QueueFullError`` or ``DeadlineExceededError``. Cancelling an awaited call takes
     it out of the queue, and ends refining at its next step."""
 
     @property
-    def ready(self) -> bool: ...
+    def is_ready(self) -> bool: ...
 
     @property
-    def waiting(self) -> int: ...
+    def queue_length(self) -> int: ...
 
-    def models(self) -> list[ModelFacts]: ...
+    def list_models(self) -> list[ModelInfo]: ...
 
-    async def lora(self, order: LoraOrder, seconds: float, progress: Progress | None = None) -> Noticed:
-        """A ``.safetensors`` file; ``progress`` is told, in another thread, which fraction of refining is done."""
+    async def create_lora(
+        self, request: LoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
+    ) -> EngineResult:
+        """A ``.safetensors`` file; ``on_progress`` is told, in another thread, which fraction of refining is done."""
         ...
 
-    async def picture(self, order: PictureOrder, seconds: float) -> Image.Image: ...
+    async def generate_image(self, request: ImageRequest, timeout_s: float) -> Image.Image: ...
 
-    async def likeness(self, order: LikenessOrder, seconds: float) -> list[float]:
+    async def compute_similarity(self, request: SimilarityRequest, timeout_s: float) -> list[float]:
         """Of each picture to the photos: 0 is anyone, 1 another photo of the same person."""
         ...
 
-    async def change(self, order: ChangeOrder, seconds: float) -> Noticed:
+    async def create_edit_lora(self, request: EditLoraRequest, timeout_s: float) -> EngineResult:
         """A ``.safetensors`` file of a before/after pair's change."""
         ...
 
-    async def edited(self, order: EditOrder, seconds: float) -> Noticed:
+    async def edit_image(self, request: EditImageRequest, timeout_s: float) -> EngineResult:
         """A picture with a change made on it."""
         ...
 
-    def close(self, seconds: float) -> None:
-        """Finish what waits; after ``seconds``, leave it."""
+    def close(self, timeout_s: float) -> None:
+        """Finish what waits; after ``timeout_s``, leave it."""
         ...

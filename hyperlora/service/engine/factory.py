@@ -1,58 +1,58 @@
-"""``open_engine``: which models a server holds, loaded; the same call in one process and in every replica."""
+"""``make_engine_factory``: which models a server holds, loaded; the same call in one process and in every replica."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hyperlora import pretrained
-from hyperlora.cpu import keep_heap
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.encoders.identity_similarity import Likeness
-from hyperlora.pipelines.auto import open_photo_model
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.encoders.identity_similarity import IdentitySimilarity
+from hyperlora.pipelines.auto import load_image_to_lora
 from hyperlora.pipelines.pair_to_lora import PairToLora
-from hyperlora.service.engine.edits import Changes
+from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.local import LocalEngine
 from hyperlora.service.settings import ServiceSettings
 
-Observe = Callable[[str, int], None]
+BatchCallback = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
-class Models:
-    """Folders or hub ids of the models of one server; ``others`` are models from photos of other methods. Without
-    ``edits`` before/after pairs are refused; without an ``evaluator`` (the folder of a reader) the likeness of
+class ModelPaths:
+    """Folders or hub ids of the models of one server; ``extra_models`` are models from photos of other methods. Without
+    ``enable_edits`` before/after pairs are refused; without an ``evaluator`` (the folder of a reader) the likeness of
     portraits is."""
 
-    model: str = str(pretrained.MODEL)
-    base: str = str(pretrained.BASE)
-    pair_model: str = str(pretrained.PAIR_MODEL)
-    edit_base: str = str(pretrained.EDIT_BASE)
-    edits: bool = True
+    model: str = str(pretrained.IMAGE_TO_LORA_DIR)
+    base: str = str(pretrained.BASE_DIR)
+    pair_model: str = str(pretrained.PAIR_TO_LORA_DIR)
+    edit_base: str = str(pretrained.EDIT_BASE_DIR)
+    enable_edits: bool = True
     evaluator: str | None = None
-    others: tuple[str, ...] = ()
+    extra_models: tuple[str, ...] = ()
 
 
-def open_engine(models: Models, settings: ServiceSettings) -> Callable[[Observe], LocalEngine]:
+def make_engine_factory(models: ModelPaths, settings: ServiceSettings) -> Callable[[BatchCallback], LocalEngine]:
     """Load the models; what comes back starts an engine over them, and tells its argument of every batch.
 
     Raises ``HyperloraError`` for what cannot be loaded.
     """
-    keep_heap()
-    base = load_base(models.base)
-    network, *others = (open_photo_model(name, base=base) for name in (models.model, *models.others))
-    changes = None
-    if models.edits:
-        canvas = load_base(models.edit_base)
-        changes = Changes(
-            PairToLora.from_pretrained(models.pair_model, base=canvas), canvas,
-            batch=settings.batch, pictures=settings.pictures,
+    disable_malloc_trim()
+    base = load_diffusion_base(models.base)
+    photo_model, *extra_models = (load_image_to_lora(name, base=base) for name in (models.model, *models.extra_models))
+    edit_engine = None
+    if models.enable_edits:
+        edit_base = load_diffusion_base(models.edit_base)
+        edit_engine = EditEngine(
+            PairToLora.from_pretrained(models.pair_model, base=edit_base), edit_base,
+            max_lora_batch=settings.max_lora_batch, max_image_batch=settings.max_image_batch,
         )  # fmt: skip
 
-    likeness = Likeness.from_pretrained(models.evaluator) if models.evaluator else None
+    identity_similarity = IdentitySimilarity.from_pretrained(models.evaluator) if models.evaluator else None
 
-    def engine(observe: Observe) -> LocalEngine:
+    def make_engine(on_batch: BatchCallback) -> LocalEngine:
         return LocalEngine(
-            network, base, settings.loras, queue=settings.queue, batch=settings.batch, pictures=settings.pictures,
-            observe=observe, changes=changes, likeness=likeness, others=others,
+            photo_model, base, settings.lora_dir, max_queue_size=settings.max_queue_size, max_lora_batch=settings.max_lora_batch, max_image_batch=settings.max_image_batch,
+            on_batch=on_batch, edit_engine=edit_engine, identity_similarity=identity_similarity, extra_models=extra_models,
         )  # fmt: skip
 
-    return engine
+    return make_engine

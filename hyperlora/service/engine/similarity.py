@@ -8,28 +8,32 @@ import torch
 from torch import Tensor
 
 from hyperlora.data.images import read_image, to_tensor
-from hyperlora.encoders.identity_similarity import Likeness
-from hyperlora.service.engine.base import Do
-from hyperlora.service.engine.batcher import Work
-from hyperlora.service.engine.requests import LikenessOrder
+from hyperlora.encoders.identity_similarity import IdentitySimilarity
+from hyperlora.service.engine.base import SubmitFn
+from hyperlora.service.engine.batcher import BatchSpec
+from hyperlora.service.engine.requests import SimilarityRequest
 
 
-async def compared(
-    likeness: Likeness, order: LikenessOrder, seconds: float, do: Do, readers: threading.Semaphore
+async def compute_similarity(
+    identity_similarity: IdentitySimilarity,
+    request: SimilarityRequest,
+    timeout_s: float,
+    submit: SubmitFn,
+    decoder_slots: threading.Semaphore,
 ) -> list[float]:
     """The likeness of each picture."""
 
-    def decoded(files: Sequence[bytes]) -> Tensor:
-        parts = []
+    def decode_images(files: Sequence[bytes]) -> Tensor:
+        tensors = []
         for file in files:
-            with readers:
-                parts.append(to_tensor(read_image(file), likeness.image_size))
-        return torch.stack(parts)
+            with decoder_slots:
+                tensors.append(to_tensor(read_image(file), identity_similarity.image_size))
+        return torch.stack(tensors)
 
-    def compare(items: list[tuple[Tensor, Tensor]]) -> list[list[float]]:
-        return [likeness(*item).tolist() for item in items]
+    def compute_batch(items: list[tuple[Tensor, Tensor]]) -> list[list[float]]:
+        return [identity_similarity(*item).tolist() for item in items]
 
-    photos = await asyncio.to_thread(decoded, order.photos)
-    pictures = await asyncio.to_thread(decoded, order.pictures)
-    found: list[float] = await do(Work(("likeness",), compare, 8), (photos, pictures), seconds)
-    return found
+    photos = await asyncio.to_thread(decode_images, request.photos)
+    images = await asyncio.to_thread(decode_images, request.images)
+    similarities: list[float] = await submit(BatchSpec(("likeness",), compute_batch, 8), (photos, images), timeout_s)
+    return similarities

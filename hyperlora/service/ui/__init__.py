@@ -12,78 +12,80 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.routing import Match, Mount
 
-from hyperlora.service.errors import add_handlers
-from hyperlora.service.security import Gate
+from hyperlora.service.errors import install_handlers
+from hyperlora.service.security import ApiKeyAuth
 from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.ui.api_client import Api
-from hyperlora.service.ui.auth import Door
-from hyperlora.service.ui.compose_tab import compose_tab
-from hyperlora.service.ui.lora_tray import shelf_state
-from hyperlora.service.ui.pair_tab import pair_tab
-from hyperlora.service.ui.photo_tab import photo_tab
+from hyperlora.service.ui.auth import UiAuthMiddleware
+from hyperlora.service.ui.compose_tab import build_compose_tab
+from hyperlora.service.ui.lora_tray import make_tray_state
+from hyperlora.service.ui.pair_tab import build_pair_tab
+from hyperlora.service.ui.photo_tab import build_photo_tab
 from hyperlora.service.ui.text import HEADER
 
 __all__ = ["add_page"]
 _FONT: Final = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 _MONO: Final = ("ui-monospace", "SF Mono", "Consolas", "Liberation Mono", "monospace")
-_UPLOADS: Final = {
+_UPLOAD_TEXTS: Final = {
     "drop_gallery": "Drop photos here",
     "drop_image": "Drop a picture",
     "drop_file": "Drop files here",
     "click_to_upload": "choose from this device",
 }
-_KEPT_SECONDS: Final = 3600
+_RETENTION_S: Final = 3600
 """What visitors drop and make lies in a folder of the server's own for so long, and is gone when the server stops."""
 
 
-def add_page(app: FastAPI, settings: ServiceSettings) -> None:
+def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
     """Mount the page on ``app``, whose API stays as it is. Nothing of it asks another server for anything."""
-    _own_folder(settings.state / "page")
-    blocks = _blocks(Api(app))
+    _prepare_upload_dir(settings.state_dir / "page")
+    blocks = _build_blocks(Api(app))
     gr.mount_gradio_app(
         app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
-        enable_monitoring=False, show_error=False, max_file_size=settings.max_body, theme=_theme(),
-        i18n=gr.I18n(en={f"upload_text.{key}": text for key, text in _UPLOADS.items()}),
+        enable_monitoring=False, show_error=False, max_file_size=settings.max_form_bytes, theme=_make_theme(),
+        i18n=gr.I18n(en={f"upload_text.{key}": text for key, text in _UPLOAD_TEXTS.items()}),
         css_paths=Path(__file__).with_name("style.css"),
     )  # fmt: skip
-    mounted: Any = app.router.routes.pop()
-    add_handlers(mounted.app)
-    app.router.routes.append(_BesideTheApi("/", Door(mounted.app, Gate(settings.keys, settings.rate))))
+    mount: Any = app.router.routes.pop()
+    install_handlers(mount.app)
+    app.router.routes.append(
+        _NonApiMount("/", UiAuthMiddleware(mount.app, ApiKeyAuth(settings.key_digests, settings.rate_limit)))
+    )
 
 
-def _own_folder(folder: Path) -> None:
+def _prepare_upload_dir(folder: Path) -> None:
     """Gradio's files go to ``folder``, which others on this machine cannot read, unless the operator has named another;
     what a killed server left there is deleted."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ.setdefault("GRADIO_TEMP_DIR", str(folder))
     for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_mtime + _KEPT_SECONDS < time.time():
+        if path.is_file() and path.stat().st_mtime + _RETENTION_S < time.time():
             path.unlink(missing_ok=True)
 
 
-class _BesideTheApi(Mount):
+class _NonApiMount(Mount):
     """Every path but the API's, which keeps its own answers to what it does not know."""
 
     def matches(self, scope: Any) -> Any:
         return (Match.NONE, {}) if scope["path"].startswith("/v1/") else super().matches(scope)
 
 
-def _blocks(api: Api) -> gr.Blocks:
-    with gr.Blocks(title="hyperlora", analytics_enabled=False, delete_cache=(600, _KEPT_SECONDS)) as blocks:
+def _build_blocks(api: Api) -> gr.Blocks:
+    with gr.Blocks(title="hyperlora", analytics_enabled=False, delete_cache=(600, _RETENTION_S)) as blocks:
         gr.HTML(HEADER)
-        shelf = shelf_state(_KEPT_SECONDS)
+        tray = make_tray_state(_RETENTION_S)
         with gr.Tabs():
             with gr.Tab("From photos", id="photos"):
-                photo_tab(api, blocks, shelf)
+                build_photo_tab(api, blocks, tray)
             with gr.Tab("From a pair", id="pair"):
-                pair_tab(api)
+                build_pair_tab(api)
             with gr.Tab("Compose", id="compose"):
-                compose_tab(api, blocks, shelf)
+                build_compose_tab(api, blocks, tray)
     blocks.queue(default_concurrency_limit=8, max_size=64, api_open=False)
     return blocks
 
 
-def _theme() -> gr.themes.Base:
+def _make_theme() -> gr.themes.Base:
     return gr.themes.Base(
         primary_hue="indigo", neutral_hue="slate", font=_FONT, font_mono=_MONO, radius_size="lg", text_size="md"
     ).set(

@@ -12,21 +12,21 @@ from fastapi import FastAPI
 
 from hyperlora.client import AsyncClient
 from hyperlora.errors import HyperloraError
-from hyperlora.service.ui.auth import key_of
+from hyperlora.service.ui.auth import decode_key_cookie
 
 
-class Asked(AsyncClient):
-    """A client that remembers the ``notices`` of the answers it got."""
+class RecordingClient(AsyncClient):
+    """A client that remembers the ``warnings`` of the answers it got."""
 
     def __init__(self, app: FastAPI, key: str | None, host: str) -> None:
-        self.notices: list[str] = []
+        self.warnings: list[str] = []
 
-        async def listen(response: httpx.Response) -> None:
-            if said := response.headers.get("Hyperlora-Notice"):
-                self.notices.append(said)
+        async def record_warning(response: httpx.Response) -> None:
+            if warning := response.headers.get("Hyperlora-Notice"):
+                self.warnings.append(warning)
 
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(host, 0))
-        super().__init__("http://127.0.0.1", key, transport=transport, event_hooks={"response": [listen]})
+        super().__init__("http://127.0.0.1", key, transport=transport, event_hooks={"response": [record_warning]})
 
 
 class Api:
@@ -36,24 +36,26 @@ class Api:
         self.app = app
 
     @asynccontextmanager
-    async def of(self, visitor: gr.Request) -> AsyncIterator[Asked]:
+    async def open_client(self, visitor: gr.Request) -> AsyncIterator[RecordingClient]:
         """Calls with the visitor's key and from the visitor's address. What the API refuses is shown as it says it."""
         try:
-            async with Asked(self.app, key_of(dict(visitor.cookies)), visitor.client.host) as client:
+            async with RecordingClient(
+                self.app, decode_key_cookie(dict(visitor.cookies)), visitor.client.host
+            ) as client:
                 yield client
         except HyperloraError as error:
-            raise refused(str(error)) from error
+            raise make_ui_error(str(error)) from error
 
 
-def refused(sentence: str) -> gr.Error:
+def make_ui_error(detail: str) -> gr.Error:
     """One sentence for the visitor, and nothing in the log."""
-    said = html.escape(f"{sentence[:1].upper()}{sentence[1:]}", quote=False)
-    return gr.Error(said, title="That did not work", print_exception=False)
+    message = html.escape(f"{detail[:1].upper()}{detail[1:]}", quote=False)
+    return gr.Error(message, title="That did not work", print_exception=False)
 
 
-def contents(paths: Any) -> list[bytes]:
+def read_uploads(paths: Any) -> list[bytes]:
     """The uploads of a gallery, which come as (path, caption), or of a list of files."""
     try:
         return [Path(item[0] if isinstance(item, tuple | list) else item).read_bytes() for item in paths or []]
     except FileNotFoundError as error:
-        raise refused("what was dropped here is no longer kept on the server: drop it again") from error
+        raise make_ui_error("what was dropped here is no longer kept on the server: drop it again") from error

@@ -1,4 +1,4 @@
-"""``Door``: who may see the page. With API keys it asks for one; without, only this machine may come in."""
+"""``UiAuthMiddleware``: who may see the page. With API keys it asks for one; without, only this machine may come in."""
 
 import html
 from base64 import urlsafe_b64decode, urlsafe_b64encode
@@ -12,57 +12,57 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hyperlora.service.errors import problem
-from hyperlora.service.security import Gate, require_local
+from hyperlora.service.errors import make_problem
+from hyperlora.service.security import ApiKeyAuth, check_local
 from hyperlora.service.ui.text import SIGN_IN
 
-COOKIE: Final = "hyperlora_key"
-_PROTECTION: Final = {
+COOKIE_NAME: Final = "hyperlora_key"
+_SECURITY_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
 
-def key_of(cookies: Mapping[str, str]) -> str | None:
+def decode_key_cookie(cookies: Mapping[str, str]) -> str | None:
     """The API key that a visitor gave."""
     try:
-        return urlsafe_b64decode(cookies.get(COOKIE, "")).decode() or None
+        return urlsafe_b64decode(cookies.get(COOKIE_NAME, "")).decode() or None
     except ValueError:
         return None
 
 
-class Door:
+class UiAuthMiddleware:
     """ASGI middleware around the page, also around its uploads. The key stays in a cookie that scripts cannot read and
     other sites cannot send; the page hands it on to the API, which checks it again."""
 
-    def __init__(self, app: ASGIApp, gate: Gate) -> None:
-        self.app, self.gate = app, gate
+    def __init__(self, app: ASGIApp, auth: ApiKeyAuth) -> None:
+        self.app, self.auth = app, auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (refusal := await self._refusal(scope, receive)) is not None:
-            await refusal(scope, receive, send)
+        if scope["type"] == "http" and (response := await self._check_access(scope, receive)) is not None:
+            await response(scope, receive, send)
         elif scope["type"] != "websocket":
-            await self.app(scope, receive, _protecting(send))
+            await self.app(scope, receive, _add_security_headers(send))
 
-    async def _refusal(self, scope: Scope, receive: Receive) -> Response | None:
+    async def _check_access(self, scope: Scope, receive: Receive) -> Response | None:
         headers = Headers(scope=scope)
         host = scope["client"][0] if scope.get("client") else "unknown"
         try:
-            if not self.gate.keys:
-                require_local(headers)
+            if not self.auth.key_digests:
+                check_local(headers)
                 return None
             if scope["method"] == "POST" and scope["path"] == "/sign-in":
                 return await self._sign_in(Request(scope, receive), host)
             cookie = SimpleCookie(headers.get("cookie", ""))
-            key = key_of({name: morsel.value for name, morsel in cookie.items()})
-            if key is not None and self.gate.knows(key):
+            key = decode_key_cookie({name: morsel.value for name, morsel in cookie.items()})
+            if key is not None and self.auth.is_valid(key):
                 return None
             if scope["path"] == "/":
-                return _form("")
-            self.gate.owner(key, host)  # raises, and counts
+                return _render_sign_in("")
+            self.auth.authenticate(key, host)  # raises, and counts
         except HTTPException as error:
-            return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+            return make_problem(error.status_code, str(error.detail), dict(error.headers or {}))
         return None
 
     async def _sign_in(self, request: Request, host: str) -> Response:
@@ -70,25 +70,25 @@ class Door:
             raise HTTPException(413, "an API key is shorter than that")
         key = str((await request.form()).get("key", "")).strip()
         try:
-            self.gate.owner(key, host)
+            self.auth.authenticate(key, host)
         except HTTPException as error:
-            known = "this is no API key of this server" if error.status_code == 401 else str(error.detail)
-            return _form(known, error.status_code)
-        answer = RedirectResponse("/", 303, _PROTECTION)
+            message = "this is no API key of this server" if error.status_code == 401 else str(error.detail)
+            return _render_sign_in(message, error.status_code)
+        response = RedirectResponse("/", 303, _SECURITY_HEADERS)
         value = urlsafe_b64encode(key.encode()).decode()
-        answer.set_cookie(COOKIE, value, httponly=True, samesite="strict", secure=request.url.scheme == "https")
-        return answer
+        response.set_cookie(COOKIE_NAME, value, httponly=True, samesite="strict", secure=request.url.scheme == "https")
+        return response
 
 
-def _form(sentence: str, status: int = 200) -> Response:
-    return HTMLResponse(SIGN_IN.replace("SENTENCE", html.escape(sentence)), status, _PROTECTION)
+def _render_sign_in(message: str, status: int = 200) -> Response:
+    return HTMLResponse(SIGN_IN.replace("SENTENCE", html.escape(message)), status, _SECURITY_HEADERS)
 
 
-def _protecting(send: Send) -> Send:
-    async def protected(message: Message) -> None:
+def _add_security_headers(send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            added = [(name.lower().encode(), value.encode()) for name, value in _PROTECTION.items()]
-            message["headers"] = [*message.get("headers", []), *added]
+            security_headers = [(name.lower().encode(), value.encode()) for name, value in _SECURITY_HEADERS.items()]
+            message["headers"] = [*message.get("headers", []), *security_headers]
         await send(message)
 
-    return protected
+    return send_with_headers

@@ -16,20 +16,20 @@ button { border: 0; border-radius: .5rem; background: #4f46e5; color: white } in
 <form method="post" action="/sign-in"><h1>hyperlora</h1><label for="key">This server asks for an API key.</label>
 <input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
 <p class="wrong" role="alert">SENTENCE</p><button>Come in</button></form></html>"""
-NO_PORTRAITS: Final = """<div class="empty"><b>Portraits appear here</b>
+EMPTY_PORTRAITS: Final = """<div class="empty"><b>Portraits appear here</b>
 <p>Add one or more photos of the same person, choose a prompt, and press the button. The LoRA takes a moment, the
 portraits a few seconds.</p></div>"""
-NO_EDITS: Final = """<div class="empty"><b>Edited pictures appear here</b>
+EMPTY_EDITS: Final = """<div class="empty"><b>Edited pictures appear here</b>
 <p>Give the same picture before and after an edit. The LoRA of the change does the same to other pictures.</p></div>"""
-NO_COMPOSITION: Final = """<div class="empty"><b>Pictures appear here</b>
+EMPTY_COMPOSITION: Final = """<div class="empty"><b>Pictures appear here</b>
 <p>LoRAs made in this window are there already; add files of your own, up to six in all.</p></div>"""
-NO_LORAS: Final = "<p class='aside'>No LoRA yet: make one from photos, or add a file.</p>"
+EMPTY_TRAY: Final = "<p class='aside'>No LoRA yet: make one from photos, or add a file.</p>"
 STRATEGIES: Final = [
     ("Merge: all at once, in one LoRA", "merge"),
     ("Switch: one after another, step by step", "switch"),
     ("Composite: each draws, the results are averaged", "composite"),
 ]
-_AVATARS: Final = {
+_AVATAR_PROMPTS: Final = {
     "Red hoodie": "smiling, open eyes, wearing a red hoodie, sky background",
     "Sunglasses": "serious, open eyes, wearing a black t-shirt, sunglasses, orange background",
     "White tuxedo": "laughing, happy eyes, wearing a white tuxedo, gray background",
@@ -37,28 +37,33 @@ _AVATARS: Final = {
     "Blue overall": "screaming, surprised eyes, wearing a blue overall, white background",
     "Spacesuit": "grimacing, side eyes, wearing a spacesuit, glasses, blue background",
 }
-_ANY: Final = {"Portrait": "", "Smiling": "smiling", "Outdoors": "outdoors, soft light", "Drawing": "pencil drawing"}
+_GENERIC_PROMPTS: Final = {
+    "Portrait": "",
+    "Smiling": "smiling",
+    "Outdoors": "outdoors, soft light",
+    "Drawing": "pencil drawing",
+}
 
 
-def presets(facts: dict[str, Any]) -> dict[str, str]:
+def get_prompt_presets(model_info: dict[str, Any]) -> dict[str, str]:
     """Prompts in the words that a model's base knows, by the label of their chip."""
-    who = f"a portrait of {facts['trigger_phrase'] or 'a person'}"
-    endings = _AVATARS if facts["base"].endswith("avatars/base") else _ANY
-    return {label: ", ".join(filter(None, (who, ending))) for label, ending in endings.items()}
+    subject_phrase = f"a portrait of {model_info['trigger_phrase'] or 'a person'}"
+    prompts_by_label = _AVATAR_PROMPTS if model_info["base"].endswith("avatars/base") else _GENERIC_PROMPTS
+    return {label: ", ".join(filter(None, (subject_phrase, ending))) for label, ending in prompts_by_label.items()}
 
 
-def alike(score: float) -> str:
+def get_similarity_label(similarity: float) -> str:
     """A likeness in plain words."""
-    words = ((0.8, "very alike"), (0.55, "clearly alike"), (0.3, "somewhat alike"), (0.1, "hardly alike"))
-    return next((said for least, said in words if score >= least), "could be anyone")
+    labels = ((0.8, "very alike"), (0.55, "clearly alike"), (0.3, "somewhat alike"), (0.1, "hardly alike"))
+    return next((said for least, said in labels if similarity >= least), "could be anyone")
 
 
-def number(score: float) -> str:
+def format_score(score: float) -> str:
     """Two decimals, with a real minus sign."""
     return f"{score + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
-def snippet(base: str, file: str, prompt: str) -> str:
+def make_snippet(base: str, file: str, prompt: str) -> str:
     """A program that draws with the file in plain diffusers."""
     return f'''from diffusers import DiffusionPipeline
 
@@ -69,7 +74,7 @@ picture.save("portrait.png")
 '''
 
 
-def edit_snippet(base: str, file: str) -> str:
+def make_edit_snippet(base: str, file: str) -> str:
     """A program that makes the change on a picture in plain diffusers."""
     return f'''from diffusers import DiffusionPipeline
 from PIL import Image

@@ -6,36 +6,36 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from hyperlora.errors import BadRequest
+from hyperlora.errors import InvalidArgumentError
 
 
-class FolderData(L.LightningDataModule):
+class FolderDataModule(L.LightningDataModule):
     """Subclasses have ``folder``, ``batch_size`` and ``workers`` among their hyperparameters, say what a sample is, and
-    make the two datasets. Raises ``BadRequest`` for fewer samples than one training step takes."""
+    make the two datasets. Raises ``InvalidArgumentError`` for fewer samples than one training step takes."""
 
-    noun = "samples"
-    collate: Callable[[list[Any]], Any] | None = None
+    sample_noun = "samples"
+    collate_fn: Callable[[list[Any]], Any] | None = None
 
-    def dataset(self, training: bool) -> Dataset[dict[str, Any]]:
+    def make_dataset(self, training: bool) -> Dataset[dict[str, Any]]:
         """Of training, or of validation."""
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        data, h = self.dataset(True), self.hparams
-        found = len(data)  # type: ignore[arg-type]
-        together = h["batch_size"] * (self.trainer.world_size if self.trainer else 1)
-        if found < together:
-            raise BadRequest(
-                f"{h['folder']!r} holds {found} {self.noun}, one step takes {together}: add {self.noun}, or lower "
+        data, h = self.make_dataset(True), self.hparams
+        num_samples = len(data)  # type: ignore[arg-type]
+        samples_per_step = h["batch_size"] * (self.trainer.world_size if self.trainer else 1)
+        if num_samples < samples_per_step:
+            raise InvalidArgumentError(
+                f"{h['folder']!r} holds {num_samples} {self.sample_noun}, one step takes {samples_per_step}: add {self.sample_noun}, or lower "
                 f"batch_size ({h['batch_size']} per device)"
             )
-        return self._loader(data, shuffle=True, drop_last=True)
+        return self._make_loader(data, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self.dataset(False))
+        return self._make_loader(self.make_dataset(False))
 
-    def _loader(self, data: Dataset[dict[str, Any]], **options: Any) -> DataLoader[dict[str, Any]]:
-        size, workers = self.hparams["batch_size"], self.hparams["workers"]
-        if workers:
-            options |= {"num_workers": workers, "persistent_workers": True, "pin_memory": True}
-        return DataLoader(data, size, collate_fn=type(self).collate, **options)
+    def _make_loader(self, data: Dataset[dict[str, Any]], **loader_kwargs: Any) -> DataLoader[dict[str, Any]]:
+        batch_size, num_workers = self.hparams["batch_size"], self.hparams["workers"]
+        if num_workers:
+            loader_kwargs |= {"num_workers": num_workers, "persistent_workers": True, "pin_memory": True}
+        return DataLoader(data, batch_size, collate_fn=type(self).collate_fn, **loader_kwargs)

@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 from hyperlora.data.lora_dataset import LoraDataset
 
 
-class LoraRows(L.LightningDataModule):
+class LoraRowsDataModule(L.LightningDataModule):
     """Rows [batch, P] of a dataset of LoRAs (a build or a pack): its split ``train``, and the split ``validation`` of
     ``validation``, or of the same dataset."""
 

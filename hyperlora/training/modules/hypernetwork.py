@@ -8,27 +8,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hyperlora.diffusion.diffusion_base import denoiser_encoder, load_base
-from hyperlora.diffusion.lora_injection import injected
-from hyperlora.diffusion.losses import denoising_loss
-from hyperlora.diffusion.target_modules import layout_of
-from hyperlora.encoders.attribute_classifier import photo_encoder
+from hyperlora.diffusion.diffusion_base import load_diffusion_base, make_unet_encoder
+from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.losses import compute_denoising_loss
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.features import ImageFeatures
 from hyperlora.models.hypernetwork import Hypernetwork
 from hyperlora.pipelines.image_to_lora import Encoder, ImageToLora
-from hyperlora.training.auxiliary_losses import Misreading
-from hyperlora.training.optimizers import adamw_one_cycle
+from hyperlora.training.auxiliary_losses import AttributeLoss
+from hyperlora.training.optimizers import make_adamw_cosine
 
 
 class HypernetworkTraining(L.LightningModule):
-    """L = ‖denoising‖² + ``weight_loss`` ‖θ̂ - θ‖² + ``output_l2`` ‖θ̂‖²     (2307.06949, eq. 3; 2506.06105 for the last)
+    """L = ‖denoising‖² + ``code_loss_weight`` ‖θ̂ - θ‖² + ``delta_l2_weight`` ‖θ̂‖²     (2307.06949, eq. 3; 2506.06105 for the last)
 
-    Batches: ``photos`` [batch, views, 3, h, w] in [0, 1] (or ``tokens`` [batch, views, tokens, width], what the encoder
+    Batches: ``load_photos`` [batch, views, 3, h, w] in [0, 1] (or ``tokens`` [batch, views, tokens, width], what the encoder
     says about them), ``captions`` and ``latents`` [targets * batch, c, h, w] (or ``images`` in [0, 1], encoded here),
     target j of subject i at j * batch + i, ``subject`` [batch]. ``encoder`` is ``denoiser`` (the base itself), a
-    released reader's folder, or a timm id, with ``encoder_options``; it is frozen. ``targets`` is a file of codes
-    fitted beforehand (``python -m data_builder codes``) to the first so many subjects, for the weight loss. ``reader``
-    and ``reading_weight`` are ``BaseModel``'s; all that a target shows is known, by its prompt or by the photos.
+    released reader's folder, or a timm id, with ``encoder_options``; it is frozen. ``code_targets`` is a file of codes
+    fitted beforehand (``python -m data_builder code_targets``) to the first so many subjects, for the weight loss. ``attribute_classifier``
+    and ``attribute_loss_weight`` are ``TextToImageTraining``'s; all that a target shows is known, by its prompt or by the photos.
     ``start_from`` is the folder of a released ``ImageToLora`` whose hypernetwork training goes on from. Every
     validation logs the denoising loss of unseen subjects without LoRA, with their own photo's and with another's:
     own < base < shuffled is the sign of learning.
@@ -38,18 +38,18 @@ class HypernetworkTraining(L.LightningModule):
         self,
         base: str,
         encoder: str,
-        out: str,
+        output_dir: str,
         preset: str = "attention",
         rank: int = 4,
         hypernetwork: dict[str, Any] | None = None,
         encoder_options: dict[str, Any] | None = None,
         base_options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        targets: str | None = None,
-        weight_loss: float = 0.0,
-        output_l2: float = 1e-3,
-        reader: str | None = None,
-        reading_weight: float = 0.0,
+        code_targets: str | None = None,
+        code_loss_weight: float = 0.0,
+        delta_l2_weight: float = 1e-3,
+        attribute_classifier: str | None = None,
+        attribute_loss_weight: float = 0.0,
         start_from: str | None = None,
         max_views: int = 8,
         lr: float = 3e-4,
@@ -58,20 +58,20 @@ class HypernetworkTraining(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         # a plain attribute in a tuple: the frozen base is no part of the checkpoint
-        self._base = (load_base(base, **(base_options or {})),)
-        layout = layout_of({self.denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
+        self._base = (load_diffusion_base(base, **(base_options or {})),)
+        layout = make_layout({self.denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
         if encoder == "denoiser":
-            vision: Encoder = denoiser_encoder(self.base, **(encoder_options or {}))
+            image_encoder: Encoder = make_unet_encoder(self.base, **(encoder_options or {}))
         else:
-            vision = photo_encoder(encoder, encoder_options)
+            image_encoder = load_image_encoder(encoder, encoder_options)
         if start_from is None:
-            network = Hypernetwork(layout, vision.width, **(hypernetwork or {}))
+            network = Hypernetwork(layout, image_encoder.width, **(hypernetwork or {}))
         else:
             network = ImageToLora.from_pretrained(start_from, base=self.base).hypernetwork.requires_grad_(True)
-            network.layout.require(layout)
-        self.model = ImageToLora(vision.requires_grad_(False), network, card)
-        self.misreading = Misreading(reader, reading_weight)
-        self.codes = load_file(targets)["codes"] if targets else None
+            network.layout.check_compatible(layout)
+        self.model = ImageToLora(image_encoder.requires_grad_(False), network, card)
+        self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
+        self.code_targets = load_file(code_targets)["codes"] if code_targets else None
         if gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
 
@@ -85,50 +85,58 @@ class HypernetworkTraining(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.base.pipeline.to(self.device)
-        self.misreading.to(self.device)
+        self.attribute_loss.to(self.device)
 
-    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self.model.encoder.eval()
-        features = self._features(batch)
-        views = int(torch.randint(1, min(features.tokens.shape[1], self.hparams["max_views"]) + 1, ()))
-        codes = self.model.hypernetwork.codes(ImageFeatures(features.tokens[:, :views]))
-        weights = self.model.hypernetwork.expand(codes)
-        with injected(self.base.denoiser, weights):
-            denoising = self._denoising(batch, self.misreading.of(batch.get("labels")))
-        size = weights.squared_norm()
-        loss = denoising + self.hparams["output_l2"] * size
-        self.log_dict({"train/loss": denoising, "train/delta": size.detach().sqrt()}, prog_bar=True)
-        if self.codes is not None and self.hparams["weight_loss"] > 0:
-            fitted = batch["subject"] < len(self.codes)
-            target = self.codes.to(codes)[batch["subject"][fitted]]
-            regression = torch.nn.functional.mse_loss(codes[fitted], target, reduction="sum") / len(codes)
-            self.log("train/weights", regression)
-            loss = loss + self.hparams["weight_loss"] * regression
+        features = self._encode_photos(batch)
+        num_views = int(torch.randint(1, min(features.tokens.shape[1], self.hparams["max_views"]) + 1, ()))
+        codes = self.model.hypernetwork.predict_codes(ImageFeatures(features.tokens[:, :num_views]))
+        weights = self.model.hypernetwork.decode_codes(codes)
+        with inject_lora(self.base.denoiser, weights):
+            diffusion_loss = self._compute_denoising_loss(batch, self.attribute_loss.make_loss_fn(batch.get("labels")))
+        delta_l2 = weights.compute_mean_squared_norm()
+        loss = diffusion_loss + self.hparams["delta_l2_weight"] * delta_l2
+        self.log_dict({"train/loss": diffusion_loss, "train/delta": delta_l2.detach().sqrt()}, prog_bar=True)
+        if self.code_targets is not None and self.hparams["code_loss_weight"] > 0:
+            has_target = batch["subject"] < len(self.code_targets)
+            target_codes = self.code_targets.to(codes)[batch["subject"][has_target]]
+            code_loss = torch.nn.functional.mse_loss(codes[has_target], target_codes, reduction="sum") / len(codes)
+            self.log("train/weights", code_loss)
+            loss = loss + self.hparams["code_loss_weight"] * code_loss
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        own = self.model.hypernetwork(ImageFeatures(self._features(batch).tokens[:, :1]))
-        other = own[torch.arange(len(own), device=self.device).roll(1)]
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        own_loras = self.model.hypernetwork(ImageFeatures(self._encode_photos(batch).tokens[:, :1]))
+        shuffled_loras = own_loras[torch.arange(len(own_loras), device=self.device).roll(1)]
         devices = [self.device] if self.device.type == "cuda" else []
-        for name, weights in (("base", own * 0.0), ("own", own), ("shuffled", other)):
-            with torch.random.fork_rng(devices), injected(self.base.denoiser, weights):
-                torch.manual_seed(batch_index)  # the same noise for all three, and every time
-                self.log(f"val/{name}", self._denoising(batch), prog_bar=True, batch_size=len(own), sync_dist=True)
+        for name, weights in (("base", own_loras * 0.0), ("own", own_loras), ("shuffled", shuffled_loras)):
+            with torch.random.fork_rng(devices), inject_lora(self.base.denoiser, weights):
+                torch.manual_seed(batch_idx)  # the same noise for all three, and every time
+                self.log(
+                    f"val/{name}",
+                    self._compute_denoising_loss(batch),
+                    prog_bar=True,
+                    batch_size=len(own_loras),
+                    sync_dist=True,
+                )
 
-    def _features(self, batch: dict[str, Any]) -> ImageFeatures:
-        return ImageFeatures(batch["tokens"]) if "tokens" in batch else self.model.features(batch["photos"])
+    def _encode_photos(self, batch: dict[str, Any]) -> ImageFeatures:
+        return ImageFeatures(batch["tokens"]) if "tokens" in batch else self.model.encode_photos(batch["photos"])
 
-    def _denoising(self, batch: dict[str, Any], also: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def _compute_denoising_loss(
+        self, batch: dict[str, Any], aux_loss_fn: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         latents = batch["latents"] if "latents" in batch else self.base.encode_images(batch["images"])
         conditions = self.base.encode_prompts(batch["captions"])
         # in float32: bfloat16 would round away the little noise of early timesteps
-        return denoising_loss(
-            self.base.denoiser, self.base.noise_schedule, latents.float(), also=also, **conditions
+        return compute_denoising_loss(
+            self.base.denoiser, self.base.noise_schedule, latents.float(), aux_loss_fn=aux_loss_fn, **conditions
         ).mean()
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            self.model.save_pretrained(self.hparams["out"])
+            self.model.save_pretrained(self.hparams["output_dir"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw_one_cycle(self, self.model.hypernetwork.parameters(), self.hparams["lr"])
+        return make_adamw_cosine(self, self.model.hypernetwork.parameters(), self.hparams["lr"])

@@ -9,39 +9,39 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from hyperlora.diffusion.diffusion_base import Texts, load_base
-from hyperlora.diffusion.lora_injection import injected
-from hyperlora.diffusion.losses import denoising_loss, edit_weight
-from hyperlora.diffusion.target_modules import layout_of
-from hyperlora.encoders.attribute_classifier import photo_encoder
-from hyperlora.errors import BadRequest
+from hyperlora.diffusion.diffusion_base import PromptCache, load_diffusion_base
+from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.losses import compute_denoising_loss, compute_edit_region_weights
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.encoders.attribute_classifier import load_image_encoder
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.models.pair_hypernetwork import ChangeNetwork
+from hyperlora.models.pair_hypernetwork import PairHypernetwork
 from hyperlora.pipelines.pair_to_lora import PairToLora
-from hyperlora.pipelines.prompt_lora import learn_words
-from hyperlora.training.auxiliary_losses import Misreading
-from hyperlora.training.optimizers import adamw_one_cycle, muon_one_cycle
+from hyperlora.pipelines.prompt_lora import set_instruction_texts
+from hyperlora.training.auxiliary_losses import AttributeLoss
+from hyperlora.training.optimizers import make_adamw_cosine, make_muon_cosine
 
 
-class ChangeTraining(L.LightningModule):
-    """L = ‖G(+Δ; B) - B'‖² + ``reverse`` ‖G(-Δ; B') - B‖² + ``output_l2`` ‖Δ‖² + ``telling`` C(words)
+class PairHypernetworkTraining(L.LightningModule):
+    """L = ‖G(+Δ; B) - B'‖² + ``reverse_weight`` ‖G(-Δ; B') - B‖² + ``delta_l2_weight`` ‖Δ‖² + ``instruction_loss_weight`` C(words)
 
     with Δ = H(A, A') (2411.19156, §3.3). The first norms are the edit base's denoising loss, with what it is shown
-    beside the noise before the semicolon; ``denoising`` false leaves them out. The last one is ``Vocabulary.loss``: of
+    beside the noise before the semicolon; ``use_denoising_loss`` false leaves them out. The last one is ``InstructionVocabulary.loss``: of
     a network with ``words``, which learns from the instructions what a change is called.
 
     Batches: ``pairs`` [batch, views, 2, 3, h, w] in [0, 1], A and A' of each, or what the frozen encoder says about
     them, ``tokens`` [batch, views, 2, tokens, width]; ``before`` and ``after`` [batch, c, h, w], latents of B and B'
     (or ``images`` [batch, 2, 3, h, w] in [0, 1], encoded here); ``instructions``, batch strings, shown to the base with
-    probability ``instructed`` and else left empty, and, if known, ``undoing``, those of the way back.
-    With probability ``exchange`` a sample's two sides change places (random exchange). ``encoder`` is a released
+    probability ``instruction_prob`` and else left empty, and, if known, ``undoing``, those of the way back.
+    With probability ``swap_prob`` a sample's two sides change places (random exchange). ``encoder`` is a released
     reader's folder or a timm id with ``encoder_options``; it learns too unless ``freeze_encoder``.
-    Places that the edit changes count up to ``change_weight`` times more than the rest. ``start_from`` is the folder of
+    Places that the edit changes count up to ``edit_region_weight`` times more than the rest. ``start_from`` is the folder of
     a released ``PairToLora`` that training goes on from (the second of the paper's two stages).
-    ``network["words"]["vocabulary"]`` may be a JSON file. With ``freeze_words`` the part that finds words stays as it
-    is. ``reader`` and ``reading_weight`` are ``BaseModel``'s; ``labels`` of a batch are then those before and after.
-    With ``muon`` the words' hidden matrices learn by ``Muon``.
+    ``network["words"]["build_vocabulary"]`` may be a JSON file. With ``freeze_instruction_head`` the part that finds words stays as it
+    is. ``attribute_classifier`` and ``attribute_loss_weight`` are ``TextToImageTraining``'s; ``labels`` of a batch are then those before and after.
+    With ``use_muon`` the words' hidden matrices learn by ``Muon``.
     Every validation logs the loss with the pair's own LoRA, with another pair's and with none, and of undoing.
     """
 
@@ -49,52 +49,52 @@ class ChangeTraining(L.LightningModule):
         self,
         base: str,
         encoder: str,
-        out: str,
+        output_dir: str,
         preset: str = "attention+mlp",
         rank: int = 4,
         network: dict[str, Any] | None = None,
         encoder_options: dict[str, Any] | None = None,
         base_options: dict[str, Any] | None = None,
         freeze_encoder: bool = False,
-        freeze_words: bool = False,
+        freeze_instruction_head: bool = False,
         gradient_checkpointing: bool = False,
         start_from: str | None = None,
-        reverse: float = 1.0,
-        exchange: float = 0.5,
-        instructed: float = 0.0,
-        change_weight: float = 4.0,
+        reverse_weight: float = 1.0,
+        swap_prob: float = 0.5,
+        instruction_prob: float = 0.0,
+        edit_region_weight: float = 4.0,
         timestep_shift: float = 1.0,
-        output_l2: float = 1e-4,
-        denoising: bool = True,
-        telling: float = 0.0,
-        reader: str | None = None,
-        reading_weight: float = 0.0,
+        delta_l2_weight: float = 1e-4,
+        use_denoising_loss: bool = True,
+        instruction_loss_weight: float = 0.0,
+        attribute_classifier: str | None = None,
+        attribute_loss_weight: float = 0.0,
         max_views: int = 4,
         lr: float = 6e-4,
-        muon: bool = False,
+        use_muon: bool = False,
         card: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not denoising and not telling:
-            raise BadRequest("nothing to learn from: denoising is off and telling is 0; give one of them")
+        if not use_denoising_loss and not instruction_loss_weight:
+            raise InvalidArgumentError("nothing to learn from: denoising is off and telling is 0; give one of them")
         self.save_hyperparameters()
         # a plain attribute in a tuple: the frozen base is no part of the checkpoint
-        self._base = (load_base(base, **(base_options or {})),)
-        self.texts: Texts = {}
+        self._base = (load_diffusion_base(base, **(base_options or {})),)
+        self.prompt_cache: PromptCache = {}
         if start_from is not None:
             self.model = PairToLora.from_pretrained(start_from, base=self.base).requires_grad_(True)
         else:
-            component = next(iter(self.base.modules))
-            layout = layout_of({component: self.base.denoiser}, preset, rank, self.base.id)
-            vision = photo_encoder(encoder, encoder_options)
+            denoiser_name = next(iter(self.base.modules))
+            layout = make_layout({denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
+            image_encoder = load_image_encoder(encoder, encoder_options)
             self.model = PairToLora(
-                vision, ChangeNetwork(layout, vision.width, **_with_vocabulary(network or {})), card
+                image_encoder, PairHypernetwork(layout, image_encoder.width, **_load_vocabulary(network or {})), card
             )
         self.model.encoder.requires_grad_(not freeze_encoder)
-        if self.model.network.wording is not None:
-            self.model.network.wording.requires_grad_(not freeze_words)
-        learn_words(self.model.network, self.base)
-        self.misreading = Misreading(reader, reading_weight)
+        if self.model.network.instruction_head is not None:
+            self.model.network.instruction_head.requires_grad_(not freeze_instruction_head)
+        set_instruction_texts(self.model.network, self.base)
+        self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
         if gradient_checkpointing:
             self.base.denoiser.enable_gradient_checkpointing()
 
@@ -104,91 +104,105 @@ class ChangeTraining(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.base.pipeline.to(self.device)
-        self.misreading.to(self.device)
-        learn_words(self.model.network, self.base)  # again: a checkpoint holds those of the base it was trained with
+        self.attribute_loss.to(self.device)
+        set_instruction_texts(
+            self.model.network, self.base
+        )  # again: a checkpoint holds those of the base it was trained with
 
-    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self.model.encoder.eval()  # statistics of batch norms stay as they were learned
-        n, most = batch["tokens" if "tokens" in batch else "pairs"].shape[:2]
-        swapped = torch.rand(n, device=self.device) < self.hparams["exchange"]
-        views = int(torch.randint(1, min(most, self.hparams["max_views"]) + 1, ()))
-        seen = _exchanged(*self._seen(batch, views), swapped)
-        if self.model.network.wording is not None:  # what is usual is learned with words alone, in large batches
-            self.model.network.wording.usual.train(not self.hparams["denoising"])
+        batch_size, num_pairs = batch["tokens" if "tokens" in batch else "pairs"].shape[:2]
+        swap_mask = torch.rand(batch_size, device=self.device) < self.hparams["swap_prob"]
+        num_views = int(torch.randint(1, min(num_pairs, self.hparams["max_views"]) + 1, ()))
+        pair_features = _swap_features(*self._encode_pairs(batch, num_views), swap_mask)
+        if (
+            self.model.network.instruction_head is not None
+        ):  # what is usual is learned with words alone, in large batches
+            self.model.network.instruction_head.input_norm.train(not self.hparams["use_denoising_loss"])
         loss = torch.zeros((), device=self.device)
-        if telling := self.hparams["telling"]:
-            mistold, _ = self._mistold(batch, swapped, *seen)
-            self.log("train/words", told := mistold.mean(), prog_bar=True)
-            loss = loss + telling * told
-        if self.hparams["denoising"]:
-            weights = self.model.from_features(*seen)
-            loss = loss + self._through_base(batch, swapped, weights)
-            loss = loss + self.hparams["output_l2"] * weights.squared_norm()
+        if instruction_loss_weight := self.hparams["instruction_loss_weight"]:
+            instruction_losses, _ = self._compute_instruction_loss(batch, swap_mask, *pair_features)
+            self.log("train/words", instruction_loss := instruction_losses.mean(), prog_bar=True)
+            loss = loss + instruction_loss_weight * instruction_loss
+        if self.hparams["use_denoising_loss"]:
+            weights = self.model.generate_from_features(*pair_features)
+            loss = loss + self._compute_edit_loss(batch, swap_mask, weights)
+            loss = loss + self.hparams["delta_l2_weight"] * weights.compute_mean_squared_norm()
         return loss
 
-    def _through_base(self, batch: dict[str, Any], swapped: Tensor, weights: LoraWeights) -> Tensor:
+    def _compute_edit_loss(self, batch: dict[str, Any], swap_mask: Tensor, weights: LoraWeights) -> Tensor:
         """Both directions' denoising losses."""
-        before, after = self._sides(batch)
-        place = swapped.view(-1, 1, 1, 1)
-        before, after = torch.where(place, after, before), torch.where(place, before, after)
-        shown = (torch.rand(len(swapped)) < self.hparams["instructed"]).tolist()
-        words = zip(batch["instructions"], shown, swapped.tolist(), strict=True)
-        texts = [w if keep and not s else "" for w, keep, s in words]
-        first, second = _labels(batch.get("labels"), swapped)
-        loss = self._denoising(weights, before, after, texts, self.misreading.of(second))
+        before, after = self._get_edit_latents(batch)
+        swap_latents = swap_mask.view(-1, 1, 1, 1)
+        before, after = torch.where(swap_latents, after, before), torch.where(swap_latents, before, after)
+        use_instruction = (torch.rand(len(swap_mask)) < self.hparams["instruction_prob"]).tolist()
+        instruction_flags = zip(batch["instructions"], use_instruction, swap_mask.tolist(), strict=True)
+        instructions = [w if keep and not s else "" for w, keep, s in instruction_flags]
+        labels_before, labels_after = _swap_labels(batch.get("labels"), swap_mask)
+        loss = self._compute_denoising_loss(
+            weights, before, after, instructions, self.attribute_loss.make_loss_fn(labels_after)
+        )
         self.log("train/loss", loss, prog_bar=True)
-        if self.hparams["reverse"]:
-            undone = self._denoising(-weights, after, before, [""] * len(texts), self.misreading.of(first))
-            self.log("train/reverse", undone, prog_bar=True)
-            loss = loss + self.hparams["reverse"] * undone
+        if self.hparams["reverse_weight"]:
+            reverse_loss = self._compute_denoising_loss(
+                -weights, after, before, [""] * len(instructions), self.attribute_loss.make_loss_fn(labels_before)
+            )
+            self.log("train/reverse", reverse_loss, prog_bar=True)
+            loss = loss + self.hparams["reverse_weight"] * reverse_loss
         return loss
 
-    def _mistold(
-        self, batch: dict[str, Any], swapped: Tensor, before: ImageFeatures, after: ImageFeatures
+    def _compute_instruction_loss(
+        self, batch: dict[str, Any], swap_mask: Tensor, before: ImageFeatures, after: ImageFeatures
     ) -> tuple[Tensor, Tensor]:
         """The loss of what is said of each change, and whether it is right, [n]; 0 of the way back where the words for
         it are not known."""
-        back = batch.get("undoing")
-        ways = zip(batch["instructions"], back or batch["instructions"], swapped.tolist(), strict=True)
-        wording = self.model.network.wording
-        assert wording is not None
-        meant = wording.vocabulary.meant([undo if turned else do for do, undo, turned in ways]).to(self.device)
-        said = wording.said(self.model.network.joined(before, after)).float()
-        known = torch.ones_like(swapped) if back is not None else ~swapped
-        return wording.vocabulary.loss(said, meant) * known, wording.vocabulary.right(said, meant) & known
+        undo_instructions = batch.get("undoing")
+        instruction_pairs = zip(
+            batch["instructions"], undo_instructions or batch["instructions"], swap_mask.tolist(), strict=True
+        )
+        instruction_head = self.model.network.instruction_head
+        assert instruction_head is not None
+        target = instruction_head.vocabulary.encode(
+            [undo if turned else do for do, undo, turned in instruction_pairs]
+        ).to(self.device)
+        logits = instruction_head.forward_logits(self.model.network.fuse_pair(before, after)).float()
+        is_known = torch.ones_like(swap_mask) if undo_instructions is not None else ~swap_mask
+        return instruction_head.vocabulary.compute_loss(
+            logits, target
+        ) * is_known, instruction_head.vocabulary.is_correct(logits, target) & is_known
 
-    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        seen = self._seen(batch, 1)
-        if self.hparams["telling"]:
-            forward = torch.zeros(n := len(batch["instructions"]), dtype=torch.bool, device=self.device)
-            mistold, right = self._mistold(batch, forward, *seen)
-            self.log("val/words", mistold.mean(), prog_bar=True, batch_size=n)
-            self.log("val/said", right.float().mean(), prog_bar=True, batch_size=n)
-        if not self.hparams["denoising"]:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        pair_features = self._encode_pairs(batch, 1)
+        if self.hparams["instruction_loss_weight"]:
+            no_swap = torch.zeros(batch_size := len(batch["instructions"]), dtype=torch.bool, device=self.device)
+            instruction_losses, is_correct = self._compute_instruction_loss(batch, no_swap, *pair_features)
+            self.log("val/words", instruction_losses.mean(), prog_bar=True, batch_size=batch_size)
+            self.log("val/said", is_correct.float().mean(), prog_bar=True, batch_size=batch_size)
+        if not self.hparams["use_denoising_loss"]:
             return
-        own = self.model.from_features(*seen)
-        before, after = self._sides(batch)
-        other = own[torch.arange(len(own), device=self.device).roll(1)]
+        own_loras = self.model.generate_from_features(*pair_features)
+        before, after = self._get_edit_latents(batch)
+        shuffled_loras = own_loras[torch.arange(len(own_loras), device=self.device).roll(1)]
         cases = {
-            "base": (own * 0.0, before, after), "own": (own, before, after), "shuffled": (other, before, after),
-            "reverse": (-own, after, before),
+            "base": (own_loras * 0.0, before, after), "own": (own_loras, before, after), "shuffled": (shuffled_loras, before, after),
+            "reverse": (-own_loras, after, before),
         }  # fmt: skip
         devices = [self.device] if self.device.type == "cuda" else []
-        for name, (weights, shown, wanted) in cases.items():
+        for name, (weights, input_latents, target_latents) in cases.items():
             with torch.random.fork_rng(devices):
-                torch.manual_seed(batch_index)  # the same noise for all, and every time
-                loss = self._denoising(weights, shown, wanted, [""] * len(own))
-            self.log(f"val/{name}", loss, prog_bar=True, batch_size=len(own), sync_dist=True)
+                torch.manual_seed(batch_idx)  # the same noise for all, and every time
+                loss = self._compute_denoising_loss(weights, input_latents, target_latents, [""] * len(own_loras))
+            self.log(f"val/{name}", loss, prog_bar=True, batch_size=len(own_loras), sync_dist=True)
 
-    def _seen(self, batch: dict[str, Any], views: int) -> tuple[ImageFeatures, ImageFeatures]:
-        """Of the first ``views`` pairs, the pictures before and after."""
+    def _encode_pairs(self, batch: dict[str, Any], num_views: int) -> tuple[ImageFeatures, ImageFeatures]:
+        """Of the first ``num_views`` pairs, the pictures before and after."""
         if "tokens" in batch:
-            before, after = batch["tokens"][:, :views].float().unbind(2)
+            before, after = batch["tokens"][:, :num_views].float().unbind(2)
             return ImageFeatures(before), ImageFeatures(after)
-        before, after = batch["pairs"][:, :views].unbind(2)
+        before, after = batch["pairs"][:, :num_views].unbind(2)
         return self.model.encoder(before), self.model.encoder(after)
 
-    def _sides(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _get_edit_latents(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Latents of B and B'."""
         if "before" in batch:
             return batch["before"].float(), batch["after"].float()
@@ -196,67 +210,75 @@ class ChangeTraining(L.LightningModule):
         before, after = (self.base.encode_images(batch["images"][:, i]).float() for i in (0, 1))
         return before, after
 
-    def _denoising(
-        self, weights: LoraWeights, seen: Tensor, wanted: Tensor, texts: list[str],
-        also: Callable[[Tensor], Tensor] | None = None,
+    def _compute_denoising_loss(
+        self, weights: LoraWeights, input_latents: Tensor, target_latents: Tensor, instructions: list[str],
+        aux_loss_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        with injected(self.base.denoiser, weights):
-            return denoising_loss(
+        with inject_lora(self.base.denoiser, weights):
+            return compute_denoising_loss(
                 self.base.denoiser,
                 self.base.noise_schedule,
-                wanted,
+                target_latents,
                 shift=self.hparams["timestep_shift"],
-                beside=seen / self.base.pipeline.vae.config.scaling_factor,
-                weight=edit_weight(seen, wanted, self.hparams["change_weight"]),
-                also=also,
-                sure=1.0,
-                **self.base.encode_prompts(texts, self.texts),
+                cond_latents=input_latents / self.base.pipeline.vae.config.scaling_factor,
+                weight=compute_edit_region_weights(input_latents, target_latents, self.hparams["edit_region_weight"]),
+                aux_loss_fn=aux_loss_fn,
+                aux_loss_weight=1.0,
+                **self.base.encode_prompts(instructions, self.prompt_cache),
             ).mean()
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            self.model.save_pretrained(self.hparams["out"])
+            self.model.save_pretrained(self.hparams["output_dir"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        if not self.hparams["muon"]:
-            return adamw_one_cycle(self, self.model.parameters(), self.hparams["lr"])
-        hidden = self.model.network.wording.hidden_matrices() if self.model.network.wording else []
-        known = {id(parameter) for parameter in hidden}
-        others = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
-        return muon_one_cycle(self, hidden, others, self.hparams["lr"])
+        if not self.hparams["use_muon"]:
+            return make_adamw_cosine(self, self.model.parameters(), self.hparams["lr"])
+        matrices = (
+            self.model.network.instruction_head.get_hidden_matrices() if self.model.network.instruction_head else []
+        )
+        matrix_ids = {id(parameter) for parameter in matrices}
+        other_params = [parameter for parameter in self.model.parameters() if id(parameter) not in matrix_ids]
+        return make_muon_cosine(self, matrices, other_params, self.hparams["lr"])
 
 
-def _with_vocabulary(network: dict[str, Any]) -> dict[str, Any]:
-    """``network`` with the vocabulary of its words read, if that is a file. Raises ``BadRequest`` for one that is not
+def _load_vocabulary(network: dict[str, Any]) -> dict[str, Any]:
+    """``network`` with the vocabulary of its words read, if that is a file. Raises ``InvalidArgumentError`` for one that is not
     there or holds something else."""
-    words = network.get("words") or {}
-    file = words.get("vocabulary")
-    if not isinstance(file, str):
+    head_options = network.get("words") or {}
+    path = head_options.get("vocabulary")
+    if not isinstance(path, str):
         return network
     try:
-        vocabulary = json.loads(Path(file).read_text())
+        vocabulary = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise BadRequest(
-            f"vocabulary {file!r} is no JSON file with choices and mixtures of prompts: `python -m data_builder edits` "
+        raise InvalidArgumentError(
+            f"vocabulary {path!r} is no JSON file with choices and mixtures of prompts: `python -m data_builder edits` "
             "writes one beside its pictures"
         ) from error
-    return network | {"words": words | {"vocabulary": vocabulary}}
+    return network | {"words": head_options | {"vocabulary": vocabulary}}
 
 
-def _exchanged(before: ImageFeatures, after: ImageFeatures, swapped: Tensor) -> tuple[ImageFeatures, ImageFeatures]:
-    """The samples ``swapped`` [n] with their sides changed."""
-    place = swapped.view(-1, 1, 1, 1)
-    one, other = before.tokens, after.tokens
-    return ImageFeatures(torch.where(place, other, one)), ImageFeatures(torch.where(place, one, other))
+def _swap_features(
+    before: ImageFeatures, after: ImageFeatures, swap_mask: Tensor
+) -> tuple[ImageFeatures, ImageFeatures]:
+    """The samples ``swap_mask`` [n] with their sides changed."""
+    swap_tokens = swap_mask.view(-1, 1, 1, 1)
+    tokens_before, tokens_after = before.tokens, after.tokens
+    return ImageFeatures(torch.where(swap_tokens, tokens_after, tokens_before)), ImageFeatures(
+        torch.where(swap_tokens, tokens_before, tokens_after)
+    )
 
 
-Labels = dict[str, Tensor]
+AttributeLabels = dict[str, Tensor]
 
 
-def _labels(labels: Sequence[Labels] | None, swapped: Tensor) -> tuple[Labels | None, Labels | None]:
-    """Labels before and after, if there are any, the samples ``swapped`` [n] having changed places."""
+def _swap_labels(
+    labels: Sequence[AttributeLabels] | None, swap_mask: Tensor
+) -> tuple[AttributeLabels | None, AttributeLabels | None]:
+    """Labels before and after, if there are any, the samples ``swap_mask`` [n] having changed places."""
     if labels is None:
         return None, None
     before, after = labels
-    first = {k: torch.where(swapped, after[k], before[k]) for k in before}
-    return first, {k: torch.where(swapped, before[k], after[k]) for k in before}
+    labels_before = {k: torch.where(swap_mask, after[k], before[k]) for k in before}
+    return labels_before, {k: torch.where(swap_mask, before[k], after[k]) for k in before}

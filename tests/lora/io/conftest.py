@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from hyperlora.diffusion.target_modules import layout_of
+from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.lora.weights import LoraWeights
 
 settings.register_profile("tensors", deadline=None, max_examples=40, database=None)
@@ -25,7 +25,7 @@ def random_lora() -> Callable[..., LoraWeights]:
     def make(
         modules: dict[str, nn.Module], preset: str = "attention+conv", rank: int = 3, seed: int = 0
     ) -> LoraWeights:
-        layout = layout_of(modules, preset, rank, "tiny/base")
+        layout = make_layout(modules, preset, rank, "tiny/base")
         generator = torch.Generator().manual_seed(seed)
         return LoraWeights.unflatten(layout, 0.2 * torch.randn(layout.numel, generator=generator))
 

@@ -1,4 +1,4 @@
-"""Files load in real diffusers pipelines, completely and silently, and act there as ``injected`` acts here."""
+"""Files load in real diffusers pipelines, completely and silently, and act there as ``inject_lora`` acts here."""
 
 import json
 import logging
@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hyperlora.diffusion.lora_injection import injected
-from hyperlora.diffusion.target_modules import layout_of
+from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.lora.io.load import load_lora
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
 
@@ -56,8 +56,8 @@ def outputs(pipe: Any) -> dict[str, Tensor]:
 def assert_all_taken(module: nn.Module, lora: LoraWeights, component: str) -> None:
     """Exactly the sites of ``component`` carry an adapter, with the LoRA's own numbers."""
     adapted = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
-    assert set(adapted) == {site.path for site in lora.layout.sites if site.component == component}
-    for site, down, up in zip(lora.layout.sites, lora.down, lora.up, strict=True):
+    assert set(adapted) == {site.path for site in lora.layout.targets if site.component == component}
+    for site, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
         if site.component == component:
             layer = adapted[site.path]
             (adapter,) = layer.lora_A
@@ -79,9 +79,9 @@ def test_a_pipeline_takes_every_key_and_acts_alike(
 ) -> None:
     lora = random_lora(modules, preset)
     plain = outputs(pipe)
-    with injected(modules, lora):
+    with inject_lora(modules, lora):
         mine = outputs(pipe)
-    path = save_lora(lora, tmp_path / "x.safetensors", format=format, header=LoraHeader(title="Ada"))
+    path = save_lora(lora, tmp_path / "x.safetensors", format=format, metadata=LoraMetadata(title="Ada"))
     complaints = len(warnings())
     pipe.load_lora_weights(str(path))
     assert warnings()[complaints:] == []
@@ -104,7 +104,7 @@ def test_a_dit_takes_every_key_and_acts_alike(
         "pooled_projections": torch.randn(2, 8, generator=generator),
         "timestep": torch.tensor([10.0, 500.0]),
     }
-    with torch.no_grad(), injected(transformer, lora):
+    with torch.no_grad(), inject_lora(transformer, lora):
         mine = transformer(**inputs).sample
     path = save_lora(lora, tmp_path / "x.safetensors")
     complaints = len(warnings())
@@ -129,7 +129,7 @@ def test_sdxl_file_maps_both_text_encoders_by_diffusers_own_reader(
         load_file(path), unet_config=modules["unet"].config
     )
     counts = {component: sum(key.startswith(f"{component}.") for key in state) for component in modules}
-    sites = [site.component for site in lora.layout.sites]
+    sites = [site.component for site in lora.layout.targets]
     assert counts == {component: 2 * sites.count(component) for component in modules}
     assert set(alphas.values()) == {3.0}
 
@@ -144,16 +144,16 @@ def test_alpha_other_than_rank_reads_as_diffusers_reads_it(
     if format == "kohya":
         tensors = {key: torch.tensor(2.0) if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
     else:
-        names = [site.path for site in lora.layout.sites]
+        names = [site.path for site in lora.layout.targets]
         config = {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": names}
         metadata = {"lora_adapter_metadata": json.dumps(config)}
     save_file(tensors, path, metadata=metadata)
     read = load_lora(path, modules=modules).weights
-    with injected({"unet": pipe.unet}, read):
+    with inject_lora({"unet": pipe.unet}, read):
         mine = outputs(pipe)
     pipe.load_lora_weights(str(path))
     torch.testing.assert_close(outputs(pipe)["noise"], mine["noise"], **SEEING)
-    for delta, full in zip(read.delta(), lora.delta(), strict=True):
+    for delta, full in zip(read.get_delta_weights(), lora.get_delta_weights(), strict=True):
         torch.testing.assert_close(delta, full / 2)
 
 
@@ -165,10 +165,10 @@ def test_files_written_by_diffusers_are_read(
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    layout = layout_of(modules, preset, 4, "tiny/base")
+    layout = make_layout(modules, preset, 4, "tiny/base")
     layers, configs = {}, {}
     for component, module in modules.items():
-        paths = [site.path for site in layout.sites if site.component == component]
+        paths = [site.path for site in layout.targets if site.component == component]
         config = LoraConfig(r=4, lora_alpha=6, target_modules=paths, init_lora_weights=False)
         module.add_adapter(config)  # type: ignore[operator]
         layers[component] = (
@@ -187,8 +187,8 @@ def test_files_written_by_diffusers_are_read(
     )
     pipe.unload_lora_weights()
     lora = load_lora(tmp_path / "pytorch_lora_weights.safetensors", modules=modules).weights
-    assert len(lora.layout.sites) == len(layout.sites)
-    with injected(modules, lora):
+    assert len(lora.layout.targets) == len(layout.targets)
+    with inject_lora(modules, lora):
         mine = outputs(pipe)
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, **SEEING)

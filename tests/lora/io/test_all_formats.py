@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from hyperlora.diffusion.target_modules import layout_of
-from hyperlora.errors import BadRequest
-from hyperlora.lora.io.keys import sgm_path
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.io.keys import convert_path_to_sgm
 from hyperlora.lora.io.load import load_lora
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
 
@@ -135,19 +135,19 @@ CASES = [
 def test_who_takes_the_whole_file(case: Case, tmp_path: Path) -> None:
     modules = BASES[case.base]()
     lora = random_lora(modules, case.preset, seed=1)
-    path = save_lora(lora, tmp_path / "x.safetensors", format=case.format, header=LoraHeader(title="matrix"))
+    path = save_lora(lora, tmp_path / "x.safetensors", format=case.format, metadata=LoraMetadata(title="matrix"))
     file = load_lora(path, modules=modules)
     assert torch.equal(file.weights.flatten(), lora.flatten())
-    assert file.header.title == "matrix"
+    assert file.metadata.title == "matrix"
     stems = {re.sub(r"\.(lora_(A|B|down|up)\.weight|alpha)$", "", key) for key in load_file(path)}
-    assert len(stems) == len(lora.layout.sites)
-    assert in_diffusers(case.base, modules, path) == {s.name for s in lora.layout.sites}
+    assert len(stems) == len(lora.layout.targets)
+    assert in_diffusers(case.base, modules, path) == {s.name for s in lora.layout.targets}
     assert (stems <= kohya_stems(case.base, modules)) == case.kohya
     assert (stems <= comfyui_stems(case.base, modules)) == case.comfyui
 
 
 def random_lora(modules: Mapping[str, nn.Module], preset: str, seed: int) -> LoraWeights:
-    layout = layout_of(modules, preset, 2, "tiny/base")
+    layout = make_layout(modules, preset, 2, "tiny/base")
     return LoraWeights.unflatten(layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed)))
 
 
@@ -276,14 +276,14 @@ KINDS = ((0, "resnets"), (1, "attentions"))
 
 def test_every_module_of_sdxl_has_an_sgm_name() -> None:
     names = list(layers(sdxl()["unet"]))
-    assert {name: sgm_path(name) for name in names} == {name: sgm_by_table(name) for name in names}
-    assert len({sgm_path(name) for name in names}) == len(names)
+    assert {name: convert_path_to_sgm(name) for name in names} == {name: sgm_by_table(name) for name in names}
+    assert len({convert_path_to_sgm(name) for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("base", ["sd3", "sd15"])
 def test_formats_that_cannot_hold_a_base_say_so(base: str, tmp_path: Path) -> None:
     lora = random_lora(BASES[base](), "attention+conv" if base == "sd15" else "attention", 0)
-    with pytest.raises(BadRequest, match=r"SDXL has no module|use another format"):
+    with pytest.raises(InvalidArgumentError, match=r"SDXL has no module|use another format"):
         save_lora(lora, tmp_path / "x.safetensors", format="sgm")
     assert not list(tmp_path.iterdir())
 
@@ -293,7 +293,7 @@ def test_formats_that_cannot_hold_a_base_say_so(base: str, tmp_path: Path) -> No
 def test_numbers_survive_every_change_of_format(tmp_path_factory: Any, seed: int, case: Case, rank: int) -> None:
     folder = tmp_path_factory.mktemp("trip")
     modules = MADE.setdefault(case.base, BASES[case.base]())
-    layout = layout_of(modules, case.preset, rank, "tiny/base")
+    layout = make_layout(modules, case.preset, rank, "tiny/base")
     lora = LoraWeights.unflatten(layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed)))
     current = lora
     for format in ("diffusers", case.format, "diffusers", "kohya"):

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyperlora.errors import BadLoraFile, BadRequest, HyperloraError, LayoutMismatch
+from hyperlora.errors import HyperloraError, InvalidArgumentError, InvalidLoraFileError, LayoutMismatchError
 from hyperlora.lora.io import safetensors_file
-from hyperlora.lora.io.inspect import describe
+from hyperlora.lora.io.inspect import inspect_lora
 from hyperlora.lora.io.load import load_lora
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
-from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
 Make = Callable[..., LoraWeights]
@@ -91,8 +91,8 @@ BAD_STATES: dict[str, tuple[dict[str, Tensor], str]] = {
 def test_bad_states(case: str, tmp_path: Path) -> None:
     state, sentence = BAD_STATES[case]
     save_file(state, tmp_path / "bad.safetensors")
-    for read in (load_lora, describe):
-        with pytest.raises(BadLoraFile, match=sentence) as caught:
+    for read in (load_lora, inspect_lora):
+        with pytest.raises(InvalidLoraFileError, match=sentence) as caught:
             read(tmp_path / "bad.safetensors")
         assert "\n" not in str(caught.value)
 
@@ -124,7 +124,7 @@ def test_bad_adapter_headers(case: str, tmp_path: Path) -> None:
     config, sentence = BAD_CONFIGS[case]
     text = config if isinstance(config, str) else json.dumps(config)
     save_file(pair(), tmp_path / "bad.safetensors", metadata={"lora_adapter_metadata": text})
-    with pytest.raises(BadLoraFile, match=sentence):
+    with pytest.raises(InvalidLoraFileError, match=sentence):
         load_lora(tmp_path / "bad.safetensors")
 
 
@@ -151,33 +151,33 @@ BAD_BYTES = {
 def test_bad_bytes(case: str, tmp_path: Path) -> None:
     content, sentence = BAD_BYTES[case]
     (tmp_path / "bad.safetensors").write_bytes(content)
-    with pytest.raises(BadLoraFile, match=sentence):
+    with pytest.raises(InvalidLoraFileError, match=sentence):
         load_lora(tmp_path / "bad.safetensors")
 
 
 def test_other_suffixes_are_never_opened(tmp_path: Path) -> None:
     torch.save(pair(), tmp_path / "evil.bin")
-    with pytest.raises(BadLoraFile, match="never opened"):
+    with pytest.raises(InvalidLoraFileError, match="never opened"):
         load_lora(tmp_path / "evil.bin")
-    with pytest.raises(BadLoraFile, match="there is no file"):
+    with pytest.raises(InvalidLoraFileError, match="there is no file"):
         load_lora(tmp_path / "none.safetensors")
 
 
 def test_caps_on_size_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(pair() | pair(K), tmp_path / "x.safetensors")
     monkeypatch.setattr(safetensors_file, "MAX_TENSORS", 3)
-    with pytest.raises(BadLoraFile, match="holds 4 tensors, expected 1 to 3"):
+    with pytest.raises(InvalidLoraFileError, match="holds 4 tensors, expected 1 to 3"):
         load_lora(tmp_path / "x.safetensors")
     monkeypatch.setattr(safetensors_file, "MAX_BYTES", 100)
-    with pytest.raises(BadLoraFile, match="GiB are read"):
+    with pytest.raises(InvalidLoraFileError, match="GiB are read"):
         load_lora(tmp_path / "x.safetensors")
 
 
 def test_padding_may_not_explode(tmp_path: Path) -> None:
     save_file(pair(rank=50), tmp_path / "x.safetensors")
-    with pytest.raises(BadLoraFile, match="350 numbers at rank 50: too many"):
-        load_lora(tmp_path / "x.safetensors", max_numbers=349)
-    assert load_lora(tmp_path / "x.safetensors", max_numbers=350).weights.layout.rank == 50
+    with pytest.raises(InvalidLoraFileError, match="350 numbers at rank 50: too many"):
+        load_lora(tmp_path / "x.safetensors", max_parameters=349)
+    assert load_lora(tmp_path / "x.safetensors", max_parameters=350).weights.layout.rank == 50
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
@@ -185,19 +185,21 @@ def test_a_file_for_another_layout_is_refused_with_both_counts(
     modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, format: Any
 ) -> None:
     lora = random_lora({"unet": modules["unet"]}, "attention")
-    n, path = len(lora.layout.sites), save_lora(lora, tmp_path / "x.safetensors", format=format)
+    n, path = len(lora.layout.targets), save_lora(lora, tmp_path / "x.safetensors", format=format)
     whole = random_lora(modules, "attention").layout
     sentence = rf"base 'tiny/base', {n} sites\) has {n} of the {n + 8} sites expected for base 'tiny/base' and 0 others"
-    with pytest.raises(LayoutMismatch, match=sentence):
+    with pytest.raises(LayoutMismatchError, match=sentence):
         load_lora(path, whole)
-    nothing = LoraLayout((Site("unet.elsewhere", 3, 4),), 2, "other/base")
-    with pytest.raises(LayoutMismatch, match=rf"has 0 of the 1 sites expected for base 'other/base' and {n} others"):
+    nothing = LoraLayout((TargetModule("unet.elsewhere", 3, 4),), 2, "other/base")
+    with pytest.raises(
+        LayoutMismatchError, match=rf"has 0 of the 1 sites expected for base 'other/base' and {n} others"
+    ):
         load_lora(path, nothing)
-    with pytest.raises(LayoutMismatch, match="for base 'tiny/base', this base is 'other/base'"):
+    with pytest.raises(LayoutMismatchError, match="for base 'tiny/base', this base is 'other/base'"):
         load_lora(path, replace(lora.layout, base="other/base"))
-    wider = replace(lora.layout.sites[0], fan_in=99)
-    with pytest.raises(LayoutMismatch, match="99→8 expected"):
-        load_lora(path, replace(lora.layout, sites=(wider, *lora.layout.sites[1:])))
+    wider = replace(lora.layout.targets[0], fan_in=99)
+    with pytest.raises(LayoutMismatchError, match="99→8 expected"):
+        load_lora(path, replace(lora.layout, sites=(wider, *lora.layout.targets[1:])))
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
@@ -205,12 +207,12 @@ def test_a_file_for_other_modules_is_refused(
     pipe: Any, modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, format: Any
 ) -> None:
     path = save_lora(random_lora(modules, "attention"), tmp_path / "x.safetensors", format=format)
-    with pytest.raises(LayoutMismatch, match=r"has 8 sites that this base lacks, e\.g\. text_encoder\..*unet"):
+    with pytest.raises(LayoutMismatchError, match=r"has 8 sites that this base lacks, e\.g\. text_encoder\..*unet"):
         load_lora(path, modules={"unet": pipe.unet})
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q = nn.Linear(16, 24)
-    with pytest.raises(LayoutMismatch, match=r"mid_block.*to_q is 16→16 in the LoRA, 16→24 expected"):
+    with pytest.raises(LayoutMismatchError, match=r"mid_block.*to_q is 16→16 in the LoRA, 16→24 expected"):
         load_lora(path, modules=modules)
-    with pytest.raises(BadRequest, match="not both"):
+    with pytest.raises(InvalidArgumentError, match="not both"):
         load_lora(path, random_lora(modules).layout, modules)
 
 
@@ -220,10 +222,10 @@ def broken(lora: LoraWeights, value: float) -> LoraWeights:
 
 def test_bad_saves_write_nothing(modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path) -> None:
     lora = random_lora(modules, "attention")
-    q_only = LoraLayout(tuple(s for s in lora.layout.sites if s.name.endswith("q_proj")), 3, "b")
-    mlp_only = LoraLayout((Site("text_encoder.encoder.layers.0.mlp.fc1", 2, 2),), 3, "b")
-    transformer = LoraLayout((Site("transformer.x", 2, 2),), 3, "b")
-    clash = LoraLayout((Site("unet.a.b_c", 2, 2), Site("unet.a_b.c", 2, 2)), 3, "b")
+    q_only = LoraLayout(tuple(s for s in lora.layout.targets if s.name.endswith("q_proj")), 3, "b")
+    mlp_only = LoraLayout((TargetModule("text_encoder.encoder.layers.0.mlp.fc1", 2, 2),), 3, "b")
+    transformer = LoraLayout((TargetModule("transformer.x", 2, 2),), 3, "b")
+    clash = LoraLayout((TargetModule("unet.a.b_c", 2, 2), TargetModule("unet.a_b.c", 2, 2)), 3, "b")
     cases: list[tuple[LoraWeights, dict[str, Any], str]] = [
         (LoraWeights.stack([lora, lora]), {}, r"a batch of \[2\]"),
         (broken(lora, torch.nan), {}, "holds NaN or infinity as torch.float32"),
@@ -231,16 +233,16 @@ def test_bad_saves_write_nothing(modules: dict[str, nn.Module], random_lora: Mak
         (lora, {"dtype": torch.float64}, "not torch.float64"),
         (lora, {"format": "onnx"}, "unknown LoRA format 'onnx'"),
         (LoraWeights.zeros(transformer), {"format": "kohya"}, "kohya files hold unet.* not transformer"),
-        (LoraWeights.zeros(LoraLayout((Site("vae.x", 2, 2),), 3, "b")), {}, "not vae"),
+        (LoraWeights.zeros(LoraLayout((TargetModule("vae.x", 2, 2),), 3, "b")), {}, "not vae"),
         (LoraWeights.zeros(clash), {"format": "kohya"}, "one name in kohya's format"),
         (LoraWeights.zeros(q_only), {"format": "kohya"}, "without out_proj"),
         (LoraWeights.zeros(mlp_only), {}, "without out_proj"),
-        (lora, {"header": LoraHeader(extra={"ss_v2": "x"})}, "'ss_v2' is reserved"),
+        (lora, {"header": LoraMetadata(extra={"ss_v2": "x"})}, "'ss_v2' is reserved"),
     ]
     for weights, arguments, sentence in cases:
         with pytest.raises(HyperloraError, match=sentence):
             save_lora(weights, tmp_path / "folder" / "x.safetensors", **arguments)
-    with pytest.raises(BadRequest, match=r"got x\.bin"):
+    with pytest.raises(InvalidArgumentError, match=r"got x\.bin"):
         save_lora(lora, tmp_path / "x.bin")
     assert list(tmp_path.iterdir()) == []
 

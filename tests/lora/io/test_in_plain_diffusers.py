@@ -1,4 +1,4 @@
-"""A file of ours in a process that knows only diffusers draws what ``render`` draws here."""
+"""A file of ours in a process that knows only diffusers draws what ``generate_images`` draws here."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperlora.diffusion.diffusion_base import load_base
-from hyperlora.diffusion.text_to_image import render
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.lora.io.load import load_lora
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
@@ -40,10 +40,10 @@ def drawn_by_diffusers(bundle: Any, lora: Path | str, out: Path) -> np.ndarray:
 def test_plain_diffusers_draws_the_same(bundle: Any, tmp_path: Path, format: Any) -> None:
     lora = ImageToLora.from_pretrained(str(bundle.model))(bundle.photo)
     path = lora.save(tmp_path / "me.safetensors", format)
-    base = load_base(bundle.base)
-    (ours,) = render(base, [PROMPT], lora, seeds=[7], steps=3, guidance=2.0)
-    (plain,) = render(base, [PROMPT], None, seeds=[7], steps=3, guidance=2.0)
+    base = load_diffusion_base(bundle.base)
+    (ours,) = generate_images(base, [PROMPT], lora, seeds=[7], num_inference_steps=3, guidance_scale=2.0)
+    (plain,) = generate_images(base, [PROMPT], None, seeds=[7], num_inference_steps=3, guidance_scale=2.0)
     theirs = drawn_by_diffusers(bundle, path, tmp_path / "theirs.png")
     assert np.abs(np.asarray(ours, int) - theirs).max() <= 2
     assert np.abs(np.asarray(plain, int) - theirs).mean() > 2, "the LoRA changes nothing"
-    assert load_lora(path, lora.layout).header.base_model == base.id
+    assert load_lora(path, lora.layout).metadata.base_model == base.id

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperlora.errors import BadLoraFile, BadRequest
+from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 from hyperlora.lora.io.load import load_lora
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
-from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
-LAYOUT = LoraLayout((Site("unet.mid_block.attentions.0.proj_in", 3, 4),), 2, "org/base")
-FULL = LoraHeader(
+LAYOUT = LoraLayout((TargetModule("unet.mid_block.attentions.0.proj_in", 3, 4),), 2, "org/base")
+FULL = LoraMetadata(
     title="Ada",
     base_model="org/base",
     architecture="stable-diffusion-v1",
@@ -36,9 +36,9 @@ TEXTS = st.text(max_size=20)
 
 
 def test_a_saved_header_comes_back_and_names_base_and_fingerprint(tmp_path: Path) -> None:
-    path = save_lora(LoraWeights.zeros(LAYOUT), tmp_path / "x.safetensors", header=FULL)
-    assert load_lora(path).header == FULL
-    bare = load_lora(save_lora(LoraWeights.zeros(LAYOUT), tmp_path / "y.safetensors")).header
+    path = save_lora(LoraWeights.zeros(LAYOUT), tmp_path / "x.safetensors", metadata=FULL)
+    assert load_lora(path).metadata == FULL
+    bare = load_lora(save_lora(LoraWeights.zeros(LAYOUT), tmp_path / "y.safetensors")).metadata
     assert (bare.base_model, bare.layout_fingerprint) == ("org/base", LAYOUT.fingerprint)
     assert bare.title
     assert bare.date
@@ -46,7 +46,7 @@ def test_a_saved_header_comes_back_and_names_base_and_fingerprint(tmp_path: Path
 
 
 def test_metadata_is_complete_for_every_reader() -> None:
-    metadata = FULL.to_metadata(LAYOUT)
+    metadata = FULL.to_safetensors_metadata(LAYOUT)
     assert all(isinstance(value, str) for value in metadata.values())
     assert metadata["modelspec.sai_model_spec"] == "1.0.1"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
@@ -64,13 +64,13 @@ def test_metadata_is_complete_for_every_reader() -> None:
     assert metadata["hyperlora.base"] == "org/base"
     assert metadata["hyperlora.layout_fingerprint"] == LAYOUT.fingerprint
     assert metadata["note"] == "hello"
-    conv = LoraLayout((Site("unet.conv_in", 9, 4, (3, 3)),), 2, "b")
-    assert json.loads(FULL.to_metadata(conv)["ss_network_args"]) == {"conv_dim": 2, "conv_alpha": 2.0}
+    conv = LoraLayout((TargetModule("unet.conv_in", 9, 4, (3, 3)),), 2, "b")
+    assert json.loads(FULL.to_safetensors_metadata(conv)["ss_network_args"]) == {"conv_dim": 2, "conv_alpha": 2.0}
 
 
 @given(
     st.builds(
-        LoraHeader,
+        LoraMetadata,
         title=TEXTS,
         base_model=TEXTS.filter(bool),
         architecture=st.sampled_from(["", "stable-diffusion-v1", "stable-diffusion-xl-v1-base", "sana"]),
@@ -88,12 +88,12 @@ def test_metadata_is_complete_for_every_reader() -> None:
         extra=st.dictionaries(st.text("abc.", min_size=1), TEXTS),
     )
 )
-def test_from_metadata_undoes_to_metadata(header: LoraHeader) -> None:
-    assert LoraHeader.from_metadata(header.to_metadata(LAYOUT)) == header
+def test_from_metadata_undoes_to_metadata(header: LoraMetadata) -> None:
+    assert LoraMetadata.from_safetensors_metadata(header.to_safetensors_metadata(LAYOUT)) == header
 
 
 def test_other_tools_headers_are_read_for_what_they_say() -> None:
-    foreign = LoraHeader.from_metadata(
+    foreign = LoraMetadata.from_safetensors_metadata(
         {
             "ss_base_model_version": "sdxl_base_v1-0",
             "ss_sd_model_name": "sdxl.safetensors",
@@ -103,17 +103,17 @@ def test_other_tools_headers_are_read_for_what_they_say() -> None:
     assert foreign.architecture == "stable-diffusion-xl-v1-base"
     assert foreign.base_model == "sdxl.safetensors"
     assert foreign.resolution is None
-    assert LoraHeader.from_metadata({}).title == ""
+    assert LoraMetadata.from_safetensors_metadata({}).title == ""
 
 
 def test_reserved_and_malformed_fields_are_refused() -> None:
-    with pytest.raises(BadRequest, match=r"'modelspec\.title' is reserved"):
-        LoraHeader(extra={"modelspec.title": "x"}).to_metadata(LAYOUT)
+    with pytest.raises(InvalidArgumentError, match=r"'modelspec\.title' is reserved"):
+        LoraMetadata(extra={"modelspec.title": "x"}).to_safetensors_metadata(LAYOUT)
     for key, value in {
         "hyperlora.recommended_strength": "nan",
         "hyperlora.reference_sha256": "[1]",
     }.items():
-        with pytest.raises(BadLoraFile, match="malformed"):
-            LoraHeader.from_metadata({key: value})
-    with pytest.raises(BadLoraFile, match="malformed"):
-        LoraHeader.from_metadata({"hyperlora.recommended_strength": "strong"})
+        with pytest.raises(InvalidLoraFileError, match="malformed"):
+            LoraMetadata.from_safetensors_metadata({key: value})
+    with pytest.raises(InvalidLoraFileError, match="malformed"):
+        LoraMetadata.from_safetensors_metadata({"hyperlora.recommended_strength": "strong"})

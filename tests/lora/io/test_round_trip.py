@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hyperlora.lora.io.inspect import describe
+from hyperlora.lora.io.inspect import inspect_lora
 from hyperlora.lora.io.load import load_lora
-from hyperlora.lora.io.metadata import LoraHeader
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
-from hyperlora.lora.layout import LoraLayout, Site
+from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
 Make = Callable[..., LoraWeights]
@@ -39,8 +39,8 @@ def test_load_undoes_save(
     file = load_lora(path, modules=modules)
     assert_same(file.weights, lora)
     assert file.format == format
-    assert file.ranks == (3,) * len(lora.layout.sites)
-    assert file.size == path.stat().st_size
+    assert file.ranks == (3,) * len(lora.layout.targets)
+    assert file.size_bytes == path.stat().st_size
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
 
 
@@ -51,13 +51,13 @@ def test_without_a_base_the_sites_come_from_the_file(
     lora = random_lora({"unet": modules["unet"]})
     found = load_lora(save_lora(lora, tmp_path / "x.safetensors", format=format)).weights
     assert found.layout.base == "tiny/base"
-    assert set(found.layout.sites) == set(lora.layout.sites)
-    index = {site: i for i, site in enumerate(found.layout.sites)}
-    for site, down, up in zip(lora.layout.sites, lora.down, lora.up, strict=True):
+    assert set(found.layout.targets) == set(lora.layout.targets)
+    index = {site: i for i, site in enumerate(found.layout.targets)}
+    for site, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
         assert torch.equal(found.down[index[site]], down)
         assert torch.equal(found.up[index[site]], up)
     whole = load_lora(save_lora(random_lora(modules), tmp_path / "y.safetensors", format=format)).weights.layout
-    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in {site.name for site in whole.sites}
+    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in {site.name for site in whole.targets}
 
 
 def test_dit_round_trip(transformer: nn.Module, random_lora: Make, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_dit_round_trip(transformer: nn.Module, random_lora: Make, tmp_path: Pat
     path = save_lora(lora, tmp_path / "x.safetensors")
     assert_same(load_lora(path, lora.layout).weights, lora)
     assert_same(load_lora(path, modules={"transformer": transformer}).weights, lora)
-    assert set(load_lora(path).weights.layout.sites) == set(lora.layout.sites)
+    assert set(load_lora(path).weights.layout.targets) == set(lora.layout.targets)
 
 
 @given(
@@ -82,7 +82,7 @@ def test_any_layout_comes_back(
     dtype: torch.dtype,
 ) -> None:
     sites = tuple(
-        Site(f"unet.down_blocks.{i}.{'resnets.0.conv1' if conv else 'attentions.0.proj_in'}", *shape, kernel)
+        TargetModule(f"unet.down_blocks.{i}.{'resnets.0.conv1' if conv else 'attentions.0.proj_in'}", *shape, kernel)
         for i, (fan_in, fan_out, conv) in enumerate(sizes)
         for kernel in [(3, 2) if conv else None]
         for shape in [(fan_in * (6 if conv else 1), fan_out)]
@@ -91,7 +91,7 @@ def test_any_layout_comes_back(
     lora = LoraWeights.unflatten(layout, torch.randn(layout.numel))
     path = save_lora(lora, tmp_path_factory.mktemp("any") / "x.safetensors", format=format, dtype=dtype)
     assert all(t.dtype == dtype for key, t in load_file(path).items() if not key.endswith(".alpha"))
-    expected = lora.map(lambda t: t.to(dtype).float())
+    expected = lora.apply(lambda t: t.to(dtype).float())
     assert_same(load_lora(path, layout).weights, expected)
     assert load_lora(path).weights.layout == layout
 
@@ -109,14 +109,16 @@ def test_kohya_alpha_is_folded_and_ranks_are_padded(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "k.safetensors")
     file = load_lora(tmp_path / "k.safetensors")
-    deltas = dict(zip((site.name for site in file.weights.layout.sites), file.weights.delta(), strict=True))
+    deltas = dict(
+        zip((site.name for site in file.weights.layout.targets), file.weights.get_delta_weights(), strict=True)
+    )
     expected = tensors[f"{q}.lora_up.weight"] @ tensors[f"{q}.lora_down.weight"] * (1 / 4)
     torch.testing.assert_close(deltas["unet.down_blocks.0.attentions.0.proj_in"], expected)
     expected = tensors[f"{conv}.lora_up.weight"].flatten(1) @ tensors[f"{conv}.lora_down.weight"].flatten(1) * (8 / 2)
     torch.testing.assert_close(deltas["unet.mid_block.resnets.0.conv1"], expected)
     assert file.weights.layout.rank == 4
     assert sorted(file.ranks) == [2, 4]
-    assert describe(tmp_path / "k.safetensors").ranks == {2: 1, 4: 1}
+    assert inspect_lora(tmp_path / "k.safetensors").rank_counts == {2: 1, 4: 1}
 
 
 def test_stability_block_numbers_of_sdxl_files_are_understood(tmp_path: Path) -> None:
@@ -125,8 +127,8 @@ def test_stability_block_numbers_of_sdxl_files_are_understood(tmp_path: Path) ->
         {f"{stem}.lora_down.weight": torch.ones(1, 2), f"{stem}.lora_up.weight": torch.ones(3, 1)},
         tmp_path / "k.safetensors",
     )
-    (site,) = load_lora(tmp_path / "k.safetensors").weights.layout.sites
-    assert site == Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", 2, 3)
+    (site,) = load_lora(tmp_path / "k.safetensors").weights.layout.targets
+    assert site == TargetModule("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", 2, 3)
 
 
 def test_old_diffusers_spelling_is_understood(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_old_diffusers_spelling_is_understood(tmp_path: Path) -> None:
         f"{text}.q_proj.lora_linear_layer.up.weight": torch.ones(3, 1),
     }
     save_file(old, tmp_path / "old.safetensors")
-    names = {site.name for site in load_lora(tmp_path / "old.safetensors").weights.layout.sites}
+    names = {site.name for site in load_lora(tmp_path / "old.safetensors").weights.layout.targets}
     assert names == {f"{path}.to_out.0", f"{text}.q_proj"}
 
 
@@ -149,17 +151,20 @@ def test_alpha_of_the_diffusers_header_is_folded(
 ) -> None:
     lora = random_lora({"unet": modules["unet"]}, "attention", rank=4)
     path = save_lora(lora, tmp_path / "x.safetensors")
-    special = lora.layout.sites[3]
+    special = lora.layout.targets[3]
     config = {
         "unet.r": 4,
         "unet.lora_alpha": 2,
         "unet.use_rslora": rslora,
         "unet.alpha_pattern": {special.path: 12},
-        "unet.target_modules": [site.path for site in lora.layout.sites],
+        "unet.target_modules": [site.path for site in lora.layout.targets],
     }
     save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps(config)})
     for site, mine, delta in zip(
-        lora.layout.sites, load_lora(path, lora.layout).weights.delta(), lora.delta(), strict=True
+        lora.layout.targets,
+        load_lora(path, lora.layout).weights.get_delta_weights(),
+        lora.get_delta_weights(),
+        strict=True,
     ):
         torch.testing.assert_close(mine, delta * (scale * 6 if site == special else scale))
 
@@ -180,22 +185,22 @@ def test_kohya_prefix_of_the_text_encoder_follows_the_base(
     one = load_file(save_lora(lora, tmp_path / "1.safetensors", format="kohya"))
     assert {key.split("_text")[0] for key in one if "_text" in key} == {"lora_te"}
     assert all(one[key].item() == 3 and one[key].ndim == 0 for key in one if key.endswith(".alpha"))
-    sdxl = LoraHeader(architecture="stable-diffusion-xl-v1-base")
-    path = save_lora(lora, tmp_path / "xl.safetensors", format="kohya", header=sdxl)
+    sdxl = LoraMetadata(architecture="stable-diffusion-xl-v1-base")
+    path = save_lora(lora, tmp_path / "xl.safetensors", format="kohya", metadata=sdxl)
     assert {key.split("_text")[0] for key in load_file(path) if "_text" in key} == {"lora_te1"}
     assert_same(load_lora(path, lora.layout).weights, lora)
 
 
 def test_describe_sums_up(modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path) -> None:
     lora = random_lora(modules, "attention")
-    path = save_lora(lora, tmp_path / "x.safetensors", header=LoraHeader(title="Ada"), dtype=torch.float16)
-    summary = describe(path, lora.layout)
-    total = sum(float(torch.linalg.matrix_norm(delta)) ** 2 for delta in lora.delta()) ** 0.5
+    path = save_lora(lora, tmp_path / "x.safetensors", metadata=LoraMetadata(title="Ada"), dtype=torch.float16)
+    summary = inspect_lora(path, lora.layout)
+    total = sum(float(torch.linalg.matrix_norm(delta)) ** 2 for delta in lora.get_delta_weights()) ** 0.5
     assert summary.norm == pytest.approx(total, rel=1e-3)
-    assert sum(norm**2 for norm in summary.norms.values()) == pytest.approx(total**2, rel=1e-3)
-    assert (summary.components, summary.sites) == (("unet", "text_encoder"), len(lora.layout.sites))
+    assert sum(norm**2 for norm in summary.component_norms.values()) == pytest.approx(total**2, rel=1e-3)
+    assert (summary.components, summary.num_targets) == (("unet", "text_encoder"), len(lora.layout.targets))
     assert (summary.base, summary.fingerprint) == ("tiny/base", lora.layout.fingerprint)
-    assert (summary.ranks, summary.size) == ({3: len(lora.layout.sites)}, path.stat().st_size)
+    assert (summary.rank_counts, summary.size_bytes) == ({3: len(lora.layout.targets)}, path.stat().st_size)
     assert json.loads(json.dumps(summary.to_dict()))["header"]["title"] == "Ada"
     with safe_open(path, "pt") as file:
         assert file.metadata()["hyperlora.layout_fingerprint"] == summary.fingerprint
