@@ -23,8 +23,16 @@ def build_request(
     path: str, body: bytes = b"", content_type: str = FORM, method: str = "POST", **headers: str
 ) -> bytes:
     """An HTTP/1.1 request; ``headers`` are added, or put in place of the usual ones (``_`` for ``-``)."""
-    usual = {"host": HOST, "content-type": content_type, "content-length": str(len(body)), "connection": "close"}
-    lines = [f"{k}: {v}" for k, v in (usual | {k.replace("_", "-"): v for k, v in headers.items()}).items()]
+    usual = {
+        "host": HOST,
+        "content-type": content_type,
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
+    lines = [
+        f"{k}: {v}"
+        for k, v in (usual | {k.replace("_", "-"): v for k, v in headers.items()}).items()
+    ]
     return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1") + body
 
 
@@ -34,7 +42,11 @@ def build_form(*parts: tuple[str, bytes | str]) -> bytes:
     for name, value in parts:
         file = "" if isinstance(value, str) else '; filename="a.png"'
         data = value.encode() if isinstance(value, str) else value
-        out += f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + data + b"\r\n"
+        out += (
+            f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+            + data
+            + b"\r\n"
+        )
     return out + b"--b--\r\n"
 
 
@@ -79,20 +91,37 @@ def generate_decompression_bomb(random: Random) -> bytes:
     side = int(random.choice([5100, 9000, 60000, 2**31 - 1]))
     header = build_png_chunk(b"IHDR", struct.pack(">II", side, side) + b"\x08\x02\0\0\0")
     zeros = zlib.compress(bytes(int(random.integers(1, 40)) << 20))
-    extra = [b"", build_png_chunk(b"zTXt", b"a\0\0" + zeros), build_png_chunk(b"iCCP", b"a\0\0" + zeros)][
-        random.integers(3)
-    ]
+    extra = [
+        b"",
+        build_png_chunk(b"zTXt", b"a\0\0" + zeros),
+        build_png_chunk(b"iCCP", b"a\0\0" + zeros),
+    ][random.integers(3)]
     return build_photo_request(
-        b"\x89PNG\r\n\x1a\n" + header + extra + build_png_chunk(b"IDAT", zeros) + build_png_chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + extra
+        + build_png_chunk(b"IDAT", zeros)
+        + build_png_chunk(b"IEND", b"")
     )
 
 
 def generate_wrong_file_type(random: Random) -> bytes:
     buffer = io.BytesIO()
-    Image.linear_gradient("L").save(buffer, ["GIF", "TIFF", "BMP", "ICO", "PPM", "PDF"][random.integers(6)])
+    Image.linear_gradient("L").save(
+        buffer, ["GIF", "TIFF", "BMP", "ICO", "PPM", "PDF"][random.integers(6)]
+    )
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
-    others = [svg, pickle.dumps({"a": 1}), b"PK\3\4" + random.bytes(90), b"\x7fELF" + random.bytes(90), b"<html>", b""]
-    return build_photo_request([buffer.getvalue(), *others, random.bytes(500)][random.integers(len(others) + 2)])
+    others = [
+        svg,
+        pickle.dumps({"a": 1}),
+        b"PK\3\4" + random.bytes(90),
+        b"\x7fELF" + random.bytes(90),
+        b"<html>",
+        b"",
+    ]
+    return build_photo_request(
+        [buffer.getvalue(), *others, random.bytes(500)][random.integers(len(others) + 2)]
+    )
 
 
 def generate_malformed_lora(random: Random) -> bytes:
@@ -101,7 +130,9 @@ def generate_malformed_lora(random: Random) -> bytes:
     stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
     save = safetensors.torch.save
-    header = json.dumps({a: {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}).encode()
+    header = json.dumps(
+        {a: {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}
+    ).encode()
     files: list[Callable[[], bytes]] = [
         lambda: random.bytes(int(random.integers(0, 2000))),
         lambda: pickle.dumps({"state_dict": [1, 2]}),
@@ -120,8 +151,14 @@ def generate_malformed_lora(random: Random) -> bytes:
     ]
     file = files[random.integers(len(files))]()
     if random.integers(2):
-        return build_request("/v1/edits", build_form(("picture", generate_photo(random, "PNG")), ("lora", file)))
-    image_request = {"prompt": "a", "steps": 1, "loras": [{"content": base64.b64encode(file).decode()}]}
+        return build_request(
+            "/v1/edits", build_form(("picture", generate_photo(random, "PNG")), ("lora", file))
+        )
+    image_request = {
+        "prompt": "a",
+        "steps": 1,
+        "loras": [{"content": base64.b64encode(file).decode()}],
+    }
     return build_request("/v1/images", json.dumps(image_request).encode(), "application/json")
 
 
@@ -148,7 +185,9 @@ def generate_invalid_field(random: Random) -> bytes:
         ("before", "text"),
         ("consent", "\0"),
     ]
-    return build_photo_request(generate_photo(random, "PNG"), invalid_fields[random.integers(len(invalid_fields))])
+    return build_photo_request(
+        generate_photo(random, "PNG"), invalid_fields[random.integers(len(invalid_fields))]
+    )
 
 
 def generate_invalid_json(random: Random) -> bytes:
@@ -186,7 +225,11 @@ def generate_invalid_json(random: Random) -> bytes:
         b"NaN",
         b"1" * 5000,
     ]
-    texts += [b'{"prompt": "a", "guidance": NaN}', b'{"prompt": "a", "guidance": 1e999}', random.bytes(300)]
+    texts += [
+        b'{"prompt": "a", "guidance": NaN}',
+        b'{"prompt": "a", "guidance": 1e999}',
+        random.bytes(300),
+    ]
     return build_request("/v1/images", texts[random.integers(len(texts))], "application/json")
 
 
@@ -194,7 +237,11 @@ def generate_invalid_multipart(random: Random) -> bytes:
     """Forms that are broken, cut off, or too many."""
     whole = build_form(("photos", generate_photo(random, "PNG")))
     many = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n' * 3000 + b"--b--\r\n"
-    long = b"--b\r\nContent-Disposition: form-data; name=photos; " + b"x" * 70_000 + b"\r\n\r\n\r\n--b--\r\n"
+    long = (
+        b"--b\r\nContent-Disposition: form-data; name=photos; "
+        + b"x" * 70_000
+        + b"\r\n\r\n\r\n--b--\r\n"
+    )
     bodies = [
         whole[: int(random.integers(1, len(whole) - 10))],
         many,
@@ -209,7 +256,14 @@ def generate_invalid_multipart(random: Random) -> bytes:
         whole.replace(b"photos", b"photo"),
         whole.replace(b"\r\n", b"\n"),
     ]
-    kinds = [FORM, FORM, FORM, "multipart/form-data", "multipart/form-data; boundary=" + "b" * 5000, "text/plain"]
+    kinds = [
+        FORM,
+        FORM,
+        FORM,
+        "multipart/form-data",
+        "multipart/form-data; boundary=" + "b" * 5000,
+        "text/plain",
+    ]
     kinds += [
         "multipart/form-data; boundary=other",
         "multipart/mixed; boundary=b",
@@ -268,17 +322,26 @@ def generate_invalid_path(random: Random) -> bytes:
         "/v1/loras?x=" + "y" * 3000,
     ]
     return build_request(
-        paths[random.integers(len(paths))].replace(" ", "%20"), method=str(random.choice(["GET", "DELETE"]))
+        paths[random.integers(len(paths))].replace(" ", "%20"),
+        method=str(random.choice(["GET", "DELETE"])),
     )
 
 
 def generate_foreign_origin(random: Random) -> bytes:
     """To a server without keys, from pages or under names of others."""
-    hosts = ["evil.example", "127.0.0.1.evil.example", "[::2]", "localhost:x@evil.example", "10.0.0.1:8000"]
+    hosts = [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "[::2]",
+        "localhost:x@evil.example",
+        "10.0.0.1:8000",
+    ]
     data = build_form(("photos", generate_photo(random, "PNG")))
     if random.integers(2):
         return build_request("/v1/loras", data, host=hosts[random.integers(len(hosts))])
-    return build_request("/v1/loras", data, origin=str(random.choice(["null", "https://evil.example", "file://"])))
+    return build_request(
+        "/v1/loras", data, origin=str(random.choice(["null", "https://evil.example", "file://"]))
+    )
 
 
 def generate_invalid_key(random: Random) -> bytes:

@@ -29,15 +29,23 @@ def main() -> None:
     base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
     full_benchmark = load_edit_benchmark(arguments.folder, base.resolution)
     benchmark = replace(
-        full_benchmark, edits=tuple(replace(e, others=e.test_pairs[: arguments.pictures]) for e in full_benchmark.edits)
+        full_benchmark,
+        edits=tuple(
+            replace(e, others=e.test_pairs[: arguments.pictures]) for e in full_benchmark.edits
+        ),
     )
     reader = AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR)
-    lora, _ = generate_pair_loras(PairToLora.from_pretrained(arguments.model, base=base), benchmark, 1)
+    lora, _ = generate_pair_loras(
+        PairToLora.from_pretrained(arguments.model, base=base), benchmark, 1
+    )
     for steps in arguments.steps:
         judge = EditEvaluator(base, reader, benchmark, steps)
         for strength in arguments.strengths:
             row = judge.evaluate(f"{steps} steps, strength {strength:g}", lora * strength)
-            scores = {m: row.compute_score(m, "seen kinds") for m in ("accuracy", "preservation", "made", "psnr")}
+            scores = {
+                m: row.compute_score(m, "seen kinds")
+                for m in ("accuracy", "preservation", "made", "psnr")
+            }
             print(row.name, *(f"{name} {score}" for name, score in scores.items()), sep="   ")
 
 

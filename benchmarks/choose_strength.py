@@ -38,7 +38,9 @@ def main() -> None:
         num_inference_steps=arguments.steps,
     )
     with torch.no_grad():
-        loras = model.forward(benchmark.photos[:, :1]) * (1 / float(model.card.get("strength", 1.0)))
+        loras = model.forward(benchmark.photos[:, :1]) * (
+            1 / float(model.card.get("strength", 1.0))
+        )
     rows = [judge.evaluate("no LoRA", loras * 0.0)]
     rows += [judge.evaluate(f"strength {s:g}", loras * s) for s in arguments.strengths]
     print(format_markdown(rows))

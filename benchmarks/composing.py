@@ -32,9 +32,13 @@ def main() -> None:
     arguments = parser.parse_args()
     disable_malloc_trim()
     base = load_diffusion_base(pretrained.BASE_DIR)
-    photos = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.loras).photos[:, :1]
+    photos = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.loras).photos[
+        :, :1
+    ]
     with torch.no_grad():
-        loras = list(ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base).forward(photos))
+        loras = list(
+            ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base).forward(photos)
+        )
     pipe = base.pipeline
 
     def sample_latents(seed: int) -> Tensor:
@@ -61,10 +65,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = [f"l{i}" for i in range(len(loras))]
         for name, lora in zip(names, loras, strict=True):
-            pipe.load_lora_weights(save_lora(lora, Path(folder) / f"{name}.safetensors"), adapter_name=name)
+            pipe.load_lora_weights(
+                save_lora(lora, Path(folder) / f"{name}.safetensors"), adapter_name=name
+            )
         with intercept_denoiser(pipe, _make_sequential_predictor(pipe, names)):
-            reference, reference_latents = measure_latency(f"composite of {len(loras)}, set_adapters")
-    max_difference = max(float((a - b).abs().max()) for a, b in zip(batched_latents, reference_latents, strict=True))
+            reference, reference_latents = measure_latency(
+                f"composite of {len(loras)}, set_adapters"
+            )
+    max_difference = max(
+        float((a - b).abs().max()) for a, b in zip(batched_latents, reference_latents, strict=True)
+    )
     print(
         f"ratio {batched / reference:.2f} (base alone {base_time_s / reference:.2f}); latents differ by at most {max_difference:.1e}"
     )

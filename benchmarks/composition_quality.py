@@ -34,7 +34,12 @@ CONCEPT_REGIONS = {
     "style": (0.0, 0.0, 1.0, 1.0),
 }
 """Left, top, right, bottom of where a portrait shows each of them, for the spatial strategy."""
-STRATEGIES: dict[str, dict[str, Any]] = {"merge": {}, "switch": {"every": 1}, "composite": {}, "spatial": {}}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "merge": {},
+    "switch": {"every": 1},
+    "composite": {},
+    "spatial": {},
+}
 GAMMAS = {0.0: "o", 0.5: "s", 1.0: "^", 1.5: "D", 2.0: "*"}
 
 
@@ -50,7 +55,11 @@ def evaluate_regions(evaluation: World, output_dir: Path) -> None:
     for i in range(n):
         j = (i + 1) % n
         (single,) = generate_images(
-            evaluation.base, [prompt], evaluation.subject_loras[i], seeds=[50 + i], num_inference_steps=evaluation.steps
+            evaluation.base,
+            [prompt],
+            evaluation.subject_loras[i],
+            seeds=[50 + i],
+            num_inference_steps=evaluation.steps,
         )
         with compose_loras(
             evaluation.base.pipeline,
@@ -72,7 +81,10 @@ def evaluate_regions(evaluation: World, output_dir: Path) -> None:
         alone.append(evaluation.score_identity([single], [i])[0])
         left.append(evaluation.score_identity([halves[0]], [i])[0])
         right.append(evaluation.score_identity([halves[1]], [j])[0])
-        crosstalk += [evaluation.score_identity([halves[0]], [j])[0], evaluation.score_identity([halves[1]], [i])[0]]
+        crosstalk += [
+            evaluation.score_identity([halves[0]], [j])[0],
+            evaluation.score_identity([halves[1]], [i])[0],
+        ]
         photos = [to_image(evaluation.evaluator.benchmark.photos[person, 0]) for person in (i, j)]
         sheet.append(_combine_with_photos(photos[0], both, photos[1]))
     rows = {"alone": alone, "left region": left, "right region": right, "cross-talk": crosstalk}
@@ -80,7 +92,9 @@ def evaluate_regions(evaluation: World, output_dir: Path) -> None:
         print(f"| {name} | {Score.from_samples(torch.stack(values))} |")
     ratio = float(torch.stack(left + right).mean() / torch.stack(alone).mean())
     print(f"regions keep {ratio:.2f} of the single-person score")
-    _make_image_grid([sheet[i : i + 2] for i in range(0, min(n, 8), 2)], gap=12).save(output_dir / "regions.png")
+    _make_image_grid([sheet[i : i + 2] for i in range(0, min(n, 8), 2)], gap=12).save(
+        output_dir / "regions.png"
+    )
 
 
 def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
@@ -92,7 +106,9 @@ def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
     n = len(evaluation.subject_loras)
     for k in range(1, len(concepts) + 1):
         names = list(concepts)[:k]
-        region_options = {"regions": [CONCEPT_REGIONS["person"], *(CONCEPT_REGIONS[name] for name in names)]}
+        region_options = {
+            "regions": [CONCEPT_REGIONS["person"], *(CONCEPT_REGIONS[name] for name in names)]
+        }
         for strategy, options in STRATEGIES.items():
             strategy_options = options | (region_options if strategy == "spatial" else {})
             person_images = []
@@ -100,11 +116,18 @@ def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
                 loras = [evaluation.subject_loras[i], *(concepts[name] for name in names)]
                 with compose_loras(evaluation.base.pipeline, loras, strategy, **strategy_options):  # type: ignore[arg-type]
                     person_images += generate_images(
-                        evaluation.base, [prompt], None, seeds=[70 + i], num_inference_steps=evaluation.steps
+                        evaluation.base,
+                        [prompt],
+                        None,
+                        seeds=[70 + i],
+                        num_inference_steps=evaluation.steps,
                     )
             concept_accuracy = torch.tensor(
                 [
-                    [v == CONCEPTS[name][1] for v in evaluation.predict_labels(person_images, CONCEPTS[name][0])]
+                    [
+                        v == CONCEPTS[name][1]
+                        for v in evaluation.predict_labels(person_images, CONCEPTS[name][0])
+                    ]
                     for name in names
                 ]
             ).float()
@@ -117,7 +140,9 @@ def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
     counts = range(1, len(concepts) + 1)
     grid = [[images[k, s][i] for i in range(2) for s in STRATEGIES] for k in counts]
     labels = ["person + " + " + ".join(list(concepts)[:k]) for k in counts]
-    draw_contact_sheet([*STRATEGIES, *STRATEGIES], grid, row_labels=labels).save(output_dir / "strategies.png")
+    draw_contact_sheet([*STRATEGIES, *STRATEGIES], grid, row_labels=labels).save(
+        output_dir / "strategies.png"
+    )
 
 
 def evaluate_autolora(evaluation: World, output_dir: Path) -> None:
@@ -135,7 +160,9 @@ def evaluate_autolora(evaluation: World, output_dir: Path) -> None:
         for gamma in GAMMAS:
             identity_scores, distances = [], []
             for i in range(n):
-                with apply_autolora_guidance(evaluation.base.pipeline, evaluation.subject_loras[i], gamma):
+                with apply_autolora_guidance(
+                    evaluation.base.pipeline, evaluation.subject_loras[i], gamma
+                ):
                     images = generate_images(
                         evaluation.base,
                         [prompt] * len(seeds),

@@ -42,7 +42,9 @@ class AvatarEvaluation:
         self.base = load_diffusion_base(pretrained.BASE_DIR)
         self.reader = AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR)
         self.evaluator = SubjectEvaluator(
-            self.base, self.reader, load_benchmark(pretrained.BENCHMARK_DIR, self.base.resolution, num_subjects)
+            self.base,
+            self.reader,
+            load_benchmark(pretrained.BENCHMARK_DIR, self.base.resolution, num_subjects),
         )
         model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=self.base)
         with torch.no_grad():
@@ -61,28 +63,50 @@ class AvatarEvaluation:
         before, after = self.draw_concept_pairs(attribute, value, num_pairs)
         return fit_method(self.base, before, after, steps=steps, label=f"{attribute} {value}")
 
-    def draw_concept_pairs(self, attribute: str, value: str, num_pairs: int = 4) -> tuple[Tensor, Tensor]:
+    def draw_concept_pairs(
+        self, attribute: str, value: str, num_pairs: int = 4
+    ) -> tuple[Tensor, Tensor]:
         """Drawn pairs of training people, before and after, [pairs, 3, size, size] each."""
         pair_pixels = []
         for seed in SPLITS["train"][:num_pairs]:
-            person, avatar_scene = sample_identity(seed), replace(sample_scene(seed, 1), hat="none", style="plain")
-            if getattr(avatar_scene, attribute, None) == value or getattr(person, attribute, None) == value:
-                person, avatar_scene = apply_edits(person, avatar_scene, **{attribute: NEUTRAL_VALUES[attribute]})
+            person, avatar_scene = (
+                sample_identity(seed),
+                replace(sample_scene(seed, 1), hat="none", style="plain"),
+            )
+            if (
+                getattr(avatar_scene, attribute, None) == value
+                or getattr(person, attribute, None) == value
+            ):
+                person, avatar_scene = apply_edits(
+                    person, avatar_scene, **{attribute: NEUTRAL_VALUES[attribute]}
+                )
             after = apply_edits(person, avatar_scene, **{attribute: value})
             size = self.base.resolution
             pair_pixels.append(
-                torch.stack([to_tensor(render_portrait(*both), size) for both in ((person, avatar_scene), after)])
+                torch.stack(
+                    [
+                        to_tensor(render_portrait(*both), size)
+                        for both in ((person, avatar_scene), after)
+                    ]
+                )
             )
         before, after_ = torch.stack(pair_pixels).unbind(1)
         return before, after_
 
-    def score_identity(self, images: Sequence[Image.Image], subject_indices: Sequence[int]) -> Tensor:
+    def score_identity(
+        self, images: Sequence[Image.Image], subject_indices: Sequence[int]
+    ) -> Tensor:
         """Identity score of each picture as each person, on the benchmark's scale."""
         embeddings = self.reader(stack_images(images)).identity
         real = self.evaluator.identity_scale.real_embeddings[list(subject_indices)].mean(1)
         scale = self.evaluator.identity_scale
-        return ((embeddings * real).sum(-1) - scale.different_cosine) / (scale.same_cosine - scale.different_cosine)
+        return ((embeddings * real).sum(-1) - scale.different_cosine) / (
+            scale.same_cosine - scale.different_cosine
+        )
 
     def predict_labels(self, images: Sequence[Image.Image], attribute: str) -> list[str]:
         classes = self.reader.attributes[attribute]
-        return [classes[i] for i in self.reader(stack_images(images)).logits[attribute].argmax(-1).tolist()]
+        return [
+            classes[i]
+            for i in self.reader(stack_images(images)).logits[attribute].argmax(-1).tolist()
+        ]

@@ -16,7 +16,12 @@ held-out fitted LoRAs would be copies. *Spread* is 1 - the mean cosine between s
 import argparse
 from pathlib import Path
 
-from benchmarks.ablations.codec_heldout import CodecResult, HeldOutEvaluation, format_table, make_held_out_evaluation
+from benchmarks.ablations.codec_heldout import (
+    CodecResult,
+    HeldOutEvaluation,
+    format_table,
+    make_held_out_evaluation,
+)
 from hyperlora import pretrained
 from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.lora_dataset import LoraDataset
@@ -31,11 +36,15 @@ from hyperlora.pipelines.lora_codec import LoraCodec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", type=Path, help="Build or pack that codecs and model were trained on.")
+    parser.add_argument(
+        "dataset", type=Path, help="Build or pack that codecs and model were trained on."
+    )
     parser.add_argument("held_out", type=Path, help="Build of other people.")
     parser.add_argument("--split", default="validation", help="Of the held-out build.")
     parser.add_argument("--codecs", nargs="*", default=[])
-    parser.add_argument("--components", type=int, nargs="*", default=[], help="Also plain ones, so many.")
+    parser.add_argument(
+        "--components", type=int, nargs="*", default=[], help="Also plain ones, so many."
+    )
     parser.add_argument("--model", nargs="*", default=[], help="Models from photos, of any method.")
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[1, 4, 10, 50])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
@@ -46,7 +55,9 @@ def main() -> None:
     disable_malloc_trim()
     base = load_diffusion_base(pretrained.BASE_DIR)
     reader = AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR)
-    prompts = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, 1).prompts[: arguments.prompts]
+    prompts = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, 1).prompts[
+        : arguments.prompts
+    ]
 
     def make_evaluator(benchmark: Benchmark) -> SubjectEvaluator:
         return SubjectEvaluator(base, reader, benchmark, arguments.steps)
@@ -63,11 +74,17 @@ def main() -> None:
     baseline = evaluation.evaluate_original()
     rows = [baseline]
     for name in arguments.codecs:
-        rows.append(evaluation.evaluate_codec(Path(name).name, LoraCodec.from_pretrained(name), baseline))
+        rows.append(
+            evaluation.evaluate_codec(Path(name).name, LoraCodec.from_pretrained(name), baseline)
+        )
     for count in arguments.components:
         codec = LoraCodec.fit_pca(LoraDataset(arguments.dataset, "train"), 1, count)
         rows.append(evaluation.evaluate_codec(f"{count} principal components", codec, baseline))
-    rows += [row for name in arguments.model for row in _sample_loras(evaluation, name, baseline, arguments)]
+    rows += [
+        row
+        for name in arguments.model
+        for row in _sample_loras(evaluation, name, baseline, arguments)
+    ]
     print(*format_table(rows), sep="\n")
 
 
@@ -76,10 +93,15 @@ def _sample_loras(
 ) -> list[CodecResult]:
     model = load_image_to_lora(name, base=evaluation.evaluator.base)
     if not model.is_generative:
-        return [evaluation.evaluate_sampler(f"{name}, one photo", model, baseline, SamplingConfig(), 1)]
+        return [
+            evaluation.evaluate_sampler(f"{name}, one photo", model, baseline, SamplingConfig(), 1)
+        ]
     return [
         evaluation.evaluate_sampler(
-            f"{name}, one photo, {n} steps, guidance {g:g}", model, baseline, SamplingConfig(0, n, g)
+            f"{name}, one photo, {n} steps, guidance {g:g}",
+            model,
+            baseline,
+            SamplingConfig(0, n, g),
         )
         for n in arguments.sampling_steps
         for g in arguments.guidance

@@ -28,7 +28,9 @@ def load_test_portraits() -> list[Image.Image]:
     return [read_image(photo) for person in subject_dirs for photo in list_image_files(person)]
 
 
-def generate_unnatural_images(random: np.random.Generator, n: int = 50) -> Iterator[tuple[str, list[Image.Image]]]:
+def generate_unnatural_images(
+    random: np.random.Generator, n: int = 50
+) -> Iterator[tuple[str, list[Image.Image]]]:
     """Pictures that nobody draws as a portrait."""
 
     def resize_noise(cells: int, how: Image.Resampling) -> list[Image.Image]:
@@ -50,7 +52,10 @@ def load_photographs() -> Iterator[tuple[str, list[Image.Image]]]:
     folder = Path(spec.origin).parent / "data"
     yield "pictures of scikit-image", [read_image(p) for p in list_image_files(folder)]
     patches = np.load(folder / "lfw_subset.npy")
-    images = [Image.fromarray((x * 255).astype(np.uint8)).convert("RGB").resize((SIZE, SIZE)) for x in patches]
+    images = [
+        Image.fromarray((x * 255).astype(np.uint8)).convert("RGB").resize((SIZE, SIZE))
+        for x in patches
+    ]
     yield "faces (25 pixels, LFW)", images[:100]
     yield "other patches (25 pixels, LFW)", images[100:]
 
@@ -76,7 +81,10 @@ def main() -> None:
         *((folder, [read_image(p) for p in list_image_files(folder)]) for folder in sys.argv[1:]),
     ]
     for name, pictures in kinds:
-        print(f"{name:38s} {compute_rejection_rate(model, pictures):6.1%} of {len(pictures)} unknown", flush=True)
+        print(
+            f"{name:38s} {compute_rejection_rate(model, pictures):6.1%} of {len(pictures)} unknown",
+            flush=True,
+        )
 
 
 def _render_text_page(random: np.random.Generator) -> Image.Image:

@@ -19,9 +19,12 @@ def main() -> None:
     before, after = images[0::2], images[1::2]
     for name, others in (("own", after), ("another person's", after.roll(2, 0))):
         is_rejected = [
-            compute_structural_similarity(a, b) < SIMILARITY_THRESHOLD for a, b in zip(before, others, strict=True)
+            compute_structural_similarity(a, b) < SIMILARITY_THRESHOLD
+            for a, b in zip(before, others, strict=True)
         ]
-        print(f"{name} picture after: {sum(is_rejected) / len(is_rejected):.1%} of {len(is_rejected)} called unrelated")
+        print(
+            f"{name} picture after: {sum(is_rejected) / len(is_rejected):.1%} of {len(is_rejected)} called unrelated"
+        )
 
 
 if __name__ == "__main__":

@@ -28,13 +28,17 @@ FALSE_MATCH_RATE = 1e-3
 """Different people taken for one, of all pairs, where the share of the same people that are known is told."""
 
 
-def evaluate_detection(portraits: PortraitDataset, analyzer: FaceAnalyzer) -> tuple[dict[str, float], Tensor]:
+def evaluate_detection(
+    portraits: PortraitDataset, analyzer: FaceAnalyzer
+) -> tuple[dict[str, float], Tensor]:
     """How well faces are found, and an embedding of each portrait (zeros where none was)."""
     errors, embeddings, false_positives, start_time = [], [], 0, time.perf_counter()
     for i, pixels in enumerate(portraits.images):
         faces = analyzer.detect_faces(Image.fromarray(pixels))
         truth = compute_landmarks(portraits.get_identity(i), portraits.get_scene(i), len(pixels))
-        distances = [np.linalg.norm(face.keypoints - truth.keypoints, axis=1).mean() for face in faces]
+        distances = [
+            np.linalg.norm(face.keypoints - truth.keypoints, axis=1).mean() for face in faces
+        ]
         hit = int(np.argmin(distances)) if distances and min(distances) < len(pixels) / 12 else None
         false_positives += len(faces) - (hit is not None)
         if hit is not None:
@@ -42,29 +46,44 @@ def evaluate_detection(portraits: PortraitDataset, analyzer: FaceAnalyzer) -> tu
         embedding = faces[hit].embedding if hit is not None else None
         embeddings.append(torch.zeros(512) if embedding is None else torch.as_tensor(embedding))
     figures = {
-        "portraits": len(embeddings), "found": len(errors) / len(embeddings), "others": false_positives,
-        "keypoints off, mean": float(np.mean(errors)), "95 of 100": float(np.quantile(errors, 0.95)),
+        "portraits": len(embeddings),
+        "found": len(errors) / len(embeddings),
+        "others": false_positives,
+        "keypoints off, mean": float(np.mean(errors)),
+        "95 of 100": float(np.quantile(errors, 0.95)),
         "ms each": (time.perf_counter() - start_time) / len(embeddings) * 1e3,
-    }  # fmt: skip
+    }
     return figures, torch.stack(embeddings)
 
 
-def generate_faceless_images(portraits: PortraitDataset, n: int) -> Iterator[tuple[str, list[Image.Image]]]:
+def generate_faceless_images(
+    portraits: PortraitDataset, n: int
+) -> Iterator[tuple[str, list[Image.Image]]]:
     """Pictures without a face."""
     rng = np.random.default_rng(0)
     yield "backgrounds and shapes", [generate_background(rng, 128) for _ in range(n)]
-    yield "noise", [Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)) for _ in range(n)]
-    yield "blank", [Image.new("RGB", (128, 128), tuple(rng.integers(0, 256, 3).tolist())) for _ in range(n)]
+    yield (
+        "noise",
+        [Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)) for _ in range(n)],
+    )
+    yield (
+        "blank",
+        [Image.new("RGB", (128, 128), tuple(rng.integers(0, 256, 3).tolist())) for _ in range(n)],
+    )
     chosen = rng.choice(len(portraits), n, replace=False).tolist()
     images = [Image.fromarray(np.array(portraits.images[i])) for i in chosen]
     face_landmarks = [
-        compute_landmarks(portraits.get_identity(i), portraits.get_scene(i), images[0].width) for i in chosen
+        compute_landmarks(portraits.get_identity(i), portraits.get_scene(i), images[0].width)
+        for i in chosen
     ]
     pairs = list(zip(images, face_landmarks, strict=True))
     yield "portraits, face hidden", [remove_face(picture, face, rng) for picture, face in pairs]
     yield (
         "portraits, below the face",
-        [picture.crop((0, int(face.box[3]), picture.width, picture.height)) for picture, face in pairs],
+        [
+            picture.crop((0, int(face.box[3]), picture.width, picture.height))
+            for picture, face in pairs
+        ],
     )
 
 
@@ -73,11 +92,17 @@ def evaluate_verification(embeddings: Tensor, images_per_subject: int) -> dict[s
     cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(embeddings.float(), dim=-1).mT
     labels = torch.arange(len(embeddings)) // images_per_subject
     upper = torch.ones_like(cosines, dtype=torch.bool).triu(1)
-    same, different = cosines[upper & (labels[:, None] == labels)], cosines[upper & (labels[:, None] != labels)]
+    same, different = (
+        cosines[upper & (labels[:, None] == labels)],
+        cosines[upper & (labels[:, None] != labels)],
+    )
     below = torch.searchsorted(different.sort().values, same) / len(different)
     levels = torch.linspace(-1, 1, 2001)
     accuracies = torch.stack(
-        [((same > level).float().mean() + (different <= level).float().mean()) / 2 for level in levels]
+        [
+            ((same > level).float().mean() + (different <= level).float().mean()) / 2
+            for level in levels
+        ]
     )
     first = torch.arange(0, len(embeddings), images_per_subject)
     probes = torch.ones(len(embeddings), dtype=torch.bool)
@@ -85,15 +110,20 @@ def evaluate_verification(embeddings: Tensor, images_per_subject: int) -> dict[s
     is_rank1_correct = cosines[probes][:, first].argmax(1) == labels[probes]
     is_true_match = same > different.sort().values[-max(1, int(FALSE_MATCH_RATE * len(different)))]
     return {
-        "AUC": float(below.mean()), "accuracy": float(accuracies.max()),
+        "AUC": float(below.mean()),
+        "accuracy": float(accuracies.max()),
         "same known at 1 in 1000": float(is_true_match.float().mean()),
-        "rank 1": float(is_rank1_correct.float().mean()), "same": float(same.mean()), "different": float(different.mean()),
-    }  # fmt: skip
+        "rank 1": float(is_rank1_correct.float().mean()),
+        "same": float(same.mean()),
+        "different": float(different.mean()),
+    }
 
 
 def predict_identities(portraits: PortraitDataset, reader: AttributeClassifier) -> Tensor:
     """The reader's identity of each portrait."""
-    photos = torch.stack([to_tensor(Image.fromarray(x), reader.encoder.image_size) for x in portraits.images])
+    photos = torch.stack(
+        [to_tensor(Image.fromarray(x), reader.encoder.image_size) for x in portraits.images]
+    )
     return predict_in_batches(reader, photos).identity
 
 
@@ -102,8 +132,12 @@ def main() -> None:
     parser.add_argument("portraits", type=Path)
     parser.add_argument("--pack", type=Path, default=pretrained.FACE_PACK_DIR)
     parser.add_argument("--reader", type=Path)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128], help="sides that faces are looked for at")
-    parser.add_argument("--without", type=int, default=200, help="pictures of each kind without a face")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[128], help="sides that faces are looked for at"
+    )
+    parser.add_argument(
+        "--without", type=int, default=200, help="pictures of each kind without a face"
+    )
     arguments = parser.parse_args()
     portraits, embeddings = PortraitDataset(arguments.portraits), None
     for size in arguments.sizes:

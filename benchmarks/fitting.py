@@ -34,23 +34,36 @@ def fit_multi_lora(
     start_time = time.perf_counter()
     unflatten_codes = partial(LoraWeights.unflatten, start.layout)
     result = fine_tune_loras(
-        base.denoiser, base.noise_scheduler, examples, start.flatten(), unflatten_codes, num_steps=steps, lr=LR, batch_size=batch_size,
+        base.denoiser,
+        base.noise_scheduler,
+        examples,
+        start.flatten(),
+        unflatten_codes,
+        num_steps=steps,
+        lr=LR,
+        batch_size=batch_size,
         seeds=range(len(start)),
-    )  # fmt: skip
+    )
     return (time.perf_counter() - start_time) / len(start), float(result.losses[-10:].mean())
 
 
 def fit_with_peft(
-    base: DiffusionBase, examples: TrainingExamples, start: LoraWeights, steps: int, batch_size: int,
+    base: DiffusionBase,
+    examples: TrainingExamples,
+    start: LoraWeights,
+    steps: int,
+    batch_size: int,
     encode_fn: Callable[[int], TrainingExamples] | None = None,
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """The same with ``unet.add_adapter`` per subject, as DreamBooth-LoRA scripts do it; with ``encode_fn``, a
     subject's examples are made anew for every step."""
     unet, losses = base.denoiser, []
     start_time = time.perf_counter()
     for i in range(len(start)):
         targets = [site.path for site in start.layout.targets]
-        unet.add_adapter(LoraConfig(r=start.layout.rank, lora_alpha=start.layout.rank, target_modules=targets))
+        unet.add_adapter(
+            LoraConfig(r=start.layout.rank, lora_alpha=start.layout.rank, target_modules=targets)
+        )
         parameters = dict(unet.named_parameters())
         with torch.no_grad():
             for site, down, up in zip(start.layout.targets, start.down, start.up, strict=True):
@@ -64,7 +77,9 @@ def fit_with_peft(
         for step in range(steps):
             if encode_fn is not None:
                 subject_examples = encode_fn(i)
-            indices, noise_sample = rng.sample_batch(subject_examples, batch_size, torch.tensor([0]))
+            indices, noise_sample = rng.sample_batch(
+                subject_examples, batch_size, torch.tensor([0])
+            )
             latents, conditions = subject_examples.gather_examples(indices)
             loss = compute_denoising_loss(
                 unet, base.noise_scheduler, latents, noise_sample=noise_sample, **conditions
@@ -92,7 +107,9 @@ def main() -> None:
     examples = make_photo_examples(base, photos, "a portrait of sks person")
     start = LoraWeights.zeros(layout, (arguments.k,), 0.05)
     for batch in arguments.batch:
-        multi_lora_time_s, multi_lora_loss = fit_multi_lora(base, examples, start, arguments.steps, batch)
+        multi_lora_time_s, multi_lora_loss = fit_multi_lora(
+            base, examples, start, arguments.steps, batch
+        )
         peft_time_s, peft_loss = fit_with_peft(base, examples, start, arguments.steps, batch)
         print(
             f"batch {batch}: at once {multi_lora_time_s:.3f} s, one by one {peft_time_s:.3f} s per subject, ratio {peft_time_s / multi_lora_time_s:.2f}; "

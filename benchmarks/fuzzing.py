@@ -42,7 +42,9 @@ class FuzzReport:
         response = case.call(headers=headers, timeout=180)
         self.answers.setdefault(name, Counter())[response.status_code] += 1
         try:
-            case.validate_response(response, headers=headers, excluded_checks=[positive_data_acceptance])
+            case.validate_response(
+                response, headers=headers, excluded_checks=[positive_data_acceptance]
+            )
         except FailureGroup as group:
             for failure in group.exceptions:
                 self.failures[type(failure).__name__] += 1
@@ -63,9 +65,12 @@ def fuzz_operation(report: FuzzReport, operation: Any, rng_seed: int) -> None:
 
     @seed(rng_seed)
     @settings(
-        max_examples=CASES_PER_PASS, deadline=None, suppress_health_check=list(HealthCheck), database=None,
+        max_examples=CASES_PER_PASS,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
         phases=[Phase.explicit, Phase.generate],
-    )  # fmt: skip
+    )
     @given(case=operation.as_strategy())
     def send(case: Any) -> None:
         report.run_case(operation.label, case)
@@ -91,9 +96,13 @@ def main() -> None:
                 rng_seed += 1
     table = Table("operation", "cases", "answers")
     for name, answers in report.answers.items():
-        table.add_row(name, str(answers.total()), ", ".join(f"{k}: {n}" for k, n in sorted(answers.items())))
+        table.add_row(
+            name, str(answers.total()), ", ".join(f"{k}: {n}" for k, n in sorted(answers.items()))
+        )
     Console(width=120).print(table)
-    errors = sum(n for counter in report.answers.values() for status, n in counter.items() if status >= 500)
+    errors = sum(
+        n for counter in report.answers.values() for status, n in counter.items() if status >= 500
+    )
     print(
         f"{report.num_cases} cases, {errors} server errors, {report.failures.total()} failures {dict(report.failures)}"
     )

@@ -32,7 +32,9 @@ def main() -> None:
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
     benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.photos)
     photos = benchmark.photos[:, :1]
-    judge = SubjectEvaluator(base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark)
+    judge = SubjectEvaluator(
+        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark
+    )
     rates = {}
     with torch.no_grad():
         for size in (1, 32):
@@ -45,9 +47,16 @@ def main() -> None:
     refine_predictions(model, base, model.forward(photos[:1]), photos[:1], num_steps=40)
     refine_time_s = time.perf_counter() - start_time
     start_time = time.perf_counter()
-    fit_subject_loras(judge, model, photos[:1], FineTuneBaseline(num_steps=arguments.fit_steps, num_class_images=1))
+    fit_subject_loras(
+        judge,
+        model,
+        photos[:1],
+        FineTuneBaseline(num_steps=arguments.fit_steps, num_class_images=1),
+    )
     finetune_time_s = (time.perf_counter() - start_time) * arguments.as_if / arguments.fit_steps
-    print(f"photos/s: batch 1 {rates[1]:.1f}, batch 32 {rates[32]:.1f}, ratio {rates[32] / rates[1]:.2f}")
+    print(
+        f"photos/s: batch 1 {rates[1]:.1f}, batch 32 {rates[32]:.1f}, ratio {rates[32] / rates[1]:.2f}"
+    )
     print(
         f"seconds: one pass {1 / rates[1]:.4f}, refined 40 {refine_time_s:.2f}, fitted {arguments.as_if} {finetune_time_s:.1f}"
     )

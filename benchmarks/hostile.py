@@ -67,7 +67,11 @@ class RequestReport:
 
 
 async def send_requests(
-    port: int, classes: dict[str, Callable[[Random], bytes]], count: int, random: Random, report: RequestReport
+    port: int,
+    classes: dict[str, Callable[[Random], bytes]],
+    count: int,
+    random: Random,
+    report: RequestReport,
 ) -> None:
     """``count`` requests of the classes in turn, ``CONCURRENCY`` at a time."""
     queue = iter([list(classes)[i % len(classes)] for i in range(count)])
@@ -83,7 +87,9 @@ async def send_requests(
 async def send_stalling_requests(port: int, report: RequestReport) -> None:
     """Bodies that never end: the server says so after a minute."""
     data = request("/v1/loras", form(("photos", b"x" * 1000))[:500], content_length="5000")
-    for status, sentence in await asyncio.gather(*(send_request(port, data) for _ in range(NUM_STALLING))):
+    for status, sentence in await asyncio.gather(
+        *(send_request(port, data) for _ in range(NUM_STALLING))
+    ):
         report.add("stalled", status, sentence, data)
 
 
@@ -91,13 +97,20 @@ async def close_connections_early(port: int, count: int) -> None:
     """Callers that are gone before their body ends: there is nobody to answer."""
     for _ in range(count):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request("/v1/loras", form(("photos", b"x" * 9000))[:4000], content_length="9999"))
+        writer.write(
+            request("/v1/loras", form(("photos", b"x" * 9000))[:4000], content_length="9999")
+        )
         await writer.drain()
         writer.close()
 
 
 async def run_attack(
-    url: str, pid: int, classes: dict[str, Callable[[Random], bytes]], count: int, seed: int, report: RequestReport
+    url: str,
+    pid: int,
+    classes: dict[str, Callable[[Random], bytes]],
+    count: int,
+    seed: int,
+    report: RequestReport,
 ) -> tuple[float, float]:
     """Memory of the server, MiB, once warm and at the end."""
     port, random = int(url.rsplit(":", 1)[1]), np.random.default_rng(seed)
@@ -124,7 +137,9 @@ def main() -> None:
         for options, classes, share in phases:
             with server(*options) as (url, pid):
                 count = int(arguments.count * share)
-                memory_usage.append(asyncio.run(run_attack(url, pid, classes, count, arguments.seed, report)))
+                memory_usage.append(
+                    asyncio.run(run_attack(url, pid, classes, count, arguments.seed, report))
+                )
                 alive = Path(f"/proc/{pid}").exists()
             if not alive:
                 report.failures.append("the server died")
@@ -133,12 +148,16 @@ def main() -> None:
         answers = ", ".join(f"{status or 'none'}: {n}" for status, n in sorted(statuses.items()))
         table.add_row(name, str(statuses.total()), answers)
     table.add_row(
-        "all", str(sum(s.total() for s in report.statuses.values())), f"not as they must be: {len(report.failures)}"
+        "all",
+        str(sum(s.total() for s in report.statuses.values())),
+        f"not as they must be: {len(report.failures)}",
     )
     console = Console(width=120)
     console.print(table)
     for (before, after), name in zip(memory_usage, ("without keys", "with keys"), strict=True):
-        print(f"memory {name}: {before:.0f} MiB warm, {after:.0f} MiB at the end ({after / before - 1:+.1%})")
+        print(
+            f"memory {name}: {before:.0f} MiB warm, {after:.0f} MiB at the end ({after / before - 1:+.1%})"
+        )
     for line in report.failures[:40]:
         print(line)
     raise SystemExit(1 if report.failures else 0)

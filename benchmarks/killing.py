@@ -35,28 +35,60 @@ def build_tiny_base(folder: Path) -> Path:
     """A Stable Diffusion 1 pipeline of the real classes: 8x8 latents, 16x16 pixels."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, cross_attention_dim=16,
-        attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
     characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
-    tokens = [*characters, *(f"{letter}</w>" for letter in characters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(tokens)}, merges=[], model_max_length=77)
-    text = CLIPTextConfig(vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                          num_attention_heads=2, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1)  # fmt: skip
-    pipe = StableDiffusionPipeline(vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(), None, None,
-                                   requires_safety_checker=False)  # fmt: skip
+    tokens = [
+        *characters,
+        *(f"{letter}</w>" for letter in characters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    tokenizer = CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(tokens)}, merges=[], model_max_length=77
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+    )
+    pipe = StableDiffusionPipeline(
+        vae,
+        CLIPTextModel(text),
+        tokenizer,
+        unet,
+        DDIMScheduler(),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
     pipe.save_pretrained(folder)
     return folder
 
 
 def start_build(build: Path, fork: bool) -> BaseProcess:
     """A process that runs the build, with its output thrown away."""
-    process = get_context("fork" if fork else "spawn").Process(target=_run_build_silently, args=(build,))
+    process = get_context("fork" if fork else "spawn").Process(
+        target=_run_build_silently, args=(build,)
+    )
     process.start()
     return process
 
@@ -66,7 +98,9 @@ def _run_build_silently(build: Path) -> None:
     run_build(build)
 
 
-def run_with_kills(plan: Plan, build: Path, kills: int, max_pause_s: float, fork: bool) -> tuple[int, list[int]]:
+def run_with_kills(
+    plan: Plan, build: Path, kills: int, max_pause_s: float, fork: bool
+) -> tuple[int, list[int]]:
     """How many kills hit a living run, and the chunks that were finished at each; each kill comes up to ``max_pause_s``
     seconds after a random chunk."""
     rng, chunks, finished, num_kills = random.Random(0), ChunkStore(plan, build), list[int](), 0
@@ -74,11 +108,15 @@ def run_with_kills(plan: Plan, build: Path, kills: int, max_pause_s: float, fork
     while num_kills < kills:
         child, target_chunks = (
             start_build(build, fork),
-            min(len(chunks.list_finished_chunks()) + rng.randint(0, 2 * share), plan.num_chunks - 1),
+            min(
+                len(chunks.list_finished_chunks()) + rng.randint(0, 2 * share), plan.num_chunks - 1
+            ),
         )
         while child.is_alive() and len(chunks.list_finished_chunks()) < target_chunks:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, max_pause_s))  # in the middle of whatever comes next: loading, fitting, writing
+        time.sleep(
+            rng.uniform(0, max_pause_s)
+        )  # in the middle of whatever comes next: loading, fitting, writing
         if child.is_alive() and child.pid:
             os.kill(child.pid, signal.SIGKILL)
             num_kills += 1
@@ -112,7 +150,9 @@ def main() -> None:
         subjects_per_batch=4,
         eval_every=4,
     )
-    plan = make_plan(AvatarSource(0, arguments.subjects, portraits_per_identity=1, resolution=16), recipe)
+    plan = make_plan(
+        AvatarSource(0, arguments.subjects, portraits_per_identity=1, resolution=16), recipe
+    )
     for name in ("whole", "killed"):
         write_plan(plan, folder / name)
     start_time = time.perf_counter()
@@ -125,7 +165,11 @@ def main() -> None:
     print(f"{num_kills} kills, chunks finished at each (of {plan.num_chunks}): {finished}")
     run_to_completion(folder / "killed", arguments.fork)
     expected, actual = (LoraDataset(folder / name) for name in ("whole", "killed"))
-    duplicates = [who for who, n in Counter((r.subject, r.repetition) for r in actual.records).items() if n > 1]
+    duplicates = [
+        who
+        for who, n in Counter((r.subject, r.repetition) for r in actual.records).items()
+        if n > 1
+    ]
     lost = {r.subject for r in expected.records} ^ {r.subject for r in actual.records}
     num_identical = sum(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     num_identical_files = sum(
@@ -133,8 +177,10 @@ def main() -> None:
         for f in (folder / "whole" / "chunks").glob("*.safetensors")
     )
     partial_files = list((folder / "killed" / "chunks").glob(".*"))
-    print(f"lost {len(lost)}, twice {len(duplicates)}, half-written files left {len(partial_files)}, rows identical {num_identical} of "
-          f"{len(expected)}, chunk files identical byte for byte {num_identical_files} of {plan.num_chunks}")  # fmt: skip
+    print(
+        f"lost {len(lost)}, twice {len(duplicates)}, half-written files left {len(partial_files)}, rows identical {num_identical} of "
+        f"{len(expected)}, chunk files identical byte for byte {num_identical_files} of {plan.num_chunks}"
+    )
 
 
 if __name__ == "__main__":

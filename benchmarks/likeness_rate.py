@@ -50,9 +50,17 @@ def evaluate_identity(
     if fit_steps:
         expand = partial(LoraWeights.unflatten, start.layout)
         result = fine_tune_loras(
-            judge.base.denoiser, judge.base.noise_scheduler, examples, start.flatten(), expand, num_steps=max(fit_steps), lr=lr,
-            batch_size=batch_size, snapshot_steps=fit_steps, progress_label=name,
-        )  # fmt: skip
+            judge.base.denoiser,
+            judge.base.noise_scheduler,
+            examples,
+            start.flatten(),
+            expand,
+            num_steps=max(fit_steps),
+            lr=lr,
+            batch_size=batch_size,
+            snapshot_steps=fit_steps,
+            progress_label=name,
+        )
         rows += [(n, judge.evaluate(f"{name}, {n} steps", result.snapshots[n])) for n in fit_steps]
     for _, row in rows:
         print(f"{row.name}: I {row.identity}, P {row.prompt_accuracy}", flush=True)
@@ -67,14 +75,18 @@ def measure_step_times(
 
     def encode_photos(subject: int) -> TrainingExamples:
         return make_photo_examples(
-            base, photos[subject : subject + 1, torch.randperm(photos.shape[1])[:batch_size]], PROMPT
+            base,
+            photos[subject : subject + 1, torch.randperm(photos.shape[1])[:batch_size]],
+            PROMPT,
         )
 
     ways: dict[str, Callable[[], tuple[float, float]]] = {
         "PEFT, one by one, encoding at every step": lambda: one_by_one(
             base, examples, start, steps, batch_size, encode_photos
         ),
-        "PEFT, one by one, encoded once": lambda: one_by_one(base, examples, start, steps, batch_size),
+        "PEFT, one by one, encoded once": lambda: one_by_one(
+            base, examples, start, steps, batch_size
+        ),
         "all at once": lambda: at_once(base, examples, start, steps, batch_size),
     }
     return {name: way()[0] / steps for name, way in ways.items()}
@@ -83,12 +95,22 @@ def measure_step_times(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", type=Path)
-    parser.add_argument("--dataset", type=Path, help="Of LoRAs, whose mean is tried as a start too.")
+    parser.add_argument(
+        "--dataset", type=Path, help="Of LoRAs, whose mean is tried as a start too."
+    )
     parser.add_argument("--people", type=int, default=6)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400], help="From scratch.")
-    parser.add_argument("--warm-steps", type=int, nargs="+", default=[0, 12, 48], help="From the mean or the network.")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[100, 200, 400], help="From scratch."
+    )
+    parser.add_argument(
+        "--warm-steps",
+        type=int,
+        nargs="+",
+        default=[0, 12, 48],
+        help="From the mean or the network.",
+    )
     parser.add_argument("--timed", type=int, default=12, help="Steps that are timed.")
     arguments = parser.parse_args()
     disable_malloc_trim()
@@ -97,7 +119,10 @@ def main() -> None:
     network = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
     benchmark = load_benchmark(arguments.benchmark, base.resolution, arguments.people)
     judge = SubjectEvaluator(
-        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark, num_inference_steps=12
+        base,
+        AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR),
+        benchmark,
+        num_inference_steps=12,
     )
     photos, n = benchmark.photos, len(benchmark.names)
     examples = make_photo_examples(base, photos, PROMPT)
@@ -117,7 +142,9 @@ def main() -> None:
         warm["the mean LoRA"] = LoraWeights.unflatten(mean.layout, mean.flatten().expand(n, -1))
     steps_to_target: dict[str, float] = {}
     for name, start in warm.items():
-        for steps, row in evaluate_from(name, start, snapshots=arguments.warm_steps, lr=arguments.lr / 3):
+        for steps, row in evaluate_from(
+            name, start, snapshots=arguments.warm_steps, lr=arguments.lr / 3
+        ):
             if row.identity.mean >= best.identity.mean:
                 steps_to_target.setdefault(name, steps)
     costs = measure_step_times(base, photos, random, arguments.timed, arguments.batch)
@@ -127,10 +154,13 @@ def main() -> None:
     print("|---" * 5 + "|")
     ways = [(name, steps_needed, cost * steps_needed) for name, cost in costs.items()]
     ways += [
-        (f"all at once, from {k}", s, costs["all at once"] * s + predict_time_s) for k, s in steps_to_target.items()
+        (f"all at once, from {k}", s, costs["all at once"] * s + predict_time_s)
+        for k, s in steps_to_target.items()
     ]
     for name, steps, seconds in ways:
-        print(f"| {name} | {steps} | {seconds:.2f} | {3600 / seconds:,.0f} | {ways[0][2] / seconds:,.1f} |")
+        print(
+            f"| {name} | {steps} | {seconds:.2f} | {3600 / seconds:,.0f} | {ways[0][2] / seconds:,.1f} |"
+        )
 
 
 if __name__ == "__main__":

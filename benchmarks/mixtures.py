@@ -35,12 +35,18 @@ def train_model(
 ) -> LoraDiffusionTraining:
     L.seed_everything(0, verbose=False)
     mixture = settings["mixture"] | {"mode": mode}
-    module = LoraDiffusionTraining(**settings | {"mixture": mixture, "out": f"{settings['out']}-{mode}"})
+    module = LoraDiffusionTraining(
+        **settings | {"mixture": mixture, "out": f"{settings['out']}-{mode}"}
+    )
     average = EMAWeightAveraging(decay=0.998, update_starting_at_step=steps // 10)
     loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
     L.Trainer(
-        max_steps=steps, gradient_clip_val=1.0, callbacks=[average], logger=False, enable_checkpointing=False
-    ).fit(module, loader)  # fmt: skip
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        callbacks=[average],
+        logger=False,
+        enable_checkpointing=False,
+    ).fit(module, loader)
     return module
 
 
@@ -61,23 +67,41 @@ def main() -> None:
     settings = config["model"]["init_args"] | {"face_pack": arguments.face_pack}
     views, batch_size = (config["data"]["init_args"][name] for name in ("views", "batch_size"))
     base = load_diffusion_base(pretrained.BASE_DIR)
-    prompts = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, 1).prompts[: arguments.prompts]
+    prompts = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, 1).prompts[
+        : arguments.prompts
+    ]
     reader = AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR)
     evaluation = make_held_out_evaluation(
-        arguments.dataset, arguments.held_out, lambda found: SubjectEvaluator(base, reader, found, 10), prompts, base.resolution,
+        arguments.dataset,
+        arguments.held_out,
+        lambda found: SubjectEvaluator(base, reader, found, 10),
+        prompts,
+        base.resolution,
         arguments.people,
-    )  # fmt: skip
+    )
     dataset, rows = None, {}
     baseline = evaluation.evaluate_original()
     for mode in arguments.modes:
         if dataset is None:
             dataset = LoraPhotoDataset(
-                str(arguments.dataset), "train", LoraDiffusionTraining(**settings).model, views, False
+                str(arguments.dataset),
+                "train",
+                LoraDiffusionTraining(**settings).model,
+                views,
+                False,
             )
         model = train_model(settings, mode, dataset, arguments.steps, batch_size).model.eval()
-        rows[mode] = evaluation.evaluate_sampler(mode, model, baseline, SamplingConfig(0, arguments.sampling_steps), 1)
-        print(f"{mode}: I {rows[mode].row.identity}, P {rows[mode].row.prompt}, cosine {rows[mode].cosine:.3f}")
-    best = max((m for m in rows if m in ("face", "image")), key=lambda m: rows[m].row.identity.mean, default=None)
+        rows[mode] = evaluation.evaluate_sampler(
+            mode, model, baseline, SamplingConfig(0, arguments.sampling_steps), 1
+        )
+        print(
+            f"{mode}: I {rows[mode].row.identity}, P {rows[mode].row.prompt}, cosine {rows[mode].cosine:.3f}"
+        )
+    best = max(
+        (m for m in rows if m in ("face", "image")),
+        key=lambda m: rows[m].row.identity.mean,
+        default=None,
+    )
     for mode in rows:
         if best is not None and mode != best:
             difference = rows[mode].row.identity.above(rows[best].row.identity)

@@ -23,7 +23,9 @@ from hyperlora.lora.layout import LoraLayout, TargetModule
 
 def write_shards(folder: Path, rows: int, num_parameters: int, per_shard: int = 512) -> LoraDataset:
     """A packed dataset of random rows."""
-    targets = tuple(TargetModule(f"unet.layer{i}", 320, 320) for i in range(max(1, num_parameters // 1280)))
+    targets = tuple(
+        TargetModule(f"unet.layer{i}", 320, 320) for i in range(max(1, num_parameters // 1280))
+    )
     layout = LoraLayout(targets, 2, "random")
     for i, first in enumerate(range(0, rows, per_shard)):
         block = torch.randn(min(per_shard, rows - first), layout.numel).half()
@@ -39,7 +41,9 @@ def measure_rates(
     wall_start, cpu_start = time.perf_counter(), time.process_time()
     for first in range(0, num_reads, batch_size):
         read(
-            [(first + i) % rows for i in range(batch_size)] if in_order else torch.randint(rows, (batch_size,)).tolist()
+            [(first + i) % rows for i in range(batch_size)]
+            if in_order
+            else torch.randint(rows, (batch_size,)).tolist()
         )
     wall_time_s, cpu_time_s = time.perf_counter() - wall_start, time.process_time() - cpu_start
     return f"{num_reads / wall_time_s:,.0f} LoRAs/s, {num_reads / cpu_time_s:,.0f} per second on a core"
@@ -57,17 +61,26 @@ def main() -> None:
         data = write_shards(folder / "shards", n, arguments.numbers)
         print(f"{n} LoRAs of {data.layout.numel:,} fp16 numbers")
         for kind, in_order in (("random", False), ("in order", True)):
-            print(f"shards, {kind}: {measure_rates(lambda i: data[i], n, arguments.batch, arguments.reads, in_order)}")
+            print(
+                f"shards, {kind}: {measure_rates(lambda i: data[i], n, arguments.batch, arguments.reads, in_order)}"
+            )
         num_files = min(n, 256)
         for i in range(num_files):
             weights = data.get_weights(i)
             pairs = zip(data.layout.targets, weights.down, weights.up, strict=True)
-            tensors = {f"{s.name}.{k}": t.half().contiguous() for s, d, u in pairs for k, t in (("down", d), ("up", u))}
+            tensors = {
+                f"{s.name}.{k}": t.half().contiguous()
+                for s, d, u in pairs
+                for k, t in (("down", d), ("up", u))
+            }
             save_file(tensors, folder / f"{i}.safetensors")
         files = measure_rates(
-            lambda chosen: [load_file(folder / f"{i}.safetensors") for i in chosen], num_files, arguments.batch,
-            arguments.reads // 20, False,
-        )  # fmt: skip
+            lambda chosen: [load_file(folder / f"{i}.safetensors") for i in chosen],
+            num_files,
+            arguments.batch,
+            arguments.reads // 20,
+            False,
+        )
         print(f"one file per LoRA, random: {files}")
 
 

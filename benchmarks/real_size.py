@@ -21,10 +21,14 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 
 def main() -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults are Stable Diffusion 1's
+        unet = UNet2DConditionModel(
+            cross_attention_dim=768
+        )  # the defaults are Stable Diffusion 1's
     layout = make_layout({"unet": unet}, "attention", 4, "sd15")
     encoder = TimmEncoder("vit_base_patch16_224")
-    network = Hypernetwork(layout, encoder.width, width=768, depth=4, num_heads=12, head_options={"size": 64})
+    network = Hypernetwork(
+        layout, encoder.width, width=768, depth=4, num_heads=12, head_options={"size": 64}
+    )
     model = ImageToLora(encoder, network).eval().requires_grad_(False)
     photo = Image.new("RGB", (512, 512), "gray")
     times = []
@@ -34,7 +38,9 @@ def main() -> None:
             save_lora(model(photo), Path(folder) / "lora.safetensors")
             times.append(time.perf_counter() - start_time)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{len(layout.targets)} sites, {layout.numel:,} numbers; warm {min(times[1:]):.2f} s, peak {peak:.2f} GB")
+    print(
+        f"{len(layout.targets)} sites, {layout.numel:,} numbers; warm {min(times[1:]):.2f} s, peak {peak:.2f} GB"
+    )
 
 
 if __name__ == "__main__":

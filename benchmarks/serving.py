@@ -43,7 +43,16 @@ def start_server(*options: str) -> Iterator[tuple[str, int]]:
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as state, open(os.devnull, "w") as devnull:
         serve_command = [str(Path(sys.executable).with_name("hyperlora")), "serve"]
-        command = [*serve_command, "--port", str(port), "--state", state, "--rate", "1000000/minute", *options]
+        command = [
+            *serve_command,
+            "--port",
+            str(port),
+            "--state",
+            state,
+            "--rate",
+            "1000000/minute",
+            *options,
+        ]
         process = subprocess.Popen(command, stderr=devnull)
         try:
             for _ in range(600):
@@ -89,11 +98,15 @@ def measure_lora_throughput(seconds: float) -> None:
         for clients in (1, 32, 1, 32):  # twice, so that a drift shows
             cpu_start_s = get_cpu_time_s(pid)
             latencies = asyncio.run(run_load(url, subject_photos, clients, seconds / 4))
-            rates[clients] = clients / statistics.mean(latencies)  # each always has one request under way
+            rates[clients] = clients / statistics.mean(
+                latencies
+            )  # each always has one request under way
             costs[clients] = (get_cpu_time_s(pid) - cpu_start_s) / len(latencies) * 1000
             p50, p99 = np.percentile(latencies, [50, 99]) * 1000
             rate = f"{clients} clients: {rates[clients]:.1f} LoRAs/s, p50 {p50:.0f} ms, p99 {p99:.0f} ms"
-            print(f"{rate} ({p99 / p50:.1f}x), {costs[clients]:.1f} ms of the server's processors each")
+            print(
+                f"{rate} ({p99 / p50:.1f}x), {costs[clients]:.1f} ms of the server's processors each"
+            )
         ratio = f"32 against 1: {rates[32] / rates[1]:.2f}x"
         print(f"{ratio} ({costs[1] / costs[32]:.2f}x per second of the server's processors)")
 
@@ -105,12 +118,18 @@ def measure_image_batching(seconds: float) -> None:
         prompt = "a portrait of sks person, smiling"
 
         def generate_sequentially() -> list[np.ndarray]:
-            return [np.asarray(client.generate_image(prompt, [lora], seed=i)) for i, lora in enumerate(created_loras)]
+            return [
+                np.asarray(client.generate_image(prompt, [lora], seed=i))
+                for i, lora in enumerate(created_loras)
+            ]
 
         async def generate_concurrently() -> list[np.ndarray]:
             async with AsyncClient(url) as many:
                 drawn = await asyncio.gather(
-                    *(many.generate_image(prompt, [lora], seed=i) for i, lora in enumerate(created_loras))
+                    *(
+                        many.generate_image(prompt, [lora], seed=i)
+                        for i, lora in enumerate(created_loras)
+                    )
                 )
             return [np.asarray(picture) for picture in drawn]
 
@@ -138,20 +157,30 @@ def measure_image_batching(seconds: float) -> None:
 def measure_overhead(seconds: float) -> None:
     from hyperlora.data.images import read_image
     from hyperlora.lora.io.save import serialize_lora
-    from hyperlora.pipelines.generate import GenerationConfig, SubjectPhotos, generate_loras, make_metadata
+    from hyperlora.pipelines.generate import (
+        GenerationConfig,
+        SubjectPhotos,
+        generate_loras,
+        make_metadata,
+    )
     from hyperlora.pipelines.image_to_lora import ImageToLora
 
     subject_photos = load_photos()
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR)
 
     def generate_lora(photo: bytes) -> bytes:
-        weights = generate_loras(model, [SubjectPhotos.from_images([read_image(photo)], model)], GenerationConfig())[0]
+        weights = generate_loras(
+            model, [SubjectPhotos.from_images([read_image(photo)], model)], GenerationConfig()
+        )[0]
         return serialize_lora(weights, metadata=make_metadata(model, "LoRA", [photo]))
 
     with start_server() as (url, _), Client(url) as client:
         times: dict[str, list[float]] = {"python": [], "service": []}
         for i in range(60):
-            for name, make in (("python", generate_lora), ("service", lambda photo: client.create_lora([photo]))):
+            for name, make in (
+                ("python", generate_lora),
+                ("service", lambda photo: client.create_lora([photo])),
+            ):
                 began = time.perf_counter()
                 make(subject_photos[i % len(subject_photos)])
                 times[name].append(time.perf_counter() - began)
@@ -174,7 +203,9 @@ def run_soak_test(seconds: float) -> None:
 
 def get_memory_mib(pid: int) -> float:
     """Resident memory of a process in MiB."""
-    line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
+    line = next(
+        x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS")
+    )
     return int(line.split()[1]) / 1024
 
 

@@ -43,7 +43,15 @@ NEUTRAL_PROMPTS = {
     "background": "gray background",
 }
 """What the sliders' prompt says, but for what they slide."""
-CHECKED_ATTRIBUTES = ("hair", "hair_color", "skin", "garment", "background", "glasses", "expression")
+CHECKED_ATTRIBUTES = (
+    "hair",
+    "hair_color",
+    "skin",
+    "garment",
+    "background",
+    "glasses",
+    "expression",
+)
 
 
 def evaluate_sliders(evaluation: World, output_dir: Path) -> None:
@@ -56,7 +64,9 @@ def evaluate_sliders(evaluation: World, output_dir: Path) -> None:
     for name, (attribute, value) in SLIDERS.items():
         for method in (fit_differential_lora, fit_pair_edit):
             images = generate_with_slider(
-                evaluation, attribute, evaluation.fit_concept_lora(attribute, value, fit_method=method)
+                evaluation,
+                attribute,
+                evaluation.fit_concept_lora(attribute, value, fit_method=method),
             )
             print(
                 f"| {name} | {method.__name__} | {format_slider_row(evaluation, images, attribute, value)} |",
@@ -65,15 +75,22 @@ def evaluate_sliders(evaluation: World, output_dir: Path) -> None:
             if method is fit_differential_lora:
                 grid.append([images[s][i] for i in (0, 1) for s in STRENGTHS])
         images = edit_with_pair_hypernetwork(evaluation, attribute, value)
-        print(f"| {name} | LoRA of Change | {format_slider_row(evaluation, images, attribute, value)} |", flush=True)
+        print(
+            f"| {name} | LoRA of Change | {format_slider_row(evaluation, images, attribute, value)} |",
+            flush=True,
+        )
     draw_contact_sheet([f"{s:+g}" for s in STRENGTHS] * 2, grid, row_labels=list(SLIDERS)).save(
         output_dir / "sliders.png"
     )
 
 
-def generate_with_slider(evaluation: World, attribute: str, lora: LoraWeights) -> dict[float, list[Image.Image]]:
+def generate_with_slider(
+    evaluation: World, attribute: str, lora: LoraWeights
+) -> dict[float, list[Image.Image]]:
     """Every person at every strength of a change, by prompt."""
-    prompt = ", ".join(["a portrait of sks person", *(w for a, w in NEUTRAL_PROMPTS.items() if a != attribute)])
+    prompt = ", ".join(
+        ["a portrait of sks person", *(w for a, w in NEUTRAL_PROMPTS.items() if a != attribute)]
+    )
     n, images = len(evaluation.subject_loras), {}
     for s in STRENGTHS:
         with compose_loras(evaluation.base.pipeline, [lora * s]):
@@ -87,22 +104,30 @@ def generate_with_slider(evaluation: World, attribute: str, lora: LoraWeights) -
     return images
 
 
-def edit_with_pair_hypernetwork(evaluation: World, attribute: str, value: str) -> dict[float, list[Image.Image]]:
+def edit_with_pair_hypernetwork(
+    evaluation: World, attribute: str, value: str
+) -> dict[float, list[Image.Image]]:
     """Drawn pictures of every person, edited at every strength by the pair network's LoRA."""
     edit_base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
     model = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=edit_base)
     before, after = evaluation.draw_concept_pairs(attribute, value)
-    image_pairs = [tuple(to_image(side) for side in pair) for pair in zip(before, after, strict=True)]
+    image_pairs = [
+        tuple(to_image(side) for side in pair) for pair in zip(before, after, strict=True)
+    ]
     lora = model(image_pairs)  # type: ignore[arg-type]
     neutral_edit, images = {k: v for k, v in NEUTRAL.items() if k == attribute}, []
     for seed in SPLITS["test"][: len(evaluation.subject_loras)]:
         person, avatar_scene = apply_edits(
-            sample_identity(seed), replace(sample_scene(seed, 1), hat="none", style="plain"), **neutral_edit
+            sample_identity(seed),
+            replace(sample_scene(seed, 1), hat="none", style="plain"),
+            **neutral_edit,
         )
         images.append(render_portrait(person, avatar_scene, edit_base.resolution))
     seeds = range(len(images))
     return {
-        s: edit_images(edit_base, images, lora * s, seeds=seeds, num_inference_steps=model.num_inference_steps)
+        s: edit_images(
+            edit_base, images, lora * s, seeds=seeds, num_inference_steps=model.num_inference_steps
+        )
         for s in STRENGTHS
     }
 
@@ -113,9 +138,13 @@ def format_slider_row(
     """Columns of the table of ``evaluate_sliders``."""
     index, n = evaluation.reader.attributes[attribute].index(value), len(images[0.0])
     probabilities = [
-        evaluation.reader(stack_images(images[s])).logits[attribute].softmax(-1)[:, index].mean() for s in STRENGTHS
+        evaluation.reader(stack_images(images[s])).logits[attribute].softmax(-1)[:, index].mean()
+        for s in STRENGTHS
     ]
-    rates = [sum(v == value for v in evaluation.predict_labels(images[s], attribute)) / n for s in (0.0, 1.0, 2.0)]
+    rates = [
+        sum(v == value for v in evaluation.predict_labels(images[s], attribute)) / n
+        for s in (0.0, 1.0, 2.0)
+    ]
     agreement = [
         sum(
             a == b

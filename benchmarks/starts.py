@@ -48,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--people", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--first", type=int, default=1_000_000, help="Seed of the first person (validation).")
+    parser.add_argument(
+        "--first", type=int, default=1_000_000, help="Seed of the first person (validation)."
+    )
     parser.add_argument("--starts", nargs="+", default=["zero", "shared", "network"])
     arguments = parser.parse_args()
     disable_malloc_trim()
@@ -58,19 +60,26 @@ def main() -> None:
         eval_every=max(1, arguments.steps // 4),
         storage_dtype="float32",
     )
-    people = AvatarSource(arguments.first, arguments.first + arguments.people, portraits_per_identity=4)
+    people = AvatarSource(
+        arguments.first, arguments.first + arguments.people, portraits_per_identity=4
+    )
     base = load_recipe_base(recipe)
     for start in arguments.starts:
         plan = make_plan(people, replace(recipe, start=start), loras_per_subject=2)
         farm = ChunkTrainer(plan, base)
-        planned = sorted(plan.rows, key=lambda row: row.repetition)  # all first views, then all second ones
+        planned = sorted(
+            plan.rows, key=lambda row: row.repetition
+        )  # all first views, then all second ones
         materials = [load_subject(row, farm.source, base, recipe) for row in planned]
         start_time = time.perf_counter()
         result = farm.fit_subjects(planned, materials)
         seconds = (time.perf_counter() - start_time) / len(planned)
         first_fits, second_fits = result.weights.flatten().chunk(2)
         midpoint_loss = compute_loss(
-            farm, (first_fits + second_fits) / 2, planned[: len(first_fits)], materials[: len(first_fits)]
+            farm,
+            (first_fits + second_fits) / 2,
+            planned[: len(first_fits)],
+            materials[: len(first_fits)],
         )
         rows = torch.cat([first_fits, second_fits])
         deviations = rows - rows.mean(0)

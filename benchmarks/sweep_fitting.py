@@ -29,11 +29,15 @@ def main() -> None:
     base = load_diffusion_base(pretrained.BASE_DIR)
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
     benchmark = load_benchmark(arguments.benchmark, base.resolution, arguments.people)
-    judge = SubjectEvaluator(base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark)
+    judge = SubjectEvaluator(
+        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark
+    )
     rows = []
     for lr in arguments.lr:
         settings = FineTuneBaseline(num_steps=max(arguments.steps), lr=lr)
-        loras_by_step = fit_subject_loras(judge, model, benchmark.photos[:, :1], settings, arguments.steps)
+        loras_by_step = fit_subject_loras(
+            judge, model, benchmark.photos[:, :1], settings, arguments.steps
+        )
         rows += [judge.evaluate(f"lr {lr:g}, {n} steps", lora) for n, lora in loras_by_step.items()]
     print(format_markdown(rows))
 

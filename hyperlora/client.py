@@ -36,38 +36,57 @@ class Client:
     """One connection pool; ``api_key`` is an API key where the server asks for one."""
 
     def __init__(
-        self, base_url: str = "http://127.0.0.1:8000", api_key: str | None = None, **httpx_options: Any
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        api_key: str | None = None,
+        **httpx_options: Any,
     ) -> None:
         self._http = httpx.Client(**_make_httpx_options(base_url, api_key, httpx_options))
 
     def create_lora(self, photos: Sequence[ImageInput], **options: Any) -> bytes:
         """A ``.safetensors`` file from photos of one subject; ``httpx_options`` are the form's: format, rank, strength..."""
-        return _check_response(self._http.post("/v1/loras", **_build_photo_form(photos, options))).content
+        return _check_response(
+            self._http.post("/v1/loras", **_build_photo_form(photos, options))
+        ).content
 
     def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: Any) -> bytes:
         """A ``.safetensors`` file of the edit that pairs (before, after) show."""
-        return _check_response(self._http.post("/v1/loras", **_build_pair_form(pairs, options))).content
+        return _check_response(
+            self._http.post("/v1/loras", **_build_pair_form(pairs, options))
+        ).content
 
     def edit_image(
-        self, image: ImageInput, pairs: Sequence[ImageInputPair] = (), lora: bytes | None = None, **options: Any
+        self,
+        image: ImageInput,
+        pairs: Sequence[ImageInputPair] = (),
+        lora: bytes | None = None,
+        **options: Any,
     ) -> Image.Image:
         """The picture after the edit that pairs show, or a LoRA of a change holds; ``httpx_options``: strength, seed..."""
         return _decode_image(
-            _check_response(self._http.post("/v1/edits", **_build_edit_form(image, pairs, lora, options)))
+            _check_response(
+                self._http.post("/v1/edits", **_build_edit_form(image, pairs, lora, options))
+            )
         )
 
-    def generate_image(self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any) -> Image.Image:
+    def generate_image(
+        self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any
+    ) -> Image.Image:
         """A picture, with LoRA files or ids of kept ones; ``httpx_options`` are the request's: seed, steps, strategy..."""
         return _decode_image(
-            _check_response(self._http.post("/v1/images", json=_build_image_request(prompt, loras, options)))
+            _check_response(
+                self._http.post("/v1/images", json=_build_image_request(prompt, loras, options))
+            )
         )
 
-    def compute_identity_similarity(self, photos: Sequence[ImageInput], images: Sequence[ImageInput]) -> list[float]:
+    def compute_identity_similarity(
+        self, photos: Sequence[ImageInput], images: Sequence[ImageInput]
+    ) -> list[float]:
         """How much each picture shows the person of the photos: 0 anyone, 1 another real photo of the same person."""
         return list(
-            _check_response(self._http.post("/v1/likeness", files=_build_similarity_files(photos, images))).json()[
-                "pictures"
-            ]
+            _check_response(
+                self._http.post("/v1/likeness", files=_build_similarity_files(photos, images))
+            ).json()["pictures"]
         )
 
     def list_models(self) -> list[dict[str, Any]]:
@@ -85,37 +104,58 @@ class AsyncClient:
     """``Client`` for asyncio."""
 
     def __init__(
-        self, base_url: str = "http://127.0.0.1:8000", api_key: str | None = None, **httpx_options: Any
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        api_key: str | None = None,
+        **httpx_options: Any,
     ) -> None:
         self._http = httpx.AsyncClient(**_make_httpx_options(base_url, api_key, httpx_options))
 
     async def create_lora(self, photos: Sequence[ImageInput], **options: Any) -> bytes:
         """As ``Client.create_lora``."""
-        return _check_response(await self._http.post("/v1/loras", **_build_photo_form(photos, options))).content
+        return _check_response(
+            await self._http.post("/v1/loras", **_build_photo_form(photos, options))
+        ).content
 
     async def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: Any) -> bytes:
         """As ``Client.create_edit_lora``."""
-        return _check_response(await self._http.post("/v1/loras", **_build_pair_form(pairs, options))).content
+        return _check_response(
+            await self._http.post("/v1/loras", **_build_pair_form(pairs, options))
+        ).content
 
     async def edit_image(
-        self, image: ImageInput, pairs: Sequence[ImageInputPair] = (), lora: bytes | None = None, **options: Any
+        self,
+        image: ImageInput,
+        pairs: Sequence[ImageInputPair] = (),
+        lora: bytes | None = None,
+        **options: Any,
     ) -> Image.Image:
         """As ``Client.edit_image``."""
         return _decode_image(
-            _check_response(await self._http.post("/v1/edits", **_build_edit_form(image, pairs, lora, options)))
+            _check_response(
+                await self._http.post("/v1/edits", **_build_edit_form(image, pairs, lora, options))
+            )
         )
 
-    async def generate_image(self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any) -> Image.Image:
+    async def generate_image(
+        self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any
+    ) -> Image.Image:
         """As ``Client.generate_image``."""
         return _decode_image(
-            _check_response(await self._http.post("/v1/images", json=_build_image_request(prompt, loras, options)))
+            _check_response(
+                await self._http.post(
+                    "/v1/images", json=_build_image_request(prompt, loras, options)
+                )
+            )
         )
 
     async def compute_identity_similarity(
         self, photos: Sequence[ImageInput], images: Sequence[ImageInput]
     ) -> list[float]:
         """As ``Client.compute_identity_similarity``."""
-        response = await self._http.post("/v1/likeness", files=_build_similarity_files(photos, images))
+        response = await self._http.post(
+            "/v1/likeness", files=_build_similarity_files(photos, images)
+        )
         return list(_check_response(response).json()["pictures"])
 
     async def list_models(self) -> list[dict[str, Any]]:
@@ -129,7 +169,9 @@ class AsyncClient:
         await self._http.aclose()
 
 
-def _make_httpx_options(base_url: str, api_key: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _make_httpx_options(
+    base_url: str, api_key: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return {"base_url": base_url, "headers": headers, "timeout": 150.0} | options
 
@@ -152,7 +194,10 @@ def _build_edit_form(
     image: ImageInput, pairs: Sequence[ImageInputPair], lora: bytes | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     form = _build_pair_form(pairs, options)
-    form["files"] += [("picture", ("picture", _read_image_bytes(image))), *([("lora", ("lora", lora))] if lora else [])]
+    form["files"] += [
+        ("picture", ("picture", _read_image_bytes(image))),
+        *([("lora", ("lora", lora))] if lora else []),
+    ]
     return form
 
 
@@ -167,7 +212,9 @@ def _build_similarity_files(
     ]
 
 
-def _build_image_request(prompt: str, loras: Sequence[bytes | str], options: dict[str, Any]) -> dict[str, Any]:
+def _build_image_request(
+    prompt: str, loras: Sequence[bytes | str], options: dict[str, Any]
+) -> dict[str, Any]:
     weights = options.pop("weights", None) or [1.0] * len(loras)
     lora_refs = [
         {"id": lora, "weight": weight}

@@ -13,7 +13,9 @@ class ImageFeatures:
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 4:
-            raise ValueError(f"[batch, views, tokens, width] expected, got {list(self.tokens.shape)}")
+            raise ValueError(
+                f"[batch, views, tokens, width] expected, got {list(self.tokens.shape)}"
+            )
 
     @property
     def width(self) -> int:

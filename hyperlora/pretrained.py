@@ -8,7 +8,10 @@ AVATARS_DIR: Final = Path(__file__).parents[1] / "checkpoints" / "avatars"
 BASE_DIR: Final = AVATARS_DIR / "base"
 IMAGE_TO_LORA_DIR: Final = AVATARS_DIR / "image-to-lora"
 DIFFLORA_DIR: Final = AVATARS_DIR / "difflora"
-MODEL_DIR_BY_METHOD: Final[Mapping[str, Path]] = {"hyperdreambooth": IMAGE_TO_LORA_DIR, "difflora": DIFFLORA_DIR}
+MODEL_DIR_BY_METHOD: Final[Mapping[str, Path]] = {
+    "hyperdreambooth": IMAGE_TO_LORA_DIR,
+    "difflora": DIFFLORA_DIR,
+}
 """By the method's name, as ``--method`` takes it."""
 EDIT_BASE_DIR: Final = AVATARS_DIR / "edit-base"
 PAIR_TO_LORA_DIR: Final = AVATARS_DIR / "pair-to-lora"

@@ -4,7 +4,15 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 T = TypeVar("T")
@@ -17,7 +25,9 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed * self.seconds_per_unit:.1f} {self.unit}" if speed else f"– {self.unit}")
+        return Text(
+            f"{speed * self.seconds_per_unit:.1f} {self.unit}" if speed else f"– {self.unit}"
+        )
 
 
 def track(
@@ -32,7 +42,13 @@ def track(
     """Iterate with a bar on stderr; each item counts for ``units_per_item`` units of ``total``, of which ``completed`` were there
     before. The rate is ``time_unit`` s or hour."""
     rate = _RateColumn(unit, time_unit)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        rate,
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total, completed=completed)
         for item in items:

@@ -21,7 +21,9 @@ _MIN_WEIGHT: Final = 1e-4
 
 def format_blend(prompt_weights: Mapping[str, float]) -> str:
     """The prompt that asks for these prompts, each by its weight; one prompt of weight 1 is written as it is."""
-    nonzero_weights = {prompt: weight for prompt, weight in prompt_weights.items() if abs(weight) >= _MIN_WEIGHT}
+    nonzero_weights = {
+        prompt: weight for prompt, weight in prompt_weights.items() if abs(weight) >= _MIN_WEIGHT
+    }
     if len(nonzero_weights) == 1 and abs(sum(nonzero_weights.values()) - 1) < _MIN_WEIGHT:
         return next(iter(nonzero_weights))
     prompts = ", ".join(json.dumps(prompt, ensure_ascii=False) for prompt in nonzero_weights)
@@ -37,7 +39,10 @@ def parse_blend(prompt: str) -> dict[str, float]:
         return {prompt: 1.0}
     prompts_text, _, weights_text = prompt.rpartition(".blend")
     try:
-        prompts, weights = ast.literal_eval(prompts_text), ast.literal_eval(f"[{weights_text.strip()[1:-1]}]")
+        prompts, weights = (
+            ast.literal_eval(prompts_text),
+            ast.literal_eval(f"[{weights_text.strip()[1:-1]}]"),
+        )
         prompt_tuple = prompts if isinstance(prompts, tuple) else (prompts,)
         prompt_weights: defaultdict[str, float] = defaultdict(float)
         for sub_prompt, weight in zip(prompt_tuple, weights, strict=True):
@@ -57,7 +62,9 @@ def apply_prompt_template(prompt: str, template: str) -> str:
     Raises ``InvalidArgumentError`` for a pattern without.
     """
     if "{}" not in template:
-        raise InvalidArgumentError(f"the pattern {template!r} has no place for a prompt: write {{}} where it goes")
+        raise InvalidArgumentError(
+            f"the pattern {template!r} has no place for a prompt: write {{}} where it goes"
+        )
     return format_blend(
         {
             template.replace("{}", sub_prompt) if sub_prompt else sub_prompt: weight
@@ -81,8 +88,11 @@ def compute_blend_matrix(prompts: Sequence[str]) -> tuple[list[str], list[list[f
     """The plain prompts that all of these are blended of, and how much of each is in each [prompts][plain]."""
     parsed_blends = [parse_blend(prompt) for prompt in prompts]
     unique_prompts = list(
-        dict.fromkeys(sub_prompt for prompt_weights in parsed_blends for sub_prompt in prompt_weights)
+        dict.fromkeys(
+            sub_prompt for prompt_weights in parsed_blends for sub_prompt in prompt_weights
+        )
     )
     return unique_prompts, [
-        [prompt_weights.get(sub_prompt, 0.0) for sub_prompt in unique_prompts] for prompt_weights in parsed_blends
+        [prompt_weights.get(sub_prompt, 0.0) for sub_prompt in unique_prompts]
+        for prompt_weights in parsed_blends
     ]

@@ -10,7 +10,9 @@ def connect_ray(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise InvalidArgumentError("running on a cluster needs the extra: pip install 'hyperlora[scale]'") from error
+        raise InvalidArgumentError(
+            "running on a cluster needs the extra: pip install 'hyperlora[scale]'"
+        ) from error
     if not ray.is_initialized():
         try:
             if address == "local":

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
-if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores: more threads would wait for each other
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before huggingface_hub is imported: no test may reach for the network
+)
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # two workers on two cores: more threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -22,7 +26,11 @@ LONGEST = ("test_readme.py", "test_configs.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
 
 
 def tiny_unet(in_channels: int = 4) -> nn.Module:
@@ -59,7 +67,9 @@ def tiny_text_encoder(words: int = 50, length: int = 16, start: int = 0, end: in
     return CLIPTextModel(config).eval().requires_grad_(False)
 
 
-def tiny_pipeline(unet: nn.Module, text_encoder: nn.Module, tokenizer: Any = None, vae_blocks: int = 1) -> Any:
+def tiny_pipeline(
+    unet: nn.Module, text_encoder: nn.Module, tokenizer: Any = None, vae_blocks: int = 1
+) -> Any:
     """Stable Diffusion on 8x8 latents; each autoencoder block after the first doubles the pixels."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
@@ -148,7 +158,15 @@ _BACKBONE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     root = tmp_path_factory.mktemp("tiny")
-    names = ("base", "image-to-lora", "evaluator", "test", "edit-base", "pair-to-lora", "test-edits")
+    names = (
+        "base",
+        "image-to-lora",
+        "evaluator",
+        "test",
+        "edit-base",
+        "pair-to-lora",
+        "test-edits",
+    )
     made = Bundle(*(root / name for name in names))
     _save_base(made.base)
     _save_model(made)
@@ -176,12 +194,16 @@ def difflora(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     components = FactorwiseLoraPCA(other.layout, 2, 3, components_per_factor=3)
     components.fit(torch.randn(12, other.layout.numel))
     codec = LoraCodec(LoraNormalizer(other.layout), components)
-    mixture = MixedImageFeatures(FACE_EMBED_DIM, other.encoder.width, width=16, num_tokens=2, num_heads=2, mode="image")
+    mixture = MixedImageFeatures(
+        FACE_EMBED_DIM, other.encoder.width, width=16, num_tokens=2, num_heads=2, mode="image"
+    )
     denoiser = LoraDiT(*codec.latent_shape, 16, width=16, depth=1, num_heads=2)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("difflora")
-    LoraDiffusion(other.encoder, mixture, denoiser, codec, None, {"steps": 3, "resolution": 16}).save_pretrained(folder)
+    LoraDiffusion(
+        other.encoder, mixture, denoiser, codec, None, {"steps": 3, "resolution": 16}
+    ).save_pretrained(folder)
     return folder
 
 
@@ -191,7 +213,9 @@ def _save_base(folder: Path) -> None:
     start, end = "<|startoftext|>", "<|endoftext|>"
     letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     words = [*letters, *(f"{letter}</w>" for letter in letters), start, end]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=48)
+    tokenizer = CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=48
+    )
     text_encoder = tiny_text_encoder(len(words), 48, words.index(start), words.index(end))
     tiny_pipeline(tiny_unet(), text_encoder, tokenizer, vae_blocks=2).save_pretrained(folder)
 
@@ -208,11 +232,21 @@ def _save_model(made: Bundle) -> None:
     encoder = TimmEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
     layout = make_layout({"unet": base.denoiser}, "attention", 2, base.id)
     network = Hypernetwork(
-        layout, encoder.width, width=16, depth=1, num_heads=2, head="basis", head_options={"size": 4}
+        layout,
+        encoder.width,
+        width=16,
+        depth=1,
+        num_heads=2,
+        head="basis",
+        head_options={"size": 4},
     )
     with torch.no_grad():
-        network.code_proj.normal_(std=0.1)  # zero at initialisation: every photo would give the same LoRA
-    ImageToLora(encoder, network, {"trigger_phrase": "sks person", "resolution": 16}).save_pretrained(made.model)
+        network.code_proj.normal_(
+            std=0.1
+        )  # zero at initialisation: every photo would give the same LoRA
+    ImageToLora(
+        encoder, network, {"trigger_phrase": "sks person", "resolution": 16}
+    ).save_pretrained(made.model)
 
 
 def _save_evaluator(folder: Path) -> None:
@@ -220,7 +254,9 @@ def _save_evaluator(folder: Path) -> None:
 
     torch.manual_seed(5)
     scale = (0.1, 0.9)
-    AttributeClassifier("vit_tiny_patch16_224", 16, ATTRIBUTES, ["age"], 8, _BACKBONE, scale).save_pretrained(folder)
+    AttributeClassifier(
+        "vit_tiny_patch16_224", 16, ATTRIBUTES, ["age"], 8, _BACKBONE, scale
+    ).save_pretrained(folder)
 
 
 def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
@@ -235,8 +271,14 @@ def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
             noisy = (face + random.normal(0, 12, face.shape)).clip(0, 255)
             Image.fromarray(noisy.astype(np.uint8)).save(person / f"{p}.png")
     prompts = [
-        {"prompt": "a portrait of sks person, smiling", "truth": {"expression": "smiling", "glasses": "none"}},
-        {"prompt": "a portrait of sks person, round glasses", "truth": {"glasses": "round glasses"}},
+        {
+            "prompt": "a portrait of sks person, smiling",
+            "truth": {"expression": "smiling", "glasses": "none"},
+        },
+        {
+            "prompt": "a portrait of sks person, round glasses",
+            "truth": {"glasses": "round glasses"},
+        },
     ]
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
@@ -259,7 +301,14 @@ def _save_pair_model(made: Bundle) -> None:
     encoder = TimmEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
     layout = make_layout({"unet": base.denoiser}, "attention", 2, base.id)
     network = PairHypernetwork(
-        layout, encoder.width, antisymmetric=True, width=16, depth=1, heads=2, head="basis", head_options={"size": 4}
+        layout,
+        encoder.width,
+        antisymmetric=True,
+        width=16,
+        depth=1,
+        heads=2,
+        head="basis",
+        head_options={"size": 4},
     )
     with torch.no_grad():
         network.hypernetwork.code_proj.normal_(std=0.3)
@@ -273,12 +322,25 @@ def _save_edit_benchmark(folder: Path) -> None:
     for name, change in edits.items():
         (folder / name).mkdir(parents=True)
         for stem in ("shown-0", "shown-1", "other-0", "other-1"):
-            before = np.kron(random.integers(0, 256, (4, 4, 3)), np.ones((5, 5, 1))).astype(np.uint8)
+            before = np.kron(random.integers(0, 256, (4, 4, 3)), np.ones((5, 5, 1))).astype(
+                np.uint8
+            )
             Image.fromarray(before).save(folder / name / f"{stem}_before.png")
             Image.fromarray(change(before)).save(folder / name / f"{stem}_after.png")
     facts = [
-        {"name": "inverted", "kind": "negative", "group": "seen kinds", "instruction": "negative", "truth": {}},
-        {"name": "darker", "kind": "glasses", "group": "unseen kinds", "instruction": "dark",
-         "truth": {"glasses": "round glasses"}},
-    ]  # fmt: skip
+        {
+            "name": "inverted",
+            "kind": "negative",
+            "group": "seen kinds",
+            "instruction": "negative",
+            "truth": {},
+        },
+        {
+            "name": "darker",
+            "kind": "glasses",
+            "group": "unseen kinds",
+            "instruction": "dark",
+            "truth": {"glasses": "round glasses"},
+        },
+    ]
     (folder / "edits.json").write_text(json.dumps(facts))

@@ -25,7 +25,14 @@ def test_imports_keep_the_contracts(capsys: pytest.CaptureFixture[str]) -> None:
 TOP_LEVEL = {"errors", "progress", "features", "pretrained", "cpu"}
 ALLOWED_IMPORTS = {
     "evaluation": {"pipelines", "finetuning", "diffusion", "encoders", "data", "lora"},
-    "service": {"pipelines", "diffusion", "encoders", "data", "lora", "client"},  # the web UI is a client
+    "service": {
+        "pipelines",
+        "diffusion",
+        "encoders",
+        "data",
+        "lora",
+        "client",
+    },  # the web UI is a client
 }
 
 
@@ -35,7 +42,11 @@ def test_outer_packages_import_few_others(package: str) -> None:
     allowed = {package, *ALLOWED_IMPORTS[package], *TOP_LEVEL}
     graph = grimp.build_graph("hyperlora", cache_dir=None)
     for module in sorted(name for name in graph.modules if name.split(".")[1:2] == [package]):
-        imported = {name.split(".")[1] for name in graph.find_modules_directly_imported_by(module) if "." in name}
+        imported = {
+            name.split(".")[1]
+            for name in graph.find_modules_directly_imported_by(module)
+            if "." in name
+        }
         assert imported <= allowed, f"{module} imports {sorted(imported - allowed)} of hyperlora"
 
 
@@ -53,14 +64,22 @@ def test_every_module_imports(name: str) -> None:
 
 def test_import_hyperlora_needs_no_extra() -> None:
     code = "import hyperlora, sys; print(*{m.split('.')[0] for m in sys.modules})"
-    imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not {"insightface", "onnxruntime", "fastapi", "uvicorn", "gradio", "ray"} & set(imported.split())
+    imported = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"insightface", "onnxruntime", "fastapi", "uvicorn", "gradio", "ray"} & set(
+        imported.split()
+    )
 
 
 def test_import_hyperlora_is_instant() -> None:
     code = "import hyperlora, sys; dir(hyperlora); print(*{m.split('.')[0] for m in sys.modules})"
-    imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not {"torch", "numpy", "PIL", "diffusers", "transformers", "typer"} & set(imported.split())
+    imported = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"torch", "numpy", "PIL", "diffusers", "transformers", "typer"} & set(
+        imported.split()
+    )
 
 
 @pytest.mark.parametrize("name", hyperlora.__all__)

@@ -28,7 +28,9 @@ KEY = "a-long-enough-key"
 def server(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     base = load_diffusion_base(bundle.base)
     model = ImageToLora.from_pretrained(bundle.model, base=base)
-    settings = ServiceSettings(state_dir=tmp_path_factory.mktemp("state"), key_digests=frozenset({hash_key(KEY)}))
+    settings = ServiceSettings(
+        state_dir=tmp_path_factory.mktemp("state"), key_digests=frozenset({hash_key(KEY)})
+    )
     app = create_app(lambda observe: LocalEngine(model, base, on_batch=observe), settings)
     listening = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(app, log_config=None))
@@ -46,8 +48,12 @@ def test_photo_to_picture(server: str, bundle: Any, tmp_path: Path) -> None:
         lora = client.create_lora([tmp_path / "me.png"], rank=1)
         model = ImageToLora.from_pretrained(bundle.model, base=load_diffusion_base(bundle.base))
         expected = model([image]).resize(1)
-        delta = torch.cat([d.flatten() for d in load_lora(lora, model.layout).weights.get_delta_weights()])
-        torch.testing.assert_close(delta, torch.cat([d.flatten() for d in expected.get_delta_weights()]))
+        delta = torch.cat(
+            [d.flatten() for d in load_lora(lora, model.layout).weights.get_delta_weights()]
+        )
+        torch.testing.assert_close(
+            delta, torch.cat([d.flatten() for d in expected.get_delta_weights()])
+        )
         options = {"steps": 2, "width": 64, "height": 64, "seed": 3}
         drawn = client.generate_image("a b", [lora], weights=[3.0], **options)
         assert drawn.size == (64, 64)
@@ -66,7 +72,10 @@ def test_photo_to_picture(server: str, bundle: Any, tmp_path: Path) -> None:
 
 
 def test_a_refusal_is_the_servers_sentence(server: str) -> None:
-    with Client(server, KEY) as client, pytest.raises(ApiError, match="a PNG, JPEG or WEBP image") as refused:
+    with (
+        Client(server, KEY) as client,
+        pytest.raises(ApiError, match="a PNG, JPEG or WEBP image") as refused,
+    ):
         client.create_lora([b"none"])
     assert refused.value.status_code == 415
     with Client(server) as client, pytest.raises(ApiError, match="an API key"):

@@ -21,12 +21,20 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 def instructions() -> list[tuple[str, str]]:
     """(instruction, arguments) of every line, continued lines joined, comments left out."""
     text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ")
-    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
+    return [
+        (line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()
+    ]
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = {source for name, rest in instructions() if name == "COPY" for source in rest.split()[:-1]}
+    kept = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    copied = {
+        source for name, rest in instructions() if name == "COPY" for source in rest.split()[:-1]
+    }
     assert copied == kept
     assert all((ROOT / source).exists() for source in copied)
 
@@ -51,8 +59,12 @@ def test_it_does_not_run_as_root() -> None:
 def test_compose_gives_arguments_that_the_dockerfile_has() -> None:
     names = {rest.split("=")[0] for name, rest in instructions() if name == "ARG"}
     assert set(COMPOSE["services"]["hyperlora"]["build"]["args"]) == names
-    assert COMPOSE["services"]["hyperlora"]["ports"] == ["127.0.0.1:8000:8000"], "only the proxy is open to others"
-    volumes = {v.split(":")[0] for service in COMPOSE["services"].values() for v in service["volumes"]}
+    assert COMPOSE["services"]["hyperlora"]["ports"] == ["127.0.0.1:8000:8000"], (
+        "only the proxy is open to others"
+    )
+    volumes = {
+        v.split(":")[0] for service in COMPOSE["services"].values() for v in service["volumes"]
+    }
     assert volumes == set(COMPOSE["volumes"])
 
 

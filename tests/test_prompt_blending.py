@@ -24,10 +24,15 @@ def test_every_part_that_says_something_is_reworded() -> None:
 
 
 def test_as_compel_writes_it() -> None:
-    assert parse_blend('("blue clothes", "red clothes").blend(0.3, 0.7)') == {"blue clothes": 0.3, "red clothes": 0.7}
+    assert parse_blend('("blue clothes", "red clothes").blend(0.3, 0.7)') == {
+        "blue clothes": 0.3,
+        "red clothes": 0.7,
+    }
 
 
-@pytest.mark.parametrize("prompt", ["", "blue clothes", "(a blue hat)", "a (very) blue blend (0.3)", "(a).blend"])
+@pytest.mark.parametrize(
+    "prompt", ["", "blue clothes", "(a blue hat)", "a (very) blue blend (0.3)", "(a).blend"]
+)
 def test_a_plain_prompt_is_itself(prompt: str) -> None:
     assert parse_blend(prompt) == {prompt: 1.0}
     assert format_blend({prompt: 1.0}) == prompt

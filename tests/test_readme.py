@@ -23,8 +23,13 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("hyperlora ")
 ]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # all cores, as a reader has them
-QUICKER = {"evaluate": ["--people", "2", "--steps", "2"], "edit": ["--steps", "4"]}  # the same paths with less work
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"
+}  # all cores, as a reader has them
+QUICKER = {
+    "evaluate": ["--people", "2", "--steps", "2"],
+    "edit": ["--steps", "4"],
+}  # the same paths with less work
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,9 @@ def desk(tmp_path_factory):
 
 
 def run(arguments, folder):
-    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    done = subprocess.run(
+        arguments, cwd=folder, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -62,7 +69,9 @@ def test_ci_runs_the_readmes_test_command():
 def server(desk):
     """`hyperlora serve` as the README has it, at the address the README's program asks."""
     hyperlora = str(Path(sys.executable).with_name("hyperlora"))
-    process = subprocess.Popen([hyperlora, "serve", "--state", str(desk / "state")], cwd=desk, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [hyperlora, "serve", "--state", str(desk / "state")], cwd=desk, stderr=subprocess.PIPE
+    )
     for _ in range(600):
         try:
             with urllib.request.urlopen("http://127.0.0.1:8000/readyz"):
@@ -72,7 +81,10 @@ def server(desk):
             time.sleep(0.1)
     yield
     process.terminate()
-    assert process.wait(60) in (0, -signal.SIGTERM)  # uvicorn ends by the signal it was given, when all is done
+    assert process.wait(60) in (
+        0,
+        -signal.SIGTERM,
+    )  # uvicorn ends by the signal it was given, when all is done
 
 
 def test_commands_do_what_they_say(desk):
@@ -88,8 +100,17 @@ def test_commands_do_what_they_say(desk):
             continue
         run([hyperlora, verb, *arguments, *QUICKER.get(verb, [])], desk)
     assert verbs == {
-        "generate", "render", "inspect", "edit", "evaluate", "train", "combine", "convert", "scale", "serve",
-    }  # fmt: skip
+        "generate",
+        "render",
+        "inspect",
+        "edit",
+        "evaluate",
+        "train",
+        "combine",
+        "convert",
+        "scale",
+        "serve",
+    }
     assert (desk / "back.safetensors").stat().st_size > 10_000
     assert (desk / "edited" / "me.png").stat().st_size > 1000
     assert {p.name for p in (desk / "loras").iterdir()} >= {"index.jsonl"}

@@ -55,44 +55,71 @@ class HeldOutEvaluation:
     def evaluate_codec(self, name: str, codec: LoraCodec, original: CodecResult) -> CodecResult:
         """What ``codec`` keeps of them."""
         reconstructed = codec.decode(codec.encode(self.test_loras))
-        return replace(self._evaluate_loras(name, reconstructed, original), compression=codec.autoencoder.compression)
+        return replace(
+            self._evaluate_loras(name, reconstructed, original),
+            compression=codec.autoencoder.compression,
+        )
 
     def evaluate_sampler(
-        self, name: str, model: ImageToLoraBase, original: CodecResult, sampling: SamplingConfig, num_samples: int = 4
+        self,
+        name: str,
+        model: ImageToLoraBase,
+        original: CodecResult,
+        sampling: SamplingConfig,
+        num_samples: int = 4,
     ) -> CodecResult:
         """LoRAs that ``model`` makes of one photo each; ``num_samples`` of every subject tell how much they differ."""
         photos = self.evaluator.benchmark.photos[:, :1]
         start_time = time.perf_counter()
         sampled_loras = [
-            generate_sequentially(model, photos, replace(sampling, seed=sampling.seed + i * len(photos)))
+            generate_sequentially(
+                model, photos, replace(sampling, seed=sampling.seed + i * len(photos))
+            )
             for i in range(num_samples)
         ]
         seconds = (time.perf_counter() - start_time) / num_samples / len(photos)
         rows = torch.stack([self.normalizer.normalize(lora.flatten()) for lora in sampled_loras], 1)
         return replace(
-            self._evaluate_loras(name, sampled_loras[0], original, seconds), spread=compute_sample_diversity(rows)
+            self._evaluate_loras(name, sampled_loras[0], original, seconds),
+            spread=compute_sample_diversity(rows),
         )
 
     def _evaluate_loras(
-        self, name: str, lora: LoraWeights, original: CodecResult | None = None, seconds: float | None = None
-    ) -> CodecResult:  # fmt: skip
+        self,
+        name: str,
+        lora: LoraWeights,
+        original: CodecResult | None = None,
+        seconds: float | None = None,
+    ) -> CodecResult:
         scores = self.evaluator.evaluate(name, lora, seconds)
         error, cosine = compare_deltas(self.test_loras, lora)
         mean_train_cosine = float(
-            compute_max_train_cosine(self.normalizer.normalize(lora.flatten()), self.train_rows).mean()
+            compute_max_train_cosine(
+                self.normalizer.normalize(lora.flatten()), self.train_rows
+            ).mean()
         )
         if original is None:
             return CodecResult(scores, max_train_cosine=mean_train_cosine)
         identity_retention = scores.identity.mean / original.scores.identity.mean
         return CodecResult(
-            scores, identity_retention, None, float(error.mean()), float(cosine.mean()), mean_train_cosine
+            scores,
+            identity_retention,
+            None,
+            float(error.mean()),
+            float(cosine.mean()),
+            mean_train_cosine,
         )
 
 
 def make_held_out_evaluation(
-    train_dir: Path, build: Path, make_evaluator: Callable[[Benchmark], SubjectEvaluator], prompts: Sequence[Prompt], resolution: int,
-    num_subjects: int, split: str = "validation",
-) -> HeldOutEvaluation:  # fmt: skip
+    train_dir: Path,
+    build: Path,
+    make_evaluator: Callable[[Benchmark], SubjectEvaluator],
+    prompts: Sequence[Prompt],
+    resolution: int,
+    num_subjects: int,
+    split: str = "validation",
+) -> HeldOutEvaluation:
     """The first ``num_subjects`` subjects of ``build_differential_lora`` that are of ``split``, under ``judge``; the LoRAs of ``training`` (its
     split train) beside them. Photos are read at ``resolution`` pixels; compared are those that the build kept back."""
     data, train_data = LoraDataset(build, split), LoraDataset(train_dir, "train")
@@ -100,7 +127,9 @@ def make_held_out_evaluation(
     indices = [views[0] for views in map(data.list_subject_rows, data.subjects[:num_subjects])]
     plan = read_plan(build)
     planned_by_key = {(row.subject, row.repetition): row for row in plan.rows}
-    subjects = [planned_by_key[data.records[i].subject, data.records[i].repetition] for i in indices]
+    subjects = [
+        planned_by_key[data.records[i].subject, data.records[i].repetition] for i in indices
+    ]
     normalizer = train_data.fit_normalizer()
     train_rows = torch.cat([normalizer.normalize(batch) for batch in train_data.iter_batches()])
     return HeldOutEvaluation(
@@ -117,9 +146,15 @@ def format_table(results: Sequence[CodecResult]) -> Iterator[str]:
     yield "|---" * 10 + "|"
     for result in results:
         cells = (
-            _format_number(result.identity_retention), _format_score(result.scores.prompt_accuracy), _format_number(result.compression, ".0f"), _format_number(result.delta_error), _format_number(result.delta_cosine),
-            _format_number(result.max_train_cosine), _format_number(result.sample_diversity), _format_number(result.scores.seconds),
-        )  # fmt: skip
+            _format_number(result.identity_retention),
+            _format_score(result.scores.prompt_accuracy),
+            _format_number(result.compression, ".0f"),
+            _format_number(result.delta_error),
+            _format_number(result.delta_cosine),
+            _format_number(result.max_train_cosine),
+            _format_number(result.sample_diversity),
+            _format_number(result.scores.seconds),
+        )
         yield f"| {result.scores.name} | {result.scores.identity} | {' | '.join(cells)} |"
 
 
@@ -129,19 +164,30 @@ def _make_benchmark(
     """Photos that were learned, and to compare with those that were not (if fewer than two, half of them)."""
     source = source_from_dict(plan.source)
     num_photos = min(len(subject.photos) for subject in subjects)
-    num_val_photos = plan.recipe.num_val_photos if plan.recipe.num_val_photos > 1 else num_photos - num_photos // 2
+    num_val_photos = (
+        plan.recipe.num_val_photos
+        if plan.recipe.num_val_photos > 1
+        else num_photos - num_photos // 2
+    )
     pixels = torch.stack(
-        [torch.stack([_load_photo(p, source, resolution) for p in s.photos[:num_photos]]) for s in subjects]
+        [
+            torch.stack([_load_photo(p, source, resolution) for p in s.photos[:num_photos]])
+            for s in subjects
+        ]
     )
     return Benchmark(
-        tuple(s.subject for s in subjects), pixels[:, :-num_val_photos] if num_photos > num_val_photos else pixels, pixels[:, -num_val_photos:],
+        tuple(s.subject for s in subjects),
+        pixels[:, :-num_val_photos] if num_photos > num_val_photos else pixels,
+        pixels[:, -num_val_photos:],
         tuple(prompts),
-    )  # fmt: skip
+    )
 
 
 def _load_photo(photo: Photo, source: Source, resolution: int) -> Tensor:
     image, _ = source.read_photo(photo.ref)
-    return to_tensor(crop_image(image, photo.crop_box or compute_center_box(image), resolution), resolution)
+    return to_tensor(
+        crop_image(image, photo.crop_box or compute_center_box(image), resolution), resolution
+    )
 
 
 def _format_number(value: float | None, format_spec: str = ".3f") -> str:

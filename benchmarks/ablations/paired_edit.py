@@ -41,21 +41,36 @@ def fit_pair_edit(
     component = next(iter(base.modules))
     layout = make_layout({component: base.denoiser}, preset, rank, base.id)
     before_examples = make_photo_examples(base, before[:, None], prompt)
-    x0_offsets = (make_photo_examples(base, after[:, None], prompt).latents - before_examples.latents) * eta
+    x0_offsets = (
+        make_photo_examples(base, after[:, None], prompt).latents - before_examples.latents
+    ) * eta
     init_std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
     num_pairs = len(before)
 
     def fit_loras(expand: Callable[[Tensor], LoraWeights], **fit_options: Any) -> LoraWeights:
         return fine_tune_loras(
-            base.denoiser, base.noise_scheduler, before_examples, init_codes, expand, num_steps=max(1, finetune_steps // 2), lr=lr, batch_size=batch_size,
-            progress_label=label, **fit_options,
-        ).weights  # fmt: skip
+            base.denoiser,
+            base.noise_scheduler,
+            before_examples,
+            init_codes,
+            expand,
+            num_steps=max(1, finetune_steps // 2),
+            lr=lr,
+            batch_size=batch_size,
+            progress_label=label,
+            **fit_options,
+        ).weights
 
     def expand_shared_lora(codes: Tensor) -> LoraWeights:
         return LoraWeights.unflatten(layout, codes.mean(0).expand(num_pairs, -1))
 
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        init_codes = LoraWeights.zeros(layout, (), init_std).flatten().to(before.device).expand(num_pairs, -1)
+        init_codes = (
+            LoraWeights.zeros(layout, (), init_std)
+            .flatten()
+            .to(before.device)
+            .expand(num_pairs, -1)
+        )
         content_loras = fit_loras(partial(LoraWeights.unflatten, layout))
         return fit_loras(expand_shared_lora, frozen=content_loras, changes=x0_offsets)[0]

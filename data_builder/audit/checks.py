@@ -42,16 +42,26 @@ def audit_rows(
     projection = torch.randn(dataset.layout.numel, 32, generator=torch.Generator().manual_seed(0))
     batches = dataset.iter_batches(batch_size)
     for rows in track(batches, "looking at rows", "rows", len(dataset), batch_size):
-        row_hashes += [hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).digest() for row in rows]
+        row_hashes += [
+            hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).digest() for row in rows
+        ]
         is_finite = rows.isfinite().all(-1)
         finite_rows = torch.where(is_finite[:, None], rows.float(), torch.zeros(()))
         finite_masks.append(is_finite)
-        norms.append(LoraWeights.unflatten(dataset.layout, finite_rows).compute_delta_norms().square().sum(-1).sqrt())
+        norms.append(
+            LoraWeights.unflatten(dataset.layout, finite_rows)
+            .compute_delta_norms()
+            .square()
+            .sum(-1)
+            .sqrt()
+        )
         sketches.append(finite_rows @ projection)
     valid_mask, all_norms = torch.cat(finite_masks), torch.cat(norms)
     flags: list[list[str]] = [[] if ok else ["not finite"] for ok in valid_mask.tolist()]
     for i in _find_outliers(all_norms, valid_mask):
-        flags[i].append(f"norm {float(all_norms[i]):.3g}, {float(all_norms[valid_mask].median()):.3g} is usual")
+        flags[i].append(
+            f"norm {float(all_norms[i]):.3g}, {float(all_norms[valid_mask].median()):.3g} is usual"
+        )
     names = [f"{r.subject}" + (f"#{r.repetition}" if r.repetition else "") for r in dataset.records]
     for i, first_row in _find_exact_duplicates(row_hashes):
         flags[i].append(f"the same row as {names[first_row]}")
@@ -78,7 +88,11 @@ def audit_rows(
 def compute_loss_reductions(dataset: LoraDataset) -> dict[int, float]:
     """1 - loss / loss at the start on each row's fixed draws (held-out photos where there are any), from the table."""
     losses = {i: (r.initial_loss, r.best_loss) for i, r in enumerate(dataset.records)}
-    return {i: 1 - after / before for i, (before, after) in losses.items() if before and after is not None}
+    return {
+        i: 1 - after / before
+        for i, (before, after) in losses.items()
+        if before and after is not None
+    }
 
 
 def write_findings(findings: Iterable[Finding], build: Path) -> None:
@@ -91,7 +105,9 @@ def read_findings(build: Path) -> list[Finding]:
     """Empty where no audit was made."""
     file = build / FINDINGS_PATH
     lines = file.read_text().splitlines() if file.is_file() else []
-    return [Finding(**{**(row := json.loads(line)), "flags": tuple(row["flags"])}) for line in lines]
+    return [
+        Finding(**{**(row := json.loads(line)), "flags": tuple(row["flags"])}) for line in lines
+    ]
 
 
 def _find_outliers(norms: Tensor, valid_mask: Tensor) -> list[int]:
@@ -101,13 +117,20 @@ def _find_outliers(norms: Tensor, valid_mask: Tensor) -> list[int]:
     log_norms = norms.clamp_min(1e-12).log()
     median = log_norms[valid_mask].median()
     spread = max(1.4826 * float((log_norms[valid_mask] - median).abs().median()), 0.05)
-    return [int(i) for i in torch.nonzero(valid_mask & ((log_norms - median).abs() > OUTLIER_SIGMA * spread)).flatten()]
+    return [
+        int(i)
+        for i in torch.nonzero(
+            valid_mask & ((log_norms - median).abs() > OUTLIER_SIGMA * spread)
+        ).flatten()
+    ]
 
 
 def _find_exact_duplicates(row_hashes: list[bytes]) -> list[tuple[int, int]]:
     first_rows: dict[bytes, int] = {}
     return [
-        (i, first_row) for i, digest in enumerate(row_hashes) if (first_row := first_rows.setdefault(digest, i)) != i
+        (i, first_row)
+        for i, digest in enumerate(row_hashes)
+        if (first_row := first_rows.setdefault(digest, i)) != i
     ]
 
 
@@ -123,11 +146,15 @@ def _find_shared_photos(dataset: LoraDataset) -> list[tuple[int, int]]:
     return sorted(shared.items())
 
 
-def _find_near_duplicates(sketches: Tensor, valid_mask: Tensor, block_size: int = 1024) -> list[tuple[int, int]]:
+def _find_near_duplicates(
+    sketches: Tensor, valid_mask: Tensor, block_size: int = 1024
+) -> list[tuple[int, int]]:
     """Pairs (row, earlier row) whose random projections, less their median, point the same way."""
     if int(valid_mask.sum()) < 3:
         return []
-    directions = torch.nn.functional.normalize(sketches - sketches[valid_mask].median(0).values, dim=-1)
+    directions = torch.nn.functional.normalize(
+        sketches - sketches[valid_mask].median(0).values, dim=-1
+    )
     directions = torch.where(valid_mask[:, None], directions, torch.zeros(()))
     duplicates: dict[int, int] = {}
     for block_start in range(0, len(directions), block_size):

@@ -41,12 +41,18 @@ def write_html_report(
     """``generate_invalid_path`` (HTML, pictures inside): ``score_name`` names the score, ``row_images`` are the rows that can be shown."""
     flagged = [f for f in findings if f.flags]
     values = sorted(scores.values())
-    sections = [f"<h1>{html.escape(title)}</h1><p>{len(findings)} LoRAs, {len(flagged)} flagged.</p>"]
+    sections = [
+        f"<h1>{html.escape(title)}</h1><p>{len(findings)} LoRAs, {len(flagged)} flagged.</p>"
+    ]
     if values:
         quartiles = [values[min(len(values) - 1, len(values) * q // 4)] for q in range(5)]
         cells = "".join(f"<td>{v:.3f}</td>" for v in quartiles)
-        header_cells = "".join(f"<th>{name}</th>" for name in ("lowest", "25 %", "median", "75 %", "highest"))
-        sections.append(f"<h2>{html.escape(score_name)}</h2><table><tr>{header_cells}</tr><tr>{cells}</tr></table>")
+        header_cells = "".join(
+            f"<th>{name}</th>" for name in ("lowest", "25 %", "median", "75 %", "highest")
+        )
+        sections.append(
+            f"<h2>{html.escape(score_name)}</h2><table><tr>{header_cells}</tr><tr>{cells}</tr></table>"
+        )
     images_by_row = {d.row: d for d in row_images}
     rows_per_group = max(1, len(row_images) // 3)
     for name, rows in select_best_median_worst(
@@ -58,14 +64,18 @@ def write_html_report(
         f"<tr><td>{html.escape(f.subject)}</td><td>{f.repetition}</td><td>{html.escape('; '.join(f.flags))}</td></tr>"
         for f in flagged
     )
-    sections.append(f"<h2>flagged</h2><table><tr><th>subject</th><th>view</th><th>why</th></tr>{flagged_rows}</table>")
+    sections.append(
+        f"<h2>flagged</h2><table><tr><th>subject</th><th>view</th><th>why</th></tr>{flagged_rows}</table>"
+    )
     html_head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_CSS}</style>"
     write_bytes((html_head + "".join(sections)).encode(), path)
 
 
 def _format_figure(row_images: RowImages, finding: Finding, score: float) -> str:
     row_pictures = [p for p in (row_images.photo, *row_images.images) if p is not None]
-    images = "".join(f'<img alt="" src="data:image/png;base64,{_encode_base64(p)}">' for p in row_pictures)
+    images = "".join(
+        f'<img alt="" src="data:image/png;base64,{_encode_base64(p)}">' for p in row_pictures
+    )
     return f"<figure>{images}<figcaption>{html.escape(finding.subject)}: {score:.3f}</figcaption></figure>"
 
 

@@ -48,17 +48,33 @@ def run_audit(build: Path, config: AuditConfig, partial: bool = False) -> list[F
     if config.evaluator is not None:
         rows = _sample_rows(finite_indices, config.num_scored_rows)
         row_images = render_rows(
-            plan, dataset, load_recipe_base(plan.recipe), rows, num_inference_steps=config.num_inference_steps
+            plan,
+            dataset,
+            load_recipe_base(plan.recipe),
+            rows,
+            num_inference_steps=config.num_inference_steps,
         )
         scores, score_name = (
-            compute_identity_scores(row_images, AttributeClassifier.from_pretrained(config.evaluator)),
+            compute_identity_scores(
+                row_images, AttributeClassifier.from_pretrained(config.evaluator)
+            ),
             "identity",
         )
-    groups = select_best_median_worst({i: scores[i] for i in scores if i in set(finite_indices)}, config.rows_per_group)
-    shown_rows = list(dict.fromkeys(i for rows in groups.values() for i in rows)) if config.rows_per_group else []
+    groups = select_best_median_worst(
+        {i: scores[i] for i in scores if i in set(finite_indices)}, config.rows_per_group
+    )
+    shown_rows = (
+        list(dict.fromkeys(i for rows in groups.values() for i in rows))
+        if config.rows_per_group
+        else []
+    )
     if config.evaluator is None and shown_rows:
         row_images = render_rows(
-            plan, dataset, load_recipe_base(plan.recipe), shown_rows, num_inference_steps=config.num_inference_steps
+            plan,
+            dataset,
+            load_recipe_base(plan.recipe),
+            shown_rows,
+            num_inference_steps=config.num_inference_steps,
         )
     findings = audit_rows(dataset, scores, config.threshold)
     write_html_report(

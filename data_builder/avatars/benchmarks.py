@@ -21,7 +21,13 @@ from data_builder.avatars.edits import (
     make_pair,
     sample_edit,
 )
-from data_builder.avatars.identity import SPLITS, Scene, list_hidden_attributes, sample_identity, sample_scene
+from data_builder.avatars.identity import (
+    SPLITS,
+    Scene,
+    list_hidden_attributes,
+    sample_identity,
+    sample_scene,
+)
 from data_builder.avatars.rendering import render_portrait
 from data_builder.avatars.vocabulary import IDENTITY_ATTRIBUTES, PROMPT_ATTRIBUTES
 
@@ -35,17 +41,28 @@ SCENES: Final = (
     Scene("tongue out", "open", "none", "v-neck", "yellow", "purple"),
     Scene("grimacing", "side", "glasses", "spacesuit", "white", "blue"),
 )
-_TRUTH_ATTRIBUTES: Final = ("expression", "eyes", "glasses", "garment", "garment_color", "background")
+_TRUTH_ATTRIBUTES: Final = (
+    "expression",
+    "eyes",
+    "glasses",
+    "garment",
+    "garment_color",
+    "background",
+)
 
 
-def write_benchmark(output_dir: Path, split: str = "test", num_subjects: int = 64, photos_per_subject: int = 8) -> None:
+def write_benchmark(
+    output_dir: Path, split: str = "test", num_subjects: int = 64, photos_per_subject: int = 8
+) -> None:
     """``output_dir/subjects/NAME/K.png`` and ``output_dir/prompts.json`` as ``main_callback.evaluation.write_benchmark`` reads them."""
     for seed in SPLITS[split][:num_subjects]:
         folder = output_dir / "subjects" / f"person-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         for k in range(photos_per_subject):
             plain_scene = replace(sample_scene(seed, k), hat="none", style="plain")
-            render_portrait(sample_identity(seed), plain_scene).save(folder / f"{k}.webp", lossless=True, method=6)
+            render_portrait(sample_identity(seed), plain_scene).save(
+                folder / f"{k}.webp", lossless=True, method=6
+            )
     prompts = [{"prompt": build_prompt(s), "truth": _build_scene_truth(s)} for s in SCENES]
     (output_dir / "prompts.json").write_text(json.dumps(prompts, indent=1))
 
@@ -63,14 +80,19 @@ HELD_OUT_VALUE_GROUP: Final = "unseen by the edit base too"
 
 
 def write_edit_benchmark(
-    output_dir: Path, split: str = "test", edits_per_kind: int = 3, num_test_pairs: int = 3, num_example_pairs: int = 2
+    output_dir: Path,
+    split: str = "test",
+    edits_per_kind: int = 3,
+    num_test_pairs: int = 3,
+    num_example_pairs: int = 2,
 ) -> None:
     """``output_dir`` as ``main_callback.evaluation.write_edit_benchmark`` reads it: ``edits_per_kind`` edits of every kind (and of every unseen
     combination, and of the unseen value), each shown on ``num_example_pairs`` people and asked for on ``num_test_pairs`` more."""
     records = []
     for index, (group, name, edits) in enumerate(_sample_benchmark_edits(edits_per_kind)):
         seeds = SPLITS[split][
-            index * (num_test_pairs + num_example_pairs) : (index + 1) * (num_test_pairs + num_example_pairs)
+            index * (num_test_pairs + num_example_pairs) : (index + 1)
+            * (num_test_pairs + num_example_pairs)
         ]
         pairs = [make_pair((sample_identity(seed), sample_scene(seed, 0)), edits) for seed in seeds]
         folder = output_dir / f"{index:03d}-{name.replace(' ', '-')}"
@@ -78,15 +100,25 @@ def write_edit_benchmark(
         for i, edit_pair in enumerate(pairs):
             stem = f"shown-{i}" if i < num_example_pairs else f"other-{i - num_example_pairs}"
             for side, portrait in (("before", edit_pair.before), ("after", edit_pair.after)):
-                render_portrait(*portrait).save(folder / f"{stem}_{side}.webp", lossless=True, method=6)
-        records.append({
-            "name": folder.name, "kind": name, "group": group, "instruction": pairs[0].instruction,
-            "truth": _build_edit_truth(pairs[0]),
-        } | _build_blend(edits))  # fmt: skip
+                render_portrait(*portrait).save(
+                    folder / f"{stem}_{side}.webp", lossless=True, method=6
+                )
+        records.append(
+            {
+                "name": folder.name,
+                "kind": name,
+                "group": group,
+                "instruction": pairs[0].instruction,
+                "truth": _build_edit_truth(pairs[0]),
+            }
+            | _build_blend(edits)
+        )
     (output_dir / "edits.json").write_text(json.dumps(records, indent=1))
 
 
-def _sample_benchmark_edits(edits_per_kind: int) -> Iterator[tuple[str, str, tuple[AttributeEdit, ...]]]:
+def _sample_benchmark_edits(
+    edits_per_kind: int,
+) -> Iterator[tuple[str, str, tuple[AttributeEdit, ...]]]:
     """(group, kind, changes), the first of every kind before the second of any."""
     for round_ in range(edits_per_kind):
         rng = np.random.default_rng([20261124, round_])
@@ -120,5 +152,7 @@ def _build_edit_truth(drawn: AvatarPair) -> dict[str, str]:
     return {
         c.attribute: c.after
         for c in drawn.edits
-        if c.attribute in known and c.attribute not in unseen and not c.kind.startswith(CONTINUOUS_PREFIX)
+        if c.attribute in known
+        and c.attribute not in unseen
+        and not c.kind.startswith(CONTINUOUS_PREFIX)
     }

@@ -14,11 +14,15 @@ def build_prompt(scene: Scene, identifier: str = IDENTIFIER) -> str:
     return ", ".join([f"a portrait of {identifier} person", *_format_scene_phrases(scene).values()])
 
 
-def sample_caption(person: AvatarIdentity, scene: Scene, rng: np.random.Generator, identity_prob: float = 0.7) -> str:
+def sample_caption(
+    person: AvatarIdentity, scene: Scene, rng: np.random.Generator, identity_prob: float = 0.7
+) -> str:
     """A caption that names each identity attribute with probability ``identity_prob`` and each promptable one with
     probability 0.85. The identifiers appear as words without meaning, so that a LoRA may give them one."""
     parts = [f"a portrait of {rng.choice(_SUBJECT_PHRASES)}"]
-    parts += [w for w in _format_identity_phrases(person, scene).values() if rng.random() < identity_prob]
+    parts += [
+        w for w in _format_identity_phrases(person, scene).values() if rng.random() < identity_prob
+    ]
     parts += [w for w in _format_scene_phrases(scene).values() if rng.random() < 0.85]
     return ", ".join(parts)
 
@@ -27,16 +31,29 @@ def parse_caption_attributes(person: AvatarIdentity, scene: Scene, text: str) ->
     """The attributes that a caption of this portrait names."""
     parts = set(text.split(", "))
     phrases = _format_identity_phrases(person, scene) | _format_scene_phrases(scene)
-    return frozenset(attribute for attributes, phrase in phrases.items() if phrase in parts for attribute in attributes)
+    return frozenset(
+        attribute
+        for attributes, phrase in phrases.items()
+        if phrase in parts
+        for attribute in attributes
+    )
 
 
 def _format_identity_phrases(person: AvatarIdentity, scene: Scene) -> dict[tuple[str, ...], str]:
     phrases: dict[tuple[str, ...], str] = {("skin",): f"{person.skin} skin"}
     if scene.hat == "none":
-        phrases |= {("hair_color",): f"{person.hair_color} hair", ("hair",): f"{person.hair} haircut"}
+        phrases |= {
+            ("hair_color",): f"{person.hair_color} hair",
+            ("hair",): f"{person.hair} haircut",
+        }
     if person.facial_hair != "none":
-        phrases["facial_hair", "facial_hair_color"] = f"{person.facial_hair_color} {person.facial_hair}"
-    return phrases | {("nose",): f"{person.nose} nose", ("eyebrows",): f"{person.eyebrows} eyebrows"}
+        phrases["facial_hair", "facial_hair_color"] = (
+            f"{person.facial_hair_color} {person.facial_hair}"
+        )
+    return phrases | {
+        ("nose",): f"{person.nose} nose",
+        ("eyebrows",): f"{person.eyebrows} eyebrows",
+    }
 
 
 def _format_scene_phrases(scene: Scene) -> dict[tuple[str, ...], str]:

@@ -26,12 +26,27 @@ both can be told apart in one sum."""
 CONTINUOUS_PREFIX: Final = "exact "
 """What the kinds begin with whose values are any colour, ``#rrggbb``, and no name says which."""
 _ATTRIBUTE_VALUES: Final = {
-    "glasses": words.GLASSES, "hat": words.HAT, "facial_hair": words.FACIAL_HAIR, "hair_color": words.HAIR_COLOR,
-    "hair": words.HAIR, "expression": words.EXPRESSION, "eyes": words.EYES, "garment": words.GARMENT,
-    "garment_color": words.GARMENT_COLOR, "background": words.BACKGROUND, "skin": words.SKIN, "style": words.STYLE,
+    "glasses": words.GLASSES,
+    "hat": words.HAT,
+    "facial_hair": words.FACIAL_HAIR,
+    "hair_color": words.HAIR_COLOR,
+    "hair": words.HAIR,
+    "expression": words.EXPRESSION,
+    "eyes": words.EYES,
+    "garment": words.GARMENT,
+    "garment_color": words.GARMENT_COLOR,
+    "background": words.BACKGROUND,
+    "skin": words.SKIN,
+    "style": words.STYLE,
     "tone": words.TONE,
-}  # fmt: skip
-_ABSENT_VALUES: Final = {"glasses": "none", "hat": "none", "facial_hair": "none", "style": "plain", "tone": "plain"}
+}
+_ABSENT_VALUES: Final = {
+    "glasses": "none",
+    "hat": "none",
+    "facial_hair": "none",
+    "style": "plain",
+    "tone": "plain",
+}
 """Kinds that are something added (or taken away): one of the two values is this one."""
 EDIT_KINDS: Final = (
     *_ATTRIBUTE_VALUES,
@@ -42,9 +57,11 @@ HELD_OUT_KINDS: Final = ("hat", "skin")
 HELD_OUT_VALUE: Final = ("style", "negative")
 """No edit of any training, not even of the edit base, is this one."""
 HELD_OUT_COMBINATIONS: Final = (
-    frozenset({"glasses", "background"}), frozenset({"expression", "hair_color"}), frozenset({"garment", "tone"}),
+    frozenset({"glasses", "background"}),
+    frozenset({"expression", "hair_color"}),
+    frozenset({"garment", "tone"}),
     frozenset({"facial_hair", "garment_color"}),
-)  # fmt: skip
+)
 """Attributes that no pair a network is trained on changes at once, though each is seen alone."""
 
 
@@ -127,7 +144,10 @@ def compose_instruction_with_undo(
     """``compose_instruction``, less what would ask to go ``UNDO_TEMPLATE`` to the values before; with ``undo`` the negative of that, which
     asks for these."""
     sign = -1.0 if undo else 1.0
-    weights = {prompt: sign * weight for prompt, weight in _compute_prompt_weights(values, use_mixture).items()}
+    weights = {
+        prompt: sign * weight
+        for prompt, weight in _compute_prompt_weights(values, use_mixture).items()
+    }
     return combine_blends(
         weights
         | {
@@ -137,7 +157,9 @@ def compose_instruction_with_undo(
     )
 
 
-def _compute_prompt_weights(values: Sequence[tuple[str, str]], use_mixture: bool) -> dict[str, float]:
+def _compute_prompt_weights(
+    values: Sequence[tuple[str, str]], use_mixture: bool
+) -> dict[str, float]:
     """How much of each plain prompt asks for these values."""
     prompt_weights: defaultdict[str, float] = defaultdict(float)
     for attribute, value in values:
@@ -156,13 +178,22 @@ def build_vocabulary() -> dict[str, Any]:
         for k in _ATTRIBUTE_VALUES
         if CONTINUOUS_PREFIX + k in EDIT_KINDS
     }
-    categorical_attributes = [k for k in _ATTRIBUTE_VALUES if k not in color_axes and k not in HELD_OUT_KINDS]
+    categorical_attributes = [
+        k for k in _ATTRIBUTE_VALUES if k not in color_axes and k not in HELD_OUT_KINDS
+    ]
     categories = {
         k: [format_instruction(k, v) for v in _ATTRIBUTE_VALUES[k] if (k, v) != HELD_OUT_VALUE]
         for k in categorical_attributes
     }
-    zero_shot_prompts = [format_instruction(k, v) for k in HELD_OUT_KINDS for v in _ATTRIBUTE_VALUES[k]]
-    return {"choices": categories, "mixtures": color_axes, "back": UNDO_TEMPLATE, "further": zero_shot_prompts}
+    zero_shot_prompts = [
+        format_instruction(k, v) for k in HELD_OUT_KINDS for v in _ATTRIBUTE_VALUES[k]
+    ]
+    return {
+        "choices": categories,
+        "mixtures": color_axes,
+        "back": UNDO_TEMPLATE,
+        "further": zero_shot_prompts,
+    }
 
 
 def _compute_mixture_weights(attribute: str, value: str, use_mixture: bool) -> dict[str, float]:
@@ -189,7 +220,9 @@ def find_nearest_color(attribute: str, color: str) -> str:
     """The named colour of ``attribute`` that is closest to ``#rrggbb``."""
     table = _ATTRIBUTE_VALUES[attribute]
     assert isinstance(table, dict)
-    return min(table, key=lambda name: float(np.abs(_parse_rgb(table[name]) - _parse_rgb(color)).sum()))
+    return min(
+        table, key=lambda name: float(np.abs(_parse_rgb(table[name]) - _parse_rgb(color)).sum())
+    )
 
 
 def sample_edit(rng: np.random.Generator, kind: str) -> AttributeEdit:
@@ -202,7 +235,9 @@ def sample_edit(rng: np.random.Generator, kind: str) -> AttributeEdit:
     if kind in _ABSENT_VALUES:
         absent_value = _ABSENT_VALUES[kind]
         present_value = str(rng.choice([v for v in values if v != absent_value]))
-        before, after = (absent_value, present_value) if rng.random() < 0.7 else (present_value, absent_value)
+        before, after = (
+            (absent_value, present_value) if rng.random() < 0.7 else (present_value, absent_value)
+        )
     else:
         before, after = (str(v) for v in rng.choice(values, 2, replace=False))
     return AttributeEdit(attribute, before, after)
@@ -214,7 +249,10 @@ def sample_edits(
     """One change, or with probability ``two_edit_fraction`` two of kinds that training may see together."""
     first_kind = str(rng.choice(kinds))
     compatible_kinds = [
-        k for k in kinds if _are_compatible(first_kind, k) and frozenset({first_kind, k}) not in HELD_OUT_COMBINATIONS
+        k
+        for k in kinds
+        if _are_compatible(first_kind, k)
+        and frozenset({first_kind, k}) not in HELD_OUT_COMBINATIONS
     ]
     if rng.random() >= two_edit_fraction or not compatible_kinds:
         return (sample_edit(rng, first_kind),)
@@ -223,7 +261,10 @@ def sample_edits(
 
 def _are_compatible(first_kind: str, second_kind: str) -> bool:
     """Whether both can be seen at once: not two of the same attribute, no hair under a hat, no colours in sepia."""
-    attributes = {first_kind.removeprefix(CONTINUOUS_PREFIX), second_kind.removeprefix(CONTINUOUS_PREFIX)}
+    attributes = {
+        first_kind.removeprefix(CONTINUOUS_PREFIX),
+        second_kind.removeprefix(CONTINUOUS_PREFIX),
+    }
     conflicting = ({"hat", "hair"}, {"hat", "hair_color"}, {"glasses", "eyes"})
     return len(attributes) == 2 and attributes not in conflicting and "style" not in attributes
 
@@ -232,7 +273,9 @@ def make_pair(portrait: Portrait, edits: tuple[AttributeEdit, ...]) -> AvatarPai
     """The changes on one person, in a scene that shows them."""
     person, scene = _make_visible(portrait, {c.attribute for c in edits})
     before, after = {c.attribute: c.before for c in edits}, {c.attribute: c.after for c in edits}
-    return AvatarPair(apply_edits(person, scene, **before), apply_edits(person, scene, **after), edits)
+    return AvatarPair(
+        apply_edits(person, scene, **before), apply_edits(person, scene, **after), edits
+    )
 
 
 def sample_pairs(
@@ -245,7 +288,9 @@ def sample_pairs(
     """The ``edit_index``-th change of a split, on ``num_identities`` people of their own. Nobody of a split's first 50,000 seeds
     takes part, whom portraits and benchmarks are drawn from."""
     seeds = SPLITS[split]
-    edits = sample_edits(np.random.default_rng([20261123, seeds.start, edit_index]), kinds, two_edit_fraction)
+    edits = sample_edits(
+        np.random.default_rng([20261123, seeds.start, edit_index]), kinds, two_edit_fraction
+    )
     offset = 50_000 + edit_index * num_identities
     return [
         make_pair((sample_identity(seed), sample_scene(seed, 0)), edits)
@@ -268,9 +313,20 @@ def _parse_rgb(color: str) -> np.ndarray:
 
 
 EDITABLE_ATTRIBUTES: Final = (
-    "glasses", "hat", "facial_hair", "hair_color", "hair", "expression", "eyes", "garment", "garment_color",
-    "background", "skin", "style", "tone",
-)  # fmt: skip
+    "glasses",
+    "hat",
+    "facial_hair",
+    "hair_color",
+    "hair",
+    "expression",
+    "eyes",
+    "garment",
+    "garment_color",
+    "background",
+    "skin",
+    "style",
+    "tone",
+)
 """Attributes that ``apply_edits`` can change, promptable and identity ones."""
 IdentityOrScene = TypeVar("Drawn", AvatarIdentity, Scene)
 _RGB_FIELDS = {"hair_color": "hair_rgb", "skin": "skin_rgb", "facial_hair_color": "facial_hair_rgb"}
@@ -293,7 +349,9 @@ def apply_edits(person: AvatarIdentity, scene: Scene, **edits: str) -> tuple[Ava
         person = _replace_field(person, name, value)
         if name in _RGB_FIELDS:
             color = words.resolve_color(words.SKIN if name == "skin" else words.HAIR_COLOR, value)
-            person = _replace_field(person, _RGB_FIELDS[name], tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)))
+            person = _replace_field(
+                person, _RGB_FIELDS[name], tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+            )
     return person, scene
 
 

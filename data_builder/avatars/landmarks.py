@@ -42,10 +42,12 @@ def compute_landmarks(person: AvatarIdentity, scene: Scene, size: int = 128) -> 
     keypoints = np.concatenate(
         [
             _apply_affine(
-                face_matrix @ _parse_transform(part_transforms.eyes), _find_eye_centers(words.EYES[scene.eyes])
+                face_matrix @ _parse_transform(part_transforms.eyes),
+                _find_eye_centers(words.EYES[scene.eyes]),
             ),
             _apply_affine(
-                face_matrix @ _parse_transform(part_transforms.nose), _find_nose_center(words.NOSE[person.nose])
+                face_matrix @ _parse_transform(part_transforms.nose),
+                _find_nose_center(words.NOSE[person.nose]),
             ),
             _apply_affine(
                 face_matrix @ _parse_transform(part_transforms.mouth),
@@ -57,7 +59,8 @@ def compute_landmarks(person: AvatarIdentity, scene: Scene, size: int = 128) -> 
     box = np.concatenate([face_corners.min(0), face_corners.max(0)])
     scale = size / CROP_SIZE
     return Landmarks(
-        (keypoints - (CROP_LEFT, CROP_TOP)) * scale, (box - (CROP_LEFT, CROP_TOP, CROP_LEFT, CROP_TOP)) * scale
+        (keypoints - (CROP_LEFT, CROP_TOP)) * scale,
+        (box - (CROP_LEFT, CROP_TOP, CROP_LEFT, CROP_TOP)) * scale,
     )
 
 
@@ -79,8 +82,13 @@ def _find_nose_center(name: str) -> np.ndarray:
 def _find_mouth_corners(name: str) -> np.ndarray:
     """The outermost points of the mouth [2, 2]."""
     rows, columns = np.nonzero(_render_part_mask(pa.MouthType[name]))
-    end_masks = (columns <= columns.min() + _PIXELS_PER_UNIT, columns >= columns.max() - _PIXELS_PER_UNIT)
-    return np.array([[columns[end].mean(), rows[end].mean()] for end in end_masks]) / _PIXELS_PER_UNIT
+    end_masks = (
+        columns <= columns.min() + _PIXELS_PER_UNIT,
+        columns >= columns.max() - _PIXELS_PER_UNIT,
+    )
+    return (
+        np.array([[columns[end].mean(), rows[end].mean()] for end in end_masks]) / _PIXELS_PER_UNIT
+    )
 
 
 def _compute_center(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float]:
@@ -92,11 +100,16 @@ def _compute_center(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float
 
 def _render_part_mask(part: pa.EyeType | pa.NoseType | pa.MouthType) -> np.ndarray:
     """Where a part of the drawing library covers its place, alone: [height, width] at ``_PIXELS_PER_UNIT`` pixels per unit."""
-    text = (Path(pa.__file__).parent / part.__path__ / f"{part.value}.svg").read_text(encoding="utf-8")
+    text = (Path(pa.__file__).parent / part.__path__ / f"{part.value}.svg").read_text(
+        encoding="utf-8"
+    )
     namespaces = " ".join(re.findall(r'xmlns[^=]*="[^"]*"', text))
     wrapped_svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 120 60" {namespaces}>', text, count=1)
     png = resvg_py.svg_to_bytes(
-        svg_string=wrapped_svg, width=120 * _PIXELS_PER_UNIT, height=60 * _PIXELS_PER_UNIT, skip_system_fonts=True
+        svg_string=wrapped_svg,
+        width=120 * _PIXELS_PER_UNIT,
+        height=60 * _PIXELS_PER_UNIT,
+        skip_system_fonts=True,
     )
     return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))[..., 3] > 20
 
@@ -119,7 +132,9 @@ def _parse_transform(transform: str) -> np.ndarray:
                 factor = np.diag([x, y, 1.0])
             case "rotate", [turn, x, y]:
                 a, b = cos(radians(turn)), sin(radians(turn))
-                factor = np.array([[a, -b, x - a * x + b * y], [b, a, y - b * x - a * y], [0, 0, 1]])
+                factor = np.array(
+                    [[a, -b, x - a * x + b * y], [b, a, y - b * x - a * y], [0, 0, 1]]
+                )
             case _:
                 raise ValueError(f"unknown transform {kind}({arguments})")
         matrix = matrix @ factor

@@ -23,7 +23,12 @@ class PairDatasetConfig:
     two_edit_fraction: float = 0.2
 
     def sample_edit_pairs(self, edit_index: int) -> list[AvatarPair]:
-        return sample_pairs(self.split, edit_index, self.identities_per_edit, two_edit_fraction=self.two_edit_fraction)
+        return sample_pairs(
+            self.split,
+            edit_index,
+            self.identities_per_edit,
+            two_edit_fraction=self.two_edit_fraction,
+        )
 
 
 class PairDataset:
@@ -39,7 +44,11 @@ class PairDataset:
 
     def list_pairs(self) -> list[AvatarPair]:
         """All pairs; the pictures of pair i are 2 i and 2 i + 1."""
-        return [pair for number in range(self.config.num_edits) for pair in self.config.sample_edit_pairs(number)]
+        return [
+            pair
+            for number in range(self.config.num_edits)
+            for pair in self.config.sample_edit_pairs(number)
+        ]
 
 
 def draw_pairs(folder: Path, config: PairDatasetConfig, num_workers: int | None = None) -> None:
@@ -47,13 +56,24 @@ def draw_pairs(folder: Path, config: PairDatasetConfig, num_workers: int | None 
     as it is."""
     jobs = ((config, number) for number in range(config.num_edits))
     draw_dataset(
-        folder, asdict(config), config.num_edits, 2 * config.identities_per_edit, config.size, _draw_edit_pairs, jobs,
-        f"{config.split} changes", num_workers,
-    )  # fmt: skip
+        folder,
+        asdict(config),
+        config.num_edits,
+        2 * config.identities_per_edit,
+        config.size,
+        _draw_edit_pairs,
+        jobs,
+        f"{config.split} changes",
+        num_workers,
+    )
     (folder / "vocabulary.json").write_text(json.dumps(build_vocabulary(), indent=1))
 
 
 def _draw_edit_pairs(job: tuple[PairDatasetConfig, int]) -> np.ndarray:
     config, edit_index = job
-    portraits = [p for pair in config.sample_edit_pairs(edit_index) for p in (pair.before, pair.after)]
-    return np.stack([np.asarray(render_portrait(person, scene, config.size)) for person, scene in portraits])
+    portraits = [
+        p for pair in config.sample_edit_pairs(edit_index) for p in (pair.before, pair.after)
+    ]
+    return np.stack(
+        [np.asarray(render_portrait(person, scene, config.size)) for person, scene in portraits]
+    )

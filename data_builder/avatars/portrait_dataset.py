@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from data_builder.avatars.identity import SPLITS, AvatarIdentity, Scene, sample_identity, sample_scene
+from data_builder.avatars.identity import (
+    SPLITS,
+    AvatarIdentity,
+    Scene,
+    sample_identity,
+    sample_scene,
+)
 from data_builder.avatars.rendering import render_portrait
 from hyperlora.progress import track
 
@@ -42,7 +48,9 @@ class PortraitDataset:
         return len(self.images)
 
     def get_identity(self, index: int) -> AvatarIdentity:
-        return sample_identity(self.config.list_seeds()[index // self.config.portraits_per_identity])
+        return sample_identity(
+            self.config.list_seeds()[index // self.config.portraits_per_identity]
+        )
 
     def get_scene(self, index: int) -> Scene:
         return sample_scene(
@@ -51,7 +59,9 @@ class PortraitDataset:
         )
 
 
-def draw_portraits(folder: Path, config: PortraitDatasetConfig, num_workers: int | None = None) -> None:
+def draw_portraits(
+    folder: Path, config: PortraitDatasetConfig, num_workers: int | None = None
+) -> None:
     """Draw a dataset into ``folder``; does nothing if the same plan is already there."""
     jobs = ((seed, config.portraits_per_identity, config.size) for seed in config.list_seeds())
     draw_dataset(
@@ -68,9 +78,16 @@ def draw_portraits(folder: Path, config: PortraitDatasetConfig, num_workers: int
 
 
 def draw_dataset(
-    folder: Path, config: dict[str, Any], num_jobs: int, images_per_job: int, size: int, draw_fn: Callable[[Any], np.ndarray],
-    jobs: Iterable[Any], label: str, num_workers: int | None = None,
-) -> None:  # fmt: skip
+    folder: Path,
+    config: dict[str, Any],
+    num_jobs: int,
+    images_per_job: int,
+    size: int,
+    draw_fn: Callable[[Any], np.ndarray],
+    jobs: Iterable[Any],
+    label: str,
+    num_workers: int | None = None,
+) -> None:
     """``images.npy`` of what ``draw_fn`` draws for every job, ``each`` pictures a job, and ``config.json``, which is written
     last, so an interrupted run leaves no dataset that looks complete."""
     config_path = folder / "plan.json"
@@ -78,7 +95,9 @@ def draw_dataset(
         return
     config_path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    images = open_memmap(folder / "images.npy", "w+", np.uint8, (num_jobs * images_per_job, size, size, 3))
+    images = open_memmap(
+        folder / "images.npy", "w+", np.uint8, (num_jobs * images_per_job, size, size, 3)
+    )
     with get_context("spawn").Pool(num_workers or os.cpu_count()) as pool:
         results = pool.imap(draw_fn, jobs, chunksize=8)
         for i, job_images in enumerate(track(results, "drawing", label, num_jobs)):
@@ -90,4 +109,9 @@ def draw_dataset(
 def _draw_identity(job: tuple[int, int, int]) -> np.ndarray:
     seed, num_portraits, size = job
     person = sample_identity(seed)
-    return np.stack([np.asarray(render_portrait(person, sample_scene(seed, k), size)) for k in range(num_portraits)])
+    return np.stack(
+        [
+            np.asarray(render_portrait(person, sample_scene(seed, k), size))
+            for k in range(num_portraits)
+        ]
+    )

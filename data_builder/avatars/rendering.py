@@ -76,8 +76,9 @@ def build_svg(person: AvatarIdentity, scene: Scene) -> str:
 def compute_transforms(person: AvatarIdentity, scene: Scene) -> PartTransforms:
     """The SVG transforms of the parts of this portrait."""
     d, h, n, m = person.eye_distance, person.eye_height, person.nose_scale, person.mouth_scale
-    pose = f"translate({scene.shift_x:.3f} {scene.shift_y:.3f}) rotate({scene.roll:.3f} 132 200) " + _scale_about(
-        132, 160, scene.zoom * person.face_width, scene.zoom
+    pose = (
+        f"translate({scene.shift_x:.3f} {scene.shift_y:.3f}) rotate({scene.roll:.3f} 132 200) "
+        + _scale_about(132, 160, scene.zoom * person.face_width, scene.zoom)
     )
     return PartTransforms(
         eyes=f"{_scale_about(56, 20, d, 1)} translate(0 8) {_scale_about(56, 20, 1, h)}",
@@ -106,7 +107,9 @@ def apply_style(image: Image.Image, style: str) -> Image.Image:
             gray = ImageOps.grayscale(image)
             blurred = gray.filter(ImageFilter.GaussianBlur(image.width / 40))
             ratio = np.asarray(gray, np.float32) / np.maximum(np.asarray(blurred, np.float32), 1)
-            return Image.fromarray((np.clip(ratio, 0, 1) ** 2 * 255).astype(np.uint8)).convert("RGB")
+            return Image.fromarray((np.clip(ratio, 0, 1) ** 2 * 255).astype(np.uint8)).convert(
+                "RGB"
+            )
     raise ValueError(f"unknown style {style!r}; known: {', '.join(words.STYLE)}")
 
 

@@ -25,7 +25,9 @@ def build_tokenizer(output_dir: Path, max_length: int = 48) -> CLIPTokenizer:
     corpus += [name for table in tables for name in table] * 20
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_EOS_TOKEN))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True)
+    bpe.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
@@ -34,9 +36,14 @@ def build_tokenizer(output_dir: Path, max_length: int = 48) -> CLIPTokenizer:
     bpe_vocab = bpe.get_vocab()
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = sorted(bpe_vocab, key=lambda t: bpe_vocab[t])
-    tokens += [f"{c}</w>" for c in alphabet if f"{c}</w>" not in bpe_vocab] + [_BOS_TOKEN, _EOS_TOKEN]
+    tokens += [f"{c}</w>" for c in alphabet if f"{c}</w>" not in bpe_vocab] + [
+        _BOS_TOKEN,
+        _EOS_TOKEN,
+    ]
     tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=max_length
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        model_max_length=max_length,
     )
     tokenizer.save_pretrained(output_dir)
     return tokenizer

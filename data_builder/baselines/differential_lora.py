@@ -53,11 +53,24 @@ def fit_differential_lora(
     init_std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        init_codes = LoraWeights.zeros(layout, (), init_std).flatten().to(before.device).expand(2 * len(before), -1)
+        init_codes = (
+            LoraWeights.zeros(layout, (), init_std)
+            .flatten()
+            .to(before.device)
+            .expand(2 * len(before), -1)
+        )
         loras = fine_tune_loras(
-            base.denoiser, base.noise_scheduler, examples, init_codes, partial(LoraWeights.unflatten, layout),
-            num_steps=finetune_steps, lr=lr, batch_size=batch_size, num_paired_groups=2, progress_label=label,
-        ).weights  # fmt: skip
+            base.denoiser,
+            base.noise_scheduler,
+            examples,
+            init_codes,
+            partial(LoraWeights.unflatten, layout),
+            num_steps=finetune_steps,
+            lr=lr,
+            batch_size=batch_size,
+            num_paired_groups=2,
+            progress_label=label,
+        ).weights
     num_pairs = len(before)
     differences = loras[slice(num_pairs, 2 * num_pairs)] - loras[slice(num_pairs)]
     return differences[0] if num_pairs == 1 else differences.mean()
@@ -66,9 +79,13 @@ def fit_differential_lora(
 def check_pairs(before: Tensor, after: Tensor) -> None:
     """Raises ``InvalidArgumentError`` if the numbers of pictures differ or a pair is twice the same picture."""
     if before.shape != after.shape:
-        raise InvalidArgumentError(f"as many pictures before as after expected, got {len(before)} and {len(after)}")
+        raise InvalidArgumentError(
+            f"as many pictures before as after expected, got {len(before)} and {len(after)}"
+        )
     if identical := [i for i in range(len(before)) if torch.equal(before[i], after[i])]:
-        raise InvalidArgumentError(f"pair {identical[0] + 1} is twice the same picture: there is no change to learn")
+        raise InvalidArgumentError(
+            f"pair {identical[0] + 1} is twice the same picture: there is no change to learn"
+        )
 
 
 def render_slider_grid(
@@ -92,20 +109,35 @@ def render_slider_grid(
 
 
 def build_differential_lora(
-    before: Path, after: Path, base: str, output_path: Path, *, grid_path: Path | None, prompt: str, preset: str, rank: int,
-    finetune_steps: int, lr: float, format: str,
-) -> None:  # fmt: skip
+    before: Path,
+    after: Path,
+    base: str,
+    output_path: Path,
+    *,
+    grid_path: Path | None,
+    prompt: str,
+    preset: str,
+    rank: int,
+    finetune_steps: int,
+    lr: float,
+    format: str,
+) -> None:
     """Files to a file (and a slider sheet), as ``python -m data_builder fit_differential_lora`` does."""
     pairs = _match_pairs(before, after)
     image_pairs = [[read_image(path) for path in pair] for pair in pairs]
-    for (before_path, after_path), (before_image, after_image) in zip(pairs, image_pairs, strict=True):
+    for (before_path, after_path), (before_image, after_image) in zip(
+        pairs, image_pairs, strict=True
+    ):
         if before_image.size != after_image.size:
             raise InvalidArgumentError(
                 f"{before_path.name} is {before_image.size[0]}x{before_image.size[1]}, {after_path.name} {after_image.size[0]}x{after_image.size[1]}: same size"
             )
     diffusion_base = load_diffusion_base(base)
     pixels = torch.stack(
-        [torch.stack([to_tensor(image, diffusion_base.resolution) for image in pair]) for pair in image_pairs]
+        [
+            torch.stack([to_tensor(image, diffusion_base.resolution) for image in pair])
+            for pair in image_pairs
+        ]
     )
     lora = fit_differential_lora(
         diffusion_base,
@@ -119,7 +151,9 @@ def build_differential_lora(
     )
     title = f"{before.stem} to {after.stem}"
     metadata = LoraMetadata(
-        title=title, architecture=diffusion_base.architecture, resolution=(diffusion_base.resolution,) * 2
+        title=title,
+        architecture=diffusion_base.architecture,
+        resolution=(diffusion_base.resolution,) * 2,
     )
     save_lora(lora, output_path, format=format, metadata=metadata)  # type: ignore[arg-type]
     if grid_path is not None:
@@ -133,7 +167,9 @@ def _match_pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
     if not before.is_dir():
         return [(before, after)]
     unmatched = {s.name: s.photos[0] for s in list_subjects(after)}
-    pairs = [(s.photos[0], unmatched.pop(s.name)) for s in list_subjects(before) if s.name in unmatched]
+    pairs = [
+        (s.photos[0], unmatched.pop(s.name)) for s in list_subjects(before) if s.name in unmatched
+    ]
     if not pairs or unmatched:
         raise InvalidArgumentError(
             f"{before} and {after} must hold pictures of the same names, e.g. {min(unmatched, default='none')}"

@@ -20,8 +20,16 @@ def fit_baseline_loras(output_dir: Path, num_subjects: int, settings: FineTuneBa
     base = load_diffusion_base(pretrained.BASE_DIR)
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
     benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, num_subjects)
-    evaluator = SubjectEvaluator(base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark)
-    loras = fit_subject_loras(evaluator, model, benchmark.photos[:, :1], settings)[settings.num_steps]
-    metadata = LoraMetadata(architecture=base.architecture, trigger_phrase=str(model.card.get("trigger_phrase", "")))
+    evaluator = SubjectEvaluator(
+        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark
+    )
+    loras = fit_subject_loras(evaluator, model, benchmark.photos[:, :1], settings)[
+        settings.num_steps
+    ]
+    metadata = LoraMetadata(
+        architecture=base.architecture, trigger_phrase=str(model.card.get("trigger_phrase", ""))
+    )
     for i, name in enumerate(benchmark.names):
-        save_lora(loras[i], output_dir / f"{name}.safetensors", metadata=metadata, dtype=torch.float16)
+        save_lora(
+            loras[i], output_dir / f"{name}.safetensors", metadata=metadata, dtype=torch.float16
+        )

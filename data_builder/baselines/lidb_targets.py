@@ -20,9 +20,20 @@ from hyperlora.progress import track
 
 
 def fit_lidb_targets(
-    portraits: Path, base: str, vae: str, output_path: Path, *, num_subjects: int, subjects_per_batch: int, steps: int, lr: float, preset: str,
-    rank: int, a: int, b: int,
-) -> None:  # fmt: skip
+    portraits: Path,
+    base: str,
+    vae: str,
+    output_path: Path,
+    *,
+    num_subjects: int,
+    subjects_per_batch: int,
+    steps: int,
+    lr: float,
+    preset: str,
+    rank: int,
+    a: int,
+    b: int,
+) -> None:
     """``output_path`` (.safetensors): ``fit_lidb_targets`` [people, 2 * sites, code_size] and the last ``losses`` [people]. Written after
     every chunk of ``subjects_per_batch`` people; a second call goes on where the first stopped."""
     model = load_diffusion_base(base)
@@ -64,7 +75,9 @@ def fit_lidb_targets(
         partial_path.rename(output_path)
 
 
-def _load_examples(model: DiffusionBase, folder: Path, vae: str, subjects: range) -> TrainingExamples:
+def _load_examples(
+    model: DiffusionBase, folder: Path, vae: str, subjects: range
+) -> TrainingExamples:
     """All portraits of these people with the prompts of their scenes."""
     portraits, latents = PortraitDataset(folder), load_cached_latents(folder, vae)
     portraits_per_identity = portraits.config.portraits_per_identity
@@ -75,5 +88,6 @@ def _load_examples(model: DiffusionBase, folder: Path, vae: str, subjects: range
     clean_latents = torch.from_numpy(np.array(latents[indices.start : indices.stop])).float()
     shape = (len(subjects), portraits_per_identity)
     return TrainingExamples(
-        clean_latents.unflatten(0, shape), {"encoder_hidden_states": prompt_embeds.unflatten(0, shape)}
+        clean_latents.unflatten(0, shape),
+        {"encoder_hidden_states": prompt_embeds.unflatten(0, shape)},
     )

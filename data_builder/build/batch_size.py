@@ -28,7 +28,9 @@ def scale_batch_size(plan: Plan) -> Plan:
 def compute_max_batch_size(total_bytes: int, peak_one_bytes: int, peak_two_bytes: int) -> int:
     """How many fit into ``total_bytes`` bytes where ``peak_one_bytes`` takes so much and ``peak_two_bytes`` so much, each further one as much as
     the second; at least 1, at most 256."""
-    additional = (MEMORY_FRACTION * total_bytes - peak_one_bytes) / max(1, peak_two_bytes - peak_one_bytes)
+    additional = (MEMORY_FRACTION * total_bytes - peak_one_bytes) / max(
+        1, peak_two_bytes - peak_one_bytes
+    )
     return int(min(MAX_BATCH_SIZE, max(1, 1 + additional)))
 
 

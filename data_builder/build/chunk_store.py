@@ -36,7 +36,9 @@ class ChunkStore:
         return [number for number in range(self.plan.num_chunks) if self.get_path(number).is_file()]
 
     def list_pending_chunks(self) -> list[int]:
-        return [number for number in range(self.plan.num_chunks) if not self.get_path(number).is_file()]
+        return [
+            number for number in range(self.plan.num_chunks) if not self.get_path(number).is_file()
+        ]
 
     def open_chunk(self, number: int) -> Shard:
         """Raises ``InvalidArgumentError`` for a chunk of another plan, ``InvalidLoraFileError`` for one that is damaged."""
@@ -52,7 +54,10 @@ class ChunkStore:
         write_bytes(data, self.get_path(number))
         rows = len(self.plan.get_chunk(number))
         with (self.folder / LOG_FILE).open("a") as log:
-            log.write(json.dumps({"chunk": number, "rows": rows, "seconds": seconds, "at": time.time()}) + "\n")
+            log.write(
+                json.dumps({"chunk": number, "rows": rows, "seconds": seconds, "at": time.time()})
+                + "\n"
+            )
 
     def compute_throughput(self, num_chunks: int = 20) -> float | None:
         """LoRAs per hour of work over the ``num_chunks`` chunks, whoever made them; None before the first."""
@@ -63,7 +68,8 @@ class ChunkStore:
     def list_skip_reasons(self) -> list[str]:
         """Why rows of finished chunks are missing."""
         skip_reports = [
-            self.open_chunk(number).metadata.get("hyperlora.skipped", "") for number in self.list_finished_chunks()
+            self.open_chunk(number).metadata.get("hyperlora.skipped", "")
+            for number in self.list_finished_chunks()
         ]
         return [line for note in skip_reports for line in note.splitlines()]
 
@@ -88,7 +94,9 @@ def lock_build(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InvalidArgumentError(f"another run is at work in {str(folder)!r}: wait for it, or end it") from error
+            raise InvalidArgumentError(
+                f"another run is at work in {str(folder)!r}: wait for it, or end it"
+            ) from error
         for stale_path in [*folder.glob(".*.tmp"), *folder.glob("chunks/.*.tmp")]:
             stale_path.unlink()
         yield
@@ -97,7 +105,9 @@ def lock_build(folder: Path) -> Iterator[None]:
 def check_complete(store: ChunkStore, partial: bool) -> None:
     """Raise ``InvalidArgumentError`` if chunks are missing (unless ``partial``, and then if there is none at all)."""
     if not store.list_finished_chunks():
-        raise InvalidArgumentError(f"no chunk of {str(store.folder)!r} is finished: data-builder run {store.folder}")
+        raise InvalidArgumentError(
+            f"no chunk of {str(store.folder)!r} is finished: data-builder run {store.folder}"
+        )
     if (pending := store.list_pending_chunks()) and not partial:
         raise InvalidArgumentError(
             f"{len(pending)} of {store.plan.num_chunks} chunks are not finished: data-builder run {store.folder}, "

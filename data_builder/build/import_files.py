@@ -31,7 +31,9 @@ def list_lora_files(folder: Path) -> list[Path]:
     """Sorted, also those of sub-folders. Raises ``InvalidArgumentError`` if there is none."""
     paths = sorted(f for f in folder.rglob("*.safetensors") if not f.name.startswith("."))
     if not paths:
-        raise InvalidArgumentError(f"{str(folder)!r} holds no LoRA file (.safetensors): name the folder they are in")
+        raise InvalidArgumentError(
+            f"{str(folder)!r} holds no LoRA file (.safetensors): name the folder they are in"
+        )
     return paths
 
 
@@ -47,7 +49,9 @@ def infer_layout(folder: Path, modules: Mapping[str, nn.Module], base: str) -> L
     raise InvalidArgumentError(f"no LoRA file in {str(folder)!r} is for base {base!r}: {errors[0]}")
 
 
-def import_lora_files(folder: Path, output_dir: Path, layout: LoraLayout, rows_per_shard: int = 4096) -> ImportReport:
+def import_lora_files(
+    folder: Path, output_dir: Path, layout: LoraLayout, rows_per_shard: int = 4096
+) -> ImportReport:
     """Write ``output_dir/loras-00000.safetensors``, ... and ``table.parquet`` (last) of every file that has exactly the sites
     of ``layout``; other ranks are brought to its rank by SVD. Subjects are the files' names.
 
@@ -56,10 +60,20 @@ def import_lora_files(folder: Path, output_dir: Path, layout: LoraLayout, rows_p
     if (output_dir / TABLE_NAME).exists() or any(
         not f.name.startswith("loras-") for f in output_dir.glob("*.safetensors")
     ):
-        raise InvalidArgumentError(f"{str(output_dir)!r} holds LoRAs already: collect into another folder")
-    for partial_shard in output_dir.glob("loras-*.safetensors"):  # of a run that was killed before its table
+        raise InvalidArgumentError(
+            f"{str(output_dir)!r} holds LoRAs already: collect into another folder"
+        )
+    for partial_shard in output_dir.glob(
+        "loras-*.safetensors"
+    ):  # of a run that was killed before its table
         partial_shard.unlink()
-    rows, records, errors, warnings, num_shards = list[Tensor](), list[LoraRecord](), list[str](), list[str](), 0
+    rows, records, errors, warnings, num_shards = (
+        list[Tensor](),
+        list[LoraRecord](),
+        list[str](),
+        list[str](),
+        0,
+    )
     paths = list_lora_files(folder)
     for path in track(paths, "collecting", "files", len(paths)):
         name = path.relative_to(folder).with_suffix("").as_posix()
@@ -94,5 +108,8 @@ def _resize_to_rank(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float
 
 
 def _write_shard(output_dir: Path, shard_index: int, rows: list[Tensor], layout: LoraLayout) -> int:
-    write_bytes(serialize_shard(torch.stack(rows), layout, ()), output_dir / f"loras-{shard_index:05d}.safetensors")
+    write_bytes(
+        serialize_shard(torch.stack(rows), layout, ()),
+        output_dir / f"loras-{shard_index:05d}.safetensors",
+    )
     return shard_index + 1

@@ -3,7 +3,13 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from data_builder.build.plan import Plan, PlannedLora, Recipe, compute_subject_seed, replace_invalid_utf8
+from data_builder.build.plan import (
+    Plan,
+    PlannedLora,
+    Recipe,
+    compute_subject_seed,
+    replace_invalid_utf8,
+)
 from data_builder.sources.crops import Cropper, compute_center_box
 from data_builder.sources.sources import AvatarSource, Source, source_to_dict
 from data_builder.sources.types import Photo, SubjectEntry
@@ -59,7 +65,11 @@ def make_plan(
 
 
 def _read_photos(
-    subject: SubjectEntry, source: Source, cropper: Cropper | None, skipped: list[str], warnings: list[str]
+    subject: SubjectEntry,
+    source: Source,
+    cropper: Cropper | None,
+    skipped: list[str],
+    warnings: list[str],
 ) -> tuple[Photo, ...]:
     if isinstance(source, AvatarSource):  # drawn when they are needed, always whole
         return tuple(Photo(ref, caption=caption) for ref, caption in subject.photos)
@@ -68,9 +78,15 @@ def _read_photos(
         photo_warnings: list[str] = []
         try:
             image, digest = source.read_photo(ref)
-            crop_box = cropper(image, photo_warnings) if cropper is not None else compute_center_box(image)
+            crop_box = (
+                cropper(image, photo_warnings) if cropper is not None else compute_center_box(image)
+            )
         except InvalidImageError as error:
-            skipped.append(f"{subject.name}: {error}" if ref in str(error) else f"{subject.name}, {ref}: {error}")
+            skipped.append(
+                f"{subject.name}: {error}"
+                if ref in str(error)
+                else f"{subject.name}, {ref}: {error}"
+            )
             continue
         warnings += [f"{subject.name}, {ref}: {remark}" for remark in photo_warnings]
         photos.append(Photo(ref, digest, caption, crop_box))
@@ -78,13 +94,19 @@ def _read_photos(
 
 
 def _assign_split(name: str, val_fraction: float) -> str:
-    hash_fraction = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") / 2**32
+    hash_fraction = (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big")
+        / 2**32
+    )
     return "validation" if hash_fraction < val_fraction else "train"
 
 
 def summarize_plan(plan: Plan) -> Sequence[str]:
     """What was planned, one line each."""
-    subjects, photos = len({r.subject for r in plan.rows}), sum(len(r.photos) for r in plan.rows if r.repetition == 0)
+    subjects, photos = (
+        len({r.subject for r in plan.rows}),
+        sum(len(r.photos) for r in plan.rows if r.repetition == 0),
+    )
     recipe = plan.recipe
     return (
         f"{len(plan.rows)} LoRAs of {subjects} subjects ({photos} photos) in {plan.num_chunks} chunks",

@@ -34,30 +34,46 @@ def pack_chunks(
     store = ChunkStore(read_plan(folder), folder)
     check_complete(store, partial)
     if output_dir.resolve() == (folder / "chunks").resolve():
-        raise InvalidArgumentError(f"{str(output_dir)!r} holds the chunks themselves: pack into another folder")
+        raise InvalidArgumentError(
+            f"{str(output_dir)!r} holds the chunks themselves: pack into another folder"
+        )
     for stale_shard in sorted(output_dir.glob("loras-*.safetensors")):
         if open_shard(stale_shard).metadata.get("hyperlora.plan") != store.plan.fingerprint:
-            raise InvalidArgumentError(f"{str(output_dir)!r} holds the LoRAs of another plan: pack into another folder")
+            raise InvalidArgumentError(
+                f"{str(output_dir)!r} holds the LoRAs of another plan: pack into another folder"
+            )
         stale_shard.unlink()
     (output_dir / TABLE_NAME).unlink(missing_ok=True)
     layout = store.open_chunk(store.list_finished_chunks()[0]).layout
     records: list[LoraRecord] = []
-    for i, (rows, shard_records) in enumerate(_split_into_shards(store, rows_per_shard, scores or {}, excluded)):
+    for i, (rows, shard_records) in enumerate(
+        _split_into_shards(store, rows_per_shard, scores or {}, excluded)
+    ):
         data = serialize_shard(rows, layout, (), {"hyperlora.plan": store.plan.fingerprint})
         write_bytes(data, output_dir / f"loras-{i:05d}.safetensors")
         records += shard_records
     write_bytes((folder / "plan.json").read_bytes(), output_dir / "plan.json")
     positions = [divmod(i, rows_per_shard) for i in range(len(records))]
-    write_table(records, output_dir / TABLE_NAME, shard=[s for s, _ in positions], row=[r for _, r in positions])
+    write_table(
+        records,
+        output_dir / TABLE_NAME,
+        shard=[s for s, _ in positions],
+        row=[r for _, r in positions],
+    )
     return len(records)
 
 
 def _split_into_shards(
-    store: ChunkStore, rows_per_shard: int, scores: dict[tuple[str, int], float], excluded: Collection[tuple[str, int]]
+    store: ChunkStore,
+    rows_per_shard: int,
+    scores: dict[tuple[str, int], float],
+    excluded: Collection[tuple[str, int]],
 ) -> Iterator[tuple[Tensor, list[LoraRecord]]]:
     rows: list[Tensor] = []
     records: list[LoraRecord] = []
-    for number in track(store.list_finished_chunks(), "packing", "chunks", len(store.list_finished_chunks())):
+    for number in track(
+        store.list_finished_chunks(), "packing", "chunks", len(store.list_finished_chunks())
+    ):
         shard = store.open_chunk(number)
         for row, record in zip(shard.rows, shard.records, strict=True):
             key = (record.subject, record.repetition)

@@ -62,24 +62,36 @@ class Recipe:
     def validate(self) -> None:
         """Raises ``InvalidArgumentError`` for what cannot be."""
         if self.init not in INIT_METHODS:
-            raise InvalidArgumentError(f"unknown start {self.init!r}; known: {', '.join(INIT_METHODS)}")
+            raise InvalidArgumentError(
+                f"unknown start {self.init!r}; known: {', '.join(INIT_METHODS)}"
+            )
         if self.parametrization not in PARAMETRIZATIONS:
-            raise InvalidArgumentError(f"unknown space {self.parametrization!r}; known: {', '.join(PARAMETRIZATIONS)}")
+            raise InvalidArgumentError(
+                f"unknown space {self.parametrization!r}; known: {', '.join(PARAMETRIZATIONS)}"
+            )
         if self.init in ("mean", "network") and self.parametrization not in ("lora", "locon"):
             raise InvalidArgumentError(
                 f"{self.parametrization} fits its own numbers and starts at zero or shared, not at {self.init!r}"
             )
         if self.init == "mean" and not self.init_from:
-            raise InvalidArgumentError("the mean of which dataset? Give its folder with --start-from")
+            raise InvalidArgumentError(
+                "the mean of which dataset? Give its folder with --start-from"
+            )
         if self.storage_dtype not in ("float32", "float16", "bfloat16"):
-            raise InvalidArgumentError(f"rows are stored as float32, float16 or bfloat16, not {self.storage_dtype!r}")
-        if invalid_templates := [template for template in self.prompt_templates if template.count("{}") != 1]:
+            raise InvalidArgumentError(
+                f"rows are stored as float32, float16 or bfloat16, not {self.storage_dtype!r}"
+            )
+        if invalid_templates := [
+            template for template in self.prompt_templates if template.count("{}") != 1
+        ]:
             raise InvalidArgumentError(
                 f"the template {invalid_templates[0]!r} must name the subject once, as {{}}: a portrait of {{}}"
             )
         for name in ("rank", "steps", "batch", "at_once", "variants", "every"):
             if getattr(self, name) < 1:
-                raise InvalidArgumentError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise InvalidArgumentError(
+                    f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -127,8 +139,18 @@ class Plan:
         """Inverse of ``to_json``. Raises ``ValueError``, ``KeyError`` or ``TypeError`` for other texts."""
         data = json.loads(text)
         recipe = Recipe(**{**data["recipe"], "templates": tuple(data["recipe"]["templates"])})
-        rows = tuple(PlannedLora(**{**row, "photos": tuple(map(_parse_photo, row["photos"]))}) for row in data["rows"])
-        return cls(recipe, data["source"], rows, tuple(data["skipped"]), tuple(data["remarks"]), data["notes"])
+        rows = tuple(
+            PlannedLora(**{**row, "photos": tuple(map(_parse_photo, row["photos"]))})
+            for row in data["rows"]
+        )
+        return cls(
+            recipe,
+            data["source"],
+            rows,
+            tuple(data["skipped"]),
+            tuple(data["remarks"]),
+            data["notes"],
+        )
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
@@ -136,7 +158,9 @@ def write_plan(plan: Plan, folder: Path) -> None:
     if (folder / PLAN_FILE).exists():
         if read_plan(folder).fingerprint == plan.fingerprint:
             return
-        raise InvalidArgumentError(f"{str(folder)!r} holds another plan: run that one, or choose another folder")
+        raise InvalidArgumentError(
+            f"{str(folder)!r} holds another plan: run that one, or choose another folder"
+        )
     write_bytes(plan.to_json().encode(), folder / PLAN_FILE)
 
 
@@ -162,5 +186,7 @@ def replace_invalid_utf8(text: str) -> str:
 
 def compute_subject_seed(recipe_seed: int, subject: str, repetition: int) -> int:
     """A subject's own seed, whatever its place in the list."""
-    digest = hashlib.sha256(f"{recipe_seed}/{subject}/{repetition}".encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(
+        f"{recipe_seed}/{subject}/{repetition}".encode("utf-8", "surrogateescape")
+    ).digest()
     return int.from_bytes(digest[:6], "big")

@@ -32,7 +32,13 @@ def run_build(folder: Path) -> int:
         subjects_per_batch, total = store.plan.recipe.subjects_per_batch, len(store.plan.rows)
         num_finished = total - sum(len(store.plan.get_chunk(n)) for n in pending)
         for number in track(
-            pending, "fitting", "LoRAs", total, subjects_per_batch, time_unit="hour", completed=num_finished
+            pending,
+            "fitting",
+            "LoRAs",
+            total,
+            subjects_per_batch,
+            time_unit="hour",
+            completed=num_finished,
         ):
             start_time = time.perf_counter()
             store.write_chunk(number, trainer.build_chunk(number), time.perf_counter() - start_time)

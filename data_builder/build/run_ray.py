@@ -39,7 +39,13 @@ def run_build_on_ray(folder: Path, address: str = "local") -> int:
         num_finished = total - sum(len(plan.get_chunk(number)) for number in pending)
         results = _stream_results(ray, plan, _load_class_latents(plan, folder), pending)
         for number, shard, seconds in track(
-            results, "fitting", "LoRAs", total, subjects_per_batch, time_unit="hour", completed=num_finished
+            results,
+            "fitting",
+            "LoRAs",
+            total,
+            subjects_per_batch,
+            time_unit="hour",
+            completed=num_finished,
         ):
             store.write_chunk(number, shard, seconds)
         return total - num_finished
@@ -59,7 +65,9 @@ def fit_chunk(plan: Plan, class_latents: Any, number: int) -> tuple[int, bytes, 
     return number, _trainers[plan.fingerprint].chunk(number), time.perf_counter() - start_time
 
 
-def _stream_results(ray: Any, plan: Plan, class_latents: Any, pending: list[int]) -> Iterator[tuple[int, bytes, float]]:
+def _stream_results(
+    ray: Any, plan: Plan, class_latents: Any, pending: list[int]
+) -> Iterator[tuple[int, bytes, float]]:
     num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
     remote_fit = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=MAX_RETRIES)(fit_chunk)
     plan_ref, latents_ref = ray.put(plan), ray.put(class_latents)

@@ -30,16 +30,24 @@ def read_status(folder: Path) -> BuildStatus:
     num_pending = sum(len(store.plan.get_chunk(number)) for number in pending)
     num_planned, loras_per_hour = len(store.plan.rows), store.compute_throughput()
     return BuildStatus(
-        num_planned, num_planned - num_pending, store.count_rows(), store.plan.num_chunks, len(pending), loras_per_hour,
-        num_pending / loras_per_hour * 3600 if loras_per_hour else None, (*store.plan.skipped, *store.list_skip_reasons()),
-    )  # fmt: skip
+        num_planned,
+        num_planned - num_pending,
+        store.count_rows(),
+        store.plan.num_chunks,
+        len(pending),
+        loras_per_hour,
+        num_pending / loras_per_hour * 3600 if loras_per_hour else None,
+        (*store.plan.skipped, *store.list_skip_reasons()),
+    )
 
 
 def make_table(status: BuildStatus, name: str) -> Table:
     table = Table(title=name, show_header=False)
     table.add_row("LoRAs", f"{status.num_finished} of {status.num_planned}")
     table.add_row("chunks left", f"{status.num_pending_chunks} of {status.num_chunks}")
-    table.add_row("rate", f"{status.loras_per_hour:,.0f} LoRAs/hour" if status.loras_per_hour else "–")
+    table.add_row(
+        "rate", f"{status.loras_per_hour:,.0f} LoRAs/hour" if status.loras_per_hour else "–"
+    )
     table.add_row("time left", _format_duration(status.eta_s) if status.eta_s is not None else "–")
     table.add_row("skipped", str(len(status.skipped)))
     return table

@@ -31,7 +31,9 @@ class SubjectData:
     photo_hashes: tuple[str, ...]
 
 
-def load_subject(row: PlannedLora, source: Source, base: DiffusionBase, recipe: Recipe) -> SubjectData:
+def load_subject(
+    row: PlannedLora, source: Source, base: DiffusionBase, recipe: Recipe
+) -> SubjectData:
     """Raises ``InvalidImageError`` if a photo cannot be read any more, or is another than the plan saw."""
     photos = [_read_photo(photo, source) for photo in row.photos]
     images = [image for image, _ in photos]
@@ -43,7 +45,9 @@ def load_subject(row: PlannedLora, source: Source, base: DiffusionBase, recipe: 
         crop_box = row.photos[i].crop_box or compute_center_box(images[i])
         crop_boxes = [crop_box, *(jitter_box(crop_box, rng) for _ in range(recipe.num_crops - 1))]
         crops = [crop_image(images[i], s, base.resolution) for s in crop_boxes]
-        train_images += crops + ([p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in crops] if recipe.flip else [])
+        train_images += crops + (
+            [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in crops] if recipe.flip else []
+        )
         captions += [row.photos[i]] * (len(train_images) - len(captions))
     uncropped_views = [
         crop_image(im, p.crop_box or compute_center_box(im), base.resolution)
@@ -53,7 +57,10 @@ def load_subject(row: PlannedLora, source: Source, base: DiffusionBase, recipe: 
     if num_val or len(train_images) > len(train_indices):
         val_indices = range(len(images) - num_val, len(images)) if num_val else train_indices
         val_examples = _make_examples(
-            base, [uncropped_views[i] for i in val_indices], [row.photos[i] for i in val_indices], recipe
+            base,
+            [uncropped_views[i] for i in val_indices],
+            [row.photos[i] for i in val_indices],
+            recipe,
         )
     pixels = torch.stack([to_tensor(uncropped_views[i], base.resolution) for i in train_indices])
     return SubjectData(train_examples, val_examples, pixels, tuple(digest for _, digest in photos))
@@ -70,12 +77,16 @@ def sample_class_latents(
         images = generate_images(
             base, [prompts[s] for s in seeds], seeds=seeds, num_inference_steps=num_inference_steps
         )
-        latents.append(base.encode_images(torch.stack([to_tensor(d, base.resolution) for d in images])))
+        latents.append(
+            base.encode_images(torch.stack([to_tensor(d, base.resolution) for d in images]))
+        )
     return torch.cat(latents)
 
 
 def make_class_examples(base: DiffusionBase, recipe: Recipe, latents: Tensor) -> TrainingExamples:
-    return TrainingExamples(latents[None], _add_subject_dim(base.encode_prompts(make_class_prompts(recipe))))
+    return TrainingExamples(
+        latents[None], _add_subject_dim(base.encode_prompts(make_class_prompts(recipe)))
+    )
 
 
 def make_class_prompts(recipe: Recipe) -> list[str]:
@@ -101,10 +112,16 @@ def _make_examples(
     captions = [[p.caption] if p.caption else list(recipe.prompt_templates) for p in photos]
     prompts = [text.replace("{}", recipe.identifier) for group in captions for text in group]
     latents = base.encode_images(torch.stack([to_tensor(p, base.resolution) for p in images]))
-    image_indices = torch.tensor([i for i, group in enumerate(captions) for _ in group], device=latents.device)
-    return TrainingExamples(latents[image_indices][None], _add_subject_dim(base.encode_prompts(prompts)))
+    image_indices = torch.tensor(
+        [i for i, group in enumerate(captions) for _ in group], device=latents.device
+    )
+    return TrainingExamples(
+        latents[image_indices][None], _add_subject_dim(base.encode_prompts(prompts))
+    )
 
 
 def _add_subject_dim(conditions: dict[str, Any]) -> dict[str, Any]:
     """With a leading axis of one subject."""
-    return {k: _add_subject_dim(v) if isinstance(v, dict) else v[None] for k, v in conditions.items()}
+    return {
+        k: _add_subject_dim(v) if isinstance(v, dict) else v[None] for k, v in conditions.items()
+    }

@@ -35,7 +35,9 @@ class ChunkTrainer:
     ``LayoutMismatchError`` if the network or dataset to start from is for another base.
     """
 
-    def __init__(self, plan: Plan, base: DiffusionBase, class_latents: Tensor | None = None) -> None:
+    def __init__(
+        self, plan: Plan, base: DiffusionBase, class_latents: Tensor | None = None
+    ) -> None:
         self.plan, self.base, recipe = plan, base, plan.recipe
         self.source = source_from_dict(plan.source)
         self.network = _load_init_network(recipe, base)
@@ -46,7 +48,9 @@ class ChunkTrainer:
         if isinstance(self.parametrization, LidbParametrization):
             self.parametrization.lidb.to(base.pipeline.device)
         self.init_mean = _compute_init_mean(recipe, self.layout)
-        self.prior_examples = None if class_latents is None else make_class_examples(base, recipe, class_latents)
+        self.prior_examples = (
+            None if class_latents is None else make_class_examples(base, recipe, class_latents)
+        )
         if recipe.gradient_checkpointing:
             denoiser: Any = base.denoiser
             denoiser.enable_gradient_checkpointing()
@@ -69,12 +73,15 @@ class ChunkTrainer:
                 weights = weights.resize(self.layout.rank)
             row_values = weights.flatten().to("cpu", row_values.dtype)
             records = [
-                _make_record(row, m, result, i) for i, (row, m) in enumerate(zip(rows, subject_data, strict=True))
+                _make_record(row, m, result, i)
+                for i, (row, m) in enumerate(zip(rows, subject_data, strict=True))
             ]
         metadata = {PLAN_KEY: self.plan.fingerprint, SKIPPED_KEY: "\n".join(skipped)}
         return serialize_shard(row_values, self.layout, records, metadata)
 
-    def fit_subjects(self, rows: Sequence[PlannedLora], subject_data: Sequence[SubjectData]) -> FineTuneResult:
+    def fit_subjects(
+        self, rows: Sequence[PlannedLora], subject_data: Sequence[SubjectData]
+    ) -> FineTuneResult:
         recipe, device = self.plan.recipe, self.base.pipeline.device
         seeds = [row.seed for row in rows]
         val_examples = TrainingExamples.pad_and_cat([m.val_examples for m in subject_data])
@@ -82,29 +89,50 @@ class ChunkTrainer:
             val_examples, seeds, eval_every=recipe.eval_every, patience=recipe.patience
         )
         return fine_tune_loras(
-            self.base.denoiser, self.base.noise_scheduler, TrainingExamples.pad_and_cat([m.train_examples for m in subject_data]),
-            self.init_codes(rows, subject_data).to(device), self.parametrization, num_steps=recipe.finetune_steps, lr=recipe.lr, batch_size=recipe.batch_size,
-            prior_examples=self.prior_examples and self.prior_examples.expand_subjects(len(rows)), prior_loss_weight=recipe.prior_loss_weight, seeds=seeds,
+            self.base.denoiser,
+            self.base.noise_scheduler,
+            TrainingExamples.pad_and_cat([m.train_examples for m in subject_data]),
+            self.init_codes(rows, subject_data).to(device),
+            self.parametrization,
+            num_steps=recipe.finetune_steps,
+            lr=recipe.lr,
+            batch_size=recipe.batch_size,
+            prior_examples=self.prior_examples and self.prior_examples.expand_subjects(len(rows)),
+            prior_loss_weight=recipe.prior_loss_weight,
+            seeds=seeds,
             probe=probe,
-        )  # fmt: skip
+        )
 
-    def init_codes(self, rows: Sequence[PlannedLora], subject_data: Sequence[SubjectData]) -> Tensor:
+    def init_codes(
+        self, rows: Sequence[PlannedLora], subject_data: Sequence[SubjectData]
+    ) -> Tensor:
         """Codes [K, size] to begin with."""
         match self.plan.recipe.init:
             case "network":
                 assert self.network is not None
                 with torch.no_grad():
                     predictions = [self.network.forward(m.pixels[None]) for m in subject_data]
-                predicted = LoraWeights.unflatten(predictions[0].layout, torch.cat([p.flatten() for p in predictions]))
+                predicted = LoraWeights.unflatten(
+                    predictions[0].layout, torch.cat([p.flatten() for p in predictions])
+                )
                 if predicted.layout.rank != self.layout.rank:
-                    predicted = predicted.resize(self.layout.rank)  # by SVD, whose signs differ from row to row
+                    predicted = predicted.resize(
+                        self.layout.rank
+                    )  # by SVD, whose signs differ from row to row
                 return predicted.flatten()
             case "mean":
                 assert self.init_mean is not None
                 return self.init_mean.expand(len(rows), -1)
             case "zero":
-                return torch.stack([self.parametrization.init_codes(Generator().manual_seed(row.seed)) for row in rows])
-        return self.parametrization.init_codes(Generator().manual_seed(self.plan.recipe.seed)).expand(len(rows), -1)
+                return torch.stack(
+                    [
+                        self.parametrization.init_codes(Generator().manual_seed(row.seed))
+                        for row in rows
+                    ]
+                )
+        return self.parametrization.init_codes(
+            Generator().manual_seed(self.plan.recipe.seed)
+        ).expand(len(rows), -1)
 
 
 def load_recipe_base(recipe: Recipe) -> DiffusionBase:
@@ -116,7 +144,9 @@ def load_recipe_base(recipe: Recipe) -> DiffusionBase:
 def _load_init_network(recipe: Recipe, base: DiffusionBase) -> ImageToLora | None:
     if recipe.init != "network":
         return None
-    network = ImageToLora.from_pretrained(recipe.init_from or pretrained.IMAGE_TO_LORA_DIR, base=base)
+    network = ImageToLora.from_pretrained(
+        recipe.init_from or pretrained.IMAGE_TO_LORA_DIR, base=base
+    )
     network.layout.check_base(base.id)
     return network
 
@@ -137,10 +167,20 @@ def _compute_init_mean(recipe: Recipe, layout: LoraLayout) -> Tensor | None:
     return dataset.get_weights(range(0, len(dataset), stride)).mean().resize(layout.rank).flatten()
 
 
-def _make_record(row: PlannedLora, subject_data: SubjectData, result: FineTuneResult, index: int) -> LoraRecord:
-    train_losses, val_losses = (t[:, index][t[:, index].isfinite()] for t in (result.losses, result.val_losses))
+def _make_record(
+    row: PlannedLora, subject_data: SubjectData, result: FineTuneResult, index: int
+) -> LoraRecord:
+    train_losses, val_losses = (
+        t[:, index][t[:, index].isfinite()] for t in (result.losses, result.val_losses)
+    )
     return LoraRecord(
-        subject=row.subject, repetition=row.repetition, split=row.split, seed=row.seed, reference_sha256=subject_data.photo_hashes,
-        num_steps=int(result.num_steps[index]), loss=float(train_losses[-20:].mean()) if len(train_losses) else None,
-        initial_loss=float(val_losses[0]) if len(val_losses) else None, best_loss=float(val_losses.min()) if len(val_losses) else None,
-    )  # fmt: skip
+        subject=row.subject,
+        repetition=row.repetition,
+        split=row.split,
+        seed=row.seed,
+        reference_sha256=subject_data.photo_hashes,
+        num_steps=int(result.num_steps[index]),
+        loss=float(train_losses[-20:].mean()) if len(train_losses) else None,
+        initial_loss=float(val_losses[0]) if len(val_losses) else None,
+        best_loss=float(val_losses.min()) if len(val_losses) else None,
+    )

@@ -10,7 +10,9 @@ from hyperlora import pretrained
 from hyperlora.cli import CommandGroup
 from hyperlora.cli.options import RayCommand
 
-app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 for command in (
     build.plan,
     build.run,
@@ -34,7 +36,9 @@ def draw_portraits(
     output: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     num_subjects: Annotated[int, typer.Option(min=1, help="How many people.")] = 6000,
-    portraits_per_identity: Annotated[int, typer.Option(min=1, help="Portraits of each person.")] = 4,
+    portraits_per_identity: Annotated[
+        int, typer.Option(min=1, help="Portraits of each person.")
+    ] = 4,
     resolution: Annotated[int, typer.Option(min=16, help="Pixels.")] = 128,
 ) -> None:
     """Draw portraits of avatars: PEOPLE persons, EACH portraits of every one."""
@@ -43,7 +47,10 @@ def draw_portraits(
     draw_portraits(
         output,
         PortraitDatasetConfig(
-            split=split, num_identities=num_subjects, portraits_per_identity=portraits_per_identity, size=resolution
+            split=split,
+            num_identities=num_subjects,
+            portraits_per_identity=portraits_per_identity,
+            size=resolution,
         ),
     )
 
@@ -79,7 +86,9 @@ def write_edit_benchmark(
     output: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     edits_per_kind: Annotated[int, typer.Option(min=1, help="Edits of every kind.")] = 3,
-    images_per_edit: Annotated[int, typer.Option(min=1, help="Pictures that each edit is asked for on.")] = 3,
+    images_per_edit: Annotated[
+        int, typer.Option(min=1, help="Pictures that each edit is asked for on.")
+    ] = 3,
 ) -> None:
     """Write the benchmark that `hyperlora evaluate --task edit` reads: edits shown and asked for on unseen people."""
     from data_builder.avatars.benchmarks import write_edit_benchmark
@@ -88,7 +97,9 @@ def write_edit_benchmark(
 
 
 @app.command()
-def build_tokenizer(output: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]) -> None:
+def build_tokenizer(
+    output: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+) -> None:
     """Build the avatar world's CLIP tokenizer."""
     from data_builder.avatars.tokenizer import build_tokenizer
 
@@ -110,7 +121,9 @@ def write_benchmark(
 
 @app.command()
 def fit_ood(
-    train_portraits: Annotated[Path, typer.Argument(help="Drawn training portraits (`draw_portraits`).")],
+    train_portraits: Annotated[
+        Path, typer.Argument(help="Drawn training portraits (`draw_portraits`).")
+    ],
     val_portraits: Annotated[Path, typer.Argument(help="Drawn validation portraits.")],
     model: Annotated[
         Path, typer.Option(help="Folder of a model from photos to write into.")
@@ -127,7 +140,9 @@ def fit_ood(
 
 @app.command()
 def export_identity(
-    classifier: Annotated[Path, typer.Argument(help="Folder of the reader that the model's photo encoder comes from.")],
+    classifier: Annotated[
+        Path, typer.Argument(help="Folder of the reader that the model's photo encoder comes from.")
+    ],
     model: Annotated[
         Path, typer.Option(help="Folder of a model from photos to write into.")
     ] = pretrained.IMAGE_TO_LORA_DIR,
@@ -140,14 +155,20 @@ def export_identity(
 
 @app.command()
 def calibrate_identity(
-    portraits: Annotated[Path, typer.Argument(help="Drawn validation portraits, several of each person.")],
-    evaluator: Annotated[Path, typer.Option(help="Folder of a reader to write into.")] = pretrained.EVALUATOR_DIR,
+    portraits: Annotated[
+        Path, typer.Argument(help="Drawn validation portraits, several of each person.")
+    ],
+    evaluator: Annotated[
+        Path, typer.Option(help="Folder of a reader to write into.")
+    ] = pretrained.EVALUATOR_DIR,
 ) -> None:
     """Measure an evaluator's identity scale: its cosines between portraits of different people, and of the same."""
     from data_builder.release.calibration import calibrate_identity_scale
 
     different, same = calibrate_identity_scale(evaluator, portraits)
-    typer.echo(f"{evaluator}: {different:.3f} between people, {same:.3f} between portraits of one person")
+    typer.echo(
+        f"{evaluator}: {different:.3f} between people, {same:.3f} between portraits of one person"
+    )
 
 
 @app.command()
@@ -166,9 +187,12 @@ def export_face_pack(
 
 @app.command()
 def prune_basis(
-    model: Annotated[Path, typer.Argument(help="Folder of a released network with a learned basis.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a released network with a learned basis.")
+    ],
     images: Annotated[
-        Path, typer.Argument(help="Drawn training portraits (`draw_portraits`) or pairs (`draw_pairs`).")
+        Path,
+        typer.Argument(help="Drawn training portraits (`draw_portraits`) or pairs (`draw_pairs`)."),
     ],
     output: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     basis_size: Annotated[int, typer.Option(min=1, help="Directions to keep.")] = 20,
@@ -176,7 +200,9 @@ def prune_basis(
     """Leave out basis directions that a network hardly uses, for a smaller file."""
     from data_builder.release.prune_basis import prune_basis_model
 
-    typer.echo(f"{output}: {prune_basis_model(model, images, output, basis_size):.4f} of the LoRAs' norm is lost")
+    typer.echo(
+        f"{output}: {prune_basis_model(model, images, output, basis_size):.4f} of the LoRAs' norm is lost"
+    )
 
 
 @app.command()
@@ -188,7 +214,9 @@ def share_weights(
     """Leave out of a model what another one beside it holds too, for a smaller file."""
     from data_builder.release.share_weights import share_weights
 
-    typer.echo(f"{model}: {share_weights(model, component, source_model) / 1e6:.1f} MB borrowed from {source_model}")
+    typer.echo(
+        f"{model}: {share_weights(model, component, source_model) / 1e6:.1f} MB borrowed from {source_model}"
+    )
 
 
 @app.command()
@@ -210,10 +238,14 @@ def fit_baselines(
 @app.command()
 def fit_differential_lora(
     before: Annotated[Path, typer.Argument(help="Image, or folder of images.")],
-    after: Annotated[Path, typer.Argument(help="Image, or folder of as many images under the same names.")],
+    after: Annotated[
+        Path, typer.Argument(help="Image, or folder of as many images under the same names.")
+    ],
     base: Annotated[str, typer.Option(help="Base model: folder or hub id.")],
     output: Annotated[Path, typer.Option("-o", "--out", help="File to write (.safetensors).")],
-    slider_grid: Annotated[Path | None, typer.Option(help="Also draw -2 ... +2 of the change to this PNG.")] = None,
+    slider_grid: Annotated[
+        Path | None, typer.Option(help="Also draw -2 ... +2 of the change to this PNG.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="What the sheet shows.")] = "a portrait of a person",
     preset: Annotated[str, typer.Option()] = "attention+mlp",
     rank: Annotated[int, typer.Option(min=1)] = 4,
@@ -225,9 +257,18 @@ def fit_differential_lora(
     from data_builder.baselines.differential_lora import build_differential_lora
 
     build_differential_lora(
-        before, after, base, output, grid_path=slider_grid, prompt=prompt, preset=preset, rank=rank, finetune_steps=finetune_steps, lr=lr,
-        format=format
-    )  # fmt: skip
+        before,
+        after,
+        base,
+        output,
+        grid_path=slider_grid,
+        prompt=prompt,
+        preset=preset,
+        rank=rank,
+        finetune_steps=finetune_steps,
+        lr=lr,
+        format=format,
+    )
 
 
 @app.command()
@@ -237,7 +278,9 @@ def fit_lidb_targets(
     vae: Annotated[str, typer.Option(help="Autoencoder that made the latents.")],
     output: Annotated[Path, typer.Option("-o", "--out", help="File to write (.safetensors).")],
     num_subjects: Annotated[int, typer.Option(min=1)] = 256,
-    subjects_per_batch: Annotated[int, typer.Option(min=1, help="People fit_baselines together.")] = 32,
+    subjects_per_batch: Annotated[
+        int, typer.Option(min=1, help="People fit_baselines together.")
+    ] = 32,
     finetune_steps: Annotated[int, typer.Option(min=1)] = 150,
     lr: Annotated[float, typer.Option()] = 1e-2,
     preset: Annotated[str, typer.Option()] = "attention+mlp",

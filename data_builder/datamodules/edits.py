@@ -29,7 +29,9 @@ class _EditLatentDataset(Dataset[dict[str, Any]]):
     of the time, as a mixture. With probability ``undo_prob`` the base is told what a LoRA says, three times in ten the
     negative of the way back; what is taken away is what was there or, three times in ten, what someone else had."""
 
-    def __init__(self, folder: str, vae: str, identity_edit_prob: float, undo_prob: float = 0.0) -> None:
+    def __init__(
+        self, folder: str, vae: str, identity_edit_prob: float, undo_prob: float = 0.0
+    ) -> None:
         self.pairs, self.identity_edit_prob, self.undo_prob = (
             PairDataset(folder).list_pairs(),
             identity_edit_prob,
@@ -43,14 +45,19 @@ class _EditLatentDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair_index, is_reverse = divmod(index, 2)
         edits = [c.reverse() if is_reverse else c for c in self.pairs[pair_index].edits]
-        before, after = index, index ^ 1  # picture 2 i is before, 2 i + 1 after: going back they change places
+        before, after = (
+            index,
+            index ^ 1,
+        )  # picture 2 i is before, 2 i + 1 after: going back they change places
         prompt = self._sample_instruction(edits)
         if float(torch.rand(())) < self.identity_edit_prob:
             prompt, after = "", before
         return {
-            "before": self._load_latent(before), "after": self._load_latent(after), "instructions": prompt,
+            "before": self._load_latent(before),
+            "after": self._load_latent(after),
+            "instructions": prompt,
             "labels": _make_side_labels(self.pairs[pair_index], after % 2),
-        }  # fmt: skip
+        }
 
     def _sample_instruction(self, edits: list[AttributeEdit]) -> str:
         values = [(c.attribute, c.after) for c in edits]
@@ -58,7 +65,8 @@ class _EditLatentDataset(Dataset[dict[str, Any]]):
         if _sample_bernoulli(self.undo_prob):
             from_other_identity = _sample_bernoulli(0.3)
             previous_values = [
-                (c.attribute, _sample_other_value(c) if from_other_identity else c.before) for c in edits
+                (c.attribute, _sample_other_value(c) if from_other_identity else c.before)
+                for c in edits
             ]
             return (
                 compose_instruction_with_undo(previous_values, values, use_mixture, undo=True)
@@ -111,19 +119,33 @@ class EditLatentDataModule(L.LightningDataModule):
         return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(_EditLatentDataset(self.hparams["validation"], self.hparams["vae"], 0.0), 64)
+        return DataLoader(
+            _EditLatentDataset(self.hparams["validation"], self.hparams["vae"], 0.0), 64
+        )
 
 
 class _PairTransferDataset(Dataset[dict[str, Any]]):
     """A pair as pictures, and the same change elsewhere: on another person as latents, or on the pictures mirrored."""
 
     def __init__(
-        self, folder: str, vae: str | None, target_pair: str, identity_edit_prob: float,
-        encoder: str | None = None, encoder_options: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
-        self.dataset, self.target_pair, self.identity_edit_prob = PairDataset(folder), target_pair, identity_edit_prob
+        self,
+        folder: str,
+        vae: str | None,
+        target_pair: str,
+        identity_edit_prob: float,
+        encoder: str | None = None,
+        encoder_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.dataset, self.target_pair, self.identity_edit_prob = (
+            PairDataset(folder),
+            target_pair,
+            identity_edit_prob,
+        )
         self.features = load_cached_features(folder, encoder, encoder_options) if encoder else None
-        self.pairs, self.identities_per_edit = self.dataset.list_pairs(), self.dataset.config.identities_per_edit
+        self.pairs, self.identities_per_edit = (
+            self.dataset.list_pairs(),
+            self.dataset.config.identities_per_edit,
+        )
         if target_pair == "other" and self.identities_per_edit < 2:
             raise ValueError(
                 f"the same change on another person needs 2 people per change, {folder} has {self.identities_per_edit}"
@@ -137,10 +159,14 @@ class _PairTransferDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair_index = self.train_indices[index]
         first_index = pair_index - pair_index % self.identities_per_edit
-        other_indices = [i for i in range(first_index, first_index + self.identities_per_edit) if i != pair_index]
+        other_indices = [
+            i for i in range(first_index, first_index + self.identities_per_edit) if i != pair_index
+        ]
         is_identity_edit = float(torch.rand(())) < self.identity_edit_prob
         target_index = (
-            pair_index if self.target_pair == "mirrored" else other_indices[int(torch.randint(len(other_indices), ()))]
+            pair_index
+            if self.target_pair == "mirrored"
+            else other_indices[int(torch.randint(len(other_indices), ()))]
         )
         view_indices = (
             [pair_index]
@@ -150,22 +176,29 @@ class _PairTransferDataset(Dataset[dict[str, Any]]):
         input_key = "pairs" if self.features is None else "tokens"
         item: dict[str, Any] = {
             input_key: torch.stack([self._load_input(i, is_identity_edit) for i in view_indices]),
-            "instructions": "" if is_identity_edit else self._make_instruction(target_index, "after"),
+            "instructions": ""
+            if is_identity_edit
+            else self._make_instruction(target_index, "after"),
             "undoing": "" if is_identity_edit else self._make_instruction(target_index, "before"),
         }
         if self.target_pair == "mirrored":
             return item | {"images": self._load_images(target_index, is_identity_edit).flip(-1)}
         if self.latents is None:
             return item
-        before, after = (torch.from_numpy(np.array(self.latents[2 * target_index + i])).float() for i in (0, 1))
+        before, after = (
+            torch.from_numpy(np.array(self.latents[2 * target_index + i])).float() for i in (0, 1)
+        )
         item["labels"] = [
-            _make_side_labels(self.pairs[target_index], 0 if is_identity_edit else side) for side in (0, 1)
+            _make_side_labels(self.pairs[target_index], 0 if is_identity_edit else side)
+            for side in (0, 1)
         ]
         return item | {"before": before, "after": before if is_identity_edit else after}
 
     def _make_instruction(self, pair_index: int, side: str) -> str:
         """What asks for a side (``before`` or ``after``) of a pair."""
-        return compose_instruction([(c.attribute, getattr(c, side)) for c in self.pairs[pair_index].edits])
+        return compose_instruction(
+            [(c.attribute, getattr(c, side)) for c in self.pairs[pair_index].edits]
+        )
 
     def _load_input(self, pair_index: int, is_identity_edit: bool) -> Tensor:
         if self.features is None:
@@ -174,9 +207,9 @@ class _PairTransferDataset(Dataset[dict[str, Any]]):
         return tokens[[0, 0]] if is_identity_edit else tokens
 
     def _load_images(self, pair_index: int, is_identity_edit: bool) -> Tensor:
-        pixels = torch.from_numpy(np.array(self.dataset.images[2 * pair_index : 2 * pair_index + 2])).permute(
-            0, 3, 1, 2
-        )
+        pixels = torch.from_numpy(
+            np.array(self.dataset.images[2 * pair_index : 2 * pair_index + 2])
+        ).permute(0, 3, 1, 2)
         pixels = pixels.float().div_(255)
         return pixels[[0, 0]] if is_identity_edit else pixels
 
@@ -204,15 +237,28 @@ class PairDataModule(L.LightningDataModule):
     there are no latents: for learning words alone."""
 
     def __init__(
-        self, folder: str | list[str], validation: str, vae: str | None, batch_size: int = 16, target_pair: str = "other",
-        identity_edit_prob: float = 0.03, encoder: str | None = None, encoder_options: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: str | list[str],
+        validation: str,
+        vae: str | None,
+        batch_size: int = 16,
+        target_pair: str = "other",
+        identity_edit_prob: float = 0.03,
+        encoder: str | None = None,
+        encoder_options: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         h = self.hparams
-        dataset_args = (h["vae"], h["target_pair"], h["identity_edit_prob"], h["encoder"], h["encoder_options"])
+        dataset_args = (
+            h["vae"],
+            h["target_pair"],
+            h["identity_edit_prob"],
+            h["encoder"],
+            h["encoder_options"],
+        )
         data: ConcatDataset[dict[str, Any]] = ConcatDataset(
             [_PairTransferDataset(folder, *dataset_args) for folder in _list_folders(h["folder"])]
         )
@@ -220,5 +266,7 @@ class PairDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         h = self.hparams
-        data = _PairTransferDataset(h["validation"], h["vae"], "other", 0.0, h["encoder"], h["encoder_options"])
+        data = _PairTransferDataset(
+            h["validation"], h["vae"], "other", 0.0, h["encoder"], h["encoder_options"]
+        )
         return DataLoader(data, 50)

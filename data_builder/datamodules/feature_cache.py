@@ -28,12 +28,20 @@ def load_cached_latents(folder: str | Path, vae: str | Path) -> np.ndarray:
         model = AutoencoderKL.from_pretrained(vae).eval()
 
         def encode(start: int, stop: int) -> Tensor:
-            pixels = torch.from_numpy(np.array(images[start:stop])).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+            pixels = (
+                torch.from_numpy(np.array(images[start:stop]))
+                .permute(0, 3, 1, 2)
+                .float()
+                .div_(127.5)
+                .sub_(1)
+            )
             return model.encode(pixels).latent_dist.mean * model.config.scaling_factor
 
         return encode
 
-    return _load_or_compute(Path(folder), f"latents-{_compute_vae_encoder_hash(vae)}", len(images), make_encoder)
+    return _load_or_compute(
+        Path(folder), f"latents-{_compute_vae_encoder_hash(vae)}", len(images), make_encoder
+    )
 
 
 def load_cached_unet_features(folder: str | Path, vae: str | Path, base: str | Path) -> np.ndarray:
@@ -42,7 +50,9 @@ def load_cached_unet_features(folder: str | Path, vae: str | Path, base: str | P
 
     def make_encoder() -> Callable[[int, int], Tensor]:
         model = make_unet_encoder(load_diffusion_base(base))
-        return lambda start, stop: model.encode_latents(torch.from_numpy(np.array(latents[start:stop])).float())
+        return lambda start, stop: model.encode_latents(
+            torch.from_numpy(np.array(latents[start:stop])).float()
+        )
 
     return _load_or_compute(
         Path(folder),
@@ -52,7 +62,9 @@ def load_cached_unet_features(folder: str | Path, vae: str | Path, base: str | P
     )
 
 
-def load_cached_features(folder: str | Path, encoder: str, encoder_options: dict[str, Any] | None = None) -> np.ndarray:
+def load_cached_features(
+    folder: str | Path, encoder: str, encoder_options: dict[str, Any] | None = None
+) -> np.ndarray:
     """What an encoder (``load_image_encoder``) says about each picture, float16 [n, tokens, width], memory-mapped."""
     images = np.load(Path(folder) / "images.npy", mmap_mode="r")
 
@@ -60,7 +72,9 @@ def load_cached_features(folder: str | Path, encoder: str, encoder_options: dict
         model = load_image_encoder(encoder, encoder_options).eval()
 
         def encode(start: int, stop: int) -> Tensor:
-            pixels = torch.from_numpy(np.array(images[start:stop])).permute(0, 3, 1, 2).float().div_(255)
+            pixels = (
+                torch.from_numpy(np.array(images[start:stop])).permute(0, 3, 1, 2).float().div_(255)
+            )
             return model(pixels[:, None]).tokens[:, 0]
 
         return encode
@@ -87,7 +101,9 @@ def _load_or_compute(
         encode = make_encoder()
         partial_path = path.with_suffix(".part")
         array: np.memmap | None = None
-        for i in track(range(0, num_images, batch_size), name.split("-")[0], "images", num_images, batch_size):
+        for i in track(
+            range(0, num_images, batch_size), name.split("-")[0], "images", num_images, batch_size
+        ):
             batch = encode(i, min(i + batch_size, num_images)).half().numpy()
             if array is None:
                 array = open_memmap(partial_path, "w+", np.float16, (num_images, *batch.shape[1:]))
@@ -104,12 +120,20 @@ def _compute_weights_hash(folder: str | Path) -> str:
 
 def _compute_vae_encoder_hash(vae: str | Path) -> str:
     """Of what makes scaled latents of pictures."""
-    weights = {k: v for file in sorted(Path(vae).glob("*.safetensors")) for k, v in load_file(file).items()}
-    encoder_weights = [weights[k] for k in sorted(weights) if k.startswith(("encoder.", "quant_conv."))]
+    weights = {
+        k: v for file in sorted(Path(vae).glob("*.safetensors")) for k, v in load_file(file).items()
+    }
+    encoder_weights = [
+        weights[k] for k in sorted(weights) if k.startswith(("encoder.", "quant_conv."))
+    ]
     if not encoder_weights:
-        raise ValueError(f"{vae} is no folder of an autoencoder: *.safetensors with an encoder expected")
+        raise ValueError(
+            f"{vae} is no folder of an autoencoder: *.safetensors with an encoder expected"
+        )
     scale = json.loads((Path(vae) / "config.json").read_text()).get("scaling_factor")
-    weight_bytes = b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in encoder_weights)
+    weight_bytes = b"".join(
+        x.contiguous().view(torch.uint8).numpy().tobytes() for x in encoder_weights
+    )
     return sha256(weight_bytes + str(scale).encode()).hexdigest()[:6]
 
 

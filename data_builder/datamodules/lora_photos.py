@@ -46,8 +46,12 @@ class LoraPhotoDataset(Dataset[dict[str, Tensor]]):
         photos = [photos_by_key[record.subject, record.repetition] for record in loras.records]
         self.num_photos, self.deterministic = num_photos, deterministic
         with torch.no_grad():
-            self.latents = torch.cat([model.codec.encode_flat(rows.float()) for rows in loras.iter_batches()])
-            features = list(_encode_photos(photos, source_from_dict(plan.source), model, batch_size))
+            self.latents = torch.cat(
+                [model.codec.encode_flat(rows.float()) for rows in loras.iter_batches()]
+            )
+            features = list(
+                _encode_photos(photos, source_from_dict(plan.source), model, batch_size)
+            )
         faces, images = (torch.cat([part[i] for part in features]) for i in (0, 1))
         counts = [len(some) for some in photos]
         self.faces, self.images = faces.split(counts), images.split(counts)
@@ -72,21 +76,30 @@ class LoraPhotoDataModule(L.LightningDataModule):
     looks at the photos, so the data are ready once it is attached."""
 
     def __init__(
-        self, build_dir: str, val_build_dir: str | None = None, batch_size: int = 64, num_photos: int = 4
+        self,
+        build_dir: str,
+        val_build_dir: str | None = None,
+        batch_size: int = 64,
+        num_photos: int = 4,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         data = LoraPhotoDataset(
-            self.hparams["build_dir"], "train", self._model, self.hparams["num_photos"], deterministic=False
+            self.hparams["build_dir"],
+            "train",
+            self._model,
+            self.hparams["num_photos"],
+            deterministic=False,
         )
         return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         build_dir = self.hparams["val_build_dir"] or self.hparams["build_dir"]
         return DataLoader(
-            LoraPhotoDataset(build_dir, "validation", self._model, 1, deterministic=True), self.hparams["batch_size"]
+            LoraPhotoDataset(build_dir, "validation", self._model, 1, deterministic=True),
+            self.hparams["batch_size"],
         )
 
     @property
@@ -106,13 +119,20 @@ def _encode_photos(
     for photo_batch in track(batches, "looking at photos", "photos", len(all_photos), batch_size):
         images = [(source.read_photo(photo.ref)[0], photo) for photo in photo_batch]
         pixels = [
-            to_tensor(crop_image(image, photo.crop_box or compute_center_box(image), image_size), image_size)
+            to_tensor(
+                crop_image(image, photo.crop_box or compute_center_box(image), image_size),
+                image_size,
+            )
             for image, photo in images
         ]
-        face, image = model.encode_photos(torch.stack(pixels)[:, None].to(model.device), allow_no_face=True)
+        face, image = model.encode_photos(
+            torch.stack(pixels)[:, None].to(model.device), allow_no_face=True
+        )
         num_without_face += int((face.tokens == 0).flatten(1).all(1).sum())
         yield face.tokens[:, 0].cpu(), image.tokens[:, 0].cpu()
     if model.face_analyzer is not None and num_without_face:
         _logger.warning(
-            "no face was found in %d of %d photos: there the encoder alone is heard", num_without_face, len(all_photos)
+            "no face was found in %d of %d photos: there the encoder alone is heard",
+            num_without_face,
+            len(all_photos),
         )

@@ -19,7 +19,9 @@ from data_builder.datamodules.feature_cache import load_cached_latents, load_cac
 from hyperlora.training.datamodules.collate import collate_subjects
 from hyperlora.training.modules.attribute_classifier import IGNORE_INDEX
 
-ATTRIBUTES = {k: v for k, v in (IDENTITY_ATTRIBUTES | PROMPT_ATTRIBUTES).items() if k != "facial_hair_color"}
+ATTRIBUTES = {
+    k: v for k, v in (IDENTITY_ATTRIBUTES | PROMPT_ATTRIBUTES).items() if k != "facial_hair_color"
+}
 """What a reader names; the facial hair's colour is left to the identity space, as most people have none."""
 
 
@@ -54,7 +56,12 @@ class ImageDataModule(L.LightningDataModule):
     random squares of that size, so that a step of the same cost sees more different pictures."""
 
     def __init__(
-        self, folder: str, validation: str, batch_size: int = 8, num_val_images: int = 256, crop_size: int | None = None
+        self,
+        folder: str,
+        validation: str,
+        batch_size: int = 8,
+        num_val_images: int = 256,
+        crop_size: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -65,7 +72,9 @@ class ImageDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         images = _ImageDataset(self.hparams["validation"])
-        return DataLoader(Subset(images, range(min(self.hparams["num_val_images"], len(images)))), 16)
+        return DataLoader(
+            Subset(images, range(min(self.hparams["num_val_images"], len(images)))), 16
+        )
 
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
         crop_size = self.hparams["crop_size"]
@@ -73,7 +82,10 @@ class ImageDataModule(L.LightningDataModule):
             num_offsets = batch.shape[-1] - crop_size + 1
             corners = torch.randint(num_offsets, (len(batch), 2)).tolist()
             batch = torch.stack(
-                [x[:, i : i + crop_size, j : j + crop_size] for x, (i, j) in zip(batch, corners, strict=True)]
+                [
+                    x[:, i : i + crop_size, j : j + crop_size]
+                    for x, (i, j) in zip(batch, corners, strict=True)
+                ]
             )
         return batch * 2 - 1
 
@@ -96,7 +108,12 @@ class ImageLatentDataModule(L.LightningDataModule):
     (portraits or pairs): for the decoder of the image autoencoder ``vae`` alone."""
 
     def __init__(
-        self, folder: list[str], validation: str, vae: str, batch_size: int = 16, num_val_images: int = 256
+        self,
+        folder: list[str],
+        validation: str,
+        vae: str,
+        batch_size: int = 16,
+        num_val_images: int = 256,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -126,7 +143,12 @@ class _AttributeDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         labels, geometry = self._targets[index]
         subject = index // self.portraits.config.portraits_per_identity
-        return {"images": self.images[index], "labels": labels, "geometry": geometry, "subject": subject}
+        return {
+            "images": self.images[index],
+            "labels": labels,
+            "geometry": geometry,
+            "subject": subject,
+        }
 
     @cached_property
     def _targets(self) -> list[tuple[dict[str, int], Tensor]]:
@@ -135,7 +157,9 @@ class _AttributeDataset(Dataset[dict[str, Any]]):
         for index in range(len(self)):
             person, scene = portraits.get_identity(index), portraits.get_scene(index)
             geometry = torch.tensor([getattr(person, k) for k in GEOMETRY])
-            targets.append((make_attribute_labels(person, scene), (geometry - 1) * 8))  # about unit variance
+            targets.append(
+                (make_attribute_labels(person, scene), (geometry - 1) * 8)
+            )  # about unit variance
         return targets
 
 
@@ -163,9 +187,9 @@ class _IdentityBatchSampler(Sampler[list[int]]):
         return self.config.num_identities // self.identities_per_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for chunk in torch.randperm(self.config.num_identities)[: len(self) * self.identities_per_batch].split(
-            self.identities_per_batch
-        ):
+        for chunk in torch.randperm(self.config.num_identities)[
+            : len(self) * self.identities_per_batch
+        ].split(self.identities_per_batch):
             indices = (
                 torch.rand(len(chunk), self.config.portraits_per_identity).argsort(1)[:, :2]
                 + chunk[:, None] * self.config.portraits_per_identity
@@ -176,14 +200,19 @@ class _IdentityBatchSampler(Sampler[list[int]]):
 class AttributeDataModule(L.LightningDataModule):
     """Portraits (with ``vae``, their latents) with all their attributes, two of each person in a batch: for readers."""
 
-    def __init__(self, folder: str, validation: str, identities_per_batch: int = 32, vae: str | None = None) -> None:
+    def __init__(
+        self, folder: str, validation: str, identities_per_batch: int = 32, vae: str | None = None
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         data = _AttributeDataset(self.hparams["folder"], self.hparams["vae"])
         return DataLoader(
-            data, batch_sampler=_IdentityBatchSampler(data.portraits, self.hparams["identities_per_batch"])
+            data,
+            batch_sampler=_IdentityBatchSampler(
+                data.portraits, self.hparams["identities_per_batch"]
+            ),
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -195,10 +224,15 @@ class _CaptionedLatentDataset(Dataset[dict[str, Any]]):
     those that the caption names."""
 
     def __init__(self, folder: str, vae: str, proportion_empty_prompts: float) -> None:
-        self.portraits, self.proportion_empty_prompts = PortraitDataset(folder), proportion_empty_prompts
+        self.portraits, self.proportion_empty_prompts = (
+            PortraitDataset(folder),
+            proportion_empty_prompts,
+        )
         self.latents = _LatentDataset(folder, vae)
         n = len(self.portraits)
-        self.identities_and_scenes = [(self.portraits.get_identity(i), self.portraits.get_scene(i)) for i in range(n)]
+        self.identities_and_scenes = [
+            (self.portraits.get_identity(i), self.portraits.get_scene(i)) for i in range(n)
+        ]
 
     def __len__(self) -> int:
         return len(self.portraits)
@@ -211,7 +245,8 @@ class _CaptionedLatentDataset(Dataset[dict[str, Any]]):
             else sample_caption(*self.identities_and_scenes[index], rng)
         )
         labels = make_attribute_labels(
-            *self.identities_and_scenes[index], parse_caption_attributes(*self.identities_and_scenes[index], text)
+            *self.identities_and_scenes[index],
+            parse_caption_attributes(*self.identities_and_scenes[index], text),
         )
         return {"latents": self.latents[index], "captions": text, "labels": labels}
 
@@ -220,7 +255,12 @@ class CaptionedLatentDataModule(L.LightningDataModule):
     """Latents and captions: for the base model."""
 
     def __init__(
-        self, folder: str, validation: str, vae: str, batch_size: int = 32, proportion_empty_prompts: float = 0.1
+        self,
+        folder: str,
+        validation: str,
+        vae: str,
+        batch_size: int = 32,
+        proportion_empty_prompts: float = 0.1,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -232,19 +272,25 @@ class CaptionedLatentDataModule(L.LightningDataModule):
         return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(_CaptionedLatentDataset(self.hparams["validation"], self.hparams["vae"], 0.0), 64)
+        return DataLoader(
+            _CaptionedLatentDataset(self.hparams["validation"], self.hparams["vae"], 0.0), 64
+        )
 
 
 class _SubjectDataset(Dataset[dict[str, Any]]):
     """One person: ``num_views`` reference portraits (with ``base``, what it sees in them instead), and latents and prompts
     of other portraits of the same person."""
 
-    def __init__(self, folder: str, vae: str, num_views: int, num_targets: int, base: str | None) -> None:
+    def __init__(
+        self, folder: str, vae: str, num_views: int, num_targets: int, base: str | None
+    ) -> None:
         self.images, self.portraits = _ImageDataset(folder), PortraitDataset(folder)
         self.latents = load_cached_latents(folder, vae)
         self.tokens = load_cached_unet_features(folder, vae, base) if base else None
         self.num_views, self.num_targets = num_views, num_targets
-        if num_views + num_targets > (portraits_per_identity := self.portraits.config.portraits_per_identity):
+        if num_views + num_targets > (
+            portraits_per_identity := self.portraits.config.portraits_per_identity
+        ):
             raise ValueError(
                 f"{num_views} views and {num_targets} targets need as many portraits; {folder} has {portraits_per_identity}"
             )
@@ -255,7 +301,8 @@ class _SubjectDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         portraits = self.portraits
         permutation = (
-            torch.randperm(portraits.config.portraits_per_identity) + index * portraits.config.portraits_per_identity
+            torch.randperm(portraits.config.portraits_per_identity)
+            + index * portraits.config.portraits_per_identity
         )
         reference_indices = permutation[: self.num_views].tolist()
         target_indices = permutation[self.num_views : self.num_views + self.num_targets].tolist()
@@ -264,10 +311,13 @@ class _SubjectDataset(Dataset[dict[str, Any]]):
         else:
             inputs = {"tokens": torch.from_numpy(np.array(self.tokens[reference_indices])).float()}
         return inputs | {
-            "latents": torch.stack([torch.from_numpy(np.array(self.latents[i])).float() for i in target_indices]),
+            "latents": torch.stack(
+                [torch.from_numpy(np.array(self.latents[i])).float() for i in target_indices]
+            ),
             "captions": [build_prompt(portraits.get_scene(i)) for i in target_indices],
             "labels": [
-                make_attribute_labels(portraits.get_identity(i), portraits.get_scene(i)) for i in target_indices
+                make_attribute_labels(portraits.get_identity(i), portraits.get_scene(i))
+                for i in target_indices
             ],
             "subject": index,
         }
@@ -288,12 +338,16 @@ class SubjectDataModule(L.LightningDataModule):
         base: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # `targets` means another thing in HypernetworkTraining
+        self.save_hyperparameters(
+            logger=False
+        )  # `targets` means another thing in HypernetworkTraining
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         h = self.hparams
         data = _SubjectDataset(h["folder"], h["vae"], h["num_views"], h["num_targets"], h["base"])
-        return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True, collate_fn=collate_subjects)
+        return DataLoader(
+            data, h["batch_size"], shuffle=True, drop_last=True, collate_fn=collate_subjects
+        )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         h = self.hparams

@@ -30,26 +30,43 @@ def write_face_pack(detector: Path, recognizer: Path, output_dir: Path) -> int:
 
     Raises ``ModelLoadError`` if a folder holds another network, ``InvalidArgumentError`` if ``onnx`` is missing.
     """
-    face_detector, face_recognizer = FaceDetector.from_pretrained(detector), FaceRecognizer.from_pretrained(recognizer)
+    face_detector, face_recognizer = (
+        FaceDetector.from_pretrained(detector),
+        FaceRecognizer.from_pretrained(recognizer),
+    )
     spatial_axes = {2: "height", 3: "width"}
     files = {
         DETECTOR_FILE: _export_onnx(face_detector, torch.zeros(1, 3, 128, 128), 9, spatial_axes),
-        RECOGNIZER_FILE: _export_onnx(face_recognizer, face_recognizer.example_input, 1, {0: "batch"}),
+        RECOGNIZER_FILE: _export_onnx(
+            face_recognizer, face_recognizer.example_input, 1, {0: "batch"}
+        ),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (output_dir / name).write_bytes(data)
     (output_dir / LICENSE_FILE).write_text(_LICENSE_TEXT, encoding="utf-8")
-    file_entries = {name: {"file": name, "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    file_entries = {
+        name: {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
     manifest = {
-        "manifest_version": 2, "model_id": "avatars", "license": LICENSE_FILE,
-        "tasks": {"detection": file_entries[DETECTOR_FILE], "recognition": file_entries[RECOGNIZER_FILE]},
-    }  # fmt: skip
-    (output_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        "manifest_version": 2,
+        "model_id": "avatars",
+        "license": LICENSE_FILE,
+        "tasks": {
+            "detection": file_entries[DETECTOR_FILE],
+            "recognition": file_entries[RECOGNIZER_FILE],
+        },
+    }
+    (output_dir / "manifest.json").write_text(
+        json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
+    )
     return sum(file.stat().st_size for file in output_dir.iterdir())
 
 
-def _export_onnx(network: nn.Module, example: Tensor, num_outputs: int, input_axes: dict[int, str]) -> bytes:
+def _export_onnx(
+    network: nn.Module, example: Tensor, num_outputs: int, input_axes: dict[int, str]
+) -> bytes:
     """The network as ONNX, weights fp16; ``input_axes`` names the axes of its input that may have any length."""
     try:
         import onnx
@@ -63,9 +80,15 @@ def _export_onnx(network: nn.Module, example: Tensor, num_outputs: int, input_ax
         file = Path(folder) / "network.onnx"
         warnings.simplefilter("ignore")  # PyTorch's, on the exporter that needs no further package
         torch.onnx.export(
-            network, (example,), file, dynamo=False, opset_version=17, input_names=["in"], output_names=names,
+            network,
+            (example,),
+            file,
+            dynamo=False,
+            opset_version=17,
+            input_names=["in"],
+            output_names=names,
             dynamic_axes=dynamic_axes,
-        )  # fmt: skip
+        )
         return _convert_weights_to_fp16(onnx.load(file)).SerializeToString()
 
 
@@ -79,7 +102,9 @@ def _convert_weights_to_fp16(model: "onnx.ModelProto") -> "onnx.ModelProto":  # 
             continue
         name, values = weight.name, numpy_helper.to_array(weight)
         weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
-        casts.append(helper.make_node("Cast", [f"{name}.half"], [name], f"cast.{name}", to=TensorProto.FLOAT))
+        casts.append(
+            helper.make_node("Cast", [f"{name}.half"], [name], f"cast.{name}", to=TensorProto.FLOAT)
+        )
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -39,17 +39,24 @@ def prune_basis_model(
     error = _compute_relative_error(hypernetwork, pruned, held_out_memory)
     if isinstance(pipeline, PairToLora):
         pipeline.network.hypernetwork = pruned
-        pipeline.network.config = pipeline.network.config | {"head_options": pruned.config["head_options"]}
+        pipeline.network.config = pipeline.network.config | {
+            "head_options": pruned.config["head_options"]
+        }
     else:
         pipeline.hypernetwork = pruned
     pipeline.save_pretrained(output_dir)
     return error
 
 
-def _encode_photos(pipeline: ImageToLora, portraits: PortraitDataset, num_subjects: int) -> list[Tensor]:
+def _encode_photos(
+    pipeline: ImageToLora, portraits: PortraitDataset, num_subjects: int
+) -> list[Tensor]:
     portraits_per_identity = portraits.config.portraits_per_identity
     photos = portraits.images[: num_subjects * portraits_per_identity : portraits_per_identity]
-    return [pipeline.encode_photos(_convert_to_tensor(part)[:, None]).tokens for part in _split_batches(photos)]
+    return [
+        pipeline.encode_photos(_convert_to_tensor(part)[:, None]).tokens
+        for part in _split_batches(photos)
+    ]
 
 
 def _encode_pairs(pipeline: PairToLora, dataset: PairDataset, num_subjects: int) -> list[Tensor]:
@@ -57,7 +64,10 @@ def _encode_pairs(pipeline: PairToLora, dataset: PairDataset, num_subjects: int)
     for part in _split_batches(dataset.images[: 4 * num_subjects]):
         tokens = pipeline.encoder(_convert_to_tensor(part)[:, None]).tokens
         before, after = ImageFeatures(tokens[0::2]), ImageFeatures(tokens[1::2])
-        memories += [pipeline.network.fuse_pair(before, after).tokens, pipeline.network.fuse_pair(after, before).tokens]
+        memories += [
+            pipeline.network.fuse_pair(before, after).tokens,
+            pipeline.network.fuse_pair(after, before).tokens,
+        ]
     return memories
 
 
@@ -79,7 +89,8 @@ def _convert_to_tensor(images: np.ndarray) -> Tensor:
 def _compute_relative_error(reference: Hypernetwork, pruned: Hypernetwork, memory: Tensor) -> float:
     a, b = (network(ImageFeatures(memory)) for network in (reference, pruned))
     squares = [
-        ((x - y).square().sum((-2, -1)), x.square().sum((-2, -1))) for x, y in zip(a.delta(), b.delta(), strict=True)
+        ((x - y).square().sum((-2, -1)), x.square().sum((-2, -1)))
+        for x, y in zip(a.delta(), b.delta(), strict=True)
     ]
     error, norm = (torch.stack(part).sum(0) for part in zip(*squares, strict=True))
     return float((error / norm).sqrt().mean())

@@ -24,7 +24,11 @@ def share_weights(folder: Path, component: str, source_name: str) -> int:
         )
     remaining_state = {k: v for k, v in state_dict.items() if k not in own_state}
     config["borrowed"] = config.get("borrowed", {}) | {component: source_name}
-    serialized_weights = serialize_tensors(remaining_state, {"layout": _read_layout(folder).fingerprint})
-    write_bytes(json.dumps(config, indent=1).encode(), folder / "config.json")  # first: a part held twice does no harm
+    serialized_weights = serialize_tensors(
+        remaining_state, {"layout": _read_layout(folder).fingerprint}
+    )
+    write_bytes(
+        json.dumps(config, indent=1).encode(), folder / "config.json"
+    )  # first: a part held twice does no harm
     write_bytes(serialized_weights, folder / "model.safetensors")
     return sum(v.numel() * v.element_size() for v in own_state.values())

@@ -30,14 +30,24 @@ def crop_image(image: Image.Image, crop_box: CropBox, resolution: int) -> Image.
     """The square upright, ``resolution`` pixels a side; white where it leaves the picture."""
     x, y, side, angle = crop_box
     box = (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
-    if angle == 0 and box[0] >= 0 and box[1] >= 0 and box[2] <= image.width and box[3] <= image.height:
+    if (
+        angle == 0
+        and box[0] >= 0
+        and box[1] >= 0
+        and box[2] <= image.width
+        and box[3] <= image.height
+    ):
         return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box)
     warp_size = int(min(MAX_SIDE, max(resolution, side)))
     pixel_size, angle_rad = side / warp_size, radians(angle)
     a, b = pixel_size * cos(angle_rad), pixel_size * sin(angle_rad)
     affine = (a, b, x - (a + b) * warp_size / 2, -b, a, y - (a - b) * warp_size / 2)
     warped = image.transform(
-        (warp_size, warp_size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC, fillcolor="white"
+        (warp_size, warp_size),
+        Image.Transform.AFFINE,
+        affine,
+        Image.Resampling.BICUBIC,
+        fillcolor="white",
     )
     return warped.resize((resolution, resolution), Image.Resampling.BICUBIC)
 
@@ -48,7 +58,12 @@ def jitter_box(crop_box: CropBox, rng: np.random.Generator, min_scale: float = 0
     new_side = side * rng.uniform(min_scale, 1)
     dx, dy = (rng.uniform(-1, 1) * (side - new_side) / 2 for _ in range(2))
     angle_rad = radians(angle)
-    return x + dx * cos(angle_rad) + dy * sin(angle_rad), y - dx * sin(angle_rad) + dy * cos(angle_rad), new_side, angle
+    return (
+        x + dx * cos(angle_rad) + dy * sin(angle_rad),
+        y - dx * sin(angle_rad) + dy * cos(angle_rad),
+        new_side,
+        angle,
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,9 @@ class FaceCropper:
         return face.compute_aligned_crop_box(self.margin)
 
 
-def make_face_cropper(pack: str | Path | None, face_index: int = 0, margin: float = 1.8) -> FaceCropper:
+def make_face_cropper(
+    pack: str | Path | None, face_index: int = 0, margin: float = 1.8
+) -> FaceCropper:
     """Raises ``InvalidArgumentError`` if no pack is named, and what ``FaceAnalyzer`` raises."""
     if pack is None:
         raise InvalidArgumentError(

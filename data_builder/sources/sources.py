@@ -37,7 +37,8 @@ class AvatarSource:
         for seed in range(self.first_seed, self.end_seed):
             split = next((name for name, seeds in SPLITS.items() if seed in seeds), "train")
             photos = tuple(
-                (f"{seed}/{k}", build_prompt(sample_scene(seed, k))) for k in range(self.portraits_per_identity)
+                (f"{seed}/{k}", build_prompt(sample_scene(seed, k)))
+                for k in range(self.portraits_per_identity)
             )
             yield SubjectEntry(f"person-{seed}", photos, split)
 
@@ -90,7 +91,9 @@ class HubSource:
             raise InvalidArgumentError(
                 "reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'"
             ) from error
-        on_disk = any((Path(self.path) / f).is_file() for f in ("dataset_info.json", "dataset_dict.json"))
+        on_disk = any(
+            (Path(self.path) / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")
+        )
         try:
             if on_disk:
                 rows = datasets.load_from_disk(self.path)
@@ -105,22 +108,32 @@ class HubSource:
             ) from error
         column = _find_column(rows.column_names, self.image_column, IMAGE_COLUMNS)
         if column is None:
-            raise InvalidArgumentError(f"{self.path!r} has the columns {', '.join(rows.column_names)}: which holds the images? "
-                             "Give --image-column")  # fmt: skip
-        return rows.cast_column(column, datasets.Image(decode=False)).rename_column(column, "photo to read")
+            raise InvalidArgumentError(
+                f"{self.path!r} has the columns {', '.join(rows.column_names)}: which holds the images? "
+                "Give --image-column"
+            )
+        return rows.cast_column(column, datasets.Image(decode=False)).rename_column(
+            column, "photo to read"
+        )
 
     def list_subjects(self, skipped: list[str]) -> Iterator[SubjectEntry]:
         rows = self._rows
         subject_key = _find_column(rows.column_names, self.subject_column, SUBJECT_COLUMNS)
         caption_key = _find_column(rows.column_names, self.caption_column, CAPTION_COLUMNS)
         captions = list(rows[caption_key]) if caption_key else [None] * len(rows)
-        names = [str(name) for name in rows[subject_key]] if subject_key else [f"row-{i:06d}" for i in range(len(rows))]
+        names = (
+            [str(name) for name in rows[subject_key]]
+            if subject_key
+            else [f"row-{i:06d}" for i in range(len(rows))]
+        )
         photos: dict[str, list[tuple[str, str | None]]] = {}
         for i, (name, caption) in enumerate(zip(names, captions, strict=True)):
             photos.setdefault(name, []).append((str(i), str(caption) if caption else None))
         for name, entries in photos.items():
             yield SubjectEntry(
-                name, tuple(entries), self.split if self.split in ("train", "validation", "test") else None
+                name,
+                tuple(entries),
+                self.split if self.split in ("train", "validation", "test") else None,
             )
 
     def read_photo(self, ref: str) -> tuple[Image.Image, str]:
@@ -141,7 +154,12 @@ Source = AvatarSource | FolderSource | HubSource
 
 
 def parse_source(
-    text: str, *, portraits_per_identity: int, resolution: int, split: str, columns: Mapping[str, str | None]
+    text: str,
+    *,
+    portraits_per_identity: int,
+    resolution: int,
+    split: str,
+    columns: Mapping[str, str | None],
 ) -> Source:
     """``draw_portraits:FIRST-LAST`` (last not included), a folder of photos, or a dataset's folder or hub id.
 
@@ -168,12 +186,20 @@ def source_to_dict(source: Source) -> dict[str, Any]:
 
 def source_from_dict(config: Mapping[str, Any]) -> Source:
     """Inverse of ``source_to_dict``."""
-    source_classes: dict[str, Any] = {kind.kind: kind for kind in (AvatarSource, FolderSource, HubSource)}
-    source: Source = source_classes[config["kind"]](**{k: v for k, v in config.items() if k != "kind"})
+    source_classes: dict[str, Any] = {
+        kind.kind: kind for kind in (AvatarSource, FolderSource, HubSource)
+    }
+    source: Source = source_classes[config["kind"]](
+        **{k: v for k, v in config.items() if k != "kind"}
+    )
     return source
 
 
-def _find_column(column_names: list[str], requested: str | None, candidates: tuple[str, ...]) -> str | None:
+def _find_column(
+    column_names: list[str], requested: str | None, candidates: tuple[str, ...]
+) -> str | None:
     if requested and requested not in column_names:
-        raise InvalidArgumentError(f"the dataset has the columns {', '.join(column_names)}, not {requested!r}")
+        raise InvalidArgumentError(
+            f"the dataset has the columns {', '.join(column_names)}, not {requested!r}"
+        )
     return requested or next((name for name in candidates if name in column_names), None)

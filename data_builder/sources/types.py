@@ -18,7 +18,12 @@ class Photo:
 
 
 def _parse_photo(data: Mapping[str, Any]) -> Photo:
-    return Photo(data["ref"], data["sha256"], data["caption"], tuple(data["square"]) if data["square"] else None)
+    return Photo(
+        data["ref"],
+        data["sha256"],
+        data["caption"],
+        tuple(data["square"]) if data["square"] else None,
+    )
 
 
 @dataclass(frozen=True)

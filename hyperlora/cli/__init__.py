@@ -28,7 +28,9 @@ class CommandGroup(TyperGroup):
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 app.command()(demo.run_demo)
 app.command(cls=RayCommand)(generate.generate)
 app.command(cls=edit.EditCommand)(edit.edit)

@@ -9,7 +9,9 @@ import typer
 def run_demo(
     output: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("demo"),
     method: Annotated[str, typer.Option(help="hyperdreambooth or difflora.")] = "hyperdreambooth",
-    num_subjects: Annotated[int, typer.Option(min=1, help="How many people never seen in training.")] = 6,
+    num_subjects: Annotated[
+        int, typer.Option(min=1, help="How many people never seen in training.")
+    ] = 6,
 ) -> None:
     """Portraits of people never seen in training, from one photo each: pictures, LoRA files, seconds and scores."""
     import time
@@ -36,7 +38,9 @@ def run_demo(
     base = load_diffusion_base(pretrained.BASE_DIR)
     model = load_image_to_lora(method=method, base=base)
     benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, num_subjects)
-    evaluator = SubjectEvaluator(base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark)
+    evaluator = SubjectEvaluator(
+        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark
+    )
     model.forward(benchmark.photos[:1, :1])  # warm up, so that the time told is a second photo's
 
     start_time = time.perf_counter()
@@ -44,7 +48,9 @@ def run_demo(
     seconds_per_lora = (time.perf_counter() - start_time) / len(lora)
     output.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(benchmark.names):
-        metadata = LoraMetadata(title=name, architecture=base.architecture, trigger_phrase="sks person")
+        metadata = LoraMetadata(
+            title=name, architecture=base.architecture, trigger_phrase="sks person"
+        )
         save_lora(lora[i], output / f"{name}.safetensors", metadata=metadata)
         save_lora(lora[i], output / f"{name}.kohya.safetensors", format="kohya", metadata=metadata)
 
@@ -52,13 +58,21 @@ def run_demo(
         "without LoRA": evaluator.evaluate("without LoRA", None, None),
         "LoRA from one photo": evaluator.evaluate("with LoRA", lora),
     }
-    finetuned_paths = [pretrained.BENCHMARK_DIR / "fitted" / f"{name}.safetensors" for name in benchmark.names]
+    finetuned_paths = [
+        pretrained.BENCHMARK_DIR / "fitted" / f"{name}.safetensors" for name in benchmark.names
+    ]
     if all(file.is_file() for file in finetuned_paths):
-        finetuned_loras = LoraWeights.stack([load_lora(file, model.layout).weights for file in finetuned_paths])
+        finetuned_loras = LoraWeights.stack(
+            [load_lora(file, model.layout).weights for file in finetuned_paths]
+        )
         results["LoRA fitted to it"] = evaluator.evaluate("fitted", finetuned_loras)
     baseline_result, lora_result, *finetuned_results = results.values()
     prompt_indices = range(min(5, len(benchmark.prompts)))
-    titles = ["photo", "same prompt, no LoRA", *(_strip_subject(benchmark.prompts[p].prompt) for p in prompt_indices)]
+    titles = [
+        "photo",
+        "same prompt, no LoRA",
+        *(_strip_subject(benchmark.prompts[p].prompt) for p in prompt_indices),
+    ]
     grid = [
         [
             to_image(benchmark.photos[s, 0]),
@@ -79,7 +93,9 @@ def run_demo(
     for name, result in results.items():
         table.add_row(name, str(result.identity), str(result.prompt_accuracy or "–"))
     Console().print(table)
-    typer.echo(f"{seconds_per_lora * 1000:.0f} ms from photo to LoRA on {torch.get_num_threads()} threads")
+    typer.echo(
+        f"{seconds_per_lora * 1000:.0f} ms from photo to LoRA on {torch.get_num_threads()} threads"
+    )
     typer.echo(f"pictures: {output / 'demo.png'}; LoRA files (diffusers and kohya): {output}")
     _run_edit_demo(output)
 
@@ -112,12 +128,18 @@ def _run_edit_demo(output_dir: Path) -> None:
     _, seconds_per_lora = generate_pair_loras(pair_to_lora, benchmark, 1)
     lora, seconds_with_search = generate_pair_loras(pair_to_lora, benchmark, 1, base=edit_base)
     edited_images = edit_evaluator.render_edits("edits", lora, edit_evaluator.inputs)
-    reconstructed_images = edit_evaluator.render_edits("asked for nothing", None, edit_evaluator.inputs)
+    reconstructed_images = edit_evaluator.render_edits(
+        "asked for nothing", None, edit_evaluator.inputs
+    )
     result = edit_evaluator.score_images(
         "edits", blend_edit_region(edit_evaluator.inputs, edited_images, reconstructed_images)
     )
-    first_indices = [sum(len(e.test_pairs) for e in benchmark.edits[:i]) for i in range(len(benchmark.edits))]
-    reverse_loras, _ = generate_pair_loras(pair_to_lora, benchmark, 1, swap_sides=True, base=edit_base)
+    first_indices = [
+        sum(len(e.test_pairs) for e in benchmark.edits[:i]) for i in range(len(benchmark.edits))
+    ]
+    reverse_loras, _ = generate_pair_loras(
+        pair_to_lora, benchmark, 1, swap_sides=True, base=edit_base
+    )
     first_edited_images, seeds = result.images[first_indices], [0] * len(first_indices)
     restored_images = stack_images(
         edit_images(
@@ -138,9 +160,14 @@ def _run_edit_demo(output_dir: Path) -> None:
             row_images += [image_pair[0], result.images[first_index + j]]
         grid.append([to_image(x) for x in (*row_images, restored_images[i])])
     subject_titles = [title for n in range(3) for title in (f"person {n + 1}", "edited alike")]
-    draw_contact_sheet(["before", "after", *subject_titles, "undone again"], grid).save(output_dir / "edits.png")
+    draw_contact_sheet(["before", "after", *subject_titles, "undone again"], grid).save(
+        output_dir / "edits.png"
+    )
     for group in benchmark.groups:
-        accuracy, preservation = result.compute_score("accuracy", group), result.compute_score("preservation", group)
+        accuracy, preservation = (
+            result.compute_score("accuracy", group),
+            result.compute_score("preservation", group),
+        )
         typer.echo(f"edits, {group}: right {accuracy}, the rest kept {preservation}")
     typer.echo(
         f"{seconds_per_lora * 1000:.0f} ms from a pair to a LoRA, {seconds_with_search * 1000:.0f} with further words tried"

@@ -34,29 +34,59 @@ class EditCommand(TyperCommand):
 
 
 def edit(
-    before: Annotated[Path | None, typer.Argument(help="Picture before the edit.", show_default=False)] = None,
-    after: Annotated[Path | None, typer.Argument(help="The same picture after it.", show_default=False)] = None,
-    pair: Annotated[
-        list[str] | None, typer.Option(metavar="BEFORE AFTER", help="A further pair of the same edit; repeat.")
+    before: Annotated[
+        Path | None, typer.Argument(help="Picture before the edit.", show_default=False)
     ] = None,
-    image_paths: Annotated[list[Path] | None, typer.Option(metavar="IMAGE...", help="Pictures to edit alike.")] = None,
-    images_dir: Annotated[Path, typer.Option(help="Folder for the edited pictures.")] = Path("edited"),
-    output: Annotated[Path | None, typer.Option("-o", "--out", help="LoRA file of the change to write.")] = None,
-    strength: Annotated[float, typer.Option(help="How much of the change; below 0 undoes it.")] = 1.0,
+    after: Annotated[
+        Path | None, typer.Argument(help="The same picture after it.", show_default=False)
+    ] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BEFORE AFTER", help="A further pair of the same edit; repeat."),
+    ] = None,
+    image_paths: Annotated[
+        list[Path] | None, typer.Option(metavar="IMAGE...", help="Pictures to edit alike.")
+    ] = None,
+    images_dir: Annotated[Path, typer.Option(help="Folder for the edited pictures.")] = Path(
+        "edited"
+    ),
+    output: Annotated[
+        Path | None, typer.Option("-o", "--out", help="LoRA file of the change to write.")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="How much of the change; below 0 undoes it.")
+    ] = 1.0,
     reverse: Annotated[bool, typer.Option("--reverse", help="Undo the change instead.")] = False,
     no_preserve: Annotated[
-        bool, typer.Option("--repaint", help="Repaint what the change leaves alone too, as the LoRA file does.")
+        bool,
+        typer.Option(
+            "--repaint", help="Repaint what the change leaves alone too, as the LoRA file does."
+        ),
     ] = False,
-    instruction: Annotated[str, typer.Option(help="Words besides, if the base should also follow some.")] = "",
+    instruction: Annotated[
+        str, typer.Option(help="Words besides, if the base should also follow some.")
+    ] = "",
     candidate_prompts: Annotated[
         list[str] | None,
-        typer.Option("--try", metavar="WORDS", help="What else the base may know and the network cannot say; repeat."),
+        typer.Option(
+            "--try",
+            metavar="WORDS",
+            help="What else the base may know and the network cannot say; repeat.",
+        ),
     ] = None,
-    no_search: Annotated[bool, typer.Option("--one-pass", help="Try no words; needs no base for -o.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")] = None,
+    no_search: Annotated[
+        bool, typer.Option("--one-pass", help="Try no words; needs no base for -o.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a PairToLora model.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix): folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a PairToLora model.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base of edits (InstructPix2Pix): folder or hub id.")
+    ] = None,
     format: Annotated[str, typer.Option(help="diffusers or kohya.")] = "diffusers",
 ) -> None:
     """A picture before and after an edit in, the LoRA of the change out; and the same edit on other pictures."""
@@ -64,7 +94,9 @@ def edit(
 
     pairs = _collect_pairs(before, after, pair or [])
     if output is None and not image_paths:
-        raise InvalidArgumentError("what should become of the change? Give -o FILE, or --apply IMAGE, or both")
+        raise InvalidArgumentError(
+            "what should become of the change? Give -o FILE, or --apply IMAGE, or both"
+        )
     if format not in ("diffusers", "kohya"):
         raise InvalidArgumentError(f"unknown format {format!r}; known: diffusers, kohya")
     if candidate_prompts and no_search:
@@ -90,7 +122,9 @@ def edit(
     from hyperlora.pipelines.pair_to_lora import PairToLora, make_edit_metadata
 
     disable_malloc_trim()
-    image_pairs = [read_image_pair(*paths) for paths in pairs]  # a bad picture is told before any model is loaded
+    image_pairs = [
+        read_image_pair(*paths) for paths in pairs
+    ]  # a bad picture is told before any model is loaded
     input_images = [read_image(path) for path in image_paths or []]
     for paths, image_pair in zip(pairs, image_pairs, strict=True):
         for warning in check_pair(*image_pair):
@@ -98,10 +132,16 @@ def edit(
     edit_base = load_diffusion_base(base or pretrained.EDIT_BASE_DIR) if image_paths else None
     pair_to_lora = PairToLora.from_pretrained(model or pretrained.PAIR_TO_LORA_DIR, base=edit_base)
     directed_pairs = [pair[::-1] for pair in image_pairs] if reverse else image_pairs
-    search_prompts = [] if no_search else [*pair_to_lora.zero_shot_prompts, *(candidate_prompts or [])]
+    search_prompts = (
+        [] if no_search else [*pair_to_lora.zero_shot_prompts, *(candidate_prompts or [])]
+    )
     if search_prompts:
         lora = generate_with_search(
-            pair_to_lora, edit_base or _load_search_base(pair_to_lora, base), directed_pairs, strength, search_prompts
+            pair_to_lora,
+            edit_base or _load_search_base(pair_to_lora, base),
+            directed_pairs,
+            strength,
+            search_prompts,
         )
     else:
         lora = pair_to_lora(directed_pairs, strength)
@@ -112,10 +152,17 @@ def edit(
     if edit_base is not None:
         seeds = [seed] * len(input_images)
         edited_images = edit_images(
-            edit_base, input_images, lora, seeds=seeds, instructions=instruction, num_inference_steps=steps or pair_to_lora.num_inference_steps,
+            edit_base,
+            input_images,
+            lora,
+            seeds=seeds,
+            instructions=instruction,
+            num_inference_steps=steps or pair_to_lora.num_inference_steps,
             preserve_unedited=not no_preserve,
-        )  # fmt: skip
-        for path, edited_image in zip(_make_output_paths(image_paths or [], images_dir), edited_images, strict=True):
+        )
+        for path, edited_image in zip(
+            _make_output_paths(image_paths or [], images_dir), edited_images, strict=True
+        ):
             save_image(edited_image, path)
             typer.echo(str(path))
 
@@ -137,10 +184,17 @@ def _load_search_base(pair_to_lora: Any, base_name: str | None) -> Any:
     return edit_base
 
 
-def _collect_pairs(before: Path | None, after: Path | None, extra_pairs: list[str]) -> list[tuple[Path, Path]]:
+def _collect_pairs(
+    before: Path | None, after: Path | None, extra_pairs: list[str]
+) -> list[tuple[Path, Path]]:
     if (before is None) != (after is None):
-        raise InvalidArgumentError("one picture given: a picture before and one after the edit are expected")
-    pairs = [*([(before, after)] if before is not None and after is not None else []), *map(_split_pair, extra_pairs)]
+        raise InvalidArgumentError(
+            "one picture given: a picture before and one after the edit are expected"
+        )
+    pairs = [
+        *([(before, after)] if before is not None and after is not None else []),
+        *map(_split_pair, extra_pairs),
+    ]
     if not pairs:
         raise InvalidArgumentError("no pair given: name a picture before and one after the edit")
     return pairs
@@ -157,6 +211,9 @@ def _make_output_paths(image_paths: list[Path], output_dir: Path) -> list[Path]:
     for path in image_paths:
         output_path, suffix_number = output_dir / f"{path.stem}.png", 2
         while output_path in output_paths:
-            output_path, suffix_number = output_dir / f"{path.stem}-{suffix_number}.png", suffix_number + 1
+            output_path, suffix_number = (
+                output_dir / f"{path.stem}-{suffix_number}.png",
+                suffix_number + 1,
+            )
         output_paths.append(output_path)
     return output_paths

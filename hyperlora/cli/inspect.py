@@ -9,7 +9,9 @@ import typer
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).")],
-    base: Annotated[str | None, typer.Option(help="Also check that it fits this base: folder or hub id.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Also check that it fits this base: folder or hub id.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
 ) -> None:
     """What a LoRA file is: base, rank, sites, norms, header, and whether it fits a base."""
@@ -35,7 +37,10 @@ def inspect(
     table = Table(show_header=False, title=_escape_text(info.pop("name")))
     metadata = info.pop("header")
     for key, value in info.items():
-        table.add_row(key, _escape_text(", ".join(map(str, value)) if isinstance(value, tuple) else str(value)))
+        table.add_row(
+            key,
+            _escape_text(", ".join(map(str, value)) if isinstance(value, tuple) else str(value)),
+        )
     for key, value in metadata.items():
         if value:
             table.add_row(f"header {key}", _escape_text(str(value)))

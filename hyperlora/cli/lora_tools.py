@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from hyperlora.lora.weights import LoraWeights
 
 _Output = Annotated[Path, typer.Option("-o", "--out", help="File to write.")]
-_Format = Annotated[str | None, typer.Option(help="diffusers, kohya or sgm (SDXL); by default the input's.")]
+_Format = Annotated[
+    str | None, typer.Option(help="diffusers, kohya or sgm (SDXL); by default the input's.")
+]
 _Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 _Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the result.")]
 BLORA_BLOCKS = ("content=unet.up_blocks.0.attentions.0", "style=unet.up_blocks.0.attentions.1")
@@ -30,15 +32,21 @@ def convert(
 ) -> None:
     """Write a LoRA with the keys of other tools."""
     lora_file = _load_lora_file(file)
-    _save_lora_with_error(lora_file.weights, lora_file.weights, output, lora_file.metadata, format, dtype)
+    _save_lora_with_error(
+        lora_file.weights, lora_file.weights, output, lora_file.metadata, format, dtype
+    )
 
 
 def combine(
     files: Annotated[list[str], typer.Argument(help="FILE or FILE:WEIGHT, two or more.")],
     output: _Output,
-    method: Annotated[str, typer.Option(help="concat, svd, linear, ties, dare, dare_ties or magnitude.")] = "concat",
+    method: Annotated[
+        str, typer.Option(help="concat, svd, linear, ties, dare, dare_ties or magnitude.")
+    ] = "concat",
     rank: _Rank = None,
-    density: Annotated[float, typer.Option(help="Fraction of numbers that ties, dare and magnitude keep.")] = 0.5,
+    density: Annotated[
+        float, typer.Option(help="Fraction of numbers that ties, dare and magnitude keep.")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="Which numbers dare drops.")] = 0,
     format: _Format = None,
     dtype: _Dtype = "float32",
@@ -53,10 +61,16 @@ def combine(
     exact = merge([r.weights for r in lora_files], weights)
     merged = merge([r.weights for r in lora_files], weights, method, rank, density, seed)
     title = " + ".join(
-        f"{w:g} {r.metadata.title or p.stem}" for (p, w), r in zip(weighted_paths, lora_files, strict=True)
+        f"{w:g} {r.metadata.title or p.stem}"
+        for (p, w), r in zip(weighted_paths, lora_files, strict=True)
     )
     _save_lora_with_error(
-        merged, exact, output, _merge_metadata(lora_files, title), format or lora_files[0].format, dtype
+        merged,
+        exact,
+        output,
+        _merge_metadata(lora_files, title),
+        format or lora_files[0].format,
+        dtype,
     )
 
 
@@ -76,7 +90,12 @@ def diff(
     difference = exact if rank is None else exact.resize(rank)
     title = f"{lora_files[0].metadata.title or after.stem} - {lora_files[1].metadata.title or before.stem}"
     _save_lora_with_error(
-        difference, exact, output, _merge_metadata(lora_files, title), format or lora_files[0].format, dtype
+        difference,
+        exact,
+        output,
+        _merge_metadata(lora_files, title),
+        format or lora_files[0].format,
+        dtype,
     )
 
 
@@ -90,15 +109,24 @@ def resize(
     """The best approximation of a LoRA at another rank (SVD)."""
     lora_file = _load_lora_file(file)
     _save_lora_with_error(
-        lora_file.weights.resize(rank), lora_file.weights, output, lora_file.metadata, format or lora_file.format, dtype
+        lora_file.weights.resize(rank),
+        lora_file.weights,
+        output,
+        lora_file.metadata,
+        format or lora_file.format,
+        dtype,
     )
 
 
 def scale(
     file: Annotated[Path, typer.Argument(help="LoRA file.")],
     output: _Output,
-    factor: Annotated[float | None, typer.Option(help="Factor of the whole LoRA (-1 inverts it).")] = None,
-    block: Annotated[list[str] | None, typer.Option(help="BLOCK=FACTOR, e.g. unet.mid_block=0; repeat.")] = None,
+    factor: Annotated[
+        float | None, typer.Option(help="Factor of the whole LoRA (-1 inverts it).")
+    ] = None,
+    block: Annotated[
+        list[str] | None, typer.Option(help="BLOCK=FACTOR, e.g. unet.mid_block=0; repeat.")
+    ] = None,
     format: _Format = None,
     dtype: _Dtype = "float32",
 ) -> None:
@@ -109,18 +137,25 @@ def scale(
 
     if factor is None and not block:
         raise InvalidArgumentError("by how much? Give --by FACTOR or --block BLOCK=FACTOR")
-    block_factors = {name: _parse_factor(name, value) for name, value in map(_parse_name_value, block or [])}
+    block_factors = {
+        name: _parse_factor(name, value) for name, value in map(_parse_name_value, block or [])
+    }
     lora_file = _load_lora_file(file)
     scaled = (
-        scale_blocks(lora_file.weights, block_factors) * validate_weights([1.0 if factor is None else factor], 1)[0]
+        scale_blocks(lora_file.weights, block_factors)
+        * validate_weights([1.0 if factor is None else factor], 1)[0]
     )
-    _save_lora_with_error(scaled, scaled, output, lora_file.metadata, format or lora_file.format, dtype)
+    _save_lora_with_error(
+        scaled, scaled, output, lora_file.metadata, format or lora_file.format, dtype
+    )
 
 
 def split(
     file: Annotated[Path, typer.Argument(help="LoRA file.")],
     output: Annotated[Path, typer.Option("-o", "--out", help="Folder: one file per part.")],
-    part: Annotated[list[str] | None, typer.Option(help="NAME=BLOCK[,BLOCK...]; B-LoRA's of SDXL if none.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="NAME=BLOCK[,BLOCK...]; B-LoRA's of SDXL if none.")
+    ] = None,
     format: _Format = None,
     dtype: _Dtype = "float32",
 ) -> None:
@@ -131,15 +166,27 @@ def split(
 
     blocks_by_part = dict(map(_parse_name_value, part or BLORA_BLOCKS))
     check_output_dir(output)
-    if invalid_names := [name for name in blocks_by_part if not name or not set(name) <= _FILE_NAME_CHARS]:
-        raise InvalidArgumentError(f"part {invalid_names[0]!r} cannot name a file: letters, digits, - and _ expected")
+    if invalid_names := [
+        name for name in blocks_by_part if not name or not set(name) <= _FILE_NAME_CHARS
+    ]:
+        raise InvalidArgumentError(
+            f"part {invalid_names[0]!r} cannot name a file: letters, digits, - and _ expected"
+        )
     lora_file = _load_lora_file(file)
-    loras_by_part = {name: part_of(lora_file.weights, blocks.split(",")) for name, blocks in blocks_by_part.items()}
+    loras_by_part = {
+        name: part_of(lora_file.weights, blocks.split(","))
+        for name, blocks in blocks_by_part.items()
+    }
     for name, weights in loras_by_part.items():
         title = f"{lora_file.metadata.title or file.stem} ({name})"
         header = replace(lora_file.metadata, title=title)
         _save_lora_with_error(
-            weights, weights, output / f"{name}.safetensors", header, format or lora_file.format, dtype
+            weights,
+            weights,
+            output / f"{name}.safetensors",
+            header,
+            format or lora_file.format,
+            dtype,
         )
 
 
@@ -169,10 +216,16 @@ def _save_lora_with_error(
     from hyperlora.lora.merge import compute_relative_error
 
     check_output_file(output_path, ".safetensors")
-    torch_dtype: Any = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype)
+    torch_dtype: Any = {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+    }.get(dtype)
     if torch_dtype is None:
         raise InvalidArgumentError(f"unknown dtype {dtype!r}; known: float32, float16, bfloat16")
-    save_lora(weights, output_path, format=format, metadata=replace(metadata, date=""), dtype=torch_dtype)  # type: ignore[arg-type]
+    save_lora(
+        weights, output_path, format=format, metadata=replace(metadata, date=""), dtype=torch_dtype
+    )  # type: ignore[arg-type]
     error = compute_relative_error(load_lora(output_path).weights, reference)
     typer.echo(
         f"{output_path}: rank {weights.layout.rank}, {len(weights.layout.targets)} sites, {format}, error {error:.2g}"
@@ -214,4 +267,6 @@ def _parse_factor(name: str, value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise InvalidArgumentError(f"the factor of block {name!r} must be a number, got {value!r}") from None
+        raise InvalidArgumentError(
+            f"the factor of block {name!r} must be a number, got {value!r}"
+        ) from None

@@ -31,9 +31,13 @@ class RayCommand(TyperCommand):
 def check_output_file(path: Path, suffix: str) -> None:
     """Raise ``InvalidArgumentError`` unless a file could be written at ``generate_invalid_path``; creates nothing."""
     if path.suffix != suffix:
-        raise InvalidArgumentError(f"{str(path)!r} cannot be written: a name that ends in {suffix} is expected")
+        raise InvalidArgumentError(
+            f"{str(path)!r} cannot be written: a name that ends in {suffix} is expected"
+        )
     if path.is_dir():
-        raise InvalidArgumentError(f"{str(path)!r} is a folder, a file was expected: name a file in it")
+        raise InvalidArgumentError(
+            f"{str(path)!r} is a folder, a file was expected: name a file in it"
+        )
     check_output_dir(path.parent)
 
 
@@ -70,5 +74,7 @@ def parse_weighted_path(text: str) -> tuple[Path, float]:
     except ValueError:
         return Path(text), 1.0
     if not abs(weight_value) <= 10:
-        raise InvalidArgumentError(f"LoRA weight between -10 and 10 expected, got {weight!r} in {text!r}")
+        raise InvalidArgumentError(
+            f"LoRA weight between -10 and 10 expected, got {weight!r} in {text!r}"
+        )
     return Path(path), weight_value

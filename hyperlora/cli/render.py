@@ -13,23 +13,41 @@ if TYPE_CHECKING:
 
 
 def render(
-    prompt: Annotated[str, typer.Option(help="What to draw, with the LoRA's trigger phrase; may hold <lora:NAME:W>.")],
+    prompt: Annotated[
+        str,
+        typer.Option(help="What to draw, with the LoRA's trigger phrase; may hold <lora:NAME:W>."),
+    ],
     output: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
-    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:WEIGHT; repeat for several.")] = None,
-    lora_dir: Annotated[Path, typer.Option(help="Where <lora:NAME> in the prompt is looked up.")] = Path("."),
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:WEIGHT; repeat for several.")
+    ] = None,
+    lora_dir: Annotated[
+        Path, typer.Option(help="Where <lora:NAME> in the prompt is looked up.")
+    ] = Path("."),
     strategy: Annotated[str, typer.Option(help="merge, switch, composite or spatial.")] = "merge",
     region: Annotated[
-        list[str] | None, typer.Option(help="LEFT,TOP,RIGHT,BOTTOM in 0..1, or a mask image; one per LoRA (spatial).")
+        list[str] | None,
+        typer.Option(
+            help="LEFT,TOP,RIGHT,BOTTOM in 0..1, or a mask image; one per LoRA (spatial)."
+        ),
     ] = None,
-    windowed: Annotated[bool, typer.Option(help="Draw each region as a picture of its own (spatial).")] = False,
-    switch_every: Annotated[int, typer.Option(min=1, help="Steps before the next LoRA (switch).")] = 5,
-    gamma: Annotated[float | None, typer.Option(help="AutoLoRA guidance: 0 base, 1 LoRA, above goes beyond.")] = None,
+    windowed: Annotated[
+        bool, typer.Option(help="Draw each region as a picture of its own (spatial).")
+    ] = False,
+    switch_every: Annotated[
+        int, typer.Option(min=1, help="Steps before the next LoRA (switch).")
+    ] = 5,
+    gamma: Annotated[
+        float | None, typer.Option(help="AutoLoRA guidance: 0 base, 1 LoRA, above goes beyond.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="DiffusionBase model: folder or hub id.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance_scale: Annotated[float, typer.Option(min=0, max=100)] = 3.0,
     negative_prompt: Annotated[str, typer.Option()] = "",
-    width: Annotated[int | None, typer.Option(min=8, help="Pixels; the base's own size if not given.")] = None,
+    width: Annotated[
+        int | None, typer.Option(min=8, help="Pixels; the base's own size if not given.")
+    ] = None,
     height: Annotated[int | None, typer.Option(min=8)] = None,
 ) -> None:
     """Draw a prompt with LoRA files on their base."""
@@ -39,7 +57,11 @@ def render(
     from hyperlora.cli.options import check_output_file, save_image
     from hyperlora.cpu import disable_malloc_trim
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
-    from hyperlora.diffusion.lora_prompt_syntax import compute_tag_scales, load_tagged_loras, parse_lora_tags
+    from hyperlora.diffusion.lora_prompt_syntax import (
+        compute_tag_scales,
+        load_tagged_loras,
+        parse_lora_tags,
+    )
     from hyperlora.diffusion.text_to_image import generate_images as draw
     from hyperlora.errors import InvalidArgumentError
 
@@ -53,16 +75,21 @@ def render(
         )
     disable_malloc_trim()
     diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR)
-    loras = [_load_lora_for_base(path, diffusion_base) for path, _ in weighted_paths] + load_tagged_loras(
-        lora_tags, lora_dir, diffusion_base.modules
-    )
+    loras = [
+        _load_lora_for_base(path, diffusion_base) for path, _ in weighted_paths
+    ] + load_tagged_loras(lora_tags, lora_dir, diffusion_base.modules)
     weights = [weight for _, weight in weighted_paths] + [1.0] * len(lora_tags)
     schedule = (
         partial(compute_tag_scales, lora_tags, num_constant=len(weighted_paths))
         if any(not m.is_constant for m in lora_tags)
         else None
     )
-    compose_options: Any = {"regions": regions, "window": windowed, "every": switch_every, "schedule": schedule}
+    compose_options: Any = {
+        "regions": regions,
+        "window": windowed,
+        "every": switch_every,
+        "schedule": schedule,
+    }
     with _apply_loras(diffusion_base, loras, weights, strategy, gamma, compose_options):
         (image,) = draw(
             diffusion_base,
@@ -106,7 +133,8 @@ def _load_lora_for_base(path: Path, diffusion_base: "DiffusionBase") -> "LoraWei
     lora_file = load_lora(path, modules=diffusion_base.modules)
     if (trained_base := lora_file.metadata.base_model) not in ("", diffusion_base.id):
         typer.echo(
-            f"note: {path.name} was made for {trained_base!r}, not for this base {diffusion_base.id!r}", err=True
+            f"note: {path.name} was made for {trained_base!r}, not for this base {diffusion_base.id!r}",
+            err=True,
         )
     return lora_file.weights
 

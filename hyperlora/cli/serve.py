@@ -17,25 +17,46 @@ def serve(
         str | None, typer.Option(help="Folder or hub id of a model from photos, of either method.")
     ] = None,
     extra_model: Annotated[
-        list[str] | None, typer.Option(help="Model of another method, for requests that name it; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Model of another method, for requests that name it; may be repeated."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
-    pair_model: Annotated[str | None, typer.Option(help="PairToLora model, for before/after pairs.")] = None,
-    edit_base: Annotated[str | None, typer.Option(help="Base of edits (InstructPix2Pix) of that model.")] = None,
+    pair_model: Annotated[
+        str | None, typer.Option(help="PairToLora model, for before/after pairs.")
+    ] = None,
+    edit_base: Annotated[
+        str | None, typer.Option(help="Base of edits (InstructPix2Pix) of that model.")
+    ] = None,
     edits: Annotated[bool, typer.Option(help="Take before/after pairs too.")] = True,
-    evaluator: Annotated[str | None, typer.Option(help="Folder of a reader, for the likeness of portraits.")] = None,
-    ui: Annotated[bool, typer.Option(help="Also a page for people at / (needs the extra `ui`).")] = True,
-    lora_dir: Annotated[Path | None, typer.Option(help="Folder of LoRA files that prompts may name.")] = None,
+    evaluator: Annotated[
+        str | None, typer.Option(help="Folder of a reader, for the likeness of portraits.")
+    ] = None,
+    ui: Annotated[
+        bool, typer.Option(help="Also a page for people at / (needs the extra `ui`).")
+    ] = True,
+    lora_dir: Annotated[
+        Path | None, typer.Option(help="Folder of LoRA files that prompts may name.")
+    ] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Where jobs and kept files lie.")] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of API keys, one a line; also HYPERLORA_API_KEYS.")
     ] = None,
-    rate_limit: Annotated[str, typer.Option(help="Requests per key, e.g. 60/minute.")] = "600/minute",
-    max_queue_size: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 256,
-    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds a synchronous request may take.")] = 120.0,
-    ray: Annotated[bool, typer.Option("--ray", help="The models in replicas of Ray Serve (extra `scale`).")] = False,
+    rate_limit: Annotated[
+        str, typer.Option(help="Requests per key, e.g. 60/minute.")
+    ] = "600/minute",
+    max_queue_size: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait for the model.")
+    ] = 256,
+    timeout_s: Annotated[
+        float, typer.Option(min=1, help="Seconds a synchronous request may take.")
+    ] = 120.0,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="The models in replicas of Ray Serve (extra `scale`).")
+    ] = False,
     replicas: Annotated[int, typer.Option(min=1, help="Replicas, with --ray.")] = 1,
-    max_replicas: Annotated[int | None, typer.Option(min=1, help="Up to so many as requests wait.")] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Up to so many as requests wait.")
+    ] = None,
 ) -> None:
     """Serve LoRAs from images over HTTP; the API explains itself under /docs."""
     from hyperlora.errors import InvalidArgumentError
@@ -73,22 +94,35 @@ def serve(
     try:
         parse(rate_limit)
     except ValueError as error:
-        raise InvalidArgumentError(f"rate {rate_limit!r} is not understood: write e.g. 60/minute") from error
+        raise InvalidArgumentError(
+            f"rate {rate_limit!r} is not understood: write e.g. 60/minute"
+        ) from error
     settings = ServiceSettings(
-        state_dir=state_dir or Path(typer.get_app_dir("hyperlora")), lora_dir=lora_dir, key_digests=api_keys, rate_limit=rate_limit, max_queue_size=max_queue_size,
+        state_dir=state_dir or Path(typer.get_app_dir("hyperlora")),
+        lora_dir=lora_dir,
+        key_digests=api_keys,
+        rate_limit=rate_limit,
+        max_queue_size=max_queue_size,
         timeout_s=timeout_s,
-    )  # fmt: skip
+    )
     use_bundle = model is None and base is None  # the bundle, all of it
     evaluator_path = evaluator or (pretrained.EVALUATOR_DIR if use_bundle else None)
     extra_models = extra_model or ([str(pretrained.DIFFLORA_DIR)] if use_bundle else [])
     model_paths = ModelPaths(
-        str(model or pretrained.IMAGE_TO_LORA_DIR), str(base or pretrained.BASE_DIR), str(pair_model or pretrained.PAIR_TO_LORA_DIR),
-        str(edit_base or pretrained.EDIT_BASE_DIR), edits, str(evaluator_path) if evaluator_path else None, tuple(extra_models),
-    )  # fmt: skip
+        str(model or pretrained.IMAGE_TO_LORA_DIR),
+        str(base or pretrained.BASE_DIR),
+        str(pair_model or pretrained.PAIR_TO_LORA_DIR),
+        str(edit_base or pretrained.EDIT_BASE_DIR),
+        edits,
+        str(evaluator_path) if evaluator_path else None,
+        tuple(extra_models),
+    )
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with (
         lock_directory(settings.state_dir),
-        _open_engine_factory(model_paths, settings, (replicas, max_replicas) if ray else None) as engine,
+        _open_engine_factory(
+            model_paths, settings, (replicas, max_replicas) if ray else None
+        ) as engine,
     ):
         app = create_app(engine, settings)
         if ui:
@@ -124,7 +158,10 @@ def _add_ui(app: Any, settings: Any) -> None:
     try:
         from hyperlora.service.ui import add_ui
     except ImportError as error:
-        typer.echo(f"no page at /: it needs {error.name}, which is not installed; add the extra `ui`", err=True)
+        typer.echo(
+            f"no page at /: it needs {error.name}, which is not installed; add the extra `ui`",
+            err=True,
+        )
     else:
         add_ui(app, settings)
 

@@ -73,7 +73,12 @@ def list_named_pairs(folder: str | Path) -> list[ImagePair]:
             f"{str(path)!r} has no picture {opposite_side[side]} beside it: add it, or remove this one"
         )
     return [
-        ImagePair(name, sides["before"], sides["after"], _read_text(sides["before"].with_name(f"{name}.txt")))
+        ImagePair(
+            name,
+            sides["before"],
+            sides["after"],
+            _read_text(sides["before"].with_name(f"{name}.txt")),
+        )
         for name, sides in sorted(sides_by_name.items())
     ]
 
@@ -88,9 +93,15 @@ class HubEditPairs(Sequence[ImagePair]):
             raise InvalidArgumentError(
                 "reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'"
             ) from error
-        is_on_disk = any((Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+        is_on_disk = any(
+            (Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")
+        )
         try:
-            dataset = datasets.load_from_disk(source) if is_on_disk else datasets.load_dataset(source, split=split)
+            dataset = (
+                datasets.load_from_disk(source)
+                if is_on_disk
+                else datasets.load_dataset(source, split=split)
+            )
             if isinstance(dataset, Mapping):
                 dataset = dataset[split]
         except (OSError, ValueError, KeyError) as error:
@@ -100,9 +111,12 @@ class HubEditPairs(Sequence[ImagePair]):
             ) from error
         self.dataset, self.source = dataset, source
         self.image_columns = [
-            _find_column(dataset.column_names, names, source) for names in (_BEFORE_COLUMNS, _AFTER_COLUMNS)
+            _find_column(dataset.column_names, names, source)
+            for names in (_BEFORE_COLUMNS, _AFTER_COLUMNS)
         ]
-        self.instruction_column = next((name for name in _INSTRUCTION_COLUMNS if name in dataset.column_names), None)
+        self.instruction_column = next(
+            (name for name in _INSTRUCTION_COLUMNS if name in dataset.column_names), None
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -144,7 +158,9 @@ def _read_seed_data_edit(folder: Path) -> Iterator[ImagePair]:
                 raise InvalidArgumentError(
                     f"{str(file)!r}, line {line_index + 1}: source_image and target_image expected; mend or remove the line"
                 ) from error
-            yield ImagePair(f"{file.stem}#{line_index}", before, after, str(row.get("instruction", "")))
+            yield ImagePair(
+                f"{file.stem}#{line_index}", before, after, str(row.get("instruction", ""))
+            )
 
 
 def _find_column(column_names: Sequence[str], candidates: Sequence[str], source: str) -> str:

@@ -37,7 +37,10 @@ def read_image(source: ImageSource) -> Image.Image:
     format_name, decoder = _detect_format(data, source_name)
     try:
         image = decoder(io.BytesIO(data))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # PIL's WEBP checks by itself
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # PIL's WEBP checks by itself
         raise InvalidImageError(
             f"{source_name}, a {format_name} file, is huge, {_MAX_PIXELS_MESSAGE}: scale it down"
         ) from error
@@ -52,7 +55,9 @@ def list_image_files(folder: str | os.PathLike[str], *, root_dir: Path | None = 
     folder = Path(folder)
     root = root_dir or folder
     paths = [
-        p for p in list_entries(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and is_within(p, root)
+        p
+        for p in list_entries(folder)
+        if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and is_within(p, root)
     ]
     if not paths:
         raise InvalidImageError(
@@ -109,9 +114,15 @@ def _read_bytes(source: str | os.PathLike[str] | bytes) -> bytes:
         path = Path(source)
         try:
             if path.is_dir():
-                raise InvalidImageError(f"{source_name} is a folder, one image file was expected: name a file in it")
-            if not path.is_file():  # neither missing files nor pipes and devices, which may never end
-                raise InvalidImageError(f"there is no file {source_name}, an image was expected: check the path")
+                raise InvalidImageError(
+                    f"{source_name} is a folder, one image file was expected: name a file in it"
+                )
+            if (
+                not path.is_file()
+            ):  # neither missing files nor pipes and devices, which may never end
+                raise InvalidImageError(
+                    f"there is no file {source_name}, an image was expected: check the path"
+                )
             with path.open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
@@ -126,10 +137,14 @@ def _read_bytes(source: str | os.PathLike[str] | bytes) -> bytes:
 
 
 def _format_source_name(source: str | os.PathLike[str] | bytes) -> str:
-    return f"the image ({len(source)} bytes)" if isinstance(source, bytes) else repr(str(Path(source)))
+    return (
+        f"the image ({len(source)} bytes)" if isinstance(source, bytes) else repr(str(Path(source)))
+    )
 
 
-def _detect_format(data: bytes, source_name: str) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
+def _detect_format(
+    data: bytes, source_name: str
+) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
     """The format by its first bytes, and its decoder. Going past ``Image.open`` keeps PIL's other fifty decoders out,
     and its warning about large images, which only a filter for the whole process could silence."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -139,7 +154,9 @@ def _detect_format(data: bytes, source_name: str) -> tuple[str, Callable[[io.Byt
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "WEBP", WebPImageFile
     problem = "is empty" if not data else "is another kind of file"
-    raise InvalidImageError(f"{source_name} {problem}, a PNG, JPEG or WEBP image was expected: save it as one of these")
+    raise InvalidImageError(
+        f"{source_name} {problem}, a PNG, JPEG or WEBP image was expected: save it as one of these"
+    )
 
 
 def _decode_image(image: Image.Image, source_name: str) -> Image.Image:
@@ -149,7 +166,9 @@ def _decode_image(image: Image.Image, source_name: str) -> Image.Image:
             f"{source_name} is {width}×{height}, at least one pixel was expected: choose another image"
         )
     if width * height > MAX_PIXELS:
-        raise InvalidImageError(f"{source_name} is {width}×{height}, {_MAX_PIXELS_MESSAGE}: scale it down")
+        raise InvalidImageError(
+            f"{source_name} is {width}×{height}, {_MAX_PIXELS_MESSAGE}: scale it down"
+        )
     try:
         image.load()
         rgb = _convert_to_rgb(image, source_name)
@@ -215,10 +234,17 @@ def _make_damaged_error(source_name: str, error: Exception) -> InvalidImageError
 
 
 def _format_reason(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
+    text = (
+        error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    ) or type(error).__name__
     return " ".join(text.split()).rstrip(".")
 
 
 def stack_images(images: Sequence[Image.Image]) -> Tensor:
     """PIL images of one size to [n, 3, h, w] in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images])).permute(0, 3, 1, 2).float() / 255
+    return (
+        torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images]))
+        .permute(0, 3, 1, 2)
+        .float()
+        / 255
+    )

@@ -42,8 +42,10 @@ class LoraDataset(Sequence[Tensor]):
         self._shard_ends = list(accumulate(len(shard.rows) for shard in self.shards))
         records = _load_records(self.folder, self.shards)
         if len(records) != self._shard_ends[-1]:
-            raise InvalidLoraFileError(f"{TABLE_NAME} in {str(self.folder)!r} lists {len(records)} rows, the shards hold "
-                              f"{self._shard_ends[-1]}: pack the build again")  # fmt: skip
+            raise InvalidLoraFileError(
+                f"{TABLE_NAME} in {str(self.folder)!r} lists {len(records)} rows, the shards hold "
+                f"{self._shard_ends[-1]}: pack the build again"
+            )
         self._row_indices = [i for i, r in enumerate(records) if split is None or r.split == split]
         self.records = [records[i] for i in self._row_indices]
 
@@ -120,12 +122,19 @@ def write_table(records: Iterable[LoraRecord], path: Path, **extra_columns: Sequ
 
     from hyperlora.lora.io.safetensors_file import write_bytes
 
-    rows = [{**record.to_dict(), **{k: v[i] for k, v in extra_columns.items()}} for i, record in enumerate(records)]
-    float_columns, int_columns = ("loss", "before", "after", "score"), ("view", "seed", "steps", *extra_columns)
+    rows = [
+        {**record.to_dict(), **{k: v[i] for k, v in extra_columns.items()}}
+        for i, record in enumerate(records)
+    ]
+    float_columns, int_columns = (
+        ("loss", "before", "after", "score"),
+        ("view", "seed", "steps", *extra_columns),
+    )
     schema = pa.schema(
         [("subject", pa.string()), ("split", pa.string()), ("images", pa.list_(pa.string()))]
-        + [(name, pa.int64()) for name in int_columns] + [(name, pa.float64()) for name in float_columns]
-    )  # fmt: skip
+        + [(name, pa.int64()) for name in int_columns]
+        + [(name, pa.float64()) for name in float_columns]
+    )
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer)
     write_bytes(buffer.getvalue(), path)
@@ -139,7 +148,9 @@ def read_table(path: Path) -> list[LoraRecord]:
     try:
         return [LoraRecord.from_dict(row) for row in pq.read_table(path).to_pylist()]
     except (pa.ArrowException, OSError, TypeError) as error:
-        raise InvalidLoraFileError(f"{path.name} is no table of a LoRA dataset: pack the build again") from error
+        raise InvalidLoraFileError(
+            f"{path.name} is no table of a LoRA dataset: pack the build again"
+        ) from error
 
 
 def _resolve_shard_dir(folder: Path) -> Path:

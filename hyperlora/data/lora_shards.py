@@ -15,8 +15,11 @@ from hyperlora.errors import InvalidLoraFileError
 from hyperlora.lora.io.safetensors_file import read_header, serialize_tensors
 from hyperlora.lora.layout import LoraLayout
 
-_DTYPES: Final = {"F32": (np.float32, torch.float32), "F16": (np.float16, torch.float16),
-                  "BF16": (np.int16, torch.bfloat16)}  # fmt: skip
+_DTYPES: Final = {
+    "F32": (np.float32, torch.float32),
+    "F16": (np.float16, torch.float16),
+    "BF16": (np.int16, torch.bfloat16),
+}
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,19 @@ class Shard:
 
 
 def serialize_shard(
-    rows: Tensor, layout: LoraLayout, records: Sequence[LoraRecord], metadata: Mapping[str, str] | None = None
+    rows: Tensor,
+    layout: LoraLayout,
+    records: Sequence[LoraRecord],
+    metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """The whole file; the same content gives the same bytes. Undone by ``open_shard``."""
     shard_metadata = {
         "hyperlora.layout": json.dumps(layout.to_dict(), separators=(",", ":")),
         "hyperlora.base": layout.base,
         "hyperlora.layout_fingerprint": layout.fingerprint,
-        "hyperlora.table": json.dumps([record.to_dict() for record in records], separators=(",", ":")),
+        "hyperlora.table": json.dumps(
+            [record.to_dict() for record in records], separators=(",", ":")
+        ),
     }
     return serialize_tensors({"rows": rows}, {**(metadata or {}), **shard_metadata})
 
@@ -85,10 +93,13 @@ def open_shard(path: Path) -> Shard:
         numpy_dtype, torch_dtype = _DTYPES[tensor_info["dtype"]]
         num_rows, numel = tensor_info["shape"]
         layout = LoraLayout.from_dict(json.loads(metadata["hyperlora.layout"]))
-        records = tuple(LoraRecord.from_dict(record) for record in json.loads(metadata["hyperlora.table"]))
+        records = tuple(
+            LoraRecord.from_dict(record) for record in json.loads(metadata["hyperlora.table"])
+        )
         begin_offset, end_offset = tensor_info["data_offsets"]
         is_valid = (
-            numel == layout.numel and end_offset - begin_offset == num_rows * numel * np.dtype(numpy_dtype).itemsize
+            numel == layout.numel
+            and end_offset - begin_offset == num_rows * numel * np.dtype(numpy_dtype).itemsize
         )
     except FileNotFoundError as error:
         raise InvalidLoraFileError(f"there is no file {str(path)!r}") from error
@@ -97,7 +108,9 @@ def open_shard(path: Path) -> Shard:
             f"{file_name} is no shard of a LoRA dataset (rows and a layout in its header expected)"
         ) from error
     if not is_valid or layout.fingerprint != metadata.get("hyperlora.layout_fingerprint"):
-        raise InvalidLoraFileError(f"{file_name} is a damaged shard: its rows do not fit its layout")
+        raise InvalidLoraFileError(
+            f"{file_name} is a damaged shard: its rows do not fit its layout"
+        )
     with path.open("rb") as file:
         data_offset = 8 + int.from_bytes(file.read(8), "little") + begin_offset
     if file_size < data_offset + end_offset - begin_offset:
@@ -112,4 +125,6 @@ def open_shard(path: Path) -> Shard:
     )
     reserved_keys = ("hyperlora.layout", "hyperlora.table")
     extra_metadata = {key: value for key, value in metadata.items() if key not in reserved_keys}
-    return Shard(path, layout, torch.from_numpy(mapped_rows).view(torch_dtype), records, extra_metadata)
+    return Shard(
+        path, layout, torch.from_numpy(mapped_rows).view(torch_dtype), records, extra_metadata
+    )

@@ -21,7 +21,9 @@ class Subject:
     captions: tuple[str | None, ...]
 
 
-def list_subjects(folder: str | os.PathLike[str], skip_reasons: list[str] | None = None) -> list[Subject]:
+def list_subjects(
+    folder: str | os.PathLike[str], skip_reasons: list[str] | None = None
+) -> list[Subject]:
     """Each sub-folder is a subject with several photos, each image directly in ``folder`` a subject of its own.
 
     A caption is the first line of the ``.txt`` beside the photo (``me.jpg``, ``me.txt``), as in kohya's scripts. Hidden
@@ -35,7 +37,9 @@ def list_subjects(folder: str | os.PathLike[str], skip_reasons: list[str] | None
     for path in paths:
         try:
             if path.is_dir():
-                subjects.append(_make_subject(path.name, list_image_files(path, root_dir=root), root))
+                subjects.append(
+                    _make_subject(path.name, list_image_files(path, root_dir=root), root)
+                )
             elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
                 subjects.append(_make_subject(path.stem, [path], root))
         except InvalidImageError as error:
@@ -47,7 +51,9 @@ def list_subjects(folder: str | os.PathLike[str], skip_reasons: list[str] | None
             f"{str(root)!r} holds no subject: put PNG, JPEG or WEBP images there, or one sub-folder of them per subject"
         )
     subjects.sort(key=lambda subject: subject.name)
-    duplicates = [subject_a for subject_a, subject_b in pairwise(subjects) if subject_a.name == subject_b.name]
+    duplicates = [
+        subject_a for subject_a, subject_b in pairwise(subjects) if subject_a.name == subject_b.name
+    ]
     for subject in duplicates:
         reason = f"{str(root)!r} holds two subjects called {subject.name!r}, one expected: rename one of them"
         if skip_reasons is None:
@@ -73,6 +79,8 @@ def _read_caption(photo: Path, root: Path) -> str | None:
             f"the caption {str(path)!r} cannot be read as UTF-8 text: save it as such, or remove it"
         ) from error
     if len(text) > MAX_CAPTION_BYTES:
-        raise InvalidImageError(f"the caption {str(path)!r} is longer than {MAX_CAPTION_BYTES} bytes: shorten it")
+        raise InvalidImageError(
+            f"the caption {str(path)!r} is longer than {MAX_CAPTION_BYTES} bytes: shorten it"
+        )
     lines = text.splitlines()
     return (lines[0].strip() or None) if lines else None

@@ -11,8 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hyperlora.diffusion.denoiser_calls import DenoiserCall, get_denoiser, intercept_denoiser, predict_per_lora
-from hyperlora.diffusion.lora_injection import inject_lora, move_to_module, split_denoiser, split_text_encoders
+from hyperlora.diffusion.denoiser_calls import (
+    DenoiserCall,
+    get_denoiser,
+    intercept_denoiser,
+    predict_per_lora,
+)
+from hyperlora.diffusion.lora_injection import (
+    inject_lora,
+    move_to_module,
+    split_denoiser,
+    split_text_encoders,
+)
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.merge import pad_and_stack
 from hyperlora.lora.weights import LoraWeights
@@ -54,9 +64,15 @@ def apply_autolora_guidance(
             )
         base_output, lora_output = predict_per_lora(call, {denoiser_name: denoiser}, stacked_loras)
         if num_branches > 1:
-            base_output = _apply_classifier_free_guidance(pipe, base_output, num_branches, base_scale)
-            lora_output = _apply_classifier_free_guidance(pipe, lora_output, num_branches, lora_scale)
-        return (base_output + gamma * (lora_output - base_output)).repeat(num_branches, *[1] * (call.sample.ndim - 1))
+            base_output = _apply_classifier_free_guidance(
+                pipe, base_output, num_branches, base_scale
+            )
+            lora_output = _apply_classifier_free_guidance(
+                pipe, lora_output, num_branches, lora_scale
+            )
+        return (base_output + gamma * (lora_output - base_output)).repeat(
+            num_branches, *[1] * (call.sample.ndim - 1)
+        )
 
     with ExitStack() as stack:
         for module, text_lora in split_text_encoders(pipe, lora, denoiser_name):
@@ -76,12 +92,16 @@ def inject_branch_loras(
     """
     loras = [lora for lora in (positive, negative) if lora is not None]
     if not loras:
-        raise InvalidArgumentError("on_branches needs a LoRA for the positive or the negative branch, none given")
+        raise InvalidArgumentError(
+            "on_branches needs a LoRA for the positive or the negative branch, none given"
+        )
     denoiser_name, denoiser = get_denoiser(pipe)
     zero_lora = loras[0] * 0.0
     stacked_loras = pad_and_stack(
         [
-            move_to_module(split_denoiser(zero_lora if lora is None else lora, denoiser_name), denoiser)
+            move_to_module(
+                split_denoiser(zero_lora if lora is None else lora, denoiser_name), denoiser
+            )
             for lora in (positive, negative)
         ]
     )
@@ -89,8 +109,12 @@ def inject_branch_loras(
 
     @cache  # the same for every step of a picture
     def select_loras(batch_size: int, num_branches: int) -> LoraWeights:
-        text_branch = 0 if num_branches == 3 else 1  # [text, image only, unconditional], or [unconditional, text]
-        return stacked_loras[[int(i * num_branches // batch_size != text_branch) for i in range(batch_size)]]
+        text_branch = (
+            0 if num_branches == 3 else 1
+        )  # [text, image only, unconditional], or [unconditional, text]
+        return stacked_loras[
+            [int(i * num_branches // batch_size != text_branch) for i in range(batch_size)]
+        ]
 
     def predict_per_branch(call: DenoiserCall) -> Tensor:
         num_branches = _count_branches(pipe, call)

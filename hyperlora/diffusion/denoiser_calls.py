@@ -12,7 +12,9 @@ from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
 
-_UNBATCHED_ARGS = frozenset({"img_ids", "txt_ids", "image_rotary_emb", "img_shapes", "txt_seq_lens"})
+_UNBATCHED_ARGS = frozenset(
+    {"img_ids", "txt_ids", "image_rotary_emb", "img_shapes", "txt_seq_lens"}
+)
 """Arguments of DiTs that describe positions, not samples."""
 
 
@@ -21,7 +23,9 @@ def get_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     for name in ("unet", "transformer"):
         if isinstance(module := getattr(pipe, name, None), nn.Module):
             return name, module
-    raise InvalidArgumentError(f"{type(pipe).__name__} has neither unet nor transformer: no LoRA can be composed on it")
+    raise InvalidArgumentError(
+        f"{type(pipe).__name__} has neither unet nor transformer: no LoRA can be composed on it"
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class DenoiserCall:
             return self.sample.shape[-2], self.sample.shape[-1]
         ids = self.kwargs.get("img_ids")
         if not isinstance(ids, Tensor):
-            raise InvalidArgumentError("regions need latents [samples, channels, h, w] or packed ones with img_ids")
+            raise InvalidArgumentError(
+                "regions need latents [samples, channels, h, w] or packed ones with img_ids"
+            )
         rows, columns = ids.reshape(-1, ids.shape[-1])[:, -2:].long().amax(0).add(1).tolist()
         return int(rows), int(columns)
 
@@ -89,12 +95,17 @@ class DenoiserCall:
                 case Tensor() if value.ndim and len(value) == batch_size:
                     return fn(value)
                 case Mapping():
-                    return {k: v if k in _UNBATCHED_ARGS else apply_to_value(v) for k, v in value.items()}
+                    return {
+                        k: v if k in _UNBATCHED_ARGS else apply_to_value(v)
+                        for k, v in value.items()
+                    }
                 case list() | tuple():
                     return type(value)(apply_to_value(v) for v in value)
             return value
 
-        return replace(self, args=apply_to_value(tuple(self.args)), kwargs=apply_to_value(dict(self.kwargs)))
+        return replace(
+            self, args=apply_to_value(tuple(self.args)), kwargs=apply_to_value(dict(self.kwargs))
+        )
 
 
 @contextmanager
@@ -111,7 +122,11 @@ def intercept_denoiser(pipe: Any, handler: Callable[[DenoiserCall], Tensor]) -> 
             from diffusers.models.modeling_outputs import Transformer2DModelOutput
             from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-            output_class = UNet2DConditionOutput if get_denoiser(pipe)[0] == "unet" else Transformer2DModelOutput
+            output_class = (
+                UNet2DConditionOutput
+                if get_denoiser(pipe)[0] == "unet"
+                else Transformer2DModelOutput
+            )
             return output_class(sample=model_output)
         return (model_output,)
 
@@ -126,7 +141,10 @@ def intercept_denoiser(pipe: Any, handler: Callable[[DenoiserCall], Tensor]) -> 
 
 
 def predict_per_lora(
-    call: DenoiserCall, modules: Mapping[str, nn.Module], loras: LoraWeights, chunk_size: int | None = None
+    call: DenoiserCall,
+    modules: Mapping[str, nn.Module],
+    loras: LoraWeights,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """What each of k LoRAs (the batch axis) predicts for the same call, [k, *sample], in one batched forward.
 
@@ -141,7 +159,9 @@ def predict_per_lora(
                 lora_chunk = loras[start : start + chunk_size]
                 with inject_lora(modules, lora_chunk):
                     model_output = call.repeat_samples(len(lora_chunk))()
-                outputs.append(model_output.unflatten(0, (batch_size, len(lora_chunk))).movedim(1, 0))
+                outputs.append(
+                    model_output.unflatten(0, (batch_size, len(lora_chunk))).movedim(1, 0)
+                )
             return torch.cat(outputs)
         except torch.OutOfMemoryError:
             if chunk_size == 1:

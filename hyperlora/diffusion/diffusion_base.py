@@ -62,7 +62,9 @@ class DiffusionBase:
     def noise_scheduler(self) -> Any:
         """The training-time schedule of the pipeline's sampler: DDPM, or flow matching."""
         config = self.pipeline.scheduler.config
-        scheduler_class = DDPMScheduler if "beta_schedule" in config else FlowMatchEulerDiscreteScheduler
+        scheduler_class = (
+            DDPMScheduler if "beta_schedule" in config else FlowMatchEulerDiscreteScheduler
+        )
         return scheduler_class.from_config(config)
 
     @torch.no_grad()
@@ -79,7 +81,9 @@ class DiffusionBase:
         return (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str], cache: PromptCache | None = None) -> dict[str, Any]:
+    def encode_prompts(
+        self, prompts: list[str], cache: PromptCache | None = None
+    ) -> dict[str, Any]:
         """What the UNet is called with for these prompts (or ``main_callback.prompt_blending`` of prompts):
         ``encoder_hidden_states`` [n, tokens, width] and, for SDXL, ``added_cond_kwargs`` (pooled text, and sizes of an
         uncropped picture). ``cache``, empty at first, is filled with what plain prompts read as, for the next
@@ -91,11 +95,17 @@ class DiffusionBase:
             prompt_embeds, pooled_prompt_embeds = self._encode_text(prompts)
         else:
             unique_embeds, pooled_prompt_embeds = (
-                self._encode_text(unique_prompts) if cache is None else self._encode_with_cache(unique_prompts, cache)
+                self._encode_text(unique_prompts)
+                if cache is None
+                else self._encode_with_cache(unique_prompts, cache)
             )
             weight_matrix = torch.tensor(blend_weights, device=unique_embeds.device)
-            with torch.autocast(unique_embeds.device.type, enabled=False):  # what tells colours apart is little
-                prompt_embeds = torch.einsum("np,ptw->ntw", weight_matrix, unique_embeds.float()).to(unique_embeds)
+            with torch.autocast(
+                unique_embeds.device.type, enabled=False
+            ):  # what tells colours apart is little
+                prompt_embeds = torch.einsum(
+                    "np,ptw->ntw", weight_matrix, unique_embeds.float()
+                ).to(unique_embeds)
                 pooled_prompt_embeds = (
                     None
                     if pooled_prompt_embeds is None
@@ -104,15 +114,20 @@ class DiffusionBase:
         if pooled_prompt_embeds is None:
             return {"encoder_hidden_states": prompt_embeds}
         size = self.resolution
-        add_time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=prompt_embeds.device).repeat(
-            len(prompts), 1
-        )
+        add_time_ids = torch.tensor(
+            [[size, size, 0, 0, size, size]], device=prompt_embeds.device
+        ).repeat(len(prompts), 1)
         return {
             "encoder_hidden_states": prompt_embeds,
-            "added_cond_kwargs": {"text_embeds": pooled_prompt_embeds, "time_ids": add_time_ids.to(prompt_embeds)},
+            "added_cond_kwargs": {
+                "text_embeds": pooled_prompt_embeds,
+                "time_ids": add_time_ids.to(prompt_embeds),
+            },
         }
 
-    def _encode_with_cache(self, prompts: list[str], cache: PromptCache) -> tuple[Tensor, Tensor | None]:
+    def _encode_with_cache(
+        self, prompts: list[str], cache: PromptCache
+    ) -> tuple[Tensor, Tensor | None]:
         """``_encode_text``, of what is not yet ``cache``; of many sentences that is forgotten now and then."""
         if len(cache) > CACHE_SIZE:
             cache.clear()
@@ -120,7 +135,10 @@ class DiffusionBase:
             prompt_embeds, pooled_prompt_embeds = self._encode_text(new_prompts)
             cache.update(
                 {
-                    p: (prompt_embeds[i], None if pooled_prompt_embeds is None else pooled_prompt_embeds[i])
+                    p: (
+                        prompt_embeds[i],
+                        None if pooled_prompt_embeds is None else pooled_prompt_embeds[i],
+                    )
                     for i, p in enumerate(new_prompts)
                 }
             )
@@ -142,7 +160,10 @@ class DiffusionBase:
 
 
 def load_diffusion_base(
-    name_or_path: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu", **pretrained_kwargs: Any
+    name_or_path: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    device: str = "cpu",
+    **pretrained_kwargs: Any,
 ) -> DiffusionBase:
     """Load a pipeline folder or hub id, frozen, in evaluation mode; ``pretrained_kwargs`` go to ``from_pretrained``.
 
@@ -151,11 +172,15 @@ def load_diffusion_base(
     dtype = _parse_dtype(dtype)
     folder = Path(name_or_path)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ModelLoadError(f"{folder} is no diffusers pipeline: model_index.json expected, none found; give --base")
+        raise ModelLoadError(
+            f"{folder} is no diffusers pipeline: model_index.json expected, none found; give --base"
+        )
     logging.disable_progress_bar()  # "Loading pipeline components" is no news to a user
     transformers_logging.disable_progress_bar()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype, **pretrained_kwargs).to(device)
+        pipeline = DiffusionPipeline.from_pretrained(
+            name_or_path, dtype=dtype, **pretrained_kwargs
+        ).to(device)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelLoadError(
             f"base {str(name_or_path)!r} cannot be loaded as a diffusers pipeline: {_format_error(error)}"
@@ -177,7 +202,9 @@ def _parse_dtype(name: torch.dtype | str) -> torch.dtype:
     """``torch.bfloat16`` for "bfloat16", as configs write it."""
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InvalidArgumentError(f"unknown dtype {name!r} for the base; known: float32, bfloat16, float16")
+        raise InvalidArgumentError(
+            f"unknown dtype {name!r} for the base; known: float32, bfloat16, float16"
+        )
     return dtype
 
 
@@ -188,4 +215,6 @@ def _format_error(error: Exception) -> str:
 def make_unet_encoder(base: DiffusionBase, **options: Any) -> UNetFeatureEncoder:
     """The base's own UNet as the encoder of photos, under the empty prompt."""
     empty_prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"]
-    return UNetFeatureEncoder(base.pipeline.vae, base.denoiser, base.noise_scheduler, empty_prompt_embeds, **options)
+    return UNetFeatureEncoder(
+        base.pipeline.vae, base.denoiser, base.noise_scheduler, empty_prompt_embeds, **options
+    )

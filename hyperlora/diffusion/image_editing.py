@@ -59,7 +59,11 @@ def edit_images(
     image_batch = images.to(base.pipeline.device)
 
     def run_pipeline(lora: LoraWeights | None, prompts: list[str]) -> list[Image.Image]:
-        modules = {name: base.modules[name] for name in lora.layout.components} if lora is not None else {}
+        modules = (
+            {name: base.modules[name] for name in lora.layout.components}
+            if lora is not None
+            else {}
+        )
         with inject_lora(modules, lora) if lora is not None else nullcontext():
             outputs: list[Image.Image] = base.pipeline(
                 prompt_embeds=base.encode_prompts(prompts)["encoder_hidden_states"],
@@ -75,9 +79,12 @@ def edit_images(
     if not preserve_unedited:
         return edited
     passes = (edited, run_pipeline(None, [""] * len(prompts)))
-    edited_pixels, unedited_pixels = (torch.stack([to_tensor(p, base.resolution) for p in some]) for some in passes)
+    edited_pixels, unedited_pixels = (
+        torch.stack([to_tensor(p, base.resolution) for p in some]) for some in passes
+    )
     return [
-        to_image(picture) for picture in blend_edit_region(images.to(edited_pixels), edited_pixels, unedited_pixels)
+        to_image(picture)
+        for picture in blend_edit_region(images.to(edited_pixels), edited_pixels, unedited_pixels)
     ]
 
 
@@ -85,7 +92,9 @@ def blend_edit_region(images: Tensor, edited: Tensor, unedited: Tensor) -> Tenso
     """``apply_edits`` where it differs from ``unedited``, what the base makes of ``images`` when it is asked for nothing
     (by the same noise), and ``images`` where it does not; all [*batch, 3, h, w] in [0, 1]."""
     low, high = BLEND_RANGE
-    edit_mask = (((edited - unedited).abs().amax(-3, keepdim=True) - low) / (high - low)).clamp(0, 1)
+    edit_mask = (((edited - unedited).abs().amax(-3, keepdim=True) - low) / (high - low)).clamp(
+        0, 1
+    )
     return images + edit_mask * (edited - images)
 
 

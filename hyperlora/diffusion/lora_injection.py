@@ -55,7 +55,9 @@ class _LoraInjection:
         self.handles: list[Any] = []
         self.hooks: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         modules = {name: dict(module.named_modules()) for name, module in components.items()}
-        for target_module, down, up in zip(weights.layout.targets, weights.down, weights.up, strict=True):
+        for target_module, down, up in zip(
+            weights.layout.targets, weights.down, weights.up, strict=True
+        ):
             layer = modules.get(target_module.component, {}).get(target_module.path)
             if layer is None:
                 raise LayoutMismatchError(
@@ -77,8 +79,14 @@ class _LoraInjection:
                     handle.remove()
 
 
-def _make_hook(target: TargetModule, layer: nn.Module, down: Tensor, up: Tensor) -> Callable[..., Tensor]:
-    shape = (layer.weight[0].numel(), layer.weight.shape[0]) if isinstance(layer, nn.Linear | nn.Conv2d) else None
+def _make_hook(
+    target: TargetModule, layer: nn.Module, down: Tensor, up: Tensor
+) -> Callable[..., Tensor]:
+    shape = (
+        (layer.weight[0].numel(), layer.weight.shape[0])
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        else None
+    )
     if shape != (target.in_features, target.out_features):
         raise LayoutMismatchError(
             f"site {target.name} is {shape} in the base, {(target.in_features, target.out_features)} in the LoRA"
@@ -88,7 +96,11 @@ def _make_hook(target: TargetModule, layer: nn.Module, down: Tensor, up: Tensor)
         x = inputs[0]
         d, u = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
         # tokens of a text differ by little: in bfloat16 a LoRA could not tell them apart
-        precision_context = torch.autocast(x.device.type, enabled=False) if target.is_text_projection else nullcontext()
+        precision_context = (
+            torch.autocast(x.device.type, enabled=False)
+            if target.is_text_projection
+            else nullcontext()
+        )
         with precision_context:
             lora_output = (
                 _apply_conv_lora(module, x, d, u, target)
@@ -109,17 +121,33 @@ def _apply_linear_lora(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return ((grouped_x @ down.mT) @ up.mT).reshape(*x.shape[:-1], up.shape[-2])
 
 
-def _apply_conv_lora(layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor, target: TargetModule) -> Tensor:
+def _apply_conv_lora(
+    layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor, target: TargetModule
+) -> Tensor:
     """LoCon: a convolution like the layer's own to ``rank`` channels, then 1x1; x [samples, channels, h, w]."""
     assert target.kernel_size is not None
-    kernel_shape = (-1, target.in_features // (target.kernel_size[0] * target.kernel_size[1]), *target.kernel_size)
+    kernel_shape = (
+        -1,
+        target.in_features // (target.kernel_size[0] * target.kernel_size[1]),
+        *target.kernel_size,
+    )
     if down.ndim == 2:
-        hidden = F.conv2d(x, down.reshape(kernel_shape), None, layer.stride, layer.padding, layer.dilation)
+        hidden = F.conv2d(
+            x, down.reshape(kernel_shape), None, layer.stride, layer.padding, layer.dilation
+        )
         return F.conv2d(hidden, up[..., None, None])
     num_repeats, n = _split_batch(x, len(down))
-    grouped_x = x.reshape(num_repeats, n * x.shape[1], *x.shape[2:])  # the n LoRAs side by side as channel groups
+    grouped_x = x.reshape(
+        num_repeats, n * x.shape[1], *x.shape[2:]
+    )  # the n LoRAs side by side as channel groups
     hidden = F.conv2d(
-        grouped_x, down.reshape(kernel_shape), None, layer.stride, layer.padding, layer.dilation, groups=n
+        grouped_x,
+        down.reshape(kernel_shape),
+        None,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        groups=n,
     )
     height, width = hidden.shape[-2:]
     hidden = hidden.reshape(num_repeats, n, -1, height * width)  # [rounds, n, rank, positions]
@@ -128,7 +156,9 @@ def _apply_conv_lora(layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor, targ
 
 def _split_batch(x: Tensor, n: int) -> tuple[int, int]:
     if len(x) % n:
-        raise LayoutMismatchError(f"{len(x)} samples cannot share {n} LoRAs: the batch must be a multiple")
+        raise LayoutMismatchError(
+            f"{len(x)} samples cannot share {n} LoRAs: the batch must be a multiple"
+        )
     return len(x) // n, n
 
 
@@ -149,7 +179,9 @@ def _intercept_checkpointing(module: nn.Module, injection: _LoraInjection) -> It
             block._gradient_checkpointing_func = checkpoint
 
 
-def _wrap_checkpoint_fn(checkpoint: Callable[..., Any], injection: _LoraInjection) -> Callable[..., Any]:
+def _wrap_checkpoint_fn(
+    checkpoint: Callable[..., Any], injection: _LoraInjection
+) -> Callable[..., Any]:
     def run_checkpoint(block: Callable[..., Any], *args: Any) -> Any:
         def run_block(*block_args: Any) -> Any:
             with injection.register_hooks():
@@ -165,10 +197,14 @@ def split_denoiser(lora: LoraWeights, denoiser_name: str) -> LoraWeights:
         raise LayoutMismatchError(
             f"the LoRA changes {', '.join(lora.layout.components)}, but nothing in the {denoiser_name}"
         )
-    return lora if lora.layout.components == (denoiser_name,) else select_blocks(lora, [denoiser_name])
+    return (
+        lora if lora.layout.components == (denoiser_name,) else select_blocks(lora, [denoiser_name])
+    )
 
 
-def split_text_encoders(pipe: Any, lora: LoraWeights, denoiser_name: str) -> Iterator[tuple[nn.Module, LoraWeights]]:
+def split_text_encoders(
+    pipe: Any, lora: LoraWeights, denoiser_name: str
+) -> Iterator[tuple[nn.Module, LoraWeights]]:
     for component in lora.layout.components:
         if component == denoiser_name:
             continue

@@ -54,7 +54,9 @@ def parse_lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
     tags = tuple(_parse_tag(text) for text in _LORA_TAG.findall(prompt))
     clean_prompt = re.sub(r"\s+", " ", _LORA_TAG.sub(" ", prompt)).replace(" ,", ",").strip(" ,")
     if "<lora" in clean_prompt:
-        raise InvalidArgumentError("the prompt has a <lora:...> that is not closed: write <lora:name:weight>")
+        raise InvalidArgumentError(
+            "the prompt has a <lora:...> that is not closed: write <lora:name:weight>"
+        )
     return clean_prompt, tags
 
 
@@ -64,12 +66,16 @@ def load_tagged_loras(
     """The LoRAs of mentions, from a folder, fitted to the live base and weighed. Raises what ``find_lora`` and
     ``load_lora`` raise."""
     return [
-        _scale_tagged_lora(mention, load_lora(find_lora(folder, mention.name), modules=modules).weights)
+        _scale_tagged_lora(
+            mention, load_lora(find_lora(folder, mention.name), modules=modules).weights
+        )
         for mention in tags
     ]
 
 
-def compute_tag_scales(tags: Sequence[LoraTag], step: int, num_steps: int, num_constant: int = 0) -> list[float]:
+def compute_tag_scales(
+    tags: Sequence[LoraTag], step: int, num_steps: int, num_constant: int = 0
+) -> list[float]:
     """1 for each of ``always`` other LoRAs and each mention that is active in this step, else 0: a ``compose_loras``
     schedule."""
     return [1.0] * num_constant + [float(mention.is_active(step, num_steps)) for mention in tags]
@@ -79,7 +85,10 @@ def _scale_tagged_lora(tag: LoraTag, lora: LoraWeights) -> LoraWeights:
     text_encoders = {c for c in lora.layout.components if c.startswith("text_encoder")}
     return scale_blocks(
         lora,
-        {c: tag.text_encoder_weight if c in text_encoders else tag.denoiser_weight for c in lora.layout.components},
+        {
+            c: tag.text_encoder_weight if c in text_encoders else tag.denoiser_weight
+            for c in lora.layout.components
+        },
     )
 
 
@@ -95,18 +104,27 @@ def _parse_tag(body: str) -> LoraTag:
             f"{tag_text} has the unknown parameter {unknown_names[0]!r}; known: te, unet, start, stop, step"
         )
     if len(positional) > 2:
-        raise InvalidArgumentError(f"{tag_text} has {len(positional)} weights: one for both, or text encoder and unet")
+        raise InvalidArgumentError(
+            f"{tag_text} has {len(positional)} weights: one for both, or text encoder and unet"
+        )
     text_encoder_weight = _parse_number(
         named.get("te", positional[0] if positional else "1"), tag_text, -MAX_WEIGHT, MAX_WEIGHT
     )
     denoiser_weight = _parse_number(
-        named.get("unet", positional[-1] if positional else str(text_encoder_weight)), tag_text, -MAX_WEIGHT, MAX_WEIGHT
+        named.get("unet", positional[-1] if positional else str(text_encoder_weight)),
+        tag_text,
+        -MAX_WEIGHT,
+        MAX_WEIGHT,
     )
     first_step, _, last_step = named.get("step", "").partition("-")
     start = _parse_number(named.get("start", first_step or "0"), tag_text, 0, 10_000)
     stop = named.get("stop", last_step)
     return LoraTag(
-        name, text_encoder_weight, denoiser_weight, start, _parse_number(stop, tag_text, 0, 10_000) if stop else None
+        name,
+        text_encoder_weight,
+        denoiser_weight,
+        start,
+        _parse_number(stop, tag_text, 0, 10_000) if stop else None,
     )
 
 
@@ -116,7 +134,9 @@ def _parse_number(text: str, tag_text: str, minimum: float, maximum: float) -> f
     except ValueError:
         raise InvalidArgumentError(f"{tag_text}: a number was expected, got {text!r}") from None
     if not minimum <= value <= maximum:
-        raise InvalidArgumentError(f"{tag_text}: a number between {minimum:g} and {maximum:g} was expected, got {text}")
+        raise InvalidArgumentError(
+            f"{tag_text}: a number between {minimum:g} and {maximum:g} was expected, got {text}"
+        )
     return value
 
 

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from hyperlora.cpu import select_sdpa_kernel
 
 
-def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def add_noise(
+    scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
     """(network input, network target) for a diffusers noise scheduler or a flow-matching one.
 
     ``prediction_type`` epsilon (DDPM), v_prediction (2202.00512) or sample; flow schedulers: x_t = (1-s)x + s noise,
@@ -32,10 +34,14 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor)
     return (1 - sigma) * latents + sigma * noise, noise - latents
 
 
-def compute_model_target(scheduler: Any, noisy_latents: Tensor, x0: Tensor, timesteps: Tensor) -> Tensor:
+def compute_model_target(
+    scheduler: Any, noisy_latents: Tensor, x0: Tensor, timesteps: Tensor
+) -> Tensor:
     """What a network that expects the latents ``clean`` behind ``noisy_latents`` says: the target of ``add_noise``, for any ``noisy_latents``."""
     if not hasattr(scheduler, "add_noise"):
-        return (noisy_latents - x0) / scheduler.sigmas.to(noisy_latents)[timesteps].view(-1, 1, 1, 1)
+        return (noisy_latents - x0) / scheduler.sigmas.to(noisy_latents)[timesteps].view(
+            -1, 1, 1, 1
+        )
     alpha_prod_t = scheduler.alphas_cumprod.to(noisy_latents)[timesteps].view(-1, 1, 1, 1)
     noise = (noisy_latents - alpha_prod_t.sqrt() * x0) / (1 - alpha_prod_t).sqrt()
     match scheduler.config.prediction_type:
@@ -49,10 +55,15 @@ def compute_model_target(scheduler: Any, noisy_latents: Tensor, x0: Tensor, time
             raise ValueError(f"unknown prediction type {prediction_type!r}")
 
 
-def predict_x0(scheduler: Any, noisy_latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
+def predict_x0(
+    scheduler: Any, noisy_latents: Tensor, model_output: Tensor, timesteps: Tensor
+) -> Tensor:
     """The clean latents that a network expects behind ``noisy_latents`` when it says ``model_output``; undoes ``compute_model_target``."""
     if not hasattr(scheduler, "add_noise"):
-        return noisy_latents - scheduler.sigmas.to(noisy_latents)[timesteps].view(-1, 1, 1, 1) * model_output
+        return (
+            noisy_latents
+            - scheduler.sigmas.to(noisy_latents)[timesteps].view(-1, 1, 1, 1) * model_output
+        )
     alpha_prod_t = scheduler.alphas_cumprod.to(noisy_latents)[timesteps].view(-1, 1, 1, 1)
     match scheduler.config.prediction_type:
         case "epsilon":
@@ -100,23 +111,33 @@ def compute_denoising_loss(
     ``aux_loss_weight`` times (a number, or one per sample [batch]) where ``cond_latents`` tells what to expect behind any noise.
     """
     num_train_timesteps = scheduler.config.num_train_timesteps
-    u, noise = noise_sample or (torch.rand(len(latents), device=latents.device), torch.randn_like(latents))
+    u, noise = noise_sample or (
+        torch.rand(len(latents), device=latents.device),
+        torch.randn_like(latents),
+    )
     timesteps = (num_train_timesteps * shift * u / (1 + (shift - 1) * u)).long()
     noisy_latents, target = add_noise(scheduler, latents, noise, timesteps)
     if x0_offset is not None:
         target = compute_model_target(
-            scheduler, noisy_latents, latents + compute_noise_level(scheduler, timesteps) * x0_offset, timesteps
+            scheduler,
+            noisy_latents,
+            latents + compute_noise_level(scheduler, timesteps) * x0_offset,
+            timesteps,
         )
     with _select_attention_kernel(denoiser, latents):
         model_input = (
-            noisy_latents if cond_latents is None else torch.cat([noisy_latents, cond_latents.to(noisy_latents)], 1)
+            noisy_latents
+            if cond_latents is None
+            else torch.cat([noisy_latents, cond_latents.to(noisy_latents)], 1)
         )
         model_output = denoiser(model_input, timesteps, **model_kwargs).sample
     error = F.mse_loss(model_output.float(), target.float(), reduction="none")
     loss = (error if weight is None else error * weight).mean((1, 2, 3))
     if aux_loss_fn is not None:
         sample_weight = (
-            1 - compute_noise_level(scheduler, timesteps).flatten() if aux_loss_weight is None else aux_loss_weight
+            1 - compute_noise_level(scheduler, timesteps).flatten()
+            if aux_loss_weight is None
+            else aux_loss_weight
         )
         loss = loss + sample_weight * aux_loss_fn(
             predict_x0(scheduler, noisy_latents.float(), model_output.float(), timesteps)

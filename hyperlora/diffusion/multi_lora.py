@@ -14,8 +14,18 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from hyperlora.diffusion.denoiser_calls import DenoiserCall, get_denoiser, intercept_denoiser, predict_per_lora
-from hyperlora.diffusion.lora_injection import inject_lora, move_to_module, split_denoiser, split_text_encoders
+from hyperlora.diffusion.denoiser_calls import (
+    DenoiserCall,
+    get_denoiser,
+    intercept_denoiser,
+    predict_per_lora,
+)
+from hyperlora.diffusion.lora_injection import (
+    inject_lora,
+    move_to_module,
+    split_denoiser,
+    split_text_encoders,
+)
 from hyperlora.diffusion.regions import Region, compute_region_masks, compute_region_windows
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.merge import pad_and_stack, validate_weights
@@ -65,7 +75,8 @@ def compose_loras(
             for module, text_lora in split_text_encoders(pipe, lora, name):
                 stack.enter_context(inject_lora(module, text_lora * scale))
         denoiser_loras = [
-            move_to_module(split_denoiser(lora, name), denoiser) * f for lora, f in zip(loras, scales, strict=True)
+            move_to_module(split_denoiser(lora, name), denoiser) * f
+            for lora, f in zip(loras, scales, strict=True)
         ]
         modules = {name: denoiser}
         if strategy == "merge" and schedule is None:
@@ -73,21 +84,39 @@ def compose_loras(
                 stack.enter_context(inject_lora(modules, lora))
         elif strategy in ("merge", "switch"):
             if strategy == "switch":
-                schedule = _make_switch_schedule(len(denoiser_loras), switch_every, switch_order, schedule)
+                schedule = _make_switch_schedule(
+                    len(denoiser_loras), switch_every, switch_order, schedule
+                )
             assert schedule is not None
-            stack.enter_context(intercept_denoiser(pipe, _make_merge_handler(pipe, modules, denoiser_loras, schedule)))
+            stack.enter_context(
+                intercept_denoiser(
+                    pipe, _make_merge_handler(pipe, modules, denoiser_loras, schedule)
+                )
+            )
         else:
             if strategy == "composite":
-                scheduled_loras = _ScheduledLoras(pipe, pad_and_stack(denoiser_loras), schedule, len(denoiser_loras))
+                scheduled_loras = _ScheduledLoras(
+                    pipe, pad_and_stack(denoiser_loras), schedule, len(denoiser_loras)
+                )
                 handler = _make_composite_handler(
-                    modules, scheduled_loras, _normalize_weights(composite_weights, len(denoiser_loras)), chunk_size
+                    modules,
+                    scheduled_loras,
+                    _normalize_weights(composite_weights, len(denoiser_loras)),
+                    chunk_size,
                 )
             else:  # the base draws what no region covers: a last LoRA of zeros
                 scheduled_loras = _ScheduledLoras(
-                    pipe, pad_and_stack([*denoiser_loras, denoiser_loras[0] * 0.0]), schedule, len(denoiser_loras)
+                    pipe,
+                    pad_and_stack([*denoiser_loras, denoiser_loras[0] * 0.0]),
+                    schedule,
+                    len(denoiser_loras),
                 )
                 handler = _make_spatial_handler(
-                    modules, scheduled_loras, _validate_regions(regions, len(denoiser_loras)), windowed, chunk_size
+                    modules,
+                    scheduled_loras,
+                    _validate_regions(regions, len(denoiser_loras)),
+                    windowed,
+                    chunk_size,
                 )
             stack.enter_context(intercept_denoiser(pipe, handler))
         yield
@@ -108,21 +137,30 @@ class StepCounter:
 
     @property
     def num_steps(self) -> int:
-        return int(getattr(self._pipe, "num_timesteps", None) or len(self._pipe.scheduler.timesteps))
+        return int(
+            getattr(self._pipe, "num_timesteps", None) or len(self._pipe.scheduler.timesteps)
+        )
 
 
 class _ScheduledLoras:
     """A batch of LoRAs, the first k as strong as the schedule says at each call."""
 
-    def __init__(self, pipe: Any, loras: LoraWeights, schedule: Schedule | None, num_loras: int) -> None:
-        self.step_counter, self.loras, self.schedule, self.num_loras = StepCounter(pipe), loras, schedule, num_loras
+    def __init__(
+        self, pipe: Any, loras: LoraWeights, schedule: Schedule | None, num_loras: int
+    ) -> None:
+        self.step_counter, self.loras, self.schedule, self.num_loras = (
+            StepCounter(pipe),
+            loras,
+            schedule,
+            num_loras,
+        )
 
     def scale_loras(self, call: DenoiserCall) -> LoraWeights:
         if self.schedule is None:
             return self.loras
-        scales = _evaluate_schedule(self.schedule, self.step_counter, call, self.num_loras) + [1.0] * (
-            len(self.loras) - self.num_loras
-        )
+        scales = _evaluate_schedule(self.schedule, self.step_counter, call, self.num_loras) + [
+            1.0
+        ] * (len(self.loras) - self.num_loras)
         return self.loras * torch.tensor(scales).to(self.loras.up[0])
 
 
@@ -133,7 +171,9 @@ def _make_merge_handler(
 
     def predict_merge(call: DenoiserCall) -> Tensor:
         with ExitStack() as stack:
-            for lora, scale in zip(loras, _evaluate_schedule(schedule, step_counter, call, len(loras)), strict=True):
+            for lora, scale in zip(
+                loras, _evaluate_schedule(schedule, step_counter, call, len(loras)), strict=True
+            ):
                 if scale:
                     stack.enter_context(inject_lora(modules, lora * scale))
             return call()
@@ -165,7 +205,9 @@ def _make_composite_handler(
     chunk_size: int | None,
 ) -> Callable[[DenoiserCall], Tensor]:
     def predict_composite(call: DenoiserCall) -> Tensor:
-        model_outputs = predict_per_lora(call, modules, scheduled_loras.scale_loras(call), chunk_size)
+        model_outputs = predict_per_lora(
+            call, modules, scheduled_loras.scale_loras(call), chunk_size
+        )
         return torch.einsum("k,k...->...", composite_weights.to(model_outputs), model_outputs)
 
     return predict_composite
@@ -185,27 +227,41 @@ def _make_spatial_handler(
         """Each region's share of every position (overlaps are averaged), and the base's, if any."""
         region_masks = compute_region_masks(regions, latent_size)
         coverage = region_masks.sum(0)
-        return region_masks / coverage.clamp_min(1), 1 - coverage.clamp(max=1) if bool((coverage < 1).any()) else None
+        return region_masks / coverage.clamp_min(1), 1 - coverage.clamp(max=1) if bool(
+            (coverage < 1).any()
+        ) else None
 
     def predict_spatial(call: DenoiserCall) -> Tensor:
         region_weights, base_weight = compute_region_weights(call.latent_size)
         loras = scheduled_loras.scale_loras(call)
         if windowed:
-            model_outputs = _predict_windows(call, modules, loras, compute_region_windows(regions, call.latent_size))
+            model_outputs = _predict_windows(
+                call, modules, loras, compute_region_windows(regions, call.latent_size)
+            )
             model_outputs += [call()] if base_weight is not None else []
         else:
             model_outputs = list(
-                predict_per_lora(call, modules, loras if base_weight is not None else loras[:num_regions], chunk_size)
+                predict_per_lora(
+                    call,
+                    modules,
+                    loras if base_weight is not None else loras[:num_regions],
+                    chunk_size,
+                )
             )
         weights = [*region_weights, *([base_weight] if base_weight is not None else [])]
-        weighted_outputs = [_reshape_mask(w.to(m), call) * m for w, m in zip(weights, model_outputs, strict=True)]
+        weighted_outputs = [
+            _reshape_mask(w.to(m), call) * m for w, m in zip(weights, model_outputs, strict=True)
+        ]
         return torch.stack(weighted_outputs).sum(0)
 
     return predict_spatial
 
 
 def _predict_windows(
-    call: DenoiserCall, modules: Mapping[str, nn.Module], loras: LoraWeights, boxes: Sequence[tuple[int, int, int, int]]
+    call: DenoiserCall,
+    modules: Mapping[str, nn.Module],
+    loras: LoraWeights,
+    boxes: Sequence[tuple[int, int, int, int]],
 ) -> list[Tensor]:
     """Each LoRA's prediction on its own window, in place in a picture of zeros."""
     outputs = []
@@ -217,8 +273,12 @@ def _predict_windows(
             full_output = model_output.new_zeros(*model_output.shape[:2], rows, columns)
             full_output[..., top : top + height, left : left + width] = model_output
         else:
-            canvas = model_output.new_zeros(len(model_output), rows, columns, model_output.shape[-1])
-            canvas[:, top : top + height, left : left + width] = model_output.unflatten(1, (height, width))
+            canvas = model_output.new_zeros(
+                len(model_output), rows, columns, model_output.shape[-1]
+            )
+            canvas[:, top : top + height, left : left + width] = model_output.unflatten(
+                1, (height, width)
+            )
             full_output = canvas.flatten(1, 2)
         outputs.append(full_output)
     return outputs
@@ -232,7 +292,9 @@ def _reshape_mask(mask: Tensor, call: DenoiserCall) -> Tensor:
 def _normalize_weights(weights: Sequence[float] | None, num_loras: int) -> Tensor:
     values = torch.tensor(validate_weights(weights, num_loras))
     if not values.sum() > 0:
-        raise InvalidArgumentError(f"shares of a mean must have a positive sum, got {list(weights or [])}")
+        raise InvalidArgumentError(
+            f"shares of a mean must have a positive sum, got {list(weights or [])}"
+        )
     return values / values.sum()
 
 
@@ -247,4 +309,6 @@ def _validate_regions(regions: Sequence[Region] | None, num_loras: int) -> Seque
 def _evaluate_schedule(
     schedule: Schedule, step_counter: StepCounter, call: DenoiserCall, num_loras: int
 ) -> list[float]:
-    return validate_weights(schedule(step_counter.step_for(call.timestep), step_counter.num_steps), num_loras)
+    return validate_weights(
+        schedule(step_counter.step_for(call.timestep), step_counter.num_steps), num_loras
+    )

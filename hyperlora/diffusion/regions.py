@@ -21,10 +21,14 @@ def compute_region_masks(regions: Sequence[Region], latent_size: tuple[int, int]
 
     Raises ``InvalidArgumentError`` for a box outside the picture or a mask of another shape than the picture.
     """
-    return torch.stack([_compute_mask(region, number, latent_size) for number, region in enumerate(regions, 1)])
+    return torch.stack(
+        [_compute_mask(region, number, latent_size) for number, region in enumerate(regions, 1)]
+    )
 
 
-def compute_region_windows(regions: Sequence[Region], latent_size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+def compute_region_windows(
+    regions: Sequence[Region], latent_size: tuple[int, int]
+) -> list[tuple[int, int, int, int]]:
     """(top, left, height, width) of boxes in latent positions. Raises ``InvalidArgumentError`` for a mask."""
     height, width = latent_size
     boxes = []
@@ -35,7 +39,9 @@ def compute_region_windows(regions: Sequence[Region], latent_size: tuple[int, in
             )
         left, top, right, bottom = _validate_box(region, number)
         x0, y0 = min(round(left * width), width - 1), min(round(top * height), height - 1)
-        boxes.append((y0, x0, max(1, round(bottom * height) - y0), max(1, round(right * width) - x0)))
+        boxes.append(
+            (y0, x0, max(1, round(bottom * height) - y0), max(1, round(right * width) - x0))
+        )
     return boxes
 
 
@@ -43,13 +49,18 @@ def _compute_mask(region: Region, number: int, latent_size: tuple[int, int]) -> 
     height, width = latent_size
     if isinstance(region, tuple):
         left, top, right, bottom = _validate_box(region, number)
-        rows, columns = _compute_coverage(top, bottom, height), _compute_coverage(left, right, width)
+        rows, columns = (
+            _compute_coverage(top, bottom, height),
+            _compute_coverage(left, right, width),
+        )
         return rows[:, None] * columns[None]
     if isinstance(region, Image.Image):
         pixels = torch.frombuffer(bytearray(region.convert("L").tobytes()), dtype=torch.uint8)
         region = pixels.view(region.height, region.width).float() / 255
     if region.ndim != 2 or not float(region.clamp(0, 1).sub(region).abs().max()) == 0:
-        raise InvalidArgumentError(f"mask {number} must be [height, width] in [0, 1], got {list(region.shape)}")
+        raise InvalidArgumentError(
+            f"mask {number} must be [height, width] in [0, 1], got {list(region.shape)}"
+        )
     if abs(region.shape[0] * width - region.shape[1] * height) > 0.02 * region.shape[1] * height:
         mask_size = f"{region.shape[1]}x{region.shape[0]}"
         raise InvalidArgumentError(
@@ -64,7 +75,9 @@ def _validate_box(box: Box, number: int) -> Box:
         or not all(isfinite(v) for v in box)
         or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1)
     ):
-        raise InvalidArgumentError(f"region {number} must be left < right and top < bottom in [0, 1], got {box}")
+        raise InvalidArgumentError(
+            f"region {number} must be left < right and top < bottom in [0, 1], got {box}"
+        )
     return box
 
 

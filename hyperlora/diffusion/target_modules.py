@@ -27,7 +27,9 @@ feed-forward and the time embedding's projection in residual blocks, which small
 Text encoders always give q, k, v and out, since kohya's format takes no fewer."""
 
 
-def make_layout(components: Mapping[str, nn.Module], preset: str, rank: int, base: str) -> LoraLayout:
+def make_layout(
+    components: Mapping[str, nn.Module], preset: str, rank: int, base: str
+) -> LoraLayout:
     """The layout of a preset over named components (``unet``, ``transformer``, ``text_encoder``, ``text_encoder_2``).
 
     Raises ``InvalidArgumentError`` for an unknown preset or a rank below 1, ``LayoutMismatchError`` if a component has no such site.

@@ -37,13 +37,21 @@ def generate_images(
         )
     if not 0 <= guidance_scale <= 100:  # also refuses NaN
         raise InvalidArgumentError(f"guidance between 0 and 100 expected, got {guidance_scale}")
-    if invalid_sides := [side for side in (width, height) if side is not None and (side < 8 or side % 8)]:
-        raise InvalidArgumentError(f"width and height must be multiples of 8 pixels, got {invalid_sides[0]}")
-    if lora is not None and (missing_components := [n for n in lora.layout.components if n not in base.modules]):
+    if invalid_sides := [
+        side for side in (width, height) if side is not None and (side < 8 or side % 8)
+    ]:
+        raise InvalidArgumentError(
+            f"width and height must be multiples of 8 pixels, got {invalid_sides[0]}"
+        )
+    if lora is not None and (
+        missing_components := [n for n in lora.layout.components if n not in base.modules]
+    ):
         raise LayoutMismatchError(
             f"the LoRA changes {missing_components[0]}, which base {base.id!r} lacks: use the base it is for"
         )
-    modules = {name: base.modules[name] for name in lora.layout.components} if lora is not None else {}
+    modules = (
+        {name: base.modules[name] for name in lora.layout.components} if lora is not None else {}
+    )
     with inject_lora(modules, lora) if lora is not None else nullcontext():
         return base.pipeline(
             list(prompts),

@@ -57,7 +57,9 @@ class AttributeClassifier(nn.Module):
             "options": options or {},
         }
         width = self.encoder.width
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(c)) for name, c in self.attributes.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(width, len(c)) for name, c in self.attributes.items()}
+        )
         self.geometry_head = nn.Linear(width, max(1, len(self.geometry)))
         self.identity_head = nn.Linear(width, identity_width)
 
@@ -66,14 +68,19 @@ class AttributeClassifier(nn.Module):
         pooled_features = self.encoder.compute_pooled_features(images)
         identity = F.normalize(self.identity_head(pooled_features), dim=-1)
         return AttributePrediction(
-            {k: head(pooled_features) for k, head in self.heads.items()}, self.geometry_head(pooled_features), identity
+            {k: head(pooled_features) for k, head in self.heads.items()},
+            self.geometry_head(pooled_features),
+            identity,
         )
 
     def predict_labels(self, prediction: AttributePrediction) -> list[dict[str, str]]:
         """The most likely class of every attribute, one dictionary per image."""
         class_indices = {k: v.argmax(-1).tolist() for k, v in prediction.logits.items()}
         num_images = len(prediction.identity)
-        return [{k: self.attributes[k][class_indices[k][i]] for k in class_indices} for i in range(num_images)]
+        return [
+            {k: self.attributes[k][class_indices[k][i]] for k in class_indices}
+            for i in range(num_images)
+        ]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors`` (fp16)."""
@@ -81,16 +88,23 @@ class AttributeClassifier(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         identity_config = {"identity_scale": self.identity_scale} if self.identity_scale else {}
         (folder / "config.json").write_text(json.dumps(self.config | identity_config, indent=1))
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.half().contiguous() for k, v in self.state_dict().items()},
+            folder / "model.safetensors",
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> "AttributeClassifier":
         """Read what ``save_pretrained`` wrote. Raises ``ModelLoadError`` if the folder holds no reader."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise ModelLoadError(f"{folder} holds no reader: config.json and model.safetensors expected")
+            raise ModelLoadError(
+                f"{folder} holds no reader: config.json and model.safetensors expected"
+            )
         classifier = cls(**json.loads((folder / "config.json").read_text()))
-        classifier.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        classifier.load_state_dict(
+            {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+        )
         return classifier.eval().requires_grad_(False)
 
 
@@ -104,18 +118,25 @@ def load_image_encoder(name_or_path: str, options: dict[str, Any] | None = None)
         return TimmEncoder(name_or_path, **(options or {}))
     backbone = AttributeClassifier.from_pretrained(name_or_path).encoder
     if not isinstance(backbone, TimmEncoder):
-        raise InvalidArgumentError(f"{name_or_path} reads latents, a reader of pictures was expected")
+        raise InvalidArgumentError(
+            f"{name_or_path} reads latents, a reader of pictures was expected"
+        )
     encoder = TimmEncoder(**(backbone.config | (options or {})))
     encoder.load_state_dict(backbone.state_dict())
     return encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def predict_in_batches(classifier: AttributeClassifier, images: Tensor, batch_size: int = 64) -> AttributePrediction:
+def predict_in_batches(
+    classifier: AttributeClassifier, images: Tensor, batch_size: int = 64
+) -> AttributePrediction:
     """``classifier(images)`` on many images without keeping activations."""
     predictions = [classifier(batch) for batch in images.split(batch_size)]
     return AttributePrediction(
-        {k: torch.cat([prediction.logits[k] for prediction in predictions]) for k in predictions[0].logits},
+        {
+            k: torch.cat([prediction.logits[k] for prediction in predictions])
+            for k in predictions[0].logits
+        },
         torch.cat([prediction.geometry for prediction in predictions]),
         torch.cat([prediction.identity for prediction in predictions]),
     )
@@ -135,10 +156,16 @@ class LatentResNet(nn.Module):
         super().__init__()
         self.image_size = latent_size
         self.body = nn.Sequential(
-            nn.Conv2d(channels, base_channels, 3, padding=1), _ResidualBlock(base_channels), _ResidualBlock(base_channels),
-            nn.Conv2d(base_channels, 2 * base_channels, 3, stride=2, padding=1), _ResidualBlock(2 * base_channels), _ResidualBlock(2 * base_channels),
-            nn.Conv2d(2 * base_channels, 2 * base_channels, 3, stride=2, padding=1), _ResidualBlock(2 * base_channels), nn.Conv2d(2 * base_channels, 48, 1),
-        )  # fmt: skip
+            nn.Conv2d(channels, base_channels, 3, padding=1),
+            _ResidualBlock(base_channels),
+            _ResidualBlock(base_channels),
+            nn.Conv2d(base_channels, 2 * base_channels, 3, stride=2, padding=1),
+            _ResidualBlock(2 * base_channels),
+            _ResidualBlock(2 * base_channels),
+            nn.Conv2d(2 * base_channels, 2 * base_channels, 3, stride=2, padding=1),
+            _ResidualBlock(2 * base_channels),
+            nn.Conv2d(2 * base_channels, 48, 1),
+        )
         side = (latent_size + 3) // 4
         self.pool = nn.Sequential(nn.Flatten(), nn.Linear(48 * side * side, self.width), nn.GELU())
 
@@ -160,7 +187,9 @@ class _ResidualBlock(nn.Module):
         return x + h
 
 
-def make_backbone(backbone: str, image_size: int, options: dict[str, Any] | None) -> TimmEncoder | LatentResNet:
+def make_backbone(
+    backbone: str, image_size: int, options: dict[str, Any] | None
+) -> TimmEncoder | LatentResNet:
     """The trunk of a name: ``latents`` (options ``channels``, ``base_channels``) or a timm id (options of it)."""
     if backbone == LATENT_BACKBONE:
         return LatentResNet(image_size, **(options or {}))

@@ -43,7 +43,9 @@ class Face:
         times ArcFace's aligned crop (112 pixels a side), which holds little more than eyes and mouth."""
         from insightface.utils.face_align import estimate_norm
 
-        matrix = np.asarray(estimate_norm(self.keypoints.astype(np.float32), 112))  # pixels to the crop
+        matrix = np.asarray(
+            estimate_norm(self.keypoints.astype(np.float32), 112)
+        )  # pixels to the crop
         scale = hypot(matrix[0, 0], matrix[1, 0])
         angle = degrees(atan2(matrix[1, 0], matrix[0, 0]))
         x, y = np.linalg.solve(matrix[:, :2], np.array([56.0, 56.0]) - matrix[:, 2])
@@ -62,16 +64,24 @@ class FaceAnalyzer:
         try:
             from insightface.app import FaceAnalysis
         except ImportError as error:
-            raise InvalidArgumentError("faces need the extra: pip install 'hyperlora[face]'") from error
+            raise InvalidArgumentError(
+                "faces need the extra: pip install 'hyperlora[face]'"
+            ) from error
         self.pack = str(pack)
         self.pack_dir = _find_pack_dir(self.pack)
         self.license = _read_license(self.pack_dir)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"insightface\.")  # its use of scikit-image
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module=r"insightface\."
+        )  # its use of scikit-image
         try:
-            self._analysis: Any = FaceAnalysis(name=str(self.pack_dir), providers=["CPUExecutionProvider"])
+            self._analysis: Any = FaceAnalysis(
+                name=str(self.pack_dir), providers=["CPUExecutionProvider"]
+            )
             self._analysis.prepare(ctx_id=-1, det_size=(det_size, det_size))
         except AssertionError as error:
-            raise ModelLoadError(f"the face pack {self.pack!r} has no detector: add one (det_*.onnx)") from error
+            raise ModelLoadError(
+                f"the face pack {self.pack!r} has no detector: add one (det_*.onnx)"
+            ) from error
         except Exception as error:  # onnxruntime raises kinds of its own
             raise ModelLoadError(
                 f"the face pack {self.pack!r} is damaged or tampered with ({_get_first_line(error)}): fetch it again"
@@ -100,16 +110,22 @@ class FaceAnalyzer:
         """One face, by size from the largest (0). Raises ``InvalidImageError`` if there are not so many."""
         faces = self.detect_faces(image)
         if not faces:
-            raise InvalidImageError("no face was found: use a photo that shows one from the front, or another crop")
+            raise InvalidImageError(
+                "no face was found: use a photo that shows one from the front, or another crop"
+            )
         if index >= len(faces):
-            raise InvalidImageError(f"face {index} was asked for, there are {len(faces)} (0 is the largest)")
+            raise InvalidImageError(
+                f"face {index} was asked for, there are {len(faces)} (0 is the largest)"
+            )
         return faces[index]
 
 
 def _convert_face(face: Any) -> Face:
     left, top, right, bottom = (float(v) for v in face.bbox)
     embedding = getattr(face, "normed_embedding", None)
-    return Face((left, top, right, bottom), float(face.det_score), np.asarray(face.kps, float), embedding)
+    return Face(
+        (left, top, right, bottom), float(face.det_score), np.asarray(face.kps, float), embedding
+    )
 
 
 def _find_pack_dir(pack: str) -> Path:
@@ -125,9 +141,13 @@ def _find_pack_dir(pack: str) -> Path:
 def _read_license(pack_dir: Path) -> str:
     """The first line of the licence file that the pack's manifest (version 2) names."""
     if not any(pack_dir.glob("**/*.onnx")):
-        raise ModelLoadError(f"{str(pack_dir)!r} holds no ONNX model: a detector and a recogniser are expected")
+        raise ModelLoadError(
+            f"{str(pack_dir)!r} holds no ONNX model: a detector and a recogniser are expected"
+        )
     try:
-        license_file = json.loads((pack_dir / "manifest.json").read_text(encoding="utf-8"))["license"]
+        license_file = json.loads((pack_dir / "manifest.json").read_text(encoding="utf-8"))[
+            "license"
+        ]
         lines = (pack_dir / Path(license_file).name).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError, KeyError, TypeError):
         return UNKNOWN_LICENSE

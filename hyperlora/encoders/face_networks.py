@@ -33,7 +33,10 @@ class _PretrainedNetwork(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=1))
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.half().contiguous() for k, v in self.state_dict().items()},
+            folder / "model.safetensors",
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
@@ -41,7 +44,9 @@ class _PretrainedNetwork(nn.Module):
         folder = Path(folder)
         try:
             network = cls(**json.loads((folder / "config.json").read_text()))
-            network.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+            network.load_state_dict(
+                {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+            )
         except (OSError, TypeError, ValueError, RuntimeError) as error:
             raise ModelLoadError(
                 f"{folder} holds no {cls.__name__}: config.json and model.safetensors expected"
@@ -69,13 +74,17 @@ class FaceDetector(_PretrainedNetwork):
             _ResidualBlock(width),
         )
         self.coarse = nn.Sequential(
-            _make_conv_block(width, width, stride=2), _ResidualBlock(width), _ResidualBlock(width, dilation=2)
+            _make_conv_block(width, width, stride=2),
+            _ResidualBlock(width),
+            _ResidualBlock(width, dilation=2),
         )
         self.lateral_conv = _make_conv_block(width, width, kernel_size=1)
         self.fuse_conv = _make_conv_block(width, width)
         self.head = nn.Conv2d(width, len(ANCHOR_SIZES) * _OUTPUTS_PER_ANCHOR, 1)
         nn.init.normal_(self.head.weight, std=0.01)
-        init_bias = torch.tensor([-4.0] + [0.5] * 4 + [0.0] * 10)  # no face, and boxes of the anchor's side
+        init_bias = torch.tensor(
+            [-4.0] + [0.5] * 4 + [0.0] * 10
+        )  # no face, and boxes of the anchor's side
         self.head.bias = nn.Parameter(init_bias.repeat(len(ANCHOR_SIZES)))
 
     def forward_level(self, images: Tensor) -> Tensor:
@@ -83,7 +92,9 @@ class FaceDetector(_PretrainedNetwork):
         distances (left, top, right, bottom) and x, y of five points from the anchor's place, in sides of the anchor."""
         fine_features = self.fine(images)
         coarse_features = F.interpolate(
-            self.lateral_conv(self.coarse(fine_features)), size=fine_features.shape[-2:], mode="nearest"
+            self.lateral_conv(self.coarse(fine_features)),
+            size=fine_features.shape[-2:],
+            mode="nearest",
         )
         predictions = self.head(self.fuse_conv(fine_features + coarse_features)).permute(0, 2, 3, 1)
         return predictions.unflatten(-1, (len(ANCHOR_SIZES), _OUTPUTS_PER_ANCHOR))
@@ -110,7 +121,9 @@ class FaceRecognizer(_PretrainedNetwork):
     The face is halved first: of a portrait at 128 pixels it has been enlarged by more than half.
     """
 
-    def __init__(self, backbone: str, width: int = 512, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, backbone: str, width: int = 512, options: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.config = {"backbone": backbone, "width": width, "options": options or {}}
         self.backbone = timm.create_model(backbone, num_classes=0, **(options or {}))
@@ -130,7 +143,8 @@ class _ResidualBlock(nn.Module):
     def __init__(self, width: int, dilation: int = 1) -> None:
         super().__init__()
         self.convs = nn.Sequential(
-            _make_conv_block(width, width, dilation=dilation), _make_conv_block(width, width, dilation=dilation)
+            _make_conv_block(width, width, dilation=dilation),
+            _make_conv_block(width, width, dilation=dilation),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,18 +25,24 @@ class IdentityEmbedder:
     def __call__(self, images: Tensor) -> Tensor:
         """pictures [n, 3, h, w] in [0, 1] to identities [n, width] of unit length."""
         features = self.encoder.compute_pooled_features(images)
-        return F.normalize(F.linear(features, self.weight.to(features), self.bias.to(features)), dim=-1)
+        return F.normalize(
+            F.linear(features, self.weight.to(features), self.bias.to(features)), dim=-1
+        )
 
     @torch.no_grad()
     def embed_subjects(self, photos: Tensor) -> Tensor:
         """Of subjects, [k, views, 3, h, w] to [k, width]: the mean of their photos."""
-        return F.normalize(self(photos.flatten(0, 1)).unflatten(0, photos.shape[:2]).mean(1), dim=-1)
+        return F.normalize(
+            self(photos.flatten(0, 1)).unflatten(0, photos.shape[:2]).mean(1), dim=-1
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``sample_identity.safetensors`` (fp16) into the folder of the model."""
         tensors = {"weight": self.weight.half().contiguous(), "bias": self.bias.half().contiguous()}
         save_file(
-            tensors, Path(folder) / IDENTITY_EMBEDDER_FILE, {"encoder": compute_encoder_fingerprint(self.encoder)}
+            tensors,
+            Path(folder) / IDENTITY_EMBEDDER_FILE,
+            {"encoder": compute_encoder_fingerprint(self.encoder)},
         )
 
     @classmethod
@@ -44,7 +50,9 @@ class IdentityEmbedder:
         """What ``save`` wrote, or None where nothing is. Raises ``ModelLoadError`` if it is damaged or of another
         ``encoder``."""
         rebuild_hint = "make it again with `python -m data_builder identity`"
-        sidecar = read_sidecar(Path(folder) / IDENTITY_EMBEDDER_FILE, ("weight", "bias"), encoder, rebuild_hint)
+        sidecar = read_sidecar(
+            Path(folder) / IDENTITY_EMBEDDER_FILE, ("weight", "bias"), encoder, rebuild_hint
+        )
         if sidecar is None or not isinstance(encoder, TimmEncoder):
             return None
         tensors, _ = sidecar

@@ -25,7 +25,9 @@ class IdentitySimilarity:
         """By the reader in ``folder``. Raises ``ModelLoadError`` if there is none, or one whose scale is not measured."""
         classifier = AttributeClassifier.from_pretrained(folder)
         if classifier.identity_scale is None:
-            raise ModelLoadError(f"the reader in {folder} has no identity scale: run `python -m data_builder likeness`")
+            raise ModelLoadError(
+                f"the reader in {folder} has no identity scale: run `python -m data_builder likeness`"
+            )
         return cls(classifier, *classifier.identity_scale)
 
     @property
@@ -37,7 +39,10 @@ class IdentitySimilarity:
     def __call__(self, photos: Tensor, images: Tensor) -> Tensor:
         """Of each of ``images`` [n, 3, h, w] to ``load_photos`` [views, 3, h, w], all in [0, 1]: 0 is anyone, 1 another
         real photo of the same person; [n]."""
-        photo_embeddings, image_embeddings = self.classifier(photos).identity, self.classifier(images).identity
+        photo_embeddings, image_embeddings = (
+            self.classifier(photos).identity,
+            self.classifier(images).identity,
+        )
         return ((image_embeddings @ photo_embeddings.mT).mean(1) - self.different_subject_mean) / (
             self.same_subject_mean - self.different_subject_mean
         )

@@ -48,7 +48,10 @@ class OodDetector:
         pass_rate: float = 0.995,
     ) -> Self:
         """From described photos [n, width] of training; the fraction ``pass_rate`` of those ``val_features`` is known."""
-        mean, num_components = train_features.mean(0), min(num_components, train_features.shape[1] // 2)
+        mean, num_components = (
+            train_features.mean(0),
+            min(num_components, train_features.shape[1] // 2),
+        )
         explained_variance, components = torch.linalg.eigh(
             (train_features - mean).mT @ (train_features - mean) / len(train_features)
         )
@@ -63,7 +66,9 @@ class OodDetector:
             domain_name,
             encoder_fingerprint,
         )
-        return replace(detector, farthest=float(detector.compute_distances(val_features).quantile(pass_rate)))
+        return replace(
+            detector, farthest=float(detector.compute_distances(val_features).quantile(pass_rate))
+        )
 
     def compute_distances(self, features: Tensor) -> Tensor:
         """Squared Mahalanobis distances, [..., width] to [...]."""
@@ -80,7 +85,11 @@ class OodDetector:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``domain.safetensors`` into the folder of the model."""
         metadata = {"rest": repr(self.noise_variance), "farthest": repr(self.threshold)}
-        tensors = {"mean": self.mean, "axes": self.components.half().contiguous(), "variances": self.explained_variance}
+        tensors = {
+            "mean": self.mean,
+            "axes": self.components.half().contiguous(),
+            "variances": self.explained_variance,
+        }
         save_file(
             tensors,
             Path(folder) / OOD_DETECTOR_FILE,
@@ -91,7 +100,10 @@ class OodDetector:
     def load(cls, folder: str | os.PathLike[str], encoder: nn.Module) -> Self | None:
         """What ``save`` wrote, or None where nothing is. Raises ``ModelLoadError`` if it is damaged or of another
         ``encoder_fingerprint``."""
-        path, rebuild_hint = Path(folder) / OOD_DETECTOR_FILE, "make it again with `python -m data_builder domain`"
+        path, rebuild_hint = (
+            Path(folder) / OOD_DETECTOR_FILE,
+            "make it again with `python -m data_builder domain`",
+        )
         sidecar = read_sidecar(path, _TENSOR_NAMES, encoder, rebuild_hint)
         if sidecar is None:
             return None

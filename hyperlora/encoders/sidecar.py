@@ -25,7 +25,9 @@ def read_sidecar(
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelLoadError(f"{path} is damaged: {rebuild_hint}") from error
     if is_mismatch:
-        raise ModelLoadError(f"{path} belongs to another photo encoder than the model beside it: {rebuild_hint}")
+        raise ModelLoadError(
+            f"{path} belongs to another photo encoder than the model beside it: {rebuild_hint}"
+        )
     return tensors, metadata
 
 

@@ -32,18 +32,32 @@ class TimmEncoder(nn.Module):
         patch_pixels: int = 0,
     ) -> None:
         super().__init__()
-        self.backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
+        self.backbone = timm.create_model(
+            name, pretrained=pretrained, num_classes=0, **(options or {})
+        )
         self.image_size = image_size
         data_config = timm.data.resolve_data_config({}, model=self.backbone)
-        self.register_buffer("mean", torch.tensor(data_config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(data_config["std"]).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(data_config["mean"]).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(data_config["std"]).view(3, 1, 1), persistent=False
+        )
         if license is None:
-            license = str(self.backbone.pretrained_cfg.get("license") or "unknown") if pretrained else "as the bundle"
+            license = (
+                str(self.backbone.pretrained_cfg.get("license") or "unknown")
+                if pretrained
+                else "as the bundle"
+            )
         self.license = license
         self.patch_pixels = patch_pixels
         self.config: dict[str, Any] = {
-            "name": name, "image_size": image_size, "options": options or {}, "licence": license, "colours": patch_pixels,
-        }  # fmt: skip
+            "name": name,
+            "image_size": image_size,
+            "options": options or {},
+            "licence": license,
+            "colours": patch_pixels,
+        }
 
     @property
     def width(self) -> int:
@@ -53,7 +67,11 @@ class TimmEncoder(nn.Module):
         pixels = self._normalize_images(images.flatten(0, 1))
         tokens = self.backbone.forward_features(pixels)
         if tokens.ndim == 4:  # a convolutional backbone: positions become tokens
-            tokens = torch.cat([tokens, *self._get_patch_pixels(pixels, tokens.shape[-2:])], 1).flatten(2).mT
+            tokens = (
+                torch.cat([tokens, *self._get_patch_pixels(pixels, tokens.shape[-2:])], 1)
+                .flatten(2)
+                .mT
+            )
         elif self.patch_pixels:
             raise InvalidArgumentError(
                 f"colours beside tokens need a feature map, {self.config['name']} has none: set colours to 0"
@@ -77,6 +95,10 @@ class TimmEncoder(nn.Module):
     def _normalize_images(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = nn.functional.interpolate(
-                images, (self.image_size, self.image_size), mode="bicubic", antialias=True, align_corners=False
+                images,
+                (self.image_size, self.image_size),
+                mode="bicubic",
+                antialias=True,
+                align_corners=False,
             ).clamp(0, 1)
         return (images - self.mean) / self.std

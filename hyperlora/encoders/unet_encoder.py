@@ -39,7 +39,9 @@ class UNetFeatureEncoder(nn.Module):
         )  # a tuple: not registered as submodules
         self.config = {"name": "denoiser", "timestep": timestep, "grid": grid_size}
         self.timestep, self.grid_size = timestep, grid_size
-        self.image_size = int(unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1))
+        self.image_size = int(
+            unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        )
         self.license = "as the base model"
         shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -74,11 +76,19 @@ class UNetFeatureEncoder(nn.Module):
         def save_output(module: nn.Module, inputs: Any, output: Any) -> None:
             block_outputs.append(output[0] if isinstance(output, tuple) else output)
 
-        handles = [block.register_forward_hook(save_output) for block in (unet.mid_block, *unet.up_blocks)]
+        handles = [
+            block.register_forward_hook(save_output) for block in (unet.mid_block, *unet.up_blocks)
+        ]
         try:
             timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
-            noisy_latents = noise_scheduler.add_noise(latents, self.noise.expand_as(latents), timesteps)
-            unet(noisy_latents, timesteps, encoder_hidden_states=self.empty_prompt_embeds.expand(len(latents), -1, -1))
+            noisy_latents = noise_scheduler.add_noise(
+                latents, self.noise.expand_as(latents), timesteps
+            )
+            unet(
+                noisy_latents,
+                timesteps,
+                encoder_hidden_states=self.empty_prompt_embeds.expand(len(latents), -1, -1),
+            )
         finally:
             for handle in handles:
                 handle.remove()

@@ -45,7 +45,9 @@ class Benchmark:
         return all(p.truth for p in self.prompts)
 
 
-def load_benchmark(folder: str | os.PathLike[str], image_size: int, max_subjects: int | None = None) -> Benchmark:
+def load_benchmark(
+    folder: str | os.PathLike[str], image_size: int, max_subjects: int | None = None
+) -> Benchmark:
     """Read a benchmark, or any folder of subjects with at least two photos each (its prompts are then general ones).
 
     Raises ``InvalidArgumentError`` if a subject has a single photo: half are for conditioning, the others for comparison.
@@ -60,7 +62,10 @@ def load_benchmark(folder: str | os.PathLike[str], image_size: int, max_subjects
             f"subject {smallest_subject.name!r} has one photo, at least 2 expected: to condition on and to compare"
         )
     pixels = torch.stack(
-        [torch.stack([to_tensor(read_image(p), image_size) for p in s.photos[:num_photos]]) for s in subjects]
+        [
+            torch.stack([to_tensor(read_image(p), image_size) for p in s.photos[:num_photos]])
+            for s in subjects
+        ]
     )
     return Benchmark(
         tuple(s.name for s in subjects),
@@ -75,12 +80,15 @@ def _load_prompts(path: Path) -> tuple[Prompt, ...]:
         return tuple(Prompt(text, {}) for text in DEFAULT_PROMPTS)
     try:
         prompts = tuple(
-            Prompt(str(item["prompt"]), dict(item.get("truth", {}))) for item in json.loads(path.read_text())
+            Prompt(str(item["prompt"]), dict(item.get("truth", {})))
+            for item in json.loads(path.read_text())
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidArgumentError(
             f'{str(path)!r} is no list of {{"prompt": "...", "truth": {{...}}}}: correct it'
         ) from error
     if not prompts:
-        raise InvalidArgumentError(f"{str(path)!r} holds no prompt: write one, or remove the file for general prompts")
+        raise InvalidArgumentError(
+            f"{str(path)!r} holds no prompt: write one, or remove the file for general prompts"
+        )
     return prompts

@@ -63,13 +63,16 @@ def load_edit_benchmark(
     path = folder / "edits.json"
     if not path.is_file():
         pairs = [(pair.name, _stack_pairs([pair], image_size)) for pair in list_named_pairs(folder)]
-        return EditBenchmark(tuple(Edit(name, pixels, pixels) for name, pixels in pairs[:max_edits_per_group]))
+        return EditBenchmark(
+            tuple(Edit(name, pixels, pixels) for name, pixels in pairs[:max_edits_per_group])
+        )
     try:
         entries = [dict(item) for item in json.loads(path.read_text())]
         selected = [
             f
             for i, f in enumerate(entries)
-            if max_edits_per_group is None or _count_earlier_in_group(entries, i) < max_edits_per_group
+            if max_edits_per_group is None
+            or _count_earlier_in_group(entries, i) < max_edits_per_group
         ]
         edits = [_load_edit(folder / str(f["name"]), f, image_size) for f in selected]
     except (ValueError, TypeError, KeyError) as error:
@@ -87,19 +90,30 @@ def _count_earlier_in_group(entries: list[dict[str, object]], index: int) -> int
 
 def _load_edit(folder: Path, entry: Mapping[str, object], image_size: int) -> Edit:
     pairs = list_named_pairs(folder)
-    example_pairs, test_pairs = ([p for p in pairs if p.name.startswith(kind)] for kind in ("shown-", "other-"))
+    example_pairs, test_pairs = (
+        [p for p in pairs if p.name.startswith(kind)] for kind in ("shown-", "other-")
+    )
     truth = entry.get("truth") or {}
     if not example_pairs or not test_pairs or not isinstance(truth, Mapping):
         raise InvalidArgumentError(
             f"{str(folder)!r} lacks shown-0_before/_after or other-0_before/_after: draw it again"
         )
     return Edit(
-        folder.name, _stack_pairs(example_pairs, image_size), _stack_pairs(test_pairs, image_size), str(entry["kind"]), str(entry["group"]),
-        str(entry["instruction"]), str(entry.get("blend", "")), {str(k): str(v) for k, v in truth.items()},
-    )  # fmt: skip
+        folder.name,
+        _stack_pairs(example_pairs, image_size),
+        _stack_pairs(test_pairs, image_size),
+        str(entry["kind"]),
+        str(entry["group"]),
+        str(entry["instruction"]),
+        str(entry.get("blend", "")),
+        {str(k): str(v) for k, v in truth.items()},
+    )
 
 
 def _stack_pairs(pairs: Sequence[ImagePair], image_size: int) -> Tensor:
     return torch.stack(
-        [torch.stack([to_tensor(read_image(s), image_size) for s in (p.before, p.after)]) for p in pairs]
+        [
+            torch.stack([to_tensor(read_image(s), image_size) for s in (p.before, p.after)])
+            for p in pairs
+        ]
     )

@@ -99,14 +99,17 @@ class EditEvaluator:
         """The evaluator's, of the answers, the pictures to edit, and of the first pair shown before and after."""
         example_pairs = torch.stack([edit.example_pairs[0] for edit in self.image_edits])
         target_features, input_features, example_before, example_after = map(
-            self._encode_images, (self.targets, self.inputs, example_pairs[:, 0], example_pairs[:, 1])
+            self._encode_images,
+            (self.targets, self.inputs, example_pairs[:, 0], example_pairs[:, 1]),
         )
         return target_features, input_features, example_before, example_after
 
     @torch.no_grad()
     def reconstruct_images(self, images: Tensor) -> Tensor:
         batches = images.split(self.batch_size)
-        return torch.cat([self.base.decode_latents(self.base.encode_images(part)) for part in batches])
+        return torch.cat(
+            [self.base.decode_latents(self.base.encode_images(part)) for part in batches]
+        )
 
     def evaluate(
         self,
@@ -119,7 +122,9 @@ class EditEvaluator:
     ) -> EditResult:
         """Edit every picture (the same seeds in every row) and score; ``measure_lora_throughput`` has one LoRA per edit of the benchmark,
         or no batch axis (one for all), or is None; ``prompt_fn`` says what the base is told, if anything."""
-        return self.score_images(name, self.render_edits(name, loras, self.inputs, prompt_fn, guidance_scale), seconds)
+        return self.score_images(
+            name, self.render_edits(name, loras, self.inputs, prompt_fn, guidance_scale), seconds
+        )
 
     def render_edits(
         self,
@@ -136,11 +141,18 @@ class EditEvaluator:
         chunks = torch.arange(len(images)).split(self.batch_size)
         for chunk in track(list(chunks), name, "pictures", len(images), self.batch_size):
             lora = loras[edit_index[chunk]] if loras is not None and loras.batch_shape else loras
-            instructions = [prompt_fn(self.image_edits[i]) if prompt_fn else "" for i in chunk.tolist()]
+            instructions = [
+                prompt_fn(self.image_edits[i]) if prompt_fn else "" for i in chunk.tolist()
+            ]
             edited_images += edit_images(
-                self.base, images[chunk], lora, seeds=[1000 + i for i in chunk.tolist()], instructions=instructions,
-                num_inference_steps=self.num_inference_steps, guidance_scale=guidance_scale,
-            )  # fmt: skip
+                self.base,
+                images[chunk],
+                lora,
+                seeds=[1000 + i for i in chunk.tolist()],
+                instructions=instructions,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=guidance_scale,
+            )
         return stack_images(edited_images)
 
     def score_images(self, name: str, images: Tensor, seconds: float | None = None) -> EditResult:
@@ -158,12 +170,17 @@ class EditEvaluator:
             "made": progress,
             "outside": _compute_masked_mean((images - targets).abs(), 1 - mask),
             "psnr": -10 * (images - targets).square().mean((1, 2, 3)).clamp(min=1e-8).log10(),
-            "direction": F.cosine_similarity(example_after - example_before, image_features - input_features),
+            "direction": F.cosine_similarity(
+                example_after - example_before, image_features - input_features
+            ),
             "leakage": F.cosine_similarity(image_features, example_after)
             - F.cosine_similarity(target_features, example_after),
         }
         images_per_edit = [len(edit.test_pairs) for edit in self.benchmark.edits]
-        per_edit = {k: torch.stack([part.mean() for part in v.split(images_per_edit)]) for k, v in values.items()}
+        per_edit = {
+            k: torch.stack([part.mean() for part in v.split(images_per_edit)])
+            for k, v in values.items()
+        }
         return EditResult(name, per_edit, self.benchmark.edits, images, seconds)
 
     def _score_attributes(self, images: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +193,10 @@ class EditEvaluator:
         correct, preservation = [], []
         for i, edit in enumerate(self.image_edits):
             matches = [predicted_labels[k][i] == classes[k].index(v) for k, v in edit.truth.items()]
-            correct.append(all(matches) and (edit.has_complete_truth or float(progress[i]) >= PROGRESS_THRESHOLD))
+            correct.append(
+                all(matches)
+                and (edit.has_complete_truth or float(progress[i]) >= PROGRESS_THRESHOLD)
+            )
             unedited_attributes = [k for k in classes if k not in edit.truth]
             preservation.append(
                 sum(predicted_labels[k][i] == target_labels[k][i] for k in unedited_attributes)
@@ -190,7 +210,9 @@ class EditEvaluator:
 
     @torch.no_grad()
     def _encode_images(self, images: Tensor) -> Tensor:
-        return torch.cat([self.classifier.encoder.compute_pooled_features(part) for part in images.split(64)])
+        return torch.cat(
+            [self.classifier.encoder.compute_pooled_features(part) for part in images.split(64)]
+        )
 
 
 def _compute_masked_mean(error: Tensor, mask: Tensor) -> Tensor:

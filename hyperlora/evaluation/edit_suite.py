@@ -41,7 +41,11 @@ class ReversalErrors:
 
 
 def evaluate_edit_suite(
-    evaluator: EditEvaluator, model: PairToLora, *, finetune_steps: int = 0, finetune_lr: float = 1e-3
+    evaluator: EditEvaluator,
+    model: PairToLora,
+    *,
+    finetune_steps: int = 0,
+    finetune_lr: float = 1e-3,
 ) -> Iterator[EditResult]:
     """Score the ceiling, the copies, the base with and without words, the model, its controls and, if asked, LoRAs
     optimised for each pair; of words, pair and these also where what the edit does not touch stays as it is."""
@@ -59,15 +63,20 @@ def evaluate_edit_suite(
     def add_preserved_result(result: EditResult) -> Iterator[EditResult]:
         yield result
         yield evaluator.score_images(
-            f"{result.name}, the rest kept", blend_edit_region(evaluator.inputs, result.images, no_lora.images)
+            f"{result.name}, the rest kept",
+            blend_edit_region(evaluator.inputs, result.images, no_lora.images),
         )
 
     if any(edit.instruction for edit in benchmark.edits):
         yield from add_preserved_result(
-            evaluator.evaluate("words instead of a pair", None, prompt_fn=lambda edit: edit.instruction)
+            evaluator.evaluate(
+                "words instead of a pair", None, prompt_fn=lambda edit: edit.instruction
+            )
         )
         if any(edit.blend for edit in benchmark.edits):
-            yield evaluator.evaluate("words, blended", None, prompt_fn=lambda edit: edit.blend or edit.instruction)
+            yield evaluator.evaluate(
+                "words, blended", None, prompt_fn=lambda edit: edit.blend or edit.instruction
+            )
         if model.network.text_substitution is not None:
             instruction_loras = make_lora_from_prompts(
                 evaluator.base, [edit.instruction for edit in benchmark.edits], model.layout.rank
@@ -77,10 +86,13 @@ def evaluate_edit_suite(
     yield from add_preserved_result(evaluator.evaluate("one pair", loras, seconds=seconds))
     if model.zero_shot_prompts:
         search_loras, elapsed = generate_pair_loras(model, benchmark, 1, base=evaluator.base)
-        yield from add_preserved_result(evaluator.evaluate("one pair, words tried", search_loras, seconds=elapsed))
+        yield from add_preserved_result(
+            evaluator.evaluate("one pair, words tried", search_loras, seconds=elapsed)
+        )
         if len(search_loras) > 1:
             yield evaluator.evaluate(
-                "another edit's pair, words tried", search_loras[torch.arange(len(search_loras)).roll(1)]
+                "another edit's pair, words tried",
+                search_loras[torch.arange(len(search_loras)).roll(1)],
             )
     min_pairs = min(len(edit.example_pairs) for edit in benchmark.edits)
     if min_pairs > 1:
@@ -90,16 +102,21 @@ def evaluate_edit_suite(
         yield evaluator.evaluate("another edit's pair", loras[torch.arange(len(loras)).roll(1)])
         yield evaluator.evaluate("mean LoRA, one for all", loras.mean())
     if finetune_steps:
-        finetuned_loras, elapsed = fit_pair_loras(evaluator.base, model.layout, benchmark, finetune_steps, finetune_lr)
+        finetuned_loras, elapsed = fit_pair_loras(
+            evaluator.base, model.layout, benchmark, finetune_steps, finetune_lr
+        )
         yield from add_preserved_result(
-            evaluator.evaluate(f"fitted to the pair, {finetune_steps} steps", finetuned_loras, seconds=elapsed)
+            evaluator.evaluate(
+                f"fitted to the pair, {finetune_steps} steps", finetuned_loras, seconds=elapsed
+            )
         )
 
 
 def evaluate_reversal(evaluator: EditEvaluator, model: PairToLora) -> ReversalErrors:
     """By the LoRA of each edit's first pair, words tried if there are any to try."""
     loras, reversed_loras = (
-        generate_pair_loras(model, evaluator.benchmark, 1, swap_sides=t, base=evaluator.base)[0] for t in (False, True)
+        generate_pair_loras(model, evaluator.benchmark, 1, swap_sides=t, base=evaluator.base)[0]
+        for t in (False, True)
     )
     negated_images = evaluator.render_edits("undone", -loras, evaluator.targets)
     reversed_images = evaluator.render_edits("turned round", reversed_loras, evaluator.targets)
@@ -111,7 +128,10 @@ def evaluate_reversal(evaluator: EditEvaluator, model: PairToLora) -> ReversalEr
     ]
     vae_images = evaluator.reconstruct_images(evaluator.inputs)
     return ReversalErrors(
-        *(_compute_l1_error(x, evaluator.inputs) for x in (*reversal_images, vae_images, evaluator.targets))
+        *(
+            _compute_l1_error(x, evaluator.inputs)
+            for x in (*reversal_images, vae_images, evaluator.targets)
+        )
     )
 
 
@@ -131,12 +151,20 @@ def generate_pair_loras(
         edit.example_pairs[:num_pairs].flip(1) if swap_sides else edit.example_pairs[:num_pairs]
         for edit in benchmark.edits
     )
-    loras = [search_pair_lora(model, base, pair) if base else model.forward(pair[None])[0] for pair in example_pairs]
+    loras = [
+        search_pair_lora(model, base, pair) if base else model.forward(pair[None])[0]
+        for pair in example_pairs
+    ]
     return LoraWeights.stack(loras), (time.perf_counter() - start_time) / len(loras)
 
 
 def fit_pair_loras(
-    base: DiffusionBase, layout: LoraLayout, benchmark: EditBenchmark, num_steps: int, lr: float, batch_size: int = 16
+    base: DiffusionBase,
+    layout: LoraLayout,
+    benchmark: EditBenchmark,
+    num_steps: int,
+    lr: float,
+    batch_size: int = 16,
 ) -> tuple[LoraWeights, float]:
     """LoRAs of the network's sites and rank, each optimised on its one pair alone through the edit base (what a network
     is to be faster than), and seconds for each."""
@@ -146,7 +174,9 @@ def fit_pair_loras(
     flat_loras = []
     for pair_batch in example_pairs.split(batch_size):
         before, after = (base.encode_images(pair_batch[:, side])[:, None] for side in (0, 1))
-        prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"].expand(len(pair_batch), 1, -1, -1)
+        prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"].expand(
+            len(pair_batch), 1, -1, -1
+        )
         conditions = {
             "encoder_hidden_states": prompt_embeds,
             "beside": before / base.pipeline.vae.config.scaling_factor,
@@ -154,9 +184,16 @@ def fit_pair_loras(
         init_codes = LoraWeights.zeros(layout, (len(pair_batch),), std).flatten()
         unflatten = partial(LoraWeights.unflatten, layout)
         result = fine_tune_loras(
-            base.denoiser, base.noise_scheduler, TrainingExamples(after, conditions), init_codes, unflatten, num_steps=num_steps, lr=lr,
-            shift=TIMESTEP_SHIFT, progress_label="fitting",
-        )  # fmt: skip
+            base.denoiser,
+            base.noise_scheduler,
+            TrainingExamples(after, conditions),
+            init_codes,
+            unflatten,
+            num_steps=num_steps,
+            lr=lr,
+            shift=TIMESTEP_SHIFT,
+            progress_label="fitting",
+        )
         flat_loras.append(result.weights.flatten())
     weights = LoraWeights.unflatten(layout, torch.cat(flat_loras))
     return weights, (time.perf_counter() - start_time) / len(weights)

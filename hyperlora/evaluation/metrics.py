@@ -40,7 +40,9 @@ class Score:
 
     def compute_paired_difference(self, baseline: "Score") -> "Score":
         """The difference, subject by subject: its error is far below either score's, since most of that is people."""
-        return Score.from_samples(torch.tensor(self.per_subject) - torch.tensor(baseline.per_subject))
+        return Score.from_samples(
+            torch.tensor(self.per_subject) - torch.tensor(baseline.per_subject)
+        )
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.standard_error:.3f}"
@@ -74,28 +76,39 @@ class IdentityScale:
 
         ``generated_embeddings`` [subjects, images, width]; 0 is anyone, 1 as good as another real portrait.
         """
-        cosine = torch.einsum("siw,svw->siv", generated_embeddings, self.real_embeddings).mean((1, 2))
+        cosine = torch.einsum("siw,svw->siv", generated_embeddings, self.real_embeddings).mean(
+            (1, 2)
+        )
         return (cosine - self.different_cosine) / (self.same_cosine - self.different_cosine)
 
 
 def compute_prompt_accuracy(
-    classifier: AttributeClassifier, prediction: AttributePrediction, truths: Sequence[Mapping[str, str]]
+    classifier: AttributeClassifier,
+    prediction: AttributePrediction,
+    truths: Sequence[Mapping[str, str]],
 ) -> Tensor:
     """P per image [n]: the fraction of the prompted attributes that ``classifier`` reads back."""
     accuracies = []
     for i, truth in enumerate(truths):
-        correct = [int(prediction.logits[k][i].argmax()) == classifier.attributes[k].index(v) for k, v in truth.items()]
+        correct = [
+            int(prediction.logits[k][i].argmax()) == classifier.attributes[k].index(v)
+            for k, v in truth.items()
+        ]
         accuracies.append(sum(correct) / len(correct))
     return torch.tensor(accuracies)
 
 
 def compute_attribute_accuracy(
-    classifier: AttributeClassifier, prediction: AttributePrediction, truths: Sequence[Mapping[str, str]]
+    classifier: AttributeClassifier,
+    prediction: AttributePrediction,
+    truths: Sequence[Mapping[str, str]],
 ) -> dict[str, float]:
     """For each prompted attribute, the fraction of the images prompted with it where ``classifier`` reads it back."""
     correct_by_attribute: dict[str, list[bool]] = {}
     for i, truth in enumerate(truths):
         for name, value in truth.items():
-            is_correct = int(prediction.logits[name][i].argmax()) == classifier.attributes[name].index(value)
+            is_correct = int(prediction.logits[name][i].argmax()) == classifier.attributes[
+                name
+            ].index(value)
             correct_by_attribute.setdefault(name, []).append(is_correct)
     return {name: sum(rights) / len(rights) for name, rights in correct_by_attribute.items()}

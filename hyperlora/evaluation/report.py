@@ -23,7 +23,9 @@ def format_markdown(results: Sequence[SubjectResult]) -> str:
     if names := sorted({name for row in results for name in row.attribute_accuracy}):
         lines += ["", f"| P of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for row in results:
-            lines.append(f"| {row.name} | {' | '.join(f'{row.attribute_accuracy[n]:.2f}' for n in names)} |")
+            lines.append(
+                f"| {row.name} | {' | '.join(f'{row.attribute_accuracy[n]:.2f}' for n in names)} |"
+            )
     return "\n".join([*lines, *_format_comparison(results)]) + "\n"
 
 
@@ -64,10 +66,14 @@ def build_json_report(results: Sequence[SubjectResult]) -> list[dict[str, object
     ]
 
 
-def write_report(folder: Path, results: Sequence[SubjectResult], photos: Sequence[Image.Image]) -> None:
+def write_report(
+    folder: Path, results: Sequence[SubjectResult], photos: Sequence[Image.Image]
+) -> None:
     """``report.md``, ``sheet.png`` (six subjects, all rows, two prompts) and ``scores.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(format_markdown(results) + "\n![sheet](sheet.png)\n\n![scores](scores.png)\n")
+    (folder / "report.md").write_text(
+        format_markdown(results) + "\n![sheet](sheet.png)\n\n![scores](scores.png)\n"
+    )
     subjects = range(min(6, len(photos)))
     columns = [("photo", list(photos))] + [
         (f"{row.name} · {p + 1}", [row.images[s][p] for s in subjects])
@@ -75,9 +81,9 @@ def write_report(folder: Path, results: Sequence[SubjectResult], photos: Sequenc
         if row.images
         for p in range(min(2, len(row.images[0])))
     ]
-    draw_contact_sheet([c[0] for c in columns], [[c[1][s] for c in columns] for s in subjects]).save(
-        folder / "sheet.png"
-    )
+    draw_contact_sheet(
+        [c[0] for c in columns], [[c[1][s] for c in columns] for s in subjects]
+    ).save(folder / "sheet.png")
     _plot_scores(results).savefig(folder / "scores.png", dpi=120)
     plt.close("all")
 
@@ -96,18 +102,29 @@ def draw_contact_sheet(
     label_width = gap + (cell_size if row_labels else 0)
     sheet = Image.new(
         "RGB",
-        (label_width + len(column_titles) * (cell_size + gap), header_height + len(grid) * (cell_size + gap)),
+        (
+            label_width + len(column_titles) * (cell_size + gap),
+            header_height + len(grid) * (cell_size + gap),
+        ),
         "white",
     )
     draw = ImageDraw.Draw(sheet)
     for x, lines in enumerate(title_lines):
         draw.multiline_text(
-            (label_width + x * (cell_size + gap) + 2, 4), "\n".join(lines), fill="#222222", font=font, spacing=2
+            (label_width + x * (cell_size + gap) + 2, 4),
+            "\n".join(lines),
+            fill="#222222",
+            font=font,
+            spacing=2,
         )
     for y, label in enumerate(row_labels):
         lines = _wrap_text(label, font, cell_size - 8)
         draw.multiline_text(
-            (gap + 2, header_height + y * (cell_size + gap) + 4), "\n".join(lines), fill="#222222", font=font, spacing=2
+            (gap + 2, header_height + y * (cell_size + gap) + 4),
+            "\n".join(lines),
+            fill="#222222",
+            font=font,
+            spacing=2,
         )
     for y, row in enumerate(grid):
         for x, image in enumerate(row):
@@ -116,7 +133,9 @@ def draw_contact_sheet(
     return sheet
 
 
-def _wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, max_width: int) -> list[str]:
+def _wrap_text(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, max_width: int
+) -> list[str]:
     lines = [""]
     for word in text.split():
         candidate = f"{lines[-1]} {word}".strip()

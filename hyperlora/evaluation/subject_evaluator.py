@@ -12,7 +12,12 @@ from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.encoders.attribute_classifier import AttributeClassifier, predict_in_batches
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.evaluation.benchmark import Benchmark
-from hyperlora.evaluation.metrics import IdentityScale, Score, compute_attribute_accuracy, compute_prompt_accuracy
+from hyperlora.evaluation.metrics import (
+    IdentityScale,
+    Score,
+    compute_attribute_accuracy,
+    compute_prompt_accuracy,
+)
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
 
@@ -56,9 +61,13 @@ class SubjectEvaluator:
         """Of the benchmark's real photos."""
         comparison_photos = self.benchmark.comparison_photos
         prediction = predict_in_batches(self.classifier, comparison_photos.flatten(0, 1))
-        return IdentityScale.from_embeddings(prediction.identity.unflatten(0, comparison_photos.shape[:2]))
+        return IdentityScale.from_embeddings(
+            prediction.identity.unflatten(0, comparison_photos.shape[:2])
+        )
 
-    def evaluate(self, name: str, loras: LoraWeights | None, seconds: float | None = None) -> SubjectResult:
+    def evaluate(
+        self, name: str, loras: LoraWeights | None, seconds: float | None = None
+    ) -> SubjectResult:
         """Render every prompt for every subject (the same seeds in every row) and score. ``measure_lora_throughput`` has one LoRA per
         subject, or no batch axis (one for all), or is None (the base)."""
         num_subjects, prompts = len(self.benchmark.names), self.benchmark.prompts
@@ -66,24 +75,40 @@ class SubjectEvaluator:
         images: list[Image.Image] = []
         chunks = [jobs[i : i + self.batch_size] for i in range(0, len(jobs), self.batch_size)]
         for chunk in track(chunks, name, "images", len(jobs), self.batch_size):
-            lora = loras[[s for s, _ in chunk]] if loras is not None and loras.batch_shape else loras
+            lora = (
+                loras[[s for s, _ in chunk]] if loras is not None and loras.batch_shape else loras
+            )
             images += generate_images(
-                self.base, [prompts[p].prompt for _, p in chunk], lora,
-                seeds=[1000 + len(prompts) * s + p for s, p in chunk], num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale,
-            )  # fmt: skip
+                self.base,
+                [prompts[p].prompt for _, p in chunk],
+                lora,
+                seeds=[1000 + len(prompts) * s + p for s, p in chunk],
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+            )
         return self.score_images(name, images, seconds)
 
-    def score_images(self, name: str, images: Sequence[Image.Image], seconds: float | None = None) -> SubjectResult:
+    def score_images(
+        self, name: str, images: Sequence[Image.Image], seconds: float | None = None
+    ) -> SubjectResult:
         """Score pictures in subject-major order."""
         num_subjects, num_prompts = len(self.benchmark.names), len(self.benchmark.prompts)
         prediction = predict_in_batches(self.classifier, stack_images(images))
-        identity = self.identity_scale.compute_score(prediction.identity.unflatten(0, (num_subjects, num_prompts)))
+        identity = self.identity_scale.compute_score(
+            prediction.identity.unflatten(0, (num_subjects, num_prompts))
+        )
         prompt_accuracy, attribute_accuracy = None, {}
         if self.benchmark.has_truth:
-            truths: list[Mapping[str, str]] = [p.truth for p in self.benchmark.prompts] * num_subjects
+            truths: list[Mapping[str, str]] = [
+                p.truth for p in self.benchmark.prompts
+            ] * num_subjects
             prompt_accuracy = Score.from_samples(
-                compute_prompt_accuracy(self.classifier, prediction, truths).view(num_subjects, num_prompts).mean(1)
+                compute_prompt_accuracy(self.classifier, prediction, truths)
+                .view(num_subjects, num_prompts)
+                .mean(1)
             )
             attribute_accuracy = compute_attribute_accuracy(self.classifier, prediction, truths)
         grid = [list(images[i * num_prompts : (i + 1) * num_prompts]) for i in range(num_subjects)]
-        return SubjectResult(name, Score.from_samples(identity), prompt_accuracy, seconds, grid, attribute_accuracy)
+        return SubjectResult(
+            name, Score.from_samples(identity), prompt_accuracy, seconds, grid, attribute_accuracy
+        )

@@ -37,7 +37,9 @@ class FineTuneBaseline:
     subjects_per_batch: int = 16
 
 
-def evaluate_suite(evaluator: SubjectEvaluator, model: ImageToLoraBase, **options: Any) -> Iterator[SubjectResult]:
+def evaluate_suite(
+    evaluator: SubjectEvaluator, model: ImageToLoraBase, **options: Any
+) -> Iterator[SubjectResult]:
     """Score the base and ``evaluate_model`` the model, which takes the ``options``."""
     yield evaluator.evaluate(BASELINE_NAME, None)
     yield from evaluate_model(evaluator, model, **options)
@@ -58,33 +60,50 @@ def evaluate_model(
     likest of ``num_candidates`` samples (as ``reranker`` finds)."""
     photos = evaluator.benchmark.photos
     first_photo = photos[:, :1]
-    loras, seconds = _measure_generation(lambda: generate_sequentially(model, first_photo, sampling))
+    loras, seconds = _measure_generation(
+        lambda: generate_sequentially(model, first_photo, sampling)
+    )
     yield evaluator.evaluate("one photo", loras, seconds)
     for strength in strengths:
         yield evaluator.evaluate(f"one photo, strength {strength:g}", loras * strength, seconds)
     if photos.shape[1] > 1:
-        multi_photo_loras, seconds = _measure_generation(lambda: generate_sequentially(model, photos, sampling))
+        multi_photo_loras, seconds = _measure_generation(
+            lambda: generate_sequentially(model, photos, sampling)
+        )
         yield evaluator.evaluate(f"{photos.shape[1]} photos", multi_photo_loras, seconds)
     if num_candidates > 1:
         best_loras, elapsed = _measure_generation(
-            lambda: _generate_best(model, first_photo, sampling or SamplingConfig(), num_candidates, reranker)
+            lambda: _generate_best(
+                model, first_photo, sampling or SamplingConfig(), num_candidates, reranker
+            )
         )
         yield evaluator.evaluate(f"one photo, best of {num_candidates}", best_loras, elapsed)
     if len(loras) > 1:  # of a single subject these would be its own
-        yield evaluator.evaluate("shuffled: another's LoRA", loras[torch.arange(len(loras)).roll(1)])
+        yield evaluator.evaluate(
+            "shuffled: another's LoRA", loras[torch.arange(len(loras)).roll(1)]
+        )
         yield evaluator.evaluate("mean LoRA", loras.mean())
     if refine_steps:
         refined_loras, elapsed = _measure_generation(
             lambda: refine_predictions(
-                model, evaluator.base, loras, first_photo, num_steps=refine_steps, progress_label="refining"
+                model,
+                evaluator.base,
+                loras,
+                first_photo,
+                num_steps=refine_steps,
+                progress_label="refining",
             )
         )
         yield evaluator.evaluate(f"one photo, refined {refine_steps} steps", refined_loras, elapsed)
     if finetune_baseline is not None:
         finetuned_loras, elapsed = _measure_generation(
-            lambda: fit_subject_loras(evaluator, model, first_photo, finetune_baseline)[finetune_baseline.num_steps]
+            lambda: fit_subject_loras(evaluator, model, first_photo, finetune_baseline)[
+                finetune_baseline.num_steps
+            ]
         )
-        yield evaluator.evaluate(f"fitted per subject, {finetune_baseline.num_steps} steps", finetuned_loras, elapsed)
+        yield evaluator.evaluate(
+            f"fitted per subject, {finetune_baseline.num_steps} steps", finetuned_loras, elapsed
+        )
 
 
 def fit_subject_loras(
@@ -98,7 +117,9 @@ def fit_subject_loras(
     ``baseline.num_steps``."""
     base, layout = evaluator.base, model.layout
     trigger_phrase = model.card.get("trigger_phrase", "sks person")
-    class_examples = _make_class_examples(evaluator, baseline) if baseline.prior_loss_weight else None
+    class_examples = (
+        _make_class_examples(evaluator, baseline) if baseline.prior_loss_weight else None
+    )
     std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
     all_steps = sorted({*snapshot_steps, baseline.num_steps})
     flat_by_step: dict[int, list[Tensor]] = {n: [] for n in all_steps}
@@ -106,16 +127,29 @@ def fit_subject_loras(
         examples = make_photo_examples(base, photo_batch, f"a portrait of {trigger_phrase}")
         init_codes = LoraWeights.zeros(layout, (len(photo_batch),), std).flatten()
         result = fine_tune_loras(
-            base.denoiser, base.noise_scheduler, examples, init_codes, partial(LoraWeights.unflatten, layout),
-            num_steps=baseline.num_steps, lr=baseline.lr, batch_size=baseline.batch_size, prior_loss_weight=baseline.prior_loss_weight,
-            prior_examples=class_examples.expand_subjects(len(photo_batch)) if class_examples else None, snapshot_steps=all_steps, progress_label="fitting",
-        )  # fmt: skip
+            base.denoiser,
+            base.noise_scheduler,
+            examples,
+            init_codes,
+            partial(LoraWeights.unflatten, layout),
+            num_steps=baseline.num_steps,
+            lr=baseline.lr,
+            batch_size=baseline.batch_size,
+            prior_loss_weight=baseline.prior_loss_weight,
+            prior_examples=class_examples.expand_subjects(len(photo_batch))
+            if class_examples
+            else None,
+            snapshot_steps=all_steps,
+            progress_label="fitting",
+        )
         for n in all_steps:
             flat_by_step[n].append(result.snapshots[n].flatten())
     return {n: LoraWeights.unflatten(layout, torch.cat(flat)) for n, flat in flat_by_step.items()}
 
 
-def _make_class_examples(evaluator: SubjectEvaluator, baseline: FineTuneBaseline) -> TrainingExamples:
+def _make_class_examples(
+    evaluator: SubjectEvaluator, baseline: FineTuneBaseline
+) -> TrainingExamples:
     prompt = "a portrait of a person"
     num_images = baseline.num_class_images
     images = generate_images(
@@ -135,21 +169,28 @@ def generate_sequentially(
     base_sampling = sampling or SamplingConfig()
     with torch.no_grad():
         loras = [
-            model.forward(p[None], replace(base_sampling, seed=base_sampling.seed + i))[0] for i, p in enumerate(photos)
+            model.forward(p[None], replace(base_sampling, seed=base_sampling.seed + i))[0]
+            for i, p in enumerate(photos)
         ]
     return LoraWeights.stack(loras)
 
 
 def _generate_best(
-    model: ImageToLoraBase, photos: Tensor, sampling: SamplingConfig, num_candidates: int, reranker: IdentityReranker | None
-) -> LoraWeights:  # fmt: skip
+    model: ImageToLoraBase,
+    photos: Tensor,
+    sampling: SamplingConfig,
+    num_candidates: int,
+    reranker: IdentityReranker | None,
+) -> LoraWeights:
     config, loras = GenerationConfig(num_candidates=num_candidates), []
     for i, p in enumerate(photos):
-        subject_config = replace(config, sampling=replace(sampling, seed=sampling.seed + num_candidates * i))
+        subject_config = replace(
+            config, sampling=replace(sampling, seed=sampling.seed + num_candidates * i)
+        )
         loras.append(
-            generate_candidates(model, model.encode_photos(p[None]), [SubjectPhotos(p)], subject_config, 1, reranker)[
-                0
-            ][0]
+            generate_candidates(
+                model, model.encode_photos(p[None]), [SubjectPhotos(p)], subject_config, 1, reranker
+            )[0][0]
         )
     return LoraWeights.stack(loras)
 

@@ -21,10 +21,14 @@ class TrainingExamples:
     def count_examples(self, subject: int) -> int:
         return self.latents.shape[1] if self.num_examples is None else self.num_examples[subject]
 
-    def gather_examples(self, indices: Tensor, subjects: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def gather_examples(
+        self, indices: Tensor, subjects: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Examples ``indices`` [b, k] of ``subjects`` [k] (all K unless given) as one batch of b * k, example j of the
         i-th subject at j * k + i."""
-        subject_indices = torch.arange(indices.shape[1], device=indices.device) if subjects is None else subjects
+        subject_indices = (
+            torch.arange(indices.shape[1], device=indices.device) if subjects is None else subjects
+        )
         subject_indices = subject_indices.expand_as(indices)
 
         def gather_tensors(value: Any) -> Any:
@@ -42,8 +46,12 @@ class TrainingExamples:
                 return {name: expand_tensors(v) for name, v in value.items()}
             return value.expand(num_subjects, *value.shape[1:])
 
-        num_examples = None if self.num_examples is None else tuple(self.num_examples) * num_subjects
-        return TrainingExamples(expand_tensors(self.latents), expand_tensors(self.conditions), num_examples)
+        num_examples = (
+            None if self.num_examples is None else tuple(self.num_examples) * num_subjects
+        )
+        return TrainingExamples(
+            expand_tensors(self.latents), expand_tensors(self.conditions), num_examples
+        )
 
     @classmethod
     def pad_and_cat(cls, subjects: Sequence["TrainingExamples"]) -> "TrainingExamples":
@@ -52,7 +60,9 @@ class TrainingExamples:
         max_examples = max(num_examples)
 
         def pad_examples(value: Tensor) -> Tensor:
-            return torch.cat([value, value[:, :1].expand(-1, max_examples - value.shape[1], *value.shape[2:])], 1)
+            return torch.cat(
+                [value, value[:, :1].expand(-1, max_examples - value.shape[1], *value.shape[2:])], 1
+            )
 
         def cat_tensors(values: Sequence[Any]) -> Any:
             if isinstance(values[0], Mapping):
@@ -60,7 +70,9 @@ class TrainingExamples:
             return torch.cat([pad_examples(v) for v in values])
 
         return cls(
-            cat_tensors([p.latents for p in subjects]), cat_tensors([p.conditions for p in subjects]), num_examples
+            cat_tensors([p.latents for p in subjects]),
+            cat_tensors([p.conditions for p in subjects]),
+            num_examples,
         )
 
 
@@ -78,10 +90,14 @@ class SubjectRng:
         index_list, u_list, noise_list = [], [], []
         for i in subjects.tolist():
             generator = self.generators[i]
-            index_list.append(torch.randint(examples.count_examples(i), (batch_size,), generator=generator))
+            index_list.append(
+                torch.randint(examples.count_examples(i), (batch_size,), generator=generator)
+            )
             u_list.append(torch.rand(batch_size, generator=generator))
             noise_list.append(torch.randn(batch_size, *shape, generator=generator))
-        indices, u, noise = (torch.stack(t, 1).to(subjects.device) for t in (index_list, u_list, noise_list))
+        indices, u, noise = (
+            torch.stack(t, 1).to(subjects.device) for t in (index_list, u_list, noise_list)
+        )
         return indices, (u.flatten(), noise.flatten(0, 1).to(examples.latents))
 
 
@@ -110,10 +126,16 @@ class ValidationProbe:
         """Each subject's examples in turn, at noise levels spread evenly, noise by the subject's seed."""
         device = examples.latents.device
         noise_per_subject = [
-            torch.randn(num_draws, *examples.latents.shape[2:], generator=torch.Generator().manual_seed(~seed % 2**63))
+            torch.randn(
+                num_draws,
+                *examples.latents.shape[2:],
+                generator=torch.Generator().manual_seed(~seed % 2**63),
+            )
             for seed in seeds
         ]
-        indices = torch.tensor([[j % examples.count_examples(i) for i in range(len(seeds))] for j in range(num_draws)])
+        indices = torch.tensor(
+            [[j % examples.count_examples(i) for i in range(len(seeds))] for j in range(num_draws)]
+        )
         u = ((torch.arange(num_draws) + 0.5) / num_draws)[:, None].expand(-1, len(seeds))
         noise_batch = torch.stack(noise_per_subject, 1).to(examples.latents)
         return cls(examples, indices.to(device), u.to(device), noise_batch, eval_every, patience)

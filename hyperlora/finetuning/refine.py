@@ -36,11 +36,22 @@ def refine(
     init_std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        init_codes = LoraWeights.zeros(layout, (), init_std).flatten().to(photos.device).expand(k, -1)
+        init_codes = (
+            LoraWeights.zeros(layout, (), init_std).flatten().to(photos.device).expand(k, -1)
+        )
         result = fine_tune_loras(
-            base.denoiser, base.noise_scheduler, examples, init_codes, partial(LoraWeights.unflatten, layout),
-            num_steps=num_steps, lr=lr, batch_size=batch_size, base_loras=predicted, progress_label=progress_label, on_step=on_step,
-        )  # fmt: skip
+            base.denoiser,
+            base.noise_scheduler,
+            examples,
+            init_codes,
+            partial(LoraWeights.unflatten, layout),
+            num_steps=num_steps,
+            lr=lr,
+            batch_size=batch_size,
+            base_loras=predicted,
+            progress_label=progress_label,
+            on_step=on_step,
+        )
     return (predicted + result.weights).resize(out_rank or predicted.layout.rank)
 
 
@@ -50,16 +61,24 @@ def make_photo_examples(base: DiffusionBase, photos: Tensor, prompt: str) -> Tra
     size = base.resolution
     pixels = photos.flatten(0, 1)
     if pixels.shape[-2:] != (size, size):
-        pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = torch.nn.functional.interpolate(
+            pixels, (size, size), mode="bicubic", antialias=True
+        ).clamp(0, 1)
     conditions = base.encode_prompts([prompt])
-    return TrainingExamples(base.encode_images(pixels).unflatten(0, (k, n)), _expand_conditions(conditions, k, n))
+    return TrainingExamples(
+        base.encode_images(pixels).unflatten(0, (k, n)), _expand_conditions(conditions, k, n)
+    )
 
 
-def _expand_conditions(conditions: dict[str, Tensor], num_subjects: int, num_examples: int) -> dict[str, Tensor]:
+def _expand_conditions(
+    conditions: dict[str, Tensor], num_subjects: int, num_examples: int
+) -> dict[str, Tensor]:
     def expand_value(value: Tensor) -> Tensor:
         return value[None].expand(num_subjects, num_examples, *value.shape[1:])
 
     return {
-        name: {i: expand_value(v) for i, v in value.items()} if isinstance(value, dict) else expand_value(value)
+        name: {i: expand_value(v) for i, v in value.items()}
+        if isinstance(value, dict)
+        else expand_value(value)
         for name, value in conditions.items()
     }

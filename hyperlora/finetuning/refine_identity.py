@@ -55,9 +55,17 @@ def refine_identity(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        codes = LoraWeights.zeros(layout, (), init_std).flatten().to(photos.device).repeat(k, 1).requires_grad_()
+        codes = (
+            LoraWeights.zeros(layout, (), init_std)
+            .flatten()
+            .to(photos.device)
+            .repeat(k, 1)
+            .requires_grad_()
+        )
     optimizer = torch.optim.Adam([codes], lr)
-    min_timestep, max_timestep = (int(share * noise_scheduler.config.num_train_timesteps) for share in (0.2, 0.9))
+    min_timestep, max_timestep = (
+        int(share * noise_scheduler.config.num_train_timesteps) for share in (0.2, 0.9)
+    )
     for step in (
         track(range(1, num_steps + 1), progress_label, "steps", num_steps)
         if progress_label
@@ -68,22 +76,30 @@ def refine_identity(
         latents, conditions = self_images.gather_examples(
             torch.randint(len(prompts), (batch_size, k), generator=generator).to(photos.device)
         )
-        timesteps = torch.randint(min_timestep, max_timestep, (len(latents),), generator=generator).to(latents.device)
+        timesteps = torch.randint(
+            min_timestep, max_timestep, (len(latents),), generator=generator
+        ).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy_latents, _ = add_noise(noise_scheduler, latents, noise, timesteps)
         with torch.no_grad():
             reference_x0 = _predict_x0(base, predicted, noisy_latents, timesteps, conditions)
         with select_sdpa_kernel(noisy_latents, noisy_latents[0, 0].numel()):
             pred_x0 = _predict_x0(
-                base, predicted + LoraWeights.unflatten(layout, codes), noisy_latents, timesteps, conditions
+                base,
+                predicted + LoraWeights.unflatten(layout, codes),
+                noisy_latents,
+                timesteps,
+                conditions,
             )
             identity_similarity = (
-                identity_embedder(base.decode_latents(pred_x0)) * target_embeds.repeat(batch_size, 1)
+                identity_embedder(base.decode_latents(pred_x0))
+                * target_embeds.repeat(batch_size, 1)
             ).sum(-1)
         loss = (
             1
             - identity_similarity
-            + regularization_weight * F.mse_loss(pred_x0, reference_x0, reduction="none").mean((1, 2, 3))
+            + regularization_weight
+            * F.mse_loss(pred_x0, reference_x0, reduction="none").mean((1, 2, 3))
         )
         (codes.grad,) = torch.autograd.grad(loss.view(batch_size, k).mean(0).sum(), codes)
         optimizer.step()
@@ -92,29 +108,46 @@ def refine_identity(
 
 
 def _predict_x0(
-    base: DiffusionBase, lora: LoraWeights, noisy_latents: Tensor, timesteps: Tensor, conditions: dict[str, Any]
+    base: DiffusionBase,
+    lora: LoraWeights,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    conditions: dict[str, Any],
 ) -> Tensor:
     """The clean latents that the denoiser with ``loras`` expects behind ``noisy_latents``."""
     with inject_lora(base.denoiser, lora):
         return predict_x0(
-            base.noise_scheduler, noisy_latents, base.denoiser(noisy_latents, timesteps, **conditions).sample, timesteps
+            base.noise_scheduler,
+            noisy_latents,
+            base.denoiser(noisy_latents, timesteps, **conditions).sample,
+            timesteps,
         )
 
 
 @torch.no_grad()
 def _sample_self_images(
-    base: DiffusionBase, loras: LoraWeights, prompts: Sequence[str], seed: int, num_inference_steps: int = 6
+    base: DiffusionBase,
+    loras: LoraWeights,
+    prompts: Sequence[str],
+    seed: int,
+    num_inference_steps: int = 6,
 ) -> TrainingExamples:
     """What each LoRA draws under each of the prompts."""
     n, size, latents = len(prompts), base.resolution, []
     for i in range(len(loras)):
         images = generate_images(
-            base, prompts, loras[[i] * n], seeds=range(seed, seed + n), num_inference_steps=num_inference_steps
+            base,
+            prompts,
+            loras[[i] * n],
+            seeds=range(seed, seed + n),
+            num_inference_steps=num_inference_steps,
         )
         latents.append(base.encode_images(torch.stack([to_tensor(p, size) for p in images])))
     conditions = base.encode_prompts(list(prompts))
     single_subject = TrainingExamples(latents[0][None], _add_batch_dim(conditions))
-    return TrainingExamples(torch.stack(latents), single_subject.expand_subjects(len(loras)).conditions)
+    return TrainingExamples(
+        torch.stack(latents), single_subject.expand_subjects(len(loras)).conditions
+    )
 
 
 def _add_batch_dim(conditions: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hyperlora.finetuning.examples import SubjectRng, TrainingExamples, Validati
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
 
-__all__ = ["Chance", "Examples", "Fitted", "Probe", "fit"]
+__all__ = ["FineTuneResult", "SubjectRng", "TrainingExamples", "ValidationProbe", "fine_tune_loras"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def fine_tune_loras(
     to end them.
     """
     if seeds is not None and num_paired_groups > 1:
-        raise InvalidArgumentError("twins share what chance decides, seeds keep it apart: give one of them")
+        raise InvalidArgumentError(
+            "twins share what chance decides, seeds keep it apart: give one of them"
+        )
     k = len(init_codes)
     active = torch.arange(k, device=init_codes.device)
     codes = init_codes.detach().clone().requires_grad_()
@@ -77,13 +79,17 @@ def fine_tune_loras(
 
     def build_loras() -> LoraWeights:
         return (
-            decode_codes(codes) if base_loras is None else _select_base_loras(base_loras, active) + decode_codes(codes)
+            decode_codes(codes)
+            if base_loras is None
+            else _select_base_loras(base_loras, active) + decode_codes(codes)
         )
 
     def validate_step(step: int) -> None:
         assert probe is not None
         with torch.no_grad(), inject_lora(denoiser, build_loras()):
-            early_stopping.update_best(active, codes, _compute_val_losses(denoiser, scheduler, probe, active), step)
+            early_stopping.update_best(
+                active, codes, _compute_val_losses(denoiser, scheduler, probe, active), step
+            )
 
     if probe is not None:
         validate_step(0)
@@ -96,11 +102,27 @@ def fine_tune_loras(
             on_step(step)
         with inject_lora(denoiser, build_loras()):
             loss = _compute_loss(
-                denoiser, scheduler, examples, batch_size, active, num_paired_groups, x0_offsets, shift, rng
+                denoiser,
+                scheduler,
+                examples,
+                batch_size,
+                active,
+                num_paired_groups,
+                x0_offsets,
+                shift,
+                rng,
             )
             if prior_examples is not None:
                 prior_loss = _compute_loss(
-                    denoiser, scheduler, prior_examples, batch_size, active, num_paired_groups, None, shift, rng
+                    denoiser,
+                    scheduler,
+                    prior_examples,
+                    batch_size,
+                    active,
+                    num_paired_groups,
+                    None,
+                    shift,
+                    rng,
                 )
                 loss = loss + prior_loss_weight * prior_loss
         (codes.grad,) = torch.autograd.grad(loss.sum(), codes)
@@ -114,16 +136,25 @@ def fine_tune_loras(
             active_mask = early_stopping.is_active(active, probe.patience)
             if not active_mask.all():
                 early_stopping.update_codes(active, codes)
-                active, codes, optimizer = active[active_mask], *_select_active(codes, optimizer, active_mask)
+                active, codes, optimizer = (
+                    active[active_mask],
+                    *_select_active(codes, optimizer, active_mask),
+                )
             if not len(active):
                 break
     final_codes = (
-        early_stopping.update_codes(active, codes) if early_stopping.best_codes is None else early_stopping.best_codes
+        early_stopping.update_codes(active, codes)
+        if early_stopping.best_codes is None
+        else early_stopping.best_codes
     )
     return FineTuneResult(
-        final_codes, decode_codes(final_codes), torch.stack(losses) if losses else torch.zeros(0, k), saved_loras,
-        torch.stack(early_stopping.val_losses) if early_stopping.val_losses else torch.zeros(0, k), early_stopping.num_steps,
-    )  # fmt: skip
+        final_codes,
+        decode_codes(final_codes),
+        torch.stack(losses) if losses else torch.zeros(0, k),
+        saved_loras,
+        torch.stack(early_stopping.val_losses) if early_stopping.val_losses else torch.zeros(0, k),
+        early_stopping.num_steps,
+    )
 
 
 class _EarlyStopping:
@@ -134,7 +165,9 @@ class _EarlyStopping:
         self.codes = init_codes.clone()
         self.best_codes = init_codes.clone() if track_best else None
         self.best_losses = torch.full((k,), torch.inf, device=device)
-        self.num_steps, self.num_bad_checks = (torch.zeros(k, dtype=torch.long, device=device) for _ in range(2))
+        self.num_steps, self.num_bad_checks = (
+            torch.zeros(k, dtype=torch.long, device=device) for _ in range(2)
+        )
         self.val_losses: list[Tensor] = []
 
     def update_codes(self, active: Tensor, codes: Tensor) -> Tensor:
@@ -151,47 +184,81 @@ class _EarlyStopping:
         self.val_losses.append(_scatter_to_subjects(losses, active, len(self.codes)))
 
     def is_active(self, active: Tensor, patience: int | None) -> Tensor:
-        return torch.ones_like(active, dtype=torch.bool) if patience is None else self.num_bad_checks[active] < patience
+        return (
+            torch.ones_like(active, dtype=torch.bool)
+            if patience is None
+            else self.num_bad_checks[active] < patience
+        )
 
 
 def _compute_loss(
-    denoiser: nn.Module, scheduler: Any, examples: TrainingExamples, batch_size: int, active: Tensor, num_paired_groups: int,
-    x0_offsets: Tensor | None, shift: float, rng: SubjectRng | None,
-) -> Tensor:  # fmt: skip
+    denoiser: nn.Module,
+    scheduler: Any,
+    examples: TrainingExamples,
+    batch_size: int,
+    active: Tensor,
+    num_paired_groups: int,
+    x0_offsets: Tensor | None,
+    shift: float,
+    rng: SubjectRng | None,
+) -> Tensor:
     """Mean loss over ``batch_size`` random examples, per subject [k]."""
     device, k, noise_sample = examples.latents.device, len(active), None
     if rng is not None:
         indices, noise_sample = rng.sample_batch(examples, batch_size, active)
     else:
-        indices = torch.randint(examples.latents.shape[1], (batch_size, k // num_paired_groups), device=device).repeat(
-            1, num_paired_groups
-        )
+        indices = torch.randint(
+            examples.latents.shape[1], (batch_size, k // num_paired_groups), device=device
+        ).repeat(1, num_paired_groups)
         if examples.num_examples is not None:
             indices %= torch.tensor(examples.num_examples, device=device)[active]
     latents, conditions = examples.gather_examples(indices, active)
     if num_paired_groups > 1:
-        u = torch.rand(batch_size, k // num_paired_groups, device=device).repeat(1, num_paired_groups).flatten()
+        u = (
+            torch.rand(batch_size, k // num_paired_groups, device=device)
+            .repeat(1, num_paired_groups)
+            .flatten()
+        )
         noise = torch.randn(batch_size, k // num_paired_groups, *latents.shape[1:], device=device)
-        noise_sample = u, noise.repeat(1, num_paired_groups, *[1] * (latents.ndim - 1)).flatten(0, 1)
-    x0_offset = None if x0_offsets is None else TrainingExamples(x0_offsets, {}).gather_examples(indices, active)[0]
+        noise_sample = (
+            u,
+            noise.repeat(1, num_paired_groups, *[1] * (latents.ndim - 1)).flatten(0, 1),
+        )
+    x0_offset = (
+        None
+        if x0_offsets is None
+        else TrainingExamples(x0_offsets, {}).gather_examples(indices, active)[0]
+    )
     loss = compute_denoising_loss(
-        denoiser, scheduler, latents, shift=shift, noise_sample=noise_sample, x0_offset=x0_offset, **conditions
+        denoiser,
+        scheduler,
+        latents,
+        shift=shift,
+        noise_sample=noise_sample,
+        x0_offset=x0_offset,
+        **conditions,
     )
     return loss.view(batch_size, k).mean(0)
 
 
-def _compute_val_losses(denoiser: nn.Module, scheduler: Any, probe: ValidationProbe, active: Tensor) -> Tensor:
+def _compute_val_losses(
+    denoiser: nn.Module, scheduler: Any, probe: ValidationProbe, active: Tensor
+) -> Tensor:
     """Mean loss over the probe's draws, per subject [k]."""
     losses = []
     for indices, u, noise in zip(probe.indices, probe.u, probe.noise, strict=True):
         latents, conditions = probe.examples.gather_examples(indices[active][None], active)
         losses.append(
-            compute_denoising_loss(denoiser, scheduler, latents, noise_sample=(u[active], noise[active]), **conditions)
+            compute_denoising_loss(
+                denoiser, scheduler, latents, noise_sample=(u[active], noise[active]), **conditions
+            )
         )
     return torch.stack(losses).mean(0)
 
 
-def _select_active(codes: Tensor, optimizer: torch.optim.Adam, active_mask: Tensor) -> tuple[Tensor, torch.optim.Adam]:
+def _select_active(
+    codes: Tensor, optimizer: torch.optim.Adam, active_mask: Tensor
+) -> tuple[Tensor, torch.optim.Adam]:
     """The rows ``active_mask`` of the codes, and Adam as it would stand had there been no others."""
     active_codes = codes.detach()[active_mask].requires_grad_()
     active_optimizer = torch.optim.Adam([active_codes], optimizer.param_groups[0]["lr"])
@@ -207,6 +274,6 @@ def _select_base_loras(base_loras: LoraWeights, active: Tensor) -> LoraWeights:
 
 def _scatter_to_subjects(values: Tensor, active: Tensor, num_subjects: int) -> Tensor:
     """[k] per subject still fitted to [K], NaN for the others."""
-    return torch.full((num_subjects,), torch.nan, device=values.device, dtype=values.dtype).index_copy(
-        0, active, values
-    )
+    return torch.full(
+        (num_subjects,), torch.nan, device=values.device, dtype=values.dtype
+    ).index_copy(0, active, values)

@@ -14,9 +14,15 @@ def select_blocks(lora: LoraWeights, blocks: Collection[str]) -> LoraWeights:
     Raises ``InvalidArgumentError`` for a block without any site.
     """
     _check_blocks(lora, blocks)
-    indices = [i for i, target in enumerate(lora.layout.targets) if _find_block(target.name, blocks) is not None]
+    indices = [
+        i
+        for i, target in enumerate(lora.layout.targets)
+        if _find_block(target.name, blocks) is not None
+    ]
     layout = replace(lora.layout, sites=tuple(lora.layout.targets[i] for i in indices))
-    return LoraWeights(layout, tuple(lora.down[i] for i in indices), tuple(lora.up[i] for i in indices))
+    return LoraWeights(
+        layout, tuple(lora.down[i] for i in indices), tuple(lora.up[i] for i in indices)
+    )
 
 
 def scale_blocks(lora: LoraWeights, weights: Mapping[str, float]) -> LoraWeights:
@@ -26,13 +32,18 @@ def scale_blocks(lora: LoraWeights, weights: Mapping[str, float]) -> LoraWeights
     """
     _check_blocks(lora, weights)
     block_per_target = [_find_block(target.name, weights) for target in lora.layout.targets]
-    up = tuple(u if block is None else u * weights[block] for u, block in zip(lora.up, block_per_target, strict=True))
+    up = tuple(
+        u if block is None else u * weights[block]
+        for u, block in zip(lora.up, block_per_target, strict=True)
+    )
     return LoraWeights(lora.layout, lora.down, up)
 
 
 def _find_block(target_name: str, blocks: Collection[str]) -> str | None:
     """The longest of ``blocks`` that ``target_name`` lies in."""
-    matches = [block for block in blocks if target_name == block or target_name.startswith(f"{block}.")]
+    matches = [
+        block for block in blocks if target_name == block or target_name.startswith(f"{block}.")
+    ]
     return max(matches, key=len, default=None)
 
 
@@ -40,7 +51,13 @@ def _check_blocks(lora: LoraWeights, blocks: Collection[str]) -> None:
     names = [target.name for target in lora.layout.targets]
     for block in blocks:
         if not any(_find_block(name, [block]) for name in names):
-            known_blocks = sorted({".".join(name.split(".")[:n]) for name in names for n in (1, 2, 3, 4)})
+            known_blocks = sorted(
+                {".".join(name.split(".")[:n]) for name in names for n in (1, 2, 3, 4)}
+            )
             suggestions = get_close_matches(block, known_blocks, 1)
-            hint = f"did you mean {suggestions[0]!r}?" if suggestions else f"there are {', '.join(known_blocks[:8])}, …"
+            hint = (
+                f"did you mean {suggestions[0]!r}?"
+                if suggestions
+                else f"there are {', '.join(known_blocks[:8])}, …"
+            )
             raise InvalidArgumentError(f"the LoRA changes nothing in block {block!r}: {hint}")

@@ -32,16 +32,25 @@ class LiDB(nn.Module):
         self.code_size = layout.rank * max(a, b)
         generator = torch.Generator().manual_seed(seed)
         for i, target in enumerate(layout.targets):
-            self.register_buffer(f"a{i}", _make_orthogonal_matrix(target.out_features, a, generator), persistent=False)
             self.register_buffer(
-                f"b{i}", _make_orthogonal_matrix(target.in_features, b, generator).mT, persistent=False
+                f"a{i}",
+                _make_orthogonal_matrix(target.out_features, a, generator),
+                persistent=False,
+            )
+            self.register_buffer(
+                f"b{i}",
+                _make_orthogonal_matrix(target.in_features, b, generator).mT,
+                persistent=False,
             )
 
     def init_codes(self) -> Tensor:
         """Codes [2 * sites, code_size] of ΔW = 0 from which gradients flow: random ``down_basis`` (from the seed, so that all
         who start here start alike), then zero ``up_basis``."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        down = torch.randn(len(self.layout.targets), self.code_size, generator=generator) * self.b**-0.5
+        down = (
+            torch.randn(len(self.layout.targets), self.code_size, generator=generator)
+            * self.b**-0.5
+        )
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
@@ -62,19 +71,24 @@ class LowRankBasisHead(nn.Module):
     ``rank`` times as many dimensions, for no more directions to learn and to keep.
     """
 
-    def __init__(self, layout: LoraLayout, size: int = 48, coefficients_per_rank: bool = False) -> None:
+    def __init__(
+        self, layout: LoraLayout, size: int = 48, coefficients_per_rank: bool = False
+    ) -> None:
         super().__init__()
         rank = layout.rank
         self.layout, self.size, self.coefficients_per_rank = layout, size, coefficients_per_rank
         self.code_size = size * rank if coefficients_per_rank else size
         self.down_bias = nn.ParameterList(
-            torch.randn(rank, target.in_features) * target.in_features**-0.5 for target in layout.targets
+            torch.randn(rank, target.in_features) * target.in_features**-0.5
+            for target in layout.targets
         )
         self.down_basis = nn.ParameterList(
-            torch.randn(size, rank * target.in_features) * target.in_features**-0.5 for target in layout.targets
+            torch.randn(size, rank * target.in_features) * target.in_features**-0.5
+            for target in layout.targets
         )
         self.up_basis = nn.ParameterList(
-            torch.randn(size, target.out_features * rank) * (size * rank) ** -0.5 for target in layout.targets
+            torch.randn(size, target.out_features * rank) * (size * rank) ** -0.5
+            for target in layout.targets
         )
 
     def init_codes(self) -> Tensor:
@@ -91,8 +105,12 @@ class LowRankBasisHead(nn.Module):
                 self.up_basis[i].unflatten(-1, (target.out_features, rank)),
             )
             # [*batch, size, rank], or 1 instead of rank where a direction is taken as a whole
-            down_coefficients, up_coefficients = (code[..., i, :].unflatten(-1, (self.size, -1)) for code in (down, up))
-            downs.append(torch.einsum("...sr,sri->...ri", down_coefficients, down_basis) + self.down_bias[i])
+            down_coefficients, up_coefficients = (
+                code[..., i, :].unflatten(-1, (self.size, -1)) for code in (down, up)
+            )
+            downs.append(
+                torch.einsum("...sr,sri->...ri", down_coefficients, down_basis) + self.down_bias[i]
+            )
             ups.append(torch.einsum("...sr,sor->...or", up_coefficients, up_basis))
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
@@ -120,29 +138,49 @@ class DirectHead(nn.Module):
     def __init__(self, layout: LoraLayout) -> None:
         super().__init__()
         self.layout = layout
-        self.code_size = layout.rank * max(max(target.in_features, target.out_features) for target in layout.targets)
+        self.code_size = layout.rank * max(
+            max(target.in_features, target.out_features) for target in layout.targets
+        )
 
     def init_codes(self) -> Tensor:
         """Codes [2 * sites, code_size]: ordinary LoRA initialisation."""
-        down = torch.stack([torch.randn(self.code_size) * target.in_features**-0.5 for target in self.layout.targets])
+        down = torch.stack(
+            [
+                torch.randn(self.code_size) * target.in_features**-0.5
+                for target in self.layout.targets
+            ]
+        )
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
         """``down_basis``, ``up_basis`` [*batch, sites, code_size]."""
         rank, downs, ups = self.layout.rank, [], []
         for i, target in enumerate(self.layout.targets):
-            downs.append(down[..., i, : rank * target.in_features].unflatten(-1, (rank, target.in_features)))
-            ups.append(up[..., i, : target.out_features * rank].unflatten(-1, (target.out_features, rank)))
+            downs.append(
+                down[..., i, : rank * target.in_features].unflatten(-1, (rank, target.in_features))
+            )
+            ups.append(
+                up[..., i, : target.out_features * rank].unflatten(-1, (target.out_features, rank))
+            )
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
-_HEADS: Final = {"lidb": LiDB, "basis": LowRankBasisHead, "softmax": SoftmaxBasisHead, "full": DirectHead}
+_HEADS: Final = {
+    "lidb": LiDB,
+    "basis": LowRankBasisHead,
+    "softmax": SoftmaxBasisHead,
+    "full": DirectHead,
+}
 
 
-def make_head(head_type: str, layout: LoraLayout, **options: Any) -> "LiDB | LowRankBasisHead | DirectHead":
+def make_head(
+    head_type: str, layout: LoraLayout, **options: Any
+) -> "LiDB | LowRankBasisHead | DirectHead":
     """One of ``_HEADS`` by name, as configs do. Raises ``InvalidArgumentError`` for another."""
     if head_type not in _HEADS:
-        raise InvalidArgumentError(f"unknown parametrisation {head_type!r}; known: {', '.join(_HEADS)}")
+        raise InvalidArgumentError(
+            f"unknown parametrisation {head_type!r}; known: {', '.join(_HEADS)}"
+        )
     head: LiDB | LowRankBasisHead | DirectHead = _HEADS[head_type](layout, **options)
     return head
 

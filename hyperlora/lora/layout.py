@@ -50,7 +50,12 @@ class LoraLayout:
 
     @classmethod
     def from_module(
-        cls, module: nn.Module, component: str, filter_fn: Callable[[str], bool], rank: int, base: str
+        cls,
+        module: nn.Module,
+        component: str,
+        filter_fn: Callable[[str], bool],
+        rank: int,
+        base: str,
     ) -> "LoraLayout":
         """The layout of every Linear or Conv2d in ``module`` (meta device is fine) whose path ``filter_fn``.
 
@@ -62,7 +67,9 @@ class LoraLayout:
             if isinstance(layer, nn.Linear | nn.Conv2d) and filter_fn(path)
         )
         if not targets:
-            raise LayoutMismatchError(f"no site of the preset exists in {type(module).__name__}: choose another preset")
+            raise LayoutMismatchError(
+                f"no site of the preset exists in {type(module).__name__}: choose another preset"
+            )
         return cls(targets, rank, base)
 
     @property
@@ -72,7 +79,9 @@ class LoraLayout:
     @property
     def numel(self) -> int:
         """Numbers in one LoRA of this layout."""
-        return sum(self.rank * (target.in_features + target.out_features) for target in self.targets)
+        return sum(
+            self.rank * (target.in_features + target.out_features) for target in self.targets
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -90,7 +99,10 @@ class LoraLayout:
     def check_compatible(self, other: "LoraLayout", *, ignore_rank: bool = False) -> None:
         """Raise ``LayoutMismatchError`` unless ``other`` has the same sites, base and (unless ``ignore_rank``) rank."""
         other.check_base(self.base)
-        own_targets, other_targets = {s.name: s for s in self.targets}, {s.name: s for s in other.targets}
+        own_targets, other_targets = (
+            {s.name: s for s in self.targets},
+            {s.name: s for s in other.targets},
+        )
         if missing := own_targets.keys() ^ other_targets.keys():
             raise LayoutMismatchError(
                 f"the LoRA has {len(other_targets)} sites, {len(own_targets)} expected; {len(missing)} differ, e.g. {min(missing)}"
@@ -103,12 +115,16 @@ class LoraLayout:
         if self.targets != other.targets:
             raise LayoutMismatchError("the LoRA's sites are in another order than expected")
         if not ignore_rank and self.rank != other.rank:
-            raise LayoutMismatchError(f"the LoRA has rank {other.rank}, rank {self.rank} expected: resize it first")
+            raise LayoutMismatchError(
+                f"the LoRA has rank {other.rank}, rank {self.rank} expected: resize it first"
+            )
 
     def check_base(self, base: str) -> None:
         """Raise ``LayoutMismatchError`` unless LoRAs of this layout are for ``base``."""
         if self.base != base:
-            raise LayoutMismatchError(f"the LoRA is for base {self.base!r}, this base is {base!r}: use its own base")
+            raise LayoutMismatchError(
+                f"the LoRA is for base {self.base!r}, this base is {base!r}: use its own base"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,7 +149,10 @@ def _make_target(name: str, layer: nn.Linear | nn.Conv2d) -> TargetModule:
         return TargetModule(name, layer.in_features, layer.out_features)
     kernel_size = (int(layer.kernel_size[0]), int(layer.kernel_size[1]))
     return TargetModule(
-        name, layer.in_channels // layer.groups * kernel_size[0] * kernel_size[1], layer.out_channels, kernel_size
+        name,
+        layer.in_channels // layer.groups * kernel_size[0] * kernel_size[1],
+        layer.out_channels,
+        kernel_size,
     )
 
 

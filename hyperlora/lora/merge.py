@@ -32,14 +32,18 @@ def merge(
     and ``LayoutMismatchError`` for LoRAs of different bases.
     """
     if method not in MERGE_METHODS:
-        raise InvalidArgumentError(f"unknown way to merge {method!r}; known: {', '.join(MERGE_METHODS)}")
+        raise InvalidArgumentError(
+            f"unknown way to merge {method!r}; known: {', '.join(MERGE_METHODS)}"
+        )
     if not 0 < density <= 1:
         raise InvalidArgumentError(f"density above 0 and at most 1 expected, got {density}")
     if rank is not None and rank < 1:
         raise InvalidArgumentError(f"rank must be at least 1, got {rank}")
     weights = validate_weights(weights, len(loras))
     if method in ("concat", "svd"):
-        merged_exact = _add_loras([lora * weight for lora, weight in zip(loras, weights, strict=True)])
+        merged_exact = _add_loras(
+            [lora * weight for lora, weight in zip(loras, weights, strict=True)]
+        )
         if method == "svd" or rank is not None:
             return merged_exact.resize(rank or max(lora.layout.rank for lora in loras))
         return merged_exact
@@ -48,19 +52,24 @@ def merge(
     if method == "linear":
         merged = _merge_linear(stacked, weights_tensor)
         return merged.resize(rank) if rank is not None else merged
-    return _merge_pruned_deltas(stacked, weights_tensor, method, rank or stacked.layout.rank, density, seed)
+    return _merge_pruned_deltas(
+        stacked, weights_tensor, method, rank or stacked.layout.rank, density, seed
+    )
 
 
 def pad_and_stack(loras: Sequence[LoraWeights]) -> LoraWeights:
     """One batch of LoRAs that differ in sites or rank: zeros where one has no site, zero-padded to the largest rank."""
     layout = _merge_layouts(loras)
     factors_by_target = [
-        dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True)) for lora in loras
+        dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True))
+        for lora in loras
     ]
     down, up = [], []
     for target in layout.targets:
         factors = [
-            _pad_factors(lora[target], layout.rank) if target in lora else _make_zero_factors(target, layout.rank)
+            _pad_factors(lora[target], layout.rank)
+            if target in lora
+            else _make_zero_factors(target, layout.rank)
             for lora in factors_by_target
         ]
         down.append(torch.stack([d for d, _ in factors]))
@@ -120,14 +129,17 @@ def _merge_layouts(loras: Sequence[LoraWeights]) -> LoraLayout:
             lora.layout.check_base(base)
         for target in lora.layout.targets:
             if targets.setdefault(target.name, target) != target:
-                raise LayoutMismatchError(f"site {target.name} has two shapes: the LoRAs are for different bases")
+                raise LayoutMismatchError(
+                    f"site {target.name} has two shapes: the LoRAs are for different bases"
+                )
     return LoraLayout(tuple(targets.values()), max(lora.layout.rank for lora in loras), base)
 
 
 def _add_loras(loras: Sequence[LoraWeights]) -> LoraWeights:
     layout = _merge_layouts(loras).with_rank(sum(lora.layout.rank for lora in loras))
     factors_by_target = [
-        dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True)) for lora in loras
+        dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True))
+        for lora in loras
     ]
     down, up = [], []
     for target in layout.targets:
@@ -149,9 +161,13 @@ def _pad_factors(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Ten
     return F.pad(factors[0], (0, 0, 0, num_pad)), F.pad(factors[1], (0, num_pad))
 
 
-def _make_zero_factors(target: TargetModule, rank: int, reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _make_zero_factors(
+    target: TargetModule, rank: int, reference: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     reference = torch.empty(0) if reference is None else reference
-    return reference.new_zeros(rank, target.in_features), reference.new_zeros(target.out_features, rank)
+    return reference.new_zeros(rank, target.in_features), reference.new_zeros(
+        target.out_features, rank
+    )
 
 
 def _merge_linear(stacked: LoraWeights, weights: Tensor) -> LoraWeights:
@@ -176,7 +192,9 @@ def _merge_pruned_deltas(
         torch.manual_seed(seed)
         for down, up in zip(stacked.down, stacked.up, strict=True):
             deltas = list(up @ down)
-            merged_delta = merge_fns[method](deltas, weights, min(density, 1 - 1e-7))  # at 1, PEFT warns and keeps all
+            merged_delta = merge_fns[method](
+                deltas, weights, min(density, 1 - 1e-7)
+            )  # at 1, PEFT warns and keeps all
             factors.append(_compute_svd_factors(merged_delta, rank))
     layout = stacked.layout.with_rank(rank)
     return LoraWeights(layout, tuple(d for d, _ in factors), tuple(u for _, u in factors))

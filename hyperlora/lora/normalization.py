@@ -31,11 +31,17 @@ class LoraNormalizer(nn.Module):
         """The statistics of all rows of ``batches`` [n, P], in one pass (Chan's update); numbers that never change
         keep a standard deviation of 1."""
         normalizer = cls(layout, canonical)
-        n, mean, sum_squares = 0, torch.zeros(layout.numel).double(), torch.zeros(layout.numel).double()
+        n, mean, sum_squares = (
+            0,
+            torch.zeros(layout.numel).double(),
+            torch.zeros(layout.numel).double(),
+        )
         for batch in batches:
             rows = (canonicalize_rows(layout, batch) if canonical else batch).double()
             mean_delta = rows.mean(0) - mean
-            sum_squares += (rows - rows.mean(0)).square().sum(0) + mean_delta.square() * n * len(rows) / (n + len(rows))
+            sum_squares += (rows - rows.mean(0)).square().sum(0) + mean_delta.square() * n * len(
+                rows
+            ) / (n + len(rows))
             mean += mean_delta * len(rows) / (n + len(rows))
             n += len(rows)
         std = (sum_squares / max(1, n)).sqrt()

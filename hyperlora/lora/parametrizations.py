@@ -37,7 +37,10 @@ class LoraParametrization:
         """Codes [size] of an untrained LoRA: random ``down``, zero ``up``."""
         rank, parts = self.layout.rank, []
         for target in self.layout.targets:
-            down = torch.randn(rank * target.in_features, generator=generator) * target.in_features**-0.5
+            down = (
+                torch.randn(rank * target.in_features, generator=generator)
+                * target.in_features**-0.5
+            )
             parts += [down, torch.zeros(target.out_features * rank)]
         return torch.cat(parts)
 
@@ -57,11 +60,16 @@ class LidbParametrization:
 
     def init_codes(self, generator: Generator) -> Tensor:
         """Codes [size] of ΔW = 0: random ``down``, zero ``up``."""
-        down = torch.randn(len(self.layout.targets) * self.lidb.code_size, generator=generator) * self.lidb.b**-0.5
+        down = (
+            torch.randn(len(self.layout.targets) * self.lidb.code_size, generator=generator)
+            * self.lidb.b**-0.5
+        )
         return torch.cat([down, torch.zeros_like(down)])
 
     def __call__(self, codes: Tensor) -> LoraWeights:
-        down, up = codes.unflatten(-1, (2, len(self.layout.targets), self.lidb.code_size)).unbind(-3)
+        down, up = codes.unflatten(-1, (2, len(self.layout.targets), self.lidb.code_size)).unbind(
+            -3
+        )
         return self.lidb(down, up)
 
 
@@ -105,7 +113,10 @@ class LokrParametrization:
 
     @property
     def layout(self) -> LoraLayout:
-        ranks = (min(w1) * self.inner_rank for w1, _, _ in map(self.get_factor_shapes, self.target_layout.targets))
+        ranks = (
+            min(w1) * self.inner_rank
+            for w1, _, _ in map(self.get_factor_shapes, self.target_layout.targets)
+        )
         return self.target_layout.with_rank(max(ranks))
 
     def get_factor_shapes(self, target: TargetModule) -> tuple[tuple[int, int], ...]:
@@ -114,7 +125,11 @@ class LokrParametrization:
 
         m, _ = factorization(target.in_features // prod(target.kernel_size or (1,)), self.factor)
         n, _ = factorization(target.out_features, self.factor)
-        return (n, m), (target.out_features // n, self.inner_rank), (self.inner_rank, target.in_features // m)
+        return (
+            (n, m),
+            (target.out_features // n, self.inner_rank),
+            (self.inner_rank, target.in_features // m),
+        )
 
     def init_codes(self, generator: Generator) -> Tensor:
         """Codes [size] of ΔW = 0, initialised as PEFT does: w1 zero, the others He-uniform."""
@@ -132,11 +147,15 @@ class LokrParametrization:
                 left, right = _compute_kron(torch.eye(n).to(w1), a2), _compute_kron(w1, b2)
             num_pad = layout.rank - left.shape[-1]
             up.append(F.pad(left, (0, num_pad)))
-            down.append(F.pad(right.expand(*left.shape[:-2], *right.shape[-2:]), (0, 0, 0, num_pad)))
+            down.append(
+                F.pad(right.expand(*left.shape[:-2], *right.shape[-2:]), (0, 0, 0, num_pad))
+            )
         return LoraWeights(layout, tuple(down), tuple(up))
 
 
-Parametrization = LoraParametrization | LidbParametrization | LohaParametrization | LokrParametrization
+Parametrization = (
+    LoraParametrization | LidbParametrization | LohaParametrization | LokrParametrization
+)
 PARAMETRIZATIONS: Final = ("lora", "lidb", "loha", "lokr")
 
 
@@ -173,7 +192,9 @@ def _init_kaiming_codes(
     return torch.cat(codes)
 
 
-def _split_codes(codes: Tensor, shapes: Sequence[tuple[tuple[int, int], ...]]) -> list[list[Tensor]]:
+def _split_codes(
+    codes: Tensor, shapes: Sequence[tuple[tuple[int, int], ...]]
+) -> list[list[Tensor]]:
     sizes = [a * b for group in shapes for a, b in group]
     pieces = iter(codes.split(sizes, -1))
     return [[next(pieces).unflatten(-1, shape) for shape in group] for group in shapes]

@@ -62,7 +62,9 @@ class TextSubstitution(nn.Module):
             )
         self.register_buffer("said", torch.zeros(num_tokens, cross_attention_dim))  # pinv(e(∅)ᵀ)
         for i, target in enumerate(self.targets):
-            self.register_buffer(f"weight{i}", torch.zeros(target.out_features, basis_size or cross_attention_dim))
+            self.register_buffer(
+                f"weight{i}", torch.zeros(target.out_features, basis_size or cross_attention_dim)
+            )
 
     @property
     def targets(self) -> list[TargetModule]:
@@ -71,28 +73,40 @@ class TextSubstitution(nn.Module):
     @property
     def other_layout(self) -> LoraLayout:
         """The layout without these sites, of rank ``rest``."""
-        other_targets = (target for i, target in enumerate(self.layout.targets) if i not in self.target_indices)
+        other_targets = (
+            target for i, target in enumerate(self.layout.targets) if i not in self.target_indices
+        )
         return LoraLayout(tuple(other_targets), self.other_rank, self.layout.base)
 
     @torch.no_grad()
-    def set_base(self, empty_prompt_embeds: Tensor, weights: Sequence[Tensor], basis: Tensor | None = None) -> None:
+    def set_base(
+        self, empty_prompt_embeds: Tensor, weights: Sequence[Tensor], basis: Tensor | None = None
+    ) -> None:
         """``empty_prompt_embeds`` [tokens, width], the base's embedding of the empty text; ``weights`` of ``targets``, in order; the
         ``basis_size`` [directions, width] that words are told in, orthonormal."""
-        self.empty_text_pinv.copy_(torch.linalg.pinv(empty_prompt_embeds.double().mT, rtol=PINV_RTOL))
+        self.empty_text_pinv.copy_(
+            torch.linalg.pinv(empty_prompt_embeds.double().mT, rtol=PINV_RTOL)
+        )
         for i, weight in enumerate(weights):
-            self.get_buffer(f"weight{i}").copy_(weight if basis is None else weight @ basis.to(weight).mT)
+            self.get_buffer(f"weight{i}").copy_(
+                weight if basis is None else weight @ basis.to(weight).mT
+            )
 
     def forward(self, a: Tensor, b: Tensor, other_loras: LoraWeights) -> LoraWeights:
         """``a`` [*batch, tokens, rank] and ``b`` [*batch, rank, basis] at these sites, ``rest`` at the others."""
         with torch.autocast(a.device.type, enabled=False):
             text_down = a.float().mT @ self.empty_text_pinv
-            text_factors = {index: (text_down, weight @ b.float().mT) for index, weight in self._get_weights()}
+            text_factors = {
+                index: (text_down, weight @ b.float().mT) for index, weight in self._get_weights()
+            }
         num_pad = self.layout.rank - self.other_rank
         other_factors = (
             (F.pad(d, (0, 0, 0, num_pad)), F.pad(u, (0, num_pad)))
             for d, u in zip(other_loras.down, other_loras.up, strict=True)
         )
-        factors = (text_factors.get(i) or next(other_factors) for i in range(len(self.layout.targets)))
+        factors = (
+            text_factors.get(i) or next(other_factors) for i in range(len(self.layout.targets))
+        )
         down, up = zip(*factors, strict=True)
         return LoraWeights(self.layout, down, up)
 
@@ -103,7 +117,9 @@ class TextSubstitution(nn.Module):
 
     def _get_weights(self) -> Iterator[tuple[int, Tensor]]:
         """Of each site its place in the layout and its weight."""
-        return ((index, self.get_buffer(f"weight{i}")) for i, index in enumerate(self.target_indices))
+        return (
+            (index, self.get_buffer(f"weight{i}")) for i, index in enumerate(self.target_indices)
+        )
 
 
 def compute_low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -111,4 +127,6 @@ def compute_low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
     Young); zeros where there is more rank than to say."""
     left, scale, right = torch.linalg.svd(matrix, full_matrices=False)
     root, num_pad = scale.sqrt(), rank - scale.shape[-1]  # below 0 the last are left out
-    return F.pad(left * root[..., None, :], (0, num_pad)), F.pad(root[..., None] * right, (0, 0, 0, num_pad))
+    return F.pad(left * root[..., None, :], (0, num_pad)), F.pad(
+        root[..., None] * right, (0, 0, 0, num_pad)
+    )

@@ -29,22 +29,35 @@ class LoraWeights:
 
     def __post_init__(self) -> None:
         if not len(self.down) == len(self.up) == len(self.layout.targets):
-            raise LayoutMismatchError(f"{len(self.down)} sites given, the layout has {len(self.layout.targets)}")
+            raise LayoutMismatchError(
+                f"{len(self.down)} sites given, the layout has {len(self.layout.targets)}"
+            )
         for target, down, up in zip(self.layout.targets, self.down, self.up, strict=True):
-            expected = (self.layout.rank, target.in_features), (target.out_features, self.layout.rank)
+            expected = (
+                (self.layout.rank, target.in_features),
+                (target.out_features, self.layout.rank),
+            )
             if (down.shape[-2:], up.shape[-2:]) != expected or down.shape[:-2] != up.shape[:-2]:
                 raise LayoutMismatchError(
                     f"{target.name}: down {list(down.shape)}, up {list(up.shape)}; expected {expected}"
                 )
 
     @classmethod
-    def zeros(cls, layout: LoraLayout, batch_shape: Sequence[int] = (), std: float = 0.0) -> "LoraWeights":
+    def zeros(
+        cls, layout: LoraLayout, batch_shape: Sequence[int] = (), std: float = 0.0
+    ) -> "LoraWeights":
         """ΔW = 0. With ``std`` > 0 the ``down`` factors are random, as fitting needs (else no gradient flows)."""
-        down = tuple(std * torch.randn(*batch_shape, layout.rank, target.in_features) for target in layout.targets)
+        down = tuple(
+            std * torch.randn(*batch_shape, layout.rank, target.in_features)
+            for target in layout.targets
+        )
         return cls(
             layout,
             down,
-            tuple(torch.zeros(*batch_shape, target.out_features, layout.rank) for target in layout.targets),
+            tuple(
+                torch.zeros(*batch_shape, target.out_features, layout.rank)
+                for target in layout.targets
+            ),
         )
 
     @classmethod
@@ -53,7 +66,11 @@ class LoraWeights:
         for other in loras[1:]:
             loras[0].layout.check_compatible(other.layout)
         down = tuple(torch.stack(d) for d in zip(*(lora.down for lora in loras), strict=True))
-        return cls(loras[0].layout, down, tuple(torch.stack(u) for u in zip(*(lora.up for lora in loras), strict=True)))
+        return cls(
+            loras[0].layout,
+            down,
+            tuple(torch.stack(u) for u in zip(*(lora.up for lora in loras), strict=True)),
+        )
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -71,7 +88,9 @@ class LoraWeights:
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> "LoraWeights":
         if isinstance(index, int) and not -len(self) <= index < len(self):
             raise IndexError(index)  # so that iterating ends
-        return LoraWeights(self.layout, tuple(d[index] for d in self.down), tuple(u[index] for u in self.up))
+        return LoraWeights(
+            self.layout, tuple(d[index] for d in self.down), tuple(u[index] for u in self.up)
+        )
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> "LoraWeights":
         """``fn`` on every tensor, e.g. ``lambda t: t.to("cuda")``."""
@@ -84,7 +103,9 @@ class LoraWeights:
         metadata: "LoraMetadata | None" = None,
     ) -> Path:
         """Write this LoRA (no batch axis) as ``main_callback.lora.io.save.save_lora`` does; undone by ``load_lora``."""
-        from hyperlora.lora.io.save import save_lora  # the one step up: files know LoRAs, this only opens their door
+        from hyperlora.lora.io.save import (
+            save_lora,
+        )  # the one step up: files know LoRAs, this only opens their door
 
         return save_lora(self, path, format=format, metadata=metadata)
 
@@ -100,7 +121,9 @@ class LoraWeights:
     def unflatten(cls, layout: LoraLayout, flat: Tensor) -> "LoraWeights":
         """Inverse of ``flatten``. Raises ``LayoutMismatchError`` if the last axis is not ``layout.numel`` long."""
         if flat.shape[-1] != layout.numel:
-            raise LayoutMismatchError(f"{flat.shape[-1]} numbers given, the layout has {layout.numel}")
+            raise LayoutMismatchError(
+                f"{flat.shape[-1]} numbers given, the layout has {layout.numel}"
+            )
         sizes = [
             n
             for target in layout.targets
@@ -123,12 +146,16 @@ class LoraWeights:
 
     def compute_delta_norms(self) -> Tensor:
         """Frobenius norm of ΔW per site, [*batch, sites], without forming ΔW: tr(uᵀu ddᵀ)."""
-        squared_norms = (((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True))
+        squared_norms = (
+            ((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True)
+        )
         return torch.stack(tuple(squared_norms), -1).clamp_min(0).sqrt()
 
     def compute_mean_squared_norm(self) -> Tensor:
         """‖ΔW‖², the mean over batch and sites; unlike ``compute_delta_norms`` it has a gradient at ΔW = 0, where training begins."""
-        squared_norms = (((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True))
+        squared_norms = (
+            ((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True)
+        )
         return torch.stack(tuple(squared_norms)).mean()
 
     def __mul__(self, strength: float | Tensor) -> "LoraWeights":
@@ -155,7 +182,9 @@ class LoraWeights:
     def resize(self, rank: int) -> "LoraWeights":
         """The best rank-``rank`` approximation of ΔW (SVD), factors balanced; exact when ``rank`` is no smaller."""
         factors = [_resize_factors(d, u, rank) for d, u in zip(self.down, self.up, strict=True)]
-        return LoraWeights(self.layout.with_rank(rank), tuple(d for d, _ in factors), tuple(u for _, u in factors))
+        return LoraWeights(
+            self.layout.with_rank(rank), tuple(d for d, _ in factors), tuple(u for _, u in factors)
+        )
 
     def canonicalize(self) -> "LoraWeights":
         """The same ΔW with downᵀ and up of equal singular values, unique up to signs: comparable between LoRAs."""

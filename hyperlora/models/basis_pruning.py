@@ -27,10 +27,14 @@ def prune_basis(network: Hypernetwork, codes: Tensor, basis_size: int) -> Hypern
         raise InvalidArgumentError(
             "a basis mixed per rank cannot shrink: it has one coefficient for each vector of a direction"
         )
-    pruned = Hypernetwork(network.layout, **{**network.config, "head_options": {"size": basis_size}})  # type: ignore[arg-type]
+    pruned = Hypernetwork(
+        network.layout, **{**network.config, "head_options": {"size": basis_size}}
+    )  # type: ignore[arg-type]
     pruned_head = pruned.head
     assert isinstance(pruned_head, LowRankBasisHead)
-    unchanged_state = {k: v for k, v in network.state_dict().items() if pruned.state_dict()[k].shape == v.shape}
+    unchanged_state = {
+        k: v for k, v in network.state_dict().items() if pruned.state_dict()[k].shape == v.shape
+    }
     pruned.load_state_dict(unchanged_state, strict=False)
     num_targets = len(network.layout.targets)
     for factor in range(2 * num_targets):
@@ -38,22 +42,34 @@ def prune_basis(network: Hypernetwork, codes: Tensor, basis_size: int) -> Hypern
         directions = (old_head.down_basis if is_down else old_head.up_basis)[target_index]
         factor_codes = codes[:, factor]
         mean_code = factor_codes.mean(0) if is_down else torch.zeros_like(factor_codes[0])
-        encode_matrix, decode_matrix = _fit_projection(factor_codes - mean_code, directions, basis_size)
-        (pruned_head.down_basis if is_down else pruned_head.up_basis)[target_index].copy_(decode_matrix @ directions)
+        encode_matrix, decode_matrix = _fit_projection(
+            factor_codes - mean_code, directions, basis_size
+        )
+        (pruned_head.down_basis if is_down else pruned_head.up_basis)[target_index].copy_(
+            decode_matrix @ directions
+        )
         pruned.code_proj[factor] = encode_matrix.mT @ network.code_proj[factor]
         pruned.init_codes[factor] = network.init_codes[factor] @ encode_matrix
         if is_down:
             residual = (mean_code - mean_code @ encode_matrix @ decode_matrix) @ directions
-            down_bias = old_head.down_bias[target_index] + residual.view_as(old_head.down_bias[target_index])
+            down_bias = old_head.down_bias[target_index] + residual.view_as(
+                old_head.down_bias[target_index]
+            )
             pruned_head.down_bias[target_index].copy_(down_bias)
     return pruned
 
 
-def _fit_projection(codes: Tensor, directions: Tensor, num_components: int) -> tuple[Tensor, Tensor]:
+def _fit_projection(
+    codes: Tensor, directions: Tensor, num_components: int
+) -> tuple[Tensor, Tensor]:
     """E [old, size] and R [size, old] with codes E R directions ≈ codes directions, the best of this rank."""
     gram = (directions @ directions.mT).double()
-    gram_cholesky = torch.linalg.cholesky(gram + 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype))
+    gram_cholesky = torch.linalg.cholesky(
+        gram + 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    )
     _, _, components = torch.linalg.svd(codes.double() @ gram_cholesky, full_matrices=False)
     top_components = components[:num_components].mT
-    decode_matrix = torch.linalg.solve_triangular(gram_cholesky.mT, top_components, upper=True).mT  # keptᵀ root⁻¹
+    decode_matrix = torch.linalg.solve_triangular(
+        gram_cholesky.mT, top_components, upper=True
+    ).mT  # keptᵀ root⁻¹
     return (gram_cholesky @ top_components).to(codes.dtype), decode_matrix.to(codes.dtype)

@@ -37,23 +37,38 @@ class Hypernetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.config = {
-            "feature_width": feature_width, "width": width, "depth": depth, "heads": num_heads, "iterations": iterations,
-            "head": head, "head_options": head_options or {},
-        }  # fmt: skip
+            "feature_width": feature_width,
+            "width": width,
+            "depth": depth,
+            "heads": num_heads,
+            "iterations": iterations,
+            "head": head,
+            "head_options": head_options or {},
+        }
         self.layout, self.iterations = layout, iterations
         self.head = make_head(head, layout, **(head_options or {}))
         num_targets, code_size = len(layout.targets), self.head.code_size
-        self.memory_proj = nn.Sequential(nn.LayerNorm(feature_width), nn.Linear(feature_width, width))
+        self.memory_proj = nn.Sequential(
+            nn.LayerNorm(feature_width), nn.Linear(feature_width, width)
+        )
         self.queries = nn.Parameter(torch.randn(2 * num_targets, width) * 0.02)
         layer = nn.TransformerDecoderLayer(
-            width, num_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width,
+            num_heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.decoder = nn.TransformerDecoder(layer, depth, nn.LayerNorm(width))
         # one head (and, if it iterates, one embedding of the last guess) per factor and site
         self.code_proj = nn.Parameter(torch.zeros(2 * num_targets, code_size, width))
         self.init_codes = nn.Parameter(self.head.init_codes())
         if iterations > 1:
-            self.code_embed = nn.Parameter(torch.randn(2 * num_targets, width, code_size) * code_size**-0.5 * 0.1)
+            self.code_embed = nn.Parameter(
+                torch.randn(2 * num_targets, width, code_size) * code_size**-0.5 * 0.1
+            )
 
     def predict_codes(self, features: ImageFeatures) -> Tensor:
         """θ_s [batch, 2 * sites, code_size]: the codes of all ``down`` factors, then of all ``up`` factors."""

@@ -36,9 +36,13 @@ class MixedImageFeatures(nn.Module):
             raise InvalidArgumentError(f"unknown mixture {mode!r}; known: {', '.join(GATE_MODES)}")
         self.mode, self.width = mode, width
         self.config: dict[str, Any] = {
-            "face_width": face_feature_width, "image_width": image_feature_width, "width": width, "tokens": num_tokens, "heads": num_heads,
+            "face_width": face_feature_width,
+            "image_width": image_feature_width,
+            "width": width,
+            "tokens": num_tokens,
+            "heads": num_heads,
             "mode": mode,
-        }  # fmt: skip
+        }
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         if mode != "image":
             self.face_proj = nn.Sequential(
@@ -47,7 +51,9 @@ class MixedImageFeatures(nn.Module):
                 nn.Unflatten(-1, (num_tokens, width)),
             )
         if mode != "face":
-            self.image_proj = nn.Sequential(nn.LayerNorm(image_feature_width), nn.Linear(image_feature_width, width))
+            self.image_proj = nn.Sequential(
+                nn.LayerNorm(image_feature_width), nn.Linear(image_feature_width, width)
+            )
             self.queries = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
             self.cross_attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
         if mode == "gate":
@@ -70,7 +76,10 @@ class MixedImageFeatures(nn.Module):
             mixed = self._encode_face(face_features)
             gate = torch.ones_like(mixed)
         else:
-            face_tokens, image_tokens = self._encode_face(face_features), self._encode_image(image_features)
+            face_tokens, image_tokens = (
+                self._encode_face(face_features),
+                self._encode_image(image_features),
+            )
             gate = torch.full_like(face_tokens, 0.5)
             if self.mode == "gate":
                 gate = torch.sigmoid(self.gate(torch.cat([face_tokens, image_tokens], -1)))
@@ -79,12 +88,16 @@ class MixedImageFeatures(nn.Module):
 
     def _encode_face(self, face_features: ImageFeatures) -> Tensor:
         """[batch * views, tokens, width]."""
-        face_tokens: Tensor = self.norms[0](self.face_proj(face_features.tokens.flatten(0, 1)[:, 0]))
+        face_tokens: Tensor = self.norms[0](
+            self.face_proj(face_features.tokens.flatten(0, 1)[:, 0])
+        )
         return face_tokens
 
     def _encode_image(self, image_features: ImageFeatures) -> Tensor:
         """[batch * views, tokens, width]."""
         keys = self.image_proj(image_features.tokens.flatten(0, 1))
-        attn_output, _ = self.cross_attn(self.queries.expand(len(keys), -1, -1), keys, keys, need_weights=False)
+        attn_output, _ = self.cross_attn(
+            self.queries.expand(len(keys), -1, -1), keys, keys, need_weights=False
+        )
         image_tokens: Tensor = self.norms[1](attn_output)
         return image_tokens

@@ -24,7 +24,9 @@ class ColorPointer(nn.Module):
     ``num_patches``.
     """
 
-    def __init__(self, hidden_size: int, num_patches: int, patch_pixels: int, output_sizes: Sequence[int]) -> None:
+    def __init__(
+        self, hidden_size: int, num_patches: int, patch_pixels: int, output_sizes: Sequence[int]
+    ) -> None:
         super().__init__()
         self.num_queries = len(output_sizes)
         self.to_q = nn.Linear(hidden_size, self.num_queries * _HEAD_DIM)
@@ -41,7 +43,9 @@ class ColorPointer(nn.Module):
         )  # [batch, views, pixels, width]
         queries = self.to_q(hidden_states).unflatten(-1, (self.num_queries, -1))
         attn_weights = torch.einsum("blw,bvpw->bvlp", queries, keys).softmax(-1)
-        attended_colors = torch.einsum("bvlp,bvpc->blc", attn_weights, after_pixels) / after_pixels.shape[1]
+        attended_colors = (
+            torch.einsum("bvlp,bvpc->blc", attn_weights, after_pixels) / after_pixels.shape[1]
+        )
         return [attended_colors[:, i] @ out_weight for i, out_weight in enumerate(self.to_out)]
 
 
@@ -111,7 +115,9 @@ class InstructionHead(nn.Module):
         self.patch_pixels = patch_pixels
         point_sizes = [len(group) - 1 for group in self.vocabulary.color_axes.values()]
         self.color_pointer = (
-            ColorPointer(hidden_size, num_patches, patch_pixels, point_sizes) if patch_pixels and point_sizes else None
+            ColorPointer(hidden_size, num_patches, patch_pixels, point_sizes)
+            if patch_pixels and point_sizes
+            else None
         )
         num_prompts = len(self.vocabulary.prompts) + len(self.vocabulary.undo_prompts)
         basis_size, text_rank = min(text_basis_size, cross_attention_dim), text_rank or rank
@@ -126,32 +132,47 @@ class InstructionHead(nn.Module):
             self.blocks,
             *([self.color_pointer.to_q] if self.color_pointer else []),
         ]
-        return [parameter for module in modules for parameter in module.parameters() if parameter.ndim == 2]
+        return [
+            parameter
+            for module in modules
+            for parameter in module.parameters()
+            if parameter.ndim == 2
+        ]
 
     @torch.no_grad()
     def set_text_embeddings(self, text_offsets: Tensor) -> Tensor:
         """``text_offsets`` [prompts, tokens, width]: e(prompt) - e(∅) of the vocabulary's prompts and its ways back. Returns
         the basis [directions, width] that they are kept in, orthonormal."""
         second_moments = torch.einsum("ptw,ptv->wv", text_offsets.double(), text_offsets.double())
-        basis = torch.linalg.eigh(second_moments).eigenvectors.mT.flip(0)[: self.text_b.shape[-1]].to(text_offsets)
+        basis = (
+            torch.linalg.eigh(second_moments)
+            .eigenvectors.mT.flip(0)[: self.text_b.shape[-1]]
+            .to(text_offsets)
+        )
         a, b = compute_low_rank_factors(text_offsets @ basis.mT, self.text_a.shape[-1])
         self.text_a.copy_(a)
         self.text_b.copy_(b)
         return basis
 
     @torch.no_grad()
-    def forward(self, features: PairFeatures, reversed_features: PairFeatures) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: PairFeatures, reversed_features: PairFeatures
+    ) -> tuple[Tensor, Tensor]:
         """``features`` holds (A, A') and (A, A), ``reversed_features`` (A', A) and (A', A'), each joined: a [batch, tokens, rank]
         and b [batch, rank, basis]."""
         prompt_weights = self.predict_prompt_weights(*features)
         if self.vocabulary.undo_template:
-            prompt_weights = torch.cat([prompt_weights, -self.predict_prompt_weights(*reversed_features)], -1)
+            prompt_weights = torch.cat(
+                [prompt_weights, -self.predict_prompt_weights(*reversed_features)], -1
+            )
         with torch.autocast(self.text_a.device.type, enabled=False):
             return compute_low_rank_factors(
                 torch.einsum("np,ptr,prk->ntk", prompt_weights, self.text_a, self.text_b), self.rank
             )
 
-    def predict_prompt_weights(self, pair_features: ImageFeatures, unchanged_features: ImageFeatures) -> Tensor:
+    def predict_prompt_weights(
+        self, pair_features: ImageFeatures, unchanged_features: ImageFeatures
+    ) -> Tensor:
         """How much of each prompt asks for the change, [batch, prompts]; ``pair_features`` holds (A, A'), ``unchanged_features`` (A, A)."""
         with torch.autocast(self.text_a.device.type, enabled=False):
             return self.vocabulary.compute_prompt_weights(
@@ -168,7 +189,9 @@ class InstructionHead(nn.Module):
                     f"words point at pixels of {self.num_patches} places, the encoder shows {tokens.shape[-2]}"
                 )
             batch, views = tokens.shape[:2]
-            tokens = F.adaptive_avg_pool1d(tokens.flatten(0, 1).mT, self.num_patches).mT.unflatten(0, (batch, views))
+            tokens = F.adaptive_avg_pool1d(tokens.flatten(0, 1).mT, self.num_patches).mT.unflatten(
+                0, (batch, views)
+            )
         normalized = self.input_norm(tokens.flatten(0, 2)).view_as(
             tokens
         )  # colours and features are of different sizes
@@ -183,8 +206,12 @@ class InstructionHead(nn.Module):
             return logits
         before, after = self._get_patch_pixels(tokens)
         points = self.color_pointer(hidden_states, before, after)
-        num_category_logits = sum(self.vocabulary.logit_sizes) - sum(1 + point.shape[-1] for point in points)
-        point_logits = [F.pad(point, (1, 0)) for point in points]  # whether there is one is not pointed at
+        num_category_logits = sum(self.vocabulary.logit_sizes) - sum(
+            1 + point.shape[-1] for point in points
+        )
+        point_logits = [
+            F.pad(point, (1, 0)) for point in points
+        ]  # whether there is one is not pointed at
         return logits + F.pad(torch.cat(point_logits, -1), (num_category_logits, 0))
 
     def _add_input_noise(self, normalized: Tensor) -> Tensor:
@@ -197,5 +224,6 @@ class InstructionHead(nn.Module):
     def _get_patch_pixels(self, tokens: Tensor) -> list[Tensor]:
         """The pixels of A and of A', views of their tokens."""
         return [
-            side_tokens[..., side_tokens.shape[-1] - 3 * self.patch_pixels**2 :] for side_tokens in tokens.chunk(2, -1)
+            side_tokens[..., side_tokens.shape[-1] - 3 * self.patch_pixels**2 :]
+            for side_tokens in tokens.chunk(2, -1)
         ]

@@ -34,7 +34,9 @@ class InstructionTargets:
     points: Sequence[Tensor]
 
     def to(self, device: torch.device) -> "InstructionTargets":
-        return InstructionTargets(self.categories.to(device), [point.to(device) for point in self.points])
+        return InstructionTargets(
+            self.categories.to(device), [point.to(device) for point in self.points]
+        )
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,28 @@ class InstructionVocabulary:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "InstructionVocabulary":
         """From a configuration: ``categories``, ``color_axes``, ``undo_template`` and ``zero_shot_prompts``."""
-        return cls(config.get("choices", {}), config.get("mixtures", {}), config.get("back"), config.get("further", ()))
+        return cls(
+            config.get("choices", {}),
+            config.get("mixtures", {}),
+            config.get("back"),
+            config.get("further", ()),
+        )
 
     @cached_property
     def prompts(self) -> list[str]:
-        return [prompt for group in (*self.categories.values(), *self.color_axes.values()) for prompt in group]
+        return [
+            prompt
+            for group in (*self.categories.values(), *self.color_axes.values())
+            for prompt in group
+        ]
 
     @cached_property
     def undo_prompts(self) -> list[str]:
         """What asks to go back to what each of ``prompts`` asks for; empty without a pattern for it."""
         return (
-            [apply_prompt_template(prompt, self.undo_template) for prompt in self.prompts] if self.undo_template else []
+            [apply_prompt_template(prompt, self.undo_template) for prompt in self.prompts]
+            if self.undo_template
+            else []
         )
 
     @cached_property
@@ -86,7 +99,8 @@ class InstructionVocabulary:
         said of each group; where nothing is likelier, all weights are 0."""
         group_logits = logits.split(self.logit_sizes, -1)
         one_hots = [
-            F.one_hot(group.argmax(-1), group.shape[-1])[:, 1:] for group in group_logits[: len(self.categories)]
+            F.one_hot(group.argmax(-1), group.shape[-1])[:, 1:]
+            for group in group_logits[: len(self.categories)]
         ]
         return torch.cat(
             [
@@ -98,12 +112,18 @@ class InstructionVocabulary:
 
     def decode(self, prompt_weights: Tensor) -> list[str]:
         """Weights [n, prompts] as instructions."""
-        return [combine_blends(dict(zip(self.prompts, row, strict=True))) for row in prompt_weights.tolist()]
+        return [
+            combine_blends(dict(zip(self.prompts, row, strict=True)))
+            for row in prompt_weights.tolist()
+        ]
 
     def compute_loss(self, logits: Tensor, targets: InstructionTargets) -> Tensor:
         """Cross-entropy of every group, and the error of points where there are some: [n]."""
         group_logits = logits.split(self.logit_sizes, -1)
-        category_logits, axis_logits = group_logits[: len(self.categories)], group_logits[len(self.categories) :]
+        category_logits, axis_logits = (
+            group_logits[: len(self.categories)],
+            group_logits[len(self.categories) :],
+        )
         losses = [
             F.cross_entropy(category_logit, targets.categories[:, i], reduction="none")
             for i, category_logit in enumerate(category_logits)
@@ -111,40 +131,66 @@ class InstructionVocabulary:
         for axis_logit, point in zip(axis_logits, targets.points, strict=True):
             is_present = ~point.isnan().any(-1)
             losses.append(
-                F.binary_cross_entropy_with_logits(axis_logit[:, 0], is_present.to(axis_logit), reduction="none")
+                F.binary_cross_entropy_with_logits(
+                    axis_logit[:, 0], is_present.to(axis_logit), reduction="none"
+                )
             )
-            losses.append(POINT_LOSS_WEIGHT * (axis_logit[:, 1:] - point.nan_to_num()).square().sum(-1) * is_present)
+            losses.append(
+                POINT_LOSS_WEIGHT
+                * (axis_logit[:, 1:] - point.nan_to_num()).square().sum(-1)
+                * is_present
+            )
         return torch.stack(losses).sum(0)
 
     def is_correct(self, logits: Tensor, targets: InstructionTargets) -> Tensor:
         """Whether what is said is what is meant, points aside: [n]."""
         group_logits = logits.split(self.logit_sizes, -1)
-        category_logits, axis_logits = group_logits[: len(self.categories)], group_logits[len(self.categories) :]
-        matches = [group.argmax(-1) == targets.categories[:, i] for i, group in enumerate(category_logits)]
+        category_logits, axis_logits = (
+            group_logits[: len(self.categories)],
+            group_logits[len(self.categories) :],
+        )
+        matches = [
+            group.argmax(-1) == targets.categories[:, i] for i, group in enumerate(category_logits)
+        ]
         matches += [
-            (group[:, 0] > 0) != point.isnan().any(-1) for group, point in zip(axis_logits, targets.points, strict=True)
+            (group[:, 0] > 0) != point.isnan().any(-1)
+            for group, point in zip(axis_logits, targets.points, strict=True)
         ]
         return torch.stack(matches).all(0)
 
     def encode(self, instructions: Sequence[str]) -> InstructionTargets:
         """What instructions (or blends) of these prompts say; of a mixture the nearest point, so that a colour's name
         is its place in the box. What no group knows is passed over."""
-        encoded_instructions = [self._encode_instruction(instruction) for instruction in instructions]
+        encoded_instructions = [
+            self._encode_instruction(instruction) for instruction in instructions
+        ]
         categories = torch.tensor([categories for categories, _ in encoded_instructions]).view(
             len(encoded_instructions), len(self.categories)
         )
         return InstructionTargets(
             categories,
-            [torch.stack(points) for points in zip(*(points for _, points in encoded_instructions), strict=True)],
+            [
+                torch.stack(points)
+                for points in zip(*(points for _, points in encoded_instructions), strict=True)
+            ],
         )
 
     def _encode_instruction(self, instruction: str) -> tuple[list[int], list[Tensor]]:
         prompt_weights = parse_blend(instruction)
         categories = [
-            next((1 + i for i, prompt in enumerate(group) if prompt_weights.get(prompt, 0.0) > _PRESENCE_THRESHOLD), 0)
+            next(
+                (
+                    1 + i
+                    for i, prompt in enumerate(group)
+                    if prompt_weights.get(prompt, 0.0) > _PRESENCE_THRESHOLD
+                ),
+                0,
+            )
             for group in self.categories.values()
         ]
-        return categories, [color_space.compute_point(prompt_weights) for color_space in self._color_spaces]
+        return categories, [
+            color_space.compute_point(prompt_weights) for color_space in self._color_spaces
+        ]
 
     @cached_property
     def _color_spaces(self) -> list["_ColorSpace"]:
@@ -156,7 +202,9 @@ class _ColorSpace:
 
     def __init__(self, prompts: Sequence[str]) -> None:
         parsed_prompts = [parse_blend(prompt) for prompt in prompts]
-        self.base_prompts = sorted({base_prompt for prompt_weights in parsed_prompts for base_prompt in prompt_weights})
+        self.base_prompts = sorted(
+            {base_prompt for prompt_weights in parsed_prompts for base_prompt in prompt_weights}
+        )
         corners = torch.tensor(
             [
                 [prompt_weights.get(base_prompt, 0.0) for base_prompt in self.base_prompts]

@@ -34,20 +34,26 @@ class LoraAutoencoder(nn.Module):
         super().__init__()
         self.layout, self.variational, self.latent_width = layout, variational, latent_width
         self.config: dict[str, Any] = {
-            "channels": list(channels), "stride": stride, "width": latent_width, "variational": variational,
-        }  # fmt: skip
+            "channels": list(channels),
+            "stride": stride,
+            "width": latent_width,
+            "variational": variational,
+        }
         self.downsample_factor = stride ** len(channels)
         self.num_tokens = -(-layout.numel // self.downsample_factor)
         padded_length = self.num_tokens * self.downsample_factor
         stage_lengths = [padded_length // stride ** (i + 1) for i in range(len(channels))]
         stage_channels = (1, *channels)
         self.down_blocks = nn.ModuleList(
-            _ConvStage(stage_channels[i], stage_channels[i + 1], stride, stage_lengths[i]) for i in range(len(channels))
+            _ConvStage(stage_channels[i], stage_channels[i + 1], stride, stage_lengths[i])
+            for i in range(len(channels))
         )
         self.quant_conv = nn.Conv1d(channels[-1], latent_width * (2 if variational else 1), 1)
         self.post_quant_conv = nn.Conv1d(latent_width, channels[-1], 1)
         self.up_blocks = nn.ModuleList(
-            _ConvStage(stage_channels[i + 1], stage_channels[i], stride, stage_lengths[i], upsample=True)
+            _ConvStage(
+                stage_channels[i + 1], stage_channels[i], stride, stage_lengths[i], upsample=True
+            )
             for i in reversed(range(len(channels)))
         )
         self.register_buffer("order", make_rank_major_permutation(layout), persistent=False)
@@ -61,7 +67,9 @@ class LoraAutoencoder(nn.Module):
         """Mean and logarithm of the variance of the latents, [batch, tokens, width] each (the latter -inf unless
         variational)."""
         sequence = rows[..., self.permutation]
-        x = F.pad(sequence, (0, self.num_tokens * self.downsample_factor - sequence.shape[-1]))[:, None]
+        x = F.pad(sequence, (0, self.num_tokens * self.downsample_factor - sequence.shape[-1]))[
+            :, None
+        ]
         for stage in self.down_blocks:
             x = stage(x)
         moments = self.quant_conv(x).mT
@@ -98,13 +106,17 @@ class LoraAutoencoder(nn.Module):
 class _ConvStage(nn.Module):
     """One convolution that shortens (or lengthens) the line, a scale and shift for every place, a residual block."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, length: int, upsample: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, length: int, upsample: bool = False
+    ) -> None:
         super().__init__()
         if upsample:
             self.resample: nn.Module = nn.ConvTranspose1d(in_channels, out_channels, stride, stride)
         else:
             self.resample = nn.Conv1d(in_channels, out_channels, stride, stride)
-        channels = in_channels if upsample else out_channels  # the short side of the line: places are fewest there
+        channels = (
+            in_channels if upsample else out_channels
+        )  # the short side of the line: places are fewest there
         self.scale = nn.Parameter(torch.ones(channels, length))
         self.shift = nn.Parameter(torch.zeros(channels, length))
         conv_out = nn.Conv1d(channels, channels, 3, padding=1)
@@ -126,15 +138,25 @@ def make_rank_major_permutation(layout: LoraLayout) -> Tensor:
     the column of ``up`` that it is multiplied with."""
     indices, offset = [], 0
     for target in layout.targets:
-        down = torch.arange(layout.rank * target.in_features).view(layout.rank, target.in_features) + offset
+        down = (
+            torch.arange(layout.rank * target.in_features).view(layout.rank, target.in_features)
+            + offset
+        )
         offset += down.numel()
-        up = torch.arange(target.out_features * layout.rank).view(target.out_features, layout.rank).mT + offset
+        up = (
+            torch.arange(target.out_features * layout.rank)
+            .view(target.out_features, layout.rank)
+            .mT
+            + offset
+        )
         offset += up.numel()
         indices.append(torch.cat([down, up], 1).flatten())
     return torch.cat(indices)
 
 
-def compute_weight_preserved_loss(reconstruction: Tensor, target: Tensor, magnitude_weight: float) -> Tensor:
+def compute_weight_preserved_loss(
+    reconstruction: Tensor, target: Tensor, magnitude_weight: float
+) -> Tensor:
     """mean((1 + λ |w| / max |w|) (w - ŵ)²), λ = ``magnitude_weight``: large numbers count more. The published formula is unknown;
     this is ours. Both [batch, numel]; max over each LoRA."""
     relative_magnitude = target.abs() / target.abs().amax(-1, keepdim=True).clamp(min=1e-12)

@@ -38,18 +38,26 @@ class LoraDiT(nn.Module):
         self.x_embedder = nn.Linear(latent_width, width)
         self.pos_embed = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.y_embedder = nn.Sequential(nn.LayerNorm(condition_width), nn.Linear(condition_width, width))
+        self.y_embedder = nn.Sequential(
+            nn.LayerNorm(condition_width), nn.Linear(condition_width, width)
+        )
         self.null_token = nn.Parameter(torch.randn(1, width) * 0.02)
         self.blocks = nn.ModuleList(_DiTBlock(width, num_heads) for _ in range(depth))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _make_zero_linear(width, 2 * width))
         self.final_layer = _make_zero_linear(width, latent_width)
 
-    def forward(self, x: Tensor, t: Tensor, photo_features: ImageFeatures, drop_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, photo_features: ImageFeatures, drop_mask: Tensor | None = None
+    ) -> Tensor:
         """``drop_mask`` [batch], bool: samples that are told nothing of their photos."""
         cond_tokens = self.y_embedder(photo_features.flatten_views())  # [batch, views * n, width]
         if drop_mask is not None:
-            cond_tokens = torch.where(drop_mask[:, None, None], self.null_token.expand_as(cond_tokens), cond_tokens)
-        cond_embed = self.t_embedder(_get_timestep_embedding(t)) + cond_tokens.mean(1)  # [batch, width]
+            cond_tokens = torch.where(
+                drop_mask[:, None, None], self.null_token.expand_as(cond_tokens), cond_tokens
+            )
+        cond_embed = self.t_embedder(_get_timestep_embedding(t)) + cond_tokens.mean(
+            1
+        )  # [batch, width]
         h = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             h = block(h, cond_tokens, cond_embed)
@@ -58,7 +66,11 @@ class LoraDiT(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, photo_features: ImageFeatures, noise: Tensor, num_inference_steps: int = 10, guidance_scale: float = 1.0
+        self,
+        photo_features: ImageFeatures,
+        noise: Tensor,
+        num_inference_steps: int = 10,
+        guidance_scale: float = 1.0,
     ) -> Tensor:
         """Latents from ``noise`` [batch, tokens, latent_width] by Euler's method in ``num_inference_steps`` equal steps; at
         ``guidance_scale`` w, x = x_none + w (x - x_none) (2207.12598, eq. 6; v likewise). The last step ends on what the
@@ -71,7 +83,9 @@ class LoraDiT(nn.Module):
             else:
                 doubled_features = ImageFeatures(photo_features.tokens.repeat(2, 1, 1, 1))
                 drop_mask = torch.arange(2 * batch_size, device=x.device) >= batch_size
-                pred_x0, uncond_x0 = self(x.repeat(2, 1, 1), t.repeat(2), doubled_features, drop_mask).chunk(2)
+                pred_x0, uncond_x0 = self(
+                    x.repeat(2, 1, 1), t.repeat(2), doubled_features, drop_mask
+                ).chunk(2)
                 pred_x0 = uncond_x0 + guidance_scale * (pred_x0 - uncond_x0)
             x = x + (pred_x0 - x) / (num_inference_steps - i)
         return x
@@ -89,15 +103,20 @@ class _DiTBlock(nn.Module):
             nn.Linear(width, 2 * width),
             nn.Linear(width, width),
         )
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _make_zero_linear(width, 9 * width))
 
     def forward(self, h: Tensor, cond_tokens: Tensor, cond_embed: Tensor) -> Tensor:
         attn_modulation, cross_modulation, mlp_modulation = (
-            modulation.chunk(3, -1) for modulation in self.adaLN_modulation(cond_embed)[:, None].chunk(3, -1)
+            modulation.chunk(3, -1)
+            for modulation in self.adaLN_modulation(cond_embed)[:, None].chunk(3, -1)
         )
         x = _apply_layer_norm(h) * (1 + attn_modulation[0]) + attn_modulation[1]
-        h = h + attn_modulation[2] * self.attn_out(self._compute_attention(*self.qkv(x).chunk(3, -1)))
+        h = h + attn_modulation[2] * self.attn_out(
+            self._compute_attention(*self.qkv(x).chunk(3, -1))
+        )
         x = _apply_layer_norm(h) * (1 + cross_modulation[0]) + cross_modulation[1]
         h = h + cross_modulation[2] * self.cross_out(
             self._compute_attention(self.cross_q(x), *self.cross_kv(cond_tokens).chunk(2, -1))
@@ -106,7 +125,9 @@ class _DiTBlock(nn.Module):
         return h + mlp_modulation[2] * self.mlp(x)
 
     def _compute_attention(self, *qkv: Tensor) -> Tensor:
-        q, k, v = (projection.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for projection in qkv)
+        q, k, v = (
+            projection.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for projection in qkv
+        )
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -49,7 +49,11 @@ class FactorwiseLoraPCA(nn.Module):
     joint_components: Tensor
 
     def __init__(
-        self, layout: LoraLayout, num_tokens: int = 8, latent_width: int = 16, components_per_factor: int = 20
+        self,
+        layout: LoraLayout,
+        num_tokens: int = 8,
+        latent_width: int = 16,
+        components_per_factor: int = 20,
     ) -> None:
         super().__init__()
         self.layout, self.num_tokens, self.latent_width, self.components_per_factor = (
@@ -58,7 +62,11 @@ class FactorwiseLoraPCA(nn.Module):
             latent_width,
             components_per_factor,
         )
-        self.config: dict[str, Any] = {"tokens": num_tokens, "width": latent_width, "each": components_per_factor}
+        self.config: dict[str, Any] = {
+            "tokens": num_tokens,
+            "width": latent_width,
+            "each": components_per_factor,
+        }
         self.factor_sizes = [
             layout.rank * num_features
             for target in layout.targets
@@ -66,7 +74,8 @@ class FactorwiseLoraPCA(nn.Module):
         ]
         self.register_buffer("parts", torch.zeros(components_per_factor, layout.numel))
         self.register_buffer(
-            "joint", torch.zeros(num_tokens * latent_width, len(self.factor_sizes) * components_per_factor)
+            "joint",
+            torch.zeros(num_tokens * latent_width, len(self.factor_sizes) * components_per_factor),
         )
 
     @property
@@ -82,7 +91,9 @@ class FactorwiseLoraPCA(nn.Module):
         ]
         self.factor_components.copy_(torch.cat(factor_components, -1))
         self.joint_components.copy_(
-            compute_principal_components(self._compute_coefficients(rows), len(self.joint_components))
+            compute_principal_components(
+                self._compute_coefficients(rows), len(self.joint_components)
+            )
         )
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -93,12 +104,16 @@ class FactorwiseLoraPCA(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """[batch, numel]."""
-        coefficients = (latents.flatten(-2) @ self.joint_components).split(self.components_per_factor, -1)
+        coefficients = (latents.flatten(-2) @ self.joint_components).split(
+            self.components_per_factor, -1
+        )
         factor_components = self.factor_components.split(self.factor_sizes, -1)
         return torch.cat(
             [
                 factor_coefficients @ components
-                for factor_coefficients, components in zip(coefficients, factor_components, strict=True)
+                for factor_coefficients, components in zip(
+                    coefficients, factor_components, strict=True
+                )
             ],
             -1,
         )
@@ -106,12 +121,16 @@ class FactorwiseLoraPCA(nn.Module):
     def _compute_coefficients(self, rows: Tensor) -> Tensor:
         """[batch, factors * each]."""
         factors = zip(
-            rows.split(self.factor_sizes, -1), self.factor_components.split(self.factor_sizes, -1), strict=True
+            rows.split(self.factor_sizes, -1),
+            self.factor_components.split(self.factor_sizes, -1),
+            strict=True,
         )
         return torch.cat([factor_rows @ components.mT for factor_rows, components in factors], -1)
 
 
-def compute_principal_components(rows: Tensor, num_components: int, min_variance_ratio: float = 1e-6) -> Tensor:
+def compute_principal_components(
+    rows: Tensor, num_components: int, min_variance_ratio: float = 1e-6
+) -> Tensor:
     """The ``num_components`` orthonormal directions of most variance of rows [n, width] of mean 0, [count, width]; zeros in
     place of those whose variance is below ``min_variance_ratio`` of the first's.
 
@@ -119,7 +138,9 @@ def compute_principal_components(rows: Tensor, num_components: int, min_variance
     """
     rows = rows.float()
     is_wide = len(rows) < rows.shape[1]
-    eigenvalues, eigenvectors = torch.linalg.eigh((rows @ rows.mT if is_wide else rows.mT @ rows).double())
+    eigenvalues, eigenvectors = torch.linalg.eigh(
+        (rows @ rows.mT if is_wide else rows.mT @ rows).double()
+    )
     eigenvectors = eigenvectors.flip(1)[:, :num_components][
         :, eigenvalues.flip(0)[:num_components] > min_variance_ratio * eigenvalues[-1]
     ].float()

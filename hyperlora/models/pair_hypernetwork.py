@@ -48,9 +48,13 @@ class PairHypernetwork(nn.Module):
     ) -> None:
         super().__init__()
         if fusion not in FUSION_WIDTHS:
-            raise InvalidArgumentError(f"unknown way to join a pair {fusion!r}; known: {', '.join(FUSION_WIDTHS)}")
+            raise InvalidArgumentError(
+                f"unknown way to join a pair {fusion!r}; known: {', '.join(FUSION_WIDTHS)}"
+            )
         if antisymmetric and hypernetwork_kwargs.get("head") == "softmax":
-            raise InvalidArgumentError("shares of a softmax basis cannot change sign: antisymmetric needs another head")
+            raise InvalidArgumentError(
+                "shares of a softmax basis cannot change sign: antisymmetric needs another head"
+            )
         if instruction_head and instruction_head.get("pixels") and fusion != "concat":
             raise InvalidArgumentError(
                 f"words that point at pixels need both pictures: join 'concat' expected, got {fusion!r}"
@@ -59,7 +63,9 @@ class PairHypernetwork(nn.Module):
         pair_width = FUSION_WIDTHS[fusion] * feature_width
         head_kwargs = {k: v for k, v in (instruction_head or {}).items() if k != "rest"}
         self.instruction_head = (
-            InstructionHead(pair_width, rank=layout.rank, **head_kwargs) if instruction_head else None
+            InstructionHead(pair_width, rank=layout.rank, **head_kwargs)
+            if instruction_head
+            else None
         )
         self.text_substitution = None
         if instruction_head and self.instruction_head:
@@ -71,12 +77,20 @@ class PairHypernetwork(nn.Module):
                 self.instruction_head.text_b.shape[-1],
             )
         self.hypernetwork = Hypernetwork(
-            self.text_substitution.other_layout if self.text_substitution else layout, pair_width, **hypernetwork_kwargs
+            self.text_substitution.other_layout if self.text_substitution else layout,
+            pair_width,
+            **hypernetwork_kwargs,
         )
-        hypernetwork_config = {k: v for k, v in self.hypernetwork.config.items() if k != "feature_width"}
+        hypernetwork_config = {
+            k: v for k, v in self.hypernetwork.config.items() if k != "feature_width"
+        }
         self.config = {
-            "feature_width": feature_width, "join": fusion, "antisymmetric": antisymmetric, "words": instruction_head, **hypernetwork_config,
-        }  # fmt: skip
+            "feature_width": feature_width,
+            "join": fusion,
+            "antisymmetric": antisymmetric,
+            "words": instruction_head,
+            **hypernetwork_config,
+        }
 
     def predict_codes(self, before: ImageFeatures, after: ImageFeatures) -> Tensor:
         """[batch, 2 * sites, code_size], of the sites that are not given words."""
@@ -84,7 +98,10 @@ class PairHypernetwork(nn.Module):
         if not self.antisymmetric:
             return forward_codes
         backward_codes = self.hypernetwork.predict_codes(self.fuse_pair(after, before))
-        (down, up), (backward_down, backward_up) = forward_codes.chunk(2, -2), backward_codes.chunk(2, -2)
+        (down, up), (backward_down, backward_up) = (
+            forward_codes.chunk(2, -2),
+            backward_codes.chunk(2, -2),
+        )
         return torch.cat([(down + backward_down) / 2, (up - backward_up) / 2], -2)
 
     def forward(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:
@@ -94,7 +111,9 @@ class PairHypernetwork(nn.Module):
             return weights
         return self.text_substitution(*self.predict_prompt_factors(before, after), weights)
 
-    def predict_prompt_factors(self, before: ImageFeatures, after: ImageFeatures) -> tuple[Tensor, Tensor]:
+    def predict_prompt_factors(
+        self, before: ImageFeatures, after: ImageFeatures
+    ) -> tuple[Tensor, Tensor]:
         """``a`` [batch, tokens, rank] and ``b`` [batch, rank, basis] of ``TextSubstitution``. Raises ``InvalidArgumentError`` if the
         network was built without ``words``."""
         pair_features = self.fuse_pair(before, after), self.fuse_pair(before, before)
@@ -106,13 +125,17 @@ class PairHypernetwork(nn.Module):
         """What would ask for each change of the batch. Raises ``InvalidArgumentError`` as ``words``."""
         instruction_head = self._instruction_head_or_raise
         return instruction_head.vocabulary.decode(
-            instruction_head.predict_prompt_weights(self.fuse_pair(before, after), self.fuse_pair(before, before))
+            instruction_head.predict_prompt_weights(
+                self.fuse_pair(before, after), self.fuse_pair(before, before)
+            )
         )
 
     @property
     def _instruction_head_or_raise(self) -> InstructionHead:
         if self.instruction_head is None:
-            raise InvalidArgumentError("this network has no words: build it with words={'tokens': ..., 'width': ...}")
+            raise InvalidArgumentError(
+                "this network has no words: build it with words={'tokens': ..., 'width': ...}"
+            )
         return self.instruction_head
 
     def fuse_pair(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:

@@ -14,12 +14,17 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 
-METHODS: Final[Mapping[str, type[ImageToLoraBase]]] = {"hyperdreambooth": ImageToLora, "difflora": LoraDiffusion}
+METHODS: Final[Mapping[str, type[ImageToLoraBase]]] = {
+    "hyperdreambooth": ImageToLora,
+    "difflora": LoraDiffusion,
+}
 
 
 def load_image_to_lora(
-    name_or_path: str | Path | None = None, method: str | None = None, base: DiffusionBase | None = None
-) -> ImageToLoraBase:  # fmt: skip
+    name_or_path: str | Path | None = None,
+    method: str | None = None,
+    base: DiffusionBase | None = None,
+) -> ImageToLoraBase:
     """The model ``name_or_path`` (folder or hub id) of any method; without a name the bundle's of ``method``.
 
     Raises ``InvalidArgumentError`` for an unknown method, ``ModelLoadError`` for a model of another one, and what
@@ -28,7 +33,9 @@ def load_image_to_lora(
     if method is not None and method not in METHODS:
         raise InvalidArgumentError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     model_name_or_path = (
-        name_or_path if name_or_path is not None else pretrained.MODEL_DIR_BY_METHOD[method or "hyperdreambooth"]
+        name_or_path
+        if name_or_path is not None
+        else pretrained.MODEL_DIR_BY_METHOD[method or "hyperdreambooth"]
     )
     model_method = read_method_name(model_name_or_path)
     if method is not None and model_method not in (None, method):
@@ -58,4 +65,10 @@ def read_method_name(name_or_path: str | Path) -> str | None:
     except (OSError, ValueError, RecursionError):
         return None
     config_keys = config.keys() if isinstance(config, dict) else ()
-    return "difflora" if "denoiser" in config_keys else "hyperdreambooth" if "hypernetwork" in config_keys else None
+    return (
+        "difflora"
+        if "denoiser" in config_keys
+        else "hyperdreambooth"
+        if "hypernetwork" in config_keys
+        else None
+    )

@@ -66,7 +66,9 @@ def generate_folder(
         if records.file and (output_dir / records.file).is_file()
     }
     pending_subjects = [
-        subject for subject in subjects if not _is_up_to_date(previous_records.get(subject.name), subject, config_hash)
+        subject
+        for subject in subjects
+        if not _is_up_to_date(previous_records.get(subject.name), subject, config_hash)
     ]
     records = [
         previous_record
@@ -79,8 +81,13 @@ def generate_folder(
         os.replace(
             temp_index_path, index_path
         )  # the old index stands until the new one is whole; lines are added to it below
-        batches = [pending_subjects[i : i + batch_size] for i in range(0, len(pending_subjects), batch_size)]
-        for results in track(batch_generator(batches), "LoRAs", "LoRAs", len(pending_subjects), batch_size):
+        batches = [
+            pending_subjects[i : i + batch_size]
+            for i in range(0, len(pending_subjects), batch_size)
+        ]
+        for results in track(
+            batch_generator(batches), "LoRAs", "LoRAs", len(pending_subjects), batch_size
+        ):
             new_records = []
             for record, file_bytes in results:
                 if record.file:
@@ -92,25 +99,34 @@ def generate_folder(
 
 
 def generate_batch(
-    model: ImageToLoraBase, subjects: Sequence[Subject], config: GenerationConfig, base: DiffusionBase | None = None,
+    model: ImageToLoraBase,
+    subjects: Sequence[Subject],
+    config: GenerationConfig,
+    base: DiffusionBase | None = None,
     reranker: IdentityReranker | None = None,
-) -> list[tuple[GenerationRecord, bytes]]:  # fmt: skip
+) -> list[tuple[GenerationRecord, bytes]]:
     """What ``generate_folder`` writes of some subjects: index lines, each with its file's bytes (or none)."""
     start_time = time.perf_counter()
     results: list[tuple[GenerationRecord, bytes]] = []
     loaded_subjects: list[tuple[Subject, list[Path], SubjectPhotos]] = []
     for subject in subjects:
         paths, images, problems = _read_photos(subject)
-        results += [(GenerationRecord(subject.name, None, 0, 0.0, problem), b"") for problem in problems]
+        results += [
+            (GenerationRecord(subject.name, None, 0, 0.0, problem), b"") for problem in problems
+        ]
         if paths:
             loaded_subjects.append(
                 (
                     subject,
                     paths,
-                    SubjectPhotos.from_images(images, model, base or (reranker.base if reranker else None)),
+                    SubjectPhotos.from_images(
+                        images, model, base or (reranker.base if reranker else None)
+                    ),
                 )
             )
-    for _, group in groupby(sorted(loaded_subjects, key=lambda entry: len(entry[1])), key=lambda entry: len(entry[1])):
+    for _, group in groupby(
+        sorted(loaded_subjects, key=lambda entry: len(entry[1])), key=lambda entry: len(entry[1])
+    ):
         members = list(group)
         subject_photos = [photos for _, _, photos in members]
         features = encode_subjects(model, subject_photos)
@@ -120,22 +136,36 @@ def generate_batch(
             metadata = make_metadata(model, subject.name, paths)
             try:
                 file_bytes = serialize_lora(weights[i], format=config.format, metadata=metadata)
-            except HyperloraError as error:  # e.g. a LoRA of NaN: one subject's trouble, not the folder's
+            except (
+                HyperloraError
+            ) as error:  # e.g. a LoRA of NaN: one subject's trouble, not the folder's
                 results.append(
-                    (GenerationRecord(subject.name, None, len(paths), 0.0, f"{subject.name!r}: {error}"), b"")
+                    (
+                        GenerationRecord(
+                            subject.name, None, len(paths), 0.0, f"{subject.name!r}: {error}"
+                        ),
+                        b"",
+                    )
                 )
                 continue
             seconds = (time.perf_counter() - start_time) / len(subjects)
             file_name = f"{make_file_stem(subject.name)}.safetensors"
             results.append(
-                (GenerationRecord(subject.name, file_name, len(paths), seconds, warnings=warnings[i]), file_bytes)
+                (
+                    GenerationRecord(
+                        subject.name, file_name, len(paths), seconds, warnings=warnings[i]
+                    ),
+                    file_bytes,
+                )
             )
     return results
 
 
 def make_file_stem(subject_name: str) -> str:
     """``subject_name`` where every file system takes it as a name, otherwise what it takes and 8 digits to tell it apart."""
-    safe_name = re.sub(r"[^\w. -]|^-", "_", subject_name).encode()[:150].decode(errors="ignore").strip(" .")
+    safe_name = (
+        re.sub(r"[^\w. -]|^-", "_", subject_name).encode()[:150].decode(errors="ignore").strip(" .")
+    )
     if safe_name == subject_name:
         return subject_name
     return f"{safe_name}-{hashlib.sha256(subject_name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
@@ -160,7 +190,10 @@ def _compute_config_hash(model: ImageToLoraBase, config: GenerationConfig) -> st
 
 
 def _is_up_to_date(record: GenerationRecord | None, subject: Subject, config_hash: str) -> bool:
-    return record is not None and (record.config_hash, record.num_photos) == (config_hash, len(subject.photos))
+    return record is not None and (record.config_hash, record.num_photos) == (
+        config_hash,
+        len(subject.photos),
+    )
 
 
 def _read_index(index_path: Path) -> Iterator[GenerationRecord]:

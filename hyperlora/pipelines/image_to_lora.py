@@ -27,7 +27,9 @@ class ImageToLora(ImageToLoraBase):
     like those it was trained on from others, where its folder holds one.
     """
 
-    def __init__(self, encoder: Encoder, hypernetwork: Hypernetwork, card: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, hypernetwork: Hypernetwork, card: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.encoder, self.hypernetwork = encoder, hypernetwork
         self.card = card or {}
@@ -40,10 +42,16 @@ class ImageToLora(ImageToLoraBase):
         return {"encoder": self.encoder.config, "hypernetwork": self.hypernetwork.config}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None) -> Self:
-        return cls(_make_encoder(config, folder, base), Hypernetwork(layout, **config["hypernetwork"]))
+    def from_config(
+        cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None
+    ) -> Self:
+        return cls(
+            _make_encoder(config, folder, base), Hypernetwork(layout, **config["hypernetwork"])
+        )
 
-    def generate_from_features(self, features: ImageFeatures, sampling: SamplingConfig | None = None) -> LoraWeights:
+    def generate_from_features(
+        self, features: ImageFeatures, sampling: SamplingConfig | None = None
+    ) -> LoraWeights:
         """One LoRA per subject (batch axis) from what the encoder says; nothing is left to chance."""
         return self.apply_strength(self.hypernetwork(features))
 
@@ -60,7 +68,9 @@ def _make_encoder(config: dict[str, Any], folder: Path, base: DiffusionBase | No
     if base is None:
         base_name_or_path = config["card"]["base"]
         base = load_diffusion_base(
-            folder / base_name_or_path if (folder / base_name_or_path).is_dir() else base_name_or_path
+            folder / base_name_or_path
+            if (folder / base_name_or_path).is_dir()
+            else base_name_or_path
         )
     del options["name"]
     return make_unet_encoder(base, **options)

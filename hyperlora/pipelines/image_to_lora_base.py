@@ -53,12 +53,18 @@ class ImageToLoraBase(PretrainedModel):
         return str(self.encoder.config["name"]), str(self.encoder.licence)
 
     @torch.no_grad()
-    def __call__(self, images: ImageSource | Sequence[ImageSource], strength: float = 1.0) -> LoraWeights:
+    def __call__(
+        self, images: ImageSource | Sequence[ImageSource], strength: float = 1.0
+    ) -> LoraWeights:
         """One LoRA (no batch axis) from one or several photos of the same subject.
 
         Raises ``InvalidImageError`` for a photo that cannot be read, ``InvalidArgumentError`` for none.
         """
-        photos = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+        photos = (
+            list(images)
+            if isinstance(images, Sequence) and not isinstance(images, str | bytes)
+            else [images]
+        )
         weights = self.generate_batch([photos])[0]
         return weights * strength if strength != 1 else weights
 
@@ -66,7 +72,9 @@ class ImageToLoraBase(PretrainedModel):
     def generate_batch(self, subjects: Sequence[Sequence[ImageSource]]) -> LoraWeights:
         """One LoRA per subject (batch axis), each from as many photos as the others."""
         if not subjects or not all(subjects) or len({len(photos) for photos in subjects}) > 1:
-            raise InvalidArgumentError("every subject needs at least one photo, and all of a batch equally many")
+            raise InvalidArgumentError(
+                "every subject needs at least one photo, and all of a batch equally many"
+            )
         photo_size = self.photo_size
         photos = torch.stack(
             [
@@ -91,7 +99,9 @@ class ImageToLoraBase(PretrainedModel):
         detectors = (OodDetector.load(folder, self.encoder) for folder in folders)
         self.ood_detector = next((detector for detector in detectors if detector is not None), None)
         embedders = (IdentityEmbedder.load(folder, self.encoder) for folder in folders)
-        self.identity_embedder = next((embedder for embedder in embedders if embedder is not None), None)
+        self.identity_embedder = next(
+            (embedder for embedder in embedders if embedder is not None), None
+        )
 
     def encode_photos(self, photos: Tensor) -> Any:
         """What is seen in photos [batch, views, 3, h, w]."""
@@ -102,6 +112,8 @@ class ImageToLoraBase(PretrainedModel):
         image_features: ImageFeatures = features
         return image_features
 
-    def generate_from_features(self, features: Any, sampling: SamplingConfig | None = None) -> LoraWeights:
+    def generate_from_features(
+        self, features: Any, sampling: SamplingConfig | None = None
+    ) -> LoraWeights:
         """One LoRA per subject (batch axis) from what was seen; ``sampling`` is for those that ``is_generative``."""
         raise NotImplementedError

@@ -30,7 +30,9 @@ def check_pair(before: Image.Image, after: Image.Image) -> list[str]:
     return []
 
 
-def check_photos(ood_detector: OodDetector | None, features: ImageFeatures) -> list[tuple[str, ...]]:
+def check_photos(
+    ood_detector: OodDetector | None, features: ImageFeatures
+) -> list[tuple[str, ...]]:
     """For each subject, one sentence if some of its photos look like nothing that the model was trained on."""
     if ood_detector is None:
         return [()] * len(features.tokens)
@@ -50,7 +52,9 @@ def _format_ood_warning(subjects: str, num_unknown: int, num_photos: int) -> tup
         if num_photos == 1
         else "these photos do"
     )
-    return (f"{clause} not look like the {subjects} this model knows: the LoRA is the nearest it can make",)
+    return (
+        f"{clause} not look like the {subjects} this model knows: the LoRA is the nearest it can make",
+    )
 
 
 def is_near_duplicate(before: Tensor, after: Tensor) -> bool:

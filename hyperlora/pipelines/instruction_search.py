@@ -21,7 +21,9 @@ from hyperlora.pipelines.pair_to_lora import ImageSourcePair, PairToLora
 from hyperlora.pipelines.prompt_lora import substitute_prompts
 from hyperlora.prompt_blending import apply_prompt_template, combine_blends
 
-NO_INSTRUCTION_HEAD: Final = "words can be tried for networks that say words, and this one says none: leave them out"
+NO_INSTRUCTION_HEAD: Final = (
+    "words can be tried for networks that say words, and this one says none: leave them out"
+)
 MAX_UNEXPLAINED: Final = 0.2
 """What leaves no more than this share of the error without words needs no others."""
 MAX_ERROR_VS_INSTRUCTION: Final = 0.8
@@ -47,14 +49,19 @@ def generate_with_search(
     candidate_prompts: Sequence[str] | None = None,
 ) -> LoraWeights:
     """What ``model(pairs, strength)`` is, with words tried (``search_pair_lora``); raises what these raise."""
-    pair_pixels = model.preprocess_pairs(pairs, strength, max(base.resolution, model.encoder.image_size))
+    pair_pixels = model.preprocess_pairs(
+        pairs, strength, max(base.resolution, model.encoder.image_size)
+    )
     weights = search_pair_lora(model, base, pair_pixels, candidate_prompts)
     return weights * abs(strength) if abs(strength) != 1 else weights
 
 
 @torch.no_grad()
 def search_pair_lora(
-    model: PairToLora, base: DiffusionBase, pairs: Tensor, candidate_prompts: Sequence[str] | None = None
+    model: PairToLora,
+    base: DiffusionBase,
+    pairs: Tensor,
+    candidate_prompts: Sequence[str] | None = None,
 ) -> LoraWeights:
     """The model's LoRA (no batch axis) of pairs that show one edit, [pairs, 2, 3, h, w] in [0, 1], of the base's size
     or larger; but if the words it says do not explain the change, and one of ``candidate_prompts`` (those of its vocabulary, if
@@ -80,8 +87,12 @@ def search_pair_lora(
     )
     prompt_cache: PromptCache = {}
     best_instruction, best_undo_instruction = (
-        _select_instruction(base, before_latents, after_latents, instruction, candidates, prompt_cache),
-        _select_instruction(base, after_latents, before_latents, undo_instruction, candidates, prompt_cache),
+        _select_instruction(
+            base, before_latents, after_latents, instruction, candidates, prompt_cache
+        ),
+        _select_instruction(
+            base, after_latents, before_latents, undo_instruction, candidates, prompt_cache
+        ),
     )
     lora = model.network(before, after)
     if (best_instruction, best_undo_instruction) != (instruction, undo_instruction):
@@ -91,7 +102,11 @@ def search_pair_lora(
             [
                 combine_blends(
                     {best_instruction: 1.0}
-                    | ({apply_prompt_template(best_undo_instruction, undo_template): -1.0} if undo_template else {})
+                    | (
+                        {apply_prompt_template(best_undo_instruction, undo_template): -1.0}
+                        if undo_template
+                        else {}
+                    )
                 )
             ],
             lora,
@@ -100,10 +115,17 @@ def search_pair_lora(
 
 
 def _select_instruction(
-    base: DiffusionBase, before: Tensor, after: Tensor, instruction: str, candidates: Sequence[str], cache: PromptCache
+    base: DiffusionBase,
+    before: Tensor,
+    after: Tensor,
+    instruction: str,
+    candidates: Sequence[str],
+    cache: PromptCache,
 ) -> str:
     """``instruction``, or what explains the change better: latents [pairs, c, h, w]; ``cache`` texts are not read again."""
-    empty_error, instruction_error = _compute_instruction_errors(base, before, after, ["", instruction], cache)
+    empty_error, instruction_error = _compute_instruction_errors(
+        base, before, after, ["", instruction], cache
+    )
     if instruction_error <= MAX_UNEXPLAINED * empty_error:
         return instruction
     candidate_errors = _compute_instruction_errors(base, before, after, candidates, cache)
@@ -113,23 +135,35 @@ def _select_instruction(
     ]
     options, errors = (
         [*candidates, *combinations],
-        torch.cat([candidate_errors, _compute_instruction_errors(base, before, after, combinations, cache)]),
+        torch.cat(
+            [
+                candidate_errors,
+                _compute_instruction_errors(base, before, after, combinations, cache),
+            ]
+        ),
     )
     best_index = int(errors.argmin())
     return (
         options[best_index]
-        if errors[best_index] < min(MAX_ERROR_VS_INSTRUCTION * instruction_error, MAX_ERROR_VS_EMPTY * empty_error)
+        if errors[best_index]
+        < min(MAX_ERROR_VS_INSTRUCTION * instruction_error, MAX_ERROR_VS_EMPTY * empty_error)
         else instruction
     )
 
 
 def _compute_instruction_errors(
-    base: DiffusionBase, before: Tensor, after: Tensor, instructions: Sequence[str], cache: PromptCache
+    base: DiffusionBase,
+    before: Tensor,
+    after: Tensor,
+    instructions: Sequence[str],
+    cache: PromptCache,
 ) -> Tensor:
     """[texts]: how far the base is off A' that is told each, by the same noise."""
     noise = torch.randn(after.shape, generator=torch.Generator().manual_seed(0)).to(after)
     region_weights = compute_edit_region_weights(before, after, _EDIT_REGION_WEIGHT)
-    cond_latents = before / base.pipeline.vae.config.scaling_factor  # as diffusers' pipeline shows it
+    cond_latents = (
+        before / base.pipeline.vae.config.scaling_factor
+    )  # as diffusers' pipeline shows it
     items = [(text, pair_indices) for text in instructions for pair_indices in range(len(after))]
     losses = []
     for batch in (items[i : i + _BATCH_SIZE] for i in range(0, len(items), _BATCH_SIZE)):
@@ -137,10 +171,15 @@ def _compute_instruction_errors(
         u = torch.full((len(pair_indices),), _TIMESTEP_FRACTION, device=after.device)
         losses.append(
             compute_denoising_loss(
-                base.denoiser, base.noise_scheduler, after[pair_indices], noise_sample=(u, noise[pair_indices]), weight=region_weights[pair_indices],
-                cond_latents=cond_latents[pair_indices], **base.encode_prompts([text for text, _ in batch], cache),
+                base.denoiser,
+                base.noise_scheduler,
+                after[pair_indices],
+                noise_sample=(u, noise[pair_indices]),
+                weight=region_weights[pair_indices],
+                cond_latents=cond_latents[pair_indices],
+                **base.encode_prompts([text for text, _ in batch], cache),
             )
-        )  # fmt: skip
+        )
     return torch.cat(losses).view(len(instructions), len(after)).mean(1)
 
 

@@ -17,8 +17,10 @@ from hyperlora.pipelines.pretrained_model import PretrainedModel
 
 Autoencoder = LoraAutoencoder | LoraPCA | FactorwiseLoraPCA
 AUTOENCODERS: Final[dict[str, type[Autoencoder]]] = {
-    "convolutional": LoraAutoencoder, "linear": LoraPCA, "parted": FactorwiseLoraPCA
-}  # fmt: skip
+    "convolutional": LoraAutoencoder,
+    "linear": LoraPCA,
+    "parted": FactorwiseLoraPCA,
+}
 
 
 class LoraCodec(PretrainedModel):
@@ -31,7 +33,10 @@ class LoraCodec(PretrainedModel):
     latent_std: Tensor
 
     def __init__(
-        self, normalizer: LoraNormalizer, autoencoder: Autoencoder, card: dict[str, Any] | None = None
+        self,
+        normalizer: LoraNormalizer,
+        autoencoder: Autoencoder,
+        card: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.normalizer, self.autoencoder = normalizer, autoencoder
@@ -49,12 +54,20 @@ class LoraCodec(PretrainedModel):
 
     def to_config(self) -> dict[str, Any]:
         kind = next(
-            name for name, autoencoder_class in AUTOENCODERS.items() if isinstance(self.autoencoder, autoencoder_class)
+            name
+            for name, autoencoder_class in AUTOENCODERS.items()
+            if isinstance(self.autoencoder, autoencoder_class)
         )
-        return {"balanced": self.normalizer.canonical, "kind": kind, "autoencoder": self.autoencoder.config}
+        return {
+            "balanced": self.normalizer.canonical,
+            "kind": kind,
+            "autoencoder": self.autoencoder.config,
+        }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None) -> Self:
+    def from_config(
+        cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None
+    ) -> Self:
         autoencoder = AUTOENCODERS[config["kind"]](layout, **config["autoencoder"])
         return cls(LoraNormalizer(layout, config["balanced"]), autoencoder)
 
@@ -95,4 +108,6 @@ class LoraCodec(PretrainedModel):
     def calibrate(self, rows: Tensor) -> None:
         """Take the latents' standard deviation from rows [n, P]."""
         self.latent_std.fill_(1.0)
-        self.latent_std.copy_(torch.cat([self.encode_flat(chunk) for chunk in rows.split(256)]).std())
+        self.latent_std.copy_(
+            torch.cat([self.encode_flat(chunk) for chunk in rows.split(256)]).std()
+        )

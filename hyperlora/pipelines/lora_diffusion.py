@@ -42,9 +42,14 @@ class LoraDiffusion(ImageToLoraBase):
     is_generative: ClassVar[bool] = True
 
     def __init__(
-        self, encoder: TimmEncoder, mixture: MixedImageFeatures, denoiser: LoraDiT, codec: LoraCodec,
-        face_analyzer: FaceAnalyzer | None = None, card: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        encoder: TimmEncoder,
+        mixture: MixedImageFeatures,
+        denoiser: LoraDiT,
+        codec: LoraCodec,
+        face_analyzer: FaceAnalyzer | None = None,
+        card: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.encoder, self.mixture, self.denoiser, self.codec = encoder, mixture, denoiser, codec
         self.face_analyzer = face_analyzer
@@ -56,7 +61,11 @@ class LoraDiffusion(ImageToLoraBase):
 
     @property
     def photo_size(self) -> int:
-        return resolve_photo_size(self.encoder, self.card) if self.face_analyzer else super().photo_size
+        return (
+            resolve_photo_size(self.encoder, self.card)
+            if self.face_analyzer
+            else super().photo_size
+        )
 
     @property
     def encoder_provenance(self) -> tuple[str, str]:
@@ -70,12 +79,17 @@ class LoraDiffusion(ImageToLoraBase):
 
     def to_config(self) -> dict[str, Any]:
         return {
-            "encoder": self.encoder.config, "mixture": self.mixture.config, "denoiser": self.denoiser.config,
-            "codec": self.codec.to_config(), "face": _FACE_PACK_DIR if self.face_analyzer else None,
-        }  # fmt: skip
+            "encoder": self.encoder.config,
+            "mixture": self.mixture.config,
+            "denoiser": self.denoiser.config,
+            "codec": self.codec.to_config(),
+            "face": _FACE_PACK_DIR if self.face_analyzer else None,
+        }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None) -> Self:
+    def from_config(
+        cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None
+    ) -> Self:
         codec = LoraCodec.from_config(config["codec"], layout, folder, base)
         mixture = MixedImageFeatures(**config["mixture"])
         denoiser = LoraDiT(*codec.latent_shape, mixture.width, **config["denoiser"])
@@ -93,18 +107,27 @@ class LoraDiffusion(ImageToLoraBase):
             self.face_analyzer.copy_models(save_directory / _FACE_PACK_DIR)
 
     @torch.no_grad()
-    def encode_photos(self, photos: Tensor, allow_no_face: bool = False) -> tuple[ImageFeatures, ImageFeatures]:
+    def encode_photos(
+        self, photos: Tensor, allow_no_face: bool = False
+    ) -> tuple[ImageFeatures, ImageFeatures]:
         """What the face pack and the encoder say about photos [batch, views, 3, h, w]. Raises ``InvalidImageError`` if a face is
         needed and there is none; with ``allow_no_face``, for training, the pack says nothing (zeros) of such a photo."""
         image_features = self.encoder(photos)
         if self.face_analyzer is None:
-            return ImageFeatures(photos.new_zeros(*photos.shape[:2], 1, FACE_EMBED_DIM)), image_features
-        face_embeddings = [self._embed_face(photo, self.face_analyzer, allow_no_face) for photo in photos.flatten(0, 1)]
+            return ImageFeatures(
+                photos.new_zeros(*photos.shape[:2], 1, FACE_EMBED_DIM)
+            ), image_features
+        face_embeddings = [
+            self._embed_face(photo, self.face_analyzer, allow_no_face)
+            for photo in photos.flatten(0, 1)
+        ]
         return ImageFeatures(
             torch.stack(face_embeddings).to(photos).unflatten(0, photos.shape[:2])[:, :, None]
         ), image_features
 
-    def _embed_face(self, photo: Tensor, face_analyzer: FaceAnalyzer, allow_no_face: bool) -> Tensor:
+    def _embed_face(
+        self, photo: Tensor, face_analyzer: FaceAnalyzer, allow_no_face: bool
+    ) -> Tensor:
         """The embedding of the largest face of a photo [3, h, w]."""
         try:
             embedding = face_analyzer.get_face(to_image(photo)).embedding
@@ -113,7 +136,9 @@ class LoraDiffusion(ImageToLoraBase):
                 return torch.zeros(FACE_EMBED_DIM)
             raise
         if embedding is None:
-            raise ModelLoadError(f"the face pack {face_analyzer.pack!r} has no recogniser: add one (w600k_*.onnx)")
+            raise ModelLoadError(
+                f"the face pack {face_analyzer.pack!r} has no recogniser: add one (w600k_*.onnx)"
+            )
         return torch.as_tensor(embedding)
 
     def get_image_features(self, features: tuple[ImageFeatures, ImageFeatures]) -> ImageFeatures:
@@ -125,9 +150,9 @@ class LoraDiffusion(ImageToLoraBase):
     ) -> LoraWeights:
         """One LoRA per subject (batch axis), from noise that depends on the seed alone, not on who else is made."""
         conditioning, sampling_config = self.mixture(*features), sampling or SamplingConfig()
-        noise = torch.randn(self.codec.latent_shape, generator=torch.Generator().manual_seed(sampling_config.seed)).to(
-            conditioning.tokens
-        )
+        noise = torch.randn(
+            self.codec.latent_shape, generator=torch.Generator().manual_seed(sampling_config.seed)
+        ).to(conditioning.tokens)
         num_inference_steps = (
             sampling_config.num_inference_steps
             if sampling_config.num_inference_steps is not None
@@ -139,7 +164,10 @@ class LoraDiffusion(ImageToLoraBase):
             else float(self.card.get("guidance", 1.0))
         )
         latents = self.denoiser.sample(
-            conditioning, noise.expand(len(conditioning.tokens), -1, -1), num_inference_steps, guidance_scale
+            conditioning,
+            noise.expand(len(conditioning.tokens), -1, -1),
+            num_inference_steps,
+            guidance_scale,
         )
         return self.apply_strength(self.codec.decode(latents))
 
@@ -149,11 +177,18 @@ def resolve_photo_size(encoder: TimmEncoder, card: dict[str, Any]) -> int:
     return max(encoder.image_size, int(card.get("resolution", 0)))
 
 
-def make_face_analyzer(pack: str | os.PathLike[str], encoder: TimmEncoder, card: dict[str, Any]) -> FaceAnalyzer:
+def make_face_analyzer(
+    pack: str | os.PathLike[str], encoder: TimmEncoder, card: dict[str, Any]
+) -> FaceAnalyzer:
     """The faces of a pack in photos as such a model reads them. Raises what ``FaceAnalyzer`` raises."""
-    return FaceAnalyzer(pack, det_size=-(-resolve_photo_size(encoder, card) // _DETECTOR_STRIDE) * _DETECTOR_STRIDE)
+    return FaceAnalyzer(
+        pack, det_size=-(-resolve_photo_size(encoder, card) // _DETECTOR_STRIDE) * _DETECTOR_STRIDE
+    )
 
 
 def _find_face_pack(folder: Path, pack_name: str) -> str | os.PathLike[str]:
     """A pack in the model's folder, beside it, or of that name on this machine."""
-    return next((path for path in (folder / pack_name, folder.parent / pack_name) if path.is_dir()), pack_name)
+    return next(
+        (path for path in (folder / pack_name, folder.parent / pack_name) if path.is_dir()),
+        pack_name,
+    )

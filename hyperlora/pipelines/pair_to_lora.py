@@ -34,7 +34,9 @@ class PairToLora(PretrainedModel):
     Raises ``InvalidArgumentError`` if the network points at pixels, and the encoder does not show as many.
     """
 
-    def __init__(self, encoder: TimmEncoder, network: PairHypernetwork, card: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, encoder: TimmEncoder, network: PairHypernetwork, card: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         patch_pixels = network.instruction_head.patch_pixels if network.instruction_head else 0
         if patch_pixels not in (0, encoder.patch_pixels):
@@ -57,17 +59,25 @@ class PairToLora(PretrainedModel):
     @property
     def zero_shot_prompts(self) -> Sequence[str]:
         """Words that its base knows and it cannot say (``main_callback.pipelines.instruction_search``)."""
-        return self.network.instruction_head.vocabulary.zero_shot_prompts if self.network.instruction_head else ()
+        return (
+            self.network.instruction_head.vocabulary.zero_shot_prompts
+            if self.network.instruction_head
+            else ()
+        )
 
     def to_config(self) -> dict[str, Any]:
         return {"encoder": self.encoder.config, "network": self.network.config}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None) -> Self:
+    def from_config(
+        cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None
+    ) -> Self:
         return cls(TimmEncoder(**config["encoder"]), PairHypernetwork(layout, **config["network"]))
 
     @torch.no_grad()
-    def __call__(self, pairs: ImageSourcePair | Sequence[ImageSourcePair], strength: float = 1.0) -> LoraWeights:
+    def __call__(
+        self, pairs: ImageSourcePair | Sequence[ImageSourcePair], strength: float = 1.0
+    ) -> LoraWeights:
         """One LoRA (no batch axis) from one or several pairs that show the same edit. A ``strength`` below 0 undoes it:
         that is the LoRA of the pairs turned round.
 
@@ -78,25 +88,34 @@ class PairToLora(PretrainedModel):
         return weights * abs(strength) if abs(strength) != 1 else weights
 
     def preprocess_pairs(
-        self, pairs: ImageSourcePair | Sequence[ImageSourcePair], strength: float = 1.0, image_size: int | None = None
+        self,
+        pairs: ImageSourcePair | Sequence[ImageSourcePair],
+        strength: float = 1.0,
+        image_size: int | None = None,
     ) -> Tensor:
         """One or several pairs as ``stack_pairs`` gives them, turned round for a ``strength`` below 0; raises as a call."""
         if not pairs:
-            raise InvalidArgumentError("no pair given: at least one picture before and one after are needed")
+            raise InvalidArgumentError(
+                "no pair given: at least one picture before and one after are needed"
+            )
         pair_list = pairs if isinstance(pairs[0], tuple | list) else [pairs]
         pixels = self.stack_pairs([read_image_pair(*pair) for pair in pair_list], image_size)  # type: ignore[misc]
         return pixels if strength >= 0 else pixels.flip(1)
 
-    def stack_pairs(self, pairs: Sequence[tuple[Image.Image, Image.Image]], image_size: int | None = None) -> Tensor:
+    def stack_pairs(
+        self, pairs: Sequence[tuple[Image.Image, Image.Image]], image_size: int | None = None
+    ) -> Tensor:
         """Pictures [pairs, 2, 3, size, size] in [0, 1], of the encoder's size or one that it shrinks itself."""
         image_size = image_size or self.encoder.image_size
-        return torch.stack([torch.stack([to_tensor(image, image_size) for image in pair]) for pair in pairs]).to(
-            self.device
-        )
+        return torch.stack(
+            [torch.stack([to_tensor(image, image_size) for image in pair]) for pair in pairs]
+        ).to(self.device)
 
     def forward(self, pairs: Tensor) -> LoraWeights:
         """pairs [batch, views, 2, 3, h, w] in [0, 1], of each the picture before and after."""
-        return self.generate_from_features(self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1]))
+        return self.generate_from_features(
+            self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1])
+        )
 
     def generate_from_features(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:
         """Of what the encoder says about the pictures."""
@@ -114,7 +133,10 @@ def make_edit_metadata(
         encoder=str(model.encoder.config["name"]),
         encoder_license=model.encoder.license,
         reference_sha256=tuple(
-            compute_sha256(source) for pair in pairs for source in pair if not isinstance(source, Image.Image)
+            compute_sha256(source)
+            for pair in pairs
+            for source in pair
+            if not isinstance(source, Image.Image)
         ),
         extra=extra_metadata,
     )

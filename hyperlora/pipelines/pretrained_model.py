@@ -38,7 +38,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         raise NotImplementedError
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None) -> Self:
+    def from_config(
+        cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None
+    ) -> Self:
         """The untrained network of a configuration; ``folder`` is where it lies."""
         raise NotImplementedError
 
@@ -56,10 +58,16 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         return weights * strength if strength != 1 else weights
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        (save_directory / "config.json").write_text(json.dumps(self.to_config() | {"card": self.card}, indent=1))
+        (save_directory / "config.json").write_text(
+            json.dumps(self.to_config() | {"card": self.card}, indent=1)
+        )
         (save_directory / "layout.json").write_text(json.dumps(self.layout.to_dict()))
         state_dict = {k: v.half().contiguous() for k, v in self.state_dict().items()}
-        save_file(state_dict, save_directory / "model.safetensors", {"format": "pt", "layout": self.layout.fingerprint})
+        save_file(
+            state_dict,
+            save_directory / "model.safetensors",
+            {"format": "pt", "layout": self.layout.fingerprint},
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
@@ -89,7 +97,9 @@ class PretrainedModel(nn.Module, ModelHubMixin):
             }
             folder = Path(snapshot_download(model_id, **download_kwargs))
         if missing := [name for name in _REQUIRED_FILES if not (folder / name).is_file()]:
-            raise ModelLoadError(f"{folder} is no {cls.__name__} model: {', '.join(missing)} missing; give --model")
+            raise ModelLoadError(
+                f"{folder} is no {cls.__name__} model: {', '.join(missing)} missing; give --model"
+            )
         try:
             config = json.loads((folder / "config.json").read_text())
             layout = _read_layout(folder)
@@ -97,10 +107,21 @@ class PretrainedModel(nn.Module, ModelHubMixin):
                 layout.check_base(base.id)
             model = cls.from_config(config, layout, folder, base)
             model.card = config["card"]
-            model.load_state_dict({k: v.float() for k, v in _load_state_dict(folder, config).items()})
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            model.load_state_dict(
+                {k: v.float() for k, v in _load_state_dict(folder, config).items()}
+            )
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ModelLoadError(f"{folder} holds a damaged {cls.__name__} model ({reason}): fetch it again") from error
+            raise ModelLoadError(
+                f"{folder} holds a damaged {cls.__name__} model ({reason}): fetch it again"
+            ) from error
         model.load_sidecars(folder, *_resolve_weight_sources(folder, config).values())
         return model.eval().requires_grad_(False)
 
@@ -130,4 +151,8 @@ def _load_state_dict(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _load_component(folder: Path, component: str) -> dict[str, Tensor]:
-    return {k: v for k, v in load_file(folder / "model.safetensors").items() if k.startswith(f"{component}.")}
+    return {
+        k: v
+        for k, v in load_file(folder / "model.safetensors").items()
+        if k.startswith(f"{component}.")
+    }

@@ -18,11 +18,15 @@ def encode_text(base: DiffusionBase, prompts: Sequence[str]) -> Tensor:
         return base.encode_prompts(list(prompts))["encoder_hidden_states"].float()
 
 
-def set_substitution_base(substitution: TextSubstitution, base: DiffusionBase, basis: Tensor | None = None) -> None:
+def set_substitution_base(
+    substitution: TextSubstitution, base: DiffusionBase, basis: Tensor | None = None
+) -> None:
     """Tell ``substitution`` the weights and the empty text of the base that they are of, and the basis of their words."""
     layers = dict(base.denoiser.named_modules())
     substitution.set_base(
-        encode_text(base, [""])[0], [layers[site.path].weight for site in substitution.targets], basis
+        encode_text(base, [""])[0],
+        [layers[site.path].weight for site in substitution.targets],
+        basis,
     )
 
 
@@ -33,7 +37,9 @@ def set_instruction_texts(network: PairHypernetwork, base: DiffusionBase) -> Non
     vocabulary = network.instruction_head.vocabulary
     text_embeds = encode_text(base, ["", *vocabulary.prompts, *vocabulary.undo_prompts])
     set_substitution_base(
-        network.text_substitution, base, network.instruction_head.set_text_embeddings(text_embeds[1:] - text_embeds[0])
+        network.text_substitution,
+        base,
+        network.instruction_head.set_text_embeddings(text_embeds[1:] - text_embeds[0]),
     )
 
 
@@ -51,12 +57,16 @@ def make_lora_from_prompts(
 
 
 @torch.no_grad()
-def substitute_prompts(base: DiffusionBase, prompts: Sequence[str], loras: LoraWeights) -> LoraWeights:
+def substitute_prompts(
+    base: DiffusionBase, prompts: Sequence[str], loras: LoraWeights
+) -> LoraWeights:
     """``measure_lora_throughput``, one per text, that say these texts instead of what they say at the sites that read text."""
     text_embeds = encode_text(base, ["", *prompts])
     substitution = TextSubstitution(loras.layout, *text_embeds.shape[1:]).to(text_embeds.device)
     set_substitution_base(substitution, base)
-    other_indices = [i for i in range(len(loras.layout.targets)) if i not in substitution.target_indices]
+    other_indices = [
+        i for i in range(len(loras.layout.targets)) if i not in substitution.target_indices
+    ]
     other_loras = LoraWeights(
         substitution.other_layout,
         tuple(loras.down[i] for i in other_indices),

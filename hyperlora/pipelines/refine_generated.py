@@ -38,23 +38,43 @@ def refine_predictions(
     prompt = f"a portrait of {model.trigger_phrase}"
     if model.identity_embedder is None or method == "photos":
         return refine(
-            base, predicted, photos, num_steps=num_steps, out_rank=out_rank, prompt=prompt, progress_label=progress_label, on_step=on_step
-        )  # fmt: skip
-    prompts = [", ".join(filter(None, (prompt, scene))) for scene in model.card.get("scenes") or [""] * 8]
+            base,
+            predicted,
+            photos,
+            num_steps=num_steps,
+            out_rank=out_rank,
+            prompt=prompt,
+            progress_label=progress_label,
+            on_step=on_step,
+        )
+    prompts = [
+        ", ".join(filter(None, (prompt, scene))) for scene in model.card.get("scenes") or [""] * 8
+    ]
     refined_chunks = [
         refine_identity(
-            base, predicted[indices], photos[indices], model.identity_embedder, prompts, num_steps=num_steps, out_rank=out_rank, progress_label=progress_label,
+            base,
+            predicted[indices],
+            photos[indices],
+            model.identity_embedder,
+            prompts,
+            num_steps=num_steps,
+            out_rank=out_rank,
+            progress_label=progress_label,
             on_step=on_step,
         )
         for indices in torch.arange(len(photos)).split(_CHUNK_SIZE)
-    ]  # fmt: skip
-    return LoraWeights.unflatten(refined_chunks[0].layout, torch.cat([part.flatten() for part in refined_chunks]))
+    ]
+    return LoraWeights.unflatten(
+        refined_chunks[0].layout, torch.cat([part.flatten() for part in refined_chunks])
+    )
 
 
 def check_refine_method(model: ImageToLoraBase, method: str | None) -> None:
     """Raise ``InvalidArgumentError`` for an unknown way to refine, and for one that needs an identity where there is none."""
     if method is not None and method not in get_args(RefineMethod):
-        raise InvalidArgumentError(f"unknown way to refine {method!r}; known: {', '.join(get_args(RefineMethod))}")
+        raise InvalidArgumentError(
+            f"unknown way to refine {method!r}; known: {', '.join(get_args(RefineMethod))}"
+        )
     if method == "identity" and model.identity_embedder is None:
         raise InvalidArgumentError(
             "this model cannot recognise anyone (it has no identity.safetensors): refine by photos"

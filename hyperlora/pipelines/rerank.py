@@ -38,7 +38,11 @@ class IdentityReranker:
         )
         size = self.identity_similarity.image_size
         image_tensors = torch.stack([to_tensor(image, size) for image in images])
-        return self.identity_similarity(photos.cpu(), image_tensors).view(num_loras, num_prompts).mean(1)
+        return (
+            self.identity_similarity(photos.cpu(), image_tensors)
+            .view(num_loras, num_prompts)
+            .mean(1)
+        )
 
 
 def make_scoring_prompts(trigger_phrase: str) -> tuple[str, ...]:

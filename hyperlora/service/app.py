@@ -22,7 +22,9 @@ from hyperlora.service.state import AppState
 BatchCallback = Callable[[str, int], None]
 
 
-def create_app(make_engine: Callable[[BatchCallback], Engine], settings: ServiceSettings) -> FastAPI:
+def create_app(
+    make_engine: Callable[[BatchCallback], Engine], settings: ServiceSettings
+) -> FastAPI:
     """The app. ``make_engine`` is called when the server starts, with what it should tell of its batches."""
     MultiPartParser.spool_max_size = settings.max_form_bytes  # photos never touch the disk
 
@@ -57,15 +59,21 @@ def create_app(make_engine: Callable[[BatchCallback], Engine], settings: Service
     return app
 
 
-def _build_app_state(make_engine: Callable[[BatchCallback], Engine], settings: ServiceSettings) -> AppState:
+def _build_app_state(
+    make_engine: Callable[[BatchCallback], Engine], settings: ServiceSettings
+) -> AppState:
     files = FileStore(settings.state_dir / "files", settings.retention_s)
     state_ref: list[AppState] = []
-    metrics = Metrics(lambda: state_ref[0].engine.queue_length, lambda: state_ref[0].jobs.num_active)
+    metrics = Metrics(
+        lambda: state_ref[0].engine.queue_length, lambda: state_ref[0].jobs.num_active
+    )
     engine = make_engine(lambda work, size: metrics.batch_sizes.labels(work).observe(size))
     jobs = Jobs(
-        settings.state_dir / "jobs.sqlite", settings.max_jobs, lambda kind, state: metrics.jobs.labels(kind, state).inc(),
+        settings.state_dir / "jobs.sqlite",
+        settings.max_jobs,
+        lambda kind, state: metrics.jobs.labels(kind, state).inc(),
         max_jobs_per_owner=settings.max_jobs_per_owner,
-    )  # fmt: skip
+    )
     state_ref.append(AppState(settings, files, engine, jobs, metrics))
     return state_ref[0]
 

@@ -40,7 +40,9 @@ class Problem(BaseModel):
 
 def make_problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """A problem document as a response."""
-    printable_detail = detail.encode("utf-8", "replace").decode()  # it may quote half a surrogate pair out of a file
+    printable_detail = detail.encode(
+        "utf-8", "replace"
+    ).decode()  # it may quote half a surrogate pair out of a file
     body = Problem(title=HTTPStatus(status).phrase, status=status, detail=printable_detail)
     return JSONResponse(body.model_dump(), status, headers, MEDIA_TYPE)
 
@@ -51,7 +53,10 @@ def build_problem_responses(
     """OpenAPI entries for the refusals of a route, beside those every route may give, and for what else it answers."""
     schema = {"$ref": "#/components/schemas/Problem"}
     problem_responses: dict[int | str, dict[str, Any]] = {
-        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {MEDIA_TYPE: {"schema": schema}},
+        }
         for status in sorted({401, 422, 429, *statuses})
     }
     return {**(other_responses or {}), **problem_responses}
@@ -79,8 +84,12 @@ def install_handlers(app: FastAPI) -> None:
         return make_problem(error.status_code, detail, dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
-    async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return make_problem(422, "; ".join(_format_validation_error(item) for item in error.errors()[:3]))
+    async def handle_validation_error(
+        request: Request, error: RequestValidationError
+    ) -> JSONResponse:
+        return make_problem(
+            422, "; ".join(_format_validation_error(item) for item in error.errors()[:3])
+        )
 
     @app.exception_handler(HyperloraError)
     async def handle_hyperlora_error(request: Request, error: HyperloraError) -> JSONResponse:
@@ -105,5 +114,7 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def _format_validation_error(item: dict[str, Any]) -> str:
-    location = ".".join(str(part) for part in item["loc"] if part not in ("body", "query", "path", "header"))
+    location = ".".join(
+        str(part) for part in item["loc"] if part not in ("body", "query", "path", "header")
+    )
     return f"{location or 'the request'}: {item['msg'][:1].lower()}{item['msg'][1:]}"

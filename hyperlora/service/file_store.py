@@ -53,7 +53,9 @@ class FileStore:
             return None
         path = self._get_path(id, kind)
         try:
-            return path.read_bytes() if path.stat().st_mtime + self.retention_s > time.time() else None
+            return (
+                path.read_bytes() if path.stat().st_mtime + self.retention_s > time.time() else None
+            )
         except FileNotFoundError:
             return None
 

@@ -92,7 +92,9 @@ class Jobs:
         self._stopping = self._streams_closed = False
         self._state_changed = asyncio.Condition()
         self._database = _open_database(database_path)
-        self._fail_active("the server stopped before this job was done, and photos live in memory only: send it again")
+        self._fail_active(
+            "the server stopped before this job was done, and photos live in memory only: send it again"
+        )
 
     def submit(self, kind: str, owner: str, run_fn: Callable[[ProgressFn], Awaitable[str]]) -> Job:
         """Start ``run_fn``, which returns the id of a kept file, and return at once. The job is in the table before.
@@ -102,7 +104,9 @@ class Jobs:
         if len(self._tasks) >= self.max_jobs:
             raise QueueFullError(f"{self.max_jobs} jobs are open already: ask again in a moment")
         if self._jobs_per_owner[owner] >= self.max_jobs_per_owner:
-            raise QueueFullError(f"you have {self.max_jobs_per_owner} open jobs already: wait for one of them")
+            raise QueueFullError(
+                f"you have {self.max_jobs_per_owner} open jobs already: wait for one of them"
+            )
         job = Job(uuid4().hex, owner, kind, "queued", 0.0, time.time(), None, None, None)
         with self._database.begin() as connection:
             connection.execute(insert(_JOBS).values(**job.__dict__))
@@ -127,7 +131,11 @@ class Jobs:
     def get(self, id: str, owner: str) -> Job | None:
         """The job, if it is this owner's."""
         with self._database.connect() as connection:
-            row = connection.execute(select(_JOBS).where(_JOBS.c.id == id, _JOBS.c.owner == owner)).mappings().first()
+            row = (
+                connection.execute(select(_JOBS).where(_JOBS.c.id == id, _JOBS.c.owner == owner))
+                .mappings()
+                .first()
+            )
         return Job(**row) if row else None
 
     async def cancel(self, job: Job) -> Job:
@@ -158,7 +166,9 @@ class Jobs:
     @property
     def num_active(self) -> int:
         with self._database.connect() as connection:
-            count = connection.scalar(select(func.count()).select_from(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES)))
+            count = connection.scalar(
+                select(func.count()).select_from(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES))
+            )
         return int(count or 0)
 
     async def drain(self, timeout_s: float) -> None:
@@ -178,18 +188,27 @@ class Jobs:
             async with self._run_slots:
                 await self._update_job(job, state="running")
                 result = await run_fn(self._make_progress_fn(job))
-            await self._update_job(job, state="succeeded", progress=1.0, result=result, finished=time.time())
+            await self._update_job(
+                job, state="succeeded", progress=1.0, result=result, finished=time.time()
+            )
         except asyncio.CancelledError:
             if self._stopping:
-                await self._update_job(job, state="failed", error=SERVER_STOPPED, finished=time.time())
+                await self._update_job(
+                    job, state="failed", error=SERVER_STOPPED, finished=time.time()
+                )
             else:
-                await self._update_job(job, state="cancelled", error="cancelled on request", finished=time.time())
+                await self._update_job(
+                    job, state="cancelled", error="cancelled on request", finished=time.time()
+                )
         except (HyperloraError, QueueFullError, DeadlineExceededError) as error:
             await self._update_job(job, state="failed", error=str(error), finished=time.time())
         except Exception:
             _log.exception("a job failed unexpectedly")
             await self._update_job(
-                job, state="failed", error="the server made a mistake; it is logged", finished=time.time()
+                job,
+                state="failed",
+                error="the server made a mistake; it is logged",
+                finished=time.time(),
             )
 
     def _make_progress_fn(self, job: Job) -> ProgressFn:
@@ -199,14 +218,18 @@ class Jobs:
             nonlocal last
             if progress >= last + 0.05:  # each is a write to the disk
                 last = progress
-                asyncio.run_coroutine_threadsafe(self._update_job(job, state="running", progress=progress), loop)
+                asyncio.run_coroutine_threadsafe(
+                    self._update_job(job, state="running", progress=progress), loop
+                )
 
         return report_progress
 
     async def _update_job(self, job: Job, **values: object) -> None:
         with self._database.begin() as connection:
             is_active = _JOBS.c.state.in_(ACTIVE_STATES)  # what is finished stays as it is
-            connection.execute(update(_JOBS).where(_JOBS.c.id == job.id, is_active).values(**values))
+            connection.execute(
+                update(_JOBS).where(_JOBS.c.id == job.id, is_active).values(**values)
+            )
         self._on_state_change(job.kind, str(values["state"]))
         async with self._state_changed:
             self._state_changed.notify_all()
@@ -214,7 +237,9 @@ class Jobs:
     def _fail_active(self, reason: str) -> None:
         with self._database.begin() as connection:
             values = {"state": "failed", "error": reason, "finished": time.time()}
-            connection.execute(update(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES)).values(**values))
+            connection.execute(
+                update(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES)).values(**values)
+            )
 
 
 def _open_database(path: Path) -> Database:

@@ -18,9 +18,13 @@ _log = logging.getLogger("hyperlora.service")
 class Metrics:
     """Counters of one app, in a registry of its own."""
 
-    def __init__(self, get_queue_length: Callable[[], float], get_active_jobs: Callable[[], float]) -> None:
+    def __init__(
+        self, get_queue_length: Callable[[], float], get_active_jobs: Callable[[], float]
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("hyperlora_requests", "Requests", ["method", "route", "status"], registry=self.registry)
+        self.requests = Counter(
+            "hyperlora_requests", "Requests", ["method", "route", "status"], registry=self.registry
+        )
         self.request_seconds = Histogram(
             "hyperlora_request_seconds", "Time of requests", ["route"], registry=self.registry
         )
@@ -31,11 +35,15 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32),
             registry=self.registry,
         )
-        self.jobs = Counter("hyperlora_jobs", "Changes of jobs", ["kind", "state"], registry=self.registry)
-        Gauge("hyperlora_queue", "Requests waiting for the model", registry=self.registry).set_function(
-            get_queue_length
+        self.jobs = Counter(
+            "hyperlora_jobs", "Changes of jobs", ["kind", "state"], registry=self.registry
         )
-        Gauge("hyperlora_open_jobs", "Jobs not yet finished", registry=self.registry).set_function(get_active_jobs)
+        Gauge(
+            "hyperlora_queue", "Requests waiting for the model", registry=self.registry
+        ).set_function(get_queue_length)
+        Gauge("hyperlora_open_jobs", "Jobs not yet finished", registry=self.registry).set_function(
+            get_active_jobs
+        )
 
     def render_text(self) -> bytes:
         """In Prometheus' text format."""
@@ -69,11 +77,18 @@ class MetricsMiddleware:
             seconds = time.perf_counter() - start_time
             route = getattr(scope.get("route"), "path", "unmatched")
             metrics = self.get_metrics()
-            method = scope["method"] if scope["method"] in _METHODS else "OTHER"  # a caller may invent one each time
+            method = (
+                scope["method"] if scope["method"] in _METHODS else "OTHER"
+            )  # a caller may invent one each time
             metrics.requests.labels(method, route, status).inc()
             metrics.request_seconds.labels(route).observe(seconds)
             owner = scope.get("state", {}).get("owner", "")
-            fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
+            fields = {
+                "method": method,
+                "route": route,
+                "status": status,
+                "seconds": round(seconds, 4),
+            }
             _log.info(json.dumps(fields | ({"key": owner} if owner else {})))
 
 
@@ -85,7 +100,9 @@ class JsonLogFormatter(logging.Formatter):
         fields: dict[str, Any] = json.loads(text) if text.startswith("{") else {"message": text}
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps({"time": self.formatTime(record), "level": record.levelname.lower(), **fields})
+        return json.dumps(
+            {"time": self.formatTime(record), "level": record.levelname.lower(), **fields}
+        )
 
 
 def configure_logging() -> None:

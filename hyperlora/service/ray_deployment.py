@@ -25,7 +25,9 @@ from hyperlora.service.engine.ray import RayEngine, Replica
 from hyperlora.service.file_store import lock_directory
 from hyperlora.service.settings import ServiceSettings, load_api_keys
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: it would tell of its use
+os.environ.setdefault(
+    "RAY_USAGE_STATS_ENABLED", "0"
+)  # before Ray is imported: it would tell of its use
 APP_NAME: Final = "hyperlora"
 MODEL_DEPLOYMENT: Final = "Models"
 _QUIET_LOGGING: Final = {"log_level": "WARNING", "enable_access_log": False}
@@ -41,7 +43,9 @@ class ScaleConfig:
     num_gpus: float = 0.0
 
 
-def build_model_deployment(models: ModelPaths, settings: ServiceSettings, scale: ScaleConfig) -> Application:
+def build_model_deployment(
+    models: ModelPaths, settings: ServiceSettings, scale: ScaleConfig
+) -> Application:
     """Replicas that hold the models. A replica is asked for twice what one forward takes, so that a batch is there
     when the last is done; the others wait at the handle."""
     max_replicas = max(scale.num_replicas, scale.max_replicas or 0)
@@ -49,7 +53,11 @@ def build_model_deployment(models: ModelPaths, settings: ServiceSettings, scale:
     if max_replicas > scale.num_replicas:
         load_target = {"target_ongoing_requests": settings.max_lora_batch / 2}
         replica_options = {
-            "autoscaling_config": {"min_replicas": scale.num_replicas, "max_replicas": max_replicas, **load_target}
+            "autoscaling_config": {
+                "min_replicas": scale.num_replicas,
+                "max_replicas": max_replicas,
+                **load_target,
+            }
         }
     deployment = serve.deployment(
         name=MODEL_DEPLOYMENT,
@@ -60,11 +68,15 @@ def build_model_deployment(models: ModelPaths, settings: ServiceSettings, scale:
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         **replica_options,
     )(Replica)
-    return deployment.bind(partial(make_engine_factory, models, replace(settings, keys=frozenset())))
+    return deployment.bind(
+        partial(make_engine_factory, models, replace(settings, keys=frozenset()))
+    )
 
 
 @contextmanager
-def start_ray_engine(models: ModelPaths, settings: ServiceSettings, scale: ScaleConfig) -> Iterator[RayEngine]:
+def start_ray_engine(
+    models: ModelPaths, settings: ServiceSettings, scale: ScaleConfig
+) -> Iterator[RayEngine]:
     """An engine over replicas: in the cluster that ``RAY_ADDRESS`` names, or in one on this machine that ends with the
     context. Raises ``HyperloraError`` for models that cannot be loaded."""
     is_existing_cluster = "RAY_ADDRESS" in os.environ
@@ -76,12 +88,12 @@ def start_ray_engine(models: ModelPaths, settings: ServiceSettings, scale: Scale
         )
         stack.callback(ray.shutdown)
         serve.start(proxy_location="Disabled", logging_config=_QUIET_LOGGING)
-        if (
-            is_existing_cluster
-        ):  # our own ends as a whole: to take it apart in order may mean to wait for a replica that is starting
+        if is_existing_cluster:  # our own ends as a whole: to take it apart in order may mean to wait for a replica that is starting
             stack.callback(serve.delete, APP_NAME)
         deployment = build_model_deployment(models, settings, scale)
-        handle = serve.run(deployment, name=APP_NAME, route_prefix=None, logging_config=_QUIET_LOGGING)
+        handle = serve.run(
+            deployment, name=APP_NAME, route_prefix=None, logging_config=_QUIET_LOGGING
+        )
         engine = RayEngine(handle, APP_NAME, MODEL_DEPLOYMENT)
         engine.list_models()
         yield engine
@@ -96,21 +108,27 @@ def build_application(args: dict[str, Any]) -> Application:
     state_dir = Path(options.pop("state", "hyperlora-state"))
     key_file = Path(options.pop("keys")) if "keys" in options else None
     scale = ScaleConfig(
-        int(options.pop("replicas", 1)), int(options.pop("max_replicas", 0)) or None,
-        float(options.pop("cpus", 1)), float(options.pop("gpus", 0)),
-    )  # fmt: skip
+        int(options.pop("replicas", 1)),
+        int(options.pop("max_replicas", 0)) or None,
+        float(options.pop("cpus", 1)),
+        float(options.pop("gpus", 0)),
+    )
     models, settings = ModelPaths(**options), ServiceSettings(state_dir)
 
     def make_app() -> FastAPI:
         app_name = serve.get_replica_context().app_name
         stack = ExitStack()
         stack.enter_context(lock_directory(state_dir))  # for as long as this process lives
-        engine = RayEngine(serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name), app_name, MODEL_DEPLOYMENT)
+        engine = RayEngine(
+            serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name), app_name, MODEL_DEPLOYMENT
+        )
         app = create_app(lambda observe: engine, replace(settings, keys=load_api_keys(key_file)))
         app.state.held = stack
         return app
 
-    deployment = serve.deployment(name="Door", num_replicas=1, max_ongoing_requests=1024)(serve.ingress(make_app)())
+    deployment = serve.deployment(name="Door", num_replicas=1, max_ongoing_requests=1024)(
+        serve.ingress(make_app)()
+    )
     return deployment.bind(build_model_deployment(models, settings, scale))
 
 
@@ -121,7 +139,8 @@ def make_local_cluster_options(scale: ScaleConfig) -> dict[str, Any]:
     return {
         "address": "local",
         "num_cpus": max(
-            os.cpu_count() or 1, round(scale.num_cpus * max(scale.num_replicas, scale.max_replicas or 0)) + 1
+            os.cpu_count() or 1,
+            round(scale.num_cpus * max(scale.num_replicas, scale.max_replicas or 0)) + 1,
         ),
         "include_dashboard": False,
         "object_store_memory": 512 << 20,

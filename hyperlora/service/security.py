@@ -22,7 +22,9 @@ from hyperlora.service.settings import hash_key
 
 LOCAL_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 _bearer = HTTPBearer(auto_error=False, description="An API key, if the server asks for one.")
-_header = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same, for tools without bearer tokens.")
+_header = APIKeyHeader(
+    name="X-API-Key", auto_error=False, description="The same, for tools without bearer tokens."
+)
 
 
 class ApiKeyAuth:
@@ -52,14 +54,17 @@ class ApiKeyAuth:
         """Whether this is one of the keys; counts nothing."""
         key_digest = hash_key(key or "")
         return (
-            sum(hmac.compare_digest(key_digest, known_digest) for known_digest in self.key_digests) > 0
+            sum(hmac.compare_digest(key_digest, known_digest) for known_digest in self.key_digests)
+            > 0
         )  # all of them, however early one fits
 
     def _check_rate_limit(self, owner: str) -> None:
         if not self._limiter.hit(self.rate_limit, owner):
             reset_time = self._limiter.get_window_stats(self.rate_limit, owner).reset_time
             wait = max(1, math.ceil(reset_time - time.time()))
-            raise HTTPException(429, f"more than {self.rate_limit}: wait {wait} s", {"Retry-After": str(wait)})
+            raise HTTPException(
+                429, f"more than {self.rate_limit}: wait {wait} s", {"Retry-After": str(wait)}
+            )
 
 
 async def _get_caller(
@@ -93,9 +98,13 @@ class AuthMiddleware:
                 if not self.auth.key_digests:
                     check_local(headers)
                 host = scope["client"][0] if scope.get("client") else "unknown"
-                scope.setdefault("state", {})["owner"] = self.auth.authenticate(_parse_key(headers), host)
+                scope.setdefault("state", {})["owner"] = self.auth.authenticate(
+                    _parse_key(headers), host
+                )
             except HTTPException as error:
-                response = make_problem(error.status_code, str(error.detail), dict(error.headers or {}))
+                response = make_problem(
+                    error.status_code, str(error.detail), dict(error.headers or {})
+                )
                 await response(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -110,15 +119,23 @@ def check_local(headers: Headers) -> None:
     """Raises 403 for a request that another site's page, or a name made to point here, has sent."""
     for name in ("host", "origin"):
         value = headers.get(name)
-        if value is not None and urlsplit(value if "//" in value else f"//{value}").hostname not in LOCAL_HOSTS:
-            raise HTTPException(403, f"without API keys this server answers its own machine only, not {name} {value!r}")
+        if (
+            value is not None
+            and urlsplit(value if "//" in value else f"//{value}").hostname not in LOCAL_HOSTS
+        ):
+            raise HTTPException(
+                403,
+                f"without API keys this server answers its own machine only, not {name} {value!r}",
+            )
 
 
 class BodyLimitMiddleware:
     """ASGI middleware: 413 for a form above ``max_form_bytes`` bytes or another body above ``max_body_bytes``, 408 for a body that is not
     there after ``timeout_s``."""
 
-    def __init__(self, app: ASGIApp, max_form_bytes: int, max_body_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, max_form_bytes: int, max_body_bytes: int, timeout_s: float
+    ) -> None:
         self.app, self.max_form_bytes, self.max_body_bytes, self.timeout_s = (
             app,
             max_form_bytes,
@@ -134,7 +151,9 @@ class BodyLimitMiddleware:
         is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
         max_bytes = self.max_form_bytes if is_form else self.max_body_bytes
         left, complete, deadline = max_bytes, False, time.monotonic() + self.timeout_s
-        detail = f"the request is larger than {max_bytes / 2**20:.3g} MiB: send fewer or smaller files"
+        detail = (
+            f"the request is larger than {max_bytes / 2**20:.3g} MiB: send fewer or smaller files"
+        )
         content_length = headers.get("content-length", "0")
 
         async def read_with_limit() -> Message:
@@ -144,9 +163,13 @@ class BodyLimitMiddleware:
             if content_length.isdecimal() and int(content_length) > max_bytes:
                 raise HTTPException(413, detail)
             try:
-                message: Any = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+                message: Any = await asyncio.wait_for(
+                    receive(), max(0.0, deadline - time.monotonic())
+                )
             except TimeoutError:
-                raise HTTPException(408, f"the request was not complete after {self.timeout_s:g} s") from None
+                raise HTTPException(
+                    408, f"the request was not complete after {self.timeout_s:g} s"
+                ) from None
             left -= len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if left < 0:

@@ -25,7 +25,9 @@ class ServiceSettings:
     key_digests: frozenset[bytes] = field(default_factory=frozenset, repr=False)
     rate_limit: str = "600/minute"
     max_form_bytes: int = 64 << 20  # bytes of a form
-    max_json_bytes: int = 16 << 20  # bytes of any other body: JSON takes many times its size while it is read
+    max_json_bytes: int = (
+        16 << 20
+    )  # bytes of any other body: JSON takes many times its size while it is read
     max_photos: int = 8
     body_timeout_s: float = 60.0  # until a request's body is complete
     timeout_s: float = 120.0  # seconds a synchronous request may take
@@ -47,12 +49,18 @@ def load_api_keys(path: Path | None) -> frozenset[bytes]:
     try:
         lines = path.read_text().splitlines() if path else []
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"the key file {str(path)!r} cannot be read: one key a line expected") from error
+        raise InvalidArgumentError(
+            f"the key file {str(path)!r} cannot be read: one key a line expected"
+        ) from error
     keys = {key.strip() for key in [*lines, *os.environ.get(API_KEYS_ENV, "").split(",")]} - {""}
     if path and not keys:
-        raise InvalidArgumentError(f"the key file {str(path)!r} holds no key: one key a line expected")
+        raise InvalidArgumentError(
+            f"the key file {str(path)!r} holds no key: one key a line expected"
+        )
     if any(len(key) < _MIN_KEY_LENGTH for key in keys):
-        raise InvalidArgumentError(f"an API key is shorter than {_MIN_KEY_LENGTH} characters: use a longer, random one")
+        raise InvalidArgumentError(
+            f"an API key is shorter than {_MIN_KEY_LENGTH} characters: use a longer, random one"
+        )
     return frozenset(hash_key(key) for key in keys)
 
 

@@ -24,7 +24,9 @@ class PerBatchSeed(L.Callback):
         seed = _compute_seed(0, trainer.current_epoch, trainer.global_rank)
         torch.manual_seed(seed)
         for loader in (trainer.train_dataloader, trainer.val_dataloaders):
-            if isinstance(loader, DataLoader):  # what it draws for itself must not come out of the data's stream
+            if isinstance(
+                loader, DataLoader
+            ):  # what it draws for itself must not come out of the data's stream
                 loader.generator = torch.Generator().manual_seed(seed)
                 if isinstance(loader.sampler, RandomSampler):
                     loader.sampler.generator = torch.Generator().manual_seed(seed)
@@ -32,9 +34,15 @@ class PerBatchSeed(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed(_compute_seed(1, trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank))
+        torch.manual_seed(
+            _compute_seed(
+                1, trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank
+            )
+        )
 
 
 def _compute_seed(*position: int) -> int:
-    base_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where Lightning's seed_everything keeps it
+    base_seed = int(
+        os.environ.get("PL_GLOBAL_SEED", 0)
+    )  # where Lightning's seed_everything keeps it
     return int(np.random.SeedSequence([base_seed, *position]).generate_state(1)[0])

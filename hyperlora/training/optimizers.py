@@ -20,9 +20,15 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, param_groups: list[dict[str, Any]], lr: float, weight_decay: float = 0.01, momentum: float = 0.95
+        self,
+        param_groups: list[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
     ):
-        super().__init__(param_groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(
+            param_groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -35,7 +41,9 @@ class Muon(torch.optim.Optimizer):
             if group["muon"]:
                 for parameter in params:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(self._compute_update(parameter, group["momentum"]), alpha=group["lr"])
+                    parameter.sub_(
+                        self._compute_update(parameter, group["momentum"]), alpha=group["lr"]
+                    )
             else:
                 self._step_adamw(params, group)
         return loss
@@ -44,7 +52,9 @@ class Muon(torch.optim.Optimizer):
         gradient = parameter.grad
         assert gradient is not None
         momentum_buffer = (
-            self.state[parameter].setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - momentum)
+            self.state[parameter]
+            .setdefault("momentum", torch.zeros_like(gradient))
+            .lerp_(gradient, 1 - momentum)
         )
         update = apply_newton_schulz(gradient.lerp(momentum_buffer, momentum).flatten(1))
         return update.view_as(gradient) * (0.2 * max(update.shape) ** 0.5)
@@ -58,10 +68,20 @@ class Muon(torch.optim.Optimizer):
             [self.state[p][name] for p in params] for name in ("mean", "square", "step")
         )
         adamw(
-            params, [p.grad for p in params if p.grad is not None], exp_avgs, exp_avg_sqs, [], state_steps, amsgrad=False,
-            beta1=BETAS[0], beta2=BETAS[1], lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8,
+            params,
+            [p.grad for p in params if p.grad is not None],
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            state_steps,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
             maximize=False,
-        )  # fmt: skip
+        )
 
 
 def apply_newton_schulz(matrix: Tensor, num_steps: int = 5) -> Tensor:
@@ -99,7 +119,9 @@ def split_muon_params(
     matrices: list[nn.Parameter] = []
     other_params: list[nn.Parameter] = []
     for name, parameter in named_parameters:
-        (other_params if name.startswith(excluded_prefixes) or parameter.ndim == 1 else matrices).append(parameter)
+        (
+            other_params if name.startswith(excluded_prefixes) or parameter.ndim == 1 else matrices
+        ).append(parameter)
     return matrices, other_params
 
 
@@ -112,8 +134,10 @@ def make_muon_cosine(
     warmup_ratio: float = 0.1,
 ) -> dict[str, Any]:
     """``Muon`` over hidden ``matrices`` and AdamW over the ``other_params`` that train, both along one cycle."""
-    param_groups = [{"params": [p for p in matrices if p.requires_grad], "muon": True},
-              {"params": [p for p in other_params if p.requires_grad], "muon": False}]  # fmt: skip
+    param_groups = [
+        {"params": [p for p in matrices if p.requires_grad], "muon": True},
+        {"params": [p for p in other_params if p.requires_grad], "muon": False},
+    ]
     return _add_cosine_schedule(module, Muon(param_groups, lr, weight_decay), warmup_ratio)
 
 
@@ -126,7 +150,9 @@ def _add_cosine_schedule(
     def compute_lr_factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        return 0.5 + 0.5 * cos(pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+        return 0.5 + 0.5 * cos(
+            pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        )
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, compute_lr_factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -33,13 +33,24 @@ class ImagesToLora:
         return {
             "required": {"images": ("IMAGE",)},
             "optional": {
-                "model": ("STRING", {"default": "", "tooltip": "Folder or hub id; empty: the avatars bundle."}),
-                "server": ("STRING", {"default": "", "tooltip": "http://... of a hyperlora server; empty: in here."}),
-                "rank": ("INT", {"default": 0, "min": 0, "max": 128, "tooltip": "0: the model's own."}),
+                "model": (
+                    "STRING",
+                    {"default": "", "tooltip": "Folder or hub id; empty: the avatars bundle."},
+                ),
+                "server": (
+                    "STRING",
+                    {"default": "", "tooltip": "http://... of a hyperlora server; empty: in here."},
+                ),
+                "rank": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 128, "tooltip": "0: the model's own."},
+                ),
             },
         }
 
-    def generate_lora(self, images: torch.Tensor, model: str = "", server: str = "", rank: int = 0) -> tuple[bytes]:
+    def generate_lora(
+        self, images: torch.Tensor, model: str = "", server: str = "", rank: int = 0
+    ) -> tuple[bytes]:
         """``images`` [n, h, w, 3] in [0, 1]."""
         photos = [_encode_png(image) for image in images]
         if server:
@@ -51,13 +62,22 @@ class ImagesToLora:
                 return (client.create_lora(photos, **options | ({"rank": rank} if rank else {})),)
         from hyperlora.data.images import read_image
         from hyperlora.lora.io.save import serialize_lora
-        from hyperlora.pipelines.generate import GenerationConfig, SubjectPhotos, generate_loras, make_metadata
+        from hyperlora.pipelines.generate import (
+            GenerationConfig,
+            SubjectPhotos,
+            generate_loras,
+            make_metadata,
+        )
 
         pipeline = _load_image_to_lora(model)
         subject = SubjectPhotos.from_images([read_image(photo) for photo in photos], pipeline)
         weights = generate_loras(pipeline, [subject], GenerationConfig(rank=rank or None))[0]
         lora_format = "kohya" if "unet" in pipeline.layout.components else "diffusers"
-        return (serialize_lora(weights, format=lora_format, metadata=make_metadata(pipeline, "LoRA", photos)),)
+        return (
+            serialize_lora(
+                weights, format=lora_format, metadata=make_metadata(pipeline, "LoRA", photos)
+            ),
+        )
 
 
 class PairToLora:
@@ -66,15 +86,23 @@ class PairToLora:
     CATEGORY = CATEGORY
     FUNCTION = "make"
     RETURN_TYPES = ("HYPERLORA",)
-    DESCRIPTION = "A LoRA of the edit between an image before and after it, for an InstructPix2Pix model."
+    DESCRIPTION = (
+        "A LoRA of the edit between an image before and after it, for an InstructPix2Pix model."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {
             "required": {"before": ("IMAGE",), "after": ("IMAGE",)},
             "optional": {
-                "model": ("STRING", {"default": "", "tooltip": "Folder or hub id; empty: the bundled one."}),
-                "server": ("STRING", {"default": "", "tooltip": "Address of a hyperlora server; empty: here."}),
+                "model": (
+                    "STRING",
+                    {"default": "", "tooltip": "Folder or hub id; empty: the bundled one."},
+                ),
+                "server": (
+                    "STRING",
+                    {"default": "", "tooltip": "Address of a hyperlora server; empty: here."},
+                ),
             },
         }
 
@@ -83,7 +111,9 @@ class PairToLora:
     ) -> tuple[bytes]:
         """``before`` and ``after`` [n, h, w, 3] in [0, 1]."""
         if before.shape != after.shape:
-            raise ValueError(f"before is {list(before.shape)}, after {list(after.shape)}: the same size is expected")
+            raise ValueError(
+                f"before is {list(before.shape)}, after {list(after.shape)}: the same size is expected"
+            )
         pairs = [(_encode_png(a), _encode_png(b)) for a, b in zip(before, after, strict=True)]
         if server:
             from hyperlora import Client
@@ -95,7 +125,11 @@ class PairToLora:
 
         pipeline = _load_pair_to_lora(model)
         return (
-            serialize_lora(pipeline(pairs), format="kohya", metadata=make_edit_metadata(pipeline, "change", pairs)),
+            serialize_lora(
+                pipeline(pairs),
+                format="kohya",
+                metadata=make_edit_metadata(pipeline, "change", pairs),
+            ),
         )
 
 
@@ -115,12 +149,16 @@ class ApplyLora:
             "optional": {"clip": ("CLIP",)},
         }
 
-    def apply_lora(self, model: Any, lora: bytes, strength: float, clip: Any = None) -> tuple[Any, Any]:
+    def apply_lora(
+        self, model: Any, lora: bytes, strength: float, clip: Any = None
+    ) -> tuple[Any, Any]:
         """ComfyUI's own loader does it, and warns of keys it does not know."""
         import comfy.sd
         from safetensors.torch import load
 
-        patched_model, patched_clip = comfy.sd.load_lora_for_models(model, clip, load(lora), strength, strength)
+        patched_model, patched_clip = comfy.sd.load_lora_for_models(
+            model, clip, load(lora), strength, strength
+        )
         return patched_model, patched_clip
 
 

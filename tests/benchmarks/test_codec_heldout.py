@@ -44,25 +44,39 @@ def test_copies_are_near_and_alike() -> None:
 
 
 def test_codecs_and_models_on_held_out_rows(bundle: Any, tmp_path: Path) -> None:
-    recipe = Recipe(str(bundle.base), preset="attention", rank=2, finetune_steps=1, subjects_per_batch=4)
+    recipe = Recipe(
+        str(bundle.base), preset="attention", rank=2, finetune_steps=1, subjects_per_batch=4
+    )
     for name, first in (("train", 0), ("others", 1_000_000)):
         write_plan(
-            make_plan(AvatarSource(first, first + 4, portraits_per_identity=2, resolution=16), recipe), tmp_path / name
+            make_plan(
+                AvatarSource(first, first + 4, portraits_per_identity=2, resolution=16), recipe
+            ),
+            tmp_path / name,
         )
         run_build(tmp_path / name)
-    base, reader = load_diffusion_base(bundle.base), AttributeClassifier.from_pretrained(bundle.evaluator)
+    base, reader = (
+        load_diffusion_base(bundle.base),
+        AttributeClassifier.from_pretrained(bundle.evaluator),
+    )
 
     def judge(benchmark: Benchmark) -> SubjectEvaluator:
         return SubjectEvaluator(base, reader, benchmark, num_inference_steps=1)
 
     prompts = [Prompt("a portrait of sks person", {"expression": "sad"})]
-    trial = make_held_out_evaluation(tmp_path / "train", tmp_path / "others", judge, prompts, base.resolution, 3)
+    trial = make_held_out_evaluation(
+        tmp_path / "train", tmp_path / "others", judge, prompts, base.resolution, 3
+    )
     assert trial.evaluator.benchmark.names == ("person-1000000", "person-1000001", "person-1000002")
     original = trial.evaluate_original()
     data = LoraDataset(tmp_path / "train", "train")
     codec = LoraCodec.fit_pca(data, 1, 3)
-    own = make_held_out_evaluation(tmp_path / "train", tmp_path / "train", judge, prompts, base.resolution, 4, "train")
-    kept = own.evaluate_codec("codec", codec, own.evaluate_original())  # four rows lie in three directions
+    own = make_held_out_evaluation(
+        tmp_path / "train", tmp_path / "train", judge, prompts, base.resolution, 4, "train"
+    )
+    kept = own.evaluate_codec(
+        "codec", codec, own.evaluate_original()
+    )  # four rows lie in three directions
     assert kept.delta_error is not None and kept.delta_error < 0.02
     assert kept.max_train_cosine is not None and kept.max_train_cosine > 0.99
     decoded = trial.evaluate_codec("codec", codec, original)
@@ -72,10 +86,14 @@ def test_codecs_and_models_on_held_out_rows(bundle: Any, tmp_path: Path) -> None
         and decoded.delta_error > kept.delta_error
     )
     assert decoded.compression == data.layout.numel / 3
-    assert decoded.identity_retention == decoded.scores.identity.mean / original.scores.identity.mean
+    assert (
+        decoded.identity_retention == decoded.scores.identity.mean / original.scores.identity.mean
+    )
     sampled = trial.evaluate_sampler(
         "one pass", ImageToLora.from_pretrained(str(bundle.model)), original, SamplingConfig(), 2
     )
-    assert sampled.sample_diversity is not None and abs(sampled.sample_diversity) < 1e-4  # nothing is left to chance
+    assert (
+        sampled.sample_diversity is not None and abs(sampled.sample_diversity) < 1e-4
+    )  # nothing is left to chance
     lines = list(format_table([original, decoded, replace(sampled, nearest=None)]))
     assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1

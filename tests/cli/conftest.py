@@ -43,7 +43,9 @@ def shell() -> Callable[..., Ran]:
     """In a process of its own, through the console entry point."""
 
     def runner(*arguments: Any, then: str = "") -> Ran:
-        code = f"import sys\nfrom hyperlora.cli import main\ntry: main()\nfinally:\n  pass\n  {then}"
+        code = (
+            f"import sys\nfrom hyperlora.cli import main\ntry: main()\nfinally:\n  pass\n  {then}"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
             cwd=ROOT,

@@ -39,7 +39,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 def huge_png(side: int = 20_000) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
     pixels = zlib.compress(bytes((side // 8 + 1) * side))
@@ -68,12 +70,16 @@ def test_bad_photos(run: Run, bundle: Any, tmp_path: Path, case: str) -> None:
 def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(PHOTO.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=100, subsampling=0)
+    return encoded(
+        PHOTO.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=100, subsampling=0
+    )
 
 
 ODD_PHOTOS = {
     "CMYK": encoded(PHOTO.convert("CMYK"), "JPEG"),
-    "16 bit": encoded(Image.fromarray(np.linspace(0, 65535, 600).reshape(30, 20).astype(np.uint16))),
+    "16 bit": encoded(
+        Image.fromarray(np.linspace(0, 65535, 600).reshape(30, 20).astype(np.uint16))
+    ),
     "alpha": encoded(PHOTO.convert("RGBA")),
     "rotated by EXIF": rotated(),
 }
@@ -82,13 +88,19 @@ ODD_PHOTOS = {
 @pytest.mark.parametrize("case", ODD_PHOTOS)
 def test_odd_photos_work(run: Run, bundle: Any, tmp_path: Path, case: str) -> None:
     (tmp_path / "odd").write_bytes(ODD_PHOTOS[case])
-    ran = run("generate", tmp_path / "odd", "-o", tmp_path / "x.safetensors", "--model", bundle.model)
+    ran = run(
+        "generate", tmp_path / "odd", "-o", tmp_path / "x.safetensors", "--model", bundle.model
+    )
     assert ran.code == 0, ran
-    made = load_lora(tmp_path / "x.safetensors", ImageToLora.from_pretrained(str(bundle.model)).layout).weights
+    made = load_lora(
+        tmp_path / "x.safetensors", ImageToLora.from_pretrained(str(bundle.model)).layout
+    ).weights
     if case != "16 bit":
         upright = ImageToLora.from_pretrained(str(bundle.model))(PHOTO)
         tolerance = 1e-6 if case == "alpha" else 0.1
-        assert (made - upright).compute_delta_norms().sum() <= tolerance * upright.compute_delta_norms().sum() + 1e-3
+        assert (
+            made - upright
+        ).compute_delta_norms().sum() <= tolerance * upright.compute_delta_norms().sum() + 1e-3
 
 
 def test_bad_requests(run: Run, bundle: Any, tmp_path: Path) -> None:
@@ -101,31 +113,93 @@ def test_bad_requests(run: Run, bundle: Any, tmp_path: Path) -> None:
         (["generate", "-o", lora], "photos of one subject, or --batch FOLDER"),
         (["generate", *photo, "--batch", empty, "-o", lora], "not both"),
         (["generate", *photo, "-o", tmp_path / "x.bin"], "ends in .safetensors"),
-        (["generate", *photo, "-o", file / "x.safetensors"], "file' is a file, a folder was expected"),
+        (
+            ["generate", *photo, "-o", file / "x.safetensors"],
+            "file' is a file, a folder was expected",
+        ),
         (["generate", *photo, "-o", lora, "--format", "onnx"], "unknown format 'onnx'"),
         (["generate", *photo, "-o", lora, "--strength", "nan"], "strength between -10 and 10"),
         (["generate", *photo, "-o", lora, "--rank", 100_000], "rank 100000 asked for"),
         (["generate", tmp_path / "none.png", "-o", lora], "there is no file"),
-        (["generate", bundle.photo, "-o", lora, "--model", tmp_path / "none"], "none' is neither a folder nor"),
+        (
+            ["generate", bundle.photo, "-o", lora, "--model", tmp_path / "none"],
+            "none' is neither a folder nor",
+        ),
         (
             ["generate", bundle.photo, "-o", lora, "--model", empty],
             "config.json, layout.json, model.safetensors missing",
         ),
-        (["generate", *photo, "-o", lora, "--refine", 1, "--base", empty], "model_index.json expected"),
+        (
+            ["generate", *photo, "-o", lora, "--refine", 1, "--base", empty],
+            "model_index.json expected",
+        ),
         (["generate", *photo, "-o", lora, "--refine-by", "photos"], "give --refine STEPS too"),
-        (["generate", "--batch", empty, "-o", tmp_path / "out", "--model", bundle.model], "empty' holds no subject"),
-        (["generate", "--batch", file, "-o", tmp_path / "out", "--model", bundle.model], "file' is a file"),
-        (["generate", "--batch", empty, "-o", file, "--model", bundle.model], "is a file, a folder was expected"),
-        (["generate", "--batch", empty, "-o", empty / "out", "--model", bundle.model], "would count as a subject"),
+        (
+            ["generate", "--batch", empty, "-o", tmp_path / "out", "--model", bundle.model],
+            "empty' holds no subject",
+        ),
+        (
+            ["generate", "--batch", file, "-o", tmp_path / "out", "--model", bundle.model],
+            "file' is a file",
+        ),
+        (
+            ["generate", "--batch", empty, "-o", file, "--model", bundle.model],
+            "is a file, a folder was expected",
+        ),
+        (
+            ["generate", "--batch", empty, "-o", empty / "out", "--model", bundle.model],
+            "would count as a subject",
+        ),
         (["inspect", tmp_path / "none.safetensors"], "there is no file"),
         (["inspect", file], "not a .safetensors file"),
-        (["render", "--prompt", "x", "-o", tmp_path / "x.png", "--base", tmp_path / "none"], "none' cannot be loaded"),
-        (["render", "--prompt", "x", "-o", tmp_path / "x.jpg", "--base", bundle.base], "ends in .png"),
-        (["render", "--prompt", "x", "-o", tmp_path / "x.png", "--base", bundle.base, "--lora", "x:nan"], "got 'nan'"),
-        (["render", "--prompt", "x", "-o", tmp_path / "x.png", "--base", bundle.base, "--lora", "x"], "safetensors"),
-        (["evaluate", empty, *photo[1:], "--base", bundle.base, "--evaluator", bundle.evaluator], "holds no subject"),
-        (["evaluate", bundle.benchmark, *photo[1:], "--base", bundle.base, "--evaluator", empty], "holds no reader"),
-        (["evaluate", bundle.benchmark, *photo[1:], "--base", bundle.base, "--report", file], "is a file"),
+        (
+            ["render", "--prompt", "x", "-o", tmp_path / "x.png", "--base", tmp_path / "none"],
+            "none' cannot be loaded",
+        ),
+        (
+            ["render", "--prompt", "x", "-o", tmp_path / "x.jpg", "--base", bundle.base],
+            "ends in .png",
+        ),
+        (
+            [
+                "render",
+                "--prompt",
+                "x",
+                "-o",
+                tmp_path / "x.png",
+                "--base",
+                bundle.base,
+                "--lora",
+                "x:nan",
+            ],
+            "got 'nan'",
+        ),
+        (
+            [
+                "render",
+                "--prompt",
+                "x",
+                "-o",
+                tmp_path / "x.png",
+                "--base",
+                bundle.base,
+                "--lora",
+                "x",
+            ],
+            "safetensors",
+        ),
+        (
+            ["evaluate", empty, *photo[1:], "--base", bundle.base, "--evaluator", bundle.evaluator],
+            "holds no subject",
+        ),
+        (
+            ["evaluate", bundle.benchmark, *photo[1:], "--base", bundle.base, "--evaluator", empty],
+            "holds no reader",
+        ),
+        (
+            ["evaluate", bundle.benchmark, *photo[1:], "--base", bundle.base, "--report", file],
+            "is a file",
+        ),
     ]
     for arguments, sentence in cases:
         refused(run(*arguments), sentence)
@@ -134,7 +208,8 @@ def test_bad_requests(run: Run, bundle: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [["--rank", -1], ["--refine", -1], ["--batch-size", 0], ["--rank", "x"], ["--nonsense"]]
+    "option",
+    [["--rank", -1], ["--refine", -1], ["--batch-size", 0], ["--rank", "x"], ["--nonsense"]],
 )
 def test_options_out_of_range(run: Run, bundle: Any, tmp_path: Path, option: list[Any]) -> None:
     ran = run("generate", bundle.photo, "-o", tmp_path / "x.safetensors", *option)
@@ -145,7 +220,9 @@ def test_options_out_of_range(run: Run, bundle: Any, tmp_path: Path, option: lis
 
 @pytest.fixture
 def lora(bundle: Any, tmp_path: Path) -> Path:
-    return ImageToLora.from_pretrained(str(bundle.model))(bundle.photo).save(tmp_path / "x.safetensors")
+    return ImageToLora.from_pretrained(str(bundle.model))(bundle.photo).save(
+        tmp_path / "x.safetensors"
+    )
 
 
 def test_bad_loras(run: Run, bundle: Any, lora: Path, tmp_path: Path) -> None:
@@ -155,15 +232,34 @@ def test_bad_loras(run: Run, bundle: Any, lora: Path, tmp_path: Path) -> None:
         "NaN": ({**good, key: torch.full_like(good[key], torch.nan)}, "holds NaN"),
         "climbing": ({**good, "../../etc/x.lora_A.weight": torch.ones(2, 2)}, "no module path"),
         "partial": ({k: v for k, v in good.items() if k != key}, "but no"),
-        "unknown site": ({k.replace("attn1", "attn7"): v for k, v in good.items()}, "this base lacks"),
-        "another width": ({k: v[:, :-1] if k.endswith("lora_A.weight") else v for k, v in good.items()}, "expected"),
+        "unknown site": (
+            {k.replace("attn1", "attn7"): v for k, v in good.items()},
+            "this base lacks",
+        ),
+        "another width": (
+            {k: v[:, :-1] if k.endswith("lora_A.weight") else v for k, v in good.items()},
+            "expected",
+        ),
     }
     for state, sentence in cases.values():
         save_file({k: v.contiguous() for k, v in state.items()}, lora)
         refused(run("inspect", lora, "--base", bundle.base), sentence)
         out = tmp_path / "x.png"
         refused(
-            run("render", "--prompt", "x", "--lora", lora, "-o", out, "--base", bundle.base, "--steps", 1), sentence
+            run(
+                "render",
+                "--prompt",
+                "x",
+                "--lora",
+                lora,
+                "-o",
+                out,
+                "--base",
+                bundle.base,
+                "--steps",
+                1,
+            ),
+            sentence,
         )
         assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
@@ -195,7 +291,10 @@ def test_a_damaged_model(run: Run, bundle: Any, tmp_path: Path, name: str) -> No
         ("{", "is no list of"),
         ('[{"text": 1}]', "is no list of"),
         ("[]", "holds no prompt"),
-        ('[{"prompt": "x", "truth": {"mood": "sad"}}]', "mood = 'sad' of prompt 'x' is unknown to the evaluator"),
+        (
+            '[{"prompt": "x", "truth": {"mood": "sad"}}]',
+            "mood = 'sad' of prompt 'x' is unknown to the evaluator",
+        ),
         ('[{"prompt": "x", "truth": {"glasses": "blue"}}]', "glasses = 'blue'"),
     ],
 )
@@ -210,13 +309,17 @@ def test_bad_benchmarks(run: Run, bundle: Any, tmp_path: Path, prompts: str, sen
 def test_all_photos_bad(run: Run, bundle: Any, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"x")
-    ran = run("generate", "--batch", tmp_path / "in", "-o", tmp_path / "out", "--model", bundle.model)
+    ran = run(
+        "generate", "--batch", tmp_path / "in", "-o", tmp_path / "out", "--model", bundle.model
+    )
     refused(ran, "no LoRA could be made")
     assert "skipped: " in ran.err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["index.jsonl"]
 
 
-def test_a_full_disk(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(
+    run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device", "x.safetensors")
 
@@ -226,11 +329,15 @@ def test_a_full_disk(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
 def test_a_folder_without_permission(run: Run, bundle: Any, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    ran = run("generate", bundle.photo, "-o", closed / "new" / "x.safetensors", "--model", bundle.model)
+    ran = run(
+        "generate", bundle.photo, "-o", closed / "new" / "x.safetensors", "--model", bundle.model
+    )
     refused(ran, "no permission")
 
 
@@ -238,7 +345,10 @@ def test_permission_is_asked_before_the_model_is_loaded(
     run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
-    refused(run("generate", bundle.photo, "-o", tmp_path / "x.safetensors", "--model", "none"), "no permission")
+    refused(
+        run("generate", bundle.photo, "-o", tmp_path / "x.safetensors", "--model", "none"),
+        "no permission",
+    )
 
 
 def test_one_broken_lora_does_not_end_a_folder(

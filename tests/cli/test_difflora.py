@@ -33,14 +33,18 @@ def norm(one: Path, other: Path) -> float:
 
 def test_a_photo_to_samples(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
     out = tmp_path / "me.safetensors"
-    ran = run("generate", bundle.photo, "-o", out, "--model", difflora, "--method", "difflora", "--n", 3)
+    ran = run(
+        "generate", bundle.photo, "-o", out, "--model", difflora, "--method", "difflora", "--n", 3
+    )
     assert ran.code == 0, ran
     files = [tmp_path / f"me-{i}.safetensors" for i in (1, 2, 3)]
     assert sorted(tmp_path.iterdir()) == files
     assert all(str(file) in ran.out for file in files)
     assert norm(files[0], files[1]) > 1e-3
     again = tmp_path / "again.safetensors"
-    assert run("generate", bundle.photo, "-o", again, "--model", difflora, "--seed", 1).code == 0  # no --method: told
+    assert (
+        run("generate", bundle.photo, "-o", again, "--model", difflora, "--seed", 1).code == 0
+    )  # no --method: told
     assert norm(again, files[1]) == 0
     for option in (["--sampling-steps", 1], ["--guidance", 3]):
         other = tmp_path / "other.safetensors"
@@ -48,14 +52,32 @@ def test_a_photo_to_samples(run: Run, bundle: Any, difflora: Path, tmp_path: Pat
         assert norm(other, files[0]) > 1e-4
 
 
-def test_the_best_of_several_is_one_of_them(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
+def test_the_best_of_several_is_one_of_them(
+    run: Run, bundle: Any, difflora: Path, tmp_path: Path
+) -> None:
     common = ["--model", difflora, "--base", bundle.base, "--evaluator", bundle.evaluator]
-    assert run("generate", bundle.photo, "-o", tmp_path / "s.safetensors", *common, "--n", 3).code == 0
-    ran = run("generate", bundle.photo, "-o", tmp_path / "b.safetensors", *common, "--best-of", 3, "--n", 2, "--json")
+    assert (
+        run("generate", bundle.photo, "-o", tmp_path / "s.safetensors", *common, "--n", 3).code == 0
+    )
+    ran = run(
+        "generate",
+        bundle.photo,
+        "-o",
+        tmp_path / "b.safetensors",
+        *common,
+        "--best-of",
+        3,
+        "--n",
+        2,
+        "--json",
+    )
     assert ran.code == 0, ran
     assert [line["file"] for line in json.loads(ran.out)] == ["b-1.safetensors", "b-2.safetensors"]
     samples = [tmp_path / f"s-{i}.safetensors" for i in (1, 2, 3)]
-    found = [[norm(tmp_path / f"b-{i}.safetensors", sample) for sample in samples].index(0) for i in (1, 2)]
+    found = [
+        [norm(tmp_path / f"b-{i}.safetensors", sample) for sample in samples].index(0)
+        for i in (1, 2)
+    ]
     assert len({*found}) == 2
 
 
@@ -70,7 +92,9 @@ def test_candidates_come_in_the_order_of_likeness(difflora: Path) -> None:
     )
     for i in range(2):
         sums = torch.stack([lora.flatten()[i].sum() for lora in made]).sort(descending=True).values
-        torch.testing.assert_close(torch.stack([lora.flatten()[i].sum() for lora in (first, second)]), sums[:2])
+        torch.testing.assert_close(
+            torch.stack([lora.flatten()[i].sum() for lora in (first, second)]), sums[:2]
+        )
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(difflora: Path) -> None:
@@ -82,15 +106,45 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(difflora: Path) -> None
 
 
 def test_a_folder_of_subjects(run: Run, bundle: Any, difflora: Path, tmp_path: Path) -> None:
-    ran = run("generate", "--batch", bundle.subjects, "-o", tmp_path, "--method", "difflora", "--model", difflora,
-              "--base", bundle.base, "--evaluator", bundle.evaluator, "--best-of", 2)  # fmt: skip
+    ran = run(
+        "generate",
+        "--batch",
+        bundle.subjects,
+        "-o",
+        tmp_path,
+        "--method",
+        "difflora",
+        "--model",
+        difflora,
+        "--base",
+        bundle.base,
+        "--evaluator",
+        bundle.evaluator,
+        "--best-of",
+        2,
+    )
     assert ran.code == 0, ran
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
 def test_the_same_table(run: Run, bundle: Any, difflora: Path) -> None:
-    ran = run("evaluate", bundle.benchmark, "--model", difflora, "--base", bundle.base, "--evaluator", bundle.evaluator,
-              "--steps", 2, "--people", 2, "--best-of", 2, "--json")  # fmt: skip
+    ran = run(
+        "evaluate",
+        bundle.benchmark,
+        "--model",
+        difflora,
+        "--base",
+        bundle.base,
+        "--evaluator",
+        bundle.evaluator,
+        "--steps",
+        2,
+        "--people",
+        2,
+        "--best-of",
+        2,
+        "--json",
+    )
     assert ran.code == 0, ran
     names = [row["name"] for row in json.loads(ran.out)["rows"]]
     for name in ("base, no LoRA", "one photo", "one photo, best of 2", "2 photos", "mean LoRA"):
@@ -111,16 +165,29 @@ def test_photos_unlike_those_of_training_are_noticed(difflora: Path) -> None:
         compute_encoder_fingerprint(model.encoder),
         num_components=8,
     )
-    (notices,) = check_photos(domain, model.get_image_features(model.encode_photos(1 - usual[None, None])))
+    (notices,) = check_photos(
+        domain, model.get_image_features(model.encode_photos(1 - usual[None, None]))
+    )
     assert "not look like the faces" in notices[0]
 
 
 @pytest.mark.parametrize("option", [["--n", 2], ["--best-of", 2], ["--seed", 1], ["--guidance", 2]])
 def test_one_forward_pass_leaves_nothing_to_chance(
     run: Run, bundle: Any, tmp_path: Path, option: list[Any]
-) -> None:  # fmt: skip
-    ran = run("generate", bundle.photo, "-o", tmp_path / "x.safetensors", "--model", bundle.model, "--base",
-              bundle.base, "--evaluator", bundle.evaluator, *option)  # fmt: skip
+) -> None:
+    ran = run(
+        "generate",
+        bundle.photo,
+        "-o",
+        tmp_path / "x.safetensors",
+        "--model",
+        bundle.model,
+        "--base",
+        bundle.base,
+        "--evaluator",
+        bundle.evaluator,
+        *option,
+    )
     assert ran.code == 2
     assert "leaves nothing to chance" in ran.err
     assert not list(tmp_path.iterdir())
@@ -135,13 +202,20 @@ def test_faces_are_heard_and_their_pack_travels_with_the_model(
 
     plain = LoraDiffusion.from_pretrained(difflora)
     torch.manual_seed(9)
-    mixture = MixedImageFeatures(FACE_EMBED_DIM, plain.encoder.width, width=16, num_tokens=2, num_heads=2, mode="face")
+    mixture = MixedImageFeatures(
+        FACE_EMBED_DIM, plain.encoder.width, width=16, num_tokens=2, num_heads=2, mode="face"
+    )
     card = {"resolution": 128}
     face = make_face_analyzer(released.FACE_PACK_DIR, plain.encoder, card)
-    LoraDiffusion(plain.encoder, mixture, plain.denoiser, plain.codec, face, card).save_pretrained(tmp_path / "made")
+    LoraDiffusion(plain.encoder, mixture, plain.denoiser, plain.codec, face, card).save_pretrained(
+        tmp_path / "made"
+    )
     folder = shutil.move(tmp_path / "made", tmp_path / "moved")
     model = LoraDiffusion.from_pretrained(folder)
-    assert model.face_analyzer is not None and model.face_analyzer.pack_dir.parent == Path(folder).resolve()
+    assert (
+        model.face_analyzer is not None
+        and model.face_analyzer.pack_dir.parent == Path(folder).resolve()
+    )
     assert model.photo_size == 128 and plain.photo_size == 16
     photos = []
     for seed in SPLITS["validation"][:2]:
@@ -152,7 +226,9 @@ def test_faces_are_heard_and_their_pack_travels_with_the_model(
         assert run("generate", photo, "-o", file, "--model", folder).code == 0
     assert norm(*files) > 1e-4, "faces alone tell people apart"
     header = load_lora(files[0]).metadata
-    assert header.encoder.endswith(", face-pack") and header.encoder_license.endswith("faces: Apache-2.0")
+    assert header.encoder.endswith(", face-pack") and header.encoder_license.endswith(
+        "faces: Apache-2.0"
+    )
 
     blank = tmp_path / "blank.png"
     Image.new("RGB", (128, 128), "gray").save(blank)
@@ -170,7 +246,10 @@ def test_methods_are_told_apart(run: Run, bundle: Any, difflora: Path, tmp_path:
     out = tmp_path / "x.safetensors"
     for options, sentence in (
         (["--method", "magic"], "unknown method 'magic'; known: hyperdreambooth, difflora"),
-        (["--method", "difflora", "--model", bundle.model], "of the method hyperdreambooth, not difflora"),
+        (
+            ["--method", "difflora", "--model", bundle.model],
+            "of the method hyperdreambooth, not difflora",
+        ),
         (["--model", difflora, "--n", 2, "--batch", bundle.subjects], "leave out --batch"),
     ):
         photo = [] if "--batch" in options else [bundle.photo]

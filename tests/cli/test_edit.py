@@ -37,8 +37,23 @@ def test_a_file_and_pictures_as_python_makes_them(
 ) -> None:
     others = second(pair)
     out = tmp_path / "sub" / "change.safetensors"
-    done = run("edit", *pair, "--apply", *others, "--images-out", tmp_path / "edited", "-o", out, "--steps", 2,
-               "--seed", 7, "--strength", 3, *models)  # fmt: skip
+    done = run(
+        "edit",
+        *pair,
+        "--apply",
+        *others,
+        "--images-out",
+        tmp_path / "edited",
+        "-o",
+        out,
+        "--steps",
+        2,
+        "--seed",
+        7,
+        "--strength",
+        3,
+        *models,
+    )
     assert done.code == 0, done
     model = PairToLora.from_pretrained(pretrained.pair_model)
     change = model(tuple(pair), 3)
@@ -47,25 +62,55 @@ def test_a_file_and_pictures_as_python_makes_them(
     assert file.metadata.title == "change" and len(file.metadata.reference_sha256) == 2
     base, opened = load_diffusion_base(pretrained.edit_base), [Image.open(o) for o in others]
     for keep_rest, flags in ((True, []), (False, ["--repaint"])):
-        expected = edit_images(base, opened, change, seeds=[7, 7], num_inference_steps=2, preserve_unedited=keep_rest)
-        done = run("edit", *pair, "--apply", *others, "--images-out", tmp_path / "edited", "--steps", 2,
-                   "--seed", 7, "--strength", 3, *flags, *models)  # fmt: skip
+        expected = edit_images(
+            base, opened, change, seeds=[7, 7], num_inference_steps=2, preserve_unedited=keep_rest
+        )
+        done = run(
+            "edit",
+            *pair,
+            "--apply",
+            *others,
+            "--images-out",
+            tmp_path / "edited",
+            "--steps",
+            2,
+            "--seed",
+            7,
+            "--strength",
+            3,
+            *flags,
+            *models,
+        )
         for path, picture in zip(others, expected, strict=True):
             drawn = np.asarray(Image.open(tmp_path / "edited" / f"{path.stem}.png"), int)
             assert abs(drawn - np.asarray(picture, int)).max() <= 2
             assert str(tmp_path / "edited" / f"{path.stem}.png") in done.out
 
 
-def test_further_pairs_and_reverse(run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path) -> None:
+def test_further_pairs_and_reverse(
+    run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path
+) -> None:
     model = PairToLora.from_pretrained(pretrained.pair_model)
     both = model([tuple(pair), tuple(second(pair))])
     for flags, expected in (([], both), (["--reverse"], -both)):
-        done = run("edit", *pair, "--pair", *second(pair), "-o", tmp_path / "c.safetensors", *flags, *models)
+        done = run(
+            "edit",
+            *pair,
+            "--pair",
+            *second(pair),
+            "-o",
+            tmp_path / "c.safetensors",
+            *flags,
+            *models,
+        )
         assert done.code == 0, done
         torch.testing.assert_close(
-            load_lora(tmp_path / "c.safetensors", model.layout).weights.flatten(), expected.flatten()
+            load_lora(tmp_path / "c.safetensors", model.layout).weights.flatten(),
+            expected.flatten(),
         )
-    done = run("edit", "--pair", *pair, "--pair", *second(pair), "-o", tmp_path / "d.safetensors", *models)
+    done = run(
+        "edit", "--pair", *pair, "--pair", *second(pair), "-o", tmp_path / "d.safetensors", *models
+    )
     assert done.code == 0, done
     found = load_lora(tmp_path / "d.safetensors", model.layout).weights
     torch.testing.assert_close(found.flatten(), both.flatten())
@@ -77,7 +122,10 @@ def test_words_are_tried_unless_asked_not_to(run: Any, tmp_path: Path) -> None:
     pair = [next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after")]
     base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
     model = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=base)
-    expected = {(): generate_with_search(model, base, tuple(pair)), ("--one-pass",): model(tuple(pair))}
+    expected = {
+        (): generate_with_search(model, base, tuple(pair)),
+        ("--one-pass",): model(tuple(pair)),
+    }
     for flags, lora in expected.items():
         done = run("edit", *pair, "-o", tmp_path / "c.safetensors", *flags)
         assert done.code == 0, done
@@ -98,21 +146,38 @@ def test_pictures_of_one_name_do_not_meet(run: Any, models: Any, pair: Any, tmp_
     copy = tmp_path / "other" / pair[0].name
     copy.parent.mkdir()
     copy.write_bytes(pair[1].read_bytes())
-    done = run("edit", *pair, "--apply", pair[0], copy, "--images-out", tmp_path / "e", "--steps", 1, *models)
+    done = run(
+        "edit",
+        *pair,
+        "--apply",
+        pair[0],
+        copy,
+        "--images-out",
+        tmp_path / "e",
+        "--steps",
+        1,
+        *models,
+    )
     assert done.code == 0, done
-    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["shown-0_before-2.png", "shown-0_before.png"]
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
+        "shown-0_before-2.png",
+        "shown-0_before.png",
+    ]
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    (lambda a: a[:1], "a picture before and one after the edit are expected"),
-    (lambda a: [], "no pair given"),
-    (lambda a: [*a, "--pair", a[0]], "--pair needs two pictures"),
-    (lambda a: [a[0], "missing.png"], "there is no file 'missing.png'"),
-    (lambda a: [*a, "--format", "gguf"], "known: diffusers, kohya"),
-    (lambda a: [*a, "--strength", "nan"], "strength between -10 and 10"),
-    (lambda a: [*a, "--try", "a hat", "--one-pass"], "leave one out"),
-    (lambda a: [*a, "--try", "a hat"], "this one says none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda a: a[:1], "a picture before and one after the edit are expected"),
+        (lambda a: [], "no pair given"),
+        (lambda a: [*a, "--pair", a[0]], "--pair needs two pictures"),
+        (lambda a: [a[0], "missing.png"], "there is no file 'missing.png'"),
+        (lambda a: [*a, "--format", "gguf"], "known: diffusers, kohya"),
+        (lambda a: [*a, "--strength", "nan"], "strength between -10 and 10"),
+        (lambda a: [*a, "--try", "a hat", "--one-pass"], "leave one out"),
+        (lambda a: [*a, "--try", "a hat"], "this one says none"),
+    ],
+)
 def test_bad_input_is_one_sentence(
     run: Any, models: Any, pair: Any, tmp_path: Path, change: Any, sentence: str
 ) -> None:
@@ -121,10 +186,20 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_to_do_and_wrong_bases(run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path) -> None:
+def test_nothing_to_do_and_wrong_bases(
+    run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path
+) -> None:
     assert "Give -o FILE, or --apply IMAGE" in run("edit", *pair, *models).err
     done = run(
-        "edit", *pair, "--apply", pair[0], "--images-out", tmp_path / "e", "--base", pretrained.base, *models[:2]
+        "edit",
+        *pair,
+        "--apply",
+        pair[0],
+        "--images-out",
+        tmp_path / "e",
+        "--base",
+        pretrained.base,
+        *models[:2],
     )
     assert done.code == 2 and "bundle" not in done.err, done
     wide = tmp_path / "wide.png"
@@ -134,12 +209,28 @@ def test_nothing_to_do_and_wrong_bases(run: Any, models: Any, pair: Any, bundle:
 
 
 def test_evaluate_edits(run: Any, models: Any, bundle: Any, tmp_path: Path) -> None:
-    done = run("evaluate", pretrained.edit_benchmark, "--task", "edit", "--evaluator", pretrained.evaluator, "--steps", 1,
-               "--fit", 1, "--report", tmp_path / "r", "--json", *models)  # fmt: skip
+    done = run(
+        "evaluate",
+        pretrained.edit_benchmark,
+        "--task",
+        "edit",
+        "--evaluator",
+        pretrained.evaluator,
+        "--steps",
+        1,
+        "--fit",
+        1,
+        "--report",
+        tmp_path / "r",
+        "--json",
+        *models,
+    )
     assert done.code == 0, done
     told = json.loads(done.out)
     assert told["edits"] == 2
-    assert {"undone", "undone_kept", "turned", "turned_kept", "round_trip", "untouched"} == set(told["reverse"])
+    assert {"undone", "undone_kept", "turned", "turned_kept", "round_trip", "untouched"} == set(
+        told["reverse"]
+    )
     assert (tmp_path / "r" / "sheet.png").is_file()
     done = run("evaluate", pretrained.edit_benchmark, "--task", "sideways")
     assert done.code == 2 and "known: portrait, edit" in done.err

@@ -61,9 +61,19 @@ def test_rank_and_strength(run: Run, bundle: Any, tmp_path: Path) -> None:
         "four": ["--rank", "4"],
         "one": ["--rank", 1],
     }.items():
-        ran = run("generate", bundle.photo, "-o", tmp_path / f"{name}.safetensors", "--model", bundle.model, *options)
+        ran = run(
+            "generate",
+            bundle.photo,
+            "-o",
+            tmp_path / f"{name}.safetensors",
+            "--model",
+            bundle.model,
+            *options,
+        )
         assert ran.code == 0, ran
-    plain, twice, four, one = (weights(tmp_path / f"{n}.safetensors") for n in ("plain", "twice", "four", "one"))
+    plain, twice, four, one = (
+        weights(tmp_path / f"{n}.safetensors") for n in ("plain", "twice", "four", "one")
+    )
     torch.testing.assert_close(twice.flatten(), (plain * 2).flatten())
     assert (four.layout.rank, one.layout.rank) == (4, 1)
     for wide, full in zip(four.get_delta_weights(), plain.get_delta_weights(), strict=True):
@@ -71,12 +81,22 @@ def test_rank_and_strength(run: Run, bundle: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(one.flatten(), plain.resize(1).flatten())
 
 
-def test_refining_changes_the_lora_and_repeats_exactly(run: Run, bundle: Any, tmp_path: Path) -> None:
+def test_refining_changes_the_lora_and_repeats_exactly(
+    run: Run, bundle: Any, tmp_path: Path
+) -> None:
     options = ["--model", bundle.model, "--base", bundle.base]
     run("generate", bundle.photo, "-o", tmp_path / "plain.safetensors", *options)
     for name in ("a", "b"):
         torch.rand(3)  # the state of the global generator must not matter
-        ran = run("generate", bundle.photo, "-o", tmp_path / f"{name}.safetensors", *options, "--refine", 2)
+        ran = run(
+            "generate",
+            bundle.photo,
+            "-o",
+            tmp_path / f"{name}.safetensors",
+            *options,
+            "--refine",
+            2,
+        )
         assert ran.code == 0, ran
     plain, a, b = (weights(tmp_path / f"{n}.safetensors") for n in ("plain", "a", "b"))
     assert a.layout == plain.layout
@@ -85,13 +105,28 @@ def test_refining_changes_the_lora_and_repeats_exactly(run: Run, bundle: Any, tm
 
 
 def test_json(run: Run, bundle: Any, tmp_path: Path) -> None:
-    ran = run("generate", bundle.photo, "-o", tmp_path / "me.safetensors", "--model", bundle.model, "--json")
+    ran = run(
+        "generate",
+        bundle.photo,
+        "-o",
+        tmp_path / "me.safetensors",
+        "--model",
+        bundle.model,
+        "--json",
+    )
     said = json.loads(ran.out)
-    assert (said["subject"], said["file"], said["photos"], said["error"]) == ("me", "me.safetensors", 1, None)
+    assert (said["subject"], said["file"], said["photos"], said["error"]) == (
+        "me",
+        "me.safetensors",
+        1,
+        None,
+    )
     assert said["seconds"] > 0
 
 
-def test_every_photo_is_decoded_once(bundle: Any, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_photo_is_decoded_once(
+    bundle: Any, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded: list[Any] = []
     load = ImageFile.load
 
@@ -127,16 +162,34 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_folder_of_subjects(run: Run, bundle: Any, photos: Path, tmp_path: Path) -> None:
-    ran = run("generate", "--batch", photos, "-o", tmp_path / "out", "--model", bundle.model, "--batch-size", 3)
+    ran = run(
+        "generate",
+        "--batch",
+        photos,
+        "-o",
+        tmp_path / "out",
+        "--model",
+        bundle.model,
+        "--batch-size",
+        3,
+    )
     assert ran.code == 0, ran
     assert ran.out.startswith("4 LoRAs and index.jsonl in")
-    assert files(tmp_path / "out") == ["index.jsonl", *(f"{n}.safetensors" for n in ("p0", "p1", "q2", "q3"))]
+    assert files(tmp_path / "out") == [
+        "index.jsonl",
+        *(f"{n}.safetensors" for n in ("p0", "p1", "q2", "q3")),
+    ]
     model = ImageToLora.from_pretrained(str(bundle.model))
     for name, views in {"p1": sorted((photos / "p1").iterdir()), "q3": [photos / "q3.png"]}.items():
         made = load_lora(tmp_path / "out" / f"{name}.safetensors", model.layout).weights
         torch.testing.assert_close(made.flatten(), model(views).flatten(), rtol=1e-4, atol=1e-5)
     lines = {line["subject"]: line for line in index(tmp_path / "out")}
-    assert {name: line["photos"] for name, line in lines.items()} == {"p0": 2, "p1": 2, "q2": 1, "q3": 1}
+    assert {name: line["photos"] for name, line in lines.items()} == {
+        "p0": 2,
+        "p1": 2,
+        "q2": 1,
+        "q3": 1,
+    }
 
 
 def test_a_killed_run_resumes(
@@ -167,10 +220,14 @@ def test_a_killed_run_resumes(
     assert files(out) == files(whole)
     assert sorted(line["subject"] for line in index(out)) == ["p0", "p1", "q2", "q3"]
     for name in ("p0", "p1", "q2", "q3"):
-        assert (out / f"{name}.safetensors").read_bytes() == (whole / f"{name}.safetensors").read_bytes()
+        assert (out / f"{name}.safetensors").read_bytes() == (
+            whole / f"{name}.safetensors"
+        ).read_bytes()
 
 
-def test_other_settings_or_more_photos_are_made_again(run: Run, bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_other_settings_or_more_photos_are_made_again(
+    run: Run, bundle: Any, photos: Path, tmp_path: Path
+) -> None:
     arguments = ["generate", "--batch", photos, "-o", tmp_path / "out", "--model", bundle.model]
     run(*arguments)
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.safetensors")}
@@ -183,7 +240,9 @@ def test_other_settings_or_more_photos_are_made_again(run: Run, bundle: Any, pho
     assert len(index(tmp_path / "out")) == 4
 
 
-def test_a_bad_photo_is_told_and_skipped(run: Run, bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_bad_photo_is_told_and_skipped(
+    run: Run, bundle: Any, photos: Path, tmp_path: Path
+) -> None:
     (photos / "p1" / "0.png").write_bytes(b"no image")
     (photos / "q2.png").write_bytes(b"")
     out = tmp_path / "out"
@@ -194,15 +253,25 @@ def test_a_bad_photo_is_told_and_skipped(run: Run, bundle: Any, photos: Path, tm
         assert "q2.png' is empty" in ran.err
         assert files(out) == ["index.jsonl", *(f"{n}.safetensors" for n in ("p0", "p1", "q3"))]
         assert sorted((line["subject"], bool(line["file"])) for line in index(out)) == [
-            ("p0", True), ("p1", False), ("p1", True), ("q2", False), ("q3", True),
-        ]  # fmt: skip
+            ("p0", True),
+            ("p1", False),
+            ("p1", True),
+            ("q2", False),
+            ("q3", True),
+        ]
     (photos / "q2.png").write_bytes((photos / "q3.png").read_bytes())
-    said = json.loads(run("generate", "--batch", photos, "-o", out, "--model", bundle.model, "--json").out)
+    said = json.loads(
+        run("generate", "--batch", photos, "-o", out, "--model", bundle.model, "--json").out
+    )
     assert {line["subject"] for line in said if line["file"]} == {"p0", "p1", "q2", "q3"}
 
 
-@pytest.mark.parametrize("name", ["a:b*", "-rf", "ä" * 120, "line\nbreak", "[bold]x", "b\udcff", "é l'ami"])
-def test_names_that_file_systems_refuse(run: Run, bundle: Any, photos: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["a:b*", "-rf", "ä" * 120, "line\nbreak", "[bold]x", "b\udcff", "é l'ami"]
+)
+def test_names_that_file_systems_refuse(
+    run: Run, bundle: Any, photos: Path, tmp_path: Path, name: str
+) -> None:
     try:
         (photos / "q2.png").rename(photos / f"{name}.png")
     except (OSError, UnicodeEncodeError):
@@ -218,6 +287,9 @@ def test_names_that_file_systems_refuse(run: Run, bundle: Any, photos: Path, tmp
 
 
 def test_safe_names_never_meet() -> None:
-    stems = [generate_folder.make_file_stem(name) for name in ("a:b", "a*b", "a_b", "plain", ".hidden", "..", "")]
+    stems = [
+        generate_folder.make_file_stem(name)
+        for name in ("a:b", "a*b", "a_b", "plain", ".hidden", "..", "")
+    ]
     assert len({*stems}) == len(stems)
     assert stems[2:4] == ["a_b", "plain"]

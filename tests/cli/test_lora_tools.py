@@ -27,7 +27,10 @@ def shelf(bundle: Any, tmp_path: Path) -> Path:
     model = ImageToLora.from_pretrained(str(bundle.model))
     for i, (name, title) in enumerate((("a", "Anna"), ("people/b", "Ben"))):
         header = LoraMetadata(
-            title=title, trigger_phrase=f"sks {title}", license="mit", architecture="stable-diffusion-v1"
+            title=title,
+            trigger_phrase=f"sks {title}",
+            license="mit",
+            architecture="stable-diffusion-v1",
         )
         lora = model(bundle.subjects / f"person-{i}" / "0.png") * 3.0
         lora.save(tmp_path / "shelf" / f"{name}.safetensors", ("diffusers", "kohya")[i], header)
@@ -44,8 +47,16 @@ def test_algebra(run: Run, shelf: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "made.safetensors"
     for arguments, expected, tolerance in (
         (["combine", f"{a}:0.7", f"{b}:-0.5"], merge([one, two], [0.7, -0.5]), 1e-6),
-        (["combine", a, b, "--rank", 3, "--how", "svd"], merge([one, two], method="svd", rank=3), 1e-5),
-        (["combine", a, b, "--how", "ties", "--density", 0.4], merge([one, two], method="ties", density=0.4), 1e-5),
+        (
+            ["combine", a, b, "--rank", 3, "--how", "svd"],
+            merge([one, two], method="svd", rank=3),
+            1e-5,
+        ),
+        (
+            ["combine", a, b, "--how", "ties", "--density", 0.4],
+            merge([one, two], method="ties", density=0.4),
+            1e-5,
+        ),
         (["diff", a, b], merge([one, two], [1, -1]), 1e-6),
         (["resize", a, "--rank", 1], one.resize(1), 1e-5),
         (["scale", a, "--by", -0.5], one * -0.5, 1e-6),
@@ -60,7 +71,11 @@ def test_algebra(run: Run, shelf: Path, tmp_path: Path) -> None:
             assert compute_relative_error(weights(out), expected) <= tolerance, arguments
     with_zeros = run("scale", a, "--block", "unet.mid_block=0", "-o", out)
     norms = dict(
-        zip([s.name for s in weights(out).layout.targets], weights(out).compute_delta_norms().tolist(), strict=True)
+        zip(
+            [s.name for s in weights(out).layout.targets],
+            weights(out).compute_delta_norms().tolist(),
+            strict=True,
+        )
     )
     assert with_zeros.code == 0
     assert {n.startswith("unet.mid_block") for n, norm in norms.items() if norm == 0} == {True}
@@ -78,10 +93,18 @@ def test_the_error_that_is_printed(run: Run, shelf: Path, tmp_path: Path) -> Non
 
 
 def test_headers_of_results(run: Run, shelf: Path, tmp_path: Path) -> None:
-    a, b, out = shelf / "a.safetensors", shelf / "people" / "b.safetensors", tmp_path / "c.safetensors"
+    a, b, out = (
+        shelf / "a.safetensors",
+        shelf / "people" / "b.safetensors",
+        tmp_path / "c.safetensors",
+    )
     assert run("combine", f"{a}:0.7", b, "-o", out).code == 0
     header = load_lora(out).metadata
-    assert (header.title, header.trigger_phrase, header.license) == ("0.7 Anna + 1 Ben", "sks Anna, sks Ben", "mit")
+    assert (header.title, header.trigger_phrase, header.license) == (
+        "0.7 Anna + 1 Ben",
+        "sks Anna, sks Ben",
+        "mit",
+    )
     assert header.base_model == load_lora(a).metadata.base_model
     assert len(header.reference_sha256) == len(
         {*load_lora(a).metadata.reference_sha256, *load_lora(b).metadata.reference_sha256}
@@ -92,7 +115,14 @@ def test_split(run: Run, shelf: Path, tmp_path: Path) -> None:
     a, out = shelf / "a.safetensors", tmp_path / "parts"
     assert (
         run(
-            "split", a, "-o", out, "--part", "down=unet.down_blocks", "--part", "rest=unet.mid_block,unet.up_blocks"
+            "split",
+            a,
+            "-o",
+            out,
+            "--part",
+            "down=unet.down_blocks",
+            "--part",
+            "rest=unet.mid_block,unet.up_blocks",
         ).code
         == 0
     )
@@ -104,10 +134,16 @@ def test_split(run: Run, shelf: Path, tmp_path: Path) -> None:
 
 
 def test_bad_algebra(run: Run, shelf: Path, bundle: Any, tmp_path: Path) -> None:
-    a, b, out = shelf / "a.safetensors", shelf / "people" / "b.safetensors", tmp_path / "x.safetensors"
+    a, b, out = (
+        shelf / "a.safetensors",
+        shelf / "people" / "b.safetensors",
+        tmp_path / "x.safetensors",
+    )
     one = load_lora(a)
     other = LoraWeights(
-        one.weights.layout.__class__(one.weights.layout.targets, 2, "another/base"), one.weights.down, one.weights.up
+        one.weights.layout.__class__(one.weights.layout.targets, 2, "another/base"),
+        one.weights.down,
+        one.weights.up,
     )
     alien = save_lora(other, tmp_path / "alien.safetensors")
     broken = tmp_path / "broken.safetensors"
@@ -164,10 +200,15 @@ def test_find_lora(shelf: Path) -> None:
         == find_lora(shelf, "Anna")
         == shelf / "a.safetensors"
     )
-    assert find_lora(shelf, "people/b") == find_lora(shelf, "Ben") == shelf / "people" / "b.safetensors"
+    assert (
+        find_lora(shelf, "people/b")
+        == find_lora(shelf, "Ben")
+        == shelf / "people" / "b.safetensors"
+    )
     (shelf / "broken.safetensors").write_bytes(b"not a LoRA")
     with pytest.raises(
-        InvalidArgumentError, match=r"no LoRA called 'Bne' .* did you mean 'Ben'\?.*not readable: broken"
+        InvalidArgumentError,
+        match=r"no LoRA called 'Bne' .* did you mean 'Ben'\?.*not readable: broken",
     ):
         find_lora(shelf, "Bne")
     (shelf / "b.safetensors").write_bytes((shelf / "a.safetensors").read_bytes())
@@ -191,8 +232,26 @@ def test_render_composes(run: Run, shelf: Path, bundle: Any, tmp_path: Path) -> 
         ("early", "x <lora:a:1:stop=0.25> <lora:b:1:stop=0.25>", []),
         ("switch", "x", [*both, "--strategy", "switch", "--every", 2]),
         ("composite", "x", [*both, "--strategy", "composite"]),
-        ("spatial", "x", [*both, "--strategy", "spatial", "--region", "0,0,0.5,1", "--region", mask]),
-        ("window", "x", ["--lora", a, "--strategy", "spatial", "--region", "0,0,0.5,1", "--window", "--width", 32]),
+        (
+            "spatial",
+            "x",
+            [*both, "--strategy", "spatial", "--region", "0,0,0.5,1", "--region", mask],
+        ),
+        (
+            "window",
+            "x",
+            [
+                "--lora",
+                a,
+                "--strategy",
+                "spatial",
+                "--region",
+                "0,0,0.5,1",
+                "--window",
+                "--width",
+                32,
+            ],
+        ),
         ("gamma", "x", [*both, "--gamma", 1.7]),
         ("gamma 1", "x", [*both, "--gamma", 1]),
     ):
@@ -205,7 +264,9 @@ def test_render_composes(run: Run, shelf: Path, bundle: Any, tmp_path: Path) -> 
     different = ["none", "merge", "early", "switch", "composite", "spatial", "gamma"]
     for i, one in enumerate(different):
         for other in different[:i]:
-            assert np.abs(pictures[one] - pictures[other]).max() > 2, f"{one} and {other} look the same"
+            assert np.abs(pictures[one] - pictures[other]).max() > 2, (
+                f"{one} and {other} look the same"
+            )
     for options, sentence in (
         ([*both, "--strategy", "spatial"], "one region per LoRA"),
         ([*both, "--strategy", "mix"], "unknown strategy 'mix'"),

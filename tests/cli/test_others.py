@@ -53,32 +53,76 @@ def loras(bundle: Any, tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_render_draws_what_the_library_draws(run: Run, bundle: Any, loras: list[Path], tmp_path: Path) -> None:
+def test_render_draws_what_the_library_draws(
+    run: Run, bundle: Any, loras: list[Path], tmp_path: Path
+) -> None:
     base = load_diffusion_base(bundle.base)
-    options = ["--prompt", PROMPT, "--base", bundle.base, "--steps", 3, "--seed", 5, "--guidance", 2]
+    options = [
+        "--prompt",
+        PROMPT,
+        "--base",
+        bundle.base,
+        "--steps",
+        3,
+        "--seed",
+        5,
+        "--guidance",
+        2,
+    ]
     pictures = {}
-    for name, files in {"none": [], "one": [loras[0]], "two": [f"{loras[0]}:0.5", f"{loras[1]}:-0.7"]}.items():
+    for name, files in {
+        "none": [],
+        "one": [loras[0]],
+        "two": [f"{loras[0]}:0.5", f"{loras[1]}:-0.7"],
+    }.items():
         ran = run(
-            "render", "-o", tmp_path / "new" / f"{name}.png", *options, *(x for f in files for x in ("--lora", f))
+            "render",
+            "-o",
+            tmp_path / "new" / f"{name}.png",
+            *options,
+            *(x for f in files for x in ("--lora", f)),
         )
         assert (ran.code, ran.out.strip()) == (0, str(tmp_path / "new" / f"{name}.png"))
         assert "note:" not in ran.err
         pictures[name] = pixels(tmp_path / "new" / f"{name}.png")
     a, b = (load_lora(path, modules=base.modules).weights for path in loras)
     for name, lora in {"none": None, "one": a, "two": 0.5 * a + -0.7 * b}.items():
-        (image,) = generate_images(base, [PROMPT], lora, seeds=[5], num_inference_steps=3, guidance_scale=2)
+        (image,) = generate_images(
+            base, [PROMPT], lora, seeds=[5], num_inference_steps=3, guidance_scale=2
+        )
         assert np.abs(pictures[name] - pixels(image)).max() <= 2
     for one, other in (("none", "one"), ("one", "two"), ("none", "two")):
-        assert np.abs(pictures[one] - pictures[other]).mean() > 1, f"{one} and {other} look the same"
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["none.png", "one.png", "two.png"]
+        assert np.abs(pictures[one] - pictures[other]).mean() > 1, (
+            f"{one} and {other} look the same"
+        )
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        "none.png",
+        "one.png",
+        "two.png",
+    ]
 
 
-def test_render_notes_another_base(run: Run, bundle: Any, loras: list[Path], tmp_path: Path) -> None:
+def test_render_notes_another_base(
+    run: Run, bundle: Any, loras: list[Path], tmp_path: Path
+) -> None:
     copy = shutil.copytree(bundle.base, tmp_path / "finetuned")
-    arguments = ["render", "--prompt", PROMPT, "-o", tmp_path / "x.png", "--steps", 1, "--lora", loras[0]]
+    arguments = [
+        "render",
+        "--prompt",
+        PROMPT,
+        "-o",
+        tmp_path / "x.png",
+        "--steps",
+        1,
+        "--lora",
+        loras[0],
+    ]
     ran = run(*arguments, "--base", copy)
     assert ran.code == 0
-    assert f"note: p0.safetensors was made for '{bundle.base.parent.name}/base', not for this base" in ran.err
+    assert (
+        f"note: p0.safetensors was made for '{bundle.base.parent.name}/base', not for this base"
+        in ran.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +145,11 @@ def test_inspect(run: Run, bundle: Any, loras: list[Path]) -> None:
         for said in (path.name, format, f"{bundle.base.parent.name}/base", "header title"):
             assert said in ran.out
         found = json.loads(run("inspect", path, "--base", bundle.base, "--json").out)
-        assert (found["format"], found["fits"], found["ranks"]) == (format, str(bundle.base), {"2": found["sites"]})
+        assert (found["format"], found["fits"], found["ranks"]) == (
+            format,
+            str(bundle.base),
+            {"2": found["sites"]},
+        )
         assert found["norm"] > 0
         assert "fits" not in json.loads(run("inspect", path, "--json").out)
 
@@ -129,15 +177,28 @@ def test_evaluate_every_row(run: Run, bundle: Any, tmp_path: Path) -> None:
     said = json.loads(ran.out)
     assert said["people"] == 4
     assert [row["name"] for row in said["rows"]] == [
-        "base, no LoRA", "one photo", "one photo, strength 0.6", "one photo, strength 0.8", "2 photos",
-        "shuffled: another's LoRA", "mean LoRA", "one photo, refined 1 steps", "fitted per subject, 1 steps",
-    ]  # fmt: skip
+        "base, no LoRA",
+        "one photo",
+        "one photo, strength 0.6",
+        "one photo, strength 0.8",
+        "2 photos",
+        "shuffled: another's LoRA",
+        "mean LoRA",
+        "one photo, refined 1 steps",
+        "fitted per subject, 1 steps",
+    ]
     for row in said["rows"]:
         assert 0 <= row["prompt"] <= 1
         assert row["identity_error"] > 0
-        assert (row["seconds"] is None) == (row["name"] in ("base, no LoRA", "shuffled: another's LoRA", "mean LoRA"))
+        assert (row["seconds"] is None) == (
+            row["name"] in ("base, no LoRA", "shuffled: another's LoRA", "mean LoRA")
+        )
     assert len({row["identity"] for row in said["rows"][:3]}) == 3, "the LoRA changes nothing"
-    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["report.md", "scores.png", "sheet.png"]
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
+        "report.md",
+        "scores.png",
+        "sheet.png",
+    ]
     assert "| one photo |" in (tmp_path / "report" / "report.md").read_text()
 
 
@@ -150,7 +211,17 @@ def test_evaluate_a_folder_of_ones_own(run: Run, bundle: Any, tmp_path: Path) ->
     assert ran.code == 0, ran
     assert "P needs prompts with known truth" in ran.out
     assert "I has no second real photo" in ran.out
-    ran = run("evaluate", tmp_path, *models(bundle), *EVALUATE, "--people", 1, "--report", tmp_path / "r", "--json")
+    ran = run(
+        "evaluate",
+        tmp_path,
+        *models(bundle),
+        *EVALUATE,
+        "--people",
+        1,
+        "--report",
+        tmp_path / "r",
+        "--json",
+    )
     assert ran.code == 0, ran
     rows = json.loads(ran.out)["rows"]
     assert "mean LoRA" not in [row["name"] for row in rows]
@@ -168,10 +239,15 @@ def test_demo(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     from hyperlora import pretrained as shipped
 
     tiny = {
-        "BASE": bundle.base, "MODEL": bundle.model, "EVALUATOR": bundle.evaluator, "BENCHMARK": bundle.benchmark,
-        "EDIT_BASE": bundle.edit_base, "PAIR_MODEL": bundle.pair_model, "EDIT_BENCHMARK": bundle.edit_benchmark,
+        "BASE": bundle.base,
+        "MODEL": bundle.model,
+        "EVALUATOR": bundle.evaluator,
+        "BENCHMARK": bundle.benchmark,
+        "EDIT_BASE": bundle.edit_base,
+        "PAIR_MODEL": bundle.pair_model,
+        "EDIT_BENCHMARK": bundle.edit_benchmark,
         "PHOTO_MODELS": {"hyperdreambooth": bundle.model},
-    }  # fmt: skip
+    }
     for name, folder in tiny.items():
         monkeypatch.setattr(shipped, name, folder)
     ran = run("demo", "-o", tmp_path / "demo", "--people", 2)

@@ -29,7 +29,12 @@ def test_a_plain_folder(tmp_path):
     (tmp_path / "a.txt").write_text("make it blue\n")
     picture("green").save(tmp_path / "other.png")
     one, two = load_edit_pairs(tmp_path)
-    assert (one.name, one.instruction, two.name, two.instruction) == ("a", "make it blue", "b_2", "")
+    assert (one.name, one.instruction, two.name, two.instruction) == (
+        "a",
+        "make it blue",
+        "b_2",
+        "",
+    )
     assert colors(one) == (RED, BLUE)
 
 
@@ -38,7 +43,9 @@ def test_half_a_pair_and_none_are_named(tmp_path):
     with pytest.raises(InvalidImageError, match=r"a_before\.png' has no picture after beside it"):
         load_edit_pairs(tmp_path)
     (tmp_path / "a_before.png").rename(tmp_path / "a.png")
-    with pytest.raises(InvalidImageError, match=r"NAME_before\.png and NAME_after\.png are expected"):
+    with pytest.raises(
+        InvalidImageError, match=r"NAME_before\.png and NAME_after\.png are expected"
+    ):
         load_edit_pairs(tmp_path)
 
 
@@ -46,13 +53,18 @@ def test_instruct_pix2pix(tmp_path):
     """As clip-filtered-dataset unpacks."""
     folder = tmp_path / "0000001"
     folder.mkdir()
-    (folder / "prompt.json").write_text(json.dumps({"input": "a", "edit": "make it blue", "output": "b"}))
+    (folder / "prompt.json").write_text(
+        json.dumps({"input": "a", "edit": "make it blue", "output": "b"})
+    )
     for seed in (11, 12):
         picture(RED).save(folder / f"{seed}_0.jpg")
         picture(BLUE).save(folder / f"{seed}_1.jpg")
     (tmp_path / "seeds.json").write_text(json.dumps([["0000001", ["11", "12"]]]))
     found = load_edit_pairs(tmp_path)
-    assert [(p.name, p.instruction) for p in found] == [("0000001/11", "make it blue"), ("0000001/12", "make it blue")]
+    assert [(p.name, p.instruction) for p in found] == [
+        ("0000001/11", "make it blue"),
+        ("0000001/12", "make it blue"),
+    ]
     before, after = colors(found[1])
     assert before[0] > 200 and after[2] > 200
     (folder / "prompt.json").write_text("{")
@@ -69,16 +81,25 @@ def test_seed_data_edit(tmp_path):
     (pair,) = load_edit_pairs(tmp_path)
     assert colors(pair) == (RED, BLUE) and pair.instruction == "blue"
     (tmp_path / "part2.jsonl").write_text('{"source_image": "x.png"}')
-    with pytest.raises(InvalidArgumentError, match=r"part2\.jsonl', line 1: source_image and target_image expected"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"part2\.jsonl', line 1: source_image and target_image expected"
+    ):
         load_edit_pairs(tmp_path)
 
 
-@pytest.mark.parametrize("columns", [("source_img", "target_img", "instruction"),
-                                     ("original_image", "edited_image", "edit_prompt")])  # fmt: skip
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("source_img", "target_img", "instruction"),
+        ("original_image", "edited_image", "edit_prompt"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["saved", "split", "parquet"])
 def test_hugging_face_datasets(tmp_path, columns, kind):
     """MagicBrush's columns, and those of InstructPix2Pix on the hub."""
-    rows = Dataset.from_dict({columns[0]: [picture(RED)] * 3, columns[1]: [picture(BLUE)] * 3, columns[2]: ["x"] * 3})
+    rows = Dataset.from_dict(
+        {columns[0]: [picture(RED)] * 3, columns[1]: [picture(BLUE)] * 3, columns[2]: ["x"] * 3}
+    )
     if kind == "saved":
         rows.save_to_disk(str(tmp_path / "d"))
     elif kind == "split":

@@ -36,7 +36,12 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def png_header(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def close(a: Image.Image, b: Image.Image, tolerance: int) -> bool:
@@ -45,7 +50,8 @@ def close(a: Image.Image, b: Image.Image, tolerance: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100, "subsampling": 0})]
+    ("kind", "options"),
+    [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100, "subsampling": 0})],
 )
 def test_every_allowed_format_by_content_whatever_its_name(
     kind: str, options: dict[str, object], tmp_path: Path
@@ -60,9 +66,15 @@ def test_every_allowed_format_by_content_whatever_its_name(
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_turns_the_picture_upright(orientation: int) -> None:
     turned = {
-        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.swapaxes(a, 0, 1),
-        6: lambda a: np.rot90(a, 3), 7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: np.rot90,
-    }  # fmt: skip
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: np.swapaxes(a, 0, 1),
+        6: lambda a: np.rot90(a, 3),
+        7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2),
+        8: np.rot90,
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     expected = turned[orientation](np.asarray(photo()))
@@ -71,7 +83,9 @@ def test_exif_orientation_turns_the_picture_upright(orientation: int) -> None:
 
 def test_exif_that_cannot_be_parsed_or_written_leaves_the_picture_as_it_is() -> None:
     for exif in (b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0nonsense"):
-        assert close(read_image(encoded(photo(), "JPEG", quality=100, subsampling=0, exif=exif)), photo(), 6)
+        assert close(
+            read_image(encoded(photo(), "JPEG", quality=100, subsampling=0, exif=exif)), photo(), 6
+        )
 
 
 def test_metadata_is_dropped() -> None:
@@ -101,7 +115,9 @@ def test_transparency_is_laid_over_white(kind: str) -> None:
 def test_gray_and_palette_and_bilevel_with_and_without_transparency() -> None:
     gray = Image.fromarray(np.array([[10, 200]], np.uint8))
     assert np.asarray(read_image(encoded(gray))).tolist() == [[[10] * 3, [200] * 3]]
-    assert np.asarray(read_image(encoded(gray, transparency=10))).tolist() == [[[255] * 3, [200] * 3]]
+    assert np.asarray(read_image(encoded(gray, transparency=10))).tolist() == [
+        [[255] * 3, [200] * 3]
+    ]
     both = Image.merge("LA", (gray, Image.fromarray(np.array([[255, 0]], np.uint8))))
     assert np.asarray(read_image(encoded(both))).tolist() == [[[10] * 3, [255] * 3]]
     assert np.asarray(read_image(both.convert("La"))).tolist() == [[[10] * 3, [255] * 3]]
@@ -109,7 +125,9 @@ def test_gray_and_palette_and_bilevel_with_and_without_transparency() -> None:
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
     assert np.asarray(read_image(encoded(palette))).tolist() == [[[255, 0, 0], [0, 0, 255]]]
-    assert np.asarray(read_image(encoded(palette, transparency=b"\xff\0"))).tolist() == [[[255, 0, 0], [255] * 3]]
+    assert np.asarray(read_image(encoded(palette, transparency=b"\xff\0"))).tolist() == [
+        [[255, 0, 0], [255] * 3]
+    ]
     bits = Image.new("1", (1, 1), 1)
     assert np.asarray(read_image(encoded(bits))).tolist() == [[[255] * 3]]
     colour_key = encoded(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(1, 2, 3))
@@ -120,7 +138,9 @@ def test_16_bits_are_scaled_not_clipped() -> None:
     wide = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
     expected = [0, 0, 1, 1, 128, 255]
     assert np.asarray(read_image(encoded(Image.fromarray(wide))))[0, :, 0].tolist() == expected
-    assert np.asarray(read_image(Image.fromarray(wide.astype(np.int32))))[0, :, 2].tolist() == expected
+    assert (
+        np.asarray(read_image(Image.fromarray(wide.astype(np.int32))))[0, :, 2].tolist() == expected
+    )
     big_endian = Image.frombytes("I;16B", (6, 1), wide.astype(">u2").tobytes())
     assert np.asarray(read_image(big_endian))[0, :, 1].tolist() == expected
     data = encoded(Image.fromarray(wide))
@@ -130,7 +150,9 @@ def test_16_bits_are_scaled_not_clipped() -> None:
 
 def test_cmyk_becomes_rgb() -> None:
     red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    assert close(read_image(encoded(red, "JPEG", quality=100)), Image.new("RGB", (16, 16), (255, 0, 0)), 3)
+    assert close(
+        read_image(encoded(red, "JPEG", quality=100)), Image.new("RGB", (16, 16), (255, 0, 0)), 3
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -156,7 +178,8 @@ def test_too_many_pixels_are_refused_from_the_header(
 ) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(
-        InvalidImageError, match=rf"is {size[0]}×{size[1]}, at most 25 megapixels are read: scale it down"
+        InvalidImageError,
+        match=rf"is {size[0]}×{size[1]}, at most 25 megapixels are read: scale it down",
     ):
         read_image(png_header(*size))
     assert not recwarn.list
@@ -177,7 +200,9 @@ def test_a_huge_webp_canvas_is_refused_whatever_pil_warns(side: int, action: str
     data[24:30] = (side - 1).to_bytes(3, "little") * 2
     with warnings.catch_warnings():
         warnings.simplefilter(action)
-        with pytest.raises(InvalidImageError, match="at most 25 megapixels are read: scale it down"):
+        with pytest.raises(
+            InvalidImageError, match="at most 25 megapixels are read: scale it down"
+        ):
             read_image(bytes(data))
 
 
@@ -197,13 +222,16 @@ def test_a_cut_off_file_is_named(kind: str, tmp_path: Path) -> None:
     for share in (0.1, 0.5, 0.9):
         path.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(
-            InvalidImageError, match=r"cut.*is damaged or cut off \(.+\), a whole image was expected"
+            InvalidImageError,
+            match=r"cut.*is damaged or cut off \(.+\), a whole image was expected",
         ) as caught:
             read_image(path)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"<svg/>", b"GIF89a" + bytes(40), b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"])
+@pytest.mark.parametrize(
+    "data", [b"", b"<svg/>", b"GIF89a" + bytes(40), b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"]
+)
 def test_other_contents_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidImageError, match=r"PNG, JPEG or WEBP|whole image"):
         read_image(data)
@@ -212,7 +240,8 @@ def test_other_contents_are_refused(data: bytes) -> None:
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO"])
 def test_formats_off_the_list_are_refused_though_pil_reads_them(kind: str) -> None:
     with pytest.raises(
-        InvalidImageError, match="another kind of file, a PNG, JPEG or WEBP image was expected: save it as"
+        InvalidImageError,
+        match="another kind of file, a PNG, JPEG or WEBP image was expected: save it as",
     ):
         read_image(encoded(photo(), kind))
 
@@ -309,7 +338,11 @@ def test_mutated_png_chunks_with_right_checksums_are_read_or_refused(data: st.Da
         content = bytearray(whole[at + 8 : at + 8 + length])
         if content and data.draw(st.booleans()):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-        kind = data.draw(st.sampled_from([kind, kind, b"zTXt", b"iCCP", b"eXIf", b"tRNS", b"acTL", b"fcTL", b"pHYs"]))
+        kind = data.draw(
+            st.sampled_from(
+                [kind, kind, b"zTXt", b"iCCP", b"eXIf", b"tRNS", b"acTL", b"fcTL", b"pHYs"]
+            )
+        )
         out += chunk(kind, bytes(content)) * data.draw(st.integers(1, 2))
         at += length + 12
     read_or_refuse(out)
@@ -319,17 +352,30 @@ def test_image_files_are_sorted_and_visible_and_inside(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     (inside / "folder.png").mkdir(parents=True)
     outside.mkdir()
-    for path in (inside / "b.PNG", inside / "a.jpeg", inside / ".hidden.png", inside / "c.txt", outside / "x.png"):
+    for path in (
+        inside / "b.PNG",
+        inside / "a.jpeg",
+        inside / ".hidden.png",
+        inside / "c.txt",
+        outside / "x.png",
+    ):
         path.write_bytes(encoded(photo()))
     (inside / "d.webp").symlink_to(outside / "x.png")
     (inside / "e.png").symlink_to(inside / "b.PNG")
     assert [p.name for p in list_image_files(inside)] == ["a.jpeg", "b.PNG", "e.png"]
-    assert [p.name for p in list_image_files(str(inside), root_dir=tmp_path)] == ["a.jpeg", "b.PNG", "d.webp", "e.png"]
+    assert [p.name for p in list_image_files(str(inside), root_dir=tmp_path)] == [
+        "a.jpeg",
+        "b.PNG",
+        "d.webp",
+        "e.png",
+    ]
 
 
 def test_image_files_names_a_folder_that_has_none(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(InvalidImageError, match=rf"{tmp_path.name}' holds no PNG, JPEG or WEBP image"):
+    with pytest.raises(
+        InvalidImageError, match=rf"{tmp_path.name}' holds no PNG, JPEG or WEBP image"
+    ):
         list_image_files(tmp_path)
     with pytest.raises(InvalidImageError, match="there is no folder"):
         list_image_files(tmp_path / "missing")
@@ -343,7 +389,11 @@ def test_image_files_names_a_folder_that_has_none(tmp_path: Path) -> None:
 @settings(max_examples=50, deadline=None)
 def test_to_tensor_is_a_centred_square_in_0_1(width: int, height: int, size: int) -> None:
     tensor = to_tensor(photo(width, height), size)
-    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == ((3, size, size), torch.float32, True)
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (
+        (3, size, size),
+        torch.float32,
+        True,
+    )
     assert 0 <= tensor.min() <= tensor.max() <= 1
 
 
@@ -351,14 +401,18 @@ def test_to_tensor_crops_the_centre_and_resizes_without_aliasing() -> None:
     wide = Image.new("RGB", (30, 10), "blue")
     wide.paste("red", (10, 0, 20, 10))
     assert to_tensor(wide, 10)[:, 5].T.tolist() == [[1, 0, 0]] * 10
-    stripes = Image.fromarray((np.indices((64, 64))[1] % 2 * 255).astype(np.uint8))  # also: not RGB yet
+    stripes = Image.fromarray(
+        (np.indices((64, 64))[1] % 2 * 255).astype(np.uint8)
+    )  # also: not RGB yet
     assert (to_tensor(stripes, 8) - 0.5).abs().max() < 0.02
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 16))
 @settings(max_examples=50, deadline=None)
 def test_to_image_undoes_to_tensor(seed: int, size: int) -> None:
-    square = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
+    square = Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    )
     assert close(to_image(to_tensor(square, size)), square, 0)
 
 

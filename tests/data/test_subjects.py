@@ -12,14 +12,23 @@ def touch(*paths: Path) -> None:
         path.write_bytes(b"")
 
 
-def test_sub_folders_are_subjects_with_several_photos_and_images_subjects_of_their_own(tmp_path: Path) -> None:
-    touch(tmp_path / "zoe/2.png", tmp_path / "zoe/1.jpg", tmp_path / "adam.webp", tmp_path / "notes.md")
+def test_sub_folders_are_subjects_with_several_photos_and_images_subjects_of_their_own(
+    tmp_path: Path,
+) -> None:
+    touch(
+        tmp_path / "zoe/2.png",
+        tmp_path / "zoe/1.jpg",
+        tmp_path / "adam.webp",
+        tmp_path / "notes.md",
+    )
     touch(tmp_path / ".cache/x.png", tmp_path / ".y.png", tmp_path / "zoe/.z.png")
     (tmp_path / "zoe/1.txt").write_text("\ufeffa portrait of zoe \nand more", encoding="utf-8")
     (tmp_path / "adam.txt").write_text("\n")
     assert list_subjects(tmp_path) == [
         Subject("adam", (tmp_path / "adam.webp",), (None,)),
-        Subject("zoe", (tmp_path / "zoe/1.jpg", tmp_path / "zoe/2.png"), ("a portrait of zoe", None)),
+        Subject(
+            "zoe", (tmp_path / "zoe/1.jpg", tmp_path / "zoe/2.png"), ("a portrait of zoe", None)
+        ),
     ]
     assert list_subjects(str(tmp_path)) == list_subjects(tmp_path)
 
@@ -47,7 +56,9 @@ def test_a_folder_that_is_itself_a_link_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidImageError, match="holds no subject: put PNG, JPEG or WEBP images there"):
+    with pytest.raises(
+        InvalidImageError, match="holds no subject: put PNG, JPEG or WEBP images there"
+    ):
         list_subjects(tmp_path)
     with pytest.raises(InvalidImageError, match="there is no folder"):
         list_subjects(tmp_path / "missing")

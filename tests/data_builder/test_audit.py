@@ -24,8 +24,17 @@ N = 12
 def build(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dozen people; row 3 is not finite, row 5 is ten times too large, row 7 is row 6 again."""
     folder = tmp_path_factory.mktemp("audited")
-    recipe = Recipe(str(bundle.base), preset="attention", rank=2, finetune_steps=8, subjects_per_batch=4, eval_every=4, lr=1e-2, init="zero",
-                    storage_dtype="float32")  # fmt: skip
+    recipe = Recipe(
+        str(bundle.base),
+        preset="attention",
+        rank=2,
+        finetune_steps=8,
+        subjects_per_batch=4,
+        eval_every=4,
+        lr=1e-2,
+        init="zero",
+        storage_dtype="float32",
+    )
     plan = make_plan(AvatarSource(0, N, portraits_per_identity=2, resolution=16), recipe)
     write_plan(plan, folder)
     run_build(folder)
@@ -41,8 +50,12 @@ def build(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 rows[i] *= 10
             if row == 7:
                 rows[i] = rows[i - 1]
-        notes = {k: v for k, v in shard.metadata.items() if k in ("hyperlora.plan", "hyperlora.skipped")}
-        chunks.get_path(number).write_bytes(serialize_shard(rows, shard.layout, shard.records, notes))
+        notes = {
+            k: v for k, v in shard.metadata.items() if k in ("hyperlora.plan", "hyperlora.skipped")
+        }
+        chunks.get_path(number).write_bytes(
+            serialize_shard(rows, shard.layout, shard.records, notes)
+        )
     return folder
 
 
@@ -57,42 +70,74 @@ def test_finds_what_was_broken(build: Path) -> None:
     assert found[3].norm is None and found[0].norm is not None and found[0].norm > 0
 
 
-def test_the_verb_writes_a_page_and_packing_leaves_out_what_it_refused(build: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["audit", str(build), "--evaluator", "none", "--threshold", "-9", "--pictures", "1"])
+def test_the_verb_writes_a_page_and_packing_leaves_out_what_it_refused(
+    build: Path, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(
+        app, ["audit", str(build), "--evaluator", "none", "--threshold", "-9", "--pictures", "1"]
+    )
     assert done.exit_code == 0, done.output
     assert "12 LoRAs, 3 flagged" in done.stdout
     page = (build / "audit" / "index.html").read_text()
     assert all(f"<h2>{name}</h2>" in page for name in ("best", "median", "worst", "flagged"))
     assert page.count("data:image/png;base64,") == 9, "a photo and two pictures of each"
-    assert {f.subject for f in read_findings(build) if f.flags} == {"person-3", "person-5", "person-7"}
+    assert {f.subject for f in read_findings(build) if f.flags} == {
+        "person-3",
+        "person-5",
+        "person-7",
+    }
     packed = CliRunner().invoke(app, ["pack", str(build), "-o", str(tmp_path / "out")])
     assert packed.exit_code == 0 and "9 LoRAs" in packed.stdout and "3 left out" in packed.stdout
     data = LoraDataset(tmp_path / "out")
-    assert {r.subject for r in data.records} == {f"person-{i}" for i in range(N)} - {"person-3", "person-5", "person-7"}
+    assert {r.subject for r in data.records} == {f"person-{i}" for i in range(N)} - {
+        "person-3",
+        "person-5",
+        "person-7",
+    }
     assert all(r.score is not None for r in data.records)
-    everything = CliRunner().invoke(app, ["pack", str(build), "-o", str(tmp_path / "all"), "--keep-flagged"])
+    everything = CliRunner().invoke(
+        app, ["pack", str(build), "-o", str(tmp_path / "all"), "--keep-flagged"]
+    )
     assert everything.exit_code == 0 and len(LoraDataset(tmp_path / "all")) == N
 
 
 def test_likeness_is_read_by_an_evaluator(build: Path, bundle: Any) -> None:
-    arguments = ["audit", str(build), "--evaluator", str(bundle.evaluator), "--sample", "4", "--pictures", "1"]
+    arguments = [
+        "audit",
+        str(build),
+        "--evaluator",
+        str(bundle.evaluator),
+        "--sample",
+        "4",
+        "--pictures",
+        "1",
+    ]
     done = CliRunner().invoke(app, [*arguments, "--threshold", "-99"])
     assert done.exit_code == 0, done.output
     scored = [f for f in read_findings(build) if f.score is not None]
     assert len(scored) == 4 and "identity" in (build / "audit" / "index.html").read_text()
 
 
-def test_a_sample_is_a_small_dataset_with_the_recipe_of_the_whole(build: Path, tmp_path: Path) -> None:
+def test_a_sample_is_a_small_dataset_with_the_recipe_of_the_whole(
+    build: Path, tmp_path: Path
+) -> None:
     from data_builder.build.export_sample import read_recipe
 
-    CliRunner().invoke(app, ["audit", str(build), "--evaluator", "none", "--threshold", "-9", "--pictures", "0"])
+    CliRunner().invoke(
+        app, ["audit", str(build), "--evaluator", "none", "--threshold", "-9", "--pictures", "0"]
+    )
     CliRunner().invoke(app, ["pack", str(build), "-o", str(tmp_path / "out")])
     whole = LoraDataset(tmp_path / "out")
     most = 24_000 + 6 * whole[0].nbytes
-    done = CliRunner().invoke(app, ["sample", str(tmp_path / "out"), "-o", str(tmp_path / "few"), "--most", str(most)])
+    done = CliRunner().invoke(
+        app, ["sample", str(tmp_path / "out"), "-o", str(tmp_path / "few"), "--most", str(most)]
+    )
     assert done.exit_code == 0, done.output
     few = LoraDataset(tmp_path / "few")
-    assert 1 <= len(few) < len(whole) and sum(f.stat().st_size for f in (tmp_path / "few").iterdir()) <= most
+    assert (
+        1 <= len(few) < len(whole)
+        and sum(f.stat().st_size for f in (tmp_path / "few").iterdir()) <= most
+    )
     assert torch.equal(few[0], whole[0]) and few.records[0] == whole.records[0]
     recipe = read_recipe(tmp_path / "few" / "recipe.json")
     assert recipe.finetune_steps == 8 and recipe.base == whole.layout.base

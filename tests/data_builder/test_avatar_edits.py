@@ -43,13 +43,19 @@ def test_every_kind_is_visible_and_undone_by_its_reverse(kind):
     back = make_pair(portrait(), (made.reverse(),))
     assert made.kind == kind and made.before != made.after
     assert (drawn.before, drawn.after) == (back.after, back.before)
-    before, after = (np.asarray(render_portrait(*p, 64)).astype(int) for p in (drawn.before, drawn.after))
+    before, after = (
+        np.asarray(render_portrait(*p, 64)).astype(int) for p in (drawn.before, drawn.after)
+    )
     assert (before != after).any()
 
 
 def test_a_pair_differs_in_what_changed_only():
     drawn = make_pair(
-        portrait(), (AttributeEdit("glasses", "none", "sunglasses"), AttributeEdit("background", "#102030", "#a0b0c0"))
+        portrait(),
+        (
+            AttributeEdit("glasses", "none", "sunglasses"),
+            AttributeEdit("background", "#102030", "#a0b0c0"),
+        ),
     )
     (who, before), (same, after) = drawn.before, drawn.after
     assert who == same
@@ -66,7 +72,9 @@ def test_the_same_change_on_all_people_of_a_group():
 def test_training_pairs_hold_nothing_that_is_held_out():
     drawn = [sample_pairs("train", group, 1)[0] for group in GROUPS]
     kinds = [frozenset(c.kind for c in p.edits) for p in drawn]
-    assert set(EDIT_KINDS) <= set().union(*kinds), "all kinds are drawn: the network's data leaves the unseen ones out"
+    assert set(EDIT_KINDS) <= set().union(*kinds), (
+        "all kinds are drawn: the network's data leaves the unseen ones out"
+    )
     assert not set(kinds) & set(HELD_OUT_COMBINATIONS)
     values = {(c.attribute, v) for p in drawn for c in p.edits for v in (c.before, c.after)}
     assert HELD_OUT_VALUE not in values
@@ -75,7 +83,8 @@ def test_training_pairs_hold_nothing_that_is_held_out():
 
 def test_people_of_splits_are_apart():
     people = {
-        split: {p.before[0].seed for group in range(50) for p in sample_pairs(split, group, 2)} for split in SPLITS
+        split: {p.before[0].seed for group in range(50) for p in sample_pairs(split, group, 2)}
+        for split in SPLITS
     }
     for split, seeds in people.items():
         assert seeds < set(SPLITS[split])
@@ -90,12 +99,20 @@ def test_words_name_what_becomes():
 
 
 def test_what_has_no_name_is_asked_for_as_a_mixture_of_named_colours():
-    for attribute, colors in (("background", BACKGROUND), ("garment_color", GARMENT_COLOR), ("hair_color", HAIR_COLOR)):
+    for attribute, colors in (
+        ("background", BACKGROUND),
+        ("garment_color", GARMENT_COLOR),
+        ("hair_color", HAIR_COLOR),
+    ):
         mixture = parse_blend(compose_instruction([(attribute, "#20c8f0")]))
         named = {format_instruction(attribute, name): rgb(color) for name, color in colors.items()}
         assert sum(mixture.values()) == pytest.approx(1, abs=1e-3)
-        assert sum(w * named[words] for words, w in mixture.items()) == pytest.approx(rgb("#20c8f0"), abs=0.5)
-        assert compose_instruction([(attribute, next(iter(colors)))]) == next(iter(named))  # a name is itself
+        assert sum(w * named[words] for words, w in mixture.items()) == pytest.approx(
+            rgb("#20c8f0"), abs=0.5
+        )
+        assert compose_instruction([(attribute, next(iter(colors)))]) == next(
+            iter(named)
+        )  # a name is itself
 
 
 def test_several_changes_are_asked_for_as_the_sum_of_their_words():
@@ -104,15 +121,21 @@ def test_several_changes_are_asked_for_as_the_sum_of_their_words():
         "sad": 1,
         "": -1,
     }
-    three = parse_blend(compose_instruction([("glasses", "none"), ("background", "#20c8f0"), ("expression", "sad")]))
+    three = parse_blend(
+        compose_instruction([("glasses", "none"), ("background", "#20c8f0"), ("expression", "sad")])
+    )
     alone = parse_blend(compose_instruction([("background", "#20c8f0")]))
     assert three == {"no glasses": 1, "sad": 1, "": -2} | alone
 
 
 def test_the_negative_of_a_change_asks_for_what_was_there():
-    changes = [("glasses", "none"), ("hair_color", "red")], [("glasses", "sunglasses"), ("hair_color", "#808080")]
+    changes = (
+        [("glasses", "none"), ("hair_color", "red")],
+        [("glasses", "sunglasses"), ("hair_color", "#808080")],
+    )
     do, undo = (
-        parse_blend(compose_instruction_with_undo(*changes, use_mixture=True, undo=way)) for way in (False, True)
+        parse_blend(compose_instruction_with_undo(*changes, use_mixture=True, undo=way))
+        for way in (False, True)
     )
     assert do[""] == undo[""] == 1
     assert {k: -v for k, v in do.items() if k} == {k: v for k, v in undo.items() if k}
@@ -138,8 +161,14 @@ def test_drawn_pairs_on_disk(tmp_path):
 def test_the_training_set_of_pair_networks_leaves_unseen_kinds_out(tmp_path, monkeypatch):
     from data_builder.datamodules import edits
 
-    draw_pairs(tmp_path, PairDatasetConfig("train", num_edits=60, identities_per_edit=2, size=16), num_workers=1)
-    monkeypatch.setattr(edits, "latents_of", lambda folder, vae: np.zeros((240, 4, 2, 2), np.float16))
+    draw_pairs(
+        tmp_path,
+        PairDatasetConfig("train", num_edits=60, identities_per_edit=2, size=16),
+        num_workers=1,
+    )
+    monkeypatch.setattr(
+        edits, "latents_of", lambda folder, vae: np.zeros((240, 4, 2, 2), np.float16)
+    )
     shown = edits._PairTransferDataset(str(tmp_path), "vae", "other", 0.0)
     kinds = {c.kind for i in shown.train_indices for c in shown.pairs[i].edits}
     assert kinds and not kinds & {"hat", "skin"}
@@ -150,14 +179,23 @@ def test_the_training_set_of_pair_networks_leaves_unseen_kinds_out(tmp_path, mon
     mirrored = edits._PairTransferDataset(str(tmp_path), "vae", "mirrored", 0.0)[0]
     assert np.array_equal(mirrored["images"], mirrored["pairs"][0].flip(-1))
     nothing = edits._PairTransferDataset(str(tmp_path), "vae", "mirrored", 1.0)[0]
-    assert np.array_equal(nothing["pairs"][0, 0], nothing["pairs"][0, 1]) and nothing["instructions"] == ""
+    assert (
+        np.array_equal(nothing["pairs"][0, 0], nothing["pairs"][0, 1])
+        and nothing["instructions"] == ""
+    )
 
 
 def test_the_edit_base_is_told_as_loras_tell_it(tmp_path, monkeypatch):
     from data_builder.datamodules import edits
 
-    draw_pairs(tmp_path, PairDatasetConfig("train", num_edits=30, identities_per_edit=2, size=16), num_workers=1)
-    monkeypatch.setattr(edits, "latents_of", lambda folder, vae: np.zeros((120, 4, 2, 2), np.float16))
+    draw_pairs(
+        tmp_path,
+        PairDatasetConfig("train", num_edits=30, identities_per_edit=2, size=16),
+        num_workers=1,
+    )
+    monkeypatch.setattr(
+        edits, "latents_of", lambda folder, vae: np.zeros((120, 4, 2, 2), np.float16)
+    )
     plain = edits._EditLatentDataset(str(tmp_path), "vae", 0.0)
     assert not any("back to" in plain[i]["instructions"] for i in range(len(plain)))
     edits = edits._EditLatentDataset(str(tmp_path), "vae", 0.0, undo_prob=1.0)
@@ -169,17 +207,24 @@ def test_the_edit_base_is_told_as_loras_tell_it(tmp_path, monkeypatch):
         there = {k: w for k, w in told.items() if not k.startswith("back to ")}
         undo = sum(back.values()) > 0
         wanted, taken = (back, there) if undo else (there, back)
-        assert wanted in said([(c.attribute, c.after) for c in changes])  # either way the base is to make this
+        assert wanted in said(
+            [(c.attribute, c.after) for c in changes]
+        )  # either way the base is to make this
         assert sum(taken.values()) == pytest.approx(-len(changes), abs=1e-2)
         ways.append(undo)
-        own.append({k: -w for k, w in taken.items()} in said([(c.attribute, c.before) for c in changes]))
+        own.append(
+            {k: -w for k, w in taken.items()} in said([(c.attribute, c.before) for c in changes])
+        )
     assert 0.1 < np.mean(ways) < 0.6
     assert 0.5 < np.mean(own) < 1
 
 
 def said(values):
     """What asks for the values, with names and with mixtures of colours."""
-    return [{k: w for k, w in parse_blend(compose_instruction(values, mixed)).items() if k} for mixed in (False, True)]
+    return [
+        {k: w for k, w in parse_blend(compose_instruction(values, mixed)).items() if k}
+        for mixed in (False, True)
+    ]
 
 
 def test_the_benchmark_of_edits(tmp_path):
@@ -188,7 +233,13 @@ def test_the_benchmark_of_edits(tmp_path):
     assert {e.kind for e in found.edits} >= set(EDIT_KINDS)
     assert {e.kind for e in found.edits if e.group == HELD_OUT_KINDS_GROUP} == {"hat", "skin"}
     for edit in found.edits:
-        assert edit.example_pairs.shape == (2, 2, 3, 32, 32) and edit.test_pairs.shape == (2, 2, 3, 32, 32)
+        assert edit.example_pairs.shape == (2, 2, 3, 32, 32) and edit.test_pairs.shape == (
+            2,
+            2,
+            3,
+            32,
+            32,
+        )
         assert edit.instruction and (edit.test_pairs[:, 0] != edit.test_pairs[:, 1]).any()
         assert bool(edit.blend) == edit.kind.startswith("exact ")
     assert next(e for e in found.edits if e.kind == "glasses").truth.keys() == {"glasses"}
@@ -196,8 +247,12 @@ def test_the_benchmark_of_edits(tmp_path):
 
 
 def test_a_colour_with_a_name_may_be_a_mixture_too():
-    named = parse_blend(compose_instruction([("hair_color", "red"), ("glasses", "none")], use_mixture=True))
-    assert named == parse_blend(compose_instruction([("hair_color", HAIR_COLOR["red"]), ("glasses", "none")]))
+    named = parse_blend(
+        compose_instruction([("hair_color", "red"), ("glasses", "none")], use_mixture=True)
+    )
+    assert named == parse_blend(
+        compose_instruction([("hair_color", HAIR_COLOR["red"]), ("glasses", "none")])
+    )
 
 
 COLOURS = {"hair_color": HAIR_COLOR, "garment_color": GARMENT_COLOR, "background": BACKGROUND}
@@ -206,7 +261,9 @@ COLOURS = {"hair_color": HAIR_COLOR, "garment_color": GARMENT_COLOR, "background
 @pytest.mark.parametrize("mixed", [False, True], ids=["named", "mixed"])
 def test_the_vocabulary_reads_what_every_change_is_called(mixed):
     words = InstructionVocabulary.from_config(build_vocabulary())
-    assert words.undo_prompts == [apply_prompt_template(prompt, "back to {}") for prompt in words.prompts]
+    assert words.undo_prompts == [
+        apply_prompt_template(prompt, "back to {}") for prompt in words.prompts
+    ]
     assert not {"hat", "skin"} & set(words.categories) and "negative style" not in words.prompts
     drawn = [made for n in range(300) for made in sample_pairs("train", n, 1)]
     afters = [{c.attribute: c.after for c in made.edits} for made in drawn]
@@ -231,15 +288,21 @@ def test_a_network_says_of_both_ways_what_the_edit_base_is_told():
     words = InstructionVocabulary.from_config(build_vocabulary())
     for number in range(60):
         (made,) = sample_pairs("train", number, 1)
-        sides = [[(c.attribute, getattr(c, side)) for c in made.edits] for side in ("after", "before")]
+        sides = [
+            [(c.attribute, getattr(c, side)) for c in made.edits] for side in ("after", "before")
+        ]
         if {"hat", "skin"} & {attribute for attribute, _ in sides[0]}:
             continue
         wanted, there = (
-            words.compute_prompt_weights(numbers(words, compose_instruction(side, use_mixture=True)))[0].tolist()
+            words.compute_prompt_weights(
+                numbers(words, compose_instruction(side, use_mixture=True))
+            )[0].tolist()
             for side in sides
         )
         parts: dict[str, float] = {}
-        said = zip([*words.prompts, *words.undo_prompts], [*wanted, *(-w for w in there)], strict=True)
+        said = zip(
+            [*words.prompts, *words.undo_prompts], [*wanted, *(-w for w in there)], strict=True
+        )
         for prompt, weight in said:
             for part, share in parse_blend(prompt).items():
                 parts[part] = parts.get(part, 0.0) + weight * share
@@ -251,6 +314,12 @@ def test_a_network_says_of_both_ways_what_the_edit_base_is_told():
 def numbers(words, prompt):
     """What a network says that means this prompt, [1, numbers]."""
     meant = words.meant([prompt])
-    named = [20.0 * one_hot(meant.choices[:, i], 1 + len(v)) for i, v in enumerate(words.choices.values())]
-    mixed = [torch.cat([torch.where(p[:, :1].isnan(), -20.0, 20.0), p.nan_to_num()], 1) for p in meant.points]
+    named = [
+        20.0 * one_hot(meant.choices[:, i], 1 + len(v))
+        for i, v in enumerate(words.choices.values())
+    ]
+    mixed = [
+        torch.cat([torch.where(p[:, :1].isnan(), -20.0, 20.0), p.nan_to_num()], 1)
+        for p in meant.points
+    ]
     return torch.cat([*named, *mixed], 1)

@@ -14,7 +14,11 @@ from data_builder.avatars.captions import build_prompt, parse_caption_attributes
 from data_builder.avatars.edits import EDITABLE_ATTRIBUTES, apply_edits
 from data_builder.avatars.identity import SPLITS, Scene, sample_identity, sample_scene
 from data_builder.avatars.landmarks import compute_landmarks
-from data_builder.avatars.portrait_dataset import PortraitDataset, PortraitDatasetConfig, draw_portraits
+from data_builder.avatars.portrait_dataset import (
+    PortraitDataset,
+    PortraitDatasetConfig,
+    draw_portraits,
+)
 from data_builder.avatars.rendering import render_portrait
 from data_builder.datamodules.feature_cache import load_cached_latents
 from data_builder.datamodules.portraits import ATTRIBUTES, make_attribute_labels
@@ -29,7 +33,8 @@ def test_same_seed_same_picture():
     assert sample_identity(7) == sample_identity(7)
     assert sample_scene(7, 3) == sample_scene(7, 3)
     assert np.array_equal(
-        pixels(sample_identity(7), sample_scene(7, 3)), pixels(sample_identity(7), sample_scene(7, 3))
+        pixels(sample_identity(7), sample_scene(7, 3)),
+        pixels(sample_identity(7), sample_scene(7, 3)),
     )
 
 
@@ -44,16 +49,20 @@ def test_splits_share_no_seed_and_people_differ():
 def test_every_promptable_value_changes_the_picture(name):
     person, plain = sample_identity(3), Scene()
     drawn = {
-        value: pixels(person, replace(plain, **{name: value})).tobytes() for value in words.PROMPT_ATTRIBUTES[name]
+        value: pixels(person, replace(plain, **{name: value})).tobytes()
+        for value in words.PROMPT_ATTRIBUTES[name]
     }
     assert len(set(drawn.values())) == len(drawn)
 
 
-@pytest.mark.parametrize("name", [n for n in words.IDENTITY_ATTRIBUTES if not n.endswith("color") and n != "skin"])
+@pytest.mark.parametrize(
+    "name", [n for n in words.IDENTITY_ATTRIBUTES if not n.endswith("color") and n != "skin"]
+)
 def test_every_identity_value_changes_the_picture(name):
     person = replace(sample_identity(3), facial_hair="none")
     drawn = {
-        value: pixels(replace(person, **{name: value}), Scene()).tobytes() for value in words.IDENTITY_ATTRIBUTES[name]
+        value: pixels(replace(person, **{name: value}), Scene()).tobytes()
+        for value in words.IDENTITY_ATTRIBUTES[name]
     }
     assert len(set(drawn.values())) == len(drawn)
 
@@ -61,17 +70,27 @@ def test_every_identity_value_changes_the_picture(name):
 @pytest.mark.parametrize("name", words.GEOMETRY)
 def test_face_geometry_is_visible(name):
     person = sample_identity(3)
-    assert (pixels(replace(person, **{name: 0.9}), Scene()) != pixels(replace(person, **{name: 1.15}), Scene())).any()
+    assert (
+        pixels(replace(person, **{name: 0.9}), Scene())
+        != pixels(replace(person, **{name: 1.15}), Scene())
+    ).any()
 
 
 def test_an_edit_changes_what_it_names_and_nothing_else():
-    person, before = sample_identity(11), replace(sample_scene(11, 0), glasses="none", style="plain", hat="none")
+    person, before = (
+        sample_identity(11),
+        replace(sample_scene(11, 0), glasses="none", style="plain", hat="none"),
+    )
     who, after = apply_edits(person, before, glasses="sunglasses")
     assert who == person and after == replace(before, glasses="sunglasses")
     changed = (pixels(person, before) != pixels(who, after)).any(-1)
     assert 0.01 < changed.mean() < 0.2
     who, after = apply_edits(person, before, hair_color="pink", style="sepia")
-    assert (who.hair_color, who.hair, after.style) == ("pink", person.hair, "sepia") and who.hair_rgb != person.hair_rgb
+    assert (who.hair_color, who.hair, after.style) == (
+        "pink",
+        person.hair,
+        "sepia",
+    ) and who.hair_rgb != person.hair_rgb
 
 
 def test_only_known_attributes_can_be_edited():
@@ -99,7 +118,8 @@ def test_portraits_on_disk_are_the_drawn_ones(tmp_path):
     portraits = PortraitDataset(tmp_path)
     assert len(portraits) == 6 and portraits.images.shape == (6, 32, 32, 3)
     assert np.array_equal(
-        portraits.images[5], np.asarray(render_portrait(portraits.get_identity(5), portraits.get_scene(5), 32))
+        portraits.images[5],
+        np.asarray(render_portrait(portraits.get_identity(5), portraits.get_scene(5), 32)),
     )
     assert portraits.get_identity(4) == portraits.get_identity(5) != portraits.get_identity(3)
     assert portraits.get_identity(0).seed in SPLITS["validation"]
@@ -125,7 +145,10 @@ def test_labels_are_of_what_a_caption_names_and_a_portrait_shows():
     assert told == {"expression": "sad", "garment": "hoodie", "garment_color": "red"}
     everything = make_attribute_labels(person, replace(how, glasses="sunglasses", hat="turban"))
     assert {k for k, v in everything.items() if v == IGNORE_INDEX} == {"eyes", "hair", "hair_color"}
-    assert make_attribute_labels(person, replace(how, background="#123456"))["background"] == IGNORE_INDEX
+    assert (
+        make_attribute_labels(person, replace(how, background="#123456"))["background"]
+        == IGNORE_INDEX
+    )
 
 
 def test_captions_name_what_they_say():
@@ -144,14 +167,21 @@ def test_landmarks_are_where_eyes_and_mouth_are_drawn(size):
     for seed in range(4):
         person = replace(sample_identity(seed), facial_hair="none")
         how = replace(
-            sample_scene(seed, 1), glasses="none", hat="none", style="plain", eyes="open", expression="laughing"
+            sample_scene(seed, 1),
+            glasses="none",
+            hat="none",
+            style="plain",
+            eyes="open",
+            expression="laughing",
         )
         truth = compute_landmarks(person, how, size)
         for change, points, ends in (
             (replace(how, eyes="surprised"), truth.keypoints[:2], (0.1, 0.1)),
             (replace(how, expression="neutral"), truth.keypoints[3:], (0.05, 0.2)),
         ):
-            rows, columns = np.nonzero(np.abs(pixels(person, how, size) - pixels(person, change, size)).sum(-1))
+            rows, columns = np.nonzero(
+                np.abs(pixels(person, how, size) - pixels(person, change, size)).sum(-1)
+            )
             assert (
                 abs(columns.min() - points[0, 0]) < ends[0] * size
                 and abs(columns.max() - points[1, 0]) < ends[0] * size
@@ -169,15 +199,19 @@ def test_latents_outlive_another_decoder(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"], block_out_channels=[8],
+        down_block_types=["DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D"],
+        block_out_channels=[8],
         norm_num_groups=4,
-    )  # fmt: skip
+    )
     for name, part in (("first", None), ("decoder", vae.decoder), ("encoder", vae.encoder)):
         with torch.no_grad():
             for parameter in part.parameters() if part else ():
                 parameter.add_(0.1)
         vae.save_pretrained(tmp_path / name)
     names = ("first", "decoder", "encoder")
-    first, decoder, encoder = (np.array(load_cached_latents(tmp_path / "drawn", tmp_path / name)) for name in names)
+    first, decoder, encoder = (
+        np.array(load_cached_latents(tmp_path / "drawn", tmp_path / name)) for name in names
+    )
     assert (first == decoder).all() and (first != encoder).any()
     assert len(list((tmp_path / "drawn").glob("latents-*.npy"))) == 2

@@ -57,7 +57,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(bundle: Any, **more: Any) -> Recipe:
-    facts = {"preset": "attention", "rank": 2, "steps": 4, "at_once": 2, "every": 2, "lr": 1e-2, "rows": "float32"}
+    facts = {
+        "preset": "attention",
+        "rank": 2,
+        "steps": 4,
+        "at_once": 2,
+        "every": 2,
+        "lr": 1e-2,
+        "rows": "float32",
+    }
     return Recipe(str(bundle.base), **{**facts, **more})
 
 
@@ -78,7 +86,11 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 
 def test_a_plan_survives_its_file(bundle: Any, photos: Path) -> None:
     plan = make_plan(
-        FolderSource(str(photos)), recipe(bundle), cropper=make_cropper("none"), loras_per_subject=2, val_fraction=0.5
+        FolderSource(str(photos)),
+        recipe(bundle),
+        cropper=make_cropper("none"),
+        loras_per_subject=2,
+        val_fraction=0.5,
     )
     again = Plan.from_json(plan.to_json())
     assert again == plan and again.fingerprint == plan.fingerprint
@@ -91,10 +103,14 @@ def test_a_plan_survives_its_file(bundle: Any, photos: Path) -> None:
         loras_per_subject=2,
         val_fraction=0.5,
     )
-    assert other.fingerprint != plan.fingerprint and [r.seed for r in other.rows] == [r.seed for r in plan.rows]
+    assert other.fingerprint != plan.fingerprint and [r.seed for r in other.rows] == [
+        r.seed for r in plan.rows
+    ]
 
 
-def test_rows_do_not_depend_on_interruptions_or_neighbours(bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_rows_do_not_depend_on_interruptions_or_neighbours(
+    bundle: Any, photos: Path, tmp_path: Path
+) -> None:
     whole = built(bundle, photos, tmp_path / "whole")
     assert len(whole) == 6 and whole.records[0].subject == "person-0"
     assert [len(r.reference_sha256) for r in whole.records] == [2, 1, 2, 1, 3, 1]
@@ -112,13 +128,17 @@ def test_rows_do_not_depend_on_interruptions_or_neighbours(bundle: Any, photos: 
         assert near(one_by_one.get_weights(i), whole.get_weights(i))
 
 
-def test_early_stop_ends_subjects_apart_and_keeps_their_best(bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_early_stop_ends_subjects_apart_and_keeps_their_best(
+    bundle: Any, photos: Path, tmp_path: Path
+) -> None:
     free = built(bundle, photos, tmp_path / "free", steps=12, lr=0.3)
     early = built(bundle, photos, tmp_path / "early", steps=12, lr=0.3, patience=1)
     assert {r.num_steps for r in free.records} == {12}
     assert min(r.num_steps for r in early.records) < 12
     for before, after in zip(early.records, free.records, strict=True):
-        assert before.initial_loss == after.initial_loss and before.best_loss >= after.best_loss - 1e-5  # type: ignore[operator]
+        assert (
+            before.initial_loss == after.initial_loss and before.best_loss >= after.best_loss - 1e-5
+        )  # type: ignore[operator]
         assert before.best_loss <= before.initial_loss  # type: ignore[operator]
     alone_ = built(bundle, photos, tmp_path / "alone", steps=12, lr=0.3, patience=1, at_once=1)
     for i in range(6):
@@ -139,15 +159,22 @@ def test_every_space_gives_plain_loras_that_lower_the_loss(
 
 def test_starts(bundle: Any, photos: Path, tmp_path: Path) -> None:
     plain = built(bundle, photos, tmp_path / "shared", steps=2)
-    for start, source in (("zero", ""), ("mean", str(tmp_path / "shared")), ("network", str(bundle.model))):
+    for start, source in (
+        ("zero", ""),
+        ("mean", str(tmp_path / "shared")),
+        ("network", str(bundle.model)),
+    ):
         write_plan(
-            make_plan(FolderSource(str(photos)), recipe(bundle, start=start, start_from=source)), tmp_path / start
+            make_plan(FolderSource(str(photos)), recipe(bundle, start=start, start_from=source)),
+            tmp_path / start,
         )
     base, plan = load_diffusion_base(bundle.base), read_plan(tmp_path / "mean")
     start = ChunkTrainer(plan, base).init_codes(plan.get_chunk(0), [])
     mean = plain.get_weights(range(6)).mean()
     for got, expected in zip(
-        LoraWeights.unflatten(plain.layout, start)[0].get_delta_weights(), mean.get_delta_weights(), strict=True
+        LoraWeights.unflatten(plain.layout, start)[0].get_delta_weights(),
+        mean.get_delta_weights(),
+        strict=True,
     ):
         assert torch.allclose(got, expected, atol=1e-6)
     plan = read_plan(tmp_path / "zero")
@@ -155,14 +182,18 @@ def test_starts(bundle: Any, photos: Path, tmp_path: Path) -> None:
     assert not torch.equal(own[0], own[1])
     run_build(tmp_path / "network")
     network = LoraDataset(tmp_path / "network")
-    assert float(network.get_weights(0).compute_delta_norms().min()) > 0, "a network's LoRA changes every site"
+    assert float(network.get_weights(0).compute_delta_norms().min()) > 0, (
+        "a network's LoRA changes every site"
+    )
     shared = ChunkTrainer(read_plan(tmp_path / "shared"), base).init_codes(plan.get_chunk(0), [])
     assert torch.equal(shared[0], shared[1])
 
 
 def test_a_networks_loras_are_fitted_from_as_they_are(bundle: Any, photos: Path) -> None:
     """Not only the same ΔW: factors turned by SVD have nothing in common from row to row."""
-    plan = make_plan(FolderSource(str(photos)), recipe(bundle, start="network", start_from=str(bundle.model)))
+    plan = make_plan(
+        FolderSource(str(photos)), recipe(bundle, start="network", start_from=str(bundle.model))
+    )
     farm = ChunkTrainer(plan, load_diffusion_base(bundle.base))
     assert farm.network is not None
     materials = [load_subject(row, farm.source, farm.base, plan.recipe) for row in plan.rows]
@@ -173,19 +204,43 @@ def test_a_networks_loras_are_fitted_from_as_they_are(bundle: Any, photos: Path)
 def test_dreambooth_options(bundle: Any, photos: Path, tmp_path: Path) -> None:
     from data_builder.build.subject_data import load_subject, make_class_prompts
 
-    options = {"prior_images": 3, "templates": ("a photo of {}", "{} at sea"), "variants": 2, "held_out": 1}
-    plan = make_plan(FolderSource(str(photos)), recipe(bundle, **options, identifier="ohwx dog", class_name="a dog"))
+    options = {
+        "prior_images": 3,
+        "templates": ("a photo of {}", "{} at sea"),
+        "variants": 2,
+        "held_out": 1,
+    }
+    plan = make_plan(
+        FolderSource(str(photos)),
+        recipe(bundle, **options, identifier="ohwx dog", class_name="a dog"),
+    )
     base = load_diffusion_base(bundle.base)
-    assert make_class_prompts(plan.recipe) == ["a photo of a dog", "a dog at sea", "a photo of a dog"]
+    assert make_class_prompts(plan.recipe) == [
+        "a photo of a dog",
+        "a dog at sea",
+        "a photo of a dog",
+    ]
     first = load_subject(plan.rows[0], FolderSource(str(photos)), base, plan.recipe)
-    assert first.train_examples.latents.shape[:2] == (1, 2), "one photo learned, twice cropped, under its own caption"
-    assert first.val_examples.latents.shape[:2] == (1, 2), "the other photo measures, under both templates"
+    assert first.train_examples.latents.shape[:2] == (1, 2), (
+        "one photo learned, twice cropped, under its own caption"
+    )
+    assert first.val_examples.latents.shape[:2] == (1, 2), (
+        "the other photo measures, under both templates"
+    )
     one = load_subject(plan.rows[1], FolderSource(str(photos)), base, plan.recipe)
-    assert one.train_examples.latents.shape[1] == 4, "a single photo learns and measures: two crops, two templates"
+    assert one.train_examples.latents.shape[1] == 4, (
+        "a single photo learns and measures: two crops, two templates"
+    )
     write_plan(plan, tmp_path)
     run_build(tmp_path)
     stamp = (tmp_path / "class.safetensors").read_bytes()
-    without = built(bundle, photos, tmp_path / "without", **{**options, "prior_images": 0}, identifier="ohwx dog")
+    without = built(
+        bundle,
+        photos,
+        tmp_path / "without",
+        **{**options, "prior_images": 0},
+        identifier="ohwx dog",
+    )
     assert not torch.allclose(LoraDataset(tmp_path)[0], without[0])
     (tmp_path / "chunks" / "000001.safetensors").unlink()
     before = all_bytes(tmp_path)
@@ -216,13 +271,30 @@ def test_sdxl_in_bfloat16_with_checkpointing(bundle: Any, photos: Path, tmp_path
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16,
     )
-    text = CLIPTextModelWithProjection(CLIPTextConfig(**pipe.text_encoder.config.to_dict() | {"projection_dim": 16}))
-    parts = (pipe.vae, pipe.text_encoder, text, pipe.tokenizer, pipe.tokenizer, unet, pipe.scheduler)
+    text = CLIPTextModelWithProjection(
+        CLIPTextConfig(**pipe.text_encoder.config.to_dict() | {"projection_dim": 16})
+    )
+    parts = (
+        pipe.vae,
+        pipe.text_encoder,
+        text,
+        pipe.tokenizer,
+        pipe.tokenizer,
+        unet,
+        pipe.scheduler,
+    )
     xl = StableDiffusionXLPipeline(*parts, add_watermarker=False)
     xl.to(torch.float16).save_pretrained(tmp_path / "tiny" / "xl", variant="fp16")
-    facts = {"base": str(tmp_path / "tiny" / "xl"), "variant": "fp16", "dtype": "bfloat16", "checkpointing": True}
+    facts = {
+        "base": str(tmp_path / "tiny" / "xl"),
+        "variant": "fp16",
+        "dtype": "bfloat16",
+        "checkpointing": True,
+    }
     plan = make_plan(
-        FolderSource(str(photos)), replace(recipe(bundle, steps=8, prior_images=2), **facts), num_subjects=3
+        FolderSource(str(photos)),
+        replace(recipe(bundle, steps=8, prior_images=2), **facts),
+        num_subjects=3,
     )
     write_plan(plan, tmp_path / "build")
     run_build(tmp_path / "build")
@@ -231,7 +303,9 @@ def test_sdxl_in_bfloat16_with_checkpointing(bundle: Any, photos: Path, tmp_path
     assert all(r.best_loss < r.initial_loss for r in made.records)  # type: ignore[operator]
 
 
-def test_bad_photos_are_named_and_the_rest_goes_on(bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_bad_photos_are_named_and_the_rest_goes_on(
+    bundle: Any, photos: Path, tmp_path: Path
+) -> None:
     import shutil
 
     mixed = tmp_path / "photos"
@@ -240,7 +314,20 @@ def test_bad_photos_are_named_and_the_rest_goes_on(bundle: Any, photos: Path, tm
     (mixed / "empty").mkdir()
     (mixed / "person-0" / "9.jpg").write_bytes(b"no image")
     out = tmp_path / "build"
-    arguments = ["plan", mixed, "-o", out, "--base", bundle.base, "--steps", 2, "--at-once", 3, "--rank", 2]
+    arguments = [
+        "plan",
+        mixed,
+        "-o",
+        out,
+        "--base",
+        bundle.base,
+        "--steps",
+        2,
+        "--at-once",
+        3,
+        "--rank",
+        2,
+    ]
     done = CliRunner().invoke(app, [*map(str, arguments)])
     assert done.exit_code == 0, done.output
     plan = read_plan(out)
@@ -250,7 +337,12 @@ def test_bad_photos_are_named_and_the_rest_goes_on(bundle: Any, photos: Path, tm
     Image.new("RGB", (9, 9)).save(mixed / "person-1.png")  # another photo since the plan
     (mixed / "person-3.png").unlink()
     run_build(out)
-    assert [r.subject for r in LoraDataset(out).records] == ["person-0", "person-2", "person-4", "person-5"]
+    assert [r.subject for r in LoraDataset(out).records] == [
+        "person-0",
+        "person-2",
+        "person-4",
+        "person-5",
+    ]
     shown = CliRunner().invoke(app, ["status", str(out), "--json"])
     found = json.loads(shown.stdout)
     assert (found["finished"], found["planned"], found["rows"]) == (6, 6, 4)
@@ -264,11 +356,29 @@ def test_what_cannot_be_is_said(bundle: Any, photos: Path, tmp_path: Path) -> No
     base = ["--base", str(bundle.base)]
     for arguments, sentence in (
         (["plan", "avatars:5-5", "-o", "x"], "avatars:FIRST-LAST"),
-        (["plan", str(tmp_path / "nowhere"), "-o", str(tmp_path / "x"), *base], "neither a folder of photos nor a"),
+        (
+            ["plan", str(tmp_path / "nowhere"), "-o", str(tmp_path / "x"), *base],
+            "neither a folder of photos nor a",
+        ),
         (["plan", str(photos), "-o", str(out), *base], "holds another plan"),
-        (["plan", str(photos), "-o", str(tmp_path / "x"), "--template", "no place"], "must name the subject once"),
+        (
+            ["plan", str(photos), "-o", str(tmp_path / "x"), "--template", "no place"],
+            "must name the subject once",
+        ),
         (["plan", str(photos), "-o", str(tmp_path / "x"), "--start", "mean"], "--start-from"),
-        (["plan", str(photos), "-o", str(tmp_path / "x"), "--space", "lidb", "--start", "network"], "lidb fits its"),
+        (
+            [
+                "plan",
+                str(photos),
+                "-o",
+                str(tmp_path / "x"),
+                "--space",
+                "lidb",
+                "--start",
+                "network",
+            ],
+            "lidb fits its",
+        ),
         (["run", str(tmp_path)], "holds no plan.json"),
         (["pack", str(out), "-o", str(tmp_path / "x")], "no chunk"),
     ):
@@ -284,7 +394,9 @@ def test_as_many_subjects_as_a_gpu_holds() -> None:
     from data_builder.build.batch_size import compute_max_batch_size
 
     gib = 2**30
-    assert compute_max_batch_size(80 * gib, 8 * gib, 10 * gib) == 31  # 8 + 30 · 2 GiB are 85 % of 80 GiB
+    assert (
+        compute_max_batch_size(80 * gib, 8 * gib, 10 * gib) == 31
+    )  # 8 + 30 · 2 GiB are 85 % of 80 GiB
     assert (
         compute_max_batch_size(8 * gib, 9 * gib, 12 * gib) == 1
         and compute_max_batch_size(80 * gib, gib, gib + 1) == 256
@@ -303,7 +415,9 @@ def test_packing_keeps_rows_and_their_order(bundle: Any, photos: Path, tmp_path:
     assert torch.equal(packed[[5, 0, 4]], torch.stack([made[5], made[0], made[4]]))
     assert torch.equal(packed[-1], made[5])
     (tmp_path / "build" / "chunks" / "000001.safetensors").unlink()
-    refused = CliRunner().invoke(app, ["pack", str(tmp_path / "build"), "-o", str(tmp_path / "out")])
+    refused = CliRunner().invoke(
+        app, ["pack", str(tmp_path / "build"), "-o", str(tmp_path / "out")]
+    )
     assert refused.exit_code == 2 and "1 of 3 chunks are not finished" in refused.stderr
     assert len(LoraDataset(tmp_path / "out")) == 6
 
@@ -311,8 +425,11 @@ def test_packing_keeps_rows_and_their_order(bundle: Any, photos: Path, tmp_path:
 def test_sources_survive_the_plan_and_know_their_subjects(photos: Path, tmp_path: Path) -> None:
     import datasets
 
-    rows = {"image": [str(photos / "person-1.png"), str(photos / "person-3.png")] * 2, "celeb_id": [7, 8, 7, 9],
-            "text": ["a", "b", "c", ""]}  # fmt: skip
+    rows = {
+        "image": [str(photos / "person-1.png"), str(photos / "person-3.png")] * 2,
+        "celeb_id": [7, 8, 7, 9],
+        "text": ["a", "b", "c", ""],
+    }
     made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     made.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "parquet").mkdir()
@@ -320,18 +437,32 @@ def test_sources_survive_the_plan_and_know_their_subjects(photos: Path, tmp_path
     nothing = dict.fromkeys(("image", "subject", "caption"))
     for where in ("saved", "parquet"):
         source = parse_source(
-            str(tmp_path / where), portraits_per_identity=1, resolution=16, split="train", columns=nothing
+            str(tmp_path / where),
+            portraits_per_identity=1,
+            resolution=16,
+            split="train",
+            columns=nothing,
         )
         assert isinstance(source, HubSource) and source_from_dict(source_to_dict(source)) == source
         found = list(source.list_subjects([]))
-        assert [(s.name, s.photos) for s in found] == [("7", (("0", "a"), ("2", "c"))), ("8", (("1", "b"),)),
-                                                       ("9", (("3", None),))]  # fmt: skip
+        assert [(s.name, s.photos) for s in found] == [
+            ("7", (("0", "a"), ("2", "c"))),
+            ("8", (("1", "b"),)),
+            ("9", (("3", None),)),
+        ]
         image, digest = source.read_photo("2")
         assert image.size == (24, 20) and len(digest) == 64
     people = parse_source(
-        "avatars:1000000-1000002", portraits_per_identity=3, resolution=32, split="train", columns=nothing
+        "avatars:1000000-1000002",
+        portraits_per_identity=3,
+        resolution=32,
+        split="train",
+        columns=nothing,
     )
-    assert people == AvatarSource(1_000_000, 1_000_002, 3, 32) and source_from_dict(source_to_dict(people)) == people
+    assert (
+        people == AvatarSource(1_000_000, 1_000_002, 3, 32)
+        and source_from_dict(source_to_dict(people)) == people
+    )
     assert [s.split for s in people.list_subjects([])] == ["validation"] * 2
     assert people.read_photo("1000000/1")[0].size == (32, 32)
 
@@ -339,16 +470,26 @@ def test_sources_survive_the_plan_and_know_their_subjects(photos: Path, tmp_path
 @pytest.mark.slow
 def test_a_killed_run_loses_and_repeats_nothing(bundle: Any, photos: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments, the last ones after chunks were finished; then to the end."""
-    plan = make_plan(FolderSource(str(photos)), recipe(bundle, steps=6, at_once=1), loras_per_subject=3)
+    plan = make_plan(
+        FolderSource(str(photos)), recipe(bundle, steps=6, at_once=1), loras_per_subject=3
+    )
     write_plan(plan, tmp_path / "whole")
     run_build(tmp_path / "whole")
     out = tmp_path / "killed"
     write_plan(plan, out)
     draw, kills = random.Random(1), 0
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     for _ in range(2):
-        child = subprocess.Popen([sys.executable, "-m", "data_builder", "run", str(out)], env=environment,
-                                 stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+        child = subprocess.Popen(
+            [sys.executable, "-m", "data_builder", "run", str(out)],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         before = len(ChunkStore(plan, out).list_finished_chunks())
         while child.poll() is None and len(ChunkStore(plan, out).list_finished_chunks()) < min(
             before + 3, plan.num_chunks - 1

@@ -58,12 +58,20 @@ def test_a_lora_fitted_to_pairs_moves_the_expected_picture(base: Any, pictures: 
     clean = base.encode_images(before)
     moved = base.encode_images(after) - clean
     text = base.encode_prompts(["", ""])
-    draw = torch.tensor([0.8, 0.9]), torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
+    draw = (
+        torch.tensor([0.8, 0.9]),
+        torch.randn(clean.shape, generator=torch.Generator().manual_seed(2)),
+    )
 
     def loss(lora: Any) -> float:
         with torch.no_grad(), inject_lora(base.denoiser, LoraWeights.stack([lora, lora])):
             given = compute_denoising_loss(
-                base.denoiser, base.noise_schedule, clean, noise_sample=draw, x0_offset=moved, **text
+                base.denoiser,
+                base.noise_schedule,
+                clean,
+                noise_sample=draw,
+                x0_offset=moved,
+                **text,
             )
         return float(given.mean())
 
@@ -78,17 +86,26 @@ def test_it_leads_from_before_to_after_on_the_shipped_base() -> None:
     )
     pixels = []
     for seed in SPLITS["train"][:3]:
-        person, how = sample_identity(seed), replace(sample_scene(seed, 0), glasses="none", hat="none", style="plain")
+        person, how = (
+            sample_identity(seed),
+            replace(sample_scene(seed, 0), glasses="none", hat="none", style="plain"),
+        )
         both = (how, replace(how, glasses="sunglasses"))
-        pixels.append(torch.stack([to_tensor(render_portrait(person, s), base.resolution) for s in both]))
+        pixels.append(
+            torch.stack([to_tensor(render_portrait(person, s), base.resolution) for s in both])
+        )
     before, after = torch.stack(pixels).unbind(1)
     change = fit_differential_lora(base, before, after, finetune_steps=80, lr=2e-3)
     which = reader.attributes["glasses"].index("sunglasses")
     seen = []
     for strength in (-1.0, 0.0, 1.0):
         prompts = ["a portrait of a person, smiling, blue background"] * 8
-        drawn = generate_images(base, prompts, change * strength, seeds=range(8), num_inference_steps=10)
-        seen.append(float(reader(stack_images(drawn)).logits["glasses"].softmax(-1)[:, which].mean()))
+        drawn = generate_images(
+            base, prompts, change * strength, seeds=range(8), num_inference_steps=10
+        )
+        seen.append(
+            float(reader(stack_images(drawn)).logits["glasses"].softmax(-1)[:, which].mean())
+        )
     assert seen[0] < seen[2]
     assert seen[2] > seen[1] + 0.1
 
@@ -99,8 +116,19 @@ def test_the_verb_writes_file_and_sheet(bundle: Any, tmp_path: Path) -> None:
         for i in range(2):
             Image.new("RGB", (20, 20), (shade + 10 * i, 90, 60)).save(tmp_path / name / f"{i}.png")
     out, sheet = tmp_path / "change.safetensors", tmp_path / "new" / "sheet.png"
-    arguments = [tmp_path / "before", tmp_path / "after", "--base", bundle.base, "-o", out, "--sheet", sheet]
-    done = CliRunner().invoke(app, ["differential", *map(str, arguments), "--steps", "2", "--format", "kohya"])
+    arguments = [
+        tmp_path / "before",
+        tmp_path / "after",
+        "--base",
+        bundle.base,
+        "-o",
+        out,
+        "--sheet",
+        sheet,
+    ]
+    done = CliRunner().invoke(
+        app, ["differential", *map(str, arguments), "--steps", "2", "--format", "kohya"]
+    )
     assert done.exit_code == 0, done.output
     file = load_lora(out)
     assert (file.format, file.metadata.title) == ("kohya", "before to after")
@@ -122,7 +150,9 @@ def test_says_what_is_wrong(base: Any, bundle: Any, pictures: Any, tmp_path: Pat
         (["a.png", "."], "two images, or two folders"),
     ):
         paths = [str(tmp_path / name) for name in arguments]
-        done = CliRunner().invoke(app, ["differential", *paths, "--base", str(bundle.base), "-o", str(out)])
+        done = CliRunner().invoke(
+            app, ["differential", *paths, "--base", str(bundle.base), "-o", str(out)]
+        )
         assert done.exit_code == 2
         assert sentence in done.stderr
     assert not out.exists()

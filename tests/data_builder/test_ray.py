@@ -30,7 +30,11 @@ def cluster() -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         made = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 1, "object_store_memory": 200_000_000, "include_dashboard": False},
+            head_node_args={
+                "num_cpus": 1,
+                "object_store_memory": 200_000_000,
+                "include_dashboard": False,
+            },
         )
         ray.init(address=made.address, log_to_driver=False)
         yield made
@@ -38,15 +42,24 @@ def cluster() -> Iterator[Any]:
         made.shutdown()
 
 
-def test_a_node_that_dies_loses_and_repeats_nothing(bundle: Any, cluster: Any, tmp_path: Path) -> None:
+def test_a_node_that_dies_loses_and_repeats_nothing(
+    bundle: Any, cluster: Any, tmp_path: Path
+) -> None:
     recipe = Recipe(
-        str(bundle.base), preset="attention", rank=2, finetune_steps=20, subjects_per_batch=1, eval_every=10
+        str(bundle.base),
+        preset="attention",
+        rank=2,
+        finetune_steps=20,
+        subjects_per_batch=1,
+        eval_every=10,
     )
     plan = make_plan(AvatarSource(0, 12, portraits_per_identity=2, resolution=16), recipe)
     for name in ("here", "there"):
         write_plan(plan, tmp_path / name)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a Ray worker of one CPU computes: sums in another order round otherwise
+    torch.set_num_threads(
+        1
+    )  # as a Ray worker of one CPU computes: sums in another order round otherwise
     try:
         run_build(tmp_path / "here")
     finally:
@@ -66,7 +79,10 @@ def test_a_node_that_dies_loses_and_repeats_nothing(bundle: Any, cluster: Any, t
     killer.join()
     assert 0 < killed_at[0] < plan.num_chunks
     for number in range(plan.num_chunks):
-        assert chunks.get_path(number).read_bytes() == ChunkStore(plan, tmp_path / "here").get_path(number).read_bytes()
+        assert (
+            chunks.get_path(number).read_bytes()
+            == ChunkStore(plan, tmp_path / "here").get_path(number).read_bytes()
+        )
     lines = (tmp_path / "there" / "log.jsonl").read_text().splitlines()
     assert len(lines) == plan.num_chunks, "every chunk was written once"
     assert run_build_on_ray(tmp_path / "there") == 0
@@ -82,9 +98,19 @@ def test_photos_become_loras_through_ray_data(bundle: Any, cluster: Any, tmp_pat
     model, settings = ImageToLora.from_pretrained(bundle.model), GenerationConfig()
     here = generate_folder(model, bundle.subjects, tmp_path / "here", settings, batch_size=2)
     maker = make_ray_batch_generator("local", str(bundle.model), None, settings)
-    there = generate_folder(model, bundle.subjects, tmp_path / "there", settings, batch_size=2, batch_generator=maker)
-    assert sorted(m.subject for m in there) == sorted(m.subject for m in here) and all(m.config_hash for m in there)
+    there = generate_folder(
+        model, bundle.subjects, tmp_path / "there", settings, batch_size=2, batch_generator=maker
+    )
+    assert sorted(m.subject for m in there) == sorted(m.subject for m in here) and all(
+        m.config_hash for m in there
+    )
     for made in here:
-        one, other = (load_lora(tmp_path / name / str(made.file)).weights.flatten() for name in ("here", "there"))
+        one, other = (
+            load_lora(tmp_path / name / str(made.file)).weights.flatten()
+            for name in ("here", "there")
+        )
         assert (one - other).abs().max() < 1e-6
-    assert generate_folder(model, bundle.subjects, tmp_path / "there", settings, batch_generator=maker) == there
+    assert (
+        generate_folder(model, bundle.subjects, tmp_path / "there", settings, batch_generator=maker)
+        == there
+    )

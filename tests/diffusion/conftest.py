@@ -30,10 +30,14 @@ class Tiny:
 
     def latents(self, **more: Any) -> Tensor:
         return self.pipe(
-            **(self.arguments | more), output_type="latent", generator=torch.Generator().manual_seed(5)
+            **(self.arguments | more),
+            output_type="latent",
+            generator=torch.Generator().manual_seed(5),
         ).images
 
-    def lora(self, seed: int, preset: str = "attention+mlp", rank: int = 3, size: float = 0.2) -> LoraWeights:
+    def lora(
+        self, seed: int, preset: str = "attention+mlp", rank: int = 3, size: float = 0.2
+    ) -> LoraWeights:
         layout = make_layout({self.name: self.denoiser}, preset, rank, "tiny/base")
         generator = torch.Generator().manual_seed(seed)
         return LoraWeights.unflatten(layout, size * torch.randn(layout.numel, generator=generator))
@@ -61,7 +65,10 @@ def _vae(channels: int = 4) -> Any:
 
 def _sd(pipe: Any) -> Tiny:
     pipe = deepcopy(pipe)
-    embeds = {"prompt_embeds": _text(1, 5, 16, seed=1), "negative_prompt_embeds": _text(1, 5, 16, seed=2)}
+    embeds = {
+        "prompt_embeds": _text(1, 5, 16, seed=1),
+        "negative_prompt_embeds": _text(1, 5, 16, seed=2),
+    }
     return Tiny(pipe, **embeds, num_inference_steps=4, guidance_scale=3.0, height=8, width=8)
 
 
@@ -73,7 +80,10 @@ def _ip2p(pipe: Any) -> Tiny:
     unet = UNet2DConditionModel.from_config(config | {"in_channels": 8}).requires_grad_(False)
     parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"} | {"unet": unet}
     made = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
-    embeds = {"prompt_embeds": _text(1, 5, 16, seed=1), "negative_prompt_embeds": _text(1, 5, 16, seed=2)}
+    embeds = {
+        "prompt_embeds": _text(1, 5, 16, seed=1),
+        "negative_prompt_embeds": _text(1, 5, 16, seed=2),
+    }
     scales = {"guidance_scale": 3.0, "image_guidance_scale": 1.5}
     return Tiny(made, **embeds, **scales, image=torch.rand(1, 3, 8, 8), num_inference_steps=4)
 
@@ -97,10 +107,20 @@ def _sdxl() -> Tiny:
         transformer_layers_per_block=(1, 2),
     ).requires_grad_(False)
     nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipe = StableDiffusionXLPipeline(vae=_vae(), unet=unet, scheduler=EulerDiscreteScheduler(), **nothing)
-    embeds = {"prompt_embeds": _text(1, 5, 16, seed=1), "negative_prompt_embeds": _text(1, 5, 16, seed=2)}
-    pooled = {"pooled_prompt_embeds": _text(1, 16, seed=3), "negative_pooled_prompt_embeds": _text(1, 16, seed=4)}
-    return Tiny(pipe, **embeds, **pooled, num_inference_steps=4, guidance_scale=3.0, height=8, width=8)
+    pipe = StableDiffusionXLPipeline(
+        vae=_vae(), unet=unet, scheduler=EulerDiscreteScheduler(), **nothing
+    )
+    embeds = {
+        "prompt_embeds": _text(1, 5, 16, seed=1),
+        "negative_prompt_embeds": _text(1, 5, 16, seed=2),
+    }
+    pooled = {
+        "pooled_prompt_embeds": _text(1, 16, seed=3),
+        "negative_pooled_prompt_embeds": _text(1, 16, seed=4),
+    }
+    return Tiny(
+        pipe, **embeds, **pooled, num_inference_steps=4, guidance_scale=3.0, height=8, width=8
+    )
 
 
 def _sd3(transformer: nn.Module) -> Tiny:
@@ -111,9 +131,17 @@ def _sd3(transformer: nn.Module) -> Tiny:
     pipe = StableDiffusion3Pipeline(
         transformer=transformer, vae=_vae(), scheduler=FlowMatchEulerDiscreteScheduler(), **nothing
     )
-    embeds = {"prompt_embeds": _text(1, 5, 16, seed=1), "negative_prompt_embeds": _text(1, 5, 16, seed=2)}
-    pooled = {"pooled_prompt_embeds": _text(1, 8, seed=3), "negative_pooled_prompt_embeds": _text(1, 8, seed=4)}
-    return Tiny(pipe, **embeds, **pooled, num_inference_steps=4, guidance_scale=3.0, height=8, width=8)
+    embeds = {
+        "prompt_embeds": _text(1, 5, 16, seed=1),
+        "negative_prompt_embeds": _text(1, 5, 16, seed=2),
+    }
+    pooled = {
+        "pooled_prompt_embeds": _text(1, 8, seed=3),
+        "negative_pooled_prompt_embeds": _text(1, 8, seed=4),
+    }
+    return Tiny(
+        pipe, **embeds, **pooled, num_inference_steps=4, guidance_scale=3.0, height=8, width=8
+    )
 
 
 def _flux() -> Tiny:
@@ -133,7 +161,9 @@ def _flux() -> Tiny:
         guidance_embeds=True,
     ).requires_grad_(False)
     nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipe = FluxPipeline(transformer=transformer, vae=_vae(4), scheduler=FlowMatchEulerDiscreteScheduler(), **nothing)
+    pipe = FluxPipeline(
+        transformer=transformer, vae=_vae(4), scheduler=FlowMatchEulerDiscreteScheduler(), **nothing
+    )
     embeds = {"prompt_embeds": _text(1, 5, 16, seed=1), "pooled_prompt_embeds": _text(1, 8, seed=3)}
     return Tiny(pipe, **embeds, num_inference_steps=4, guidance_scale=3.0, height=16, width=16)
 

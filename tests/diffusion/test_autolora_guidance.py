@@ -57,7 +57,9 @@ def seen_by_scheduler(tiny: Any, **more: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "ip2p", "sd3"])
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_the_formula_whatever_the_pipeline_does_afterwards(tiny: Any, kind: str, rescale: float) -> None:
+def test_the_formula_whatever_the_pipeline_does_afterwards(
+    tiny: Any, kind: str, rescale: float
+) -> None:
     if rescale and kind not in ("sd", "sdxl"):
         pytest.skip("this pipeline has no guidance_rescale")
     t = tiny(kind)
@@ -105,11 +107,16 @@ def test_a_lora_on_one_branch_leaves_the_others(tiny: Any, kind: str) -> None:
     plain, with_a, with_b = branch_outputs(), branch_outputs(a), branch_outputs(b)
     text = 0 if kind == "ip2p" else 1
     for positive, negative in ((a, b), (a, None), (None, b)):
-        with intercept_denoiser(t.pipe, lambda call: call()), inject_branch_loras(t.pipe, positive, negative):
+        with (
+            intercept_denoiser(t.pipe, lambda call: call()),
+            inject_branch_loras(t.pipe, positive, negative),
+        ):
             own = t.denoiser.forward
             recorded: list[Tensor] = []
 
-            def record(*args: Any, own: Any = own, recorded: list[Tensor] = recorded, **kwargs: Any) -> Any:
+            def record(
+                *args: Any, own: Any = own, recorded: list[Tensor] = recorded, **kwargs: Any
+            ) -> Any:
                 made = own(*args, **kwargs)
                 recorded.append(made[0])
                 return made

@@ -15,23 +15,32 @@ from hyperlora.lora.weights import LoraWeights
 SEEING = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def random_lora(component: str, module: nn.Module, preset: str, *batch: int, seed: int = 0) -> LoraWeights:
+def random_lora(
+    component: str, module: nn.Module, preset: str, *batch: int, seed: int = 0
+) -> LoraWeights:
     layout = make_layout({component: module}, preset, 3, "tiny")
     generator = torch.Generator().manual_seed(seed)
-    return LoraWeights.unflatten(layout, 0.2 * torch.randn(*batch, layout.numel, generator=generator))
+    return LoraWeights.unflatten(
+        layout, 0.2 * torch.randn(*batch, layout.numel, generator=generator)
+    )
 
 
 def merged(module: nn.Module, lora: LoraWeights) -> nn.Module:
     module = deepcopy(module)
     for site, delta in zip(lora.layout.targets, lora.get_delta_weights(), strict=True):
         layer = module.get_submodule(site.path)
-        layer.weight = nn.Parameter(layer.weight + delta.reshape(layer.weight.shape), requires_grad=False)
+        layer.weight = nn.Parameter(
+            layer.weight + delta.reshape(layer.weight.shape), requires_grad=False
+        )
     return module
 
 
 def unet_inputs(n: int, seed: int = 9) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    latents, text = torch.randn(n, 4, 8, 8, generator=generator), torch.randn(n, 5, 16, generator=generator)
+    latents, text = (
+        torch.randn(n, 4, 8, 8, generator=generator),
+        torch.randn(n, 5, 16, generator=generator),
+    )
     return latents, torch.arange(n) * 100 + 1, text
 
 
@@ -42,14 +51,18 @@ def run_unet(unet: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 def run_transformer(transformer: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     latents, timestep, text = inputs
     pooled = text[:, 0, :8]
-    return transformer(latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep).sample
+    return transformer(
+        latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep
+    ).sample
 
 
 def peft_output(module: nn.Module, lora: LoraWeights, run: Callable[[nn.Module], Tensor]) -> Tensor:
     from peft import LoraConfig, inject_adapter_in_model
 
     rank, paths = lora.layout.rank, [site.path for site in lora.layout.targets]
-    module = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), deepcopy(module))
+    module = inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), deepcopy(module)
+    )
     for site, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
         layer = module.get_submodule(site.path)
         for factor, value in ((layer.lora_A["default"], down), (layer.lora_B["default"], up)):
@@ -64,7 +77,9 @@ def test_unet_equals_merged_and_peft(unet: nn.Module, preset: str) -> None:
     with inject_lora(unet, lora):
         output = run_unet(unet, inputs)
     torch.testing.assert_close(output, run_unet(merged(unet, lora), inputs), **SEEING)
-    torch.testing.assert_close(output, peft_output(unet, lora, lambda m: run_unet(m, inputs)), **SEEING)
+    torch.testing.assert_close(
+        output, peft_output(unet, lora, lambda m: run_unet(m, inputs)), **SEEING
+    )
     assert (output - plain).abs().max() > 1e-2
     assert torch.equal(run_unet(unet, inputs), plain)
 
@@ -75,12 +90,16 @@ def test_dit_equals_merged_and_peft(transformer: nn.Module) -> None:
     with inject_lora(transformer, lora):
         output = run_transformer(transformer, inputs)
     torch.testing.assert_close(output, run_transformer(merged(transformer, lora), inputs), **SEEING)
-    torch.testing.assert_close(output, peft_output(transformer, lora, lambda m: run_transformer(m, inputs)), **SEEING)
+    torch.testing.assert_close(
+        output, peft_output(transformer, lora, lambda m: run_transformer(m, inputs)), **SEEING
+    )
     assert (output - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("preset", ["attention+mlp", "attention+conv"])
-def test_every_sample_has_its_own_lora_also_in_a_doubled_batch(unet: nn.Module, preset: str) -> None:
+def test_every_sample_has_its_own_lora_also_in_a_doubled_batch(
+    unet: nn.Module, preset: str
+) -> None:
     loras, inputs = random_lora("unet", unet, preset, 3), unet_inputs(6)
     with inject_lora(unet, loras):
         output = run_unet(unet, inputs)
@@ -94,7 +113,9 @@ def test_dit_samples_have_their_own_loras(transformer: nn.Module) -> None:
     with inject_lora(transformer, loras):
         output = run_transformer(transformer, inputs)
     for i in range(4):
-        alone = run_transformer(merged(transformer, loras[i % 2]), tuple(x[i : i + 1] for x in inputs))
+        alone = run_transformer(
+            merged(transformer, loras[i % 2]), tuple(x[i : i + 1] for x in inputs)
+        )
         torch.testing.assert_close(output[i : i + 1], alone, **SEEING)
 
 
@@ -113,14 +134,24 @@ def test_text_encoder_and_unet_together(unet: nn.Module, text_encoder: nn.Module
         parts = {
             name: LoraWeights(
                 make_layout({name: module}, "attention", 3, "tiny"),
-                tuple(d[i] for s, d in zip(layout.targets, loras.down, strict=True) if s.component == name),
-                tuple(u[i] for s, u in zip(layout.targets, loras.up, strict=True) if s.component == name),
+                tuple(
+                    d[i]
+                    for s, d in zip(layout.targets, loras.down, strict=True)
+                    if s.component == name
+                ),
+                tuple(
+                    u[i]
+                    for s, u in zip(layout.targets, loras.up, strict=True)
+                    if s.component == name
+                ),
             )
             for name, module in modules.items()
         }
         alone = merged(text_encoder, parts["text_encoder"])(tokens[i : i + 1]).last_hidden_state
         torch.testing.assert_close(text[i : i + 1], alone, **SEEING)
-        expected = run_unet(merged(unet, parts["unet"]), (latents[i : i + 1], timestep[i : i + 1], alone))
+        expected = run_unet(
+            merged(unet, parts["unet"]), (latents[i : i + 1], timestep[i : i + 1], alone)
+        )
         torch.testing.assert_close(output[i : i + 1], expected, **SEEING)
 
 
@@ -141,7 +172,10 @@ def test_nested_contexts_add_up(unet: nn.Module) -> None:
 def test_contexts_close_on_errors(unet: nn.Module) -> None:
     inputs = unet_inputs(1)
     plain = run_unet(unet, inputs)
-    with pytest.raises(ZeroDivisionError), inject_lora(unet, random_lora("unet", unet, "attention")):
+    with (
+        pytest.raises(ZeroDivisionError),
+        inject_lora(unet, random_lora("unet", unet, "attention")),
+    ):
         _ = 1 / 0
     assert torch.equal(run_unet(unet, inputs), plain)
 
@@ -196,7 +230,10 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(unet: nn.Mod
     with inject_lora(unet, loras):
         exact = run_unet(unet, inputs)
     flat = loras.flatten().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16), inject_lora(unet, LoraWeights.unflatten(loras.layout, flat)):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        inject_lora(unet, LoraWeights.unflatten(loras.layout, flat)),
+    ):
         output = run_unet(unet, inputs)
     assert output.dtype == torch.bfloat16
     assert (output.float() - exact).norm() < 0.05 * exact.norm()
@@ -207,7 +244,9 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(unet: nn.Mod
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_fitting_k_at_once_is_fitting_one_by_one(unet: nn.Module, optimizer: type[torch.optim.Optimizer]) -> None:
+def test_fitting_k_at_once_is_fitting_one_by_one(
+    unet: nn.Module, optimizer: type[torch.optim.Optimizer]
+) -> None:
     start, inputs = random_lora("unet", unet, "attention+conv", 3), unet_inputs(3)
     target = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -237,7 +276,9 @@ def test_errors_name_what_is_wrong(unet: nn.Module, text_encoder: nn.Module) -> 
     lora = random_lora("unet", unet, "attention")
     refused(text_encoder, lora, r"no site unet\.down_blocks.*\(tiny\) is not for it")
     wider = deepcopy(unet)
-    wider.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1").to_q = nn.Linear(16, 24)
+    wider.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1").to_q = nn.Linear(
+        16, 24
+    )
     refused(wider, lora, r"mid_block.*to_q is \(16, 24\) in the base, \(16, 16\)")
     both = make_layout({"unet": unet, "text_encoder": text_encoder}, "attention", 2, "tiny")
     refused(unet, LoraWeights.zeros(both), "unet, text_encoder: pass a mapping")

@@ -63,7 +63,8 @@ def test_a_weight_counts_places() -> None:
     torch.testing.assert_close(weighted, noise[:, :, 0, 0].square().mean(1))
     plain = compute_denoising_loss(silent, schedule, clean, noise_sample=draw)
     torch.testing.assert_close(
-        compute_denoising_loss(silent, schedule, clean, noise_sample=draw, weight=torch.ones(4, 4)), plain
+        compute_denoising_loss(silent, schedule, clean, noise_sample=draw, weight=torch.ones(4, 4)),
+        plain,
     )
 
 
@@ -81,19 +82,27 @@ def test_what_is_expected_may_be_judged_too(name: str) -> None:
     alone = compute_denoising_loss(brighter, schedule, clean, noise_sample=draw)
     share = compute_noise_level(schedule, torch.tensor([300, 600])).flatten()
     torch.testing.assert_close(
-        compute_denoising_loss(brighter, schedule, clean, noise_sample=draw, aux_loss_fn=apart) - alone,
+        compute_denoising_loss(brighter, schedule, clean, noise_sample=draw, aux_loss_fn=apart)
+        - alone,
         0.5 * (1 - share),
         atol=1e-4,
         rtol=1e-3,
     )
     certain = (
-        compute_denoising_loss(brighter, schedule, clean, noise_sample=draw, aux_loss_fn=apart, aux_loss_weight=0.2)
+        compute_denoising_loss(
+            brighter, schedule, clean, noise_sample=draw, aux_loss_fn=apart, aux_loss_weight=0.2
+        )
         - alone
     )
     torch.testing.assert_close(certain, torch.full((2,), 0.1), atol=1e-4, rtol=1e-3)
     each = (
         compute_denoising_loss(
-            brighter, schedule, clean, noise_sample=draw, aux_loss_fn=apart, aux_loss_weight=torch.tensor([0.2, 0.0])
+            brighter,
+            schedule,
+            clean,
+            noise_sample=draw,
+            aux_loss_fn=apart,
+            aux_loss_weight=torch.tensor([0.2, 0.0]),
         )
         - alone
     )

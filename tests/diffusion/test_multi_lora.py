@@ -24,7 +24,9 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def plain_loop(tiny: Any, loras: Sequence[LoraWeights], folder: Path, active: Callable[[int], list[int]]) -> Tensor:
+def plain_loop(
+    tiny: Any, loras: Sequence[LoraWeights], folder: Path, active: Callable[[int], list[int]]
+) -> Tensor:
     """One forward per active adapter and step, the predictions' mean, then guidance: what the papers' code does."""
     pipe, given = tiny.pipe, tiny.arguments
     names = []
@@ -39,7 +41,10 @@ def plain_loop(tiny: Any, loras: Sequence[LoraWeights], folder: Path, active: Ca
         more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
     scheduler = pipe.scheduler
     scheduler.set_timesteps(given["num_inference_steps"])
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)) * scheduler.init_noise_sigma
+    x = (
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+        * scheduler.init_noise_sigma
+    )
     for step, t in enumerate(scheduler.timesteps):
         made = []
         for i in active(step):
@@ -55,11 +60,20 @@ def plain_loop(tiny: Any, loras: Sequence[LoraWeights], folder: Path, active: Ca
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("strategy", ["composite", "switch"])
-def test_equals_a_plain_loop_with_set_adapters(tiny: Any, tmp_path: Path, kind: str, strategy: Any) -> None:
+def test_equals_a_plain_loop_with_set_adapters(
+    tiny: Any, tmp_path: Path, kind: str, strategy: Any
+) -> None:
     t = tiny(kind)
-    loras = [t.lora(seed, preset) for seed, preset in ((1, "attention"), (2, "attention+mlp"), (3, "attention+conv"))]
+    loras = [
+        t.lora(seed, preset)
+        for seed, preset in ((1, "attention"), (2, "attention+mlp"), (3, "attention+conv"))
+    ]
     order = [2, 0, 1]
-    active = (lambda step: [0, 1, 2]) if strategy == "composite" else (lambda step: [order[step // 2 % 3]])
+    active = (
+        (lambda step: [0, 1, 2])
+        if strategy == "composite"
+        else (lambda step: [order[step // 2 % 3]])
+    )
     expected = plain_loop(t, loras, tmp_path, active)
     with compose_loras(t.pipe, loras, strategy, every=2, order=order):
         found = t.latents()
@@ -102,15 +116,23 @@ def test_one_step_in_regions_is_each_lora_in_its_own(tiny: Any, kind: str) -> No
     t = tiny(kind)
     left, right = t.lora(1), t.lora(2)
     one = {"num_inference_steps": 1}
-    with compose_loras(t.pipe, [left, right], "spatial", regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 0.5)]):
+    with compose_loras(
+        t.pipe, [left, right], "spatial", regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 0.5)]
+    ):
         found = t.latents(**one)
-    pictures = [_as_grid(x) for x in (found, t.merged(left).latents(**one), t.merged(right).latents(**one))]
+    pictures = [
+        _as_grid(x) for x in (found, t.merged(left).latents(**one), t.merged(right).latents(**one))
+    ]
     base = _as_grid(t.latents(**one))
     found, of_left, of_right = pictures
     h, w = found.shape[-2:]
     torch.testing.assert_close(found[..., : w // 2], of_left[..., : w // 2], **CLOSE)
-    torch.testing.assert_close(found[..., : h // 2, w // 2 :], of_right[..., : h // 2, w // 2 :], **CLOSE)
-    torch.testing.assert_close(found[..., h // 2 :, w // 2 :], base[..., h // 2 :, w // 2 :], **CLOSE)
+    torch.testing.assert_close(
+        found[..., : h // 2, w // 2 :], of_right[..., : h // 2, w // 2 :], **CLOSE
+    )
+    torch.testing.assert_close(
+        found[..., h // 2 :, w // 2 :], base[..., h // 2 :, w // 2 :], **CLOSE
+    )
     assert apart(of_left, of_right) > 0.01
 
 
@@ -129,7 +151,10 @@ def test_windows_are_pictures_of_their_own(tiny: Any) -> None:
     boxes = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
     with compose_loras(t.pipe, [a, b], "spatial", regions=boxes, window=True):
         found = t.latents(latents=wide, width=16)
-    halves = [t.merged(lora).latents(latents=half.clone()) for lora, half in zip((a, b), wide.chunk(2, 3), strict=True)]
+    halves = [
+        t.merged(lora).latents(latents=half.clone())
+        for lora, half in zip((a, b), wide.chunk(2, 3), strict=True)
+    ]
     torch.testing.assert_close(found, torch.cat(halves, 3), **CLOSE)
 
 
@@ -170,9 +195,13 @@ def test_text_encoder_parts_are_added(pipe: Any, bundle: Any) -> None:
     from hyperlora.diffusion.target_modules import make_layout
 
     base = load_diffusion_base(bundle.base)
-    layout = make_layout({k: base.modules[k] for k in ("unet", "text_encoder")}, "attention", 2, base.id)
+    layout = make_layout(
+        {k: base.modules[k] for k in ("unet", "text_encoder")}, "attention", 2, base.id
+    )
     a, b = (
-        LoraWeights.unflatten(layout, 0.3 * torch.randn(layout.numel, generator=torch.Generator().manual_seed(s)))
+        LoraWeights.unflatten(
+            layout, 0.3 * torch.randn(layout.numel, generator=torch.Generator().manual_seed(s))
+        )
         for s in (0, 1)
     )
 
@@ -218,15 +247,24 @@ def test_leaves_the_pipeline_as_it_was(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"strategy": "blend"}, "unknown strategy 'blend'; known: merge, switch, composite, spatial"),
+        (
+            {"strategy": "blend"},
+            "unknown strategy 'blend'; known: merge, switch, composite, spatial",
+        ),
         ({"weights": [1.0]}, "2 LoRAs need as many weights, got 1"),
         ({"weights": [1.0, float("nan")]}, "must be finite numbers, got nan"),
         ({"strategy": "switch", "every": 0}, "at least 1 step, got 0"),
         ({"strategy": "switch", "order": [0, 2]}, "order must name LoRAs 0 to 1"),
         ({"strategy": "composite", "shares": [0.0, 0.0]}, "positive sum"),
         ({"strategy": "spatial"}, "one region per LoRA: 2 LoRAs, 0 regions"),
-        ({"strategy": "spatial", "regions": [(0, 0, 1, 1), (0.5, 0, 0.2, 1)]}, "region 2 must be left < right"),
-        ({"strategy": "spatial", "regions": [torch.ones(8, 8), torch.ones(8, 12)]}, "mask 2 is 12x8"),
+        (
+            {"strategy": "spatial", "regions": [(0, 0, 1, 1), (0.5, 0, 0.2, 1)]},
+            "region 2 must be left < right",
+        ),
+        (
+            {"strategy": "spatial", "regions": [torch.ones(8, 8), torch.ones(8, 12)]},
+            "mask 2 is 12x8",
+        ),
     ],
 )
 def test_says_what_is_wrong(tiny: Any, options: dict[str, Any], sentence: str) -> None:
@@ -240,7 +278,10 @@ def test_says_what_is_wrong(tiny: Any, options: dict[str, Any], sentence: str) -
 
 def test_refuses_a_lora_of_another_base(tiny: Any) -> None:
     sd, sdxl = tiny("sd"), tiny("sdxl")
-    with pytest.raises(LayoutMismatchError), compose_loras(sd.pipe, [sd.lora(1), sdxl.lora(1)], "composite"):
+    with (
+        pytest.raises(LayoutMismatchError),
+        compose_loras(sd.pipe, [sd.lora(1), sdxl.lora(1)], "composite"),
+    ):
         sd.latents()
     with (
         pytest.raises(LayoutMismatchError, match="which StableDiffusion3Pipeline lacks"),

@@ -30,7 +30,9 @@ def on_meta(config: dict) -> nn.Module:
         return UNet2DConditionModel(**config)
 
 
-@pytest.mark.parametrize(("config", "sites", "numbers"), [(SD15, 128, 797_184), (SDXL, 560, 5_806_080)])
+@pytest.mark.parametrize(
+    ("config", "sites", "numbers"), [(SD15, 128, 797_184), (SDXL, 560, 5_806_080)]
+)
 def test_attention_preset_is_pefts_attention_lora(config: dict, sites: int, numbers: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -39,15 +41,22 @@ def test_attention_preset_is_pefts_attention_lora(config: dict, sites: int, numb
     assert (len(layout.targets), layout.numel) == (sites, numbers)
     with torch.device("meta"):
         inject_adapter_in_model(
-            LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet, low_cpu_mem_usage=True
+            LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
+            unet,
+            low_cpu_mem_usage=True,
         )
-    adapted = {name.removesuffix(".lora_A") for name, _ in unet.named_modules() if name.endswith(".lora_A")}
+    adapted = {
+        name.removesuffix(".lora_A") for name, _ in unet.named_modules() if name.endswith(".lora_A")
+    }
     assert adapted == {site.path for site in layout.targets}
     assert sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name) == numbers
 
 
 def test_wider_presets_contain_the_narrow_one(unet: nn.Module) -> None:
-    names = {preset: {s.path for s in make_layout({"unet": unet}, preset, 2, "b").targets} for preset in TARGET_PRESETS}
+    names = {
+        preset: {s.path for s in make_layout({"unet": unet}, preset, 2, "b").targets}
+        for preset in TARGET_PRESETS
+    }
     assert names["attention"] < names["attention+mlp"]
     assert names["attention"] < names["attention+conv"]
     conv = names["attention+conv"]
@@ -58,12 +67,29 @@ def test_wider_presets_contain_the_narrow_one(unet: nn.Module) -> None:
 def test_text_encoder_gives_q_k_v_and_out(text_encoder: nn.Module) -> None:
     layout = make_layout({"text_encoder": text_encoder}, "attention", 2, "b")
     assert len(layout.targets) == 2 * 4
-    assert {site.path.rsplit(".", 1)[1] for site in layout.targets} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert {site.path.rsplit(".", 1)[1] for site in layout.targets} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+    }
 
 
 def test_dit_gives_both_streams(transformer: nn.Module) -> None:
-    leaves = {s.path.split("attn.")[-1] for s in make_layout({"transformer": transformer}, "attention", 2, "b").targets}
-    assert leaves == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    leaves = {
+        s.path.split("attn.")[-1]
+        for s in make_layout({"transformer": transformer}, "attention", 2, "b").targets
+    }
+    assert leaves == {
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    }
 
 
 def test_bad_requests(unet: nn.Module) -> None:

@@ -48,7 +48,9 @@ def test_a_model_that_looks_through_its_base_comes_back_the_same(base, bundle, t
     layout = ImageToLora.from_pretrained(bundle.model).layout
     layout = type(layout)(layout.targets, layout.rank, mine.id)
     encoder = make_unet_encoder(mine)
-    network = Hypernetwork(layout, encoder.width, width=16, depth=1, num_heads=2, head_options={"size": 4})
+    network = Hypernetwork(
+        layout, encoder.width, width=16, depth=1, num_heads=2, head_options={"size": 4}
+    )
     with torch.no_grad():
         network.code_proj.normal_(std=0.1)
     made = ImageToLora(encoder, network, {"base": "../base"}).eval()
@@ -58,9 +60,13 @@ def test_a_model_that_looks_through_its_base_comes_back_the_same(base, bundle, t
         expected = made.forward(photos).flatten()
         for options in ({}, {"base": mine}):
             found = ImageToLora.from_pretrained(tmp_path / "model", **options)
-            assert torch.allclose(found.forward(photos).flatten(), expected, atol=2e-3)  # stored as float16
+            assert torch.allclose(
+                found.forward(photos).flatten(), expected, atol=2e-3
+            )  # stored as float16
     with pytest.raises(LayoutMismatchError, match="use its own base"):
-        ImageToLora.from_pretrained(tmp_path / "model", base=DiffusionBase("another/base", base.pipeline))
+        ImageToLora.from_pretrained(
+            tmp_path / "model", base=DiffusionBase("another/base", base.pipeline)
+        )
 
 
 def test_readers_come_back_the_same(bundle, tmp_path):
@@ -83,12 +89,16 @@ def test_colours_stand_beside_the_token_of_their_place():
         plain, tokens = encoder(torch.zeros_like(red_corner)).tokens, encoder(red_corner).tokens
     assert tokens.shape == (1, 1, 4, encoder.width)
     changed = (tokens - plain)[0, 0, :, -12:].abs() > 0.1
-    assert changed.nonzero().tolist() == [[0, 0]], "one colour of the first pixel of the first token"
+    assert changed.nonzero().tolist() == [[0, 0]], (
+        "one colour of the first pixel of the first token"
+    )
     assert TimmEncoder(**encoder.config).width == encoder.width
 
 
 def test_a_backbone_without_a_map_has_no_place_for_colours():
-    encoder = TimmEncoder("vit_tiny_patch16_224", 32, options={"img_size": 32, "depth": 1}, patch_pixels=2)
+    encoder = TimmEncoder(
+        "vit_tiny_patch16_224", 32, options={"img_size": 32, "depth": 1}, patch_pixels=2
+    )
     with pytest.raises(InvalidArgumentError, match="feature map"):
         encoder(torch.rand(1, 1, 3, 32, 32))
 
@@ -96,7 +106,10 @@ def test_a_backbone_without_a_map_has_no_place_for_colours():
 def test_a_reader_lends_its_sight_with_colours(tmp_path):
     reader = AttributeClassifier("regnetx_002", 64, {"hat": ["none", "hat"]})
     reader.save_pretrained(tmp_path)
-    plain, coloured = load_image_encoder(str(tmp_path)), load_image_encoder(str(tmp_path), {"colours": 4})
+    plain, coloured = (
+        load_image_encoder(str(tmp_path)),
+        load_image_encoder(str(tmp_path), {"colours": 4}),
+    )
     photos = torch.rand(1, 1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(coloured(photos).tokens[..., : plain.width], plain(photos).tokens)

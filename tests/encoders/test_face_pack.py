@@ -55,12 +55,18 @@ def test_of_two_people_the_larger_face_comes_first() -> None:
     first, second = FaceAnalyzer(released.FACE_PACK_DIR, 320).detect_faces(picture)
     assert first.area > 2 * second.area
     assert (
-        np.abs(first.keypoints - compute_landmarks(sample_identity(PEOPLE[0]), Scene(), 200).keypoints - (0, 56)).max()
+        np.abs(
+            first.keypoints
+            - compute_landmarks(sample_identity(PEOPLE[0]), Scene(), 200).keypoints
+            - (0, 56)
+        ).max()
         < 8
     )
     assert (
         np.abs(
-            second.keypoints - compute_landmarks(sample_identity(PEOPLE[1]), Scene(), 110).keypoints - (210, 10)
+            second.keypoints
+            - compute_landmarks(sample_identity(PEOPLE[1]), Scene(), 110).keypoints
+            - (210, 10)
         ).max()
         < 8
     )
@@ -68,7 +74,11 @@ def test_of_two_people_the_larger_face_comes_first() -> None:
 
 def test_finds_nobody_where_nobody_is(finder: FaceAnalyzer) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
-    for picture in (Image.new("RGB", (128, 128), "white"), Image.new("RGB", (90, 128)), Image.fromarray(noise)):
+    for picture in (
+        Image.new("RGB", (128, 128), "white"),
+        Image.new("RGB", (90, 128)),
+        Image.fromarray(noise),
+    ):
         with pytest.raises(InvalidImageError, match="no face was found"):
             finder.get_face(picture)
 
@@ -77,7 +87,12 @@ def test_tells_people_apart_whatever_they_wear(finder: FaceAnalyzer) -> None:
     plain = Scene("smiling", "open", "none", "hoodie", "red", "sky")
     other = Scene("serious", "closed", "glasses", "tuxedo", "black", "orange", roll=4, shift_x=5)
     one, two = (
-        np.stack([finder.get_face(render_portrait(sample_identity(seed), how)).embedding for seed in PEOPLE])
+        np.stack(
+            [
+                finder.get_face(render_portrait(sample_identity(seed), how)).embedding
+                for seed in PEOPLE
+            ]
+        )
         for how in (plain, other)
     )
     cosines = one @ two.T
@@ -117,11 +132,21 @@ def test_a_pack_says_what_its_networks_say(tmp_path: Path) -> None:
     import onnxruntime
 
     torch.manual_seed(0)
-    detector, recogniser = FaceDetector((4, 6, 8)), FaceRecognizer("resnet10t", 512, {"channels": [8, 8, 8, 8]})
+    detector, recogniser = (
+        FaceDetector((4, 6, 8)),
+        FaceRecognizer("resnet10t", 512, {"channels": [8, 8, 8, 8]}),
+    )
     detector.save_pretrained(tmp_path / "detector")
     recogniser.save_pretrained(tmp_path / "recogniser")
     done = CliRunner().invoke(
-        app, ["face-pack", str(tmp_path / "detector"), str(tmp_path / "recogniser"), "-o", str(tmp_path / "pack")]
+        app,
+        [
+            "face-pack",
+            str(tmp_path / "detector"),
+            str(tmp_path / "recogniser"),
+            "-o",
+            str(tmp_path / "pack"),
+        ],
     )
     assert done.exit_code == 0, done.output
     assert FaceAnalyzer(tmp_path / "pack", 128).detect_faces(Image.new("RGB", (64, 64))) == []
@@ -142,7 +167,9 @@ def test_anchors_near_the_middle_of_a_face_are_to_find_it() -> None:
     face, points = torch.tensor([48.0, 40.0, 88.0, 80.0]), torch.arange(10.0).view(5, 2) + 60
     none = torch.zeros(4)
     batch = {
-        "boxes": torch.stack([torch.stack([face, none]), torch.stack([face, none]), torch.stack([none, none])]),
+        "boxes": torch.stack(
+            [torch.stack([face, none]), torch.stack([face, none]), torch.stack([none, none])]
+        ),
         "keypoints": points.expand(3, 2, 5, 2),
         "kinds": torch.tensor([[FACE, 0], [AMBIGUOUS, 0], [0, 0]]),
     }
@@ -154,8 +181,14 @@ def test_anchors_near_the_middle_of_a_face_are_to_find_it() -> None:
         [8, 9],
     ]  # 40 pixels: a small face
     assert not wanted.positive_mask[0, :, :, 1].any() and not wanted.positive_mask[1:].any()
-    assert not wanted.valid_mask[1, 8, 8].any() and wanted.valid_mask[2].all() and wanted.valid_mask[0, 0].all()
-    sides, keypoints = wanted.regression_targets[0, 7, 8, 0].split([4, 10])  # from (64, 56), in sides of 32 pixels
+    assert (
+        not wanted.valid_mask[1, 8, 8].any()
+        and wanted.valid_mask[2].all()
+        and wanted.valid_mask[0, 0].all()
+    )
+    sides, keypoints = wanted.regression_targets[0, 7, 8, 0].split(
+        [4, 10]
+    )  # from (64, 56), in sides of 32 pixels
     torch.testing.assert_close(sides * 32, torch.tensor([16.0, 16.0, 24.0, 24.0]))
     torch.testing.assert_close(keypoints.view(5, 2) * 32 + torch.tensor([64.0, 56.0]), points)
     assert float(wanted.face_sizes[0, 7, 8, 0]) == pytest.approx(40 / 32)

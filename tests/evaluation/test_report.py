@@ -12,9 +12,15 @@ def test_a_small_gain_of_everybody_is_seen_though_people_differ_much() -> None:
     people = torch.linspace(0.2, 0.9, 16)
     plain, better = Score.from_samples(people), Score.from_samples(people + 0.01)
     gain = better.compute_paired_difference(plain)
-    assert gain.mean == pytest.approx(0.01, abs=1e-6) and gain.standard_error < 1e-6 < plain.standard_error
+    assert (
+        gain.mean == pytest.approx(0.01, abs=1e-6)
+        and gain.standard_error < 1e-6 < plain.standard_error
+    )
     text = format_markdown(
-        [SubjectResult("one photo", plain, None), SubjectResult("one photo, refined 40 steps", better, None)]
+        [
+            SubjectResult("one photo", plain, None),
+            SubjectResult("one photo, refined 40 steps", better, None),
+        ]
     )
     assert "against one photo: one photo, refined 40 steps +0.010 ± 0.000." in text
 

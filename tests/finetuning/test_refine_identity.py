@@ -29,7 +29,9 @@ def model(bundle: Any) -> ImageToLora:
     found = ImageToLora.from_pretrained(bundle.model)
     torch.manual_seed(1)
     width = found.encoder.width
-    found.identity_embedder = IdentityEmbedder(found.encoder, torch.randn(8, width) * width**-0.5, torch.zeros(8))
+    found.identity_embedder = IdentityEmbedder(
+        found.encoder, torch.randn(8, width) * width**-0.5, torch.zeros(8)
+    )
     return found
 
 
@@ -47,19 +49,31 @@ def predicted(model: ImageToLora) -> LoraWeights:
 
 @pytest.fixture
 def photos(base: DiffusionBase) -> torch.Tensor:
-    return torch.rand(K, 2, 3, base.resolution, base.resolution, generator=torch.Generator().manual_seed(3))
+    return torch.rand(
+        K, 2, 3, base.resolution, base.resolution, generator=torch.Generator().manual_seed(3)
+    )
 
 
-def likeness(base: DiffusionBase, identity: IdentityEmbedder, lora: LoraWeights, photos: torch.Tensor) -> torch.Tensor:
+def likeness(
+    base: DiffusionBase, identity: IdentityEmbedder, lora: LoraWeights, photos: torch.Tensor
+) -> torch.Tensor:
     """[K], of what the denoiser expects behind noised pictures of its own."""
-    who, generator, total = identity.embed_subjects(photos), torch.Generator().manual_seed(4), torch.zeros(K)
+    who, generator, total = (
+        identity.embed_subjects(photos),
+        torch.Generator().manual_seed(4),
+        torch.zeros(K),
+    )
     text = base.encode_prompts([PROMPTS[0]] * K)
     side = base.encode_images(photos[:, 0])
     for step in (300, 600, 800):
         timesteps = torch.full((K,), step)
-        x, _ = add_noise(base.noise_scheduler, side, torch.randn(side.shape, generator=generator), timesteps)
+        x, _ = add_noise(
+            base.noise_scheduler, side, torch.randn(side.shape, generator=generator), timesteps
+        )
         with inject_lora(base.denoiser, lora), torch.no_grad():
-            clean = predict_x0(base.noise_scheduler, x, base.denoiser(x, timesteps, **text).sample, timesteps)
+            clean = predict_x0(
+                base.noise_scheduler, x, base.denoiser(x, timesteps, **text).sample, timesteps
+            )
             total += (identity(base.decode_latents(clean)) * who).sum(-1)
     return total / 3
 
@@ -70,7 +84,14 @@ def test_pictures_get_more_alike(
     assert model.identity_embedder is not None
     before = predicted.flatten().clone()
     finer = refine_identity(
-        base, predicted, photos, model.identity_embedder, PROMPTS, num_steps=30, lr=2e-2, regularization_weight=0.0
+        base,
+        predicted,
+        photos,
+        model.identity_embedder,
+        PROMPTS,
+        num_steps=30,
+        lr=2e-2,
+        regularization_weight=0.0,
     )
     assert finer.layout == predicted.layout and finer.batch_shape == (K,)
     assert torch.equal(predicted.flatten(), before), "the prediction itself stays as it was"
@@ -85,7 +106,8 @@ def test_the_same_arguments_give_the_same_loras(
 ) -> None:
     assert model.identity_embedder is not None
     once, again = (
-        refine_identity(base, predicted, photos, model.identity_embedder, PROMPTS, num_steps=2) for _ in range(2)
+        refine_identity(base, predicted, photos, model.identity_embedder, PROMPTS, num_steps=2)
+        for _ in range(2)
     )
     assert torch.equal(once.flatten(), again.flatten())
     none = refine_identity(base, predicted, photos, model.identity_embedder, PROMPTS, num_steps=0)
@@ -100,8 +122,12 @@ def test_a_model_without_an_identity_learns_from_the_photos(
     asked_for = refine_predictions(model, base, predicted, photos, num_steps=2, method="photos")
     model.identity_embedder = None
     by_photos = refine_predictions(model, base, predicted, photos, num_steps=2)
-    paper = refine(base, predicted, photos, num_steps=2, prompt=f"a portrait of {model.trigger_phrase}")
-    assert torch.equal(by_photos.flatten(), paper.flatten()) and torch.equal(asked_for.flatten(), paper.flatten())
+    paper = refine(
+        base, predicted, photos, num_steps=2, prompt=f"a portrait of {model.trigger_phrase}"
+    )
+    assert torch.equal(by_photos.flatten(), paper.flatten()) and torch.equal(
+        asked_for.flatten(), paper.flatten()
+    )
     assert not torch.allclose(by_identity.flatten(), by_photos.flatten(), atol=1e-4)
     with pytest.raises(InvalidArgumentError, match="refine by photos"):
         refine_predictions(model, base, predicted, photos, num_steps=2, method="identity")
@@ -119,7 +145,9 @@ def test_saved_and_loaded_it_is_the_same(model: ImageToLora, tmp_path: Path) -> 
     assert ImageToLora.from_pretrained(tmp_path).identity_embedder is None
 
 
-def test_an_identity_of_another_encoder_or_a_damaged_one_is_refused(model: ImageToLora, tmp_path: Path) -> None:
+def test_an_identity_of_another_encoder_or_a_damaged_one_is_refused(
+    model: ImageToLora, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path)
     assert model.identity_embedder is not None
     with torch.no_grad():
@@ -136,13 +164,21 @@ def test_it_comes_from_the_reader_that_the_encoder_comes_from(bundle: Any, tmp_p
     torch.manual_seed(5)
     model = ImageToLora.from_pretrained(bundle.model)
     spec = model.encoder.config
-    reader = AttributeClassifier(spec["name"], spec["image_size"], {"hair": ("bob", "afro")}, options=spec["options"])
+    reader = AttributeClassifier(
+        spec["name"], spec["image_size"], {"hair": ("bob", "afro")}, options=spec["options"]
+    )
     model.save_pretrained(tmp_path / "model")
     reader.save_pretrained(tmp_path / "other")
     reader.encoder.load_state_dict(model.encoder.state_dict())
     reader.save_pretrained(tmp_path / "reader")
-    run = CliRunner().invoke(app, ["identity", str(tmp_path / "reader"), "--model", str(tmp_path / "model")])
+    run = CliRunner().invoke(
+        app, ["identity", str(tmp_path / "reader"), "--model", str(tmp_path / "model")]
+    )
     assert run.exit_code == 0 and "64 numbers" in run.output
     assert ImageToLora.from_pretrained(tmp_path / "model").identity_embedder is not None
-    run = CliRunner().invoke(app, ["identity", str(tmp_path / "other"), "--model", str(tmp_path / "model")])
-    assert run.exit_code == 2 and "give the reader that its encoder comes from" in " ".join(run.output.split())
+    run = CliRunner().invoke(
+        app, ["identity", str(tmp_path / "other"), "--model", str(tmp_path / "model")]
+    )
+    assert run.exit_code == 2 and "give the reader that its encoder comes from" in " ".join(
+        run.output.split()
+    )

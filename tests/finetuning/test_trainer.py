@@ -25,7 +25,9 @@ def base(bundle):
 @pytest.fixture
 def start(base):
     torch.manual_seed(0)
-    return LoraWeights.zeros(make_layout({"unet": base.denoiser}, "attention", 2, base.id), (K,), 0.1)
+    return LoraWeights.zeros(
+        make_layout({"unet": base.denoiser}, "attention", 2, base.id), (K,), 0.1
+    )
 
 
 def photos(size, seed=0):
@@ -35,7 +37,9 @@ def photos(size, seed=0):
 def fitted(base, start, examples, **options):
     torch.manual_seed(1)
     expand = partial(LoraWeights.unflatten, start.layout)
-    return fine_tune_loras(base.denoiser, base.noise_schedule, examples, start.flatten(), expand, lr=1e-2, **options)
+    return fine_tune_loras(
+        base.denoiser, base.noise_schedule, examples, start.flatten(), expand, lr=1e-2, **options
+    )
 
 
 def test_subjects_fitted_together_do_not_influence_each_other(base, start):
@@ -59,7 +63,9 @@ def test_fitting_lowers_the_loss_of_the_own_photo_only(base, start):
 
 def test_shifted_timesteps_are_noisier(base, start):
     examples, seen, means = make_photo_examples(base, photos(base.resolution), "a b"), [], []
-    hook = base.denoiser.register_forward_pre_hook(lambda _, given: seen.append(given[1].float().mean()))
+    hook = base.denoiser.register_forward_pre_hook(
+        lambda _, given: seen.append(given[1].float().mean())
+    )
     for shift in (1.0, 50.0):
         seen.clear()
         fitted(base, start, examples, steps=6, shift=shift)
@@ -77,7 +83,9 @@ def test_prior_images_are_part_of_the_loss(base, start):
 
 
 def test_examples_share_loras_in_the_order_of_injection():
-    examples = TrainingExamples(torch.arange(6.0).view(3, 2, 1, 1, 1), {"a": {"b": torch.arange(6).view(3, 2, 1)}})
+    examples = TrainingExamples(
+        torch.arange(6.0).view(3, 2, 1, 1, 1), {"a": {"b": torch.arange(6).view(3, 2, 1)}}
+    )
     latents, conditions = examples.gather_examples(torch.tensor([[0, 1, 0], [1, 1, 1]]))
     assert latents.flatten().tolist() == [0, 3, 4, 1, 3, 5]  # example j of subject i at j * K + i
     assert conditions["a"]["b"].flatten().tolist() == [0, 3, 4, 1, 3, 5]
@@ -85,7 +93,9 @@ def test_examples_share_loras_in_the_order_of_injection():
 
 def test_refining_keeps_rank_and_brings_the_photo_closer(base, start):
     torch.manual_seed(3)
-    predicted = LoraWeights(start.layout, start.down, tuple(torch.randn_like(u) * 0.01 for u in start.up))
+    predicted = LoraWeights(
+        start.layout, start.down, tuple(torch.randn_like(u) * 0.01 for u in start.up)
+    )
     before = predicted.flatten().clone()
     seen = photos(base.resolution)
     torch.manual_seed(4)
@@ -100,7 +110,13 @@ def test_refining_keeps_rank_and_brings_the_photo_closer(base, start):
         for seed in range(8):
             torch.manual_seed(100 + seed)
             with inject_lora(base.denoiser, weights), torch.no_grad():
-                total += compute_denoising_loss(base.denoiser, base.noise_schedule, latents, **conditions).mean().item()
+                total += (
+                    compute_denoising_loss(
+                        base.denoiser, base.noise_schedule, latents, **conditions
+                    )
+                    .mean()
+                    .item()
+                )
         return total
 
     assert loss(refined) < loss(predicted)

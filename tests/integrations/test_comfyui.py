@@ -50,9 +50,18 @@ def test_the_interface_is_comfyuis(pack: ModuleType) -> None:
         assert node.RETURN_TYPES or node.OUTPUT_NODE
 
 
-def test_images_to_a_saved_lora(pack: ModuleType, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.rand(2, 20, 20, 3, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
-    make, apply, save = (pack.NODE_CLASS_MAPPINGS[f"Hyperlora{n}"]() for n in ("ImagesToLora", "Apply", "Save"))
+def test_images_to_a_saved_lora(
+    pack: ModuleType, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = (
+        torch.rand(2, 20, 20, 3, generator=torch.Generator().manual_seed(0))
+        .mul(255)
+        .round()
+        .div(255)
+    )
+    make, apply, save = (
+        pack.NODE_CLASS_MAPPINGS[f"Hyperlora{n}"]() for n in ("ImagesToLora", "Apply", "Save")
+    )
     (made,) = make.make(images, model=str(bundle.model))
     network = ImageToLora.from_pretrained(bundle.model, base=load_diffusion_base(bundle.base))
     file = load_lora(made, network.layout)
@@ -84,7 +93,12 @@ def test_a_pair_to_a_lora(pack: ModuleType, bundle: Any) -> None:
     from hyperlora.data.images import to_image
     from hyperlora.pipelines.pair_to_lora import PairToLora
 
-    before = torch.rand(1, 20, 20, 3, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
+    before = (
+        torch.rand(1, 20, 20, 3, generator=torch.Generator().manual_seed(0))
+        .mul(255)
+        .round()
+        .div(255)
+    )
     after = 1 - before
     node = pack.NODE_CLASS_MAPPINGS["HyperloraPairToLora"]()
     (made,) = node.make(before, after, model=str(bundle.pair_model))

@@ -13,7 +13,11 @@ from hyperlora.errors import LayoutMismatchError
 from hyperlora.lora.layout import LoraLayout, TargetModule
 
 LAYOUT = LoraLayout(
-    (TargetModule("unet.a", 3, 5), TargetModule("unet.b.c", 18, 4, (3, 3)), TargetModule("text_encoder.d", 2, 2)),
+    (
+        TargetModule("unet.a", 3, 5),
+        TargetModule("unet.b.c", 18, 4, (3, 3)),
+        TargetModule("text_encoder.d", 2, 2),
+    ),
     4,
     "base/one",
 )
@@ -49,7 +53,10 @@ def test_from_dict_undoes_to_dict_through_json(layout: LoraLayout) -> None:
         replace(LAYOUT, sites=LAYOUT.targets[:-1]),
         replace(LAYOUT, sites=(replace(LAYOUT.targets[0], fan_in=4), *LAYOUT.targets[1:])),
         replace(LAYOUT, sites=(replace(LAYOUT.targets[0], name="unet.z"), *LAYOUT.targets[1:])),
-        replace(LAYOUT, sites=(LAYOUT.targets[0], replace(LAYOUT.targets[1], kernel=(1, 1)), LAYOUT.targets[2])),
+        replace(
+            LAYOUT,
+            sites=(LAYOUT.targets[0], replace(LAYOUT.targets[1], kernel=(1, 1)), LAYOUT.targets[2]),
+        ),
     ],
 )
 def test_fingerprint_and_require_notice_every_change(changed: LoraLayout) -> None:
@@ -63,10 +70,14 @@ def test_require_names_what_differs() -> None:
     LAYOUT.check_compatible(LAYOUT.with_rank(9), ignore_rank=True)
     with pytest.raises(LayoutMismatchError, match="base 'other', this base is 'base/one'"):
         LAYOUT.check_compatible(replace(LAYOUT, base="other"))
-    with pytest.raises(LayoutMismatchError, match=r"has 2 sites, 3 expected; 1 differ, e\.g\. text_encoder\.d"):
+    with pytest.raises(
+        LayoutMismatchError, match=r"has 2 sites, 3 expected; 1 differ, e\.g\. text_encoder\.d"
+    ):
         LAYOUT.check_compatible(replace(LAYOUT, sites=LAYOUT.targets[:2]))
     with pytest.raises(LayoutMismatchError, match=r"site unet\.a is 7→5 in the LoRA, 3→5 expected"):
-        LAYOUT.check_compatible(replace(LAYOUT, sites=(TargetModule("unet.a", 7, 5), *LAYOUT.targets[1:])))
+        LAYOUT.check_compatible(
+            replace(LAYOUT, sites=(TargetModule("unet.a", 7, 5), *LAYOUT.targets[1:]))
+        )
     with pytest.raises(LayoutMismatchError, match="rank 9, rank 4 expected"):
         LAYOUT.check_compatible(LAYOUT.with_rank(9))
 
@@ -83,11 +94,17 @@ def test_of_finds_linear_and_conv_and_counts_their_numbers() -> None:
 def test_layout_needs_no_memory_on_the_meta_device() -> None:
     with torch.device("meta"):
         module = nn.Linear(10**6, 10**6)
-    assert LoraLayout.from_module(nn.ModuleDict({"x": module}), "net", lambda _: True, 1, "b").numel == 2 * 10**6
+    assert (
+        LoraLayout.from_module(nn.ModuleDict({"x": module}), "net", lambda _: True, 1, "b").numel
+        == 2 * 10**6
+    )
 
 
 def test_sum_of_layouts_joins_components() -> None:
-    unet, text = replace(LAYOUT, sites=LAYOUT.targets[:2]), replace(LAYOUT, sites=LAYOUT.targets[2:])
+    unet, text = (
+        replace(LAYOUT, sites=LAYOUT.targets[:2]),
+        replace(LAYOUT, sites=LAYOUT.targets[2:]),
+    )
     assert unet + text == LAYOUT
     assert LAYOUT.components == ("unet", "text_encoder")
     with pytest.raises(LayoutMismatchError):

@@ -29,23 +29,34 @@ class Two(nn.Module):
 
 def lora(seed: int, rank: int = 2, sites: str = "", base: str = "b") -> LoraWeights:
     layout = LoraLayout.from_module(Two(), "unet", lambda path: path.startswith(sites), rank, base)
-    return LoraWeights.unflatten(layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed)))
+    return LoraWeights.unflatten(
+        layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed))
+    )
 
 
-def in_peft(loras: list[LoraWeights], weights: list[float], kind: str, rank: int) -> dict[str, Tensor]:
+def in_peft(
+    loras: list[LoraWeights], weights: list[float], kind: str, rank: int
+) -> dict[str, Tensor]:
     """ΔW by site of PEFT's ``add_weighted_adapter``."""
     from peft import LoraConfig, get_peft_model
 
     names = [f"l{i}" for i in range(len(loras))]
-    config = LoraConfig(r=loras[0].layout.rank, lora_alpha=loras[0].layout.rank, target_modules=["first", "second"])
+    config = LoraConfig(
+        r=loras[0].layout.rank, lora_alpha=loras[0].layout.rank, target_modules=["first", "second"]
+    )
     model = get_peft_model(Two(), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     for name, one in zip(names, loras, strict=True):
         for site, down, up in zip(one.layout.targets, one.down, one.up, strict=True):
             layer = model.base_model.model.get_submodule(site.path)
-            layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = down.clone(), up.clone()
-    model.add_weighted_adapter(names, weights, "made", combination_type=kind, svd_rank=rank, density=0.5)
+            layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = (
+                down.clone(),
+                up.clone(),
+            )
+    model.add_weighted_adapter(
+        names, weights, "made", combination_type=kind, svd_rank=rank, density=0.5
+    )
     layers = {path: model.base_model.model.get_submodule(path) for path in ("first", "second")}
     return {path: layer.get_delta_weight("made").detach() for path, layer in layers.items()}
 
@@ -64,9 +75,13 @@ def in_peft(loras: list[LoraWeights], weights: list[float], kind: str, rank: int
 )
 def test_equals_peft(how: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # PEFT draws initial weights before it prunes: the same numbers must be dropped whatever was drawn before
-    monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.arange(p.numel()) % 3 > 0).view(p.shape).to(p))
+    monkeypatch.setattr(
+        torch, "bernoulli", lambda p: (torch.arange(p.numel()) % 3 > 0).view(p.shape).to(p)
+    )
     loras, weights = [lora(0), lora(1), lora(2)], [0.7, -0.4, 1.2]
-    found = merge(loras, weights, how, rank=None if how in ("concat", "linear") else 3, density=0.5, seed=4)
+    found = merge(
+        loras, weights, how, rank=None if how in ("concat", "linear") else 3, density=0.5, seed=4
+    )
     expected = in_peft(loras, weights, kind, 3)
     for site, delta in zip(found.layout.targets, found.get_delta_weights(), strict=True):
         torch.testing.assert_close(delta, expected[site.path], **CLOSE)
@@ -81,7 +96,9 @@ def test_concat_is_the_weighted_sum_of_deltas(weights: list[float], seed: int) -
     for site, delta in zip(found.layout.targets, found.get_delta_weights(), strict=True):
         expected = torch.zeros(site.out_features, site.in_features)
         for given_lora, weight in zip(loras, weights, strict=True):
-            for theirs, change in zip(given_lora.layout.targets, given_lora.get_delta_weights(), strict=True):
+            for theirs, change in zip(
+                given_lora.layout.targets, given_lora.get_delta_weights(), strict=True
+            ):
                 expected += weight * change if theirs == site else 0
         torch.testing.assert_close(delta, expected, **CLOSE)
     exact = compute_relative_error(found.resize(found.layout.rank), found)
@@ -112,10 +129,15 @@ def test_blocks() -> None:
     weighed = scale_blocks(one, {"unet": 0.5, "unet.first": -1.0})
     for path, factor in (("first", -1.0), ("second", 0.5)):
         there = [s.path for s in one.layout.targets].index(path)
-        torch.testing.assert_close(weighed.get_delta_weights()[there], factor * one.get_delta_weights()[there])
+        torch.testing.assert_close(
+            weighed.get_delta_weights()[there], factor * one.get_delta_weights()[there]
+        )
     with pytest.raises(InvalidArgumentError, match=r"did you mean 'unet\.first'"):
         select_blocks(one, ["unet.fist"])
-    assert select_blocks(one, ["unet"]) == one or compute_relative_error(select_blocks(one, ["unet"]), one) == 0
+    assert (
+        select_blocks(one, ["unet"]) == one
+        or compute_relative_error(select_blocks(one, ["unet"]), one) == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,12 +149,20 @@ def test_blocks() -> None:
             "unknown way to merge 'slerp'; known: concat, svd",
         ),
         (lambda: merge([]), InvalidArgumentError, "at least one LoRA expected"),
-        (lambda: merge([lora(0)], [1.0, 2.0]), InvalidArgumentError, "1 LoRAs need as many weights, got 2"),
+        (
+            lambda: merge([lora(0)], [1.0, 2.0]),
+            InvalidArgumentError,
+            "1 LoRAs need as many weights, got 2",
+        ),
         (lambda: merge([lora(0)], [float("inf")]), InvalidArgumentError, "finite numbers, got inf"),
         (lambda: merge([lora(0)], density=0.0), InvalidArgumentError, "density above 0"),
         (lambda: merge([lora(0)], rank=0), InvalidArgumentError, "rank must be at least 1"),
         (lambda: merge([lora(0), lora(1, base="c")]), LayoutMismatchError, "for base 'c'"),
-        (lambda: merge([lora(0), LoraWeights.stack([lora(1)])]), InvalidArgumentError, "a batch of"),
+        (
+            lambda: merge([lora(0), LoraWeights.stack([lora(1)])]),
+            InvalidArgumentError,
+            "a batch of",
+        ),
     ],
 )
 def test_says_what_is_wrong(call: Callable[[], Any], error: type[Exception], sentence: str) -> None:

@@ -93,9 +93,14 @@ def test_lokr_of_convolutions_is_pefts_kronecker_product():
     made = make_parametrization("lokr", LoraLayout((CONV,), 4, "tiny"), inner_rank=2)
     codes = codes_of(made, 1)
     (w1, a2, b2) = (shape for shape in made.get_factor_shapes(CONV))
-    pieces = [p.view(s) for p, s in zip(codes[0].split([a * b for a, b in (w1, a2, b2)]), (w1, a2, b2), strict=True)]
+    pieces = [
+        p.view(s)
+        for p, s in zip(codes[0].split([a * b for a, b in (w1, a2, b2)]), (w1, a2, b2), strict=True)
+    ]
     w2 = (pieces[1] @ pieces[2]).view(a2[0], -1, 3, 3)
-    assert torch.allclose(made(codes).get_delta_weights()[0][0], make_kron(pieces[0], w2).flatten(1), atol=1e-6)
+    assert torch.allclose(
+        made(codes).get_delta_weights()[0][0], make_kron(pieces[0], w2).flatten(1), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", PARAMETRIZATIONS)
@@ -110,7 +115,9 @@ def test_starts_at_nothing_and_can_leave_it(kind):
     assert float(codes.grad.abs().sum()) > 0
     if kind in ("loha", "lokr"):
         small = made(codes_of(made, 2)).resize(4)
-        for mine, whole in zip(small.get_delta_weights(), made(codes_of(made, 2)).get_delta_weights(), strict=True):
+        for mine, whole in zip(
+            small.get_delta_weights(), made(codes_of(made, 2)).get_delta_weights(), strict=True
+        ):
             assert torch.allclose(mine, whole, atol=1e-5), "the default inner rank loses nothing"
 
 
@@ -141,6 +148,8 @@ def test_balanced_rows_do_not_depend_on_how_a_lora_is_written():
     where = layout(2)
     lora = LoraWeights.unflatten(where, torch.randn(where.numel))
     turn = torch.linalg.qr(torch.randn(2, 2))[0]
-    other = LoraWeights(where, tuple(turn.mT @ d for d in lora.down), tuple(u @ turn for u in lora.up))
+    other = LoraWeights(
+        where, tuple(turn.mT @ d for d in lora.down), tuple(u @ turn for u in lora.up)
+    )
     rows = [canonicalize_rows(where, w.flatten()) for w in (lora, other)]
     assert torch.allclose(*rows, atol=1e-5)

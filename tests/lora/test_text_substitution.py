@@ -14,7 +14,9 @@ from hyperlora.lora.weights import LoraWeights
 TOKENS, WIDTH = 5, 16
 
 
-def word_sites(unet: nn.Module, rank: int, empty: Tensor, preset: str = "attention+mlp") -> TextSubstitution:
+def word_sites(
+    unet: nn.Module, rank: int, empty: Tensor, preset: str = "attention+mlp"
+) -> TextSubstitution:
     sites = TextSubstitution(make_layout({"unet": unet}, preset, rank, "tiny"), TOKENS, WIDTH)
     layers = dict(unet.named_modules())
     sites.set_base(empty, [layers[site.path].weight for site in sites.targets])
@@ -36,7 +38,9 @@ def texts() -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_an_empty_text_with_the_lora_is_as_the_words_without(unet: nn.Module, texts: tuple[Tensor, Tensor]) -> None:
+def test_an_empty_text_with_the_lora_is_as_the_words_without(
+    unet: nn.Module, texts: tuple[Tensor, Tensor]
+) -> None:
     empty, words = texts
     sites = word_sites(unet, 2, empty)
     lora = sites(*sites.factorize(words - empty), nothing_else(sites, 2))
@@ -61,10 +65,14 @@ def test_too_low_a_rank_says_what_it_can(unet: nn.Module, texts: tuple[Tensor, T
     assert (errors[1] < errors[0]).all() and (errors[0] < silent).all()
 
 
-def test_other_sites_keep_what_they_are_given(unet: nn.Module, texts: tuple[Tensor, Tensor]) -> None:
+def test_other_sites_keep_what_they_are_given(
+    unet: nn.Module, texts: tuple[Tensor, Tensor]
+) -> None:
     sites = word_sites(unet, 2, texts[0])
     generator = torch.Generator().manual_seed(1)
-    rest = LoraWeights.unflatten(sites.other_layout, torch.randn(3, sites.other_layout.numel, generator=generator))
+    rest = LoraWeights.unflatten(
+        sites.other_layout, torch.randn(3, sites.other_layout.numel, generator=generator)
+    )
     lora = sites(torch.zeros(3, TOKENS, 2), torch.zeros(3, 2, WIDTH), rest)
     assert len(sites.targets) + len(rest.layout.targets) == len(lora.layout.sites)
     kept = [i for i in range(len(lora.layout.sites)) if i not in sites.target_indices]
@@ -80,7 +88,9 @@ def test_words_may_be_told_in_a_basis(unet: nn.Module, texts: tuple[Tensor, Tens
     narrow.set_base(empty, [layers[site.path].weight for site in narrow.targets], basis)
     a, b = torch.randn(2, TOKENS, 3), torch.randn(2, 3, 4)
     for one, other in zip(
-        narrow(a, b, nothing_else(narrow, 2)).delta(), whole(a, b @ basis, nothing_else(whole, 2)).delta(), strict=True
+        narrow(a, b, nothing_else(narrow, 2)).delta(),
+        whole(a, b @ basis, nothing_else(whole, 2)).delta(),
+        strict=True,
     ):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 

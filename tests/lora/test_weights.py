@@ -10,7 +10,13 @@ from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
 LAYOUT = LoraLayout(
-    (TargetModule("unet.a", 7, 5), TargetModule("unet.b", 18, 6, (3, 3)), TargetModule("unet.c", 3, 9)), 2, "base"
+    (
+        TargetModule("unet.a", 7, 5),
+        TargetModule("unet.b", 18, 6, (3, 3)),
+        TargetModule("unet.c", 3, 9),
+    ),
+    2,
+    "base",
 )
 BATCHES = st.sampled_from([(), (1,), (3,), (2, 3)])
 SEEDS = st.integers(0, 2**31)
@@ -21,7 +27,9 @@ def random_lora(seed: int, batch: tuple[int, ...] = (), layout: LoraLayout = LAY
     return LoraWeights.unflatten(layout, torch.randn(*batch, layout.numel, generator=generator))
 
 
-def assert_same_delta(one: LoraWeights, deltas: list[torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_same_delta(
+    one: LoraWeights, deltas: list[torch.Tensor], tolerance: float = 1e-5
+) -> None:
     for mine, other in zip(one.get_delta_weights(), deltas, strict=True):
         torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
 
@@ -51,19 +59,25 @@ def test_iterating_undoes_stack(seed: int, n: int) -> None:
 
 
 @given(SEEDS, BATCHES, st.floats(-3, 3))
-def test_sum_difference_and_multiple_are_those_of_delta(seed: int, batch: tuple[int, ...], k: float) -> None:
+def test_sum_difference_and_multiple_are_those_of_delta(
+    seed: int, batch: tuple[int, ...], k: float
+) -> None:
     a, b = random_lora(seed, batch), random_lora(seed + 1, batch)
     result = k * a + b - 2 * b
     assert result.layout.rank == 6
     assert_same_delta(
-        result, [k * x - y for x, y in zip(a.get_delta_weights(), b.get_delta_weights(), strict=True)], 1e-4
+        result,
+        [k * x - y for x, y in zip(a.get_delta_weights(), b.get_delta_weights(), strict=True)],
+        1e-4,
     )
 
 
 def test_one_strength_per_lora_of_a_batch() -> None:
     lora = random_lora(0, (3,))
     strengths = torch.tensor([0.0, 1.0, -2.0])
-    assert_same_delta(lora * strengths, [d * strengths[:, None, None] for d in lora.get_delta_weights()])
+    assert_same_delta(
+        lora * strengths, [d * strengths[:, None, None] for d in lora.get_delta_weights()]
+    )
 
 
 @given(SEEDS, BATCHES)
@@ -93,7 +107,9 @@ def test_balanced_factors_share_their_singular_values_and_forget_the_gauge(seed:
     for down, up in zip(balanced.down, balanced.up, strict=True):
         torch.testing.assert_close(down @ down.mT, up.mT @ up, atol=1e-3, rtol=1e-3)
     gauge = torch.tensor([[2.0, 1.0], [0.5, -1.0]])
-    turned = LoraWeights(LAYOUT, tuple(gauge @ d for d in lora.down), tuple(u @ gauge.inverse() for u in lora.up))
+    turned = LoraWeights(
+        LAYOUT, tuple(gauge @ d for d in lora.down), tuple(u @ gauge.inverse() for u in lora.up)
+    )
     for one, other in zip(turned.canonicalize().down, balanced.down, strict=True):
         torch.testing.assert_close(one.abs(), other.abs(), atol=2e-2, rtol=2e-2)
 
@@ -106,7 +122,9 @@ def test_mean_is_the_best_rank_r_of_the_mean_delta() -> None:
         best.append(u[:, :2] @ torch.diag(s[:2]) @ vh[:2])
     assert_same_delta(loras.mean(), best, 1e-4)
     one = random_lora(5)
-    assert_same_delta(LoraWeights.stack([one, one, one]).mean(), list(one.get_delta_weights()), 1e-4)
+    assert_same_delta(
+        LoraWeights.stack([one, one, one]).mean(), list(one.get_delta_weights()), 1e-4
+    )
 
 
 def test_zeros_change_nothing_and_std_lets_gradients_flow() -> None:
@@ -118,7 +136,9 @@ def test_zeros_change_nothing_and_std_lets_gradients_flow() -> None:
 
 def test_wrong_numbers_are_refused_in_one_sentence() -> None:
     lora = random_lora(0)
-    with pytest.raises(LayoutMismatchError, match=f"3 numbers given, the layout has {LAYOUT.numel}"):
+    with pytest.raises(
+        LayoutMismatchError, match=f"3 numbers given, the layout has {LAYOUT.numel}"
+    ):
         LoraWeights.unflatten(LAYOUT, torch.zeros(3))
     with pytest.raises(LayoutMismatchError, match="2 sites given, the layout has 3"):
         LoraWeights(LAYOUT, lora.down[:2], lora.up[:2])

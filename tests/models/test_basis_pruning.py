@@ -9,7 +9,9 @@ from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.models.basis_pruning import prune_basis
 from hyperlora.models.hypernetwork import Hypernetwork
 
-LAYOUT = LoraLayout((TargetModule("unet.a", 24, 40), TargetModule("unet.b", 6, 8)), rank=2, base="tiny")
+LAYOUT = LoraLayout(
+    (TargetModule("unet.a", 24, 40), TargetModule("unet.b", 6, 8)), rank=2, base="tiny"
+)
 
 
 def network(used=3):
@@ -56,9 +58,13 @@ def test_what_cannot_shrink_is_refused():
     model = network()
     with pytest.raises(InvalidArgumentError, match=r"1 \.\.\. 8 directions; 9 asked for"):
         prune_basis(model, model.predict_codes(seen()), 9)
-    other = Hypernetwork(LAYOUT, 12, width=16, num_heads=2, head="lidb", head_options={"a": 4, "b": 4})
+    other = Hypernetwork(
+        LAYOUT, 12, width=16, num_heads=2, head="lidb", head_options={"a": 4, "b": 4}
+    )
     with pytest.raises(InvalidArgumentError, match="only a learned basis"):
         prune_basis(other, other.predict_codes(seen()), 2)
-    split = Hypernetwork(LAYOUT, 12, width=16, num_heads=2, head_options={"size": 8, "per_rank": True})
+    split = Hypernetwork(
+        LAYOUT, 12, width=16, num_heads=2, head_options={"size": 8, "per_rank": True}
+    )
     with pytest.raises(InvalidArgumentError, match="per rank"):
         prune_basis(split, split.predict_codes(seen()), 4)

@@ -11,7 +11,11 @@ from hyperlora.models.instruction_head import ColorPointer
 from hyperlora.models.pair_hypernetwork import PairHypernetwork
 from hyperlora.pipelines.pair_to_lora import PairToLora
 
-LAYOUT = LoraLayout((TargetModule("unet.a", 24, 40), TargetModule("unet.block.attn2.to_k", 6, 10)), rank=2, base="tiny")
+LAYOUT = LoraLayout(
+    (TargetModule("unet.a", 24, 40), TargetModule("unet.block.attn2.to_k", 6, 10)),
+    rank=2,
+    base="tiny",
+)
 VOCABULARY = {"choices": {"eyes": ["closed"]}, "mixtures": {"sky": ["black", "red", "blue"]}}
 WORDS = {"tokens": 4, "width": 6, "hidden": 24, "vocabulary": VOCABULARY}
 
@@ -40,7 +44,9 @@ def test_what_is_pointed_at_is_read() -> None:
         for pixel in range(16):
             pointing.pos_embed.zero_()
             pointing.pos_embed[pixel] = 1.0
-            (colour,) = pointing(torch.ones(1, 1), torch.zeros_like(tokens[..., -12:]), tokens[..., -12:])
+            (colour,) = pointing(
+                torch.ones(1, 1), torch.zeros_like(tokens[..., -12:]), tokens[..., -12:]
+            )
             found.append(colour[0])
     order = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]  # place by place
     torch.testing.assert_close(torch.stack(found), seen[order], atol=1e-3, rtol=1e-3)
@@ -54,7 +60,9 @@ def test_words_that_point_need_both_pictures() -> None:
 def test_a_mixture_says_the_colour_that_is_pointed_at() -> None:
     """Among what else is said, and of pairs that show it in different places."""
     words = WORDS | {"pixels": 2, "noise": 0.3}
-    network = PairHypernetwork(LAYOUT, 20, instruction_head=words, width=16, heads=2, head_options={"size": 5})
+    network = PairHypernetwork(
+        LAYOUT, 20, instruction_head=words, width=16, heads=2, head_options={"size": 5}
+    )
     wording = network.instruction_head
     assert wording is not None and wording.color_pointer is not None
     before, after = (ImageFeatures(torch.rand(3, 2, 4, 20)) for _ in range(2))
@@ -65,7 +73,9 @@ def test_a_mixture_says_the_colour_that_is_pointed_at() -> None:
         wording.color_pointer.to_q.weight.zero_()
         wording.color_pointer.to_q.bias.zero_()
     said = wording.forward_logits(network.fuse_pair(before, after))
-    mean = after.tokens[..., -12:].unflatten(-1, (3, 4)).mean((1, 2, 4))  # looked at everywhere alike
+    mean = (
+        after.tokens[..., -12:].unflatten(-1, (3, 4)).mean((1, 2, 4))
+    )  # looked at everywhere alike
     torch.testing.assert_close(said[:, -2:], mean[:, [0, 2]])
     assert said[:, :-2].abs().max() == 0
     wording.input_norm.train()
@@ -76,7 +86,12 @@ def test_a_mixture_says_the_colour_that_is_pointed_at() -> None:
 
 def test_other_places_cannot_be_pointed_at() -> None:
     network = PairHypernetwork(
-        LAYOUT, 20, instruction_head=WORDS | {"pixels": 2}, width=16, heads=2, head_options={"size": 5}
+        LAYOUT,
+        20,
+        instruction_head=WORDS | {"pixels": 2},
+        width=16,
+        heads=2,
+        head_options={"size": 5},
     )
     more = ImageFeatures(torch.rand(1, 1, 9, 20))
     with pytest.raises(InvalidArgumentError, match="of 4 places, the encoder shows 9"):
@@ -86,7 +101,14 @@ def test_other_places_cannot_be_pointed_at() -> None:
 def test_what_is_pointed_at_is_what_the_encoder_shows() -> None:
     encoder = TimmEncoder("resnet10t", 32, patch_pixels=4)
     network = PairHypernetwork(
-        LAYOUT, encoder.width, instruction_head=WORDS | {"pixels": 2}, width=16, heads=2, head_options={"size": 5}
+        LAYOUT,
+        encoder.width,
+        instruction_head=WORDS | {"pixels": 2},
+        width=16,
+        heads=2,
+        head_options={"size": 5},
     )
-    with pytest.raises(InvalidArgumentError, match="2×2 pixels of each place, the encoder shows 4×4"):
+    with pytest.raises(
+        InvalidArgumentError, match="2×2 pixels of each place, the encoder shows 4×4"
+    ):
         PairToLora(encoder, network)

@@ -10,7 +10,11 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
 
 LAYOUT = LoraLayout(
-    (TargetModule("unet.a", 24, 40), TargetModule("unet.b", 6, 8), TargetModule("unet.c", 9 * 4, 16, (3, 3))),
+    (
+        TargetModule("unet.a", 24, 40),
+        TargetModule("unet.b", 6, 8),
+        TargetModule("unet.c", 9 * 4, 16, (3, 3)),
+    ),
     rank=2,
     base="tiny",
 )
@@ -24,7 +28,9 @@ HEADS = [
 
 def network(head, options, iterations):
     torch.manual_seed(0)
-    return Hypernetwork(LAYOUT, 12, width=16, num_heads=2, head=head, head_options=options, iterations=iterations)
+    return Hypernetwork(
+        LAYOUT, 12, width=16, num_heads=2, head=head, head_options=options, iterations=iterations
+    )
 
 
 def features(batch=3, views=2, tokens=5):
@@ -59,7 +65,10 @@ def test_subjects_do_not_mix_and_views_matter(head, options, iterations):
 
 def test_a_basis_mixed_per_rank_holds_the_whole_mix_and_more():
     torch.manual_seed(0)
-    whole, split = LowRankBasisHead(LAYOUT, 5), LowRankBasisHead(LAYOUT, 5, coefficients_per_rank=True)
+    whole, split = (
+        LowRankBasisHead(LAYOUT, 5),
+        LowRankBasisHead(LAYOUT, 5, coefficients_per_rank=True),
+    )
     split.load_state_dict(whole.state_dict())
     down, up = torch.randn(2, 4, 3, 5)
     same = split(*(code.repeat_interleave(2, -1) for code in (down, up)))
@@ -68,7 +77,9 @@ def test_a_basis_mixed_per_rank_holds_the_whole_mix_and_more():
     codes[..., 4 * 2 + 1] = 1
     (factor, *_) = split(codes, codes).up
     torch.testing.assert_close(factor[0, :, 1], whole.up_basis[0][4].unflatten(-1, (40, 2))[:, 1])
-    assert not factor[0, :, 0].any(), "the other vector of the direction has a coefficient of its own"
+    assert not factor[0, :, 0].any(), (
+        "the other vector of the direction has a coefficient of its own"
+    )
 
 
 def test_iterations_refine_the_same_guess():
@@ -82,7 +93,9 @@ def test_iterations_refine_the_same_guess():
 
 def test_lidb_is_the_papers_product_with_orthonormal_fixed_factors():
     lidb = LiDB(LAYOUT, a=10, b=7, seed=3)
-    assert not list(lidb.parameters()) and not lidb.state_dict(), "rebuilt from the seed, never stored"
+    assert not list(lidb.parameters()) and not lidb.state_dict(), (
+        "rebuilt from the seed, never stored"
+    )
     assert torch.equal(lidb.a0, LiDB(LAYOUT, a=10, b=7, seed=3).a0)
     assert not torch.equal(lidb.a0, LiDB(LAYOUT, a=10, b=7, seed=4).a0)
     assert torch.allclose(lidb.a0.mT @ lidb.a0, torch.eye(10), atol=1e-5)

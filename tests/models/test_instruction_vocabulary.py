@@ -21,7 +21,9 @@ WORDS = InstructionVocabulary(
 def sky(x: float, y: float, more: dict[str, float] | None = None) -> str:
     corners = torch.tensor([[0.2, 0.3, 0.5], [1.2, -0.1, -0.1], [-0.2, 1.0, 0.2]])
     weights = corners[0] + x * (corners[1] - corners[0]) + y * (corners[2] - corners[0])
-    return format_blend(dict(zip(("red sky", "blue sky", "gray sky"), weights.tolist(), strict=True)) | (more or {}))
+    return format_blend(
+        dict(zip(("red sky", "blue sky", "gray sky"), weights.tolist(), strict=True)) | (more or {})
+    )
 
 
 def saying(hair: int, glasses: int, point: list[float] | None) -> torch.Tensor:
@@ -48,9 +50,17 @@ def test_a_mixture_beside_other_changes_is_read() -> None:
 def test_what_is_said_is_read_as_meant() -> None:
     said = saying(2, 0, [0.25, 0.5])
     prompts = dict(zip(WORDS.prompts, WORDS.compute_prompt_weights(said)[0].tolist(), strict=True))
-    assert prompts == pytest.approx({
-        "a bob": 0, "a bun": 1, "no glasses": 0, "wearing glasses": 0, MIXED[0]: 0.25, MIXED[1]: 0.25, MIXED[2]: 0.5,
-    })  # fmt: skip
+    assert prompts == pytest.approx(
+        {
+            "a bob": 0,
+            "a bun": 1,
+            "no glasses": 0,
+            "wearing glasses": 0,
+            MIXED[0]: 0.25,
+            MIXED[1]: 0.25,
+            MIXED[2]: 0.5,
+        }
+    )
     meant = WORDS.encode([sky(0.25, 0.5, {"a bun": 1.0, "": -1.0})])
     assert WORDS.is_correct(said, meant).tolist() == [True]
     assert float(WORDS.compute_loss(said, meant)) < 0.01
@@ -62,7 +72,12 @@ def test_nothing_is_said_by_equal_numbers() -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [saying(1, 0, [0.25, 0.5]), saying(2, 1, [0.25, 0.5]), saying(2, 0, None), saying(2, 0, [0.9, 0.5])],
+    [
+        saying(1, 0, [0.25, 0.5]),
+        saying(2, 1, [0.25, 0.5]),
+        saying(2, 0, None),
+        saying(2, 0, [0.9, 0.5]),
+    ],
     ids=str,
 )
 def test_what_is_not_meant_costs(said: torch.Tensor) -> None:
@@ -80,7 +95,9 @@ def test_a_point_that_is_not_there_does_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"choices": {"hair": []}}, {"mixtures": {"sky": ["red"]}}], ids=["empty", "choice", "mixture"]
+    "given",
+    [{}, {"choices": {"hair": []}}, {"mixtures": {"sky": ["red"]}}],
+    ids=["empty", "choice", "mixture"],
 )
 def test_too_few_prompts_are_refused(given: dict[str, dict[str, list[str]]]) -> None:
     with pytest.raises(InvalidArgumentError, match="a vocabulary needs a prompt"):

@@ -19,7 +19,13 @@ from hyperlora.models.lora_dit import LoraDiT, interpolate_noise
 from hyperlora.models.lora_pca import FactorwiseLoraPCA, LoraPCA, compute_principal_components
 
 LAYOUT = LoraLayout(
-    (TargetModule("unet.a", 24, 40), TargetModule("unet.b", 6, 8), TargetModule("unet.c", 36, 16, (3, 3))), 2, "tiny"
+    (
+        TargetModule("unet.a", 24, 40),
+        TargetModule("unet.b", 6, 8),
+        TargetModule("unet.c", 36, 16, (3, 3)),
+    ),
+    2,
+    "tiny",
 )
 
 
@@ -27,9 +33,14 @@ def seen(batch=3, views=2, tokens=5, width=12):
     return ImageFeatures(torch.randn(batch, views, tokens, width))
 
 
-@given(st.integers(1, 4), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4))
+@given(
+    st.integers(1, 4),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+)
 def test_the_order_keeps_every_number_once(rank, shapes):
-    layout = LoraLayout(tuple(TargetModule(f"unet.s{i}", *shape) for i, shape in enumerate(shapes)), rank, "tiny")
+    layout = LoraLayout(
+        tuple(TargetModule(f"unet.s{i}", *shape) for i, shape in enumerate(shapes)), rank, "tiny"
+    )
     assert make_rank_major_permutation(layout).sort().values.tolist() == list(range(layout.numel))
 
 
@@ -37,7 +48,10 @@ def test_factors_of_one_direction_are_neighbours():
     weights = LoraWeights.unflatten(LAYOUT, torch.randn(LAYOUT.numel))
     line = weights.flatten()[make_rank_major_permutation(LAYOUT)]
     site = LAYOUT.targets[0]
-    row, column = line[: site.in_features], line[site.in_features : site.in_features + site.out_features]
+    row, column = (
+        line[: site.in_features],
+        line[site.in_features : site.in_features + site.out_features],
+    )
     assert torch.equal(row, weights.down[0][0]) and torch.equal(column, weights.up[0][:, 0])
 
 
@@ -66,7 +80,9 @@ def test_principal_components_keep_what_lies_in_them():
     ):
         model.fit(rows[:10])
         assert model.encode(rows).shape == (20, 2, 3)
-        torch.testing.assert_close(model.decode(model.encode(rows[10:])), rows[10:], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            model.decode(model.encode(rows[10:])), rows[10:], rtol=1e-3, atol=1e-3
+        )
         assert model.compression == LAYOUT.numel / 6
 
 
@@ -76,14 +92,20 @@ def test_directions_are_those_of_the_singular_value_decomposition(n, width, coun
     found = compute_principal_components(rows, count)
     values, exact = torch.linalg.svd(rows, full_matrices=False)[1:]
     kept = min(count, int((values > 1e-3 * values[0]).sum()))
-    torch.testing.assert_close(rows @ found.mT @ found, rows @ exact[:kept].mT @ exact[:kept], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        rows @ found.mT @ found, rows @ exact[:kept].mT @ exact[:kept], rtol=1e-2, atol=1e-2
+    )
 
 
 def test_large_numbers_count_more():
     wanted = torch.tensor([[1.0, 0.1]])
     far, near = torch.tensor([[1.1, 0.1]]), torch.tensor([[1.0, 0.2]])
-    assert compute_weight_preserved_loss(far, wanted, 0.0).allclose(compute_weight_preserved_loss(near, wanted, 0.0))
-    assert compute_weight_preserved_loss(far, wanted, 2.0) > 2 * compute_weight_preserved_loss(near, wanted, 2.0)
+    assert compute_weight_preserved_loss(far, wanted, 0.0).allclose(
+        compute_weight_preserved_loss(near, wanted, 0.0)
+    )
+    assert compute_weight_preserved_loss(far, wanted, 2.0) > 2 * compute_weight_preserved_loss(
+        near, wanted, 2.0
+    )
 
 
 def test_mixture_hears_both_or_one():
@@ -94,7 +116,10 @@ def test_mixture_hears_both_or_one():
         model = MixedImageFeatures(6, 12, width=8, num_tokens=4, num_heads=2, mode=mode)
         told, gate = model.forward_with_gate(face, image)
         assert told.tokens.shape == gate.shape == (3, 2, 4, 8)
-        changed = [not torch.equal(told.tokens, model(*b).tokens) for b in ((other_face, image), (face, other_image))]
+        changed = [
+            not torch.equal(told.tokens, model(*b).tokens)
+            for b in ((other_face, image), (face, other_image))
+        ]
         assert changed == [bool(h) for h in hears]
     with pytest.raises(InvalidArgumentError, match="known: gate, average, face, image"):
         MixedImageFeatures(6, 12, mode="both")
@@ -109,7 +134,9 @@ def test_denoiser_begins_at_zero_and_learns_whose_latents():
     for _ in range(400):
         optimizer.zero_grad()
         t, dropped = torch.rand(4), torch.rand(4) < 0.1
-        (model(interpolate_noise(torch.randn_like(x), x, t), t, photos, dropped) - x).square().mean().backward()
+        (
+            model(interpolate_noise(torch.randn_like(x), x, t), t, photos, dropped) - x
+        ).square().mean().backward()
         optimizer.step()
     made = model.sample(photos, torch.randn_like(x), num_inference_steps=10)
     near = torch.cdist(made.flatten(1), x.flatten(1)).argmin(1)

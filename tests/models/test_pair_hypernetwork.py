@@ -9,7 +9,11 @@ from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.models.pair_hypernetwork import PairHypernetwork
 
 LAYOUT = LoraLayout(
-    (TargetModule("unet.a", 24, 40), TargetModule("unet.block.attn2.to_k", 6, 10), TargetModule("unet.b", 6, 8)),
+    (
+        TargetModule("unet.a", 24, 40),
+        TargetModule("unet.block.attn2.to_k", 6, 10),
+        TargetModule("unet.b", 6, 8),
+    ),
     rank=2,
     base="tiny",
 )
@@ -19,18 +23,26 @@ VOCABULARY = {
 }
 WORDS = {"tokens": 4, "width": 6, "hidden": 24, "vocabulary": VOCABULARY}
 SHAPES = [
-    {"join": "concat"}, {"join": "difference"}, {"join": "both", "antisymmetric": True},
-    {"head": "softmax", "head_options": {"size": 5}}, {"head": "full", "head_options": {}},
-    {"words": WORDS}, {"join": "difference", "antisymmetric": True, "words": WORDS | {"rest": 1}},
+    {"join": "concat"},
+    {"join": "difference"},
+    {"join": "both", "antisymmetric": True},
+    {"head": "softmax", "head_options": {"size": 5}},
+    {"head": "full", "head_options": {}},
+    {"words": WORDS},
+    {"join": "difference", "antisymmetric": True, "words": WORDS | {"rest": 1}},
     {"words": WORDS | {"vocabulary": VOCABULARY | {"back": "not {}"}}},
-]  # fmt: skip
+]
 
 
 def network(**options):
     torch.manual_seed(0)
-    made = PairHypernetwork(LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options)
+    made = PairHypernetwork(
+        LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options
+    )
     if made.text_substitution is not None:
-        basis = made.instruction_head.set_text_embeddings(torch.randn(len(made.instruction_head.text_a), 4, 6))
+        basis = made.instruction_head.set_text_embeddings(
+            torch.randn(len(made.instruction_head.text_a), 4, 6)
+        )
         made.text_substitution.set_base(torch.randn(4, 6), [torch.randn(10, 6)], basis)
     return made.eval()
 
@@ -45,7 +57,9 @@ def stirred(**options):
 
 
 def pair(batch=3, pairs=1, tokens=5):
-    return ImageFeatures(torch.randn(batch, pairs, tokens, 12)), ImageFeatures(torch.randn(batch, pairs, tokens, 12))
+    return ImageFeatures(torch.randn(batch, pairs, tokens, 12)), ImageFeatures(
+        torch.randn(batch, pairs, tokens, 12)
+    )
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
@@ -135,7 +149,9 @@ def test_further_pairs_are_a_set(words):
     model = stirred(words=words)
     before, after = pair(pairs=3)
     turned = [ImageFeatures(x.tokens.flip(1)) for x in (before, after)]
-    torch.testing.assert_close(model(*turned).flatten(), model(before, after).flatten(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(*turned).flatten(), model(before, after).flatten(), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_what_cannot_be_is_refused():

@@ -23,10 +23,14 @@ def test_the_strength_of_its_card_multiplies_what_it_makes(bundle: Any, tmp_path
     model.save_pretrained(tmp_path / "stronger")
     stronger = ImageToLora.from_pretrained(tmp_path / "stronger", base=base)
     torch.testing.assert_close(
-        stronger(photo).compute_delta_norms(), plain.compute_delta_norms() * 1.5, rtol=1e-2, atol=1e-3
+        stronger(photo).compute_delta_norms(),
+        plain.compute_delta_norms() * 1.5,
+        rtol=1e-2,
+        atol=1e-3,
     )  # stored as fp16
     torch.testing.assert_close(
-        stronger(photo, strength=0.5).compute_delta_norms(), stronger(photo).compute_delta_norms() * 0.5
+        stronger(photo, strength=0.5).compute_delta_norms(),
+        stronger(photo).compute_delta_norms() * 0.5,
     )
 
 
@@ -41,7 +45,10 @@ def test_a_model_borrows_a_part_from_the_one_beside_it(bundle: Any, tmp_path: Pa
     model = ImageToLora.from_pretrained(tmp_path / "borrower")
     assert torch.equal(model(photo).flatten(), wanted.flatten())
     model.save_pretrained(tmp_path / "elsewhere" / "whole")  # stands alone again
-    assert torch.equal(ImageToLora.from_pretrained(tmp_path / "elsewhere" / "whole")(photo).flatten(), wanted.flatten())
+    assert torch.equal(
+        ImageToLora.from_pretrained(tmp_path / "elsewhere" / "whole")(photo).flatten(),
+        wanted.flatten(),
+    )
     (tmp_path / "lender" / "model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match="borrows its encoder"):
         ImageToLora.from_pretrained(tmp_path / "borrower")

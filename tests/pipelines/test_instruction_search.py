@@ -45,7 +45,9 @@ def what_is_said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     saying = instruction_search.saying
     monkeypatch.setattr(
-        instruction_search, "saying", lambda base, said, lora: (texts.extend(said), saying(base, said, lora))[1]
+        instruction_search,
+        "saying",
+        lambda base, said, lora: (texts.extend(said), saying(base, said, lora))[1],
     )
     return texts
 
@@ -58,7 +60,9 @@ def test_what_the_network_cannot_say_is_found(
     assert len(texts) == 1 and any(skin in texts[0] for skin in HATS[2:])
     own = model.forward(pair[None])[0]
     assert lora.layout == own.layout and not lora.batch_shape
-    site = base.denoiser.get_submodule(next(s.path for s in lora.layout.targets if s.is_text_projection))
+    site = base.denoiser.get_submodule(
+        next(s.path for s in lora.layout.targets if s.is_text_projection)
+    )
     place = next(i for i, s in enumerate(lora.layout.targets) if s.is_text_projection)
     empty, meant = (encode_text(base, [text])[0] for text in ("", texts[0]))
     read = empty @ (site.weight + lora.up[place] @ lora.down[place]).mT
@@ -90,14 +94,22 @@ def test_what_the_network_explains_stays(
 def test_which_words_are_said(
     base: DiffusionBase, monkeypatch: pytest.MonkeyPatch, left: dict[str, float], expected: str
 ) -> None:
-    errors = {"": 2.0, **{combine_blends({"said": 1, k[5:]: 1}) if "+" in k else k: 2 * v for k, v in left.items()}}
+    errors = {
+        "": 2.0,
+        **{
+            combine_blends({"said": 1, k[5:]: 1}) if "+" in k else k: 2 * v for k, v in left.items()
+        },
+    }
 
     def of(base: Any, before: Tensor, after: Tensor, texts: Sequence[str], known: Any) -> Tensor:
         return torch.tensor([errors.get(text, 2.0) for text in texts])
 
     monkeypatch.setattr(instruction_search, "_errors", of)
     latents = torch.zeros(1, 4, 2, 2)
-    assert instruction_search._select_instruction(base, latents, latents, "said", ["a", "b"], {}) == expected
+    assert (
+        instruction_search._select_instruction(base, latents, latents, "said", ["a", "b"], {})
+        == expected
+    )
 
 
 def test_files_are_tried_as_tensors_are_and_turned_round(
@@ -111,11 +123,15 @@ def test_files_are_tried_as_tensors_are_and_turned_round(
         generate_with_search(model, base, (after, before), 0.5, HATS),
     )
     torch.testing.assert_close(undoing.flatten(), turned.flatten())
-    torch.testing.assert_close((search_pair_lora(model, base, pair.flip(1), HATS) * 0.5).flatten(), undoing.flatten())
+    torch.testing.assert_close(
+        (search_pair_lora(model, base, pair.flip(1), HATS) * 0.5).flatten(), undoing.flatten()
+    )
     assert len(texts) == 3
 
 
-def test_the_way_back_is_said_too(model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_back_is_said_too(
+    model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts, pair = what_is_said(monkeypatch), shown(model, "skin")
     found = iter(["a", "b"])
     monkeypatch.setattr(instruction_search, "_explaining", lambda *given: next(found))
@@ -130,8 +146,12 @@ def test_several_pairs_in_parts_as_one_by_one(
     a, b = (base.encode_images(pairs[:, side]) for side in (0, 1))
     whole = instruction_search._compute_instruction_errors(base, a, b, HATS, {})
     monkeypatch.setattr(instruction_search, "_AT_ONCE", 3)
-    torch.testing.assert_close(instruction_search._compute_instruction_errors(base, a, b, HATS, {}), whole)
-    monkeypatch.setattr(instruction_search, "edit_weight", lambda before, after, most: torch.ones_like(after[:, :1]))
+    torch.testing.assert_close(
+        instruction_search._compute_instruction_errors(base, a, b, HATS, {}), whole
+    )
+    monkeypatch.setattr(
+        instruction_search, "edit_weight", lambda before, after, most: torch.ones_like(after[:, :1])
+    )
     both, alone = (
         instruction_search._compute_instruction_errors(base, a, b, HATS, {}),
         instruction_search._compute_instruction_errors(base, a[:1], b[:1], HATS, {}),
@@ -142,20 +162,27 @@ def test_several_pairs_in_parts_as_one_by_one(
     torch.testing.assert_close(both, (alone + other) / 2, rtol=0.05, atol=1e-4)
 
 
-def test_nothing_is_said_of_no_change(model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_said_of_no_change(
+    model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts, pair = what_is_said(monkeypatch), shown(model, "skin")
     assert (
-        search_pair_lora(model, base, pair[:, :1].expand_as(pair), HATS).compute_delta_norms().max() < 1e-4
+        search_pair_lora(model, base, pair[:, :1].expand_as(pair), HATS).compute_delta_norms().max()
+        < 1e-4
         and not texts
     )
 
 
-def test_the_strength_of_the_card_counts_for_words_too(model: PairToLora, base: DiffusionBase) -> None:
+def test_the_strength_of_the_card_counts_for_words_too(
+    model: PairToLora, base: DiffusionBase
+) -> None:
     pair = shown(model, "skin")
     once = search_pair_lora(model, base, pair, HATS)
     model.card["strength"] = 2.0
     try:
-        torch.testing.assert_close(search_pair_lora(model, base, pair, HATS).flatten(), (once * 2.0).flatten())
+        torch.testing.assert_close(
+            search_pair_lora(model, base, pair, HATS).flatten(), (once * 2.0).flatten()
+        )
     finally:
         del model.card["strength"]
 
@@ -169,7 +196,9 @@ def test_without_further_words_it_is_one_pass(
     torch.testing.assert_close(lora.flatten(), model.forward(pair[None])[0].flatten())
 
 
-def test_a_server_tries_words_for_one_edit_at_a_time(model: PairToLora, base: DiffusionBase) -> None:
+def test_a_server_tries_words_for_one_edit_at_a_time(
+    model: PairToLora, base: DiffusionBase
+) -> None:
     changes, pair = EditEngine(model, base), shown(model, "skin")
     assert changes.max_lora_batch == 1
     (lora,) = changes._predict_batch([pair])

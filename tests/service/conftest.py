@@ -50,7 +50,11 @@ def sampler(difflora: Path) -> LoraDiffusion:
 
 @pytest.fixture
 def serving(
-    models: tuple[Any, Any], changes: EditEngine, likeness: IdentitySimilarity, sampler: LoraDiffusion, tmp_path: Path
+    models: tuple[Any, Any],
+    changes: EditEngine,
+    likeness: IdentitySimilarity,
+    sampler: LoraDiffusion,
+    tmp_path: Path,
 ) -> Iterator[Callable[..., TestClient]]:
     """Starts a server with these settings, and the page if wanted; all are stopped at the end."""
     running: list[TestClient] = []
@@ -60,9 +64,15 @@ def serving(
 
         def engine(observe: Any) -> LocalEngine:
             return LocalEngine(
-                *models, given.lora_dir, max_queue_size=given.max_queue_size, max_lora_batch=given.max_lora_batch, on_batch=observe, edit_engine=changes,
-                identity_similarity=likeness, extra_models=[sampler],
-            )  # fmt: skip
+                *models,
+                given.lora_dir,
+                max_queue_size=given.max_queue_size,
+                max_lora_batch=given.max_lora_batch,
+                on_batch=observe,
+                edit_engine=changes,
+                identity_similarity=likeness,
+                extra_models=[sampler],
+            )
 
         app = create_app(engine, given)
         if page:
@@ -86,15 +96,21 @@ def client(serving: Callable[..., TestClient]) -> TestClient:
 
 def photo(shade: int = 100, size: int = 20, format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.linear_gradient("L").resize((size, size)).convert("RGB").point(lambda v: (v + shade) % 256).save(
-        buffer, format
-    )
+    Image.linear_gradient("L").resize((size, size)).convert("RGB").point(
+        lambda v: (v + shade) % 256
+    ).save(buffer, format)
     return buffer.getvalue()
 
 
-def send(client: TestClient, *photos: bytes, headers: dict[str, str] | None = None, **fields: Any) -> Any:
-    files = [("photos", (f"{i}.png", data, "image/png")) for i, data in enumerate(photos or (photo(),))]
-    return client.post("/v1/loras", files=files, data={k: str(v) for k, v in fields.items()}, headers=headers or {})
+def send(
+    client: TestClient, *photos: bytes, headers: dict[str, str] | None = None, **fields: Any
+) -> Any:
+    files = [
+        ("photos", (f"{i}.png", data, "image/png")) for i, data in enumerate(photos or (photo(),))
+    ]
+    return client.post(
+        "/v1/loras", files=files, data={k: str(v) for k, v in fields.items()}, headers=headers or {}
+    )
 
 
 @contextmanager
@@ -105,11 +121,33 @@ def process(
     logs is in ``state``/log."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    models = ["--model", str(bundle.model), "--base", str(bundle.base), "--no-edits", "--state", str(state)]
+    models = [
+        "--model",
+        str(bundle.model),
+        "--base",
+        str(bundle.base),
+        "--no-edits",
+        "--state",
+        str(state),
+    ]
     code = "from hyperlora.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", "--port", str(port), "--rate", "100000/minute", *models, *options]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "serve",
+        "--port",
+        str(port),
+        "--rate",
+        "100000/minute",
+        *models,
+        *options,
+    ]
     state.mkdir(exist_ok=True)
-    with (state / "log").open("a") as log, subprocess.Popen(command, stderr=log, stdout=log) as running:
+    with (
+        (state / "log").open("a") as log,
+        subprocess.Popen(command, stderr=log, stdout=log) as running,
+    ):
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(url, running, state / "log", time.monotonic() + seconds)

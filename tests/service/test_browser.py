@@ -42,13 +42,22 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    base, edit_base = load_diffusion_base(pretrained.BASE_DIR), load_diffusion_base(pretrained.EDIT_BASE_DIR)
+    base, edit_base = (
+        load_diffusion_base(pretrained.BASE_DIR),
+        load_diffusion_base(pretrained.EDIT_BASE_DIR),
+    )
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
-    changes = EditEngine(PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=edit_base), edit_base)
+    changes = EditEngine(
+        PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=edit_base), edit_base
+    )
     likeness = IdentitySimilarity.from_pretrained(pretrained.EVALUATOR_DIR)
-    settings = ServiceSettings(state_dir=tmp_path_factory.mktemp("state"), timeout_s=PATIENCE / 1000)
+    settings = ServiceSettings(
+        state_dir=tmp_path_factory.mktemp("state"), timeout_s=PATIENCE / 1000
+    )
     app = create_app(
-        lambda observe: LocalEngine(model, base, on_batch=observe, edit_engine=changes, identity_similarity=likeness),
+        lambda observe: LocalEngine(
+            model, base, on_batch=observe, edit_engine=changes, identity_similarity=likeness
+        ),
         settings,
     )
     add_ui(app, settings)
@@ -113,17 +122,25 @@ def pictured(page: Any, name: str) -> None:
 
 
 def fits(page: Any) -> bool:
-    return bool(page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"))
+    return bool(
+        page.evaluate(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )
+    )
 
 
 def test_photos_to_portraits_to_a_file_to_a_composition(visit: Any, tmp_path: Path) -> None:
     page = visit(1280, 900)
     make(page, PHOTO)
     assert page.locator(".notice").count() == 0
-    with_it, without = (float(chip.get_attribute("data-likeness")) for chip in page.locator(".chip").all())
+    with_it, without = (
+        float(chip.get_attribute("data-likeness")) for chip in page.locator(".chip").all()
+    )
     assert with_it > without + 0.2
     pictured(page, "page")
-    assert 'pipe.load_lora_weights("me.safetensors")' in page.locator(".cm-content").first.inner_text()
+    assert (
+        'pipe.load_lora_weights("me.safetensors")' in page.locator(".cm-content").first.inner_text()
+    )
     for button, format in (("#download", "diffusers"), ("#download-kohya", "kohya")):
         with page.expect_download() as download:
             page.click(button)

@@ -35,7 +35,10 @@ def api(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = ImageToLora.from_pretrained(bundle.model, base=base)
     keys = frozenset({hash_key(KEY)})
     given = ServiceSettings(
-        state_dir=tmp_path_factory.mktemp("state"), rate_limit="1000000/minute", timeout_s=20.0, key_digests=keys
+        state_dir=tmp_path_factory.mktemp("state"),
+        rate_limit="1000000/minute",
+        timeout_s=20.0,
+        key_digests=keys,
     )
     app = create_app(lambda observe: LocalEngine(model, base, on_batch=observe), given)
     with TestClient(app, raise_server_exceptions=False):
@@ -56,20 +59,30 @@ def test_the_api_does_what_it_documents(api: Any) -> None:
 
 def _fuzz(operation: Any) -> None:
     @given(case=operation.as_strategy())
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(
+        max_examples=15,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
     def holds(case: Any) -> None:
         if isinstance(case.body, dict) and "refine" in case.body:
             case.body["refine"] = 0
         if isinstance(case.body, dict) and isinstance(case.body.get("steps"), int):
             case.body |= {"steps": min(case.body["steps"], 2), "width": 64, "height": 64}
-        case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance])
+        case.call_and_validate(
+            headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance]
+        )
 
     holds()
 
 
 def mutated(random: np.random.Generator) -> bytes:
     """A photo of some format with bytes changed, cut off, repeated or put in front."""
-    data = bytearray(photo(int(random.integers(255)), 24, str(random.choice(["PNG", "JPEG", "WEBP"]))))
+    data = bytearray(
+        photo(int(random.integers(255)), 24, str(random.choice(["PNG", "JPEG", "WEBP"])))
+    )
     match int(random.integers(5)):
         case 0:
             for place in random.integers(0, len(data), 8):
@@ -124,7 +137,9 @@ def test_bombs_cost_nothing(client: TestClient) -> None:
     ],
 )
 def test_broken_multipart(client: TestClient, body: bytes) -> None:
-    answer = client.post("/v1/loras", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"})
+    answer = client.post(
+        "/v1/loras", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
+    )
     assert 400 <= answer.status_code < 500
     assert answer.json()["detail"]
 
@@ -145,7 +160,9 @@ def test_pages_of_other_sites_cannot_use_a_server_without_keys(
     assert client.get("/v1/models", headers=headers).status_code == status
 
 
-def test_nothing_of_a_body_is_read_before_its_sender_is_let_in(serving: Callable[..., TestClient]) -> None:
+def test_nothing_of_a_body_is_read_before_its_sender_is_let_in(
+    serving: Callable[..., TestClient],
+) -> None:
     read: list[bool] = []
     app = serving(keys=frozenset({hash_key(KEY)})).app
 
@@ -159,9 +176,22 @@ def test_nothing_of_a_body_is_read_before_its_sender_is_let_in(serving: Callable
         async def send(message: Any) -> None:
             statuses.extend([message["status"]] if "status" in message else [])
 
-        headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/images", "headers": headers, "query_string": b""}
-        await app(scope | {"raw_path": b"/v1/images", "root_path": "", "http_version": "1.1"}, receive, send)
+        headers = [
+            (b"authorization", f"Bearer {key}".encode()),
+            (b"content-type", b"application/json"),
+        ]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/images",
+            "headers": headers,
+            "query_string": b"",
+        }
+        await app(
+            scope | {"raw_path": b"/v1/images", "root_path": "", "http_version": "1.1"},
+            receive,
+            send,
+        )
         return statuses[0]
 
     assert asyncio.run(call("wrong")) == 401
@@ -187,17 +217,30 @@ def test_a_lora_cannot_unfold_to_more_than_was_agreed(client: TestClient, models
 
 
 @pytest.mark.parametrize("header", [{"unet.r": 10**400}, {"unet.use_dora": "\ud800"}])
-def test_odd_headers_of_loras_are_refused(client: TestClient, models: Any, header: dict[str, Any]) -> None:
+def test_odd_headers_of_loras_are_refused(
+    client: TestClient, models: Any, header: dict[str, Any]
+) -> None:
     metadata = {"lora_adapter_metadata": json.dumps(header)}
     file = safetensors.torch.save({"unet.x.lora_A.weight": torch.zeros(1, 1)}, metadata)
-    answer = client.post("/v1/images", json={"prompt": "a", "loras": [{"content": base64.b64encode(file).decode()}]})
+    answer = client.post(
+        "/v1/images", json={"prompt": "a", "loras": [{"content": base64.b64encode(file).decode()}]}
+    )
     assert answer.status_code == 400
 
 
 def test_a_window_at_the_edge(client: TestClient, models: Any) -> None:
     lora = base64.b64encode(serialize_lora(models[0]([photo()]))).decode()
-    wanted = {"prompt": "a", "steps": 2, "width": 64, "height": 64, "strategy": "spatial", "window": True}
-    answer = client.post("/v1/images", json=wanted | {"loras": [{"content": lora}], "regions": [[0.99, 0, 1, 1]]})
+    wanted = {
+        "prompt": "a",
+        "steps": 2,
+        "width": 64,
+        "height": 64,
+        "strategy": "spatial",
+        "window": True,
+    }
+    answer = client.post(
+        "/v1/images", json=wanted | {"loras": [{"content": lora}], "regions": [[0.99, 0, 1, 1]]}
+    )
     assert answer.status_code == 200
 
 

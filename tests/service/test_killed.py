@@ -15,12 +15,17 @@ JOBS = 20
 @pytest.mark.heavy
 def test_every_accepted_job_is_done_or_reported_after_a_kill(bundle: Any, tmp_path: Path) -> None:
     """Photos live in memory only, so what was not done cannot be: it is reported, and nothing vanishes."""
-    with process(bundle, tmp_path) as (url, server), httpx.Client(base_url=url, timeout=60) as client:
+    with (
+        process(bundle, tmp_path) as (url, server),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         places = []
         for i in range(JOBS):
             files = {"photos": ("a.png", photo(i))}
             fields = {"refine": str(0 if i < 4 else 500), "title": f"job {i}"}
-            accepted = client.post("/v1/loras", files=files, data=fields, headers={"Prefer": "respond-async"})
+            accepted = client.post(
+                "/v1/loras", files=files, data=fields, headers={"Prefer": "respond-async"}
+            )
             assert accepted.status_code == 202
             places.append(accepted.headers["location"])
         until = time.monotonic() + 20

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.service.engine.batcher import BatchSpec, DeadlineExceededError, DynamicBatcher, QueueFullError
+from hyperlora.service.engine.batcher import (
+    BatchSpec,
+    DeadlineExceededError,
+    DynamicBatcher,
+    QueueFullError,
+)
 from hyperlora.service.file_store import FileStore, lock_directory
 from hyperlora.service.jobs import Jobs
 from hyperlora.service.settings import API_KEYS_ENV, load_api_keys
@@ -63,7 +68,9 @@ def test_a_batch_stays_open_for_what_follows_closely() -> None:
         return payloads
 
     batcher = DynamicBatcher(10)
-    brief, long = (BatchSpec(seconds, run, max_batch_size=4, batch_timeout_s=seconds) for seconds in (0.5, 60))
+    brief, long = (
+        BatchSpec(seconds, run, max_batch_size=4, batch_timeout_s=seconds) for seconds in (0.5, 60)
+    )
     together = [batcher.submit(brief, i) for i in range(3)]
     assert [f.result(5) for f in together] == [0, 1, 2]
     full = [batcher.submit(long, i) for i in range(4)]
@@ -125,7 +132,9 @@ asyncio.run(main())
 
 def test_no_job_vanishes_when_the_server_is_killed(tmp_path: Path) -> None:
     table = tmp_path / "jobs.sqlite"
-    with subprocess.Popen([sys.executable, "-c", _ACCEPT, str(table)], stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [sys.executable, "-c", _ACCEPT, str(table)], stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None
         ids = server.stdout.readline().split()
         server.kill()
@@ -168,7 +177,10 @@ def test_a_job_that_cannot_finish_in_time_is_reported_as_failed(tmp_path: Path) 
         return [Jobs(tmp_path / "jobs.sqlite", 50).get(id, "me") for id in ids]
 
     for job in asyncio.run(stop()):
-        assert (job.state, job.error) == ("failed", "the server stopped before this job was done: send it again")
+        assert (job.state, job.error) == (
+            "failed",
+            "the server stopped before this job was done: send it again",
+        )
 
 
 def test_no_caller_takes_all_jobs_and_old_ones_are_forgotten(tmp_path: Path) -> None:
@@ -231,7 +243,9 @@ def test_files_are_found_by_content_and_by_nothing_else(tmp_path: Path) -> None:
     assert files.get_bytes(id, "lora") is None
 
 
-def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_come_from_a_file_and_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "keys"
     file.write_text("first-key-123456\n\n  second-key-12345 \n")
     monkeypatch.setenv(API_KEYS_ENV, "third-key-1234567,")

@@ -28,7 +28,9 @@ def replicas(server: int) -> list[int]:
         if folder.name.isdecimal() and "ServeReplica:hyperlora:Models" in _title(folder):
             parent = int(folder.name)
             while parent not in (0, 1, server):
-                parent = int((Path("/proc") / str(parent) / "stat").read_text().rsplit(") ", 1)[1].split()[1])
+                parent = int(
+                    (Path("/proc") / str(parent) / "stat").read_text().rsplit(") ", 1)[1].split()[1]
+                )
             found += [int(folder.name)] if parent == server else []
     return found
 
@@ -45,13 +47,16 @@ def test_no_request_is_lost_when_a_replica_dies(bundle: Any, models: Any, tmp_pa
     pytest.importorskip("ray")
     with process(bundle, tmp_path, "--ray", "--replicas", "2") as (url, server):
         alone = create_app(
-            lambda observe: LocalEngine(*models, on_batch=observe), ServiceSettings(state_dir=tmp_path / "x")
+            lambda observe: LocalEngine(*models, on_batch=observe),
+            ServiceSettings(state_dir=tmp_path / "x"),
         )
         answers = asyncio.run(_under_fire(url, server.pid))
         with httpx.Client(base_url=url, timeout=120) as client:
             assert client.get("/openapi.json").json() == alone.openapi()
             prefer = {"Prefer": "respond-async"}
-            job = client.post("/v1/loras", files={"photos": photo()}, data={"refine": 3}, headers=prefer)
+            job = client.post(
+                "/v1/loras", files={"photos": photo()}, data={"refine": 3}, headers=prefer
+            )
             assert "event: succeeded" in client.get(job.headers["location"] + "/events").text
             refused = client.post("/v1/loras", files={"photos": b"no photo"})
         assert (refused.status_code, refused.json()["status"]) == (415, 415)
@@ -83,27 +88,43 @@ async def _under_fire(url: str, server: int) -> list[httpx.Response]:
 
 
 @pytest.mark.heavy
-def test_the_app_as_a_deployment_has_the_same_routes(bundle: Any, models: Any, tmp_path: Path) -> None:
+def test_the_app_as_a_deployment_has_the_same_routes(
+    bundle: Any, models: Any, tmp_path: Path
+) -> None:
     """As Kubernetes runs it: behind Ray's proxy."""
     ray = pytest.importorskip("ray")
     from ray import serve
 
-    from hyperlora.service.ray_deployment import ScaleConfig, build_application, make_local_cluster_options
+    from hyperlora.service.ray_deployment import (
+        ScaleConfig,
+        build_application,
+        make_local_cluster_options,
+    )
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    chosen = {"model": str(bundle.model), "base": str(bundle.base), "edits": False, "state": str(tmp_path / "state")}
+    chosen = {
+        "model": str(bundle.model),
+        "base": str(bundle.base),
+        "edits": False,
+        "state": str(tmp_path / "state"),
+    }
     ray.init(log_to_driver=False, **make_local_cluster_options(ScaleConfig()))
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_application(chosen), name="deployed")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            alone = create_app(lambda observe: LocalEngine(*models, on_batch=observe), ServiceSettings(tmp_path / "x"))
+            alone = create_app(
+                lambda observe: LocalEngine(*models, on_batch=observe),
+                ServiceSettings(tmp_path / "x"),
+            )
             assert client.get("/openapi.json").json() == alone.openapi()
             assert client.get("/readyz").json()["status"] == "ready"
             made = client.post("/v1/loras", files={"photos": photo()})
             assert load_lora(made.content, models[0].layout).weights.compute_delta_norms().max() > 0
-            job = client.post("/v1/loras", files={"photos": photo()}, headers={"Prefer": "respond-async"})
+            job = client.post(
+                "/v1/loras", files={"photos": photo()}, headers={"Prefer": "respond-async"}
+            )
             assert "event: succeeded" in client.get(job.headers["location"] + "/events").text
             assert client.post("/v1/loras", files={"photos": b"no photo"}).status_code == 415
     finally:
@@ -113,7 +134,10 @@ def test_the_app_as_a_deployment_has_the_same_routes(bundle: Any, models: Any, t
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [(["--replicas", "2"], "add --ray"), (["--ray", "--replicas", "3", "--max-replicas", "2"], "below --replicas 3")],
+    [
+        (["--replicas", "2"], "add --ray"),
+        (["--ray", "--replicas", "3", "--max-replicas", "2"], "below --replicas 3"),
+    ],
 )
 def test_replicas_that_cannot_be(options: list[str], sentence: str) -> None:
     refused = CliRunner().invoke(cli, ["serve", *options])

@@ -42,12 +42,17 @@ def test_a_photo_becomes_the_file_that_python_would_make(client: TestClient, mod
     expected = models[0]([photo(), photo(30)])
     torch.testing.assert_close(file.weights.flatten(), expected.flatten())
     assert file.metadata.title == "Zoë 1"
-    assert file.metadata.reference_sha256 == tuple(hashlib.sha256(p).hexdigest() for p in (photo(), photo(30)))
+    assert file.metadata.reference_sha256 == tuple(
+        hashlib.sha256(p).hexdigest() for p in (photo(), photo(30))
+    )
     assert "hyperlora.consent" not in file.metadata.extra
 
 
 def test_options_reach_the_file(client: TestClient, models: Any) -> None:
-    plain, other = send(client), send(client, format="kohya", rank=1, strength=0.5, consent="true", refine=2)
+    plain, other = (
+        send(client),
+        send(client, format="kohya", rank=1, strength=0.5, consent="true", refine=2),
+    )
     file = load_lora(other.content)
     assert (file.format, file.weights.layout.rank) == ("kohya", 1)
     assert file.metadata.extra["hyperlora.consent"] == "given"
@@ -56,7 +61,9 @@ def test_options_reach_the_file(client: TestClient, models: Any) -> None:
     )
 
 
-def test_another_method_makes_another_sample_for_every_seed(client: TestClient, sampler: Any) -> None:
+def test_another_method_makes_another_sample_for_every_seed(
+    client: TestClient, sampler: Any
+) -> None:
     first, again, other = (send(client, method="difflora", seed=seed).content for seed in (1, 1, 2))
     file = load_lora(first, sampler.layout)
     with torch.no_grad():
@@ -65,7 +72,9 @@ def test_another_method_makes_another_sample_for_every_seed(client: TestClient, 
     unseeded = load_lora(send(client, method="difflora").content, sampler.layout)
     torch.testing.assert_close(unseeded.weights.flatten(), expected[0].flatten())
     assert torch.equal(file.weights.flatten(), load_lora(again, sampler.layout).weights.flatten())
-    assert not torch.equal(file.weights.flatten(), load_lora(other, sampler.layout).weights.flatten())
+    assert not torch.equal(
+        file.weights.flatten(), load_lora(other, sampler.layout).weights.flatten()
+    )
     refusal(send(client, seed=1), 400, "leaves nothing to chance")
     refusal(send(client, method="magic"), 422, "method")
 
@@ -95,7 +104,11 @@ def test_the_way_to_refine_is_asked_for(client: TestClient, models: Any) -> None
 def test_json_twin_and_keeping(client: TestClient) -> None:
     body = send(client, headers={"Accept": "application/json"}, keep="true").json()
     data = base64.b64decode(body["content"])
-    assert (body["sha256"], body["size"], body["kept"]) == (hashlib.sha256(data).hexdigest(), len(data), True)
+    assert (body["sha256"], body["size"], body["kept"]) == (
+        hashlib.sha256(data).hexdigest(),
+        len(data),
+        True,
+    )
     path = f"/v1/loras/{body['sha256']}"
     assert client.get(path).content == data
     assert client.get(path, headers={"If-None-Match": f'"{body["sha256"]}"'}).status_code == 304
@@ -136,8 +149,18 @@ def test_a_picture_is_what_python_would_draw(
 
     _, base = models
     one, two = send(client, photo(10)).content, send(client, photo(90)).content
-    loras = [{"content": base64.b64encode(f).decode(), "weight": w} for f, w in ((one, 2.0), (two, 1.5))]
-    request = {"prompt": "a b", "loras": loras, "strategy": strategy, "steps": 3, "seed": 5, "width": 64, "height": 64}
+    loras = [
+        {"content": base64.b64encode(f).decode(), "weight": w} for f, w in ((one, 2.0), (two, 1.5))
+    ]
+    request = {
+        "prompt": "a b",
+        "loras": loras,
+        "strategy": strategy,
+        "steps": 3,
+        "seed": 5,
+        "width": 64,
+        "height": 64,
+    }
     response = client.post("/v1/images", json=request | extra)
     assert response.status_code == 200, response.text
     drawn = np.asarray(Image.open(io.BytesIO(response.content)))
@@ -148,19 +171,25 @@ def test_a_picture_is_what_python_would_draw(
         regions = [tuple(r) for r in extra.get("regions", [])] or None
         context = compose_loras(base.pipeline, opened, strategy, [2.0, 1.5], regions=regions)  # type: ignore[arg-type]
     with context:
-        (expected,) = generate_images(base, ["a b"], None, seeds=[5], num_inference_steps=3, width=64, height=64)
+        (expected,) = generate_images(
+            base, ["a b"], None, seeds=[5], num_inference_steps=3, width=64, height=64
+        )
     assert np.abs(drawn.astype(int) - np.asarray(expected).astype(int)).max() <= 2
     without = client.post("/v1/images", json={**request, "loras": [], "strategy": "merge"})
     assert without.content != response.content
 
 
-def test_prompts_name_loras_of_the_folder(serving: Callable[..., TestClient], models: Any, tmp_path: Path) -> None:
+def test_prompts_name_loras_of_the_folder(
+    serving: Callable[..., TestClient], models: Any, tmp_path: Path
+) -> None:
     (tmp_path / "loras").mkdir()
     save_lora(models[0]([photo()]) * 3.0, tmp_path / "loras" / "anna.safetensors")
     client = serving(loras=tmp_path / "loras")
 
     def ask(prompt: str) -> Any:
-        return client.post("/v1/images", json={"prompt": prompt, "steps": 2, "width": 64, "height": 64})
+        return client.post(
+            "/v1/images", json={"prompt": prompt, "steps": 2, "width": 64, "height": 64}
+        )
 
     assert ask("a b <lora:anna:1>").content != ask("a b").content
     assert ask("a b <lora:anna:1:step=5-6>").content == ask("a b").content  # in none of the steps
@@ -180,7 +209,9 @@ def test_a_job_is_accepted_followed_and_done(client: TestClient) -> None:
     assert client.delete(accepted.headers["location"]).json()["state"] == "succeeded"
 
     picture = client.post(
-        "/v1/images", json={"prompt": "a", "steps": 2, "width": 64, "height": 64}, headers={"Prefer": "respond-async"}
+        "/v1/images",
+        json={"prompt": "a", "steps": 2, "width": 64, "height": 64},
+        headers={"Prefer": "respond-async"},
     )
     client.get(picture.headers["location"] + "/events")
     made = client.get(client.get(picture.headers["location"]).json()["result"])
@@ -205,11 +236,17 @@ def test_a_cancelled_job_frees_the_model(client: TestClient) -> None:
     assert time.perf_counter() - began < 2  # 500 steps take longer
 
 
-def test_jobs_can_be_cancelled_and_belong_to_their_owner(serving: Callable[..., TestClient]) -> None:
+def test_jobs_can_be_cancelled_and_belong_to_their_owner(
+    serving: Callable[..., TestClient],
+) -> None:
     from hyperlora.service.settings import hash_key
 
-    client = serving(keys=frozenset(hash_key(k) for k in ("a-long-enough-key", "another-long-key!")))
-    mine, yours = ({"Authorization": f"Bearer {k}"} for k in ("a-long-enough-key", "another-long-key!"))
+    client = serving(
+        keys=frozenset(hash_key(k) for k in ("a-long-enough-key", "another-long-key!"))
+    )
+    mine, yours = (
+        {"Authorization": f"Bearer {k}"} for k in ("a-long-enough-key", "another-long-key!")
+    )
     first = send(client, headers={"Prefer": "respond-async", **mine}, refine=60)
     second = send(client, headers={"Prefer": "respond-async", **mine}, refine=50)
     refusal(client.get(second.headers["location"], headers=yours), 404, "you have no job")
@@ -225,7 +262,9 @@ def test_keys(serving: Callable[..., TestClient], header: str) -> None:
     refusal(client.get("/v1/models"), 401, "an API key")
     given = "Bearer " if header == "Authorization" else ""
     refusal(client.get("/v1/models", headers={header: given + "wrong"}), 401, "an API key")
-    assert client.get("/v1/models", headers={header: given + "a-long-enough-key"}).status_code == 200
+    assert (
+        client.get("/v1/models", headers={header: given + "a-long-enough-key"}).status_code == 200
+    )
     assert client.get("/healthz").status_code == 200
 
 
@@ -265,7 +304,11 @@ def test_bad_requests(serving: Callable[..., TestClient]) -> None:
     refusal(send(client, strength="nan"), 422, "strength: ")
     refusal(send(client, format="ckpt"), 422, "format: ")
     refusal(client.post("/v1/loras", data={"rank": "4"}), 400, "send photos of one subject")
-    refusal(client.post("/v1/loras", content=b"--x", headers={"Content-Type": "multipart/form-data"}), 400, "")
+    refusal(
+        client.post("/v1/loras", content=b"--x", headers={"Content-Type": "multipart/form-data"}),
+        400,
+        "",
+    )
     refusal(client.get("/v1/loras/..%2F..%2Fetc%2Fpasswd"), 404, "")
     refusal(client.get("/v1/loras/xyz"), 422, "id: ")
     refusal(client.put("/v1/loras"), 405, "")
@@ -273,11 +316,23 @@ def test_bad_requests(serving: Callable[..., TestClient]) -> None:
     refusal(client.post("/v1/images", content=b"[" * 4000), 413, "larger than 0.00286 MiB")
     refusal(client.post("/v1/images", json=draw | {"steps": 1000}), 422, "steps: ")
     refusal(client.post("/v1/images", json=draw | {"loras": [{}]}), 400, "either the id")
-    refusal(client.post("/v1/images", json=draw | {"loras": [{"id": "0" * 64}]}), 404, "no LoRA 0000")
+    refusal(
+        client.post("/v1/images", json=draw | {"loras": [{"id": "0" * 64}]}), 404, "no LoRA 0000"
+    )
     broken = base64.b64encode(b"not a file").decode()
-    refusal(client.post("/v1/images", json=draw | {"loras": [{"content": broken}]}), 400, "not a safetensors file")
-    refusal(client.post("/v1/images", json=draw | {"strategy": "composite"}), 400, "needs at least one LoRA")
-    refusal(client.post("/v1/images", json=draw | {"prompt": "<lora:x>"}), 400, "no folder of LoRAs")
+    refusal(
+        client.post("/v1/images", json=draw | {"loras": [{"content": broken}]}),
+        400,
+        "not a safetensors file",
+    )
+    refusal(
+        client.post("/v1/images", json=draw | {"strategy": "composite"}),
+        400,
+        "needs at least one LoRA",
+    )
+    refusal(
+        client.post("/v1/images", json=draw | {"prompt": "<lora:x>"}), 400, "no folder of LoRAs"
+    )
 
 
 def test_deadline_and_full_queue(serving: Callable[..., TestClient]) -> None:

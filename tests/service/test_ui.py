@@ -63,7 +63,11 @@ def test_other_sites_are_kept_out(serving: Callable[..., TestClient]) -> None:
     client = serving(page=True)
     for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
         refusal(client.get("/", headers=headers), 403, "its own machine only")
-        refusal(client.post("/gradio_api/upload", files=UPLOAD, headers=headers), 403, "its own machine only")
+        refusal(
+            client.post("/gradio_api/upload", files=UPLOAD, headers=headers),
+            403,
+            "its own machine only",
+        )
 
 
 def test_with_keys_the_page_asks_for_one(serving: Callable[..., TestClient]) -> None:
@@ -81,9 +85,15 @@ def test_with_keys_the_page_asks_for_one(serving: Callable[..., TestClient]) -> 
     assert {"HttpOnly", "SameSite=strict"} <= set(right.headers["set-cookie"].split("; "))
     assert "window.gradio_config" in client.get("/").text
     assert client.post("/gradio_api/upload", files=UPLOAD).status_code == 200
-    assert decode_key_cookie(dict(client.cookies)) == KEY and decode_key_cookie({COOKIE_NAME: "é"}) is None
+    assert (
+        decode_key_cookie(dict(client.cookies)) == KEY
+        and decode_key_cookie({COOKIE_NAME: "é"}) is None
+    )
 
-    guesses = [client.post("/sign-in", data={"key": f"guess number {i} of many"}).status_code for i in range(30)]
+    guesses = [
+        client.post("/sign-in", data={"key": f"guess number {i} of many"}).status_code
+        for i in range(30)
+    ]
     assert guesses[-1] == 429  # guessing counts
 
 
@@ -125,7 +135,10 @@ def nowhere(model: Any) -> OodDetector:
     import torch
 
     seen = pool_features(model.features(torch.rand(40, 1, 3, 16, 16)))[:, 0]
-    return replace(OodDetector.fit(seen, seen, "gradients", compute_encoder_fingerprint(model.encoder)), farthest=-1.0)
+    return replace(
+        OodDetector.fit(seen, seen, "gradients", compute_encoder_fingerprint(model.encoder)),
+        farthest=-1.0,
+    )
 
 
 def test_what_the_page_shows() -> None:
@@ -133,8 +146,13 @@ def test_what_the_page_shows() -> None:
     assert "−0.04" in render_similarity([-0.04], with_label=False)
     assert render_warnings([]) == "" and "<b>" not in render_warnings(["<b>"])
     assert make_file_name("../Zoë Ä/1 ") == "Zoë-Ä-1" and make_file_name("//") == "lora"
-    for facts in ({"trigger_phrase": "sks person", "base": "avatars/base"}, {"trigger_phrase": "", "base": "x/y"}):
-        assert all(prompt.startswith("a portrait of ") for prompt in get_prompt_presets(facts).values())
+    for facts in (
+        {"trigger_phrase": "sks person", "base": "avatars/base"},
+        {"trigger_phrase": "", "base": "x/y"},
+    ):
+        assert all(
+            prompt.startswith("a portrait of ") for prompt in get_prompt_presets(facts).values()
+        )
     compile(make_snippet("avatars/base", "me.safetensors", 'say "cheese"'), "snippet", "exec")
 
 
@@ -147,7 +165,9 @@ def test_the_shelf_keeps_the_last_under_names_of_their_own() -> None:
     assert add_item(shelf, "again", shelf[0].data)[-1].name == "again"
 
 
-def test_serve_without_gradio_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_without_gradio_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import sys
 
     from hyperlora.cli.serve import _add_ui

@@ -72,7 +72,14 @@ def _save_bases(folder: Path, base: Path) -> None:
     config = CLIPTextConfig(**pipe.text_encoder.config.to_dict() | {"projection_dim": 16})
     second = CLIPTextModelWithProjection(config)
     xl = StableDiffusionXLPipeline(
-        pipe.vae, pipe.text_encoder, second, pipe.tokenizer, pipe.tokenizer, unet, pipe.scheduler, add_watermarker=False
+        pipe.vae,
+        pipe.text_encoder,
+        second,
+        pipe.tokenizer,
+        pipe.tokenizer,
+        unet,
+        pipe.scheduler,
+        add_watermarker=False,
     )
     xl.to(torch.float16).save_pretrained(folder / "sdxl", variant="fp16")
 
@@ -93,8 +100,15 @@ def _save_pairs(folder: Path) -> None:
         for side, picture in zip(("before", "after"), pair, strict=True):
             picture.save(folder / "validation" / f"{n}_{side}.png")
             picture.save(folder / "seed-data-edit" / "images" / f"{n}_{side}.png")
-        names = {k: f"images/{n}_{side}.png" for k, side in (("source_image", "before"), ("target_image", "after"))}
+        names = {
+            k: f"images/{n}_{side}.png"
+            for k, side in (("source_image", "before"), ("target_image", "after"))
+        }
         lines.append(json.dumps(names | {"instruction": "invert it"}))
     (folder / "seed-data-edit" / "part.jsonl").write_text("\n".join(lines))
-    columns = {"source_img": [b for b, _ in rows], "target_img": [a for _, a in rows], "instruction": ["invert"] * 4}
+    columns = {
+        "source_img": [b for b, _ in rows],
+        "target_img": [a for _, a in rows],
+        "instruction": ["invert"] * 4,
+    }
     Dataset.from_dict(columns).save_to_disk(str(folder / "magic-brush"))

@@ -13,7 +13,10 @@ from hyperlora.training.modules.attribute_classifier import IGNORE_INDEX, comput
 def folder(tmp_path):
     torch.manual_seed(0)
     reader = AttributeClassifier(
-        "latents", 8, {"hair": ["long", "short"], "hat": ["none", "hat"]}, options={"channels": 4, "inner": 8}
+        "latents",
+        8,
+        {"hair": ["long", "short"], "hat": ["none", "hat"]},
+        options={"channels": 4, "inner": 8},
     )
     reader.save_pretrained(tmp_path)
     return str(tmp_path)

@@ -36,14 +36,27 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("**/*.yaml"))
 
 FOUR_STEPS = [
-    "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto",
-    "--trainer.max_steps=4", "--trainer.limit_train_batches=2", "--trainer.accumulate_grad_batches=1",
-    "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0",
-    "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-    "--trainer.callbacks.init_args.every_n_train_steps=2", "--trainer.callbacks.init_args.save_top_k=-1",
-]  # fmt: skip
-SMALL_HYPERNETWORK = [f"--model.init_args.hypernetwork.{value}" for value in ("width=16", "depth=1", "heads=2")]
-SMALL_NETWORK = [f"--model.init_args.network.{value}" for value in ("width=16", "depth=1", "heads=2")]
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.strategy=auto",
+    "--trainer.max_steps=4",
+    "--trainer.limit_train_batches=2",
+    "--trainer.accumulate_grad_batches=1",
+    "--trainer.val_check_interval=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.callbacks.init_args.every_n_train_steps=2",
+    "--trainer.callbacks.init_args.save_top_k=-1",
+]
+SMALL_HYPERNETWORK = [
+    f"--model.init_args.hypernetwork.{value}" for value in ("width=16", "depth=1", "heads=2")
+]
+SMALL_NETWORK = [
+    f"--model.init_args.network.{value}" for value in ("width=16", "depth=1", "heads=2")
+]
 TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
@@ -62,25 +75,35 @@ def _for_real_base(name: str) -> Rule:
     return Rule(
         ImageToLora.from_pretrained,
         (
-            f"--model.init_args.base_name_or_path=tiny/{name}", "--model.init_args.encoder=vit_tiny_patch16_224",
-            "--model.init_args.encoder_options=" + json.dumps({"image_size": 16, "options": TINY_VIT}),
-            *SMALL_HYPERNETWORK, "--data.init_args.resolution=16", "--data.init_args.encoder_size=16",
-            "--data.init_args.batch_size=2", "--data.init_args.num_workers=0",
+            f"--model.init_args.base_name_or_path=tiny/{name}",
+            "--model.init_args.encoder=vit_tiny_patch16_224",
+            "--model.init_args.encoder_options="
+            + json.dumps({"image_size": 16, "options": TINY_VIT}),
+            *SMALL_HYPERNETWORK,
+            "--data.init_args.resolution=16",
+            "--data.init_args.encoder_size=16",
+            "--data.init_args.batch_size=2",
+            "--data.init_args.num_workers=0",
         ),
-    )  # fmt: skip
+    )
 
 
 def _for_real_edits(*arguments: str, needs: tuple[str, ...] = ()) -> Rule:
     return Rule(
         PairToLora.from_pretrained,
         (
-            "--model.init_args.base_name_or_path=tiny/ip2p", "--model.init_args.encoder=vit_tiny_patch16_224",
-            "--model.init_args.encoder_options=" + json.dumps({"image_size": 16, "options": TINY_VIT}),
-            "--data.init_args.resolution=16", "--data.init_args.encoder_size=16",
-            "--data.init_args.batch_size=2", "--data.init_args.num_workers=0", *arguments,
+            "--model.init_args.base_name_or_path=tiny/ip2p",
+            "--model.init_args.encoder=vit_tiny_patch16_224",
+            "--model.init_args.encoder_options="
+            + json.dumps({"image_size": 16, "options": TINY_VIT}),
+            "--data.init_args.resolution=16",
+            "--data.init_args.encoder_size=16",
+            "--data.init_args.batch_size=2",
+            "--data.init_args.num_workers=0",
+            *arguments,
         ),
         needs,
-    )  # fmt: skip
+    )
 
 
 def _tiny_unet(first: int) -> tuple[str, ...]:
@@ -91,12 +114,19 @@ def _tiny_unet(first: int) -> tuple[str, ...]:
     )
 
 
-TINY_EDITS = ("--model.init_args.unet.block_out_channels=[64,96,16]", "--data.init_args.batch_size=4")
+TINY_EDITS = (
+    "--model.init_args.unet.block_out_channels=[64,96,16]",
+    "--data.init_args.batch_size=4",
+)
 RULES = {
     "avatars/vae": Rule(
-        AutoencoderKL.from_pretrained, ("--data.init_args.crop_size=16", "--data.init_args.batch_size=4"), ("drawn",)
+        AutoencoderKL.from_pretrained,
+        ("--data.init_args.crop_size=16", "--data.init_args.batch_size=4"),
+        ("drawn",),
     ),
-    "avatars/vae_finish": Rule(AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)),
+    "avatars/vae_finish": Rule(
+        AutoencoderKL.from_pretrained, ("--data.init_args.batch_size=4",), ("avatars/vae",)
+    ),
     "avatars/vae_decoder": Rule(
         AutoencoderKL.from_pretrained,
         ("--data.init_args.batch_size=4",),
@@ -104,15 +134,23 @@ RULES = {
         ("vae.encoder.", "vae.quant_conv."),
     ),
     "avatars/evaluator": Rule(
-        AttributeClassifier.from_pretrained, ("--data.init_args.identities_per_batch=4",), ("drawn",)
+        AttributeClassifier.from_pretrained,
+        ("--data.init_args.identities_per_batch=4",),
+        ("drawn",),
     ),
     "avatars/encoder": Rule(
-        AttributeClassifier.from_pretrained, ("--data.init_args.identities_per_batch=4",), ("drawn",)
+        AttributeClassifier.from_pretrained,
+        ("--data.init_args.identities_per_batch=4",),
+        ("drawn",),
     ),
     "avatars/face_detector": Rule(
-        FaceDetector.from_pretrained, ("--data.init_args.batch_size=4", "--data.init_args.size=64"), ("drawn",)
+        FaceDetector.from_pretrained,
+        ("--data.init_args.batch_size=4", "--data.init_args.size=64"),
+        ("drawn",),
     ),
-    "avatars/face_recogniser": Rule(FaceRecognizer.from_pretrained, ("--data.init_args.batch_size=4",), ("drawn",)),
+    "avatars/face_recogniser": Rule(
+        FaceRecognizer.from_pretrained, ("--data.init_args.batch_size=4",), ("drawn",)
+    ),
     "avatars/latent_reader": Rule(
         AttributeClassifier.from_pretrained,
         ("--data.init_args.identities_per_batch=4", "--model.init_args.image_size=4"),
@@ -120,7 +158,9 @@ RULES = {
     ),
     "avatars/base": Rule(load_diffusion_base, _tiny_unet(32), ("avatars/vae_finish", "tokenizer")),
     "avatars/base_finish": Rule(
-        load_diffusion_base, (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"), ("avatars/base",)
+        load_diffusion_base,
+        (*_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"),
+        ("avatars/base",),
     ),
     "avatars/base_read": Rule(
         load_diffusion_base,
@@ -153,7 +193,10 @@ RULES = {
     ),
     "avatars/lora_codec": Rule(
         LoraCodec.from_pretrained,
-        ("--model.init_args.autoencoder={channels: [4, 8], width: 4}", "--data.init_args.batch_size=2"),
+        (
+            "--model.init_args.autoencoder={channels: [4, 8], width: 4}",
+            "--data.init_args.batch_size=2",
+        ),
         ("avatars/base_read", "build"),
     ),
     "avatars/difflora": Rule(
@@ -241,16 +284,27 @@ def _fit_codes() -> None:
     from data_builder.baselines.lidb_targets import fit_lidb_targets
 
     fit_lidb_targets(
-        Path("runs/data/train"), "checkpoints/avatars/base", "runs/avatars/base/vae",
-        Path("runs/avatars/codes.safetensors"), num_subjects=6, subjects_per_batch=6, steps=1, lr=1e-2, preset="attention+mlp", rank=1,
-        a=100, b=50,
-    )  # fmt: skip
+        Path("runs/data/train"),
+        "checkpoints/avatars/base",
+        "runs/avatars/base/vae",
+        Path("runs/avatars/codes.safetensors"),
+        num_subjects=6,
+        subjects_per_batch=6,
+        steps=1,
+        lr=1e-2,
+        preset="attention+mlp",
+        rank=1,
+        a=100,
+        b=50,
+    )
 
 
 def _draw_edits() -> None:
     from data_builder.avatars.pair_dataset import PairDatasetConfig, draw_pairs
 
-    draw_pairs(Path("runs/data/edits"), PairDatasetConfig("train", num_edits=12, size=32), num_workers=1)
+    draw_pairs(
+        Path("runs/data/edits"), PairDatasetConfig("train", num_edits=12, size=32), num_workers=1
+    )
     draw_pairs(
         Path("runs/data/edits-of-three"),
         PairDatasetConfig("train", num_edits=8, identities_per_edit=3, size=32),
@@ -258,10 +312,16 @@ def _draw_edits() -> None:
     )
     draw_pairs(
         Path("runs/data/edits-two"),
-        PairDatasetConfig("train", num_edits=8, identities_per_edit=3, size=32, two_edit_fraction=1.0),
+        PairDatasetConfig(
+            "train", num_edits=8, identities_per_edit=3, size=32, two_edit_fraction=1.0
+        ),
         num_workers=1,
     )
-    draw_pairs(Path("runs/data/edits-validation"), PairDatasetConfig("validation", num_edits=6, size=32), num_workers=1)
+    draw_pairs(
+        Path("runs/data/edits-validation"),
+        PairDatasetConfig("validation", num_edits=6, size=32),
+        num_workers=1,
+    )
 
 
 def _build_loras() -> None:
@@ -271,9 +331,17 @@ def _build_loras() -> None:
     from data_builder.sources.sources import AvatarSource
 
     for name, first in (("build", 0), ("build-validation", 1_000_000)):
-        recipe = Recipe("checkpoints/avatars/base", preset="attention", rank=1, finetune_steps=1, subjects_per_batch=4)
+        recipe = Recipe(
+            "checkpoints/avatars/base",
+            preset="attention",
+            rank=1,
+            finetune_steps=1,
+            subjects_per_batch=4,
+        )
         write_plan(
-            make_plan(AvatarSource(first, first + 4, portraits_per_identity=2, resolution=16), recipe),
+            make_plan(
+                AvatarSource(first, first + 4, portraits_per_identity=2, resolution=16), recipe
+            ),
             Path("runs/avatars") / name,
         )
         run_build(Path("runs/avatars") / name)
@@ -284,7 +352,9 @@ def _learn_components() -> None:
     from hyperlora.pipelines.lora_codec import LoraCodec
 
     data = LoraDataset("runs/avatars/build", "train")
-    LoraCodec.fit_pca(data, 2, 2, components_per_factor=2).save_pretrained("runs/avatars/lora-components")
+    LoraCodec.fit_pca(data, 2, 2, components_per_factor=2).save_pretrained(
+        "runs/avatars/lora-components"
+    )
 
 
 _PREPARED = {
@@ -325,7 +395,9 @@ def test_every_config_has_a_rule() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, about so small a training
 @pytest.mark.parametrize("name", NAMES)
-def test_config_trains_and_resumes(name: str, stages: Stages, frozen_bases: list[tuple[Any, Any]]) -> None:
+def test_config_trains_and_resumes(
+    name: str, stages: Stages, frozen_bases: list[tuple[Any, Any]]
+) -> None:
     straight = stages.run(name)
     model = _config(name)["model"]["init_args"]
     learns = "Change" in _config(name)["model"]["class_path"] and not model.get("freeze_encoder")
@@ -333,18 +405,24 @@ def test_config_trains_and_resumes(name: str, stages: Stages, frozen_bases: list
     still = (*RULES[name].still, *(("model.encoder.", "model.codec.") if frozen else ()))
     _check_what_trains(straight.states, frozen=still)
     assert straight.losses.keys() == {0, 1, 2, 3}
-    assert all(math.isfinite(value) for metrics in straight.losses.values() for value in metrics.values())
+    assert all(
+        math.isfinite(value) for metrics in straight.losses.values() for value in metrics.values()
+    )
     _check_artifact(RULES[name].load(Path(model["out"])))
 
     resumed = stages.resume(name)
-    assert resumed.losses == {step: pytest.approx(straight.losses[step], rel=1e-5) for step in (2, 3)}
+    assert resumed.losses == {
+        step: pytest.approx(straight.losses[step], rel=1e-5) for step in (2, 3)
+    }
     torch.testing.assert_close(resumed.states[4], straight.states[4])
     _check_artifact(RULES[name].load(Path(model["out"])))
 
     for used, fresh in frozen_bases:
         for component, module in used.modules.items():
             assert all(p.grad is None for p in module.parameters())
-            torch.testing.assert_close(module.state_dict(), fresh.modules[component].state_dict(), rtol=0, atol=0)
+            torch.testing.assert_close(
+                module.state_dict(), fresh.modules[component].state_dict(), rtol=0, atol=0
+            )
 
 
 @pytest.mark.slow
@@ -357,15 +435,22 @@ def test_difflora_listens_to_faces_and_carries_their_pack(
     out = tmp_path / "model"
     train(
         [
-            *_command("avatars/difflora"), f"--model.init_args.face_pack={released.FACE_PACK_DIR}",
-            f"--model.init_args.output_dir={out}", f"--trainer.default_root_dir={tmp_path}",
+            *_command("avatars/difflora"),
+            f"--model.init_args.face_pack={released.FACE_PACK_DIR}",
+            f"--model.init_args.output_dir={out}",
+            f"--trainer.default_root_dir={tmp_path}",
             f"--trainer.logger.init_args.save_dir={tmp_path}",
             f"--trainer.callbacks.init_args.dirpath={tmp_path / 'checkpoints'}",
         ]
-    )  # fmt: skip
-    assert re.search(r"no face was found in \d of 8 photos", caplog.text), "drawn at 16 pixels, most cannot be seen"
+    )
+    assert re.search(r"no face was found in \d of 8 photos", caplog.text), (
+        "drawn at 16 pixels, most cannot be seen"
+    )
     model = LoraDiffusion.from_pretrained(out)
-    assert model.face_analyzer is not None and model.face_analyzer.pack_dir == (out / "face-pack").resolve()
+    assert (
+        model.face_analyzer is not None
+        and model.face_analyzer.pack_dir == (out / "face-pack").resolve()
+    )
     assert model.mixture.mode == "gate" and model.photo_size == 128
 
 
@@ -374,7 +459,11 @@ def test_pretrained_encoders_exist(name: str) -> None:
     model = _config(name)["model"]["init_args"]
     assert model["encoder_options"]["pretrained"]
     size = timm.get_pretrained_cfg(model["encoder"]).input_size[-1]
-    assert model["encoder_options"]["image_size"] == size == _config(name)["data"]["init_args"]["encoder_size"]
+    assert (
+        model["encoder_options"]["image_size"]
+        == size
+        == _config(name)["data"]["init_args"]["encoder_size"]
+    )
 
 
 def _command(name: str) -> list[str]:
@@ -394,13 +483,17 @@ def _states(name: str) -> dict[int, dict[str, Tensor]]:
     for file in _folder(name).glob("*step=*.ckpt"):
         checkpoint = torch.load(file, weights_only=False)
         # with averaged weights, "state_dict" holds the average
-        states[checkpoint["global_step"]] = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        states[checkpoint["global_step"]] = checkpoint.get(
+            "current_model_state", checkpoint["state_dict"]
+        )
     return states
 
 
 def _losses(name: str) -> dict[int, dict[str, float]]:
     """Of the latest run, what was logged about training after each step."""
-    version = max((_folder(name) / "lightning_logs").iterdir(), key=lambda path: int(path.name.split("_")[1]))
+    version = max(
+        (_folder(name) / "lightning_logs").iterdir(), key=lambda path: int(path.name.split("_")[1])
+    )
     losses = {}
     with (version / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
@@ -415,7 +508,11 @@ def _check_what_trains(states: dict[int, dict[str, Tensor]], frozen: tuple[str, 
     moved = {name: not torch.equal(value, states[4][name]) for name, value in states[2].items()}
     still = {name for name in moved if name.startswith(frozen)}
     assert not any(moved[name] for name in still)
-    statistics = {name for name in moved if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    statistics = {
+        name
+        for name in moved
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
     trained = [moved[name] for name in moved.keys() - still - statistics]
     assert sum(trained) > 0.9 * len(trained)
     assert all(value.isfinite().all() for value in states[4].values() if value.is_floating_point())
@@ -429,7 +526,9 @@ def _check_artifact(artifact: Any) -> None:
         assert norms.isfinite().all()
         assert norms.max() > 0
     if isinstance(artifact, PairToLora):
-        before, after = (Path(f"pairs/validation/{n}_{side}.png") for n, side in ((0, "before"), (0, "after")))
+        before, after = (
+            Path(f"pairs/validation/{n}_{side}.png") for n, side in ((0, "before"), (0, "after"))
+        )
         norms = artifact((before, after)).compute_delta_norms()
         assert norms.isfinite().all()
         assert norms.max() > 0

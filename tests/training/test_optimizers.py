@@ -44,7 +44,9 @@ def test_the_others_go_where_adamw_takes_them():
     pairs = [_copies(7), _copies(3, 4)]
     optimizers = [
         Muon([{"params": [mine for mine, _ in pairs], "muon": False}], 1e-2, 0.1),
-        torch.optim.AdamW([reference for _, reference in pairs], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99)),
+        torch.optim.AdamW(
+            [reference for _, reference in pairs], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99)
+        ),
     ]
     _steps(pairs, optimizers)
     for mine, reference in pairs:

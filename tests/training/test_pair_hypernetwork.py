@@ -13,5 +13,7 @@ def test_a_vocabulary_that_is_not_there_is_told(workspace: Path, tmp_path: Path)
     (tmp_path / "broken.json").write_text("{")
     for name in ("missing.json", "broken.json"):
         words = {"tokens": 4, "width": 8, "vocabulary": str(tmp_path / name)}
-        with pytest.raises(InvalidArgumentError, match=rf"{name}' is no JSON file.*data_builder edits"):
+        with pytest.raises(
+            InvalidArgumentError, match=rf"{name}' is no JSON file.*data_builder edits"
+        ):
             PairHypernetworkTraining(**options, network={"words": words})

@@ -10,16 +10,24 @@ from hypothesis import strategies as st
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.data.subjects import list_subjects
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.training.datamodules.photo_folders import PhotoFolderDataModule, personalize_caption, split_references
+from hyperlora.training.datamodules.photo_folders import (
+    PhotoFolderDataModule,
+    personalize_caption,
+    split_references,
+)
 
 
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 4))
-def test_targets_are_never_references_unless_there_is_one_photo(photos: int, views: int, targets: int) -> None:
+def test_targets_are_never_references_unless_there_is_one_photo(
+    photos: int, views: int, targets: int
+) -> None:
     references, others = split_references(range(photos), views, targets)
     assert (len(references), len(others)) == (views, targets)
     if photos > 1:
         assert not set(references) & set(others)
-        assert len(set(references)) == min(views, photos - 1)  # none comes twice before all have come
+        assert len(set(references)) == min(
+            views, photos - 1
+        )  # none comes twice before all have come
     else:
         assert set(references) == set(others) == {0}
 
@@ -60,7 +68,11 @@ def test_batches_are_in_the_order_loras_are_shared_in(workspace: Path) -> None:
             subject, image = subjects[number], batch["images"][j * 3 + i]
             photos = torch.stack([to_tensor(read_image(p), 16) for p in subject.photos])
             (which,) = (photos == image).flatten(1).all(1).nonzero().flatten().tolist()
-            expected = "a photo of sks person" if subject.captions[which] is None else "sks person in the rain"
+            expected = (
+                "a photo of sks person"
+                if subject.captions[which] is None
+                else "sks person in the rain"
+            )
             assert batch["captions"][j * 3 + i] == expected
 
 
@@ -75,5 +87,7 @@ def test_validation_is_the_same_every_time(workspace: Path) -> None:
 
 def test_a_step_that_takes_more_subjects_than_there_are_is_refused(workspace: Path) -> None:
     folder = str(workspace / "photos/validation")
-    with pytest.raises(InvalidArgumentError, match=r"holds 2 subjects, one step takes 3: .*lower batch_size"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"holds 2 subjects, one step takes 3: .*lower batch_size"
+    ):
         PhotoFolderDataModule(folder, folder, resolution=16, batch_size=3).train_dataloader()

@@ -10,11 +10,16 @@ from hyperlora.training.weight_surgery import prune_unet
 def unet(deepest, in_channels=4, first=16):
     torch.manual_seed(0)
     return UNet(
-        sample_size=8, in_channels=in_channels, block_out_channels=(first, 24, deepest), layers_per_block=1,
+        sample_size=8,
+        in_channels=in_channels,
+        block_out_channels=(first, 24, deepest),
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16,
-        attention_head_dim=2, norm_num_groups=4,
-    )  # fmt: skip
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
 
 
 def said(model, x):
@@ -43,13 +48,18 @@ def test_new_inputs_have_no_effect_at_first():
 def test_what_is_written_to_most_stays():
     wide, narrow = unet(32), unet(16)
     blocks = [*wide.down_blocks[-1].resnets, *wide.mid_block.resnets, *wide.up_blocks[0].resnets]
-    loud = torch.tensor([i for i in range(32) if i % 8 >= 4])  # the second half of each of the 4 groups
+    loud = torch.tensor(
+        [i for i in range(32) if i % 8 >= 4]
+    )  # the second half of each of the 4 groups
     for block in blocks:
         block.conv2.weight[loud] *= 10
     prune_unet(wide, narrow)
-    torch.testing.assert_close(narrow.mid_block.resnets[0].conv2.bias, wide.mid_block.resnets[0].conv2.bias[loud])
     torch.testing.assert_close(
-        narrow.mid_block.resnets[0].conv2.weight, wide.mid_block.resnets[0].conv2.weight[loud][:, loud]
+        narrow.mid_block.resnets[0].conv2.bias, wide.mid_block.resnets[0].conv2.bias[loud]
+    )
+    torch.testing.assert_close(
+        narrow.mid_block.resnets[0].conv2.weight,
+        wide.mid_block.resnets[0].conv2.weight[loud][:, loud],
     )
 
 

@@ -40,7 +40,9 @@ def _unet(options: dict[str, Any]) -> nn.Module:
 
 
 def _config(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / name / "hyperdreambooth.yaml").read_text())["model"]["init_args"]
+    return yaml.safe_load((CONFIGS / name / "hyperdreambooth.yaml").read_text())["model"][
+        "init_args"
+    ]
 
 
 def _layout(name: str, unet: nn.Module) -> LoraLayout:
@@ -75,13 +77,17 @@ def test_the_real_sdxl_unet_takes_its_layout(tmp_path: Path) -> None:
         Hypernetwork(layout, 768, **_config("sdxl")["hypernetwork"])
     weights = LoraWeights.unflatten(layout, torch.randn(layout.numel))
     file = save_lora(weights, tmp_path / "lora.safetensors")
-    _check_loaded(StableDiffusionXLPipeline.lora_state_dict(file, unet_config=unet.config), unet, weights)
+    _check_loaded(
+        StableDiffusionXLPipeline.lora_state_dict(file, unet_config=unet.config), unet, weights
+    )
 
 
 def _check_loaded(loaded: Any, unet: nn.Module, weights: LoraWeights) -> None:
     """Each factor of the file has arrived at its site, at strength 1, and there is no other."""
     state, network_alphas = loaded[:2]
-    unet.load_lora_adapter(state, network_alphas=network_alphas, prefix="unet", low_cpu_mem_usage=True)
+    unet.load_lora_adapter(
+        state, network_alphas=network_alphas, prefix="unet", low_cpu_mem_usage=True
+    )
     factors = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
     assert len(factors) == 2 * len(weights.layout.targets)
     for site, down, up in zip(weights.layout.targets, weights.down, weights.up, strict=True):

@@ -10,10 +10,18 @@ from hyperlora.training.weight_surgery import widen_unet
 def unet(first: int, hidden: int = 40, time: int = 64, groups: int = 8) -> UNet2DConditionModel:
     torch.manual_seed(first)
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(first, hidden), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=groups, time_embedding_dim=time,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(first, hidden),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=groups,
+        time_embedding_dim=time,
+    )
 
 
 def outputs(*models: UNet2DConditionModel) -> list[torch.Tensor]:
@@ -27,8 +35,13 @@ def outputs(*models: UNet2DConditionModel) -> list[torch.Tensor]:
 def test_it_computes_the_same_and_can_learn_more(times: int) -> None:
     narrow, wide = unet(16), unet(16 * times)
     widen_unet(narrow, wide, noise_std=0.0)
-    for model in (narrow, wide):  # the two norms over hidden channels and a wider skip, whose groups shift
-        model.up_blocks[0].resnets[1].norm1 = model.up_blocks[1].resnets[0].norm1 = torch.nn.Identity()
+    for model in (
+        narrow,
+        wide,
+    ):  # the two norms over hidden channels and a wider skip, whose groups shift
+        model.up_blocks[0].resnets[1].norm1 = model.up_blocks[1].resnets[0].norm1 = (
+            torch.nn.Identity()
+        )
     torch.testing.assert_close(*outputs(narrow, wide), rtol=1e-4, atol=1e-5)
     narrow, wide = unet(16), unet(16 * times)
     widen_unet(narrow, wide, noise_std=0.05)

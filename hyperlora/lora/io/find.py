@@ -21,15 +21,23 @@ def find_lora(folder: str | PathLike[str], name: str) -> Path:
         raise InvalidArgumentError(f"{str(folder)!r} is no folder of LoRA files")
     files = sorted(f for f in folder.rglob("*.safetensors") if not f.name.startswith("."))
     stem = name.removesuffix(".safetensors")
-    name_matches = [f for f in files if stem in (f.stem, f.relative_to(folder).with_suffix("").as_posix())]
+    name_matches = [
+        f for f in files if stem in (f.stem, f.relative_to(folder).with_suffix("").as_posix())
+    ]
     if name_matches:
         return _select_single_match(name_matches, name)
     unreadable: list[str] = []
     titles = list(_read_titles(files, unreadable))
     if title_matches := [f for f, title in titles if title == name]:
         return _select_single_match(title_matches, name)
-    suggestions = get_close_matches(name, [*(f.stem for f in files), *(t for _, t in titles if t)], 3)
-    hint = f"did you mean {' or '.join(map(repr, suggestions))}?" if suggestions else f"{len(files)} others are there"
+    suggestions = get_close_matches(
+        name, [*(f.stem for f in files), *(t for _, t in titles if t)], 3
+    )
+    hint = (
+        f"did you mean {' or '.join(map(repr, suggestions))}?"
+        if suggestions
+        else f"{len(files)} others are there"
+    )
     note = f" (not readable: {'; '.join(unreadable)})" if unreadable else ""
     raise InvalidArgumentError(f"no LoRA called {name!r} in {str(folder)!r}: {hint}{note}")
 

@@ -37,13 +37,17 @@ class LoraInfo:
 
 
 def inspect_lora(
-    path: str | PathLike[str], layout: LoraLayout | None = None, modules: Mapping[str, nn.Module] | None = None
+    path: str | PathLike[str],
+    layout: LoraLayout | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> LoraInfo:
     """Read ``generate_invalid_path`` as ``load_lora`` does (same errors) and sum it up."""
     file = load_lora(path, layout, modules)
     file_layout = file.weights.layout
     squared_norms = dict.fromkeys(file_layout.components, 0.0)
-    for target, norm in zip(file_layout.targets, file.weights.compute_delta_norms().tolist(), strict=True):
+    for target, norm in zip(
+        file_layout.targets, file.weights.compute_delta_norms().tolist(), strict=True
+    ):
         squared_norms[target.component] += norm**2
     return LoraInfo(
         name=Path(path).name,
@@ -56,6 +60,8 @@ def inspect_lora(
         num_parameters=file_layout.numel,
         rank_counts=dict(sorted(Counter(file.ranks).items())),
         norm=sum(squared_norms.values()) ** 0.5,
-        component_norms={component: squared_norm**0.5 for component, squared_norm in squared_norms.items()},
+        component_norms={
+            component: squared_norm**0.5 for component, squared_norm in squared_norms.items()
+        },
         metadata=file.metadata,
     )

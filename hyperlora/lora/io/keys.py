@@ -19,15 +19,63 @@ KOHYA_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
-COMPONENTS: Final = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS: Final = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
 _ROOT_MODULES: Final = frozenset(
-    {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding", "text_model"}
+    {
+        "down_blocks",
+        "mid_block",
+        "up_blocks",
+        "conv_in",
+        "conv_out",
+        "time_embedding",
+        "add_embedding",
+        "text_model",
+    }
     | {"text_projection"}
 )
 _CHILD_MODULES: Final = frozenset(
-    {"attentions", "resnets", "downsamplers", "upsamplers", "transformer_blocks", "attn1", "attn2", "to_q", "to_k"}
-    | {"to_v", "to_out", "ff", "net", "proj", "proj_in", "proj_out", "conv", "conv1", "conv2", "conv_shortcut"}
-    | {"time_emb_proj", "linear_1", "linear_2", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj"}
+    {
+        "attentions",
+        "resnets",
+        "downsamplers",
+        "upsamplers",
+        "transformer_blocks",
+        "attn1",
+        "attn2",
+        "to_q",
+        "to_k",
+    }
+    | {
+        "to_v",
+        "to_out",
+        "ff",
+        "net",
+        "proj",
+        "proj_in",
+        "proj_out",
+        "conv",
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+    }
+    | {
+        "time_emb_proj",
+        "linear_1",
+        "linear_2",
+        "encoder",
+        "layers",
+        "self_attn",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
     | {"out_proj", "mlp", "fc1", "fc2"}
 )
 """The only names in a UNet or CLIP path, to recognise a kohya name whose dots cannot be restored without the base."""
@@ -70,16 +118,22 @@ def parse_kohya_stem(stem: str, layers_per_block: int = 2) -> str:
     state_dict: dict[str, Any] = {f"{stem}.lora_down.weight": None, f"{stem}.lora_up.weight": None}
     config: Any = SimpleNamespace(layers_per_block=layers_per_block)
     try:
-        converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(state_dict, unet_config=config)
+        converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+            state_dict, unet_config=config
+        )
         name = next(convert_key_to_peft(key) for key in converted if key.endswith(".down.weight"))
     except (ValueError, KeyError, IndexError, StopIteration) as error:
-        raise InvalidLoraFileError(f"kohya key {stem!r} names no site of a Stable Diffusion model") from error
+        raise InvalidLoraFileError(
+            f"kohya key {stem!r} names no site of a Stable Diffusion model"
+        ) from error
     name = name.removesuffix(".lora_A.weight")
     _, root, *children = name.split(".")
     if root not in _ROOT_MODULES or any(
         part not in _CHILD_MODULES and not re.fullmatch(r"\d+", part) for part in children
     ):
-        raise InvalidLoraFileError(f"kohya key {stem!r} cannot be read without its base: pass modules= or layout=")
+        raise InvalidLoraFileError(
+            f"kohya key {stem!r} cannot be read without its base: pass modules= or layout="
+        )
     return name
 
 
@@ -122,6 +176,12 @@ def convert_path_to_sgm(path: str) -> str:
             return f"output_blocks.{3 * int(block) + int(layer)}.0.{_SGM_RESNET_PATHS[part]}"
         case ["up_blocks", block, "attentions", layer, *suffix]:
             return ".".join([f"output_blocks.{3 * int(block) + int(layer)}.1", *suffix])
-        case ["up_blocks", ("0" | "1") as block, "upsamplers", "0", "conv"]:  # after a resnet and an attention
+        case [
+            "up_blocks",
+            ("0" | "1") as block,
+            "upsamplers",
+            "0",
+            "conv",
+        ]:  # after a resnet and an attention
             return f"output_blocks.{2 + 3 * int(block)}.2.conv"
     raise InvalidArgumentError(f"SDXL has no module {path}: sgm names are for SDXL LoRAs only")

@@ -59,21 +59,30 @@ def load_lora(
     lora_metadata = LoraMetadata.from_safetensors_metadata(metadata)
     known_names = _list_target_names(layout, modules)
     factors_by_name = parse_state_dict(
-        tensors, metadata, _make_name_resolver(detect_format(tensors), known_names, modules), file_name
+        tensors,
+        metadata,
+        _make_name_resolver(detect_format(tensors), known_names, modules),
+        file_name,
     )
     claimed_base = metadata.get("hyperlora.base", "")
     if layout is not None:
         _check_same_targets(factors_by_name.keys(), layout, claimed_base, file_name)
         expected = layout
     elif modules is not None:
-        expected = _select_layout(modules, factors_by_name.keys(), lora_metadata.base_model or UNKNOWN_BASE, file_name)
+        expected = _select_layout(
+            modules, factors_by_name.keys(), lora_metadata.base_model or UNKNOWN_BASE, file_name
+        )
     else:
         base = lora_metadata.base_model or UNKNOWN_BASE
-        expected = LoraLayout(tuple(factors.target for factors in factors_by_name.values()), 1, base)
+        expected = LoraLayout(
+            tuple(factors.target for factors in factors_by_name.values()), 1, base
+        )
     ordered_factors = [factors_by_name[target.name] for target in expected.targets]
     base = claimed_base if layout is not None and claimed_base else expected.base
     file_layout = LoraLayout(
-        tuple(factors.target for factors in ordered_factors), max(factors.rank for factors in ordered_factors), base
+        tuple(factors.target for factors in ordered_factors),
+        max(factors.rank for factors in ordered_factors),
+        base,
     )
     expected.check_compatible(file_layout, ignore_rank=True)
     if file_layout.numel > max_parameters:
@@ -82,10 +91,18 @@ def load_lora(
         )
     weights = _pad_to_rank(ordered_factors, file_layout)
     size_bytes = len(file) if isinstance(file, bytes) else file.stat().st_size
-    return LoraFile(weights, lora_metadata, detect_format(tensors), tuple(p.rank for p in ordered_factors), size_bytes)
+    return LoraFile(
+        weights,
+        lora_metadata,
+        detect_format(tensors),
+        tuple(p.rank for p in ordered_factors),
+        size_bytes,
+    )
 
 
-def _list_target_names(layout: LoraLayout | None, modules: Mapping[str, nn.Module] | None) -> frozenset[str]:
+def _list_target_names(
+    layout: LoraLayout | None, modules: Mapping[str, nn.Module] | None
+) -> frozenset[str]:
     """Site names the file may use; empty if nothing is known of the base."""
     if layout is not None:
         return frozenset(target.name for target in layout.targets)
@@ -118,7 +135,9 @@ def _make_name_resolver(
     return resolve_name
 
 
-def _check_same_targets(names: Collection[str], layout: LoraLayout, claimed_base: str, file_name: str) -> None:
+def _check_same_targets(
+    names: Collection[str], layout: LoraLayout, claimed_base: str, file_name: str
+) -> None:
     expected = {target.name for target in layout.targets}
     missing, unknown = expected - set(names), set(names) - expected
     if not missing and not unknown:
@@ -131,7 +150,9 @@ def _check_same_targets(names: Collection[str], layout: LoraLayout, claimed_base
     )
 
 
-def _select_layout(modules: Mapping[str, nn.Module], names: Collection[str], base: str, file_name: str) -> LoraLayout:
+def _select_layout(
+    modules: Mapping[str, nn.Module], names: Collection[str], base: str, file_name: str
+) -> LoraLayout:
     """The layout of the sites ``names`` of the live base, in its own order; shapes are the base's."""
     known_names = _list_target_names(None, modules)
     if unknown := sorted(set(names) - known_names):
@@ -140,7 +161,9 @@ def _select_layout(modules: Mapping[str, nn.Module], names: Collection[str], bas
             f"{unknown[0]} ({len(known_names)} sites possible in {', '.join(modules)}): use the base it was made for"
         )
     layouts = [
-        LoraLayout.from_module(module, component, lambda path, c=component: f"{c}.{path}" in names, 1, base)  # type: ignore[misc]
+        LoraLayout.from_module(
+            module, component, lambda path, c=component: f"{c}.{path}" in names, 1, base
+        )  # type: ignore[misc]
         for component, module in modules.items()
         if any(name.startswith(f"{component}.") for name in names)
     ]

@@ -36,8 +36,19 @@ _TEXT_KEYS: Final[Mapping[str, str]] = {
 }
 _RESERVED_KEYS: Final = frozenset(
     {
-        *("format", "lora_adapter_metadata", "modelspec.sai_model_spec", "modelspec.implementation"),
-        *("modelspec.architecture", "modelspec.resolution", "ss_v2", "ss_base_model_version", "ss_network_module"),
+        *(
+            "format",
+            "lora_adapter_metadata",
+            "modelspec.sai_model_spec",
+            "modelspec.implementation",
+        ),
+        *(
+            "modelspec.architecture",
+            "modelspec.resolution",
+            "ss_v2",
+            "ss_base_model_version",
+            "ss_network_module",
+        ),
         *("ss_network_dim", "ss_network_alpha", "ss_network_args"),
         *("hyperlora.reference_sha256", "hyperlora.recommended_strength"),
     }
@@ -97,7 +108,9 @@ class LoraMetadata:
                 f"the extra header key {reserved[0]!r} is reserved: use the field of LoraHeader instead"
             )
         rank, has_conv = layout.rank, any(target.kernel_size for target in layout.targets)
-        optional = {key: getattr(self, name) for name, key in _TEXT_KEYS.items() if getattr(self, name)}
+        optional = {
+            key: getattr(self, name) for name, key in _TEXT_KEYS.items() if getattr(self, name)
+        }
         if self.resolution:
             optional["modelspec.resolution"] = "{}x{}".format(*self.resolution)
         return {
@@ -107,11 +120,15 @@ class LoraMetadata:
             "modelspec.architecture": f"{self.architecture or 'unknown'}/lora",
             "modelspec.implementation": "diffusers",
             "ss_v2": str(self.architecture.startswith("stable-diffusion-v2")),
-            "ss_base_model_version": KOHYA_BASE_VERSIONS.get(self.architecture, self.architecture or "unknown"),
+            "ss_base_model_version": KOHYA_BASE_VERSIONS.get(
+                self.architecture, self.architecture or "unknown"
+            ),
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(rank),
             "ss_network_alpha": str(float(rank)),
-            "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": float(rank)} if has_conv else {}),
+            "ss_network_args": json.dumps(
+                {"conv_dim": rank, "conv_alpha": float(rank)} if has_conv else {}
+            ),
             "hyperlora.reference_sha256": json.dumps(self.reference_sha256),
             "hyperlora.recommended_strength": repr(float(self.recommended_strength)),
         }
@@ -123,14 +140,20 @@ class LoraMetadata:
         Raises ``InvalidLoraFileError`` if our own fields are malformed; odd fields of other tools are ignored.
         """
         text_fields = {name: metadata.get(key, "") for name, key in _TEXT_KEYS.items()}
-        text_fields["base_model"] = text_fields["base_model"] or metadata.get("ss_sd_model_name", "")
+        text_fields["base_model"] = text_fields["base_model"] or metadata.get(
+            "ss_sd_model_name", ""
+        )
         try:
             sha256 = json.loads(metadata.get("hyperlora.reference_sha256", "[]"))
             strength = float(metadata.get("hyperlora.recommended_strength", "1.0"))
         except (ValueError, RecursionError) as error:
-            raise InvalidLoraFileError(f"the file's own hyperlora header is malformed: {error}") from error
+            raise InvalidLoraFileError(
+                f"the file's own hyperlora header is malformed: {error}"
+            ) from error
         if not isfinite(strength):
-            raise InvalidLoraFileError(f"the file's own hyperlora header is malformed: recommended_strength {strength}")
+            raise InvalidLoraFileError(
+                f"the file's own hyperlora header is malformed: recommended_strength {strength}"
+            )
         if not isinstance(sha256, list) or not all(isinstance(digest, str) for digest in sha256):
             raise InvalidLoraFileError(
                 "the file's own hyperlora header is malformed: reference_sha256 is no list of texts"
@@ -142,7 +165,9 @@ class LoraMetadata:
             "reference_sha256": tuple(sha256),
             "recommended_strength": strength,
             "extra": {
-                k: v for k, v in metadata.items() if k not in _RESERVED_KEYS and k not in set(_TEXT_KEYS.values())
+                k: v
+                for k, v in metadata.items()
+                if k not in _RESERVED_KEYS and k not in set(_TEXT_KEYS.values())
             },
         }
         return cls(**fields)
@@ -152,7 +177,10 @@ def _parse_architecture(metadata: Mapping[str, str]) -> str:
     if spec := metadata.get("modelspec.architecture", "").removesuffix("/lora"):
         return "" if spec == "unknown" else spec
     base_version = metadata.get("ss_base_model_version", "")
-    return next((name for name, kohya_name in KOHYA_BASE_VERSIONS.items() if kohya_name == base_version), base_version)
+    return next(
+        (name for name, kohya_name in KOHYA_BASE_VERSIONS.items() if kohya_name == base_version),
+        base_version,
+    )
 
 
 def _parse_resolution(text: str) -> tuple[int, int] | None:

@@ -41,28 +41,42 @@ def read_tensors(source: Path | bytes, file_name: str) -> tuple[dict[str, Tensor
             raise InvalidLoraFileError(f"there is no file {source}")
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > MAX_BYTES:
-        raise InvalidLoraFileError(f"{file_name} is {size / 2**30:.1f} GiB, at most {MAX_BYTES >> 30} GiB are read")
+        raise InvalidLoraFileError(
+            f"{file_name} is {size / 2**30:.1f} GiB, at most {MAX_BYTES >> 30} GiB are read"
+        )
     entries = read_header(source, size, file_name)
     metadata = _pop_metadata(entries, file_name)
     if not 0 < len(entries) <= MAX_TENSORS:
-        raise InvalidLoraFileError(f"{file_name} holds {len(entries)} tensors, expected 1 to {MAX_TENSORS}")
+        raise InvalidLoraFileError(
+            f"{file_name} holds {len(entries)} tensors, expected 1 to {MAX_TENSORS}"
+        )
     for key, entry in entries.items():
         if len(key) > MAX_KEY_LENGTH or not _KEY_PATTERN.fullmatch(key):
-            raise InvalidLoraFileError(f"{file_name} has a tensor named {key[:80]!r}, which is no module path")
+            raise InvalidLoraFileError(
+                f"{file_name} has a tensor named {key[:80]!r}, which is no module path"
+            )
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if dtype not in (_ALPHA_DTYPES if key.endswith(".alpha") else _DTYPES):
             raise InvalidLoraFileError(
                 f"tensor {key} of {file_name} has dtype {dtype}, expected one of {sorted(_DTYPES)}"
             )
     try:
-        load_fn = safetensors.torch.load if isinstance(source, bytes) else safetensors.torch.load_file
+        load_fn = (
+            safetensors.torch.load if isinstance(source, bytes) else safetensors.torch.load_file
+        )
         tensors = load_fn(source)  # type: ignore[arg-type]
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise InvalidLoraFileError(f"{file_name} is not a sound safetensors file: {error}") from error
+        raise InvalidLoraFileError(
+            f"{file_name} is not a sound safetensors file: {error}"
+        ) from error
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise InvalidLoraFileError(f"tensor {key} of {file_name} holds NaN or infinity: the LoRA is broken")
-    return {key: tensors[key] for key in entries}, metadata  # safetensors' own order changes from run to run
+            raise InvalidLoraFileError(
+                f"tensor {key} of {file_name} holds NaN or infinity: the LoRA is broken"
+            )
+    return {
+        key: tensors[key] for key in entries
+    }, metadata  # safetensors' own order changes from run to run
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -74,7 +88,9 @@ def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """A whole safetensors file, the bytes that ``safetensors.torch.save`` writes but for the order of the metadata: its
     own changes from run to run. A LoRA has hundreds of small tensors, and it takes 50 µs for each."""
     sorted_items = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header_entries: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    header_entries: dict[str, Any] = {
+        "__metadata__": dict(sorted({"format": "pt", **metadata}.items()))
+    }
     end = 0
     for key, tensor in sorted_items:
         begin, end = end, end + tensor.nbytes
@@ -85,7 +101,9 @@ def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         }
     header = json.dumps(header_entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    buffers: list[Any] = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, t in sorted_items]
+    buffers: list[Any] = [
+        t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, t in sorted_items
+    ]
     return b"".join((len(header).to_bytes(8, "little"), header, *buffers))
 
 
@@ -112,7 +130,9 @@ def find_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _pop_metadata(entries: dict[str, Any], file_name: str) -> dict[str, str]:
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise InvalidLoraFileError(f"{file_name} has a header that is not a table of strings")
     return metadata
 
@@ -122,7 +142,9 @@ def read_header(source: Path | bytes, size: int, file_name: str) -> dict[str, An
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
-            raise InvalidLoraFileError(f"{file_name} is not a safetensors file: its header claims {header_bytes} bytes")
+            raise InvalidLoraFileError(
+                f"{file_name} is not a safetensors file: its header claims {header_bytes} bytes"
+            )
         raw = file.read(header_bytes)
 
     def check_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -136,7 +158,9 @@ def read_header(source: Path | bytes, size: int, file_name: str) -> dict[str, An
     try:
         header = json.loads(raw, object_pairs_hook=check_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise InvalidLoraFileError(f"{file_name} is not a safetensors file: its header is no JSON") from error
+        raise InvalidLoraFileError(
+            f"{file_name} is not a safetensors file: its header is no JSON"
+        ) from error
     if not isinstance(header, dict):
         raise InvalidLoraFileError(f"{file_name} is not a safetensors file: its header is no table")
     return header

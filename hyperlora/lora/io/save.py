@@ -77,24 +77,36 @@ def serialize_lora(
 
 def _validate_weights(weights: LoraWeights, format: str, dtype: torch.dtype) -> None:
     if format not in LORA_FORMATS:
-        raise InvalidArgumentError(f"unknown LoRA format {format!r}; known: {', '.join(LORA_FORMATS)}")
+        raise InvalidArgumentError(
+            f"unknown LoRA format {format!r}; known: {', '.join(LORA_FORMATS)}"
+        )
     if dtype not in _DTYPES:
         raise InvalidArgumentError(f"LoRA files hold float32, float16 or bfloat16, not {dtype}")
     if weights.batch_shape:
-        raise InvalidArgumentError(f"one LoRA per file, this is a batch of {list(weights.batch_shape)}: index it first")
+        raise InvalidArgumentError(
+            f"one LoRA per file, this is a batch of {list(weights.batch_shape)}: index it first"
+        )
     components = COMPONENTS if format == "diffusers" else tuple(KOHYA_PREFIXES)
     if unknown := [name for name in weights.layout.components if name not in components]:
-        raise InvalidArgumentError(f"{format} files hold {', '.join(components)}, not {unknown[0]}: use another format")
-    required_suffixes = ("q_proj", "k_proj", "v_proj", "out_proj") if format == "diffusers" else ("out_proj",)
+        raise InvalidArgumentError(
+            f"{format} files hold {', '.join(components)}, not {unknown[0]}: use another format"
+        )
+    required_suffixes = (
+        ("q_proj", "k_proj", "v_proj", "out_proj") if format == "diffusers" else ("out_proj",)
+    )
     for component in ("text_encoder", "text_encoder_2"):
-        targets = [target.name for target in weights.layout.targets if target.component == component]
+        targets = [
+            target.name for target in weights.layout.targets if target.component == component
+        ]
         if targets and not any(name.endswith(required_suffixes) for name in targets):
             raise InvalidArgumentError(
                 f"diffusers cannot load a {component} LoRA without {required_suffixes[-1]} sites: adapt these too"
             )
 
 
-def _convert_to_peft(weights: LoraWeights, dtype: torch.dtype, use_sgm_names: bool) -> dict[str, Tensor]:
+def _convert_to_peft(
+    weights: LoraWeights, dtype: torch.dtype, use_sgm_names: bool
+) -> dict[str, Tensor]:
     from diffusers.loaders.lora_base import LoraBaseMixin
 
     tensors: dict[str, Tensor] = {}
@@ -104,10 +116,12 @@ def _convert_to_peft(weights: LoraWeights, dtype: torch.dtype, use_sgm_names: bo
             if target.component == component:
                 path = format_file_key(target.name).split(".", 1)[1]
                 path = convert_path_to_sgm(path) if use_sgm_names and component == "unet" else path
-                component_tensors[f"{path}.lora_A.weight"] = _unflatten_kernel(target, down).to(dtype)
-                component_tensors[f"{path}.lora_B.weight"] = (up[..., None, None] if target.kernel_size else up).to(
+                component_tensors[f"{path}.lora_A.weight"] = _unflatten_kernel(target, down).to(
                     dtype
                 )
+                component_tensors[f"{path}.lora_B.weight"] = (
+                    up[..., None, None] if target.kernel_size else up
+                ).to(dtype)
         tensors |= LoraBaseMixin.pack_weights(component_tensors, component)
     return tensors
 
@@ -121,10 +135,19 @@ def _convert_to_kohya(tensors: dict[str, Tensor], is_sdxl: bool) -> dict[str, Te
 
     converted = convert_state_dict_to_kohya(tensors)
     if len(converted) != len(tensors) // 2 * 3:
-        raise InvalidArgumentError("two sites of this LoRA have one name in kohya's format: save it as diffusers")
-    if not is_sdxl:  # Stable Diffusion 1 and 2 have one text encoder, which kohya's tools do not number
-        converted = {key.replace("lora_te1_", "lora_te_", 1): tensor for key, tensor in converted.items()}
-    return {key: tensor.float() if key.endswith(".alpha") else tensor for key, tensor in converted.items()}
+        raise InvalidArgumentError(
+            "two sites of this LoRA have one name in kohya's format: save it as diffusers"
+        )
+    if (
+        not is_sdxl
+    ):  # Stable Diffusion 1 and 2 have one text encoder, which kohya's tools do not number
+        converted = {
+            key.replace("lora_te1_", "lora_te_", 1): tensor for key, tensor in converted.items()
+        }
+    return {
+        key: tensor.float() if key.endswith(".alpha") else tensor
+        for key, tensor in converted.items()
+    }
 
 
 def _build_adapter_config(layout: LoraLayout) -> dict[str, object]:
@@ -132,7 +155,11 @@ def _build_adapter_config(layout: LoraLayout) -> dict[str, object]:
     suffixes, so they fit flattened and nested CLIP models alike."""
     config: dict[str, object] = {}
     for component in layout.components:
-        paths = [target.path.removeprefix("text_model.") for target in layout.targets if target.component == component]
+        paths = [
+            target.path.removeprefix("text_model.")
+            for target in layout.targets
+            if target.component == component
+        ]
         config |= {f"{component}.r": layout.rank, f"{component}.lora_alpha": layout.rank}
         config[f"{component}.target_modules"] = sorted(paths)
     return config

@@ -56,7 +56,10 @@ def detect_format(tensors: Mapping[str, Tensor]) -> LoraFormat:
 
 
 def parse_state_dict(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name_fn: Callable[[str], str], file_name: str
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    name_fn: Callable[[str], str],
+    file_name: str,
 ) -> dict[str, LoraFactors]:
     """Pairs by site name (``name_fn`` a stem), in float32, alpha / rank multiplied into ``up``.
 
@@ -68,14 +71,18 @@ def parse_state_dict(
     for key, tensor in tensors.items():
         stem, role = _parse_key(key, is_kohya, file_name)
         if role in tensors_by_stem.setdefault(stem, {}):
-            raise InvalidLoraFileError(f"{file_name} has two keys for {role} of {stem}, one of them {key}")
+            raise InvalidLoraFileError(
+                f"{file_name} has two keys for {role} of {stem}, one of them {key}"
+            )
         tensors_by_stem[stem][role] = tensor
     config = {} if is_kohya else _parse_adapter_config(metadata, file_name)
     factors_by_name: dict[str, LoraFactors] = {}
     for stem, stem_tensors in tensors_by_stem.items():
         name = name_fn(stem)
         if name in factors_by_name:
-            raise InvalidLoraFileError(f"{file_name} has two LoRAs for site {name}, one of them under {stem}")
+            raise InvalidLoraFileError(
+                f"{file_name} has two LoRAs for site {name}, one of them under {stem}"
+            )
         factors_by_name[name] = _fold_alpha(name, stem, stem_tensors, config, file_name)
     return factors_by_name
 
@@ -90,7 +97,11 @@ def _parse_key(key: str, is_kohya: bool, file_name: str) -> tuple[str, str]:
     if match is None:
         raise InvalidLoraFileError(f"{file_name} has the key {key}, which belongs to no LoRA pair")
     stem, role = match["stem"], _FACTOR_BY_SUFFIX.get(match["side"], "alpha")
-    prefixes = [p for group in KOHYA_PREFIXES.values() for p in group] if is_kohya else [f"{c}." for c in COMPONENTS]
+    prefixes = (
+        [p for group in KOHYA_PREFIXES.values() for p in group]
+        if is_kohya
+        else [f"{c}." for c in COMPONENTS]
+    )
     if not stem.startswith(tuple(prefixes)):
         raise InvalidLoraFileError(
             f"{file_name} has the key {key}, expected it to start with one of {', '.join(prefixes)}"
@@ -104,10 +115,19 @@ def _fold_alpha(
     down, up, alpha = tensors.get("down"), tensors.get("up"), tensors.get("alpha")
     if down is None or up is None:
         missing, present = ("down", sorted(tensors)) if down is None else ("up", sorted(tensors))
-        raise InvalidLoraFileError(f"{file_name} has {' and '.join(present)} of {stem} but no {missing}")
+        raise InvalidLoraFileError(
+            f"{file_name} has {' and '.join(present)} of {stem} but no {missing}"
+        )
     shapes = f"down {list(down.shape)}, up {list(up.shape)}"
-    if down.ndim != up.ndim or down.ndim not in (2, 4) or 0 in (*down.shape, *up.shape) or up[0, 0].numel() != 1:
-        raise InvalidLoraFileError(f"{stem} of {file_name} is {shapes}, which is no Linear or convolution LoRA")
+    if (
+        down.ndim != up.ndim
+        or down.ndim not in (2, 4)
+        or 0 in (*down.shape, *up.shape)
+        or up[0, 0].numel() != 1
+    ):
+        raise InvalidLoraFileError(
+            f"{stem} of {file_name} is {shapes}, which is no Linear or convolution LoRA"
+        )
     rank = down.shape[0]
     if up.shape[1] != rank:
         raise InvalidLoraFileError(
@@ -128,18 +148,28 @@ def _parse_adapter_config(metadata: Mapping[str, str], file_name: str) -> dict[s
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError) as error:
-        raise InvalidLoraFileError(f"{file_name} has a lora_adapter_metadata header that is no JSON") from error
+        raise InvalidLoraFileError(
+            f"{file_name} has a lora_adapter_metadata header that is no JSON"
+        ) from error
     if not isinstance(config, dict):
-        raise InvalidLoraFileError(f"{file_name} has a lora_adapter_metadata header that is no table")
+        raise InvalidLoraFileError(
+            f"{file_name} has a lora_adapter_metadata header that is no table"
+        )
     if dora := [key for key, value in config.items() if key.endswith(".use_dora") and value]:
-        raise InvalidLoraFileError(f"{file_name} is DoRA ({dora[0]} in its header): only plain LoRA and LoCon are read")
+        raise InvalidLoraFileError(
+            f"{file_name} is DoRA ({dora[0]} in its header): only plain LoRA and LoCon are read"
+        )
     return config
 
 
 def _compute_scale(config: Mapping[str, Any], name: str, rank: int, file_name: str) -> float:
     """alpha / rank (alpha / √rank for rsLoRA) as PEFT computes it, patterns included; 1 without a header."""
     component, path = name.split(".", 1)
-    fields = {key.split(".", 1)[1]: value for key, value in config.items() if key.startswith(f"{component}.")}
+    fields = {
+        key.split(".", 1)[1]: value
+        for key, value in config.items()
+        if key.startswith(f"{component}.")
+    }
     if not fields:
         return 1.0
     config_rank = _resolve_pattern_value(fields, "rank_pattern", "r", path, file_name)
@@ -157,7 +187,9 @@ def _resolve_pattern_value(
     from peft.utils.other import get_pattern_key
 
     patterns = fields.get(pattern_field) or {}
-    if isinstance(patterns, dict) and all(map(_PLAIN_PATTERN.fullmatch, patterns)):  # any regex could take forever
+    if isinstance(patterns, dict) and all(
+        map(_PLAIN_PATTERN.fullmatch, patterns)
+    ):  # any regex could take forever
         value = patterns.get(get_pattern_key(patterns.keys(), path), fields.get(default_field))
         if (
             isinstance(value, int | float) and abs(value) < _MAX_CONFIG_VALUE

@@ -38,14 +38,24 @@ async def edit_image(
     request: Request,
     owner: Caller,
     image: Annotated[UploadFile, File(description="The picture to edit_image.")],
-    before: Annotated[list[UploadFile] | None, File(description="Pictures before the edit_image.")] = None,
-    after: Annotated[list[UploadFile] | None, File(description="The same pictures after it.")] = None,
-    lora: Annotated[UploadFile | None, File(description="Or the LoRA of a change, a .safetensors file.")] = None,
+    before: Annotated[
+        list[UploadFile] | None, File(description="Pictures before the edit_image.")
+    ] = None,
+    after: Annotated[
+        list[UploadFile] | None, File(description="The same pictures after it.")
+    ] = None,
+    lora: Annotated[
+        UploadFile | None, File(description="Or the LoRA of a change, a .safetensors file.")
+    ] = None,
     lora_id: Annotated[FileId | None, Form(description="Or the id of a kept one.")] = None,
     strength: Annotated[Weight, Form(description="Of a pair, below 0 undoes the change.")] = 1.0,
-    instruction: Annotated[str, Form(max_length=1000, description="Words besides, or instead.")] = "",
+    instruction: Annotated[
+        str, Form(max_length=1000, description="Words besides, or instead.")
+    ] = "",
     seed: Annotated[int, Form(ge=0, le=2**63 - 1)] = 0,
-    num_inference_steps: Annotated[int | None, Form(ge=1, le=50, description="The model's own if not given.")] = None,
+    num_inference_steps: Annotated[
+        int | None, Form(ge=1, le=50, description="The model's own if not given.")
+    ] = None,
     repaint: Annotated[bool, Form(description="Repaint what the change leaves alone too.")] = False,
     prefer: Prefer = "",
 ) -> Response:
@@ -53,12 +63,21 @@ async def edit_image(
     state = get_state(request)
     pairs = await read_pairs(before, after, state.settings.max_photos)
     if sum((bool(pairs), lora is not None, lora_id is not None)) > 1:
-        raise InvalidArgumentError("send before and after, or a LoRA, or the id of a kept one: only one of these")
+        raise InvalidArgumentError(
+            "send before and after, or a LoRA, or the id of a kept one: only one of these"
+        )
     lora_data = await lora.read() if lora is not None else None
     if lora_id is not None:
         lora_data = get_stored_lora(state.files, lora_id)
     edit_request = EditImageRequest(
-        await image.read(), pairs, lora_data, strength, instruction, seed, num_inference_steps, repaint
+        await image.read(),
+        pairs,
+        lora_data,
+        strength,
+        instruction,
+        seed,
+        num_inference_steps,
+        repaint,
     )
 
     async def run_edit(timeout_s: float, on_progress: ProgressFn | None) -> EngineResult:

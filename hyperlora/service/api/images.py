@@ -36,10 +36,16 @@ _ACCEPTED = {"model": JobInfo, "description": "Accepted"}
 @router.post(
     "",
     response_model=ImageResponse,
-    responses=build_problem_responses(400, 403, 404, 408, 413, 503, 504, other_responses={200: _FILE, 202: _ACCEPTED}),
+    responses=build_problem_responses(
+        400, 403, 404, 408, 413, 503, 504, other_responses={200: _FILE, 202: _ACCEPTED}
+    ),
 )
 async def generate_image(
-    request: Request, owner: Caller, body: ImageRequestBody, accept: Accept = "*/*", prefer: Prefer = ""
+    request: Request,
+    owner: Caller,
+    body: ImageRequestBody,
+    accept: Accept = "*/*",
+    prefer: Prefer = "",
 ) -> Response:
     """A picture of a prompt, with LoRAs kept here, sent along, or named in the prompt. Requests of equal steps,
     guidance and size are drawn in one batch, each with its own LoRAs."""
@@ -50,7 +56,9 @@ async def generate_image(
 
     async def run_generation(timeout_s: float, on_progress: ProgressFn | None) -> EngineResult:
         return EngineResult(
-            await asyncio.to_thread(encode_png, await state.engine.generate_image(image_request, timeout_s))
+            await asyncio.to_thread(
+                encode_png, await state.engine.generate_image(image_request, timeout_s)
+            )
         )
 
     result = await run_or_enqueue(request, owner, prefer, "image", run_generation)
@@ -58,9 +66,13 @@ async def generate_image(
         return result
     if wants_json(accept):
         digest = sha256(result.value).hexdigest()
-        image_response = ImageResponse(sha256=digest, seed=body.seed, content=b64encode(result.value).decode())
+        image_response = ImageResponse(
+            sha256=digest, seed=body.seed, content=b64encode(result.value).decode()
+        )
         return Response(
-            image_response.model_dump_json(), media_type="application/json", headers={"ETag": f'"{digest}"'}
+            image_response.model_dump_json(),
+            media_type="application/json",
+            headers={"ETag": f'"{digest}"'},
         )
     return make_png_response(request, result)
 
@@ -68,7 +80,9 @@ async def generate_image(
 @router.get(
     "/{id}",
     response_class=Response,
-    responses=build_problem_responses(404, other_responses={200: _FILE, 304: {"description": "As you have it"}}),
+    responses=build_problem_responses(
+        404, other_responses={200: _FILE, 304: {"description": "As you have it"}}
+    ),
 )
 async def get_image(request: Request, owner: Caller, id: Annotated[FileId, Path()]) -> Response:
     """A picture that a job made."""
@@ -78,7 +92,9 @@ async def get_image(request: Request, owner: Caller, id: Annotated[FileId, Path(
     return make_file_response(request, data, id, "image/png", f"{id[:12]}.png")
 
 
-@router.delete("/{id}", status_code=204, response_class=Response, responses=build_problem_responses(404))
+@router.delete(
+    "/{id}", status_code=204, response_class=Response, responses=build_problem_responses(404)
+)
 async def delete_image(request: Request, owner: Caller, id: Annotated[FileId, Path()]) -> Response:
     """Forget a picture that a job made."""
     if not get_state(request).files.delete(id, "image"):
@@ -88,7 +104,9 @@ async def delete_image(request: Request, owner: Caller, id: Annotated[FileId, Pa
 
 def _get_lora_content(lora_ref: LoraRef, file_store: FileStore) -> bytes:
     if (lora_ref.id is None) == (lora_ref.content is None):
-        raise InvalidArgumentError("each LoRA needs either the id of a kept one or a file's content, and not both")
+        raise InvalidArgumentError(
+            "each LoRA needs either the id of a kept one or a file's content, and not both"
+        )
     if lora_ref.content is not None:
         return lora_ref.content
     return get_stored_lora(file_store, str(lora_ref.id))

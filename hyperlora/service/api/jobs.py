@@ -38,7 +38,9 @@ async def cancel_job(request: Request, job: OwnJob) -> JobInfo:
     return make_job_info(await get_state(request).jobs.cancel(job))
 
 
-@router.get("/{id}/events", response_class=EventSourceResponse, responses=build_problem_responses(404))
+@router.get(
+    "/{id}/events", response_class=EventSourceResponse, responses=build_problem_responses(404)
+)
 async def stream_job(request: Request, job: OwnJob) -> AsyncIterator[ServerSentEvent]:
     """The job now and after every change, as server-sent events, until it is finished."""
     async for update in get_state(request).jobs.stream(job):

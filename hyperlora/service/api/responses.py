@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Prefer = Annotated[
-    str, Header(description="`respond-async`: 202 and a job at once, instead of waiting.", max_length=200)
+    str,
+    Header(
+        description="`respond-async`: 202 and a job at once, instead of waiting.", max_length=200
+    ),
 ]
-Accept = Annotated[str, Header(description="`application/json`: JSON instead of the file itself.", max_length=1000)]
+Accept = Annotated[
+    str, Header(description="`application/json`: JSON instead of the file itself.", max_length=1000)
+]
 
 
 def get_state(request: Request) -> "AppState":
@@ -45,12 +50,16 @@ def wants_job(prefer: str) -> bool:
     return "respond-async" in prefer.lower()
 
 
-async def run_with_timeout(request: Request, coroutine: Coroutine[Any, Any, T], timeout_s: float) -> T:
+async def run_with_timeout(
+    request: Request, coroutine: Coroutine[Any, Any, T], timeout_s: float
+) -> T:
     """The result of ``work``; it is cancelled when the caller leaves. Raises ``DeadlineExceededError`` after ``timeout_s``."""
     task = asyncio.create_task(coroutine)
     disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, disconnect_task}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {task, disconnect_task}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
         if task.done():
             return task.result()
         if disconnect_task.done():
@@ -84,10 +93,14 @@ async def run_or_enqueue(
 
     if wants_job(prefer):
         return submit_job(request, kind, owner, run_job)
-    return await run_with_timeout(request, run_fn(state.settings.timeout_s, None), state.settings.timeout_s)
+    return await run_with_timeout(
+        request, run_fn(state.settings.timeout_s, None), state.settings.timeout_s
+    )
 
 
-def submit_job(request: Request, kind: str, owner: str, run_fn: Callable[[ProgressFn], Awaitable[str]]) -> Response:
+def submit_job(
+    request: Request, kind: str, owner: str, run_fn: Callable[[ProgressFn], Awaitable[str]]
+) -> Response:
     """202 with the accepted job."""
     job = get_state(request).jobs.submit(kind, owner, run_fn)
     headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
@@ -104,7 +117,9 @@ def make_job_info(job: Job) -> JobInfo:
 def get_stored_lora(file_store: FileStore, id: str) -> bytes:
     """The file of a kept LoRA. Raises 404."""
     if (data := file_store.get_bytes(id, "lora")) is None:
-        raise HTTPException(404, f"no LoRA {id} is kept here (any more): make it again with keep=true")
+        raise HTTPException(
+            404, f"no LoRA {id} is kept here (any more): make it again with keep=true"
+        )
     return data
 
 
@@ -118,7 +133,9 @@ def encode_png(image: Image.Image) -> bytes:
 def make_png_response(request: Request, result: EngineResult) -> Response:
     """A picture's file, named after its digest."""
     digest = sha256(result.value).hexdigest()
-    return make_file_response(request, result.value, digest, "image/png", f"{digest[:12]}.png", result.warnings)
+    return make_file_response(
+        request, result.value, digest, "image/png", f"{digest[:12]}.png", result.warnings
+    )
 
 
 def make_warning_headers(warnings: Sequence[str]) -> dict[str, str]:
@@ -138,11 +155,18 @@ async def read_pairs(
         )
     if len(before_files) > max_pairs:
         raise HTTPException(413, f"{len(before_files)} pairs sent, at most {max_pairs} are taken")
-    return [(await a.read(), await b.read()) for a, b in zip(before_files, after_files, strict=True)]
+    return [
+        (await a.read(), await b.read()) for a, b in zip(before_files, after_files, strict=True)
+    ]
 
 
 def make_file_response(
-    request: Request, data: bytes, digest: str, media_type: str, name: str, warnings: Sequence[str] = ()
+    request: Request,
+    data: bytes,
+    digest: str,
+    media_type: str,
+    name: str,
+    warnings: Sequence[str] = (),
 ) -> Response:
     """The file with its digest as ETag; 304 if the caller has it."""
     headers = {

@@ -26,11 +26,16 @@ async def compute_similarity(
     state = get_state(request)
     if (num_files := max(len(photos), len(images))) > state.settings.max_photos:
         raise HTTPException(
-            413, f"{num_files} pictures sent, at most {state.settings.max_photos} of each kind are taken"
+            413,
+            f"{num_files} pictures sent, at most {state.settings.max_photos} of each kind are taken",
         )
-    similarity_request = SimilarityRequest([await p.read() for p in photos], [await p.read() for p in images])
+    similarity_request = SimilarityRequest(
+        [await p.read() for p in photos], [await p.read() for p in images]
+    )
     timeout_s = state.settings.timeout_s
     similarities = await run_with_timeout(
         request, state.engine.compute_similarity(similarity_request, timeout_s), timeout_s
     )
-    return SimilarityResponse(mean_similarity=sum(similarities) / len(similarities), similarities=similarities)
+    return SimilarityResponse(
+        mean_similarity=sum(similarities) / len(similarities), similarities=similarities
+    )

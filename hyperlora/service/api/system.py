@@ -34,9 +34,14 @@ def get_readiness(request: Request, response: Response) -> Health:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def get_metrics(request: Request) -> Response:
     """For Prometheus."""
-    return Response(get_state(request).metrics.render_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(
+        get_state(request).metrics.render_text(),
+        media_type="text/plain; version=0.0.4; charset=utf-8",
+    )
 
 
 def _make_health(request: Request, status: str) -> Health:
     state = get_state(request)
-    return Health(status=status, queue_length=state.engine.queue_length, active_jobs=state.jobs.num_active)
+    return Health(
+        status=status, queue_length=state.engine.queue_length, active_jobs=state.jobs.num_active
+    )

@@ -42,14 +42,19 @@ class _QueuedItem:
 
     @property
     def is_urgent(self) -> bool:
-        return not self.spec.low_priority or time.monotonic() > self.enqueued_at + LOW_PRIORITY_MAX_WAIT_S
+        return (
+            not self.spec.low_priority
+            or time.monotonic() > self.enqueued_at + LOW_PRIORITY_MAX_WAIT_S
+        )
 
 
 class DynamicBatcher:
     """At most ``max_queue_size`` patient and as many other payloads wait. ``on_batch`` is told the kind's key and size of
     every batch."""
 
-    def __init__(self, max_queue_size: int, on_batch: Callable[[Hashable, int], None] | None = None) -> None:
+    def __init__(
+        self, max_queue_size: int, on_batch: Callable[[Hashable, int], None] | None = None
+    ) -> None:
         self.max_queue_size, self._on_batch = max_queue_size, on_batch or (lambda key, size: None)
         self._queue: deque[_QueuedItem] = deque()
         self._changed = threading.Condition()
@@ -74,8 +79,13 @@ class DynamicBatcher:
             if self._closed:
                 raise QueueFullError("the server is stopping: ask again in a moment")
             self._queue = deque(w for w in self._queue if not w.future.cancelled())
-            if sum(w.spec.low_priority == spec.low_priority for w in self._queue) >= self.max_queue_size:
-                raise QueueFullError(f"{self.max_queue_size} requests are waiting already: ask again in a moment")
+            if (
+                sum(w.spec.low_priority == spec.low_priority for w in self._queue)
+                >= self.max_queue_size
+            ):
+                raise QueueFullError(
+                    f"{self.max_queue_size} requests are waiting already: ask again in a moment"
+                )
             self._queue.append(_QueuedItem(spec, payload, future, now, now + timeout_s))
             self._changed.notify()
         return future
@@ -103,7 +113,9 @@ class DynamicBatcher:
                 if not self._queue:
                     return []
                 oldest = next((w for w in self._queue if w.is_urgent), self._queue[0])
-                candidates = [w for w in self._queue if w.spec == oldest.spec][: oldest.spec.max_batch_size]
+                candidates = [w for w in self._queue if w.spec == oldest.spec][
+                    : oldest.spec.max_batch_size
+                ]
                 if (wait_s := self._compute_wait(candidates)) > 0:
                     self._changed.wait(wait_s)
                     continue
@@ -118,7 +130,10 @@ class DynamicBatcher:
         if self._closed or len(batch) == spec.max_batch_size or len(batch) < len(self._queue):
             return 0.0
         return (
-            min(batch[-1].enqueued_at + spec.batch_timeout_s, batch[0].enqueued_at + 5 * spec.batch_timeout_s)
+            min(
+                batch[-1].enqueued_at + spec.batch_timeout_s,
+                batch[0].enqueued_at + 5 * spec.batch_timeout_s,
+            )
             - time.monotonic()
         )
 
@@ -128,7 +143,9 @@ def _start_item(item: _QueuedItem) -> bool:
         return False
     if time.monotonic() > item.deadline:
         item.future.set_exception(
-            DeadlineExceededError("the request waited longer than its deadline: ask again in a moment")
+            DeadlineExceededError(
+                "the request waited longer than its deadline: ask again in a moment"
+            )
         )
         return False
     return True

@@ -31,7 +31,12 @@ class EditEngine:
     """A ``PairToLora`` and its base of edits; ``decoder_slots`` limits how many pictures are unfolded at a time."""
 
     def __init__(
-        self, model: PairToLora, base: DiffusionBase, *, max_lora_batch: int = 32, max_image_batch: int = 8
+        self,
+        model: PairToLora,
+        base: DiffusionBase,
+        *,
+        max_lora_batch: int = 32,
+        max_image_batch: int = 8,
     ) -> None:
         model.layout.check_base(base.id)
         check_edit_base(base)
@@ -41,22 +46,36 @@ class EditEngine:
             max_image_batch,
             bool(model.zero_shot_prompts),
         )
-        self.max_lora_batch = 1 if self.uses_search else max_lora_batch  # words are tried for one edit at a time
+        self.max_lora_batch = (
+            1 if self.uses_search else max_lora_batch
+        )  # words are tried for one edit at a time
 
     @property
     def _pair_size(self) -> int | None:
         """Of pictures of pairs; where words are tried the base sees them too."""
-        return max(self.base.resolution, self.model.encoder.image_size) if self.uses_search else None
+        return (
+            max(self.base.resolution, self.model.encoder.image_size) if self.uses_search else None
+        )
 
     async def create_lora(
-        self, request: EditLoraRequest, timeout_s: float, submit: SubmitFn, decoder_slots: threading.Semaphore
+        self,
+        request: EditLoraRequest,
+        timeout_s: float,
+        submit: SubmitFn,
+        decoder_slots: threading.Semaphore,
     ) -> EngineResult:
         """A ``.safetensors`` file."""
         if not request.pairs:
-            raise InvalidArgumentError("no pair given: at least one picture before and one after are needed")
-        pair_pixels, warnings = await asyncio.to_thread(self._decode_pairs, request.pairs, decoder_slots)
+            raise InvalidArgumentError(
+                "no pair given: at least one picture before and one after are needed"
+            )
+        pair_pixels, warnings = await asyncio.to_thread(
+            self._decode_pairs, request.pairs, decoder_slots
+        )
         weights = await self._predict_lora(pair_pixels, request.strength, timeout_s, submit)
-        return EngineResult(await asyncio.to_thread(self._serialize_lora, weights, request), warnings)
+        return EngineResult(
+            await asyncio.to_thread(self._serialize_lora, weights, request), warnings
+        )
 
     async def edit_image(
         self,
@@ -71,25 +90,38 @@ class EditEngine:
         image = await asyncio.to_thread(self._decode_image, request.image, decoder_slots)
         lora: LoraWeights | None = None
         if request.pairs:
-            pair_pixels, warnings = await asyncio.to_thread(self._decode_pairs, request.pairs, decoder_slots)
+            pair_pixels, warnings = await asyncio.to_thread(
+                self._decode_pairs, request.pairs, decoder_slots
+            )
             lora = await self._predict_lora(pair_pixels, request.strength, timeout_s, submit)
         elif request.lora is not None:
             lora_file = await asyncio.to_thread(
-                partial(load_lora, request.lora, modules=self.base.modules, max_parameters=max_parameters)
+                partial(
+                    load_lora,
+                    request.lora,
+                    modules=self.base.modules,
+                    max_parameters=max_parameters,
+                )
             )
             lora = (
-                replace(lora_file.weights, layout=replace(lora_file.weights.layout, base=self.base.id))
+                replace(
+                    lora_file.weights, layout=replace(lora_file.weights.layout, base=self.base.id)
+                )
                 * request.strength
             )
         elif not request.instruction:
-            raise InvalidArgumentError("nothing says what to change: send before and after, a LoRA, or an instruction")
+            raise InvalidArgumentError(
+                "nothing says what to change: send before and after, a LoRA, or an instruction"
+            )
         num_inference_steps = request.num_inference_steps or self.model.num_inference_steps
         spec = BatchSpec(
             ("edit", num_inference_steps, request.repaint),
             partial(self._edit_batch, num_inference_steps, request.repaint),
             self.max_image_batch,
         )
-        edited_image = await submit(spec, (image, lora, request.instruction, request.seed), timeout_s)
+        edited_image = await submit(
+            spec, (image, lora, request.instruction, request.seed), timeout_s
+        )
         return EngineResult(edited_image, warnings)
 
     async def _predict_lora(
@@ -98,7 +130,9 @@ class EditEngine:
         """Below 0 of the pairs turned round, as ``PairToLora`` does."""
         ordered_pixels = pair_pixels if strength >= 0 else pair_pixels.flip(1)
         weights: LoraWeights = await submit(
-            BatchSpec(("change", len(pair_pixels)), self._predict_batch, self.max_lora_batch), ordered_pixels, timeout_s
+            BatchSpec(("change", len(pair_pixels)), self._predict_batch, self.max_lora_batch),
+            ordered_pixels,
+            timeout_s,
         )
         return weights * abs(strength)
 
@@ -124,20 +158,32 @@ class EditEngine:
         return list(self.model.forward(torch.stack(pairs)))  # type: ignore[call-overload]
 
     def _edit_batch(
-        self, num_inference_steps: int, repaint: bool, items: list[tuple[Tensor, LoraWeights | None, str, int]]
+        self,
+        num_inference_steps: int,
+        repaint: bool,
+        items: list[tuple[Tensor, LoraWeights | None, str, int]],
     ) -> list[Image.Image]:
         """Several people's edits in one denoising batch."""
         images, item_loras, instructions, seeds = zip(*items, strict=True)
         first_lora = next((lora for lora in item_loras if lora is not None), None)
         loras = None
         if first_lora is not None:
-            loras = pad_and_stack([lora if lora is not None else first_lora * 0.0 for lora in item_loras])
+            loras = pad_and_stack(
+                [lora if lora is not None else first_lora * 0.0 for lora in item_loras]
+            )
         return edit_images(
-            self.base, torch.stack(images), loras, seeds=seeds, instructions=list(instructions), num_inference_steps=num_inference_steps,
+            self.base,
+            torch.stack(images),
+            loras,
+            seeds=seeds,
+            instructions=list(instructions),
+            num_inference_steps=num_inference_steps,
             preserve_unedited=not repaint,
-        )  # fmt: skip
+        )
 
     def _serialize_lora(self, weights: LoraWeights, request: EditLoraRequest) -> bytes:
         extra = {"hyperlora.consent": "given"} if request.consent else {}
         metadata = make_edit_metadata(self.model, request.title, request.pairs, **extra)
-        return serialize_lora(weights.apply(torch.Tensor.contiguous), format=request.format, metadata=metadata)
+        return serialize_lora(
+            weights.apply(torch.Tensor.contiguous), format=request.format, metadata=metadata
+        )

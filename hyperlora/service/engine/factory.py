@@ -31,28 +31,44 @@ class ModelPaths:
     extra_models: tuple[str, ...] = ()
 
 
-def make_engine_factory(models: ModelPaths, settings: ServiceSettings) -> Callable[[BatchCallback], LocalEngine]:
+def make_engine_factory(
+    models: ModelPaths, settings: ServiceSettings
+) -> Callable[[BatchCallback], LocalEngine]:
     """Load the models; what comes back starts an engine over them, and tells its argument of every batch.
 
     Raises ``HyperloraError`` for what cannot be loaded.
     """
     disable_malloc_trim()
     base = load_diffusion_base(models.base)
-    photo_model, *extra_models = (load_image_to_lora(name, base=base) for name in (models.model, *models.extra_models))
+    photo_model, *extra_models = (
+        load_image_to_lora(name, base=base) for name in (models.model, *models.extra_models)
+    )
     edit_engine = None
     if models.enable_edits:
         edit_base = load_diffusion_base(models.edit_base)
         edit_engine = EditEngine(
-            PairToLora.from_pretrained(models.pair_model, base=edit_base), edit_base,
-            max_lora_batch=settings.max_lora_batch, max_image_batch=settings.max_image_batch,
-        )  # fmt: skip
+            PairToLora.from_pretrained(models.pair_model, base=edit_base),
+            edit_base,
+            max_lora_batch=settings.max_lora_batch,
+            max_image_batch=settings.max_image_batch,
+        )
 
-    identity_similarity = IdentitySimilarity.from_pretrained(models.evaluator) if models.evaluator else None
+    identity_similarity = (
+        IdentitySimilarity.from_pretrained(models.evaluator) if models.evaluator else None
+    )
 
     def make_engine(on_batch: BatchCallback) -> LocalEngine:
         return LocalEngine(
-            photo_model, base, settings.lora_dir, max_queue_size=settings.max_queue_size, max_lora_batch=settings.max_lora_batch, max_image_batch=settings.max_image_batch,
-            on_batch=on_batch, edit_engine=edit_engine, identity_similarity=identity_similarity, extra_models=extra_models,
-        )  # fmt: skip
+            photo_model,
+            base,
+            settings.lora_dir,
+            max_queue_size=settings.max_queue_size,
+            max_lora_batch=settings.max_lora_batch,
+            max_image_batch=settings.max_image_batch,
+            on_batch=on_batch,
+            edit_engine=edit_engine,
+            identity_similarity=identity_similarity,
+            extra_models=extra_models,
+        )
 
     return make_engine

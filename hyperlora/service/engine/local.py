@@ -14,7 +14,11 @@ from PIL import Image
 from hyperlora.data.images import read_image
 from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.diffusion.lora_prompt_syntax import compute_tag_scales, load_tagged_loras, parse_lora_tags
+from hyperlora.diffusion.lora_prompt_syntax import (
+    compute_tag_scales,
+    load_tagged_loras,
+    parse_lora_tags,
+)
 from hyperlora.diffusion.multi_lora import compose_loras
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
@@ -83,7 +87,10 @@ class LocalEngine:
         self.models_by_method: dict[str, ImageToLoraBase] = {}
         for photo_model in (model, *extra_models):
             photo_model.layout.check_base(base.id)
-            if self.models_by_method.setdefault(get_method_name(photo_model), photo_model) is not photo_model:
+            if (
+                self.models_by_method.setdefault(get_method_name(photo_model), photo_model)
+                is not photo_model
+            ):
                 raise InvalidArgumentError(
                     f"a server holds one model of a method, two of {get_method_name(photo_model)} were given"
                 )
@@ -120,7 +127,10 @@ class LocalEngine:
             for k, m in self.models_by_method.items()
         ]
         return (
-            [*model_infos, describe_model("pair-to-lora", self.edit_engine.model, self.edit_engine.base)]
+            [
+                *model_infos,
+                describe_model("pair-to-lora", self.edit_engine.model, self.edit_engine.base),
+            ]
             if self.edit_engine
             else model_infos
         )
@@ -133,19 +143,27 @@ class LocalEngine:
         photos = await asyncio.to_thread(self._decode_photos, request, model)
         predict_batch = partial(self._predict_batch, model, config.sampling)
         spec = BatchSpec(
-            ("lora", len(request.photos), request.method, config.sampling), predict_batch, self.max_lora_batch
+            ("lora", len(request.photos), request.method, config.sampling),
+            predict_batch,
+            self.max_lora_batch,
         )
         weights, warnings = await self._submit(spec, photos, timeout_s)
         if config.refine_steps:
-            weights = await self._refine_lora(model, config, weights, photos, timeout_s, on_progress)
-        return EngineResult(await asyncio.to_thread(self._serialize_lora, weights, request, model), warnings)
+            weights = await self._refine_lora(
+                model, config, weights, photos, timeout_s, on_progress
+            )
+        return EngineResult(
+            await asyncio.to_thread(self._serialize_lora, weights, request, model), warnings
+        )
 
     async def compute_similarity(self, request: SimilarityRequest, timeout_s: float) -> list[float]:
         if self.identity_similarity is None:
             raise InvalidArgumentError(
                 "this server has no evaluator for what its model draws: start it with --evaluator"
             )
-        return await compute_similarity(self.identity_similarity, request, timeout_s, self._submit, self._decoder_slots)
+        return await compute_similarity(
+            self.identity_similarity, request, timeout_s, self._submit, self._decoder_slots
+        )
 
     async def generate_image(self, request: ImageRequest, timeout_s: float) -> Image.Image:
         prompt, lora_tags = parse_lora_tags(request.prompt)
@@ -171,15 +189,24 @@ class LocalEngine:
             lora = await asyncio.to_thread(merge, loras, lora_weights) if loras else None
             generate_batch = partial(self._generate_batch, replace(request, loras=()))
             spec = BatchSpec(
-                ("picture", *sampling_key), generate_batch, self.max_image_batch, batch_timeout_s=BATCH_TIMEOUT_S
+                ("picture", *sampling_key),
+                generate_batch,
+                self.max_image_batch,
+                batch_timeout_s=BATCH_TIMEOUT_S,
             )
             return await self._submit(spec, (prompt, request.seed, lora), timeout_s)
-        schedule = None if is_constant else partial(compute_tag_scales, lora_tags, num_constant=len(request.loras))
+        schedule = (
+            None
+            if is_constant
+            else partial(compute_tag_scales, lora_tags, num_constant=len(request.loras))
+        )
         spec = BatchSpec(("composed", object()), partial(self._compose_images, request, schedule))
         return await self._submit(spec, (prompt, loras, lora_weights), timeout_s)
 
     async def create_edit_lora(self, request: EditLoraRequest, timeout_s: float) -> EngineResult:
-        return await self._get_edit_engine().create_lora(request, timeout_s, self._submit, self._decoder_slots)
+        return await self._get_edit_engine().create_lora(
+            request, timeout_s, self._submit, self._decoder_slots
+        )
 
     async def edit_image(self, request: EditImageRequest, timeout_s: float) -> EngineResult:
         return await self._get_edit_engine().edit_image(
@@ -197,16 +224,23 @@ class LocalEngine:
 
     def _get_edit_engine(self) -> EditEngine:
         if self.edit_engine is None:
-            raise InvalidArgumentError("this server has no model for before/after pairs: send photos of a subject")
+            raise InvalidArgumentError(
+                "this server has no model for before/after pairs: send photos of a subject"
+            )
         return self.edit_engine
 
     async def _submit(self, spec: BatchSpec, payload: Any, timeout_s: float) -> Any:
         return await asyncio.wrap_future(self._batcher.submit(spec, payload, timeout_s))
 
     async def _refine_lora(
-        self, model: ImageToLoraBase, config: GenerationConfig, weights: LoraWeights, photos: SubjectPhotos, timeout_s: float,
+        self,
+        model: ImageToLoraBase,
+        config: GenerationConfig,
+        weights: LoraWeights,
+        photos: SubjectPhotos,
+        timeout_s: float,
         on_progress: ProgressFn | None,
-    ) -> LoraWeights:  # fmt: skip
+    ) -> LoraWeights:
         stop = threading.Event()
 
         def report_step(step: int) -> None:
@@ -240,33 +274,55 @@ class LocalEngine:
     ) -> list[tuple[LoraWeights, tuple[str, ...]]]:
         features = encode_subjects(model, subjects)
         weights: Any = predict_loras(model, features, sampling)
-        return list(zip(weights, check_photos(model.ood_detector, model.get_image_features(features)), strict=True))
+        return list(
+            zip(
+                weights,
+                check_photos(model.ood_detector, model.get_image_features(features)),
+                strict=True,
+            )
+        )
 
     def _refine_one(
-        self, model: ImageToLoraBase, config: GenerationConfig, weights: LoraWeights, photos: SubjectPhotos,
+        self,
+        model: ImageToLoraBase,
+        config: GenerationConfig,
+        weights: LoraWeights,
+        photos: SubjectPhotos,
         on_step: Callable[[int], None],
-    ) -> LoraWeights:  # fmt: skip
-        return postprocess_loras(model, LoraWeights.stack([weights]), [photos], config, self.base, on_step)[0]
+    ) -> LoraWeights:
+        return postprocess_loras(
+            model, LoraWeights.stack([weights]), [photos], config, self.base, on_step
+        )[0]
 
-    def _serialize_lora(self, weights: LoraWeights, request: LoraRequest, model: ImageToLoraBase) -> bytes:
+    def _serialize_lora(
+        self, weights: LoraWeights, request: LoraRequest, model: ImageToLoraBase
+    ) -> bytes:
         if not request.config.refine_steps:
             weights = postprocess_loras(model, weights, (), request.config)
         metadata: LoraMetadata = make_metadata(model, request.title, request.photos)
         if request.consent:
             metadata = replace(metadata, extra={**metadata.extra, "hyperlora.consent": "given"})
-        return serialize_lora(weights.apply(torch.Tensor.contiguous), format=request.config.format, metadata=metadata)
+        return serialize_lora(
+            weights.apply(torch.Tensor.contiguous), format=request.config.format, metadata=metadata
+        )
 
     def _load_loras(self, request: ImageRequest, lora_tags: Any) -> list[LoraWeights]:
         remaining_parameters, loras = MAX_PARAMETERS, []
         for file, _ in request.loras:
             with self._decoder_slots:
-                loras.append(load_lora(file, modules=self.base.modules, max_parameters=remaining_parameters).weights)
+                loras.append(
+                    load_lora(
+                        file, modules=self.base.modules, max_parameters=remaining_parameters
+                    ).weights
+                )
             remaining_parameters -= loras[-1].layout.numel
         if self.lora_dir and lora_tags:
             try:
                 loras += load_tagged_loras(lora_tags, self.lora_dir, self.base.modules)
             except InvalidArgumentError as error:
-                raise InvalidArgumentError(str(error).replace(str(self.lora_dir), "the server's folder")) from error
+                raise InvalidArgumentError(
+                    str(error).replace(str(self.lora_dir), "the server's folder")
+                ) from error
         # they fit this base, whatever name for it their files claim
         return [replace(lora, layout=replace(lora.layout, base=self.base.id)) for lora in loras]
 
@@ -277,28 +333,50 @@ class LocalEngine:
         first_lora = next((lora for _, _, lora in items if lora is not None), None)
         loras = None
         if first_lora is not None:
-            loras = pad_and_stack([lora if lora is not None else first_lora * 0.0 for _, _, lora in items])
+            loras = pad_and_stack(
+                [lora if lora is not None else first_lora * 0.0 for _, _, lora in items]
+            )
         return generate_images(
-            self.base, [prompt for prompt, _, _ in items], loras, seeds=[seed for _, seed, _ in items], **_get_sampling_kwargs(request)
-        )  # fmt: skip
+            self.base,
+            [prompt for prompt, _, _ in items],
+            loras,
+            seeds=[seed for _, seed, _ in items],
+            **_get_sampling_kwargs(request),
+        )
 
-    def _compose_images(self, request: ImageRequest, schedule: Any, items: list[Any]) -> list[Image.Image]:
+    def _compose_images(
+        self, request: ImageRequest, schedule: Any, items: list[Any]
+    ) -> list[Image.Image]:
         ((prompt, loras, lora_weights),) = items
         if not loras:
-            raise InvalidArgumentError(f"the strategy {request.strategy!r} needs at least one LoRA, none was given")
+            raise InvalidArgumentError(
+                f"the strategy {request.strategy!r} needs at least one LoRA, none was given"
+            )
         if request.gamma is not None:
-            context = apply_autolora_guidance(self.base.pipeline, merge(loras, lora_weights), request.gamma)
+            context = apply_autolora_guidance(
+                self.base.pipeline, merge(loras, lora_weights), request.gamma
+            )
         else:
             context = compose_loras(
-                self.base.pipeline, loras, request.strategy, lora_weights,
-                schedule=schedule, regions=request.regions, window=request.windowed,
-            )  # fmt: skip
+                self.base.pipeline,
+                loras,
+                request.strategy,
+                lora_weights,
+                schedule=schedule,
+                regions=request.regions,
+                window=request.windowed,
+            )
         with context:
-            return generate_images(self.base, [prompt], None, seeds=[request.seed], **_get_sampling_kwargs(request))
+            return generate_images(
+                self.base, [prompt], None, seeds=[request.seed], **_get_sampling_kwargs(request)
+            )
 
 
 def _get_sampling_kwargs(request: ImageRequest) -> dict[str, Any]:
     return {
-        "steps": request.num_inference_steps, "guidance": request.guidance_scale, "negative_prompt": request.negative_prompt,
-        "width": request.width, "height": request.height,
-    }  # fmt: skip
+        "steps": request.num_inference_steps,
+        "guidance": request.guidance_scale,
+        "negative_prompt": request.negative_prompt,
+        "width": request.width,
+        "height": request.height,
+    }

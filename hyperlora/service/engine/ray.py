@@ -42,14 +42,23 @@ class Replica:
     Refusals are returned, not raised: Ray would log them, and what they quote is a caller's.
     """
 
-    def __init__(self, make_engine_factory: Callable[[], Callable[[Callable[[str, int], None]], LocalEngine]]) -> None:
+    def __init__(
+        self, make_engine_factory: Callable[[], Callable[[Callable[[str, int], None]], LocalEngine]]
+    ) -> None:
         batch_sizes = Histogram(
-            "hyperlora_batch_size", "Requests done together", boundaries=[1, 2, 4, 8, 16, 32], tag_keys=("work",)
+            "hyperlora_batch_size",
+            "Requests done together",
+            boundaries=[1, 2, 4, 8, 16, 32],
+            tag_keys=("work",),
         )
         self._engine: LocalEngine | HyperloraError
         try:
-            self._engine = make_engine_factory()(lambda work, size: batch_sizes.observe(size, {"work": work}))
-        except HyperloraError as error:  # told to whoever asks for facts: Serve would only try again and again
+            self._engine = make_engine_factory()(
+                lambda work, size: batch_sizes.observe(size, {"work": work})
+            )
+        except (
+            HyperloraError
+        ) as error:  # told to whoever asks for facts: Serve would only try again and again
             self._engine = error
 
     def check_health(self) -> None:
@@ -67,8 +76,14 @@ class Replica:
             yield None, self._engine
             return
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        progress_args = (lambda done: loop.call_soon_threadsafe(events.put_nowait, done),) if method == "lora" else ()
-        task = asyncio.ensure_future(getattr(self._engine, method)(request, timeout_s, *progress_args))
+        progress_args = (
+            (lambda done: loop.call_soon_threadsafe(events.put_nowait, done),)
+            if method == "lora"
+            else ()
+        )
+        task = asyncio.ensure_future(
+            getattr(self._engine, method)(request, timeout_s, *progress_args)
+        )
         task.add_done_callback(events.put_nowait)
         try:
             while (event := await events.get()) is not task:
@@ -149,19 +164,25 @@ class RayEngine:
         try:
             for attempt in range(MAX_ATTEMPTS):
                 try:
-                    return await self._stream_result(method, request, deadline - time.monotonic(), on_progress)
+                    return await self._stream_result(
+                        method, request, deadline - time.monotonic(), on_progress
+                    )
                 except RayTaskError:
                     raise  # a mistake in the replica, which lives
                 except RayError as error:
                     _log.warning("a replica died over a %s: %s", method, type(error).__name__)
                     await asyncio.sleep(0.1 * 4**attempt)
-            raise QueueFullError(f"{MAX_ATTEMPTS} replicas died over this request: ask again in a moment, or for less")
+            raise QueueFullError(
+                f"{MAX_ATTEMPTS} replicas died over this request: ask again in a moment, or for less"
+            )
         except BackPressureError as error:
             raise QueueFullError("as many requests wait as may: ask again in a moment") from error
         finally:
             self._num_active -= 1
 
-    async def _stream_result(self, method: str, request: Any, timeout_s: float, on_progress: ProgressFn | None) -> Any:
+    async def _stream_result(
+        self, method: str, request: Any, timeout_s: float, on_progress: ProgressFn | None
+    ) -> Any:
         responses = self._stream.remote(method, request, timeout_s)
         assert isinstance(responses, DeploymentResponseGenerator)
         try:

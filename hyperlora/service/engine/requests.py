@@ -72,15 +72,26 @@ class ModelInfo:
 
 
 def describe_model(
-    kind: str, model: PretrainedModel, base: DiffusionBase, supports_identity_similarity: bool = False
+    kind: str,
+    model: PretrainedModel,
+    base: DiffusionBase,
+    supports_identity_similarity: bool = False,
 ) -> ModelInfo:
     """Of a model and its base."""
     layout, card = model.layout, model.card
     return ModelInfo(
-        kind, kind, layout.base, layout.rank, len(layout.targets), layout.fingerprint,
-        str(card.get("trigger_phrase", "")), str(card.get("license", "")), base.resolution,
-        "kohya" if "unet" in layout.components else "diffusers", supports_identity_similarity,
-    )  # fmt: skip
+        kind,
+        kind,
+        layout.base,
+        layout.rank,
+        len(layout.targets),
+        layout.fingerprint,
+        str(card.get("trigger_phrase", "")),
+        str(card.get("license", "")),
+        base.resolution,
+        "kohya" if "unet" in layout.components else "diffusers",
+        supports_identity_similarity,
+    )
 
 
 @dataclass(frozen=True)

@@ -35,5 +35,7 @@ async def compute_similarity(
 
     photos = await asyncio.to_thread(decode_images, request.photos)
     images = await asyncio.to_thread(decode_images, request.images)
-    similarities: list[float] = await submit(BatchSpec(("likeness",), compute_batch, 8), (photos, images), timeout_s)
+    similarities: list[float] = await submit(
+        BatchSpec(("likeness",), compute_batch, 8), (photos, images), timeout_s
+    )
     return similarities

@@ -24,7 +24,15 @@ from hyperlora.service.ui.photo_tab import build_photo_tab
 from hyperlora.service.ui.text import HEADER
 
 __all__ = ["add_page"]
-_FONT: Final = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
+_FONT: Final = (
+    "ui-sans-serif",
+    "system-ui",
+    "-apple-system",
+    "Segoe UI",
+    "Roboto",
+    "Helvetica Neue",
+    "sans-serif",
+)
 _MONO: Final = ("ui-monospace", "SF Mono", "Consolas", "Liberation Mono", "monospace")
 _UPLOAD_TEXTS: Final = {
     "drop_gallery": "Drop photos here",
@@ -41,15 +49,27 @@ def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
     _prepare_upload_dir(settings.state_dir / "page")
     blocks = _build_blocks(Api(app))
     gr.mount_gradio_app(
-        app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
-        enable_monitoring=False, show_error=False, max_file_size=settings.max_form_bytes, theme=_make_theme(),
+        app,
+        blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        show_error=False,
+        max_file_size=settings.max_form_bytes,
+        theme=_make_theme(),
         i18n=gr.I18n(en={f"upload_text.{key}": text for key, text in _UPLOAD_TEXTS.items()}),
         css_paths=Path(__file__).with_name("style.css"),
-    )  # fmt: skip
+    )
     mount: Any = app.router.routes.pop()
     install_handlers(mount.app)
     app.router.routes.append(
-        _NonApiMount("/", UiAuthMiddleware(mount.app, ApiKeyAuth(settings.key_digests, settings.rate_limit)))
+        _NonApiMount(
+            "/", UiAuthMiddleware(mount.app, ApiKeyAuth(settings.key_digests, settings.rate_limit))
+        )
     )
 
 
@@ -71,7 +91,9 @@ class _NonApiMount(Mount):
 
 
 def _build_blocks(api: Api) -> gr.Blocks:
-    with gr.Blocks(title="hyperlora", analytics_enabled=False, delete_cache=(600, _RETENTION_S)) as blocks:
+    with gr.Blocks(
+        title="hyperlora", analytics_enabled=False, delete_cache=(600, _RETENTION_S)
+    ) as blocks:
         gr.HTML(HEADER)
         tray = make_tray_state(_RETENTION_S)
         with gr.Tabs():
@@ -87,9 +109,18 @@ def _build_blocks(api: Api) -> gr.Blocks:
 
 def _make_theme() -> gr.themes.Base:
     return gr.themes.Base(
-        primary_hue="indigo", neutral_hue="slate", font=_FONT, font_mono=_MONO, radius_size="lg", text_size="md"
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=_FONT,
+        font_mono=_MONO,
+        radius_size="lg",
+        text_size="md",
     ).set(
-        body_background_fill="*neutral_50", block_border_width="1px", block_shadow="none",
-        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
-        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
-    )  # fmt: skip
+        body_background_fill="*neutral_50",
+        block_border_width="1px",
+        block_shadow="none",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+    )

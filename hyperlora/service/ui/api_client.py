@@ -26,7 +26,9 @@ class RecordingClient(AsyncClient):
                 self.warnings.append(warning)
 
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(host, 0))
-        super().__init__("http://127.0.0.1", key, transport=transport, event_hooks={"response": [record_warning]})
+        super().__init__(
+            "http://127.0.0.1", key, transport=transport, event_hooks={"response": [record_warning]}
+        )
 
 
 class Api:
@@ -56,6 +58,11 @@ def make_ui_error(detail: str) -> gr.Error:
 def read_uploads(paths: Any) -> list[bytes]:
     """The uploads of a gallery, which come as (path, caption), or of a list of files."""
     try:
-        return [Path(item[0] if isinstance(item, tuple | list) else item).read_bytes() for item in paths or []]
+        return [
+            Path(item[0] if isinstance(item, tuple | list) else item).read_bytes()
+            for item in paths or []
+        ]
     except FileNotFoundError as error:
-        raise make_ui_error("what was dropped here is no longer kept on the server: drop it again") from error
+        raise make_ui_error(
+            "what was dropped here is no longer kept on the server: drop it again"
+        ) from error

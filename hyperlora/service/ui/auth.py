@@ -40,7 +40,10 @@ class UiAuthMiddleware:
         self.app, self.auth = app, auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (response := await self._check_access(scope, receive)) is not None:
+        if (
+            scope["type"] == "http"
+            and (response := await self._check_access(scope, receive)) is not None
+        ):
             await response(scope, receive, send)
         elif scope["type"] != "websocket":
             await self.app(scope, receive, _add_security_headers(send))
@@ -72,22 +75,36 @@ class UiAuthMiddleware:
         try:
             self.auth.authenticate(key, host)
         except HTTPException as error:
-            message = "this is no API key of this server" if error.status_code == 401 else str(error.detail)
+            message = (
+                "this is no API key of this server"
+                if error.status_code == 401
+                else str(error.detail)
+            )
             return _render_sign_in(message, error.status_code)
         response = RedirectResponse("/", 303, _SECURITY_HEADERS)
         value = urlsafe_b64encode(key.encode()).decode()
-        response.set_cookie(COOKIE_NAME, value, httponly=True, samesite="strict", secure=request.url.scheme == "https")
+        response.set_cookie(
+            COOKIE_NAME,
+            value,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
         return response
 
 
 def _render_sign_in(message: str, status: int = 200) -> Response:
-    return HTMLResponse(SIGN_IN.replace("SENTENCE", html.escape(message)), status, _SECURITY_HEADERS)
+    return HTMLResponse(
+        SIGN_IN.replace("SENTENCE", html.escape(message)), status, _SECURITY_HEADERS
+    )
 
 
 def _add_security_headers(send: Send) -> Send:
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            security_headers = [(name.lower().encode(), value.encode()) for name, value in _SECURITY_HEADERS.items()]
+            security_headers = [
+                (name.lower().encode(), value.encode()) for name, value in _SECURITY_HEADERS.items()
+            ]
             message["headers"] = [*message.get("headers", []), *security_headers]
         await send(message)
 

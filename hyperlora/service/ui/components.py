@@ -24,7 +24,9 @@ def make_image_input(label: str, sources: list[UploadSource], **options: Any) ->
     return image_input
 
 
-def render_section(title: str, badge: str, images: Sequence[Image.Image | None], captions: Sequence[str] = ()) -> str:
+def render_section(
+    title: str, badge: str, images: Sequence[Image.Image | None], captions: Sequence[str] = ()
+) -> str:
     """A titled row of pictures; None is one that is not there yet."""
     captions = captions or [""] * len(images)
     cells = "".join(_render_figure(p, c) for p, c in zip(images, captions, strict=True))
@@ -34,14 +36,18 @@ def render_section(title: str, badge: str, images: Sequence[Image.Image | None],
 def render_similarity(similarities: Sequence[float], with_label: bool = True) -> str:
     """The mean likeness of a row, beside its title."""
     mean = sum(similarities) / len(similarities)
-    text = f"likeness {format_score(mean)}" + (f" – {get_similarity_label(mean)}" if with_label else "")
+    text = f"likeness {format_score(mean)}" + (
+        f" – {get_similarity_label(mean)}" if with_label else ""
+    )
     return f'<span class="chip" data-likeness="{mean:.4f}">{text}</span>'
 
 
 def render_warnings(warnings: Sequence[str]) -> str:
     """What may be wrong with the input, in a box; nothing if nothing is."""
     text = " ".join(f"{s[:1].upper()}{s[1:]}." for s in warnings)
-    return f'<div class="notice" role="alert">{html.escape(text, quote=False)}</div>' if text else ""
+    return (
+        f'<div class="notice" role="alert">{html.escape(text, quote=False)}</div>' if text else ""
+    )
 
 
 def render_status(text: str, progress: float | None = None) -> str:
@@ -58,7 +64,12 @@ def make_thumbnail(data: bytes, size: int = 256) -> Image.Image:
 def make_code_block() -> gr.Code:
     """A program to copy."""
     return gr.Code(
-        language="python", label="In diffusers", interactive=False, lines=1, wrap_lines=True, show_line_numbers=False
+        language="python",
+        label="In diffusers",
+        interactive=False,
+        lines=1,
+        wrap_lines=True,
+        show_line_numbers=False,
     )
 
 
@@ -81,4 +92,6 @@ def _render_figure(image: Image.Image | None, caption: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     source = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
-    return f'<figure><img src="{source}" alt="{html.escape(caption) or "portrait"}">{below}</figure>'
+    return (
+        f'<figure><img src="{source}" alt="{html.escape(caption) or "portrait"}">{below}</figure>'
+    )

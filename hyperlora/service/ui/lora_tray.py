@@ -25,5 +25,7 @@ def add_item(items: list[TrayItem], name: str, data: bytes) -> list[TrayItem]:
     """The last ``MAX_ITEMS``, each under a name of its own; one of the same content is not added twice."""
     others = [item for item in items if item.data != data]
     names = {item.name for item in others}
-    free_name = next(n for n in (name, *(f"{name} {i}" for i in range(2, MAX_ITEMS + 2))) if n not in names)
+    free_name = next(
+        n for n in (name, *(f"{name} {i}" for i in range(2, MAX_ITEMS + 2))) if n not in names
+    )
     return [*others, TrayItem(free_name, data)][-MAX_ITEMS:]

@@ -28,12 +28,22 @@ def build_pair_tab(api: Api) -> None:
             with gr.Row():
                 before, after = (_make_side_input(side) for side in ("Before", "After"))
             other_images = gr.Gallery(
-                label="Make the same change on", sources=["upload", "clipboard"], file_types=["image"], columns=3,
-                height=170, object_fit="cover", fit_columns=False, interactive=True, elem_id="others", buttons=[],
-            )  # fmt: skip
+                label="Make the same change on",
+                sources=["upload", "clipboard"],
+                file_types=["image"],
+                columns=3,
+                height=170,
+                object_fit="cover",
+                fit_columns=False,
+                interactive=True,
+                elem_id="others",
+                buttons=[],
+            )
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the change")
             reverse = gr.Checkbox(label="Undo the change instead")
-            create_button = gr.Button("Make the change", variant="primary", size="lg", elem_id="change")
+            create_button = gr.Button(
+                "Make the change", variant="primary", size="lg", elem_id="change"
+            )
         with gr.Column(scale=7, min_width=300):
             status_html = gr.HTML(visible=False)
             edited_html = gr.HTML(EMPTY_EDITS, elem_id="edited")
@@ -44,7 +54,12 @@ def build_pair_tab(api: Api) -> None:
                 code_block = make_code_block()
 
     async def create_lora(
-        before: str | None, after: str | None, other_images: Any, strength: float, reverse: bool, visitor: gr.Request
+        before: str | None,
+        after: str | None,
+        other_images: Any,
+        strength: float,
+        reverse: bool,
+        visitor: gr.Request,
     ) -> AsyncIterator[dict[Any, Any]]:
         if not before or not after:
             raise make_ui_error("a picture before and the same picture after the edit are needed")
@@ -52,7 +67,11 @@ def build_pair_tab(api: Api) -> None:
         pair = pair[::-1] if reverse else pair
         images = read_uploads(other_images) or [pair[0]]
         async with api.open_client(visitor) as client:
-            yield {status_html: gr.HTML(render_status("Making the LoRA of the change …", 0), visible=True)}
+            yield {
+                status_html: gr.HTML(
+                    render_status("Making the LoRA of the change …", 0), visible=True
+                )
+            }
             options = {"title": "change", "strength": strength}
             lora = await client.create_edit_lora([pair], **options)
             kohya_lora = await client.create_edit_lora([pair], **options, format="kohya")
@@ -85,7 +104,9 @@ def build_pair_tab(api: Api) -> None:
 
 
 def _make_side_input(side: str) -> gr.Image:
-    return make_image_input(side, ["upload", "webcam", "clipboard"], height=210, min_width=130, elem_id=side.lower())
+    return make_image_input(
+        side, ["upload", "webcam", "clipboard"], height=210, min_width=130, elem_id=side.lower()
+    )
 
 
 def _render_images(files: list[bytes], edited_images: list[Image.Image | None]) -> str:
@@ -93,4 +114,6 @@ def _render_images(files: list[bytes], edited_images: list[Image.Image | None]) 
         thumbnails: list[Image.Image | None] = [make_thumbnail(file) for file in files]
     except InvalidImageError as error:
         raise make_ui_error(str(error)) from error
-    return render_section("Changed", "", edited_images) + render_section("As they were", "", thumbnails)
+    return render_section("Changed", "", edited_images) + render_section(
+        "As they were", "", thumbnails
+    )

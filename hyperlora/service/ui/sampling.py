@@ -18,7 +18,11 @@ ImageRow = list[Image.Image | None]
 
 
 async def sample_grid(
-    client: RecordingClient, prompt: str, lora_rows: Sequence[Sequence[bytes]], seed: float | None, **options: Any
+    client: RecordingClient,
+    prompt: str,
+    lora_rows: Sequence[Sequence[bytes]],
+    seed: float | None,
+    **options: Any,
 ) -> AsyncIterator[list[ImageRow]]:
     """Rows of ``IMAGES_PER_ROW`` with the LoRAs of each row and the same seeds, told again whenever one more is there. A row
     is drawn in one batch."""
@@ -26,7 +30,9 @@ async def sample_grid(
     first_seed = int(seed or 0)  # an emptied field is None
 
     async def generate_cell(row: int, i: int) -> None:
-        grid[row][i] = await client.generate_image(prompt, lora_rows[row], seed=first_seed + i, **options)
+        grid[row][i] = await client.generate_image(
+            prompt, lora_rows[row], seed=first_seed + i, **options
+        )
 
     for row in range(len(lora_rows)):
         yield grid
@@ -37,7 +43,9 @@ async def sample_grid(
 
 
 @asynccontextmanager
-async def run_tasks(coroutines: Iterable[Coroutine[Any, Any, T]]) -> AsyncIterator[list["asyncio.Task[T]"]]:
+async def run_tasks(
+    coroutines: Iterable[Coroutine[Any, Any, T]],
+) -> AsyncIterator[list["asyncio.Task[T]"]]:
     """Tasks that end with the block: after an error, or when the visitor leaves, nobody waits for the others."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
@@ -59,9 +67,13 @@ def build_prompt_box(api: Api, blocks: gr.Blocks) -> gr.Textbox:
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=4)
     labels = list(get_prompt_presets({"trigger_phrase": "", "base": ""}))
     chips = gr.Dataset(
-        components=[gr.Textbox(visible=False)], samples=[[""]] * len(labels), sample_labels=labels, type="index",
-        show_label=False, elem_classes="chips",
-    )  # fmt: skip
+        components=[gr.Textbox(visible=False)],
+        samples=[[""]] * len(labels),
+        sample_labels=labels,
+        type="index",
+        show_label=False,
+        elem_classes="chips",
+    )
 
     async def load_presets(visitor: gr.Request) -> Any:
         async with api.open_client(visitor) as client:
@@ -74,7 +86,9 @@ def build_prompt_box(api: Api, blocks: gr.Blocks) -> gr.Textbox:
         async with api.open_client(visitor) as client:
             return list(get_prompt_presets((await client.list_models())[0]).values())[index]
 
-    blocks.load(load_presets, None, [prompt, chips], show_progress="hidden", api_visibility="private")
+    blocks.load(
+        load_presets, None, [prompt, chips], show_progress="hidden", api_visibility="private"
+    )
     chips.click(get_preset, chips, prompt, show_progress="hidden", api_visibility="private")
     return prompt
 

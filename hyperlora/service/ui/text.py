@@ -48,13 +48,23 @@ _GENERIC_PROMPTS: Final = {
 def get_prompt_presets(model_info: dict[str, Any]) -> dict[str, str]:
     """Prompts in the words that a model's base knows, by the label of their chip."""
     subject_phrase = f"a portrait of {model_info['trigger_phrase'] or 'a person'}"
-    prompts_by_label = _AVATAR_PROMPTS if model_info["base"].endswith("avatars/base") else _GENERIC_PROMPTS
-    return {label: ", ".join(filter(None, (subject_phrase, ending))) for label, ending in prompts_by_label.items()}
+    prompts_by_label = (
+        _AVATAR_PROMPTS if model_info["base"].endswith("avatars/base") else _GENERIC_PROMPTS
+    )
+    return {
+        label: ", ".join(filter(None, (subject_phrase, ending)))
+        for label, ending in prompts_by_label.items()
+    }
 
 
 def get_similarity_label(similarity: float) -> str:
     """A likeness in plain words."""
-    labels = ((0.8, "very alike"), (0.55, "clearly alike"), (0.3, "somewhat alike"), (0.1, "hardly alike"))
+    labels = (
+        (0.8, "very alike"),
+        (0.55, "clearly alike"),
+        (0.3, "somewhat alike"),
+        (0.1, "hardly alike"),
+    )
     return next((said for least, said in labels if similarity >= least), "could be anyone")
 
 

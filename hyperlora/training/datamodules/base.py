@@ -34,8 +34,14 @@ class FolderDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._make_loader(self.make_dataset(False))
 
-    def _make_loader(self, data: Dataset[dict[str, Any]], **loader_kwargs: Any) -> DataLoader[dict[str, Any]]:
+    def _make_loader(
+        self, data: Dataset[dict[str, Any]], **loader_kwargs: Any
+    ) -> DataLoader[dict[str, Any]]:
         batch_size, num_workers = self.hparams["batch_size"], self.hparams["workers"]
         if num_workers:
-            loader_kwargs |= {"num_workers": num_workers, "persistent_workers": True, "pin_memory": True}
+            loader_kwargs |= {
+                "num_workers": num_workers,
+                "persistent_workers": True,
+                "pin_memory": True,
+            }
         return DataLoader(data, batch_size, collate_fn=type(self).collate_fn, **loader_kwargs)

@@ -39,7 +39,9 @@ class EditPairDataModule(FolderDataModule):
 
     def make_dataset(self, training: bool) -> "_EditPairDataset":
         h = self.hparams
-        source, split = (h["folder"], h["split"]) if training else (h["validation"], h["validation_split"])
+        source, split = (
+            (h["folder"], h["split"]) if training else (h["validation"], h["validation_split"])
+        )
         return _EditPairDataset(load_edit_pairs(source, split), h["encoder_size"], h["resolution"])
 
 
@@ -61,7 +63,11 @@ class _EditPairDataset(Dataset[dict[str, Any]]):
             encoder_pixels, base_pixels = (
                 self._stack_images(images, size) for size in (self.encoder_size, self.resolution)
             )
-            return {"pairs": encoder_pixels[None], "images": base_pixels.flip(-1), "instructions": pair.instruction}
+            return {
+                "pairs": encoder_pixels[None],
+                "images": base_pixels.flip(-1),
+                "instructions": pair.instruction,
+            }
         raise last_error
 
     @staticmethod

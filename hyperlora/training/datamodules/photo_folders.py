@@ -46,16 +46,23 @@ class PhotoFolderDataModule(FolderDataModule):
         num_workers: int = 4,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # `targets` means another thing in HypernetworkTraining
+        self.save_hyperparameters(
+            logger=False
+        )  # `targets` means another thing in HypernetworkTraining
 
     def make_dataset(self, training: bool) -> "_PhotoDataset":
         h = self.hparams
         folder, num_targets = (h["folder"], h["num_targets"]) if training else (h["validation"], 1)
-        template = h["prompt_template"].format(identifier=h["identifier"], class_noun=h["class_noun"])
+        template = h["prompt_template"].format(
+            identifier=h["identifier"], class_noun=h["class_noun"]
+        )
         return _PhotoDataset(
-            list_subjects(folder), (h["encoder_size"], h["resolution"]), (h["num_views"], num_targets),
-            (h["identifier"], h["class_noun"], template), deterministic=not training,
-        )  # fmt: skip
+            list_subjects(folder),
+            (h["encoder_size"], h["resolution"]),
+            (h["num_views"], num_targets),
+            (h["identifier"], h["class_noun"], template),
+            deterministic=not training,
+        )
 
 
 class _PhotoDataset(Dataset[dict[str, Any]]):
@@ -81,16 +88,26 @@ class _PhotoDataset(Dataset[dict[str, Any]]):
         generator = torch.Generator().manual_seed(index) if self.deterministic else None
         order = torch.randperm(len(subject.photos), generator=generator).tolist()
         references, targets = split_references(order, self.num_views, self.num_targets)
-        images_by_index = {i: read_image(subject.photos[i]) for i in {*references, *targets}}  # each is decoded once
+        images_by_index = {
+            i: read_image(subject.photos[i]) for i in {*references, *targets}
+        }  # each is decoded once
         return {
-            "photos": torch.stack([to_tensor(images_by_index[i], self.encoder_size) for i in references]),
-            "images": torch.stack([to_tensor(images_by_index[i], self.resolution) for i in targets]),
-            "captions": [personalize_caption(subject.captions[i], *self.caption_args) for i in targets],
+            "photos": torch.stack(
+                [to_tensor(images_by_index[i], self.encoder_size) for i in references]
+            ),
+            "images": torch.stack(
+                [to_tensor(images_by_index[i], self.resolution) for i in targets]
+            ),
+            "captions": [
+                personalize_caption(subject.captions[i], *self.caption_args) for i in targets
+            ],
             "subject": index,
         }
 
 
-def split_references(photos: Sequence[int], num_views: int, num_targets: int) -> tuple[list[int], list[int]]:
+def split_references(
+    photos: Sequence[int], num_views: int, num_targets: int
+) -> tuple[list[int], list[int]]:
     """``num_views`` references and ``num_targets`` others of one subject's photos: the first are references, all but one at
     most, and the rest targets, each repeated in turn where they are too few. A single photo is both."""
     references = list(photos[: min(num_views, max(1, len(photos) - 1))])
@@ -98,7 +115,9 @@ def split_references(photos: Sequence[int], num_views: int, num_targets: int) ->
     return (references * num_views)[:num_views], (target_photos * num_targets)[:num_targets]
 
 
-def personalize_caption(caption: str | None, identifier: str, class_noun: str, template: str) -> str:
+def personalize_caption(
+    caption: str | None, identifier: str, class_noun: str, template: str
+) -> str:
     """A photo's caption about this very subject: the first class noun, with its article, becomes "identifier noun".
     Without a caption it is ``template``, and before a caption that does not name the class ``template`` is put."""
     if caption is None:
@@ -107,5 +126,7 @@ def personalize_caption(caption: str | None, identifier: str, class_noun: str, t
         return caption
     noun_pattern = rf"\b(?:(?:an?|the)\s+)?{re.escape(class_noun)}\b"
     subject_name = f"{identifier} {class_noun}"
-    new_caption, num_replacements = re.subn(noun_pattern, lambda _: subject_name, caption, count=1, flags=re.IGNORECASE)
+    new_caption, num_replacements = re.subn(
+        noun_pattern, lambda _: subject_name, caption, count=1, flags=re.IGNORECASE
+    )
     return new_caption if num_replacements else f"{template}, {caption}"

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.encoders.attribute_classifier import LATENT_BACKBONE, AttributeClassifier, AttributePrediction
+from hyperlora.encoders.attribute_classifier import (
+    LATENT_BACKBONE,
+    AttributeClassifier,
+    AttributePrediction,
+)
 from hyperlora.training.augmentation import apply_random_degradation
 from hyperlora.training.optimizers import make_adamw_cosine
 
@@ -43,18 +47,28 @@ class AttributeClassifierTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.classifier = AttributeClassifier(backbone, image_size, attributes, geometry, options=options)
+        self.classifier = AttributeClassifier(
+            backbone, image_size, attributes, geometry, options=options
+        )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         degrade_fn = (
-            _apply_latent_degradation if self.hparams["backbone"] == LATENT_BACKBONE else apply_random_degradation
+            _apply_latent_degradation
+            if self.hparams["backbone"] == LATENT_BACKBONE
+            else apply_random_degradation
         )
         prediction = self.classifier(degrade_fn(batch["images"]))
         classification_loss = compute_attribute_loss(prediction, batch["labels"]).mean()
         geometry_loss = F.mse_loss(prediction.geometry.float(), batch["geometry"])
-        identity_loss = _compute_supcon_loss(prediction.identity.float(), batch["subject"], self.hparams["temperature"])
+        identity_loss = _compute_supcon_loss(
+            prediction.identity.float(), batch["subject"], self.hparams["temperature"]
+        )
         self.log_dict(
-            {"train/attributes": classification_loss, "train/identity": identity_loss, "train/geometry": geometry_loss}
+            {
+                "train/attributes": classification_loss,
+                "train/identity": identity_loss,
+                "train/geometry": geometry_loss,
+            }
         )
         return (
             classification_loss
@@ -70,20 +84,29 @@ class AttributeClassifierTraining(L.LightningModule):
             if is_labeled.any():
                 accuracy = (logits.argmax(-1) == batch["labels"][name])[is_labeled].float().mean()
                 self.log(f"val/{name}", accuracy, batch_size=int(is_labeled.sum()))
-        self.log("val/geometry_mse", F.mse_loss(prediction.geometry.float(), batch["geometry"]), batch_size=n)
+        self.log(
+            "val/geometry_mse",
+            F.mse_loss(prediction.geometry.float(), batch["geometry"]),
+            batch_size=n,
+        )
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
             self.classifier.save_pretrained(self.hparams["output_dir"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return make_adamw_cosine(self, self.parameters(), self.hparams["lr"], self.hparams["weight_decay"])
+        return make_adamw_cosine(
+            self, self.parameters(), self.hparams["lr"], self.hparams["weight_decay"]
+        )
 
 
 def compute_attribute_loss(prediction: AttributePrediction, labels: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy per sample [n], summed over the attributes of ``labels`` ({attribute: [n]}; ``IGNORE_INDEX`` is 0)."""
     logits = {name: prediction.logits[name].float() for name in labels}
-    losses = [F.cross_entropy(logits[k], v, ignore_index=IGNORE_INDEX, reduction="none") for k, v in labels.items()]
+    losses = [
+        F.cross_entropy(logits[k], v, ignore_index=IGNORE_INDEX, reduction="none")
+        for k, v in labels.items()
+    ]
     return torch.stack(losses).sum(0)
 
 
@@ -100,10 +123,15 @@ def _apply_latent_degradation(latents: Tensor) -> Tensor:
     """Half of the latents blurred, all with noise of random size: what a denoiser expects is like that."""
     n, _, h, w = latents.shape
     downsampled = F.interpolate(
-        latents, scale_factor=float(torch.empty(1).uniform_(0.4, 0.9)), mode="bilinear", antialias=True
+        latents,
+        scale_factor=float(torch.empty(1).uniform_(0.4, 0.9)),
+        mode="bilinear",
+        antialias=True,
     )
     blur_strength = torch.rand(n, 1, 1, 1, device=latents.device) * (
         torch.rand(n, 1, 1, 1, device=latents.device) < 0.5
     )
-    blurred = latents + blur_strength * (F.interpolate(downsampled, (h, w), mode="bilinear") - latents)
+    blurred = latents + blur_strength * (
+        F.interpolate(downsampled, (h, w), mode="bilinear") - latents
+    )
     return blurred + torch.randn_like(latents) * torch.rand(n, 1, 1, 1, device=latents.device) * 0.5

@@ -67,7 +67,9 @@ class HypernetworkTraining(L.LightningModule):
         if start_from is None:
             network = Hypernetwork(layout, image_encoder.width, **(hypernetwork or {}))
         else:
-            network = ImageToLora.from_pretrained(start_from, base=self.base).hypernetwork.requires_grad_(True)
+            network = ImageToLora.from_pretrained(
+                start_from, base=self.base
+            ).hypernetwork.requires_grad_(True)
             network.layout.check_compatible(layout)
         self.model = ImageToLora(image_encoder.requires_grad_(False), network, card)
         self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
@@ -90,18 +92,26 @@ class HypernetworkTraining(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self.model.encoder.eval()
         features = self._encode_photos(batch)
-        num_views = int(torch.randint(1, min(features.tokens.shape[1], self.hparams["max_views"]) + 1, ()))
+        num_views = int(
+            torch.randint(1, min(features.tokens.shape[1], self.hparams["max_views"]) + 1, ())
+        )
         codes = self.model.hypernetwork.predict_codes(ImageFeatures(features.tokens[:, :num_views]))
         weights = self.model.hypernetwork.decode_codes(codes)
         with inject_lora(self.base.denoiser, weights):
-            diffusion_loss = self._compute_denoising_loss(batch, self.attribute_loss.make_loss_fn(batch.get("labels")))
+            diffusion_loss = self._compute_denoising_loss(
+                batch, self.attribute_loss.make_loss_fn(batch.get("labels"))
+            )
         delta_l2 = weights.compute_mean_squared_norm()
         loss = diffusion_loss + self.hparams["delta_l2_weight"] * delta_l2
-        self.log_dict({"train/loss": diffusion_loss, "train/delta": delta_l2.detach().sqrt()}, prog_bar=True)
+        self.log_dict(
+            {"train/loss": diffusion_loss, "train/delta": delta_l2.detach().sqrt()}, prog_bar=True
+        )
         if self.code_targets is not None and self.hparams["code_loss_weight"] > 0:
             has_target = batch["subject"] < len(self.code_targets)
             target_codes = self.code_targets.to(codes)[batch["subject"][has_target]]
-            code_loss = torch.nn.functional.mse_loss(codes[has_target], target_codes, reduction="sum") / len(codes)
+            code_loss = torch.nn.functional.mse_loss(
+                codes[has_target], target_codes, reduction="sum"
+            ) / len(codes)
             self.log("train/weights", code_loss)
             loss = loss + self.hparams["code_loss_weight"] * code_loss
         return loss
@@ -110,7 +120,11 @@ class HypernetworkTraining(L.LightningModule):
         own_loras = self.model.hypernetwork(ImageFeatures(self._encode_photos(batch).tokens[:, :1]))
         shuffled_loras = own_loras[torch.arange(len(own_loras), device=self.device).roll(1)]
         devices = [self.device] if self.device.type == "cuda" else []
-        for name, weights in (("base", own_loras * 0.0), ("own", own_loras), ("shuffled", shuffled_loras)):
+        for name, weights in (
+            ("base", own_loras * 0.0),
+            ("own", own_loras),
+            ("shuffled", shuffled_loras),
+        ):
             with torch.random.fork_rng(devices), inject_lora(self.base.denoiser, weights):
                 torch.manual_seed(batch_idx)  # the same noise for all three, and every time
                 self.log(
@@ -122,16 +136,26 @@ class HypernetworkTraining(L.LightningModule):
                 )
 
     def _encode_photos(self, batch: dict[str, Any]) -> ImageFeatures:
-        return ImageFeatures(batch["tokens"]) if "tokens" in batch else self.model.encode_photos(batch["photos"])
+        return (
+            ImageFeatures(batch["tokens"])
+            if "tokens" in batch
+            else self.model.encode_photos(batch["photos"])
+        )
 
     def _compute_denoising_loss(
         self, batch: dict[str, Any], aux_loss_fn: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        latents = batch["latents"] if "latents" in batch else self.base.encode_images(batch["images"])
+        latents = (
+            batch["latents"] if "latents" in batch else self.base.encode_images(batch["images"])
+        )
         conditions = self.base.encode_prompts(batch["captions"])
         # in float32: bfloat16 would round away the little noise of early timesteps
         return compute_denoising_loss(
-            self.base.denoiser, self.base.noise_schedule, latents.float(), aux_loss_fn=aux_loss_fn, **conditions
+            self.base.denoiser,
+            self.base.noise_schedule,
+            latents.float(),
+            aux_loss_fn=aux_loss_fn,
+            **conditions,
         ).mean()
 
     def on_train_end(self) -> None:

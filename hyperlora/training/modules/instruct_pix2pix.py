@@ -60,10 +60,14 @@ class InstructPix2PixTraining(L.LightningModule):
             load_diffusion_base(base),
         )  # a plain attribute in a tuple: the frozen base is no part of the checkpoint
         base_config = dict(self.base.denoiser.config)
-        self.unet = UNet.from_config(base_config | {"in_channels": 2 * base_config["in_channels"]} | (unet or {}))
+        self.unet = UNet.from_config(
+            base_config | {"in_channels": 2 * base_config["in_channels"]} | (unet or {})
+        )
         self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
         self.preview_loss = (
-            LatentPreviewLoss(base_config["out_channels"], preview_upscale) if preview_loss_weight else None
+            LatentPreviewLoss(base_config["out_channels"], preview_upscale)
+            if preview_loss_weight
+            else None
         )
         self.prompt_cache: PromptCache = {}
         self.noise_scheduler = DDPMScheduler.from_config(
@@ -74,7 +78,10 @@ class InstructPix2PixTraining(L.LightningModule):
         else:
             pretrained = load_diffusion_base(start_from)
             self.unet.load_state_dict(pretrained.denoiser.state_dict())
-            if (pretrained.noise_scheduler.config.prediction_type, prediction_type) == ("v_prediction", "sample"):
+            if (pretrained.noise_scheduler.config.prediction_type, prediction_type) == (
+                "v_prediction",
+                "sample",
+            ):
                 for parameter in self.unet.conv_out.parameters():
                     parameter.data.neg_()  # v is minus the sample where all is noise
 
@@ -87,11 +94,16 @@ class InstructPix2PixTraining(L.LightningModule):
         self.attribute_loss.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        drop_mask = torch.rand(len(batch["before"]), device=self.device) < self.hparams["cond_dropout_prob"]
+        drop_mask = (
+            torch.rand(len(batch["before"]), device=self.device) < self.hparams["cond_dropout_prob"]
+        )
         instructions = [
-            "" if drop else text for drop, text in zip(drop_mask.tolist(), batch["instructions"], strict=True)
+            "" if drop else text
+            for drop, text in zip(drop_mask.tolist(), batch["instructions"], strict=True)
         ]
-        loss = self._compute_loss(batch | {"instructions": instructions}, drop_mask, self._make_aux_loss_fn(batch))
+        loss = self._compute_loss(
+            batch | {"instructions": instructions}, drop_mask, self._make_aux_loss_fn(batch)
+        )
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -99,11 +111,19 @@ class InstructPix2PixTraining(L.LightningModule):
         no_drop = torch.zeros(len(batch["before"]), dtype=torch.bool, device=self.device)
         with torch.random.fork_rng():
             torch.manual_seed(batch_idx)  # the same noise every time
-            self.log("val/loss", self._compute_loss(batch, no_drop), prog_bar=True, batch_size=len(no_drop))
+            self.log(
+                "val/loss",
+                self._compute_loss(batch, no_drop),
+                prog_bar=True,
+                batch_size=len(no_drop),
+            )
 
     def _make_aux_loss_fn(self, batch: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
         """What else counts than the latents' error, as ``compute_denoising_loss`` takes it."""
-        attribute_loss_fn, preview_loss = self.attribute_loss.make_loss_fn(batch.get("labels")), self.preview_loss
+        attribute_loss_fn, preview_loss = (
+            self.attribute_loss.make_loss_fn(batch.get("labels")),
+            self.preview_loss,
+        )
         if preview_loss is None:
             return attribute_loss_fn
         before, after = batch["before"].float(), batch["after"].float()
@@ -118,7 +138,10 @@ class InstructPix2PixTraining(L.LightningModule):
         )
 
     def _compute_loss(
-        self, batch: dict[str, Any], drop_mask: Tensor, aux_loss_fn: Callable[[Tensor], Tensor] | None = None
+        self,
+        batch: dict[str, Any],
+        drop_mask: Tensor,
+        aux_loss_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         before, after = batch["before"].float(), batch["after"].float()
         # diffusers' pipeline shows the UNet latents that are not scaled
@@ -138,11 +161,16 @@ class InstructPix2PixTraining(L.LightningModule):
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
             save_edit_pipeline(
-                Path(self.hparams["output_dir"]), Path(self.hparams["base"]), self.unet, self.noise_scheduler
+                Path(self.hparams["output_dir"]),
+                Path(self.hparams["base"]),
+                self.unet,
+                self.noise_scheduler,
             )
 
     def configure_optimizers(self) -> dict[str, Any]:
-        matrices, other_params = split_muon_params(self.unet.named_parameters(), ("conv_in", "conv_out"))
+        matrices, other_params = split_muon_params(
+            self.unet.named_parameters(), ("conv_in", "conv_out")
+        )
         return make_muon_cosine(self, matrices, other_params, self.hparams["lr"])
 
 
@@ -172,5 +200,6 @@ def save_edit_pipeline(
         link = output_dir / component
         link.unlink(missing_ok=True)
         link.symlink_to(
-            os.path.relpath((base_dir / component).resolve(), output_dir.resolve()), target_is_directory=True
+            os.path.relpath((base_dir / component).resolve(), output_dir.resolve()),
+            target_is_directory=True,
         )

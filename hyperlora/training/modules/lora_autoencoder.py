@@ -33,18 +33,24 @@ class LoraAutoencoderTraining(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         data = LoraDataset(folder, "train")
-        self.model = LoraCodec(data.fit_normalizer(canonicalize), LoraAutoencoder(data.layout, **(autoencoder or {})))
+        self.model = LoraCodec(
+            data.fit_normalizer(canonicalize), LoraAutoencoder(data.layout, **(autoencoder or {}))
+        )
 
     def training_step(self, rows: Tensor, batch_idx: int) -> Tensor:
         normalized_rows = self.model.normalizer.normalize(rows)
         reconstruction, kl = self.model.autoencoder(normalized_rows)
-        loss = compute_weight_preserved_loss(reconstruction, normalized_rows, self.hparams["magnitude_weight"])
+        loss = compute_weight_preserved_loss(
+            reconstruction, normalized_rows, self.hparams["magnitude_weight"]
+        )
         self.log("train/loss", loss, prog_bar=True)
         return loss + self.hparams["kl_weight"] * kl.mean()
 
     def validation_step(self, rows: Tensor, batch_idx: int) -> None:
         target_loras = LoraWeights.unflatten(self.model.layout, rows.float())
-        error, cosine = compare_deltas(target_loras, self.model.decode(self.model.encode_flat(rows)))
+        error, cosine = compare_deltas(
+            target_loras, self.model.decode(self.model.encode_flat(rows))
+        )
         metrics = {"val/error": error.mean(), "val/cosine": cosine.mean()}
         self.log_dict(metrics, prog_bar=True, batch_size=len(rows), sync_dist=True)
 

@@ -47,18 +47,29 @@ class LoraDiffusionTraining(L.LightningModule):
         image_encoder = load_image_encoder(encoder, encoder_options).requires_grad_(False)
         lora_codec = LoraCodec.from_pretrained(codec)
         feature_mixer = MixedImageFeatures(
-            FACE_EMBED_DIM, image_encoder.width, **({"mode": "gate" if face_pack else "image"} | (mixture or {}))
+            FACE_EMBED_DIM,
+            image_encoder.width,
+            **({"mode": "gate" if face_pack else "image"} | (mixture or {})),
         )
         network = LoraDiT(*lora_codec.latent_shape, feature_mixer.width, **(denoiser or {}))
-        face_analyzer = make_face_analyzer(face_pack, image_encoder, card or {}) if face_pack else None
-        self.model = LoraDiffusion(image_encoder, feature_mixer, network, lora_codec, face_analyzer, card)
+        face_analyzer = (
+            make_face_analyzer(face_pack, image_encoder, card or {}) if face_pack else None
+        )
+        self.model = LoraDiffusion(
+            image_encoder, feature_mixer, network, lora_codec, face_analyzer, card
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self.model.encoder.eval()
         self.model.codec.eval()
         num_views = int(torch.randint(1, batch["image"].shape[1] + 1, ()))
-        drop_mask = torch.rand(len(batch["latents"]), device=self.device) < self.hparams["cond_dropout_prob"]
-        loss = self._compute_loss(batch["latents"], self._mix_features(batch, num_views)[0], drop_mask)
+        drop_mask = (
+            torch.rand(len(batch["latents"]), device=self.device)
+            < self.hparams["cond_dropout_prob"]
+        )
+        loss = self._compute_loss(
+            batch["latents"], self._mix_features(batch, num_views)[0], drop_mask
+        )
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -73,20 +84,31 @@ class LoraDiffusionTraining(L.LightningModule):
         target_loras = self.model.codec.decode(latents)
         shuffled_loras = target_loras[torch.arange(batch_size, device=self.device).roll(1)]
         metrics = {
-            "val/loss": loss, "val/own": compare_deltas(target_loras, sampled_loras)[1].mean(), "val/another": compare_deltas(shuffled_loras, sampled_loras)[1].mean(),
+            "val/loss": loss,
+            "val/own": compare_deltas(target_loras, sampled_loras)[1].mean(),
+            "val/another": compare_deltas(shuffled_loras, sampled_loras)[1].mean(),
             "val/gate": gate.mean(),
-        }  # fmt: skip
+        }
         self.log_dict(metrics, prog_bar=True, batch_size=batch_size, sync_dist=True)
 
-    def _mix_features(self, batch: dict[str, Tensor], num_views: int) -> tuple[ImageFeatures, Tensor]:
-        face_features, image_features = (ImageFeatures(batch[name][:, :num_views]) for name in ("face", "image"))
+    def _mix_features(
+        self, batch: dict[str, Tensor], num_views: int
+    ) -> tuple[ImageFeatures, Tensor]:
+        face_features, image_features = (
+            ImageFeatures(batch[name][:, :num_views]) for name in ("face", "image")
+        )
         return self.model.mixture.forward_with_gate(face_features, image_features)
 
-    def _compute_loss(self, latents: Tensor, cond_features: ImageFeatures, drop_mask: Tensor | None) -> Tensor:
+    def _compute_loss(
+        self, latents: Tensor, cond_features: ImageFeatures, drop_mask: Tensor | None
+    ) -> Tensor:
         u, shift = torch.rand(len(latents), device=self.device), self.hparams["timestep_shift"]
         timesteps = shift * u / (1 + (shift - 1) * u)
         model_output = self.model.denoiser(
-            interpolate_noise(torch.randn_like(latents), latents, timesteps), timesteps, cond_features, drop_mask
+            interpolate_noise(torch.randn_like(latents), latents, timesteps),
+            timesteps,
+            cond_features,
+            drop_mask,
         )
         return torch.nn.functional.mse_loss(model_output.float(), latents.float())
 

@@ -76,7 +76,9 @@ class PairHypernetworkTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         if not use_denoising_loss and not instruction_loss_weight:
-            raise InvalidArgumentError("nothing to learn from: denoising is off and telling is 0; give one of them")
+            raise InvalidArgumentError(
+                "nothing to learn from: denoising is off and telling is 0; give one of them"
+            )
         self.save_hyperparameters()
         # a plain attribute in a tuple: the frozen base is no part of the checkpoint
         self._base = (load_diffusion_base(base, **(base_options or {})),)
@@ -88,7 +90,9 @@ class PairHypernetworkTraining(L.LightningModule):
             layout = make_layout({denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
             image_encoder = load_image_encoder(encoder, encoder_options)
             self.model = PairToLora(
-                image_encoder, PairHypernetwork(layout, image_encoder.width, **_load_vocabulary(network or {})), card
+                image_encoder,
+                PairHypernetwork(layout, image_encoder.width, **_load_vocabulary(network or {})),
+                card,
             )
         self.model.encoder.requires_grad_(not freeze_encoder)
         if self.model.network.instruction_head is not None:
@@ -118,7 +122,9 @@ class PairHypernetworkTraining(L.LightningModule):
         if (
             self.model.network.instruction_head is not None
         ):  # what is usual is learned with words alone, in large batches
-            self.model.network.instruction_head.input_norm.train(not self.hparams["use_denoising_loss"])
+            self.model.network.instruction_head.input_norm.train(
+                not self.hparams["use_denoising_loss"]
+            )
         loss = torch.zeros((), device=self.device)
         if instruction_loss_weight := self.hparams["instruction_loss_weight"]:
             instruction_losses, _ = self._compute_instruction_loss(batch, swap_mask, *pair_features)
@@ -130,13 +136,20 @@ class PairHypernetworkTraining(L.LightningModule):
             loss = loss + self.hparams["delta_l2_weight"] * weights.compute_mean_squared_norm()
         return loss
 
-    def _compute_edit_loss(self, batch: dict[str, Any], swap_mask: Tensor, weights: LoraWeights) -> Tensor:
+    def _compute_edit_loss(
+        self, batch: dict[str, Any], swap_mask: Tensor, weights: LoraWeights
+    ) -> Tensor:
         """Both directions' denoising losses."""
         before, after = self._get_edit_latents(batch)
         swap_latents = swap_mask.view(-1, 1, 1, 1)
-        before, after = torch.where(swap_latents, after, before), torch.where(swap_latents, before, after)
+        before, after = (
+            torch.where(swap_latents, after, before),
+            torch.where(swap_latents, before, after),
+        )
         use_instruction = (torch.rand(len(swap_mask)) < self.hparams["instruction_prob"]).tolist()
-        instruction_flags = zip(batch["instructions"], use_instruction, swap_mask.tolist(), strict=True)
+        instruction_flags = zip(
+            batch["instructions"], use_instruction, swap_mask.tolist(), strict=True
+        )
         instructions = [w if keep and not s else "" for w, keep, s in instruction_flags]
         labels_before, labels_after = _swap_labels(batch.get("labels"), swap_mask)
         loss = self._compute_denoising_loss(
@@ -145,7 +158,11 @@ class PairHypernetworkTraining(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         if self.hparams["reverse_weight"]:
             reverse_loss = self._compute_denoising_loss(
-                -weights, after, before, [""] * len(instructions), self.attribute_loss.make_loss_fn(labels_before)
+                -weights,
+                after,
+                before,
+                [""] * len(instructions),
+                self.attribute_loss.make_loss_fn(labels_before),
             )
             self.log("train/reverse", reverse_loss, prog_bar=True)
             loss = loss + self.hparams["reverse_weight"] * reverse_loss
@@ -158,14 +175,19 @@ class PairHypernetworkTraining(L.LightningModule):
         it are not known."""
         undo_instructions = batch.get("undoing")
         instruction_pairs = zip(
-            batch["instructions"], undo_instructions or batch["instructions"], swap_mask.tolist(), strict=True
+            batch["instructions"],
+            undo_instructions or batch["instructions"],
+            swap_mask.tolist(),
+            strict=True,
         )
         instruction_head = self.model.network.instruction_head
         assert instruction_head is not None
         target = instruction_head.vocabulary.encode(
             [undo if turned else do for do, undo, turned in instruction_pairs]
         ).to(self.device)
-        logits = instruction_head.forward_logits(self.model.network.fuse_pair(before, after)).float()
+        logits = instruction_head.forward_logits(
+            self.model.network.fuse_pair(before, after)
+        ).float()
         is_known = torch.ones_like(swap_mask) if undo_instructions is not None else ~swap_mask
         return instruction_head.vocabulary.compute_loss(
             logits, target
@@ -174,8 +196,12 @@ class PairHypernetworkTraining(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         pair_features = self._encode_pairs(batch, 1)
         if self.hparams["instruction_loss_weight"]:
-            no_swap = torch.zeros(batch_size := len(batch["instructions"]), dtype=torch.bool, device=self.device)
-            instruction_losses, is_correct = self._compute_instruction_loss(batch, no_swap, *pair_features)
+            no_swap = torch.zeros(
+                batch_size := len(batch["instructions"]), dtype=torch.bool, device=self.device
+            )
+            instruction_losses, is_correct = self._compute_instruction_loss(
+                batch, no_swap, *pair_features
+            )
             self.log("val/words", instruction_losses.mean(), prog_bar=True, batch_size=batch_size)
             self.log("val/said", is_correct.float().mean(), prog_bar=True, batch_size=batch_size)
         if not self.hparams["use_denoising_loss"]:
@@ -184,17 +210,23 @@ class PairHypernetworkTraining(L.LightningModule):
         before, after = self._get_edit_latents(batch)
         shuffled_loras = own_loras[torch.arange(len(own_loras), device=self.device).roll(1)]
         cases = {
-            "base": (own_loras * 0.0, before, after), "own": (own_loras, before, after), "shuffled": (shuffled_loras, before, after),
+            "base": (own_loras * 0.0, before, after),
+            "own": (own_loras, before, after),
+            "shuffled": (shuffled_loras, before, after),
             "reverse": (-own_loras, after, before),
-        }  # fmt: skip
+        }
         devices = [self.device] if self.device.type == "cuda" else []
         for name, (weights, input_latents, target_latents) in cases.items():
             with torch.random.fork_rng(devices):
                 torch.manual_seed(batch_idx)  # the same noise for all, and every time
-                loss = self._compute_denoising_loss(weights, input_latents, target_latents, [""] * len(own_loras))
+                loss = self._compute_denoising_loss(
+                    weights, input_latents, target_latents, [""] * len(own_loras)
+                )
             self.log(f"val/{name}", loss, prog_bar=True, batch_size=len(own_loras), sync_dist=True)
 
-    def _encode_pairs(self, batch: dict[str, Any], num_views: int) -> tuple[ImageFeatures, ImageFeatures]:
+    def _encode_pairs(
+        self, batch: dict[str, Any], num_views: int
+    ) -> tuple[ImageFeatures, ImageFeatures]:
         """Of the first ``num_views`` pairs, the pictures before and after."""
         if "tokens" in batch:
             before, after = batch["tokens"][:, :num_views].float().unbind(2)
@@ -211,9 +243,13 @@ class PairHypernetworkTraining(L.LightningModule):
         return before, after
 
     def _compute_denoising_loss(
-        self, weights: LoraWeights, input_latents: Tensor, target_latents: Tensor, instructions: list[str],
+        self,
+        weights: LoraWeights,
+        input_latents: Tensor,
+        target_latents: Tensor,
+        instructions: list[str],
         aux_loss_fn: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         with inject_lora(self.base.denoiser, weights):
             return compute_denoising_loss(
                 self.base.denoiser,
@@ -221,7 +257,9 @@ class PairHypernetworkTraining(L.LightningModule):
                 target_latents,
                 shift=self.hparams["timestep_shift"],
                 cond_latents=input_latents / self.base.pipeline.vae.config.scaling_factor,
-                weight=compute_edit_region_weights(input_latents, target_latents, self.hparams["edit_region_weight"]),
+                weight=compute_edit_region_weights(
+                    input_latents, target_latents, self.hparams["edit_region_weight"]
+                ),
                 aux_loss_fn=aux_loss_fn,
                 aux_loss_weight=1.0,
                 **self.base.encode_prompts(instructions, self.prompt_cache),
@@ -235,10 +273,14 @@ class PairHypernetworkTraining(L.LightningModule):
         if not self.hparams["use_muon"]:
             return make_adamw_cosine(self, self.model.parameters(), self.hparams["lr"])
         matrices = (
-            self.model.network.instruction_head.get_hidden_matrices() if self.model.network.instruction_head else []
+            self.model.network.instruction_head.get_hidden_matrices()
+            if self.model.network.instruction_head
+            else []
         )
         matrix_ids = {id(parameter) for parameter in matrices}
-        other_params = [parameter for parameter in self.model.parameters() if id(parameter) not in matrix_ids]
+        other_params = [
+            parameter for parameter in self.model.parameters() if id(parameter) not in matrix_ids
+        ]
         return make_muon_cosine(self, matrices, other_params, self.hparams["lr"])
 
 

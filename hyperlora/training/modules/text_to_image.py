@@ -6,7 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+)
 from diffusers import UNet2DConditionModel as UNet
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -85,13 +90,23 @@ class TextToImageTraining(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(batch_idx)  # the same noise every time
-            self.log("val/loss", self._compute_loss(batch), prog_bar=True, batch_size=len(batch["captions"]))
+            self.log(
+                "val/loss",
+                self._compute_loss(batch),
+                prog_bar=True,
+                batch_size=len(batch["captions"]),
+            )
 
-    def _compute_loss(self, batch: dict[str, Any], aux_loss_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def _compute_loss(
+        self, batch: dict[str, Any], aux_loss_fn: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         input_ids = self.tokenizer(
-            batch["captions"], padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
+            batch["captions"],
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
-        ).input_ids.to(self.device)  # fmt: skip
+        ).input_ids.to(self.device)
         prompt_embeds = self.text_encoder(input_ids)[0]
         return compute_denoising_loss(
             self.unet,
@@ -108,7 +123,9 @@ class TextToImageTraining(L.LightningModule):
         if self.hparams["focus_box"] is None:
             return None
         h, w = latents.shape[-2:]
-        top, left, bottom, right = (round(x * n) for x, n in zip(self.hparams["focus_box"], (h, w, h, w), strict=True))
+        top, left, bottom, right = (
+            round(x * n) for x, n in zip(self.hparams["focus_box"], (h, w, h, w), strict=True)
+        )
         weights = latents.new_ones(h, w)
         weights[top:bottom, left:right] = self.hparams["focus_weight"]
         return weights / weights.mean()

@@ -35,19 +35,31 @@ class VaeTraining(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         if (config is None) == (start_from is None):
-            raise ValueError("give either config (a new autoencoder) or start_from (a folder), not both or none")
-        self.vae = AutoencoderKL.from_pretrained(start_from) if start_from else AutoencoderKL(**(config or {}))
+            raise ValueError(
+                "give either config (a new autoencoder) or start_from (a folder), not both or none"
+            )
+        self.vae = (
+            AutoencoderKL.from_pretrained(start_from)
+            if start_from
+            else AutoencoderKL(**(config or {}))
+        )
         self.vae.to(memory_format=torch.channels_last)
 
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
-        posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+        posterior = self.vae.encode(
+            images.contiguous(memory_format=torch.channels_last)
+        ).latent_dist
         z = posterior.sample()
         loss = _compute_reconstruction_loss(self, self.vae.decode(z).sample.float(), images)
         return loss + self.hparams["kl_weight"] * posterior.kl().mean() / z[0].numel()
 
     def validation_step(self, images: Tensor, batch_idx: int) -> None:
         posterior = self.vae.encode(images).latent_dist
-        self.log("val/psnr", _compute_psnr(self.vae.decode(posterior.mode()).sample.float(), images), prog_bar=True)
+        self.log(
+            "val/psnr",
+            _compute_psnr(self.vae.decode(posterior.mode()).sample.float(), images),
+            prog_bar=True,
+        )
         self.validation_latents.append(posterior.sample().float().cpu())
 
     def on_validation_epoch_start(self) -> None:
@@ -89,7 +101,9 @@ class VaeDecoderTraining(L.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         images, latents = batch
-        noise_std = self.hparams["max_noise_std"] * torch.rand(len(latents), 1, 1, 1, device=self.device)
+        noise_std = self.hparams["max_noise_std"] * torch.rand(
+            len(latents), 1, 1, 1, device=self.device
+        )
         return _compute_reconstruction_loss(
             self, self._decode_latents(latents + noise_std * torch.randn_like(latents)), images
         )
@@ -97,16 +111,27 @@ class VaeDecoderTraining(L.LightningModule):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         images, latents = batch
         decoded = self._decode_latents(latents)
-        self.log_dict({"val/psnr": _compute_psnr(decoded, images), "val/l1": F.l1_loss(decoded, images)}, prog_bar=True)
+        self.log_dict(
+            {"val/psnr": _compute_psnr(decoded, images), "val/l1": F.l1_loss(decoded, images)},
+            prog_bar=True,
+        )
 
     def _decode_latents(self, latents: Tensor) -> Tensor:
-        unscaled_latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        return self.vae.decode(unscaled_latents.contiguous(memory_format=torch.channels_last)).sample.float()
+        unscaled_latents = latents / self.vae.config.scaling_factor + (
+            self.vae.config.shift_factor or 0
+        )
+        return self.vae.decode(
+            unscaled_latents.contiguous(memory_format=torch.channels_last)
+        ).sample.float()
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            is_half_exact = all(torch.equal(p, p.half().to(p)) for p in self.vae.encoder.parameters())
-            (self.vae.half() if is_half_exact else self.vae).save_pretrained(Path(self.hparams["output_dir"]))
+            is_half_exact = all(
+                torch.equal(p, p.half().to(p)) for p in self.vae.encoder.parameters()
+            )
+            (self.vae.half() if is_half_exact else self.vae).save_pretrained(
+                Path(self.hparams["output_dir"])
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         matrices, other_params = split_muon_params(
@@ -115,10 +140,14 @@ class VaeDecoderTraining(L.LightningModule):
         return make_muon_cosine(self, matrices, other_params, self.hparams["lr"], weight_decay=1e-4)
 
 
-def _compute_reconstruction_loss(module: L.LightningModule, decoded: Tensor, images: Tensor) -> Tensor:
+def _compute_reconstruction_loss(
+    module: L.LightningModule, decoded: Tensor, images: Tensor
+) -> Tensor:
     """The three errors, weighed as the module's hyperparameters say."""
     l1 = F.l1_loss(decoded, images)
-    gradient_loss = sum(F.l1_loss(torch.diff(decoded, dim=d), torch.diff(images, dim=d)) for d in (2, 3))
+    gradient_loss = sum(
+        F.l1_loss(torch.diff(decoded, dim=d), torch.diff(images, dim=d)) for d in (2, 3)
+    )
     module.log_dict({"train/l1": l1, "train/psnr": _compute_psnr(decoded, images)}, prog_bar=True)
     loss = l1 + module.hparams["squared_weight"] * F.mse_loss(decoded, images)
     return loss + module.hparams["gradient_weight"] * gradient_loss
@@ -133,7 +162,9 @@ def standardize_latents(vae: AutoencoderKL, latents: Tensor) -> None:
     quant_conv, post_quant_conv = vae.quant_conv, vae.post_quant_conv
     quant_conv.bias[:channels].sub_(mean).div_(std)
     quant_conv.weight[:channels].div_(std[:, None, None, None])
-    quant_conv.bias[channels:].sub_(2 * std.log())  # the other half of the channels is the posterior's log variance
+    quant_conv.bias[channels:].sub_(
+        2 * std.log()
+    )  # the other half of the channels is the posterior's log variance
     post_quant_conv.bias.add_(post_quant_conv.weight[:, :, 0, 0] @ mean)
     post_quant_conv.weight.mul_(std[None, :, None, None])
     vae.register_to_config(scaling_factor=1.0)

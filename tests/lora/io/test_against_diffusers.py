@@ -31,7 +31,9 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
     for logger in loggers:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
-    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    yield lambda: [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ]
     for logger, (propagate, level) in zip(loggers, before, strict=True):
         logger.propagate = propagate
         logger.setLevel(level)
@@ -56,7 +58,9 @@ def outputs(pipe: Any) -> dict[str, Tensor]:
 def assert_all_taken(module: nn.Module, lora: LoraWeights, component: str) -> None:
     """Exactly the sites of ``component`` carry an adapter, with the LoRA's own numbers."""
     adapted = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
-    assert set(adapted) == {site.path for site in lora.layout.targets if site.component == component}
+    assert set(adapted) == {
+        site.path for site in lora.layout.targets if site.component == component
+    }
     for site, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
         if site.component == component:
             layer = adapted[site.path]
@@ -81,7 +85,9 @@ def test_a_pipeline_takes_every_key_and_acts_alike(
     plain = outputs(pipe)
     with inject_lora(modules, lora):
         mine = outputs(pipe)
-    path = save_lora(lora, tmp_path / "x.safetensors", format=format, metadata=LoraMetadata(title="Ada"))
+    path = save_lora(
+        lora, tmp_path / "x.safetensors", format=format, metadata=LoraMetadata(title="Ada")
+    )
     complaints = len(warnings())
     pipe.load_lora_weights(str(path))
     assert warnings()[complaints:] == []
@@ -89,7 +95,9 @@ def test_a_pipeline_takes_every_key_and_acts_alike(
         assert_all_taken(module, lora, component)
     theirs = outputs(pipe)
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], **SEEING, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, theirs[name], **SEEING, msg=lambda text, name=name: f"{name}: {text}"
+        )
         assert (value - plain[name]).abs().max() > 1e-3, name
 
 
@@ -121,14 +129,19 @@ def test_sdxl_file_maps_both_text_encoders_by_diffusers_own_reader(
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
     from transformers import CLIPTextModelWithProjection
 
-    modules = {**modules, "text_encoder_2": CLIPTextModelWithProjection(modules["text_encoder"].config)}
+    modules = {
+        **modules,
+        "text_encoder_2": CLIPTextModelWithProjection(modules["text_encoder"].config),
+    }
     lora = random_lora(modules, "attention")
     path = save_lora(lora, tmp_path / "x.safetensors", format="kohya")
     assert torch.equal(load_lora(path, modules=modules).weights.flatten(), lora.flatten())
     state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
         load_file(path), unet_config=modules["unet"].config
     )
-    counts = {component: sum(key.startswith(f"{component}.") for key in state) for component in modules}
+    counts = {
+        component: sum(key.startswith(f"{component}.") for key in state) for component in modules
+    }
     sites = [site.component for site in lora.layout.targets]
     assert counts == {component: 2 * sites.count(component) for component in modules}
     assert set(alphas.values()) == {3.0}
@@ -142,7 +155,10 @@ def test_alpha_other_than_rank_reads_as_diffusers_reads_it(
     path = save_lora(lora, tmp_path / "x.safetensors", format=format)
     tensors, metadata = load_file(path), None
     if format == "kohya":
-        tensors = {key: torch.tensor(2.0) if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
+        tensors = {
+            key: torch.tensor(2.0) if key.endswith(".alpha") else tensor
+            for key, tensor in tensors.items()
+        }
     else:
         names = [site.path for site in lora.layout.targets]
         config = {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": names}
@@ -172,7 +188,9 @@ def test_files_written_by_diffusers_are_read(
         config = LoraConfig(r=4, lora_alpha=6, target_modules=paths, init_lora_weights=False)
         module.add_adapter(config)  # type: ignore[operator]
         layers[component] = (
-            convert_state_dict_to_diffusers(get_peft_model_state_dict(module, adapter_name="default"))
+            convert_state_dict_to_diffusers(
+                get_peft_model_state_dict(module, adapter_name="default")
+            )
             if (component == "unet")
             else get_peft_model_state_dict(module, adapter_name="default")
         )

@@ -36,7 +36,10 @@ def sd15() -> dict[str, nn.Module]:
     """Stable Diffusion 1's blocks at 4 channels."""
     from diffusers import UNet2DConditionModel
 
-    return {"unet": UNet2DConditionModel(block_out_channels=(4, 4, 4, 4), **SMALL), **text("text_encoder")}
+    return {
+        "unet": UNet2DConditionModel(block_out_channels=(4, 4, 4, 4), **SMALL),
+        **text("text_encoder"),
+    }
 
 
 def sdxl() -> dict[str, nn.Module]:
@@ -60,10 +63,17 @@ def sdxl() -> dict[str, nn.Module]:
 def text(name: str) -> dict[str, nn.Module]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return {
         name: CLIPTextModel(
-            CLIPTextConfig(vocab_size=9, bos_token_id=0, eos_token_id=1, max_position_embeddings=8, **sizes)
+            CLIPTextConfig(
+                vocab_size=9, bos_token_id=0, eos_token_id=1, max_position_embeddings=8, **sizes
+            )
         )
     }
 
@@ -71,37 +81,70 @@ def text(name: str) -> dict[str, nn.Module]:
 def sd3() -> dict[str, nn.Module]:
     from diffusers import SD3Transformer2DModel
 
-    sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 1, "joint_attention_dim": 8}
+    sizes = {
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 1,
+        "joint_attention_dim": 8,
+    }
     more = {
         "caption_projection_dim": 8,
         "pooled_projection_dim": 8,
         "pos_embed_max_size": 8,
         "dual_attention_layers": (0,),
     }
-    return {"transformer": SD3Transformer2DModel(sample_size=8, in_channels=4, out_channels=4, **sizes, **more)}
+    return {
+        "transformer": SD3Transformer2DModel(
+            sample_size=8, in_channels=4, out_channels=4, **sizes, **more
+        )
+    }
 
 
 def flux() -> dict[str, nn.Module]:
     from diffusers import FluxTransformer2DModel
 
-    sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 1}
-    more = {"joint_attention_dim": 8, "pooled_projection_dim": 8, "in_channels": 4, "axes_dims_rope": (4, 6, 6)}
+    sizes = {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 1,
+    }
+    more = {
+        "joint_attention_dim": 8,
+        "pooled_projection_dim": 8,
+        "in_channels": 4,
+        "axes_dims_rope": (4, 6, 6),
+    }
     return {"transformer": FluxTransformer2DModel(**sizes, **more)}
 
 
 def qwen_image() -> dict[str, nn.Module]:
     from diffusers import QwenImageTransformer2DModel
 
-    sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 1, "joint_attention_dim": 8}
+    sizes = {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 1,
+        "joint_attention_dim": 8,
+    }
     return {
-        "transformer": QwenImageTransformer2DModel(in_channels=4, out_channels=1, axes_dims_rope=(4, 6, 6), **sizes)
+        "transformer": QwenImageTransformer2DModel(
+            in_channels=4, out_channels=1, axes_dims_rope=(4, 6, 6), **sizes
+        )
     }
 
 
 def z_image() -> dict[str, nn.Module]:
     from diffusers import ZImageTransformer2DModel
 
-    sizes = {"n_layers": 2, "n_refiner_layers": 1, "dim": 16, "n_heads": 1, "n_kv_heads": 1, "cap_feat_dim": 8}
+    sizes = {
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "dim": 16,
+        "n_heads": 1,
+        "n_kv_heads": 1,
+        "cap_feat_dim": 8,
+    }
     return {"transformer": ZImageTransformer2DModel(in_channels=4, axes_dims=[4, 6, 6], **sizes)}
 
 
@@ -126,16 +169,21 @@ CASES = [
     Case("sdxl", "attention+mlp", "sgm", True, True),
     Case("sdxl", "attention+conv", "sgm", True, True),
     Case("sdxl", "attention", "diffusers", False, False),
-    *(Case(base, preset, "diffusers", False, True) for base in ("sd3", "flux", "qwen_image", "z_image")
-      for preset in ("attention", "attention+mlp")),
-]  # fmt: skip
+    *(
+        Case(base, preset, "diffusers", False, True)
+        for base in ("sd3", "flux", "qwen_image", "z_image")
+        for preset in ("attention", "attention+mlp")
+    ),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.base}-{c.preset}-{c.format}")
 def test_who_takes_the_whole_file(case: Case, tmp_path: Path) -> None:
     modules = BASES[case.base]()
     lora = random_lora(modules, case.preset, seed=1)
-    path = save_lora(lora, tmp_path / "x.safetensors", format=case.format, metadata=LoraMetadata(title="matrix"))
+    path = save_lora(
+        lora, tmp_path / "x.safetensors", format=case.format, metadata=LoraMetadata(title="matrix")
+    )
     file = load_lora(path, modules=modules)
     assert torch.equal(file.weights.flatten(), lora.flatten())
     assert file.metadata.title == "matrix"
@@ -148,7 +196,9 @@ def test_who_takes_the_whole_file(case: Case, tmp_path: Path) -> None:
 
 def random_lora(modules: Mapping[str, nn.Module], preset: str, seed: int) -> LoraWeights:
     layout = make_layout(modules, preset, 2, "tiny/base")
-    return LoraWeights.unflatten(layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed)))
+    return LoraWeights.unflatten(
+        layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed))
+    )
 
 
 def in_diffusers(base: str, modules: Mapping[str, nn.Module], path: Path) -> set[str]:
@@ -157,7 +207,9 @@ def in_diffusers(base: str, modules: Mapping[str, nn.Module], path: Path) -> set
 
     if base in ("sd15", "sdxl"):
         mixin: Any = (
-            loaders.StableDiffusionXLLoraLoaderMixin if base == "sdxl" else loaders.StableDiffusionLoraLoaderMixin
+            loaders.StableDiffusionXLLoraLoaderMixin
+            if base == "sdxl"
+            else loaders.StableDiffusionLoraLoaderMixin
         )
         config = modules["unet"].config
         state, alphas = mixin.lora_state_dict(path, unet_config=config)
@@ -182,7 +234,9 @@ def in_diffusers(base: str, modules: Mapping[str, nn.Module], path: Path) -> set
 def layers(module: nn.Module) -> Iterator[str]:
     """Paths of everything a LoRA could act on; also of layers that already carry one."""
     for name, layer in module.named_modules():
-        if hasattr(layer, "base_layer") or (isinstance(layer, nn.Linear | nn.Conv2d) and "lora_" not in name):
+        if hasattr(layer, "base_layer") or (
+            isinstance(layer, nn.Linear | nn.Conv2d) and "lora_" not in name
+        ):
             yield name.removesuffix(".base_layer")
 
 
@@ -197,7 +251,10 @@ def kohya_stems(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def clip_stems(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
-    prefixes = {"text_encoder": "lora_te1_" if base == "sdxl" else "lora_te_", "text_encoder_2": "lora_te2_"}
+    prefixes = {
+        "text_encoder": "lora_te1_" if base == "sdxl" else "lora_te_",
+        "text_encoder_2": "lora_te2_",
+    }
     return {
         prefixes[component] + f"text_model_encoder_layers_{layer}_{part}"
         for component in modules.keys() & prefixes.keys()
@@ -217,12 +274,14 @@ def comfyui_stems(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
                 "unet." + name.replace(".to_", ".processor.to_").removesuffix(".0"),
             }
         return out
-    return {f"transformer.{name}" for name in layers(modules["transformer"]) if re.fullmatch(COMFYUI_DITS[base], name)}
+    return {
+        f"transformer.{name}"
+        for name in layers(modules["transformer"])
+        if re.fullmatch(COMFYUI_DITS[base], name)
+    }
 
 
-_JOINT = (
-    r"attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear"
-)
+_JOINT = r"attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear"
 _SINGLE = r"norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out"
 _Z_BLOCK = r"attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0"
 COMFYUI_DITS = {
@@ -252,15 +311,31 @@ def sgm_by_table(path: str) -> str:
     blocks = {
         **{f"down_blocks.0.resnets.{i}": f"input_blocks.{i + 1}.0" for i in (0, 1)},
         "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
-        **{f"down_blocks.1.{kind}.{i}": f"input_blocks.{i + 4}.{n}" for i in (0, 1) for n, kind in KINDS},
+        **{
+            f"down_blocks.1.{kind}.{i}": f"input_blocks.{i + 4}.{n}"
+            for i in (0, 1)
+            for n, kind in KINDS
+        },
         "down_blocks.1.downsamplers.0.conv": "input_blocks.6.0.op",
-        **{f"down_blocks.2.{kind}.{i}": f"input_blocks.{i + 7}.{n}" for i in (0, 1) for n, kind in KINDS},
+        **{
+            f"down_blocks.2.{kind}.{i}": f"input_blocks.{i + 7}.{n}"
+            for i in (0, 1)
+            for n, kind in KINDS
+        },
         "mid_block.resnets.0": "middle_block.0",
         "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2",
-        **{f"up_blocks.0.{kind}.{i}": f"output_blocks.{i}.{n}" for i in (0, 1, 2) for n, kind in KINDS},
+        **{
+            f"up_blocks.0.{kind}.{i}": f"output_blocks.{i}.{n}"
+            for i in (0, 1, 2)
+            for n, kind in KINDS
+        },
         "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
-        **{f"up_blocks.1.{kind}.{i}": f"output_blocks.{i + 3}.{n}" for i in (0, 1, 2) for n, kind in KINDS},
+        **{
+            f"up_blocks.1.{kind}.{i}": f"output_blocks.{i + 3}.{n}"
+            for i in (0, 1, 2)
+            for n, kind in KINDS
+        },
         "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
         **{f"up_blocks.2.resnets.{i}": f"output_blocks.{i + 6}.0" for i in (0, 1, 2)},
     }
@@ -276,7 +351,9 @@ KINDS = ((0, "resnets"), (1, "attentions"))
 
 def test_every_module_of_sdxl_has_an_sgm_name() -> None:
     names = list(layers(sdxl()["unet"]))
-    assert {name: convert_path_to_sgm(name) for name in names} == {name: sgm_by_table(name) for name in names}
+    assert {name: convert_path_to_sgm(name) for name in names} == {
+        name: sgm_by_table(name) for name in names
+    }
     assert len({convert_path_to_sgm(name) for name in names}) == len(names)
 
 
@@ -289,12 +366,20 @@ def test_formats_that_cannot_hold_a_base_say_so(base: str, tmp_path: Path) -> No
 
 
 @settings(max_examples=8)
-@given(st.integers(0, 2**20), st.sampled_from([c for c in CASES if c.format != "diffusers"]), st.sampled_from([1, 3]))
-def test_numbers_survive_every_change_of_format(tmp_path_factory: Any, seed: int, case: Case, rank: int) -> None:
+@given(
+    st.integers(0, 2**20),
+    st.sampled_from([c for c in CASES if c.format != "diffusers"]),
+    st.sampled_from([1, 3]),
+)
+def test_numbers_survive_every_change_of_format(
+    tmp_path_factory: Any, seed: int, case: Case, rank: int
+) -> None:
     folder = tmp_path_factory.mktemp("trip")
     modules = MADE.setdefault(case.base, BASES[case.base]())
     layout = make_layout(modules, case.preset, rank, "tiny/base")
-    lora = LoraWeights.unflatten(layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed)))
+    lora = LoraWeights.unflatten(
+        layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed))
+    )
     current = lora
     for format in ("diffusers", case.format, "diffusers", "kohya"):
         path = save_lora(current, folder / f"{format}.safetensors", format=format)

@@ -13,7 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyperlora.errors import HyperloraError, InvalidArgumentError, InvalidLoraFileError, LayoutMismatchError
+from hyperlora.errors import (
+    HyperloraError,
+    InvalidArgumentError,
+    InvalidLoraFileError,
+    LayoutMismatchError,
+)
 from hyperlora.lora.io import safetensors_file
 from hyperlora.lora.io.inspect import inspect_lora
 from hyperlora.lora.io.load import load_lora
@@ -27,9 +32,14 @@ Q, K = "unet.mid_block.attentions.0.to_q", "unet.mid_block.attentions.0.to_k"
 STEM = "lora_unet_mid_block_attentions_0_proj_in"
 
 
-def pair(name: str = Q, rank: int = 2, suffixes: tuple[str, str] = ("lora_A", "lora_B")) -> dict[str, Tensor]:
+def pair(
+    name: str = Q, rank: int = 2, suffixes: tuple[str, str] = ("lora_A", "lora_B")
+) -> dict[str, Tensor]:
     down, up = suffixes
-    return {f"{name}.{down}.weight": torch.ones(rank, 3), f"{name}.{up}.weight": torch.ones(4, rank)}
+    return {
+        f"{name}.{down}.weight": torch.ones(rank, 3),
+        f"{name}.{up}.weight": torch.ones(4, rank),
+    }
 
 
 def kohya_pair(stem: str = STEM) -> dict[str, Tensor]:
@@ -41,30 +51,57 @@ def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 BAD_STATES: dict[str, tuple[dict[str, Tensor], str]] = {
-    "nan": (pair() | {f"{Q}.lora_B.weight": torch.full((4, 2), torch.nan)}, rf"{Q}\.lora_B\.weight .* holds NaN"),
-    "infinity": (pair() | {f"{Q}.lora_A.weight": torch.full((2, 3), torch.inf)}, "holds NaN or infinity"),
+    "nan": (
+        pair() | {f"{Q}.lora_B.weight": torch.full((4, 2), torch.nan)},
+        rf"{Q}\.lora_B\.weight .* holds NaN",
+    ),
+    "infinity": (
+        pair() | {f"{Q}.lora_A.weight": torch.full((2, 3), torch.inf)},
+        "holds NaN or infinity",
+    ),
     "climbing name": (pair("../../etc/passwd"), r"'\.\./\.\./etc/passwd.* no module path"),
     "empty name part": (pair("unet..x"), "no module path"),
     "endless name": (pair("unet." + "a" * 400), "no module path"),
-    "integer weights": (pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.int8)}, "has dtype I8"),
-    "double weights": (pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.float64)}, "has dtype F64"),
+    "integer weights": (
+        pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.int8)},
+        "has dtype I8",
+    ),
+    "double weights": (
+        pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.float64)},
+        "has dtype F64",
+    ),
     "down without up": (without(pair(), "lora_B") | pair(K), rf"down of {Q} but no up"),
     "up without down": (without(pair(), "lora_A") | pair(K), rf"up of {Q} but no down"),
     "alpha alone": (
         kohya_pair() | {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
         "alpha of lora_unet_conv_in but no down",
     ),
-    "ranks differ": (pair() | {f"{Q}.lora_B.weight": torch.ones(4, 5)}, "ranks 2 and 5 differ inside the pair"),
+    "ranks differ": (
+        pair() | {f"{Q}.lora_B.weight": torch.ones(4, 5)},
+        "ranks 2 and 5 differ inside the pair",
+    ),
     "a vector": (pair() | {f"{Q}.lora_B.weight": torch.ones(4)}, "no Linear or convolution"),
     "no numbers": (pair(rank=0), "no Linear or convolution"),
-    "conv with linear": (pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, 3, 3)}, "no Linear or convolution"),
-    "wide up kernel": (
-        {f"{Q}.lora_A.weight": torch.ones(2, 3, 3, 3), f"{Q}.lora_B.weight": torch.ones(4, 2, 3, 3)},
+    "conv with linear": (
+        pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, 3, 3)},
         "no Linear or convolution",
     ),
-    "unknown key": (pair() | {"unet.conv_in.weight": torch.ones(2)}, "unet.conv_in.weight, which belongs to no LoRA"),
+    "wide up kernel": (
+        {
+            f"{Q}.lora_A.weight": torch.ones(2, 3, 3, 3),
+            f"{Q}.lora_B.weight": torch.ones(4, 2, 3, 3),
+        },
+        "no Linear or convolution",
+    ),
+    "unknown key": (
+        pair() | {"unet.conv_in.weight": torch.ones(2)},
+        "unet.conv_in.weight, which belongs to no LoRA",
+    ),
     "bias": (pair() | {f"{Q}.lora_B.bias": torch.ones(4)}, "belongs to no LoRA pair"),
-    "unknown component": (pair("vae.decoder.x"), "vae.decoder.x.* expected it to start with one of unet."),
+    "unknown component": (
+        pair("vae.decoder.x"),
+        "vae.decoder.x.* expected it to start with one of unet.",
+    ),
     "peft's own file": (pair("base_model.model.x"), "expected it to start with"),
     "one site twice": (
         pair("unet.mid_block.attn1.to_q") | pair("unet.mid_block.attn1.processor.to_q"),
@@ -74,7 +111,10 @@ BAD_STATES: dict[str, tuple[dict[str, Tensor], str]] = {
     "LoHa": ({f"{STEM}.hada_w1_a": torch.ones(2, 2)}, "is LoHa .* convert it first"),
     "LoKr": ({f"{STEM}.lokr_w1": torch.ones(2, 2)}, "is LoKr"),
     "kohya without up": (without(kohya_pair(), "lora_up"), "down of lora_unet.* but no up"),
-    "kohya of another model": (kohya_pair("lora_unet_double_blocks_0_img_attn_proj"), "double_blocks_0.* base"),
+    "kohya of another model": (
+        kohya_pair("lora_unet_double_blocks_0_img_attn_proj"),
+        "double_blocks_0.* base",
+    ),
     "kohya key among diffusers'": (pair() | kohya_pair(), "expected it to start with"),
     "kohya bad block number": (kohya_pair("lora_unet_input_blocks_x_1_proj_in"), "names no site"),
     "one kohya site twice": (
@@ -107,11 +147,17 @@ BAD_CONFIGS = {
     "no JSON": ("{", "no JSON"),
     "no table": ("[1]", "no table"),
     "DoRA": ({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_dora": True}, "is DoRA"),
-    "another rank": ({"unet.r": 8, "unet.lora_alpha": 8}, "has rank 2, its lora_adapter_metadata header says 8"),
+    "another rank": (
+        {"unet.r": 8, "unet.lora_alpha": 8},
+        "has rank 2, its lora_adapter_metadata header says 8",
+    ),
     "alpha is text": ({"unet.r": 2, "unet.lora_alpha": "two"}, "no sound lora_alpha"),
     "alpha is infinite": ({"unet.r": 2, "unet.lora_alpha": 1e999}, "no sound lora_alpha"),
     "no rank": ({"unet.lora_alpha": 2}, "no sound r "),
-    "pattern is a list": ({"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": [1]}, "alpha_pattern"),
+    "pattern is a list": (
+        {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": [1]},
+        "alpha_pattern",
+    ),
     "pattern takes forever": (
         {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {"(a+)+$": 1}},
         "alpha_pattern",
@@ -141,8 +187,14 @@ BAD_BYTES = {
     "deep JSON": (raw_file(b"[" * 100_000), "no JSON"),
     "a list": (raw_file(b"[1, 2]"), "no table"),
     "no tensors": (raw_file(b"{}"), "holds 0 tensors"),
-    "a key twice": (raw_file(f'{{"a.alpha":{ENTRY},"a.alpha":{ENTRY}}}'.encode(), b"\0" * 4), "key 'a.alpha' twice"),
-    "offsets outside": (raw_file(f'{{"a.alpha":{ENTRY}}}'.encode()), "not a sound safetensors file"),
+    "a key twice": (
+        raw_file(f'{{"a.alpha":{ENTRY},"a.alpha":{ENTRY}}}'.encode(), b"\0" * 4),
+        "key 'a.alpha' twice",
+    ),
+    "offsets outside": (
+        raw_file(f'{{"a.alpha":{ENTRY}}}'.encode()),
+        "not a sound safetensors file",
+    ),
     "metadata of numbers": (raw_file(b'{"__metadata__":{"a":1}}'), "table of strings"),
 }
 
@@ -192,10 +244,13 @@ def test_a_file_for_another_layout_is_refused_with_both_counts(
         load_lora(path, whole)
     nothing = LoraLayout((TargetModule("unet.elsewhere", 3, 4),), 2, "other/base")
     with pytest.raises(
-        LayoutMismatchError, match=rf"has 0 of the 1 sites expected for base 'other/base' and {n} others"
+        LayoutMismatchError,
+        match=rf"has 0 of the 1 sites expected for base 'other/base' and {n} others",
     ):
         load_lora(path, nothing)
-    with pytest.raises(LayoutMismatchError, match="for base 'tiny/base', this base is 'other/base'"):
+    with pytest.raises(
+        LayoutMismatchError, match="for base 'tiny/base', this base is 'other/base'"
+    ):
         load_lora(path, replace(lora.layout, base="other/base"))
     wider = replace(lora.layout.targets[0], fan_in=99)
     with pytest.raises(LayoutMismatchError, match="99→8 expected"):
@@ -207,10 +262,14 @@ def test_a_file_for_other_modules_is_refused(
     pipe: Any, modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, format: Any
 ) -> None:
     path = save_lora(random_lora(modules, "attention"), tmp_path / "x.safetensors", format=format)
-    with pytest.raises(LayoutMismatchError, match=r"has 8 sites that this base lacks, e\.g\. text_encoder\..*unet"):
+    with pytest.raises(
+        LayoutMismatchError, match=r"has 8 sites that this base lacks, e\.g\. text_encoder\..*unet"
+    ):
         load_lora(path, modules={"unet": pipe.unet})
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q = nn.Linear(16, 24)
-    with pytest.raises(LayoutMismatchError, match=r"mid_block.*to_q is 16→16 in the LoRA, 16→24 expected"):
+    with pytest.raises(
+        LayoutMismatchError, match=r"mid_block.*to_q is 16→16 in the LoRA, 16→24 expected"
+    ):
         load_lora(path, modules=modules)
     with pytest.raises(InvalidArgumentError, match="not both"):
         load_lora(path, random_lora(modules).layout, modules)
@@ -220,7 +279,9 @@ def broken(lora: LoraWeights, value: float) -> LoraWeights:
     return LoraWeights(lora.layout, (torch.full_like(lora.down[0], value), *lora.down[1:]), lora.up)
 
 
-def test_bad_saves_write_nothing(modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path) -> None:
+def test_bad_saves_write_nothing(
+    modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path
+) -> None:
     lora = random_lora(modules, "attention")
     q_only = LoraLayout(tuple(s for s in lora.layout.targets if s.name.endswith("q_proj")), 3, "b")
     mlp_only = LoraLayout((TargetModule("text_encoder.encoder.layers.0.mlp.fc1", 2, 2),), 3, "b")
@@ -232,7 +293,11 @@ def test_bad_saves_write_nothing(modules: dict[str, nn.Module], random_lora: Mak
         (broken(lora, 1e6), {"dtype": torch.float16}, "or needs float32"),
         (lora, {"dtype": torch.float64}, "not torch.float64"),
         (lora, {"format": "onnx"}, "unknown LoRA format 'onnx'"),
-        (LoraWeights.zeros(transformer), {"format": "kohya"}, "kohya files hold unet.* not transformer"),
+        (
+            LoraWeights.zeros(transformer),
+            {"format": "kohya"},
+            "kohya files hold unet.* not transformer",
+        ),
         (LoraWeights.zeros(LoraLayout((TargetModule("vae.x", 2, 2),), 3, "b")), {}, "not vae"),
         (LoraWeights.zeros(clash), {"format": "kohya"}, "one name in kohya's format"),
         (LoraWeights.zeros(q_only), {"format": "kohya"}, "without out_proj"),
@@ -248,7 +313,10 @@ def test_bad_saves_write_nothing(modules: dict[str, nn.Module], random_lora: Mak
 
 
 def test_a_failed_write_leaves_the_old_file(
-    modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    modules: dict[str, nn.Module],
+    random_lora: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old, new = (random_lora(modules, seed=seed) for seed in (0, 1))
     path = save_lora(old, tmp_path / "x.safetensors")

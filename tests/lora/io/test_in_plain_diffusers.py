@@ -41,8 +41,12 @@ def test_plain_diffusers_draws_the_same(bundle: Any, tmp_path: Path, format: Any
     lora = ImageToLora.from_pretrained(str(bundle.model))(bundle.photo)
     path = lora.save(tmp_path / "me.safetensors", format)
     base = load_diffusion_base(bundle.base)
-    (ours,) = generate_images(base, [PROMPT], lora, seeds=[7], num_inference_steps=3, guidance_scale=2.0)
-    (plain,) = generate_images(base, [PROMPT], None, seeds=[7], num_inference_steps=3, guidance_scale=2.0)
+    (ours,) = generate_images(
+        base, [PROMPT], lora, seeds=[7], num_inference_steps=3, guidance_scale=2.0
+    )
+    (plain,) = generate_images(
+        base, [PROMPT], None, seeds=[7], num_inference_steps=3, guidance_scale=2.0
+    )
     theirs = drawn_by_diffusers(bundle, path, tmp_path / "theirs.png")
     assert np.abs(np.asarray(ours, int) - theirs).max() <= 2
     assert np.abs(np.asarray(plain, int) - theirs).mean() > 2, "the LoRA changes nothing"

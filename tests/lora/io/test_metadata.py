@@ -65,7 +65,10 @@ def test_metadata_is_complete_for_every_reader() -> None:
     assert metadata["hyperlora.layout_fingerprint"] == LAYOUT.fingerprint
     assert metadata["note"] == "hello"
     conv = LoraLayout((TargetModule("unet.conv_in", 9, 4, (3, 3)),), 2, "b")
-    assert json.loads(FULL.to_safetensors_metadata(conv)["ss_network_args"]) == {"conv_dim": 2, "conv_alpha": 2.0}
+    assert json.loads(FULL.to_safetensors_metadata(conv)["ss_network_args"]) == {
+        "conv_dim": 2,
+        "conv_alpha": 2.0,
+    }
 
 
 @given(
@@ -73,7 +76,9 @@ def test_metadata_is_complete_for_every_reader() -> None:
         LoraMetadata,
         title=TEXTS,
         base_model=TEXTS.filter(bool),
-        architecture=st.sampled_from(["", "stable-diffusion-v1", "stable-diffusion-xl-v1-base", "sana"]),
+        architecture=st.sampled_from(
+            ["", "stable-diffusion-v1", "stable-diffusion-xl-v1-base", "sana"]
+        ),
         resolution=st.none() | st.tuples(st.integers(1, 9999), st.integers(1, 9999)),
         trigger_phrase=TEXTS,
         license=TEXTS,

@@ -56,8 +56,12 @@ def test_without_a_base_the_sites_come_from_the_file(
     for site, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
         assert torch.equal(found.down[index[site]], down)
         assert torch.equal(found.up[index[site]], up)
-    whole = load_lora(save_lora(random_lora(modules), tmp_path / "y.safetensors", format=format)).weights.layout
-    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in {site.name for site in whole.targets}
+    whole = load_lora(
+        save_lora(random_lora(modules), tmp_path / "y.safetensors", format=format)
+    ).weights.layout
+    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in {
+        site.name for site in whole.targets
+    }
 
 
 def test_dit_round_trip(transformer: nn.Module, random_lora: Make, tmp_path: Path) -> None:
@@ -69,7 +73,9 @@ def test_dit_round_trip(transformer: nn.Module, random_lora: Make, tmp_path: Pat
 
 
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=4),
+    sizes=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=4
+    ),
     rank=st.integers(1, 5),
     format=st.sampled_from(["diffusers", "kohya"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
@@ -82,14 +88,20 @@ def test_any_layout_comes_back(
     dtype: torch.dtype,
 ) -> None:
     sites = tuple(
-        TargetModule(f"unet.down_blocks.{i}.{'resnets.0.conv1' if conv else 'attentions.0.proj_in'}", *shape, kernel)
+        TargetModule(
+            f"unet.down_blocks.{i}.{'resnets.0.conv1' if conv else 'attentions.0.proj_in'}",
+            *shape,
+            kernel,
+        )
         for i, (fan_in, fan_out, conv) in enumerate(sizes)
         for kernel in [(3, 2) if conv else None]
         for shape in [(fan_in * (6 if conv else 1), fan_out)]
     )
     layout = LoraLayout(sites, rank, "any")
     lora = LoraWeights.unflatten(layout, torch.randn(layout.numel))
-    path = save_lora(lora, tmp_path_factory.mktemp("any") / "x.safetensors", format=format, dtype=dtype)
+    path = save_lora(
+        lora, tmp_path_factory.mktemp("any") / "x.safetensors", format=format, dtype=dtype
+    )
     assert all(t.dtype == dtype for key, t in load_file(path).items() if not key.endswith(".alpha"))
     expected = lora.apply(lambda t: t.to(dtype).float())
     assert_same(load_lora(path, layout).weights, expected)
@@ -110,11 +122,19 @@ def test_kohya_alpha_is_folded_and_ranks_are_padded(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "k.safetensors")
     file = load_lora(tmp_path / "k.safetensors")
     deltas = dict(
-        zip((site.name for site in file.weights.layout.targets), file.weights.get_delta_weights(), strict=True)
+        zip(
+            (site.name for site in file.weights.layout.targets),
+            file.weights.get_delta_weights(),
+            strict=True,
+        )
     )
     expected = tensors[f"{q}.lora_up.weight"] @ tensors[f"{q}.lora_down.weight"] * (1 / 4)
     torch.testing.assert_close(deltas["unet.down_blocks.0.attentions.0.proj_in"], expected)
-    expected = tensors[f"{conv}.lora_up.weight"].flatten(1) @ tensors[f"{conv}.lora_down.weight"].flatten(1) * (8 / 2)
+    expected = (
+        tensors[f"{conv}.lora_up.weight"].flatten(1)
+        @ tensors[f"{conv}.lora_down.weight"].flatten(1)
+        * (8 / 2)
+    )
     torch.testing.assert_close(deltas["unet.mid_block.resnets.0.conv1"], expected)
     assert file.weights.layout.rank == 4
     assert sorted(file.ranks) == [2, 4]
@@ -128,7 +148,9 @@ def test_stability_block_numbers_of_sdxl_files_are_understood(tmp_path: Path) ->
         tmp_path / "k.safetensors",
     )
     (site,) = load_lora(tmp_path / "k.safetensors").weights.layout.targets
-    assert site == TargetModule("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", 2, 3)
+    assert site == TargetModule(
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", 2, 3
+    )
 
 
 def test_old_diffusers_spelling_is_understood(tmp_path: Path) -> None:
@@ -193,14 +215,27 @@ def test_kohya_prefix_of_the_text_encoder_follows_the_base(
 
 def test_describe_sums_up(modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path) -> None:
     lora = random_lora(modules, "attention")
-    path = save_lora(lora, tmp_path / "x.safetensors", metadata=LoraMetadata(title="Ada"), dtype=torch.float16)
+    path = save_lora(
+        lora, tmp_path / "x.safetensors", metadata=LoraMetadata(title="Ada"), dtype=torch.float16
+    )
     summary = inspect_lora(path, lora.layout)
-    total = sum(float(torch.linalg.matrix_norm(delta)) ** 2 for delta in lora.get_delta_weights()) ** 0.5
+    total = (
+        sum(float(torch.linalg.matrix_norm(delta)) ** 2 for delta in lora.get_delta_weights())
+        ** 0.5
+    )
     assert summary.norm == pytest.approx(total, rel=1e-3)
-    assert sum(norm**2 for norm in summary.component_norms.values()) == pytest.approx(total**2, rel=1e-3)
-    assert (summary.components, summary.num_targets) == (("unet", "text_encoder"), len(lora.layout.targets))
+    assert sum(norm**2 for norm in summary.component_norms.values()) == pytest.approx(
+        total**2, rel=1e-3
+    )
+    assert (summary.components, summary.num_targets) == (
+        ("unet", "text_encoder"),
+        len(lora.layout.targets),
+    )
     assert (summary.base, summary.fingerprint) == ("tiny/base", lora.layout.fingerprint)
-    assert (summary.rank_counts, summary.size_bytes) == ({3: len(lora.layout.targets)}, path.stat().st_size)
+    assert (summary.rank_counts, summary.size_bytes) == (
+        {3: len(lora.layout.targets)},
+        path.stat().st_size,
+    )
     assert json.loads(json.dumps(summary.to_dict()))["header"]["title"] == "Ada"
     with safe_open(path, "pt") as file:
         assert file.metadata()["hyperlora.layout_fingerprint"] == summary.fingerprint

@@ -20,14 +20,21 @@ def parts(file: bytes) -> tuple[str, bytes]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_files_are_what_the_library_writes(dtype: torch.dtype) -> None:
-    tensors = {f"{name}.weight": torch.randn(*shape).to(dtype) for name, shape in (("b", (3, 5)), ("a", (2, 1, 3, 3)))}
+    tensors = {
+        f"{name}.weight": torch.randn(*shape).to(dtype)
+        for name, shape in (("b", (3, 5)), ("a", (2, 1, 3, 3)))
+    }
     tensors |= {"a.alpha": torch.tensor(4.0), "z": torch.randn(4, 6).to(dtype).T}
     metadata = {"title": 'Zoë "1"\n', "a": "b"}
     ours = serialize_tensors(tensors, metadata)
-    theirs = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, {"format": "pt", **metadata})
+    theirs = safetensors.torch.save(
+        {k: t.contiguous() for k, t in tensors.items()}, {"format": "pt", **metadata}
+    )
     assert parts(ours) == parts(theirs)
     assert len(ours) == len(theirs)
-    assert serialize_tensors(dict(reversed(tensors.items())), dict(reversed(metadata.items()))) == ours
+    assert (
+        serialize_tensors(dict(reversed(tensors.items())), dict(reversed(metadata.items()))) == ours
+    )
     loaded = safetensors.torch.load(ours)
     assert all(torch.equal(loaded[key], tensor) for key, tensor in tensors.items())
 
