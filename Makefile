@@ -1,7 +1,8 @@
 # RUN= uses the environment that is already active.
 RUN ?= uv run
 
-.PHONY: check test
+.PHONY: check test avatars
+.NOTPARALLEL:
 
 check: ## style, types and the direction of imports
 	$(RUN) ruff check
@@ -11,3 +12,95 @@ check: ## style, types and the direction of imports
 
 test:
 	$(RUN) pytest
+
+# The embedded bundle, from nothing: about 22 hours on two CPU cores. Stages run in this order. A
+# finished stage leaves a file in $(DONE) and is skipped by the next `make avatars`; an interrupted
+# training resumes at the last checkpoint of its run. Remove the file and runs/avatars/STAGE to
+# repeat a stage.
+DONE := runs/avatars/done
+STAGES := portraits tokenizer benchmark 01_vae 02_vae_refine 03_text_to_image \
+	04_text_to_image_wide 05_latent_classifier 06_text_to_image_attributes 07_evaluator \
+	calibrate-identity 08_photo_encoder 09_face_detector 10_face_recognizer face-pack \
+	11_hypernetwork image-to-lora-sidecars plan build lora-components 12_lora_diffusion difflora \
+	pairs edit-benchmark 13_instruct_pix2pix 14_instruct_pix2pix_refine 15_pair_instructions \
+	16_pair_hypernetwork share-encoder 17_vae_decoder vae
+BUILDER := $(RUN) data-builder
+PLAN_OPTIONS := --portraits-per-identity 11 --init network --finetune-steps 12 --lr 3e-4 \
+	--subjects-per-batch 32 --dtype bfloat16 --num-val-photos 3 --eval-every 6
+FINISH = @mkdir -p $(DONE) && touch $@
+
+avatars: $(addprefix $(DONE)/,$(STAGES)) ## all weights and data of checkpoints/avatars
+
+# Stages with a configuration: a training.
+$(DONE)/%:
+	$(RUN) hyperlora train fit --config configs/avatars/$*.yaml --ckpt_path last
+	$(FINISH)
+
+$(DONE)/portraits:
+	$(BUILDER) draw-portraits -o runs/data/train --num-subjects 10000 --portraits-per-identity 4
+	$(BUILDER) draw-portraits -o runs/data/validation --split validation --num-subjects 250 \
+		--portraits-per-identity 4
+	$(FINISH)
+
+$(DONE)/tokenizer:
+	$(BUILDER) build-tokenizer -o runs/avatars/tokenizer
+	$(FINISH)
+
+$(DONE)/benchmark:
+	$(BUILDER) write-benchmark -o checkpoints/avatars/test
+	$(FINISH)
+
+$(DONE)/calibrate-identity:
+	$(BUILDER) calibrate-identity runs/data/validation
+	$(FINISH)
+
+$(DONE)/face-pack:
+	$(BUILDER) export-face-pack runs/avatars/09_face_detector/network \
+		runs/avatars/10_face_recognizer/network
+	$(FINISH)
+
+$(DONE)/image-to-lora-sidecars:
+	$(BUILDER) fit-ood runs/data/train runs/data/validation
+	$(BUILDER) export-identity runs/avatars/08_photo_encoder/classifier
+	$(FINISH)
+
+$(DONE)/plan:
+	$(BUILDER) plan avatars:0-2048 -o runs/avatars/build $(PLAN_OPTIONS)
+	$(BUILDER) plan avatars:1000000-1000064 -o runs/avatars/build-validation $(PLAN_OPTIONS)
+	$(FINISH)
+
+$(DONE)/build:
+	$(BUILDER) run runs/avatars/build-validation
+	$(BUILDER) run runs/avatars/build
+	$(FINISH)
+
+$(DONE)/lora-components:
+	$(BUILDER) fit-pca runs/avatars/build -o runs/avatars/lora-components --components-per-factor 8
+	$(FINISH)
+
+$(DONE)/difflora:
+	mkdir -p checkpoints/avatars/difflora
+	cp -r runs/avatars/12_lora_diffusion/model/. checkpoints/avatars/difflora
+	$(BUILDER) share-weights checkpoints/avatars/difflora image-to-lora
+	$(BUILDER) export-sample runs/avatars/build -o checkpoints/avatars/loras --max-bytes 330000 \
+		--no-statistics
+	$(FINISH)
+
+$(DONE)/pairs:
+	$(BUILDER) draw-pairs -o runs/data/edits
+	$(BUILDER) draw-pairs -o runs/data/edits-of-three --subjects-per-edit 3 --num-edits 20000
+	$(BUILDER) draw-pairs -o runs/data/edits-two --subjects-per-edit 3 --two-edit-fraction 1
+	$(BUILDER) draw-pairs -o runs/data/edits-validation --split validation --num-edits 160
+	$(FINISH)
+
+$(DONE)/edit-benchmark:
+	$(BUILDER) write-edit-benchmark -o checkpoints/avatars/test-edits --edits-per-kind 1
+	$(FINISH)
+
+$(DONE)/share-encoder:
+	$(BUILDER) share-weights checkpoints/avatars/pair-to-lora image-to-lora
+	$(FINISH)
+
+$(DONE)/vae:
+	cp -r runs/avatars/17_vae_decoder/vae checkpoints/avatars/base/
+	$(FINISH)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hyperlora.diffusion.target_modules import make_layout
     from hyperlora.diffusion.text_to_image import generate_images
     from hyperlora.errors import HyperloraError
-    from hyperlora.finetuning.refine import refine
+    from hyperlora.finetuning.refine import refine_lora
     from hyperlora.lora.io.load import load_lora
     from hyperlora.lora.io.metadata import LoraMetadata
     from hyperlora.lora.io.save import save_lora
@@ -40,7 +40,7 @@ _MODULES = {
     "make_layout": "diffusion.target_modules",
     "load_diffusion_base": "diffusion.diffusion_base",
     "load_lora": "lora.io.load",
-    "refine": "finetuning.refine",
+    "refine_lora": "finetuning.refine",
     "generate_images": "diffusion.text_to_image",
     "save_lora": "lora.io.save",
 }
@@ -60,7 +60,7 @@ __all__ = [
     "make_layout",
     "load_diffusion_base",
     "load_lora",
-    "refine",
+    "refine_lora",
     "generate_images",
     "save_lora",
 ]

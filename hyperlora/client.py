@@ -85,8 +85,10 @@ class Client:
         """How much each picture shows the person of the photos: 0 anyone, 1 another real photo of the same person."""
         return list(
             _check_response(
-                self._http.post("/v1/likeness", files=_build_similarity_files(photos, images))
-            ).json()["pictures"]
+                self._http.post(
+                    "/v1/identity-similarity", files=_build_similarity_files(photos, images)
+                )
+            ).json()["similarities"]
         )
 
     def list_models(self) -> list[dict[str, Any]]:
@@ -154,9 +156,9 @@ class AsyncClient:
     ) -> list[float]:
         """As ``Client.compute_identity_similarity``."""
         response = await self._http.post(
-            "/v1/likeness", files=_build_similarity_files(photos, images)
+            "/v1/identity-similarity", files=_build_similarity_files(photos, images)
         )
-        return list(_check_response(response).json()["pictures"])
+        return list(_check_response(response).json()["similarities"])
 
     async def list_models(self) -> list[dict[str, Any]]:
         """As ``Client.list_models``."""
@@ -195,7 +197,7 @@ def _build_edit_form(
 ) -> dict[str, Any]:
     form = _build_pair_form(pairs, options)
     form["files"] += [
-        ("picture", ("picture", _read_image_bytes(image))),
+        ("image", ("image", _read_image_bytes(image))),
         *([("lora", ("lora", lora))] if lora else []),
     ]
     return form
@@ -204,7 +206,7 @@ def _build_edit_form(
 def _build_similarity_files(
     photos: Sequence[ImageInput], images: Sequence[ImageInput]
 ) -> list[tuple[str, tuple[str, bytes]]]:
-    fields = {"photos": photos, "pictures": images}
+    fields = {"photos": photos, "images": images}
     return [
         (name, (f"{i}", _read_image_bytes(image)))
         for name, field_images in fields.items()

@@ -23,3 +23,16 @@ class ModelLoadError(HyperloraError):
 
 class InvalidArgumentError(HyperloraError):
     """Arguments that make no sense together."""
+
+
+def format_reason(error: BaseException, max_length: int = 200) -> str:
+    """Format an error of another library for use inside a sentence.
+
+    Args:
+        error: Any exception.
+        max_length: Characters after which the text is cut.
+
+    Returns:
+        The text of the error on one line.
+    """
+    return " ".join(str(error).split())[:max_length]

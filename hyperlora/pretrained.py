@@ -9,7 +9,7 @@ BASE_DIR: Final = AVATARS_DIR / "base"
 IMAGE_TO_LORA_DIR: Final = AVATARS_DIR / "image-to-lora"
 DIFFLORA_DIR: Final = AVATARS_DIR / "difflora"
 MODEL_DIR_BY_METHOD: Final[Mapping[str, Path]] = {
-    "hyperdreambooth": IMAGE_TO_LORA_DIR,
+    "hypernetwork": IMAGE_TO_LORA_DIR,
     "difflora": DIFFLORA_DIR,
 }
 """By the method's name, as ``--method`` takes it."""

@@ -1,4 +1,4 @@
-"""Tiny models of the real classes, built from config; and a whole tiny bundle on disk, as users and verbs meet it."""
+"""Tiny models of the real classes, and a tiny bundle of released models on disk."""
 
 import json
 import os
@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # before huggingface_hub is imported: no test may reach for the network
-)
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # two workers on two cores: more threads would wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; tests use no network
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -21,19 +17,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-LONGEST = ("test_readme.py", "test_configs.py")
-"""Files that begin first, so that no worker is left with one of them at the end."""
+SLOWEST_FILES = ("test_readme.py", "test_configs.py")
+"""Files that run first, so that no worker runs one of them alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(
-        key=lambda item: (
-            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
-        )
-    )
+    """Run the slowest files first."""
+    ranks = {name: rank for rank, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
-def tiny_unet(in_channels: int = 4) -> nn.Module:
+def make_tiny_unet(in_channels: int = 4) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -50,34 +44,36 @@ def tiny_unet(in_channels: int = 4) -> nn.Module:
     ).requires_grad_(False)
 
 
-def tiny_text_encoder(words: int = 50, length: int = 16, start: int = 0, end: int = 1) -> nn.Module:
+def make_tiny_text_encoder(
+    vocab_size: int = 50, max_length: int = 16, bos_token_id: int = 0, eos_token_id: int = 1
+) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(1)
     config = CLIPTextConfig(
-        vocab_size=words,
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=length,
-        bos_token_id=start,
-        eos_token_id=end,
+        max_position_embeddings=max_length,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
     )
     return CLIPTextModel(config).eval().requires_grad_(False)
 
 
-def tiny_pipeline(
-    unet: nn.Module, text_encoder: nn.Module, tokenizer: Any = None, vae_blocks: int = 1
+def make_tiny_pipeline(
+    unet: nn.Module, text_encoder: nn.Module, tokenizer: Any = None, num_vae_blocks: int = 1
 ) -> Any:
-    """Stable Diffusion on 8x8 latents; each autoencoder block after the first doubles the pixels."""
+    """Stable Diffusion on 8x8 latents; each VAE block after the first doubles the pixels."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
     torch.manual_seed(3)
     vae = AutoencoderKL(
-        block_out_channels=(8,) * vae_blocks,
-        down_block_types=("DownEncoderBlock2D",) * vae_blocks,
-        up_block_types=("UpDecoderBlock2D",) * vae_blocks,
+        block_out_channels=(8,) * num_vae_blocks,
+        down_block_types=("DownEncoderBlock2D",) * num_vae_blocks,
+        up_block_types=("UpDecoderBlock2D",) * num_vae_blocks,
         norm_num_groups=4,
         latent_channels=4,
     )
@@ -97,17 +93,17 @@ def tiny_pipeline(
 
 @pytest.fixture
 def unet() -> nn.Module:
-    return tiny_unet()
+    return make_tiny_unet()
 
 
 @pytest.fixture
 def text_encoder() -> nn.Module:
-    return tiny_text_encoder()
+    return make_tiny_text_encoder()
 
 
 @pytest.fixture
 def pipe(unet: nn.Module, text_encoder: nn.Module) -> Any:
-    return tiny_pipeline(unet, text_encoder)
+    return make_tiny_pipeline(unet, text_encoder)
 
 
 @pytest.fixture
@@ -132,7 +128,7 @@ def transformer() -> nn.Module:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Folders of a tiny ``checkpoints/draw_portraits``; ``base`` draws 16x16 pixels. Read-only: tests share it."""
+    """Folders of a tiny ``checkpoints/avatars`` with 16x16 images; read-only, shared by tests."""
 
     base: Path
     model: Path
@@ -167,20 +163,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         "pair-to-lora",
         "test-edits",
     )
-    made = Bundle(*(root / name for name in names))
-    _save_base(made.base)
-    _save_model(made)
-    _save_evaluator(made.evaluator)
-    _save_benchmark(made.benchmark)
-    _save_edit_base(made)
-    _save_pair_model(made)
-    _save_edit_benchmark(made.edit_benchmark)
-    return made
+    bundle = Bundle(*(root / name for name in names))
+    _save_base(bundle.base)
+    _save_model(bundle)
+    _save_evaluator(bundle.evaluator)
+    _save_benchmark(bundle.benchmark)
+    _save_edit_base(bundle)
+    _save_pair_model(bundle)
+    _save_edit_benchmark(bundle.edit_benchmark)
+    return bundle
 
 
 @pytest.fixture(scope="session")
 def difflora(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ``LoraDiffusion`` over the bundle's base, whose LoRAs differ by photo and by seed."""
+    """A tiny ``LoraDiffusion`` for the bundled base, whose LoRAs differ by photo and seed."""
     from hyperlora.lora.normalization import LoraNormalizer
     from hyperlora.models.image_feature_mixer import MixedImageFeatures
     from hyperlora.models.lora_dit import LoraDiT
@@ -188,46 +184,58 @@ def difflora(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from hyperlora.pipelines.image_to_lora import ImageToLora
     from hyperlora.pipelines.lora_codec import LoraCodec
     from hyperlora.pipelines.lora_diffusion import FACE_EMBED_DIM, LoraDiffusion
+    from hyperlora.pipelines.model_card import ModelCard
 
-    other = ImageToLora.from_pretrained(str(bundle.model))
+    image_to_lora = ImageToLora.from_pretrained(str(bundle.model))
     torch.manual_seed(8)
-    components = FactorwiseLoraPCA(other.layout, 2, 3, components_per_factor=3)
-    components.fit(torch.randn(12, other.layout.numel))
-    codec = LoraCodec(LoraNormalizer(other.layout), components)
+    components = FactorwiseLoraPCA(image_to_lora.layout, 2, 3, components_per_factor=3)
+    components.fit(torch.randn(12, image_to_lora.layout.numel))
+    codec = LoraCodec(LoraNormalizer(image_to_lora.layout), components)
     mixture = MixedImageFeatures(
-        FACE_EMBED_DIM, other.encoder.width, width=16, num_tokens=2, num_heads=2, mode="image"
+        FACE_EMBED_DIM,
+        image_to_lora.encoder.width,
+        width=16,
+        num_tokens=2,
+        num_heads=2,
+        mode="image",
     )
     denoiser = LoraDiT(*codec.latent_shape, 16, width=16, depth=1, num_heads=2)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("difflora")
-    LoraDiffusion(
-        other.encoder, mixture, denoiser, codec, None, {"steps": 3, "resolution": 16}
-    ).save_pretrained(folder)
+    card = ModelCard(num_inference_steps=3, resolution=16)
+    LoraDiffusion(image_to_lora.encoder, mixture, denoiser, codec, None, card).save_pretrained(
+        folder
+    )
     return folder
 
 
 def _save_base(folder: Path) -> None:
     from transformers import CLIPTokenizer
 
-    start, end = "<|startoftext|>", "<|endoftext|>"
+    bos_token, eos_token = "<|startoftext|>", "<|endoftext|>"
     letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), start, end]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), bos_token, eos_token]
     tokenizer = CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=48
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=48
     )
-    text_encoder = tiny_text_encoder(len(words), 48, words.index(start), words.index(end))
-    tiny_pipeline(tiny_unet(), text_encoder, tokenizer, vae_blocks=2).save_pretrained(folder)
+    text_encoder = make_tiny_text_encoder(
+        len(tokens), 48, tokens.index(bos_token), tokens.index(eos_token)
+    )
+    make_tiny_pipeline(make_tiny_unet(), text_encoder, tokenizer, num_vae_blocks=2).save_pretrained(
+        folder
+    )
 
 
-def _save_model(made: Bundle) -> None:
+def _save_model(bundle: Bundle) -> None:
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.diffusion.target_modules import make_layout
     from hyperlora.encoders.timm_encoder import TimmEncoder
     from hyperlora.models.hypernetwork import Hypernetwork
     from hyperlora.pipelines.image_to_lora import ImageToLora
+    from hyperlora.pipelines.model_card import ModelCard
 
-    base = load_diffusion_base(made.base)
+    base = load_diffusion_base(bundle.base)
     torch.manual_seed(4)
     encoder = TimmEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
     layout = make_layout({"unet": base.denoiser}, "attention", 2, base.id)
@@ -241,12 +249,10 @@ def _save_model(made: Bundle) -> None:
         head_options={"size": 4},
     )
     with torch.no_grad():
-        network.code_proj.normal_(
-            std=0.1
-        )  # zero at initialisation: every photo would give the same LoRA
-    ImageToLora(
-        encoder, network, {"trigger_phrase": "sks person", "resolution": 16}
-    ).save_pretrained(made.model)
+        # zero at initialization, where every photo gives the same LoRA
+        network.code_proj.normal_(std=0.1)
+    card = ModelCard(trigger_phrase="sks person", resolution=16)
+    ImageToLora(encoder, network, card).save_pretrained(bundle.model)
 
 
 def _save_evaluator(folder: Path) -> None:
@@ -259,17 +265,17 @@ def _save_evaluator(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
-    """Every subject has a colour gradient of its own, every photo its own noise."""
+def _save_benchmark(folder: Path, num_subjects: int = 4, num_photos: int = 4) -> None:
+    """Every subject has its own color gradient, every photo its own noise."""
     random = np.random.default_rng(0)
-    for s in range(subjects):
-        person = folder / "subjects" / f"person-{s}"
-        person.mkdir(parents=True)
+    for s in range(num_subjects):
+        subject_dir = folder / "subjects" / f"person-{s}"
+        subject_dir.mkdir(parents=True)
         corners = random.uniform(0, 255, (2, 2, 3))
         face = np.asarray(Image.fromarray(corners.astype(np.uint8)).resize((24, 24)), float)
-        for p in range(photos):
+        for p in range(num_photos):
             noisy = (face + random.normal(0, 12, face.shape)).clip(0, 255)
-            Image.fromarray(noisy.astype(np.uint8)).save(person / f"{p}.png")
+            Image.fromarray(noisy.astype(np.uint8)).save(subject_dir / f"{p}.png")
     prompts = [
         {
             "prompt": "a portrait of sks person, smiling",
@@ -283,20 +289,21 @@ def _save_benchmark(folder: Path, subjects: int = 4, photos: int = 4) -> None:
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
 
-def _save_edit_base(made: Bundle) -> None:
+def _save_edit_base(bundle: Bundle) -> None:
     from hyperlora.training.modules.instruct_pix2pix import save_edit_pipeline
 
-    save_edit_pipeline(made.edit_base, made.base, tiny_unet(8))
+    save_edit_pipeline(bundle.edit_base, bundle.base, make_tiny_unet(8))
 
 
-def _save_pair_model(made: Bundle) -> None:
+def _save_pair_model(bundle: Bundle) -> None:
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.diffusion.target_modules import make_layout
     from hyperlora.encoders.timm_encoder import TimmEncoder
     from hyperlora.models.pair_hypernetwork import PairHypernetwork
+    from hyperlora.pipelines.model_card import ModelCard
     from hyperlora.pipelines.pair_to_lora import PairToLora
 
-    base = load_diffusion_base(made.edit_base)
+    base = load_diffusion_base(bundle.edit_base)
     torch.manual_seed(7)
     encoder = TimmEncoder("vit_tiny_patch16_224", image_size=16, options=_BACKBONE)
     layout = make_layout({"unet": base.denoiser}, "attention", 2, base.id)
@@ -306,27 +313,26 @@ def _save_pair_model(made: Bundle) -> None:
         antisymmetric=True,
         width=16,
         depth=1,
-        heads=2,
+        num_heads=2,
         head="basis",
         head_options={"size": 4},
     )
     with torch.no_grad():
         network.hypernetwork.code_proj.normal_(std=0.3)
-    PairToLora(encoder, network, {"resolution": 16}).save_pretrained(made.pair_model)
+    PairToLora(encoder, network, ModelCard(resolution=16)).save_pretrained(bundle.pair_model)
 
 
 def _save_edit_benchmark(folder: Path) -> None:
-    """Two edits, each shown twice and asked for on two pictures: inverted, and darker."""
+    """Two edits, each with two example pairs and two test pairs: inverted, and darker."""
     random = np.random.default_rng(1)
     edits = {"inverted": lambda x: 255 - x, "darker": lambda x: x // 3}
-    for name, change in edits.items():
+    for name, edit_fn in edits.items():
         (folder / name).mkdir(parents=True)
         for stem in ("shown-0", "shown-1", "other-0", "other-1"):
-            before = np.kron(random.integers(0, 256, (4, 4, 3)), np.ones((5, 5, 1))).astype(
-                np.uint8
-            )
+            blocks = np.kron(random.integers(0, 256, (4, 4, 3)), np.ones((5, 5, 1)))
+            before = blocks.astype(np.uint8)
             Image.fromarray(before).save(folder / name / f"{stem}_before.png")
-            Image.fromarray(change(before)).save(folder / name / f"{stem}_after.png")
+            Image.fromarray(edit_fn(before)).save(folder / name / f"{stem}_after.png")
     facts = [
         {
             "name": "inverted",

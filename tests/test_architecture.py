@@ -91,3 +91,49 @@ def test_every_public_name_opens(name: str) -> None:
 def test_other_names_are_unknown() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         hyperlora.nonsense  # noqa: B018
+
+
+READING_PATH = (
+    "pipelines/image_to_lora.py",
+    "encoders/timm_encoder.py",
+    "models/hypernetwork.py",
+    "lora/heads.py",
+    "lora/layout.py",
+    "lora/weights.py",
+    "lora/io/save.py",
+    "diffusion/lora_injection.py",
+    "diffusion/text_to_image.py",
+)
+"""From a photo to a LoRA file and to an image, after ``examples/photo_to_lora.py``."""
+
+
+def test_reading_path_is_what_the_documentation_shows() -> None:
+    page = (ROOT / "docs/concepts/architecture.md").read_text(encoding="utf-8")
+    positions = [page.find(f"hyperlora/{name}") for name in READING_PATH]
+    assert all((ROOT / "hyperlora" / name).is_file() for name in READING_PATH)
+    assert -1 not in positions and positions == sorted(positions)
+    assert "examples/photo_to_lora.py" in page
+
+
+def test_one_pipeline_loads_no_other() -> None:
+    code = "import hyperlora.pipelines.image_to_lora, sys; print(*sys.modules)"
+    imported = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    packages = {name.split(".")[1] for name in imported if name.startswith("hyperlora.")}
+    assert not packages & {"finetuning", "training", "evaluation", "service", "cli"}
+    assert not {
+        f"hyperlora.diffusion.{name}" for name in ("multi_lora", "autolora_guidance")
+    } & set(imported)
+    assert "hyperlora.pipelines.pair_to_lora" not in imported
+
+
+def test_no_circles_of_files() -> None:
+    graph = grimp.build_graph("hyperlora", "data_builder", cache_dir=None)
+    remaining = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    while leaves := [
+        name for name, imported in remaining.items() if not imported & remaining.keys()
+    ]:
+        for name in leaves:
+            del remaining[name]
+    assert not remaining, f"files import each other in a circle, among {sorted(remaining)[:20]}"

@@ -21,7 +21,8 @@ from hyperlora.evaluation.subject_suite import generate_sequentially
 from hyperlora.lora.merge import compare_deltas
 from hyperlora.lora.normalization import LoraNormalizer
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase, SamplingConfig
+from hyperlora.pipelines.config import LoraSampling
+from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_codec import LoraCodec
 
 
@@ -65,7 +66,7 @@ class HeldOutEvaluation:
         name: str,
         model: ImageToLoraBase,
         original: CodecResult,
-        sampling: SamplingConfig,
+        sampling: LoraSampling,
         num_samples: int = 4,
     ) -> CodecResult:
         """LoRAs that ``model`` makes of one photo each; ``num_samples`` of every subject tell how much they differ."""

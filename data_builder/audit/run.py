@@ -1,26 +1,34 @@
-"""The whole audit of a build: scores, findings, page."""
+"""Audit of a build: scores, findings, report."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from data_builder.audit.checks import Finding, audit_rows, compute_loss_reductions, write_findings
 from data_builder.audit.report import select_best_median_worst, write_html_report
-from data_builder.audit.scoring import compute_identity_scores, render_rows
+from data_builder.audit.scoring import RowImages, compute_identity_scores, render_rows
 from data_builder.build.chunk_store import ChunkStore, check_complete
 from data_builder.build.plan import read_plan
 from data_builder.build.trainer import load_recipe_base
 from hyperlora.data.lora_dataset import LoraDataset
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
 
-REPORT_PATH = Path("audit") / "index.html"
+REPORT_PATH: Final = Path("audit") / "index.html"
 
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """``threshold`` of the score, ``num_scored_rows`` rows that are drawn for it (None: all), ``rows_per_group`` on the page of each
-    of best, median and worst (0: none)."""
+    """Settings of ``run_audit``.
+
+    Attributes:
+        evaluator: Folder of an attribute classifier; None: score rows by their loss.
+        threshold: Score below which a row is flagged.
+        num_scored_rows: Number of random rows to score with the evaluator; None: all.
+        rows_per_group: Best, median and worst rows in the report, each; 0: none.
+        num_inference_steps: Denoising steps of the images.
+    """
 
     evaluator: Path | None = None
     threshold: float = 0.0
@@ -30,52 +38,49 @@ class AuditConfig:
 
 
 def run_audit(build: Path, config: AuditConfig, partial: bool = False) -> list[Finding]:
-    """Examine a build's finished chunks and write ``run_audit/findings.jsonl`` and ``run_audit/index.html``.
+    """Audit the finished chunks of a build and write ``audit/findings.jsonl`` and
+    ``audit/index.html``.
 
-    With an evaluator the score is the identity it reads in pictures drawn with each LoRA; without one it is how much of
-    the denoising loss the LoRA removes on its subject's photos (held-out ones where the plan keeps any). Raises
-    ``InvalidArgumentError`` for an unfinished build (unless ``partial``).
+    With an evaluator, the score is the identity score of images generated with each LoRA. Without
+    one, it is the share of the denoising loss on the subject's photos that the LoRA removes.
+
+    Args:
+        build: Folder of the build.
+        config: Settings of the audit.
+        partial: Whether pending chunks are allowed.
+
+    Returns:
+        One finding per row.
+
+    Raises:
+        InvalidArgumentError: If chunks are pending (unless ``partial``).
     """
     plan = read_plan(build)
     check_complete(ChunkStore(plan, build), partial)
     dataset = LoraDataset(build)
-    finite_indices = [i for i in range(len(dataset)) if bool(dataset[i].isfinite().all())]
-    scores, row_images, score_name = (
-        compute_loss_reductions(dataset),
-        [],
-        "share of the denoising loss that the LoRA removes",
-    )
+    finite_rows = [i for i in range(len(dataset)) if bool(dataset[i].isfinite().all())]
+
+    def render(rows: list[int]) -> list[RowImages]:
+        base = load_recipe_base(plan.recipe)
+        return render_rows(
+            plan, dataset, base, rows, num_inference_steps=config.num_inference_steps
+        )
+
+    row_images: list[RowImages] = []
     if config.evaluator is not None:
-        rows = _sample_rows(finite_indices, config.num_scored_rows)
-        row_images = render_rows(
-            plan,
-            dataset,
-            load_recipe_base(plan.recipe),
-            rows,
-            num_inference_steps=config.num_inference_steps,
-        )
-        scores, score_name = (
-            compute_identity_scores(
-                row_images, AttributeClassifier.from_pretrained(config.evaluator)
-            ),
-            "identity",
-        )
-    groups = select_best_median_worst(
-        {i: scores[i] for i in scores if i in set(finite_indices)}, config.rows_per_group
-    )
-    shown_rows = (
-        list(dict.fromkeys(i for rows in groups.values() for i in rows))
-        if config.rows_per_group
-        else []
-    )
+        row_images = render(_sample_rows(finite_rows, config.num_scored_rows))
+        classifier = AttributeClassifier.from_pretrained(config.evaluator)
+        scores, score_name = compute_identity_scores(row_images, classifier), "identity"
+    else:
+        scores = compute_loss_reductions(dataset)
+        score_name = "share of the denoising loss that the LoRA removes"
+    shown_rows: list[int] = []
+    if config.rows_per_group:
+        finite_scores = {i: score for i, score in scores.items() if i in set(finite_rows)}
+        groups = select_best_median_worst(finite_scores, config.rows_per_group)
+        shown_rows = list(dict.fromkeys(i for rows in groups.values() for i in rows))
     if config.evaluator is None and shown_rows:
-        row_images = render_rows(
-            plan,
-            dataset,
-            load_recipe_base(plan.recipe),
-            shown_rows,
-            num_inference_steps=config.num_inference_steps,
-        )
+        row_images = render(shown_rows)
     findings = audit_rows(dataset, scores, config.threshold)
     write_html_report(
         build / REPORT_PATH,
@@ -83,14 +88,14 @@ def run_audit(build: Path, config: AuditConfig, partial: bool = False) -> list[F
         findings,
         scores,
         score_name,
-        [d for d in row_images if d.row in set(shown_rows)],
+        [images for images in row_images if images.row in set(shown_rows)],
     )
     write_findings(findings, build)
     return findings
 
 
 def _sample_rows(rows: list[int], num_rows: int | None) -> list[int]:
-    """``num_rows`` of ``evaluate_suite``, a random but fixed choice, in order."""
+    """Sample ``num_rows`` of the rows, a random but fixed choice, in order."""
     if num_rows is None or num_rows >= len(rows):
         return rows
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:num_rows]

@@ -1,5 +1,6 @@
-"""A small drawn world of people, complete enough to train and test a whole LoRA-from-photo stack without downloads.
+"""A small world of drawn avatars on which the whole stack from photo to LoRA trains without
+downloads.
 
-``AvatarIdentity`` is who a person is (what a LoRA must carry), ``Scene`` is everything a prompt may ask for; both are
+``AvatarIdentity`` holds what a LoRA must learn, ``Scene`` what prompts describe. Both are
 deterministic in a seed.
 """

@@ -1,4 +1,6 @@
-"""The avatar benchmark: photos of people of one split, and prompts with known truth."""
+"""Benchmarks of the avatar world: photos of unseen identities with prompts, and edits with their
+exact results.
+"""
 
 import json
 from collections.abc import Iterator
@@ -9,24 +11,21 @@ from typing import Final
 import numpy as np
 
 from data_builder.avatars.captions import build_prompt
-from data_builder.avatars.edits import (
-    CONTINUOUS_PREFIX,
-    EDIT_KINDS,
-    HELD_OUT_COMBINATIONS,
-    HELD_OUT_KINDS,
-    HELD_OUT_VALUE,
-    AttributeEdit,
-    AvatarPair,
-    compose_instruction,
-    make_pair,
-    sample_edit,
-)
+from data_builder.avatars.edits import AttributeEdit, AvatarPair, make_pair, sample_edit
 from data_builder.avatars.identity import (
     SPLITS,
     Scene,
     list_hidden_attributes,
     sample_identity,
     sample_scene,
+)
+from data_builder.avatars.instructions import (
+    CONTINUOUS_PREFIX,
+    EDIT_KINDS,
+    HELD_OUT_COMBINATIONS,
+    HELD_OUT_KINDS,
+    HELD_OUT_VALUE,
+    compose_instruction,
 )
 from data_builder.avatars.rendering import render_portrait
 from data_builder.avatars.vocabulary import IDENTITY_ATTRIBUTES, PROMPT_ATTRIBUTES
@@ -41,6 +40,7 @@ SCENES: Final = (
     Scene("tongue out", "open", "none", "v-neck", "yellow", "purple"),
     Scene("grimacing", "side", "glasses", "spacesuit", "white", "blue"),
 )
+"""Scenes that the benchmark prompts describe."""
 _TRUTH_ATTRIBUTES: Final = (
     "expression",
     "eyes",
@@ -54,7 +54,14 @@ _TRUTH_ATTRIBUTES: Final = (
 def write_benchmark(
     output_dir: Path, split: str = "test", num_subjects: int = 64, photos_per_subject: int = 8
 ) -> None:
-    """``output_dir/subjects/NAME/K.png`` and ``output_dir/prompts.json`` as ``main_callback.evaluation.write_benchmark`` reads them."""
+    """Write a subject benchmark for ``hyperlora.evaluation.benchmark.load_benchmark``.
+
+    Args:
+        output_dir: Folder to write ``subjects/NAME/K.webp`` and ``prompts.json`` into.
+        split: Split of the identities.
+        num_subjects: Number of identities, the first of the split.
+        photos_per_subject: Portraits of each identity.
+    """
     for seed in SPLITS[split][:num_subjects]:
         folder = output_dir / "subjects" / f"person-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,14 +70,16 @@ def write_benchmark(
             render_portrait(sample_identity(seed), plain_scene).save(
                 folder / f"{k}.webp", lossless=True, method=6
             )
-    prompts = [{"prompt": build_prompt(s), "truth": _build_scene_truth(s)} for s in SCENES]
+    prompts = [
+        {"prompt": build_prompt(scene), "truth": _build_scene_truth(scene)} for scene in SCENES
+    ]
     (output_dir / "prompts.json").write_text(json.dumps(prompts, indent=1))
 
 
-def _build_scene_truth(asked: Scene) -> dict[str, str]:
-    """What the evaluator should read: of what was asked, all that can be seen."""
-    unseen = list_hidden_attributes(asked)
-    return {name: str(getattr(asked, name)) for name in _TRUTH_ATTRIBUTES if name not in unseen}
+def _build_scene_truth(scene: Scene) -> dict[str, str]:
+    """Attributes that the evaluator should recognize: all visible ones that the prompt names."""
+    hidden = list_hidden_attributes(scene)
+    return {name: str(getattr(scene, name)) for name in _TRUTH_ATTRIBUTES if name not in hidden}
 
 
 SEEN_KINDS_GROUP: Final = "seen kinds"
@@ -86,20 +95,28 @@ def write_edit_benchmark(
     num_test_pairs: int = 3,
     num_example_pairs: int = 2,
 ) -> None:
-    """``output_dir`` as ``main_callback.evaluation.write_edit_benchmark`` reads it: ``edits_per_kind`` edits of every kind (and of every unseen
-    combination, and of the unseen value), each shown on ``num_example_pairs`` people and asked for on ``num_test_pairs`` more."""
+    """Write an edit benchmark for ``hyperlora.evaluation.edit_benchmark.load_edit_benchmark``.
+
+    Each kind of edit, each held-out combination and the held-out value appear ``edits_per_kind``
+    times.
+
+    Args:
+        output_dir: Folder to write one folder per edit and ``edits.json`` into.
+        split: Split of the identities.
+        edits_per_kind: Edits of each kind.
+        num_test_pairs: Identities that each edit is evaluated on.
+        num_example_pairs: Further identities that show each edit.
+    """
     records = []
     for index, (group, name, edits) in enumerate(_sample_benchmark_edits(edits_per_kind)):
-        seeds = SPLITS[split][
-            index * (num_test_pairs + num_example_pairs) : (index + 1)
-            * (num_test_pairs + num_example_pairs)
-        ]
+        num_pairs = num_test_pairs + num_example_pairs
+        seeds = SPLITS[split][index * num_pairs : (index + 1) * num_pairs]
         pairs = [make_pair((sample_identity(seed), sample_scene(seed, 0)), edits) for seed in seeds]
         folder = output_dir / f"{index:03d}-{name.replace(' ', '-')}"
         folder.mkdir(parents=True, exist_ok=True)
-        for i, edit_pair in enumerate(pairs):
+        for i, pair in enumerate(pairs):
             stem = f"shown-{i}" if i < num_example_pairs else f"other-{i - num_example_pairs}"
-            for side, portrait in (("before", edit_pair.before), ("after", edit_pair.after)):
+            for side, portrait in (("before", pair.before), ("after", pair.after)):
                 render_portrait(*portrait).save(
                     folder / f"{stem}_{side}.webp", lossless=True, method=6
                 )
@@ -119,9 +136,9 @@ def write_edit_benchmark(
 def _sample_benchmark_edits(
     edits_per_kind: int,
 ) -> Iterator[tuple[str, str, tuple[AttributeEdit, ...]]]:
-    """(group, kind, changes), the first of every kind before the second of any."""
-    for round_ in range(edits_per_kind):
-        rng = np.random.default_rng([20261124, round_])
+    """Sample (group, kind, edits); the first of every kind comes before the second of any."""
+    for repetition in range(edits_per_kind):
+        rng = np.random.default_rng([20261124, repetition])
         for kind in EDIT_KINDS:
             yield (
                 (HELD_OUT_KINDS_GROUP if kind in HELD_OUT_KINDS else SEEN_KINDS_GROUP),
@@ -140,19 +157,22 @@ def _sample_benchmark_edits(
 
 
 def _build_blend(edits: tuple[AttributeEdit, ...]) -> dict[str, str]:
-    """The words for what no single word names, if there is any."""
-    blend = compose_instruction([(c.attribute, c.after) for c in edits])
-    return {"blend": blend} if any(c.kind.startswith(CONTINUOUS_PREFIX) for c in edits) else {}
+    """The prompt blend of an edit that no single prompt names, if it is one."""
+    blend = compose_instruction([(edit.attribute, edit.after) for edit in edits])
+    return (
+        {"blend": blend} if any(edit.kind.startswith(CONTINUOUS_PREFIX) for edit in edits) else {}
+    )
 
 
-def _build_edit_truth(drawn: AvatarPair) -> dict[str, str]:
-    """What the evaluator should read in the answers: of what changes, all that has a name and can be seen."""
+def _build_edit_truth(pair: AvatarPair) -> dict[str, str]:
+    """Attributes that the evaluator should recognize: all edited, visible ones with a name."""
     known = IDENTITY_ATTRIBUTES | PROMPT_ATTRIBUTES
-    unseen = list_hidden_attributes(drawn.after[1])
+    _, scene_after = pair.after
+    hidden = list_hidden_attributes(scene_after)
     return {
-        c.attribute: c.after
-        for c in drawn.edits
-        if c.attribute in known
-        and c.attribute not in unseen
-        and not c.kind.startswith(CONTINUOUS_PREFIX)
+        edit.attribute: edit.after
+        for edit in pair.edits
+        if edit.attribute in known
+        and edit.attribute not in hidden
+        and not edit.kind.startswith(CONTINUOUS_PREFIX)
     }

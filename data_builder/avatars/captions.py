@@ -1,4 +1,5 @@
-"""Words for portraits: captions that name who and how (for the base model), prompts that name only how."""
+"""Captions that name identity and scene (for the base model), and prompts that name the scene only.
+"""
 
 import numpy as np
 
@@ -6,19 +7,41 @@ from data_builder.avatars.identity import AvatarIdentity, Scene
 from data_builder.avatars.vocabulary import COLORLESS_GARMENTS
 
 IDENTIFIER = "sks"
+"""Word without meaning that stands for the subject in prompts."""
 _SUBJECT_PHRASES = ("a person", "a person", "a person", f"{IDENTIFIER} person", "ohwx person")
 
 
 def build_prompt(scene: Scene, identifier: str = IDENTIFIER) -> str:
-    """The personalised prompt of a scene: everything promptable, nothing of the identity."""
+    """Build the personalized prompt of a scene: all promptable attributes, none of the identity.
+
+    Args:
+        scene: Scene to describe.
+        identifier: Word that stands for the subject.
+
+    Returns:
+        Phrases separated by commas.
+    """
     return ", ".join([f"a portrait of {identifier} person", *_format_scene_phrases(scene).values()])
 
 
 def sample_caption(
     person: AvatarIdentity, scene: Scene, rng: np.random.Generator, identity_prob: float = 0.7
 ) -> str:
-    """A caption that names each identity attribute with probability ``identity_prob`` and each promptable one with
-    probability 0.85. The identifiers appear as words without meaning, so that a LoRA may give them one."""
+    """Sample a caption of a portrait that names a random subset of its attributes.
+
+    Rare identifiers replace the subject in two of five captions, so that a LoRA can give them a
+    meaning.
+
+    Args:
+        person: Identity of the portrait.
+        scene: Scene of the portrait.
+        rng: Random generator.
+        identity_prob: Probability of naming each identity attribute. Promptable attributes have
+            0.85.
+
+    Returns:
+        Phrases separated by commas.
+    """
     parts = [f"a portrait of {rng.choice(_SUBJECT_PHRASES)}"]
     parts += [
         w for w in _format_identity_phrases(person, scene).values() if rng.random() < identity_prob
@@ -28,7 +51,16 @@ def sample_caption(
 
 
 def parse_caption_attributes(person: AvatarIdentity, scene: Scene, text: str) -> frozenset[str]:
-    """The attributes that a caption of this portrait names."""
+    """Find the attributes that a caption of this portrait names.
+
+    Args:
+        person: Identity of the portrait.
+        scene: Scene of the portrait.
+        text: Caption, as ``sample_caption`` writes it.
+
+    Returns:
+        Names of attributes of ``AvatarIdentity`` and ``Scene``.
+    """
     parts = set(text.split(", "))
     phrases = _format_identity_phrases(person, scene) | _format_scene_phrases(scene)
     return frozenset(
@@ -40,6 +72,7 @@ def parse_caption_attributes(person: AvatarIdentity, scene: Scene, text: str) ->
 
 
 def _format_identity_phrases(person: AvatarIdentity, scene: Scene) -> dict[tuple[str, ...], str]:
+    """Phrase by the attributes it names."""
     phrases: dict[tuple[str, ...], str] = {("skin",): f"{person.skin} skin"}
     if scene.hat == "none":
         phrases |= {
@@ -57,6 +90,7 @@ def _format_identity_phrases(person: AvatarIdentity, scene: Scene) -> dict[tuple
 
 
 def _format_scene_phrases(scene: Scene) -> dict[tuple[str, ...], str]:
+    """Phrase by the attributes it names."""
     colorless = scene.garment in COLORLESS_GARMENTS
     garment = scene.garment if colorless else f"{scene.garment_color} {scene.garment}"
     phrases: dict[tuple[str, ...], str] = {

@@ -1,4 +1,4 @@
-"""Where the face of a portrait is: its keypoints and its box, from the transforms and the parts of the drawing."""
+"""Keypoints and face box of a portrait, from the transforms and the parts of the drawing."""
 
 import io
 import re
@@ -13,29 +13,43 @@ import python_avatars as pa
 import resvg_py
 from PIL import Image
 
-from data_builder.avatars import vocabulary as words
+from data_builder.avatars import vocabulary
 from data_builder.avatars.identity import AvatarIdentity, Scene
 from data_builder.avatars.rendering import CROP_LEFT, CROP_SIZE, CROP_TOP, compute_transforms
 
 _FACE_TRANSFORM: Final = "translate(76 82)"
-"""The drawing library's place of eyes, nose and mouth."""
+"""Position of eyes, nose and mouth in the drawing library."""
 _FACE_CORNERS: Final = ((76, 60), (188, 60), (188, 186), (76, 186))
-"""Corners of what is called the face: forehead to chin, without ears."""
+"""Corners of the face: forehead to chin, without ears, in drawing units."""
 _PIXELS_PER_UNIT: Final = 4
 """Pixels of a drawing unit where the extent of a part is measured."""
 
 
 @dataclass(frozen=True)
 class Landmarks:
-    """``keypoints`` [5, 2] (eyes, nose, corners of the mouth; the picture's left first) and ``box`` [4] (left, top,
-    right, bottom), both in pixels."""
+    """Face geometry of a portrait in pixels.
+
+    Attributes:
+        keypoints: Centers of the eyes, nose, corners of the mouth [5, 2] as (x, y); the left of the
+            image first.
+        box: Left, top, right, bottom of the face [4].
+    """
 
     keypoints: np.ndarray
     box: np.ndarray
 
 
 def compute_landmarks(person: AvatarIdentity, scene: Scene, size: int = 128) -> Landmarks:
-    """Of the portrait that ``render_portrait`` draws at ``size`` pixels. Eyes behind glasses are where they would be seen."""
+    """Compute the landmarks of the portrait that ``render_portrait`` draws.
+
+    Args:
+        person: Identity of the portrait.
+        scene: Scene of the portrait. Eyes behind glasses get the position they have without them.
+        size: Side of the portrait in pixels.
+
+    Returns:
+        Keypoints and box in pixels.
+    """
     part_transforms = compute_transforms(person, scene)
     pose_matrix = _parse_transform(part_transforms.pose)
     face_matrix = pose_matrix @ _parse_transform(_FACE_TRANSFORM)
@@ -43,15 +57,15 @@ def compute_landmarks(person: AvatarIdentity, scene: Scene, size: int = 128) -> 
         [
             _apply_affine(
                 face_matrix @ _parse_transform(part_transforms.eyes),
-                _find_eye_centers(words.EYES[scene.eyes]),
+                _find_eye_centers(vocabulary.EYES[scene.eyes]),
             ),
             _apply_affine(
                 face_matrix @ _parse_transform(part_transforms.nose),
-                _find_nose_center(words.NOSE[person.nose]),
+                _find_nose_center(vocabulary.NOSE[person.nose]),
             ),
             _apply_affine(
                 face_matrix @ _parse_transform(part_transforms.mouth),
-                _find_mouth_corners(words.EXPRESSION[scene.expression]),
+                _find_mouth_corners(vocabulary.EXPRESSION[scene.expression]),
             ),
         ]
     )
@@ -66,7 +80,7 @@ def compute_landmarks(person: AvatarIdentity, scene: Scene, size: int = 128) -> 
 
 @cache
 def _find_eye_centers(name: str) -> np.ndarray:
-    """Middles of both eyes [2, 2] in the part's own units."""
+    """Centers of both eyes [2, 2] in the units of the part."""
     rows, columns = np.nonzero(_render_part_mask(pa.EyeType[name]))
     left = columns < 56 * _PIXELS_PER_UNIT
     return np.array([_compute_center(rows[side], columns[side]) for side in (left, ~left)])
@@ -74,13 +88,13 @@ def _find_eye_centers(name: str) -> np.ndarray:
 
 @cache
 def _find_nose_center(name: str) -> np.ndarray:
-    """The middle of the nose [1, 2]."""
+    """Center of the nose [1, 2] in the units of the part."""
     return np.array([_compute_center(*np.nonzero(_render_part_mask(pa.NoseType[name])))])
 
 
 @cache
 def _find_mouth_corners(name: str) -> np.ndarray:
-    """The outermost points of the mouth [2, 2]."""
+    """Outermost points of the mouth [2, 2] in the units of the part."""
     rows, columns = np.nonzero(_render_part_mask(pa.MouthType[name]))
     end_masks = (
         columns <= columns.min() + _PIXELS_PER_UNIT,
@@ -92,14 +106,16 @@ def _find_mouth_corners(name: str) -> np.ndarray:
 
 
 def _compute_center(rows: np.ndarray, columns: np.ndarray) -> tuple[float, float]:
-    """x and y halfway between the outermost painted pixels."""
+    """Compute x and y halfway between the outermost painted pixels."""
     return float(columns.min() + columns.max()) / 2 / _PIXELS_PER_UNIT, float(
         rows.min() + rows.max()
     ) / 2 / _PIXELS_PER_UNIT
 
 
 def _render_part_mask(part: pa.EyeType | pa.NoseType | pa.MouthType) -> np.ndarray:
-    """Where a part of the drawing library covers its place, alone: [height, width] at ``_PIXELS_PER_UNIT`` pixels per unit."""
+    """Render the pixels [height, width] that a part covers, at ``_PIXELS_PER_UNIT`` pixels per
+    unit.
+    """
     text = (Path(pa.__file__).parent / part.__path__ / f"{part.value}.svg").read_text(
         encoding="utf-8"
     )
@@ -115,13 +131,15 @@ def _render_part_mask(part: pa.EyeType | pa.NoseType | pa.MouthType) -> np.ndarr
 
 
 def _apply_affine(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points [n, 2] after an affine map."""
+    """Apply an affine map [3, 3] to points [n, 2]."""
     transformed_points: np.ndarray = points @ matrix[:2, :2].T + matrix[:2, 2]
     return transformed_points
 
 
 def _parse_transform(transform: str) -> np.ndarray:
-    """The affine map [3, 3] of an SVG transform of ``translate``, ``scale`` and ``rotate`` about a point."""
+    """Parse an SVG transform of ``translate``, ``scale`` and ``rotate`` about a point into a matrix
+    [3, 3].
+    """
     matrix = np.eye(3)
     for kind, arguments in re.findall(r"(\w+)\(([^)]*)\)", transform):
         numbers = [float(value) for value in arguments.split()]

@@ -1,12 +1,12 @@
-"""The drawn dataset on disk: one memory-mapped image array and the seeds that made it."""
+"""Drawn portraits on disk: one memory-mapped image array and the seeds that made it."""
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -21,10 +21,20 @@ from data_builder.avatars.identity import (
 from data_builder.avatars.rendering import render_portrait
 from hyperlora.progress import track
 
+Job = TypeVar("Job")
+
 
 @dataclass(frozen=True)
 class PortraitDatasetConfig:
-    """``num_identities`` persons of a split from its ``offset``-th on, ``each`` portraits of every one, ``size`` pixels."""
+    """Which identities are drawn, and how.
+
+    Attributes:
+        split: ``train``, ``validation`` or ``test``.
+        num_identities: Number of identities of the split.
+        portraits_per_identity: Portraits of each identity.
+        size: Side of the images in pixels.
+        offset: Position of the first identity in the split.
+    """
 
     split: str
     num_identities: int
@@ -33,11 +43,20 @@ class PortraitDatasetConfig:
     offset: int = 0
 
     def list_seeds(self) -> range:
+        """List the seeds of the identities in order."""
         return SPLITS[self.split][self.offset : self.offset + self.num_identities]
 
 
 class PortraitDataset:
-    """Drawn portraits in person order: ``images`` uint8 [people * each, size, size, 3], memory-mapped."""
+    """Portraits that ``draw_portraits`` wrote, identity after identity.
+
+    Args:
+        folder: Folder of ``plan.json`` and ``images.npy``.
+
+    Attributes:
+        config: Configuration they were drawn by.
+        images: uint8 [num_identities * portraits_per_identity, size, size, 3], memory-mapped.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
@@ -48,11 +67,13 @@ class PortraitDataset:
         return len(self.images)
 
     def get_identity(self, index: int) -> AvatarIdentity:
+        """Return the identity of a portrait by its position in ``images``."""
         return sample_identity(
             self.config.list_seeds()[index // self.config.portraits_per_identity]
         )
 
     def get_scene(self, index: int) -> Scene:
+        """Return the scene of a portrait by its position in ``images``."""
         return sample_scene(
             self.config.list_seeds()[index // self.config.portraits_per_identity],
             index % self.config.portraits_per_identity,
@@ -62,51 +83,67 @@ class PortraitDataset:
 def draw_portraits(
     folder: Path, config: PortraitDatasetConfig, num_workers: int | None = None
 ) -> None:
-    """Draw a dataset into ``folder``; does nothing if the same plan is already there."""
-    jobs = ((seed, config.portraits_per_identity, config.size) for seed in config.list_seeds())
+    """Draw a dataset of portraits; does nothing if the same configuration is already there.
+
+    Args:
+        folder: Folder to write.
+        config: Identities and image size.
+        num_workers: Number of processes, by default one per core.
+    """
     draw_dataset(
         folder,
         asdict(config),
-        config.num_identities,
-        config.portraits_per_identity,
-        config.size,
+        [(seed, config.portraits_per_identity, config.size) for seed in config.list_seeds()],
         _draw_identity,
-        jobs,
-        f"{config.split} people",
-        num_workers,
+        images_per_job=config.portraits_per_identity,
+        size=config.size,
+        unit=f"{config.split} identities",
+        num_workers=num_workers,
     )
 
 
 def draw_dataset(
     folder: Path,
-    config: dict[str, Any],
-    num_jobs: int,
+    plan: Mapping[str, object],
+    jobs: Sequence[Job],
+    draw_fn: Callable[[Job], np.ndarray],
+    *,
     images_per_job: int,
     size: int,
-    draw_fn: Callable[[Any], np.ndarray],
-    jobs: Iterable[Any],
-    label: str,
+    unit: str,
     num_workers: int | None = None,
 ) -> None:
-    """``images.npy`` of what ``draw_fn`` draws for every job, ``each`` pictures a job, and ``config.json``, which is written
-    last, so an interrupted run leaves no dataset that looks complete."""
-    config_path = folder / "plan.json"
-    if config_path.exists() and json.loads(config_path.read_text()) == config:
+    """Draw images job by job in several processes into ``images.npy``.
+
+    ``plan.json`` is written last, so that an interrupted run leaves no dataset that looks complete.
+
+    Args:
+        folder: Folder to write.
+        plan: What is drawn, as JSON; nothing happens if the folder holds the same.
+        jobs: Arguments of ``draw_fn``, one per job.
+        draw_fn: Picklable function from a job to images, uint8 [images_per_job, size, size, 3].
+        images_per_job: Images that each job draws.
+        size: Side of the images in pixels.
+        unit: Plural noun of a job in the progress bar.
+        num_workers: Number of processes, by default one per core.
+    """
+    plan_path = folder / "plan.json"
+    if plan_path.exists() and json.loads(plan_path.read_text()) == plan:
         return
-    config_path.unlink(missing_ok=True)
+    plan_path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    images = open_memmap(
-        folder / "images.npy", "w+", np.uint8, (num_jobs * images_per_job, size, size, 3)
-    )
+    shape = (len(jobs) * images_per_job, size, size, 3)
+    images = open_memmap(folder / "images.npy", "w+", np.uint8, shape)
     with get_context("spawn").Pool(num_workers or os.cpu_count()) as pool:
         results = pool.imap(draw_fn, jobs, chunksize=8)
-        for i, job_images in enumerate(track(results, "drawing", label, num_jobs)):
+        for i, job_images in enumerate(track(results, "drawing", unit, len(jobs))):
             images[i * images_per_job : (i + 1) * images_per_job] = job_images
     images.flush()
-    config_path.write_text(json.dumps(config))
+    plan_path.write_text(json.dumps(plan))
 
 
 def _draw_identity(job: tuple[int, int, int]) -> np.ndarray:
+    """Draw the portraits of one identity, uint8 [portraits, size, size, 3]."""
     seed, num_portraits, size = job
     person = sample_identity(seed)
     return np.stack(

@@ -1,4 +1,6 @@
-"""Draw a person in a scene: vector parts from ``python_avatars``, rasterised by resvg, then the drawing style."""
+"""Rendering of an identity in a scene: vector parts of ``python_avatars``, rasterized by resvg,
+then style and tone.
+"""
 
 import io
 from functools import cache
@@ -9,10 +11,10 @@ import python_avatars as pa
 import resvg_py
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
-from data_builder.avatars import vocabulary as words
+from data_builder.avatars import vocabulary
 from data_builder.avatars.identity import AvatarIdentity, Rgb, Scene
 
-# the drawing library's template: each group's own transform, which the face geometry is multiplied onto
+# groups of the drawing library's template with their own transforms, which are replaced
 _EYES = '"transparent_Eyes" transform="translate(0.000000, 8.000000)"'
 _NOSE = '"transparent_Nose" transform="translate(28.000000, 40.000000)"'
 _MOUTH = '"transparent_Mouth" transform="translate(2.000000, 52.000000)"'
@@ -25,7 +27,15 @@ CROP_LEFT, CROP_TOP, CROP_SIZE = 2, 8, 260
 
 
 class PartTransforms(NamedTuple):
-    """SVG transforms: of eyes, nose, mouth and eyebrows in the face, and of the whole person."""
+    """SVG transforms of the parts of a portrait.
+
+    Attributes:
+        eyes: Transform of the eyes in the face.
+        nose: Transform of the nose in the face.
+        mouth: Transform of the mouth in the face.
+        eyebrows: Transform of the eyebrows in the face.
+        pose: Transform of the whole person.
+    """
 
     eyes: str
     nose: str
@@ -35,10 +45,19 @@ class PartTransforms(NamedTuple):
 
 
 def render_portrait(person: AvatarIdentity, scene: Scene, size: int = 128) -> Image.Image:
-    """The portrait, RGB, ``size`` x ``size`` pixels."""
+    """Render a portrait.
+
+    Args:
+        person: Identity to draw.
+        scene: Expression, clothes, background, style and pose.
+        size: Side of the image in pixels.
+
+    Returns:
+        RGB image of ``size`` x ``size`` pixels.
+    """
     png = resvg_py.svg_to_bytes(
         svg_string=build_svg(person, scene),
-        background=words.resolve_color(words.BACKGROUND, scene.background),
+        background=vocabulary.resolve_color(vocabulary.BACKGROUND, scene.background),
         width=size,
         height=size,
         skip_system_fonts=True,
@@ -48,23 +67,34 @@ def render_portrait(person: AvatarIdentity, scene: Scene, size: int = 128) -> Im
 
 
 def build_svg(person: AvatarIdentity, scene: Scene) -> str:
-    """The portrait without background as SVG text."""
-    hat = words.HAT[scene.hat]
+    """Build the portrait without background as SVG text.
+
+    Args:
+        person: Identity to draw.
+        scene: Scene to draw it in; style and tone are not part of the SVG.
+
+    Returns:
+        SVG text whose view box is the square of ``CROP_SIZE``.
+
+    Raises:
+        RuntimeError: If the template of ``python_avatars`` lacks an expected group.
+    """
+    hat = vocabulary.HAT[scene.hat]
     text = pa.Avatar(
         style=pa.AvatarStyle.TRANSPARENT,
-        top=pa.HatType[hat] if hat != "NONE" else pa.HairType[words.HAIR[person.hair]],
-        hat_color=words.resolve_color(words.GARMENT_COLOR, scene.garment_color),
-        eyebrows=pa.EyebrowType[words.EYEBROWS[person.eyebrows]],
-        eyes=pa.EyeType[words.EYES[scene.eyes]],
-        nose=pa.NoseType[words.NOSE[person.nose]],
-        mouth=pa.MouthType[words.EXPRESSION[scene.expression]],
-        facial_hair=pa.FacialHairType[words.FACIAL_HAIR[person.facial_hair]],
+        top=pa.HatType[hat] if hat != "NONE" else pa.HairType[vocabulary.HAIR[person.hair]],
+        hat_color=vocabulary.resolve_color(vocabulary.GARMENT_COLOR, scene.garment_color),
+        eyebrows=pa.EyebrowType[vocabulary.EYEBROWS[person.eyebrows]],
+        eyes=pa.EyeType[vocabulary.EYES[scene.eyes]],
+        nose=pa.NoseType[vocabulary.NOSE[person.nose]],
+        mouth=pa.MouthType[vocabulary.EXPRESSION[scene.expression]],
+        facial_hair=pa.FacialHairType[vocabulary.FACIAL_HAIR[person.facial_hair]],
         skin_color=_format_hex(person.skin_rgb),
         hair_color=_format_hex(person.hair_rgb),
         facial_hair_color=_format_hex(person.facial_hair_rgb),
-        accessory=pa.AccessoryType[words.GLASSES[scene.glasses]],
-        clothing=pa.ClothingType[words.GARMENT[scene.garment]],
-        clothing_color=words.resolve_color(words.GARMENT_COLOR, scene.garment_color),
+        accessory=pa.AccessoryType[vocabulary.GLASSES[scene.glasses]],
+        clothing=pa.ClothingType[vocabulary.GARMENT[scene.garment]],
+        clothing_color=vocabulary.resolve_color(vocabulary.GARMENT_COLOR, scene.garment_color),
     ).render()
     for anchor, transform in zip(_ANCHORS, compute_transforms(person, scene), strict=True):
         if text.count(anchor) != 1:
@@ -74,7 +104,12 @@ def build_svg(person: AvatarIdentity, scene: Scene) -> str:
 
 
 def compute_transforms(person: AvatarIdentity, scene: Scene) -> PartTransforms:
-    """The SVG transforms of the parts of this portrait."""
+    """Compute the SVG transforms of the parts of a portrait.
+
+    Args:
+        person: Identity, whose geometry scales the parts.
+        scene: Scene, whose pose moves the whole person.
+    """
     d, h, n, m = person.eye_distance, person.eye_height, person.nose_scale, person.mouth_scale
     pose = (
         f"translate({scene.shift_x:.3f} {scene.shift_y:.3f}) rotate({scene.roll:.3f} 132 200) "
@@ -90,7 +125,18 @@ def compute_transforms(person: AvatarIdentity, scene: Scene) -> PartTransforms:
 
 
 def apply_style(image: Image.Image, style: str) -> Image.Image:
-    """The picture in one of ``build_vocabulary.STYLE``'s drawing styles (same size)."""
+    """Apply a drawing style to an image.
+
+    Args:
+        image: RGB image.
+        style: One of ``vocabulary.STYLE``; ``plain`` returns the image as it is.
+
+    Returns:
+        Image of the same size.
+
+    Raises:
+        ValueError: For an unknown style.
+    """
     match style:
         case "plain":
             return image
@@ -110,11 +156,22 @@ def apply_style(image: Image.Image, style: str) -> Image.Image:
             return Image.fromarray((np.clip(ratio, 0, 1) ** 2 * 255).astype(np.uint8)).convert(
                 "RGB"
             )
-    raise ValueError(f"unknown style {style!r}; known: {', '.join(words.STYLE)}")
+    raise ValueError(f"unknown style {style!r}; known: {', '.join(vocabulary.STYLE)}")
 
 
 def apply_tone(image: Image.Image, tone: str) -> Image.Image:
-    """The picture in one of ``build_vocabulary.TONE``'s lights (same size)."""
+    """Apply a light to an image.
+
+    Args:
+        image: RGB image.
+        tone: One of ``vocabulary.TONE``; ``plain`` returns the image as it is.
+
+    Returns:
+        Image of the same size.
+
+    Raises:
+        ValueError: For an unknown tone.
+    """
     match tone:
         case "plain":
             return image
@@ -128,10 +185,11 @@ def apply_tone(image: Image.Image, tone: str) -> Image.Image:
             return ImageChops.multiply(image, Image.new("RGB", image.size, "#a8c8ff"))
         case "soft":
             return Image.blend(image, Image.new("RGB", image.size, "#808080"), 0.5)
-    raise ValueError(f"unknown light {tone!r}; known: {', '.join(words.TONE)}")
+    raise ValueError(f"unknown light {tone!r}; known: {', '.join(vocabulary.TONE)}")
 
 
 def _scale_about(x: float, y: float, scale_x: float, scale_y: float) -> str:
+    """Format a scaling about the point (x, y) as SVG transform."""
     return f"translate({x} {y}) scale({scale_x:.4f} {scale_y:.4f}) translate({-x} {-y})"
 
 

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer whose vocabulary is the avatar world's words, one token each."""
+"""A CLIP tokenizer whose vocabulary holds each word of the avatar world as one token."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from data_builder.avatars import vocabulary as words
+from data_builder.avatars import vocabulary
 from data_builder.avatars.captions import sample_caption
 from data_builder.avatars.identity import sample_identity, sample_scene
 
@@ -15,13 +15,21 @@ _BOS_TOKEN, _EOS_TOKEN = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(output_dir: Path, max_length: int = 48) -> CLIPTokenizer:
-    """Byte-pair encoding learned on the world's captions until each word is one token; saved to ``output_dir``.
+    """Train a byte-pair encoding on captions of the avatar world until each word is one token, and
+    save it.
 
     Letters stay tokens too, so that any prompt can be encoded.
+
+    Args:
+        output_dir: Folder to write, readable by ``CLIPTokenizer.from_pretrained``.
+        max_length: Number of tokens of a prompt, with start and end token.
+
+    Returns:
+        The tokenizer.
     """
     rng = np.random.default_rng(0)
     corpus = [sample_caption(sample_identity(i), sample_scene(i, 0), rng, 1.0) for i in range(4000)]
-    tables = (words.IDENTITY_ATTRIBUTES | words.PROMPT_ATTRIBUTES).values()
+    tables = (vocabulary.IDENTITY_ATTRIBUTES | vocabulary.PROMPT_ATTRIBUTES).values()
     corpus += [name for table in tables for name in table] * 20
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_EOS_TOKEN))
     bpe.normalizer = normalizers.Lowercase()

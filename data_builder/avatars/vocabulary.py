@@ -1,7 +1,8 @@
-"""What the avatar world can draw: the words of its captions, each with the drawing library's name for it.
+"""Attribute values of the avatar world, as captions name them, with their names in the drawing
+library.
 
-Hair types whose drawing ignores the hair colour or hides beard and glasses are left out, so that every attribute is
-visible in every portrait.
+Some hair types ignore the hair color or hide beard and glasses. They are left out, so that every
+attribute is visible in every portrait.
 """
 
 from typing import Final
@@ -164,7 +165,9 @@ HAT: Final = {
 }
 STYLE: Final = ("plain", "grayscale", "sepia", "pencil", "pixel", "negative")
 TONE: Final = ("plain", "dark", "bright", "warm", "cold", "soft")
-"""Light over the whole picture. No caption or prompt names it: only before/after pairs change it."""
+"""Light over the whole image. Captions and prompts never name it; only before/after pairs change
+it.
+"""
 IDENTITY_ATTRIBUTES: Final = {
     "hair": tuple(HAIR),
     "hair_color": tuple(HAIR_COLOR),
@@ -188,5 +191,16 @@ GEOMETRY: Final = ("eye_distance", "eye_height", "nose_scale", "mouth_scale", "f
 
 
 def resolve_color(table: dict[str, str], value: str) -> str:
-    """``#rrggbb`` of a colour given by its name in ``format_table`` or as ``#rrggbb``."""
+    """Return the ``#rrggbb`` code of a color.
+
+    Args:
+        table: Color codes by color name, e.g. ``HAIR_COLOR``.
+        value: Name in ``table``, or a code ``#rrggbb``, which is returned as it is.
+
+    Returns:
+        The color as ``#rrggbb``.
+
+    Raises:
+        KeyError: If ``value`` is neither a code nor a name in ``table``.
+    """
     return value if value.startswith("#") else table[value]

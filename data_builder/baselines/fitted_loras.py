@@ -1,4 +1,4 @@
-"""LoRAs fitted to one photo each of a benchmark's people (DreamBooth); ``main_callback demo`` shows them beside its own."""
+"""LoRAs fine-tuned on one photo per benchmark subject (DreamBooth), for ``hyperlora demo``."""
 
 from pathlib import Path
 
@@ -16,18 +16,24 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def fit_baseline_loras(output_dir: Path, num_subjects: int, settings: FineTuneBaseline) -> None:
-    """``output_dir/NAME.safetensors`` (fp16) for the first ``num_subjects``, of the bundled model's sites and rank."""
+    """Write ``NAME.safetensors`` (fp16) for the first benchmark subjects, with the layout of the
+    bundled model.
+
+    Args:
+        output_dir: Folder to write.
+        num_subjects: Number of subjects.
+        settings: Settings of the fine-tuning.
+    """
     base = load_diffusion_base(pretrained.BASE_DIR)
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
     benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, num_subjects)
     evaluator = SubjectEvaluator(
         base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark
     )
-    loras = fit_subject_loras(evaluator, model, benchmark.photos[:, :1], settings)[
-        settings.num_steps
-    ]
+    loras_by_step = fit_subject_loras(evaluator, model, benchmark.photos[:, :1], settings)
+    loras = loras_by_step[settings.num_steps]
     metadata = LoraMetadata(
-        architecture=base.architecture, trigger_phrase=str(model.card.get("trigger_phrase", ""))
+        architecture=base.architecture, trigger_phrase=model.card.trigger_phrase
     )
     for i, name in enumerate(benchmark.names):
         save_lora(

@@ -1,5 +1,6 @@
-"""Fit LiDB codes to people of the avatar world, K at a time: the regression targets of the faithful hypernetwork."""
+"""LiDB codes fitted to drawn portraits: the regression targets of HyperDreamBooth (2307.06949)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from data_builder.avatars.portrait_dataset import PortraitDataset
 from data_builder.datamodules.feature_cache import load_cached_latents
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import TrainingExamples
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.heads import LiDB
@@ -19,52 +21,75 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
 
 
+@dataclass(frozen=True)
+class LidbTargetConfig:
+    """Settings of ``fit_lidb_targets``.
+
+    Attributes:
+        num_subjects: Number of identities, the first of the portraits.
+        subjects_per_batch: Identities that are fitted together.
+        finetune_steps: Optimizer steps.
+        lr: Learning rate of Adam.
+        preset: Adapted modules.
+        rank: Rank of the LoRAs.
+        a: Rows of the frozen basis of LiDB (2307.06949, §4.2).
+        b: Columns of the frozen basis.
+    """
+
+    num_subjects: int = 256
+    subjects_per_batch: int = 32
+    finetune_steps: int = 150
+    lr: float = 1e-2
+    preset: str = "attention+mlp"
+    rank: int = 1
+    a: int = 100
+    b: int = 50
+
+
 def fit_lidb_targets(
-    portraits: Path,
-    base: str,
-    vae: str,
-    output_path: Path,
-    *,
-    num_subjects: int,
-    subjects_per_batch: int,
-    steps: int,
-    lr: float,
-    preset: str,
-    rank: int,
-    a: int,
-    b: int,
+    portraits: Path, base: str, vae: str, output_path: Path, config: LidbTargetConfig
 ) -> None:
-    """``output_path`` (.safetensors): ``fit_lidb_targets`` [people, 2 * sites, code_size] and the last ``losses`` [people]. Written after
-    every chunk of ``subjects_per_batch`` people; a second call goes on where the first stopped."""
-    model = load_diffusion_base(base)
-    lidb = LiDB(make_layout({"unet": model.denoiser}, preset, rank, model.id), a, b)
-    init_codes = lidb.init_codes()
+    """Fit LiDB codes to drawn portraits and write them with their final losses.
+
+    The file (.safetensors) holds ``codes`` [subjects, 2 * targets, code_size] and ``losses``
+    [subjects]. It is written after every batch; a second call continues where the first stopped.
+
+    Args:
+        portraits: Folder of drawn portraits.
+        base: Folder of the base model.
+        vae: Folder of the VAE that encodes the portraits.
+        output_path: File to write.
+        config: Settings of the fit.
+    """
+    diffusion_base = load_diffusion_base(base)
+    layout = make_layout(
+        {"unet": diffusion_base.denoiser}, config.preset, config.rank, diffusion_base.id
+    )
+    lidb = LiDB(layout, config.a, config.b)
+    init_codes = lidb.init_codes()  # [2 * targets, code_size]
+    fine_tune_config = FineTuneConfig(num_steps=config.finetune_steps, lr=config.lr)
 
     def decode_codes(codes: Tensor) -> LoraWeights:
-        down, up = codes.unflatten(-1, init_codes.shape).chunk(2, -2)
-        return lidb(down, up)
+        down, up = codes.unflatten(-1, init_codes.shape).chunk(2, -2)  # [K, targets, code_size]
+        weights: LoraWeights = lidb(down, up)
+        return weights
 
     results = (
         load_file(output_path)
         if output_path.exists()
         else {"codes": torch.zeros(0, *init_codes.shape), "losses": torch.zeros(0)}
     )
-    for first_subject in track(
-        list(range(len(results["codes"]), num_subjects, subjects_per_batch)),
-        "fitting",
-        "people",
-        units_per_item=subjects_per_batch,
-    ):
-        k = min(subjects_per_batch, num_subjects - first_subject)
-        examples = _load_examples(model, portraits, vae, range(first_subject, first_subject + k))
+    batch_size = config.subjects_per_batch
+    batch_starts = list(range(len(results["codes"]), config.num_subjects, batch_size))
+    for start in track(batch_starts, "fitting", "subjects", units_per_item=batch_size):
+        subjects = range(start, min(start + batch_size, config.num_subjects))
         result = fine_tune_loras(
-            model.denoiser,
-            model.noise_scheduler,
-            examples,
-            init_codes.flatten().expand(k, -1),
+            diffusion_base.denoiser,
+            diffusion_base.noise_scheduler,
+            _load_examples(diffusion_base, portraits, vae, subjects),
+            init_codes.flatten().expand(len(subjects), -1),
             decode_codes,
-            num_steps=steps,
-            lr=lr,
+            fine_tune_config,
         )
         results = {
             "codes": torch.cat([results["codes"], result.codes.unflatten(-1, init_codes.shape)]),
@@ -76,18 +101,17 @@ def fit_lidb_targets(
 
 
 def _load_examples(
-    model: DiffusionBase, folder: Path, vae: str, subjects: range
+    base: DiffusionBase, folder: Path, vae: str, subjects: range
 ) -> TrainingExamples:
-    """All portraits of these people with the prompts of their scenes."""
-    portraits, latents = PortraitDataset(folder), load_cached_latents(folder, vae)
+    """Load all portraits of these subjects with the prompts of their scenes."""
+    portraits, cached_latents = PortraitDataset(folder), load_cached_latents(folder, vae)
     portraits_per_identity = portraits.config.portraits_per_identity
     indices = range(subjects.start * portraits_per_identity, subjects.stop * portraits_per_identity)
-    prompt_embeds = model.encode_prompts([build_prompt(portraits.get_scene(i)) for i in indices])[
-        "encoder_hidden_states"
-    ]
-    clean_latents = torch.from_numpy(np.array(latents[indices.start : indices.stop])).float()
+    prompts = [build_prompt(portraits.get_scene(i)) for i in indices]
+    prompt_embeds = base.encode_prompts(prompts)["encoder_hidden_states"]
+    latents = torch.from_numpy(np.array(cached_latents[indices.start : indices.stop])).float()
     shape = (len(subjects), portraits_per_identity)
     return TrainingExamples(
-        clean_latents.unflatten(0, shape),
+        latents.unflatten(0, shape),  # [subjects, portraits, c, h, w]
         {"encoder_hidden_states": prompt_embeds.unflatten(0, shape)},
     )

@@ -1,4 +1,4 @@
-"""How many subjects a GPU can fit at once: measured with one and with two."""
+"""Choice of the number of subjects that a GPU fits at once, from the memory of one and of two."""
 
 from dataclasses import replace
 from typing import Final
@@ -12,34 +12,42 @@ from data_builder.build.trainer import ChunkTrainer, load_recipe_base
 MAX_BATCH_SIZE: Final = 256
 CPU_BATCH_SIZE: Final = 16
 MEMORY_FRACTION: Final = 0.85
-"""Of the GPU's memory that may be used: fragments and other programs take some."""
+"""Share of the GPU's memory to use; the rest is for fragmentation and other programs."""
 
 
 def scale_batch_size(plan: Plan) -> Plan:
-    """``plan`` with as many subjects at once as this machine's GPU holds; 16 without one, where memory is not what
-    bounds it."""
+    """Set ``subjects_per_batch`` to what this machine's GPU can hold; 16 without a GPU."""
     batch_size = CPU_BATCH_SIZE
     if torch.cuda.is_available():
         total_bytes = torch.cuda.get_device_properties(0).total_memory
         batch_size = compute_max_batch_size(total_bytes, *_measure_peak_memory(plan))
-    return replace(plan, recipe=replace(plan.recipe, at_once=min(batch_size, len(plan.rows))))
+    subjects_per_batch = min(batch_size, len(plan.rows))
+    return replace(plan, recipe=replace(plan.recipe, subjects_per_batch=subjects_per_batch))
 
 
 def compute_max_batch_size(total_bytes: int, peak_one_bytes: int, peak_two_bytes: int) -> int:
-    """How many fit into ``total_bytes`` bytes where ``peak_one_bytes`` takes so much and ``peak_two_bytes`` so much, each further one as much as
-    the second; at least 1, at most 256."""
-    additional = (MEMORY_FRACTION * total_bytes - peak_one_bytes) / max(
-        1, peak_two_bytes - peak_one_bytes
-    )
-    return int(min(MAX_BATCH_SIZE, max(1, 1 + additional)))
+    """Compute how many subjects fit into the GPU's memory, if each further one needs as much as the
+    second.
+
+    Args:
+        total_bytes: Memory of the GPU.
+        peak_one_bytes: Peak memory of a step with one subject.
+        peak_two_bytes: Peak memory of a step with two subjects.
+
+    Returns:
+        Number of subjects, 1 to ``MAX_BATCH_SIZE``.
+    """
+    bytes_per_subject = max(1, peak_two_bytes - peak_one_bytes)
+    num_additional = (MEMORY_FRACTION * total_bytes - peak_one_bytes) / bytes_per_subject
+    return int(min(MAX_BATCH_SIZE, max(1, 1 + num_additional)))
 
 
 def _measure_peak_memory(plan: Plan) -> tuple[int, int]:
-    """Bytes at the peak of one step with one subject and with two, the longest list of photos first."""
-    recipe = replace(plan.recipe, steps=1, every=1)
+    """Measure the peak bytes of one step with one and with two of the subject with most photos."""
+    recipe = replace(plan.recipe, finetune_steps=1, eval_every=1)
     base = load_recipe_base(recipe)
-    latents = sample_class_latents(base, recipe) if recipe.num_class_images else None
-    trainer = ChunkTrainer(replace(plan, recipe=recipe), base, latents)
+    class_latents = sample_class_latents(base, recipe) if recipe.num_class_images else None
+    trainer = ChunkTrainer(replace(plan, recipe=recipe), base, class_latents)
     largest = max(plan.rows, key=lambda row: len(row.photos))
     subject_data = load_subject(largest, trainer.source, base, recipe)
     peak_bytes = []

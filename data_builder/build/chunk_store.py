@@ -1,83 +1,128 @@
-"""The chunks of a build on disk: finished when its shard stands under its final name, otherwise not begun."""
+"""Chunks of a build on disk: a chunk is finished once its shard stands under its final name."""
 
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, TypedDict
 
-from data_builder.build.plan import Plan
+from data_builder.build.plan import PLAN_KEY, SKIPPED_KEY, Plan, read_plan
 from hyperlora.data.lora_shards import Shard, open_shard
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
+from hyperlora.progress import track
 
 LOG_FILE: Final = "log.jsonl"
 
 
+class ChunkResult(NamedTuple):
+    """A chunk that was built.
+
+    Attributes:
+        number: Number of the chunk in the plan.
+        shard: Bytes of its shard.
+        seconds: Time that building took.
+    """
+
+    number: int
+    shard: bytes
+    seconds: float
+
+
+class _LogEntry(TypedDict):
+    """A line of the log."""
+
+    chunk: int
+    rows: int
+    seconds: float
+    timestamp: float
+
+
 @dataclass(frozen=True)
 class ChunkStore:
-    """Where the shards of ``plan`` lie in ``folder``."""
+    """Shards of a plan in a folder.
+
+    Attributes:
+        plan: Plan of the build.
+        folder: Folder of the build; shards lie in ``chunks/``.
+    """
 
     plan: Plan
     folder: Path
 
     def get_path(self, number: int) -> Path:
+        """Return the path of a chunk's shard."""
         return self.folder / "chunks" / f"{number:06d}.safetensors"
 
     def check_finished_chunks(self) -> None:
-        """Raises what ``open_chunk`` raises for any finished chunk."""
+        """Raise what ``open_chunk`` raises if a finished chunk is damaged or of another plan."""
         for number in self.list_finished_chunks():
             self.open_chunk(number)
 
     def list_finished_chunks(self) -> list[int]:
+        """List the numbers of chunks whose shard exists."""
         return [number for number in range(self.plan.num_chunks) if self.get_path(number).is_file()]
 
     def list_pending_chunks(self) -> list[int]:
-        return [
-            number for number in range(self.plan.num_chunks) if not self.get_path(number).is_file()
-        ]
+        """List the numbers of chunks whose shard is missing."""
+        finished = set(self.list_finished_chunks())
+        return [number for number in range(self.plan.num_chunks) if number not in finished]
 
     def open_chunk(self, number: int) -> Shard:
-        """Raises ``InvalidArgumentError`` for a chunk of another plan, ``InvalidLoraFileError`` for one that is damaged."""
+        """Open the shard of a finished chunk.
+
+        Raises:
+            InvalidArgumentError: If the chunk belongs to another plan.
+            InvalidLoraFileError: If the shard is damaged.
+        """
         shard = open_shard(self.get_path(number))
-        if shard.metadata.get("hyperlora.plan") != self.plan.fingerprint:
+        if shard.metadata.get(PLAN_KEY) != self.plan.fingerprint:
             raise InvalidArgumentError(
                 f"chunk {number} in {str(self.folder)!r} was made by another plan: remove the file"
             )
         return shard
 
     def write_chunk(self, number: int, data: bytes, seconds: float) -> None:
-        """The shard whole under its name, or not at all; then a line of the log, which may be lost."""
+        """Write a shard as a whole under its final name, then append a line to the log.
+
+        Args:
+            number: Number of the chunk.
+            data: Bytes of the shard.
+            seconds: Time that building took, for ``compute_throughput``.
+        """
         write_bytes(data, self.get_path(number))
-        rows = len(self.plan.get_chunk(number))
+        num_rows = len(self.plan.get_chunk(number))
+        entry: _LogEntry = {
+            "chunk": number,
+            "rows": num_rows,
+            "seconds": seconds,
+            "timestamp": time.time(),
+        }
         with (self.folder / LOG_FILE).open("a") as log:
-            log.write(
-                json.dumps({"chunk": number, "rows": rows, "seconds": seconds, "at": time.time()})
-                + "\n"
-            )
+            log.write(json.dumps(entry) + "\n")
 
     def compute_throughput(self, num_chunks: int = 20) -> float | None:
-        """LoRAs per hour of work over the ``num_chunks`` chunks, whoever made them; None before the first."""
-        lines = list(self._read_log())[-num_chunks:]
-        seconds = sum(line["seconds"] for line in lines)
-        return 3600 * sum(line["rows"] for line in lines) / seconds if seconds > 0 else None
+        """Compute the LoRAs per hour over the last ``num_chunks`` chunks; None before the first."""
+        entries = list(self._read_log())[-num_chunks:]
+        seconds = sum(entry["seconds"] for entry in entries)
+        return 3600 * sum(entry["rows"] for entry in entries) / seconds if seconds > 0 else None
 
     def list_skip_reasons(self) -> list[str]:
-        """Why rows of finished chunks are missing."""
+        """List why rows of finished chunks are missing, one line each."""
         skip_reports = [
-            self.open_chunk(number).metadata.get("hyperlora.skipped", "")
+            self.open_chunk(number).metadata.get(SKIPPED_KEY, "")
             for number in self.list_finished_chunks()
         ]
-        return [line for note in skip_reports for line in note.splitlines()]
+        return [line for report in skip_reports for line in report.splitlines()]
 
     def count_rows(self) -> int:
-        """LoRAs in finished chunks."""
+        """Count the LoRAs in finished chunks."""
         return sum(len(self.open_chunk(number).rows) for number in self.list_finished_chunks())
 
-    def _read_log(self) -> Iterator[dict[str, float]]:
+    def _read_log(self) -> Iterator[_LogEntry]:
         file = self.folder / LOG_FILE
         for line in file.read_text().splitlines() if file.is_file() else []:
             try:
@@ -86,10 +131,53 @@ class ChunkStore:
                 continue
 
 
+def build_pending_chunks(
+    folder: Path, build_chunks: Callable[[Plan, Sequence[int]], Iterable[ChunkResult]]
+) -> int:
+    """Build the pending chunks of a build and write each as soon as it is done, with a progress
+    bar.
+
+    Args:
+        folder: Folder of the build.
+        build_chunks: Builds the chunks of a plan with these numbers, in any order.
+
+    Returns:
+        Number of planned LoRAs in the chunks that were written.
+
+    Raises:
+        InvalidArgumentError: If ``folder`` holds no plan, or another run works in it.
+    """
+    plan = read_plan(folder)
+    store = ChunkStore(plan, folder)
+    with lock_build(folder):
+        store.check_finished_chunks()
+        pending = store.list_pending_chunks()
+        if not pending:
+            return 0
+        num_pending = sum(len(plan.get_chunk(number)) for number in pending)
+        results = track(
+            build_chunks(plan, pending),
+            "fitting",
+            "LoRAs",
+            total=len(plan.rows),
+            units_per_item=plan.recipe.subjects_per_batch,
+            time_unit="hour",
+            completed=len(plan.rows) - num_pending,
+        )
+        for number, shard, seconds in results:
+            store.write_chunk(number, shard, seconds)
+        return num_pending
+
+
 @contextmanager
 def lock_build(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a build while this one writes; the lock ends with the process, however it ends. What a
-    killed run left half-written is removed. Raises ``InvalidArgumentError`` if another run is at work."""
+    """Lock a build against other runs and remove what a killed run left half-written.
+
+    The lock ends with the process, however it ends.
+
+    Raises:
+        InvalidArgumentError: If another run holds the lock.
+    """
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,13 +191,21 @@ def lock_build(folder: Path) -> Iterator[None]:
 
 
 def check_complete(store: ChunkStore, partial: bool) -> None:
-    """Raise ``InvalidArgumentError`` if chunks are missing (unless ``partial``, and then if there is none at all)."""
+    """Check that chunks can be read as a dataset.
+
+    Args:
+        store: Chunks of the build.
+        partial: Whether one finished chunk is enough.
+
+    Raises:
+        InvalidArgumentError: If no chunk is finished, or, unless ``partial``, one is pending.
+    """
     if not store.list_finished_chunks():
         raise InvalidArgumentError(
             f"no chunk of {str(store.folder)!r} is finished: data-builder run {store.folder}"
         )
     if (pending := store.list_pending_chunks()) and not partial:
         raise InvalidArgumentError(
-            f"{len(pending)} of {store.plan.num_chunks} chunks are not finished: data-builder run {store.folder}, "
-            "or take what there is with --partial"
+            f"{len(pending)} of {store.plan.num_chunks} chunks are not finished: "
+            f"data-builder run {store.folder}, or take what there is with --partial"
         )

@@ -1,8 +1,9 @@
-"""What is worth shipping of a dataset instead of itself: its recipe, its statistics and a few rows."""
+"""Small samples of a dataset for distribution: its recipe, its statistics and a few rows."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -12,19 +13,32 @@ from hyperlora.data.lora_shards import serialize_shard
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import serialize_tensors, write_bytes
 
-RECIPE_FILE = "recipe.json"
-STATISTICS_FILE = "statistics/rows.safetensors"
-"""In a folder of its own: all ``*.safetensors`` of a dataset's folder are shards."""
+RECIPE_FILE: Final = "recipe.json"
+STATISTICS_FILE: Final = "statistics/rows.safetensors"
+"""In a folder of its own, since all ``*.safetensors`` in a dataset's folder are shards."""
+
+
+_TABLE_BYTES: Final = 20_000
+"""Bytes reserved for the table of the rows."""
 
 
 def export_dataset_sample(
     dataset: Path, output_dir: Path, max_bytes: int = 2_000_000, with_statistics: bool = True
 ) -> int:
-    """Write ``output_dir/recipe.json`` (recipe, source, counts), ``statistics/rows.safetensors`` (mean and std of all rows,
-    fp16; codecs of the dataset hold them too), and a dataset of evenly spread rows, together under ``max_bytes`` bytes; how
-    many rows.
+    """Write ``recipe.json``, ``statistics/rows.safetensors`` and a dataset of evenly spread rows.
 
-    Raises ``InvalidArgumentError`` if not even one row fits.
+    Args:
+        dataset: Folder of a build or pack, with its plan.
+        output_dir: Folder to write.
+        max_bytes: Limit of all files together.
+        with_statistics: Whether to write mean and standard deviation of all rows (fp16). A codec of
+            the dataset holds them too.
+
+    Returns:
+        Number of rows written.
+
+    Raises:
+        InvalidArgumentError: If not even one row fits.
     """
     data, plan = LoraDataset(dataset), read_plan(dataset)
     normalizer = data.fit_normalizer()
@@ -35,13 +49,12 @@ def export_dataset_sample(
     recipe = json.dumps(_make_dataset_info(plan, data), indent=1).encode()
     single_shard = serialize_shard(data[[0]], data.layout, data.records[:1])
     header_bytes = len(single_shard) - data[0].nbytes
-    num_rows = min(
-        len(data),
-        (max_bytes - len(statistics) - len(recipe) - header_bytes - 20_000) // data[0].nbytes,
-    )
+    row_bytes = max_bytes - len(statistics) - len(recipe) - header_bytes - _TABLE_BYTES
+    num_rows = min(len(data), row_bytes // data[0].nbytes)
     if num_rows < 1:
         raise InvalidArgumentError(
-            f"one LoRA of {data[0].nbytes:,} bytes does not fit into {max_bytes:,}: ship a smaller rank"
+            f"one LoRA of {data[0].nbytes:,} bytes does not fit into {max_bytes:,} bytes: "
+            "raise --max-bytes, or export a dataset of smaller rank"
         )
     indices = [i * len(data) // num_rows for i in range(num_rows)]
     write_bytes(
@@ -55,10 +68,15 @@ def export_dataset_sample(
 
 
 def read_recipe(file: Path) -> Recipe:
-    """The recipe of ``recipe.json`` (or of a ``plan.json``). Raises ``InvalidArgumentError`` if it holds none."""
+    """Read the recipe of a ``recipe.json`` or ``plan.json``.
+
+    Raises:
+        InvalidArgumentError: If the file holds no recipe.
+    """
     try:
         recipe_fields = json.loads(file.read_text(encoding="utf-8"))["recipe"]
-        return Recipe(**{**recipe_fields, "templates": tuple(recipe_fields["templates"])})
+        templates = tuple(recipe_fields["prompt_templates"])
+        return Recipe(**{**recipe_fields, "prompt_templates": templates})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(
             f"{str(file)!r} holds no recipe: a recipe.json or plan.json was expected"
@@ -66,17 +84,20 @@ def read_recipe(file: Path) -> Recipe:
 
 
 def _make_dataset_info(plan: Plan, data: LoraDataset) -> dict[str, object]:
-    best_losses = torch.tensor([r.best_loss for r in data.records if r.best_loss is not None])
+    """Recipe, source, counts and mean losses of a dataset, as JSON."""
+    best_losses = torch.tensor(
+        [record.best_loss for record in data.records if record.best_loss is not None]
+    )
     initial_losses = torch.tensor(
-        [r.initial_loss for r in data.records if r.initial_loss is not None]
+        [record.initial_loss for record in data.records if record.initial_loss is not None]
     )
     recipe = {**asdict(plan.recipe), "base": data.layout.base}
-    source = {k: v for k, v in plan.source.items() if k != "where"}
+    source = {k: v for k, v in plan.source.items() if k != "path"}
     return {
         "recipe": recipe,
         "source": source,
         "subjects": len(data.subjects),
         "rows": len(data),
-        "loss_before": float(initial_losses.mean()) if len(initial_losses) else None,
-        "loss_after": float(best_losses.mean()) if len(best_losses) else None,
+        "initial_loss": float(initial_losses.mean()) if len(initial_losses) else None,
+        "best_loss": float(best_losses.mean()) if len(best_losses) else None,
     }

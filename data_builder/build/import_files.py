@@ -1,4 +1,4 @@
-"""A LoRA dataset from a folder of ordinary LoRA files."""
+"""LoRA datasets from folders of ordinary LoRA files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,13 @@ from hyperlora.progress import track
 
 @dataclass(frozen=True)
 class ImportReport:
-    """``errors`` files and ``warnings`` on others (such as a rank that was cut), a sentence each."""
+    """Result of an import.
+
+    Attributes:
+        num_loras: LoRAs in the dataset.
+        errors: A sentence for each file that was refused.
+        warnings: A sentence for each file that lost something, such as rank.
+    """
 
     num_loras: int
     errors: tuple[str, ...]
@@ -28,7 +34,11 @@ class ImportReport:
 
 
 def list_lora_files(folder: Path) -> list[Path]:
-    """Sorted, also those of sub-folders. Raises ``InvalidArgumentError`` if there is none."""
+    """List the LoRA files in ``folder`` and its sub-folders, sorted.
+
+    Raises:
+        InvalidArgumentError: If there is none.
+    """
     paths = sorted(f for f in folder.rglob("*.safetensors") if not f.name.startswith("."))
     if not paths:
         raise InvalidArgumentError(
@@ -38,7 +48,19 @@ def list_lora_files(folder: Path) -> list[Path]:
 
 
 def infer_layout(folder: Path, modules: Mapping[str, nn.Module], base: str) -> LoraLayout:
-    """The layout of the first file that fits the live base. Raises ``InvalidArgumentError`` if none does."""
+    """Infer the layout from the first file that fits the base model.
+
+    Args:
+        folder: Folder of LoRA files.
+        modules: Denoiser and text encoders of the base model, by component.
+        base: Id of the base model.
+
+    Returns:
+        Layout with the rank of that file.
+
+    Raises:
+        InvalidArgumentError: If no file fits.
+    """
     errors = []
     for path in list_lora_files(folder):
         try:
@@ -52,30 +74,34 @@ def infer_layout(folder: Path, modules: Mapping[str, nn.Module], base: str) -> L
 def import_lora_files(
     folder: Path, output_dir: Path, layout: LoraLayout, rows_per_shard: int = 4096
 ) -> ImportReport:
-    """Write ``output_dir/loras-00000.safetensors``, ... and ``table.parquet`` (last) of every file that has exactly the sites
-    of ``layout``; other ranks are brought to its rank by SVD. Subjects are the files' names.
+    """Write a dataset of all files with the target modules of a layout; file names become subjects.
 
-    Raises ``InvalidArgumentError`` if no file fits, or ``output_dir`` holds a dataset already.
+    Args:
+        folder: Folder of LoRA files of any dialect.
+        output_dir: Folder to write ``loras-00000.safetensors``, ... and, last, ``table.parquet``
+            into.
+        layout: Layout of the dataset. LoRAs of other ranks are converted by SVD.
+        rows_per_shard: LoRAs in each shard.
+
+    Returns:
+        Counts and messages.
+
+    Raises:
+        InvalidArgumentError: If no file fits, or ``output_dir`` already holds a dataset.
     """
     if (output_dir / TABLE_NAME).exists() or any(
         not f.name.startswith("loras-") for f in output_dir.glob("*.safetensors")
     ):
         raise InvalidArgumentError(
-            f"{str(output_dir)!r} holds LoRAs already: collect into another folder"
+            f"{str(output_dir)!r} holds LoRAs already: import into another folder"
         )
-    for partial_shard in output_dir.glob(
-        "loras-*.safetensors"
-    ):  # of a run that was killed before its table
+    # of a run that was killed before it wrote its table
+    for partial_shard in output_dir.glob("loras-*.safetensors"):
         partial_shard.unlink()
-    rows, records, errors, warnings, num_shards = (
-        list[Tensor](),
-        list[LoraRecord](),
-        list[str](),
-        list[str](),
-        0,
-    )
+    rows, records, num_shards = list[Tensor](), list[LoraRecord](), 0
+    errors, warnings = list[str](), list[str]()
     paths = list_lora_files(folder)
-    for path in track(paths, "collecting", "files", len(paths)):
+    for path in track(paths, "importing", "files", len(paths)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         try:
             lora_file = load_lora(path, layout=layout)
@@ -85,7 +111,8 @@ def import_lora_files(
             continue
         if truncation_error > 1e-4:
             warnings.append(
-                f"note: {name}: rank {lora_file.weights.layout.rank} cut to {layout.rank}, {truncation_error:.1%} lost"
+                f"note: {name}: rank {lora_file.weights.layout.rank} cut to {layout.rank}, "
+                f"{truncation_error:.1%} of ΔW lost"
             )
         rows.append(weights.flatten())
         records.append(LoraRecord(name, reference_sha256=lora_file.metadata.reference_sha256))
@@ -100,7 +127,7 @@ def import_lora_files(
 
 
 def _resize_to_rank(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float]:
-    """The LoRA at another rank, and how much of ΔW that loses (relative)."""
+    """Convert a LoRA to another rank; returns it and the relative error of ΔW."""
     if weights.layout.rank == rank:
         return weights, 0.0
     resized = weights.resize(rank)
@@ -108,6 +135,7 @@ def _resize_to_rank(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float
 
 
 def _write_shard(output_dir: Path, shard_index: int, rows: list[Tensor], layout: LoraLayout) -> int:
+    """Write a shard and return the number of the next one."""
     write_bytes(
         serialize_shard(torch.stack(rows), layout, ()),
         output_dir / f"loras-{shard_index:05d}.safetensors",

@@ -1,4 +1,4 @@
-"""From a source to a plan: every photo is opened once, what cannot be used is named."""
+"""Planning: reads every photo of a source once and records what cannot be used."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from data_builder.build.plan import (
     compute_subject_seed,
     replace_invalid_utf8,
 )
-from data_builder.sources.crops import Cropper, compute_center_box
+from data_builder.sources.crops import CENTER_CROPPER, Cropper
 from data_builder.sources.sources import AvatarSource, Source, source_to_dict
 from data_builder.sources.types import Photo, SubjectEntry
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
@@ -21,16 +21,29 @@ def make_plan(
     source: Source,
     recipe: Recipe,
     *,
-    cropper: Cropper | None = None,
+    cropper: Cropper = CENTER_CROPPER,
     loras_per_subject: int = 1,
     val_fraction: float = 0.0,
     num_subjects: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Plan:
-    """The plan for all subjects of ``source``, ``loras_per_subject`` LoRAs of each; what is skipped is listed with its reason.
+    """Plan a dataset of LoRAs.
 
-    A fraction of the subjects is for ``val_fraction`` (by their names) where the source does not say. Raises
-    ``InvalidArgumentError`` if no subject is left.
+    Args:
+        source: Source of the photos.
+        recipe: How each LoRA is fitted.
+        cropper: Chooses the square of each photo; by default the largest in the middle.
+        loras_per_subject: LoRAs of each subject, with different seeds.
+        val_fraction: Share of subjects for validation, chosen by name, where the source defines no
+            split.
+        num_subjects: Number of subjects, the first of the source; None: all.
+        metadata: Facts to record in the plan.
+
+    Returns:
+        The plan, with reasons for all that was skipped.
+
+    Raises:
+        InvalidArgumentError: If the recipe is invalid or no subject can be used.
     """
     recipe.validate()
     skipped, warnings = list[str](), list[str]()
@@ -42,16 +55,10 @@ def make_plan(
             skipped.append(f"{subject.name}: no photo of it can be used")
             continue
         split = subject.split or _assign_split(subject.name, val_fraction)
-        rows += [
-            PlannedLora(
-                replace_invalid_utf8(subject.name),
-                photos,
-                compute_subject_seed(recipe.seed, subject.name, view),
-                split,
-                view,
-            )
-            for view in range(loras_per_subject)
-        ]
+        name = replace_invalid_utf8(subject.name)
+        for repetition in range(loras_per_subject):
+            seed = compute_subject_seed(recipe.seed, subject.name, repetition)
+            rows.append(PlannedLora(name, photos, seed, split, repetition))
     if not rows:
         raise InvalidArgumentError("no subject can be used: " + "; ".join(skipped[:3]))
     return Plan(
@@ -67,48 +74,43 @@ def make_plan(
 def _read_photos(
     subject: SubjectEntry,
     source: Source,
-    cropper: Cropper | None,
+    cropper: Cropper,
     skipped: list[str],
     warnings: list[str],
 ) -> tuple[Photo, ...]:
-    if isinstance(source, AvatarSource):  # drawn when they are needed, always whole
+    """Read the photos of a subject; what cannot be used is appended to ``skipped``."""
+    if isinstance(source, AvatarSource):  # rendered when they are needed, always uncropped
         return tuple(Photo(ref, caption=caption) for ref, caption in subject.photos)
     photos: list[Photo] = []
     for ref, caption in subject.photos:
         photo_warnings: list[str] = []
         try:
-            image, digest = source.read_photo(ref)
-            crop_box = (
-                cropper(image, photo_warnings) if cropper is not None else compute_center_box(image)
-            )
+            image, sha256 = source.read_photo(ref)
+            crop_box = cropper(image, photo_warnings)
         except InvalidImageError as error:
-            skipped.append(
-                f"{subject.name}: {error}"
-                if ref in str(error)
-                else f"{subject.name}, {ref}: {error}"
-            )
+            name = subject.name if ref in str(error) else f"{subject.name}, {ref}"
+            skipped.append(f"{name}: {error}")
             continue
-        warnings += [f"{subject.name}, {ref}: {remark}" for remark in photo_warnings]
-        photos.append(Photo(ref, digest, caption, crop_box))
+        warnings += [f"{subject.name}, {ref}: {warning}" for warning in photo_warnings]
+        photos.append(Photo(ref, sha256, caption, crop_box))
     return tuple(photos)
 
 
 def _assign_split(name: str, val_fraction: float) -> str:
-    hash_fraction = (
-        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big")
-        / 2**32
-    )
+    """Choose the split by a hash of the subject's name."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    hash_fraction = int.from_bytes(digest[:4], "big") / 2**32
     return "validation" if hash_fraction < val_fraction else "train"
 
 
 def summarize_plan(plan: Plan) -> Sequence[str]:
-    """What was planned, one line each."""
-    subjects, photos = (
-        len({r.subject for r in plan.rows}),
-        sum(len(r.photos) for r in plan.rows if r.repetition == 0),
-    )
+    """Summarize a plan in a few lines for the user."""
+    num_subjects = len({row.subject for row in plan.rows})
+    num_photos = sum(len(row.photos) for row in plan.rows if row.repetition == 0)
     recipe = plan.recipe
     return (
-        f"{len(plan.rows)} LoRAs of {subjects} subjects ({photos} photos) in {plan.num_chunks} chunks",
-        f"base {recipe.base}, {recipe.parametrization}, rank {recipe.rank}, {recipe.finetune_steps} steps, start {recipe.init}",
+        f"{len(plan.rows)} LoRAs of {num_subjects} subjects ({num_photos} photos) "
+        f"in {plan.num_chunks} chunks",
+        f"base {recipe.base}, {recipe.parametrization}, rank {recipe.rank}, "
+        f"{recipe.finetune_steps} steps, init {recipe.init}",
     )

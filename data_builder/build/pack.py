@@ -1,6 +1,6 @@
-"""Chunks into few large shards and one table."""
+"""Packing: few large shards and one table from the chunks of a build."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from data_builder.build.chunk_store import ChunkStore, check_complete
-from data_builder.build.plan import read_plan
+from data_builder.build.plan import PLAN_FILE, PLAN_KEY, read_plan
 from hyperlora.data.lora_dataset import TABLE_NAME, write_table
 from hyperlora.data.lora_shards import LoraRecord, open_shard, serialize_shard
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
 from hyperlora.progress import track
+
+RowKey = tuple[str, int]
+"""Subject and repetition of a row."""
 
 
 def pack_chunks(
@@ -22,14 +25,26 @@ def pack_chunks(
     *,
     rows_per_shard: int = 4096,
     partial: bool = False,
-    scores: dict[tuple[str, int], float] | None = None,
-    excluded: Collection[tuple[str, int]] = (),
+    scores: Mapping[RowKey, float] | None = None,
+    excluded: Collection[RowKey] = (),
 ) -> int:
-    """Write ``output_dir/loras-00000.safetensors``, ... and ``table.parquet`` (last) from the finished chunks of a build, in
-    the plan's order; how many rows. ``scores`` fill the table's column, rows ``excluded`` are left out; both by
-    (subject, view).
+    """Write ``loras-00000.safetensors``, ... and, last, ``table.parquet`` from the finished chunks,
+    in plan order.
 
-    Raises ``InvalidArgumentError`` for an unfinished build (unless ``partial``) or a folder that holds other shards.
+    Args:
+        folder: Folder of the build.
+        output_dir: Folder to write.
+        rows_per_shard: LoRAs in each shard.
+        partial: Whether pending chunks are allowed.
+        scores: Scores of rows for the table.
+        excluded: Rows to leave out.
+
+    Returns:
+        Number of rows written.
+
+    Raises:
+        InvalidArgumentError: If chunks are pending (unless ``partial``) or ``output_dir`` holds
+            other shards.
     """
     store = ChunkStore(read_plan(folder), folder)
     check_complete(store, partial)
@@ -38,7 +53,7 @@ def pack_chunks(
             f"{str(output_dir)!r} holds the chunks themselves: pack into another folder"
         )
     for stale_shard in sorted(output_dir.glob("loras-*.safetensors")):
-        if open_shard(stale_shard).metadata.get("hyperlora.plan") != store.plan.fingerprint:
+        if open_shard(stale_shard).metadata.get(PLAN_KEY) != store.plan.fingerprint:
             raise InvalidArgumentError(
                 f"{str(output_dir)!r} holds the LoRAs of another plan: pack into another folder"
             )
@@ -46,19 +61,18 @@ def pack_chunks(
     (output_dir / TABLE_NAME).unlink(missing_ok=True)
     layout = store.open_chunk(store.list_finished_chunks()[0]).layout
     records: list[LoraRecord] = []
-    for i, (rows, shard_records) in enumerate(
-        _split_into_shards(store, rows_per_shard, scores or {}, excluded)
-    ):
-        data = serialize_shard(rows, layout, (), {"hyperlora.plan": store.plan.fingerprint})
+    shards = _split_into_shards(store, rows_per_shard, scores or {}, excluded)
+    for i, (rows, shard_records) in enumerate(shards):
+        data = serialize_shard(rows, layout, (), {PLAN_KEY: store.plan.fingerprint})
         write_bytes(data, output_dir / f"loras-{i:05d}.safetensors")
         records += shard_records
-    write_bytes((folder / "plan.json").read_bytes(), output_dir / "plan.json")
+    write_bytes((folder / PLAN_FILE).read_bytes(), output_dir / PLAN_FILE)
     positions = [divmod(i, rows_per_shard) for i in range(len(records))]
     write_table(
         records,
         output_dir / TABLE_NAME,
-        shard=[s for s, _ in positions],
-        row=[r for _, r in positions],
+        shard=[shard for shard, _ in positions],
+        row=[row for _, row in positions],
     )
     return len(records)
 
@@ -66,14 +80,14 @@ def pack_chunks(
 def _split_into_shards(
     store: ChunkStore,
     rows_per_shard: int,
-    scores: dict[tuple[str, int], float],
-    excluded: Collection[tuple[str, int]],
+    scores: Mapping[RowKey, float],
+    excluded: Collection[RowKey],
 ) -> Iterator[tuple[Tensor, list[LoraRecord]]]:
+    """Yield the rows [rows, P] and records of each shard."""
     rows: list[Tensor] = []
     records: list[LoraRecord] = []
-    for number in track(
-        store.list_finished_chunks(), "packing", "chunks", len(store.list_finished_chunks())
-    ):
+    finished = store.list_finished_chunks()
+    for number in track(finished, "packing", "chunks", len(finished)):
         shard = store.open_chunk(number)
         for row, record in zip(shard.rows, shard.records, strict=True):
             key = (record.subject, record.repetition)

@@ -1,5 +1,8 @@
-"""``PortraitDatasetConfig``: everything that decides a dataset of LoRAs. The same plan gives the same rows, however often its run is
-stopped and on however many machines it goes on."""
+"""Plans of LoRA datasets: everything that decides the rows of a build.
+
+The same plan gives the same rows, however often its run is interrupted and on however many
+machines.
+"""
 
 import hashlib
 import json
@@ -7,29 +10,64 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from data_builder.sources.types import Photo, _parse_photo
+from data_builder.sources.types import Photo, SourceConfig, parse_photo
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
 
 PLAN_FILE: Final = "plan.json"
+PLAN_KEY: Final = "hyperlora.plan"
+SKIPPED_KEY: Final = "hyperlora.skipped"
+"""Metadata keys of a shard: fingerprint of its plan, and why rows are missing (one line each)."""
 INIT_METHODS: Final = ("zero", "shared", "mean", "network")
 PARAMETRIZATIONS: Final = ("lora", "locon", "lidb", "loha", "lokr")
+STORAGE_DTYPES: Final = ("float32", "float16", "bfloat16")
+_POSITIVE_FIELDS: Final = (
+    "rank",
+    "finetune_steps",
+    "batch_size",
+    "subjects_per_batch",
+    "num_crops",
+    "eval_every",
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each LoRA is fitted.
+    """How each LoRA is fitted. ``validate`` checks the values.
 
-    ``parametrization``: plain LoRA, LoCon (convolutions too), LiDB, or PEFT's LoHa and LoKr of rank ``inner_rank``, all stored as
-    plain LoRA of ``rank``. ``init``: ΔW = 0 with random factors of each subject's own (zero) or of all subjects
-    (shared, so that weight space is smooth), the mean LoRA of the dataset ``init_from``, or what the network there
-    predicts from the photos. ``prompt_templates`` name the subject ``{}``: ``identifier`` where it is learned, ``class_noun``
-    on the ``num_class_images`` that the base draws (DreamBooth's prior preservation). ``num_crops`` are random crops of each
-    photo; photos are mirrored only where ``flip`` says that the subjects are symmetric. ``num_val_photos`` photos of each
-    subject only measure it, every ``eval_every`` steps; it ends after ``patience`` looks without a better one.
-    ``subjects_per_batch`` subjects make a chunk, ``variant`` names the base's files (fp16), ``storage_dtype`` is the dtype on disk.
+    Attributes:
+        base: Base model, a folder or hub id.
+        preset: Adapted modules, e.g. ``attention+mlp``.
+        rank: Rank of the stored LoRAs.
+        parametrization: What is fitted: ``lora``, ``locon`` (convolutions too), ``lidb``, or PEFT's
+            ``loha`` and ``lokr``. All are stored as plain LoRA.
+        inner_rank: Rank inside LoHa and LoKr; None: chosen from ``rank``.
+        init: Start of each fit. ``zero`` and ``shared``: ΔW = 0 with random factors of each
+            subject, or the same for all. ``mean``: mean LoRA of a dataset. ``network``: prediction
+            of a network from the photos.
+        init_from: Folder of that dataset or network.
+        finetune_steps: Optimizer steps of each subject.
+        lr: Learning rate of Adam.
+        batch_size: Examples of each subject per step.
+        subjects_per_batch: Subjects that are fitted together; they form a chunk.
+        identifier: Phrase for the subject in training prompts.
+        class_noun: Phrase for the subject in prompts of class images.
+        prompt_templates: Captions with ``{}`` for the subject.
+        num_class_images: Class images that the base samples for prior preservation (DreamBooth,
+            2208.12242, eq. 2).
+        prior_loss_weight: Weight of the prior preservation loss.
+        num_crops: Crops of each photo: the whole square, then random ones.
+        flip: Whether to add mirrored photos; for symmetric subjects.
+        num_val_photos: Photos of each subject that only evaluate its LoRA.
+        eval_every: Steps between evaluations of a subject's loss.
+        patience: Evaluations without improvement after which a subject stops; None: never.
+        dtype: Precision of the base: ``float32``, ``bfloat16`` or ``float16``.
+        variant: Variant of the base's files, e.g. ``fp16``.
+        gradient_checkpointing: Whether to trade computation for memory.
+        storage_dtype: Precision of the stored LoRAs.
+        seed: Seed of all random choices.
     """
 
     base: str
@@ -60,43 +98,52 @@ class Recipe:
     seed: int = 0
 
     def validate(self) -> None:
-        """Raises ``InvalidArgumentError`` for what cannot be."""
-        if self.init not in INIT_METHODS:
-            raise InvalidArgumentError(
-                f"unknown start {self.init!r}; known: {', '.join(INIT_METHODS)}"
-            )
-        if self.parametrization not in PARAMETRIZATIONS:
-            raise InvalidArgumentError(
-                f"unknown space {self.parametrization!r}; known: {', '.join(PARAMETRIZATIONS)}"
-            )
+        """Raise ``InvalidArgumentError`` for values that are unknown, out of range or do not fit
+        together.
+        """
+        choices = {
+            "init": INIT_METHODS,
+            "parametrization": PARAMETRIZATIONS,
+            "storage_dtype": STORAGE_DTYPES,
+        }
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise InvalidArgumentError(
+                    f"unknown {_format_option(name)} {value!r}; known: {', '.join(known)}"
+                )
         if self.init in ("mean", "network") and self.parametrization not in ("lora", "locon"):
             raise InvalidArgumentError(
-                f"{self.parametrization} fits its own numbers and starts at zero or shared, not at {self.init!r}"
+                f"{self.parametrization} fits its own parameters and starts from zero or shared, "
+                f"not from {self.init!r}"
             )
         if self.init == "mean" and not self.init_from:
             raise InvalidArgumentError(
-                "the mean of which dataset? Give its folder with --start-from"
+                "--init mean needs a dataset of LoRAs: give its folder with --init-from"
             )
-        if self.storage_dtype not in ("float32", "float16", "bfloat16"):
-            raise InvalidArgumentError(
-                f"rows are stored as float32, float16 or bfloat16, not {self.storage_dtype!r}"
-            )
-        if invalid_templates := [
-            template for template in self.prompt_templates if template.count("{}") != 1
-        ]:
-            raise InvalidArgumentError(
-                f"the template {invalid_templates[0]!r} must name the subject once, as {{}}: a portrait of {{}}"
-            )
-        for name in ("rank", "steps", "batch", "at_once", "variants", "every"):
-            if getattr(self, name) < 1:
+        for template in self.prompt_templates:
+            if template.count("{}") != 1:
                 raise InvalidArgumentError(
-                    f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
+                    f"the template {template!r} must name the subject once, as {{}}: "
+                    "a portrait of {}"
+                )
+        for name in _POSITIVE_FIELDS:
+            if (value := getattr(self, name)) < 1:
+                raise InvalidArgumentError(
+                    f"{_format_option(name)} must be at least 1, got {value}"
                 )
 
 
 @dataclass(frozen=True)
 class PlannedLora:
-    """One row to be: ``repetition`` counts the LoRAs of one subject, ``seed`` decides all that chance decides for it."""
+    """A row of the dataset to build.
+
+    Attributes:
+        subject: Name of the subject.
+        photos: Photos of the subject.
+        seed: Seed of every random choice for this row.
+        split: ``train``, ``validation`` or ``test``.
+        repetition: Number of this LoRA among those of the subject.
+    """
 
     subject: str
     photos: tuple[Photo, ...]
@@ -107,11 +154,19 @@ class PlannedLora:
 
 @dataclass(frozen=True)
 class Plan:
-    """``source`` says where photos are read (``sources.opened``), ``skipped`` what was left out and why, ``warnings``
-    what else is worth knowing of photos."""
+    """Everything that decides the rows of a build.
+
+    Attributes:
+        recipe: How each LoRA is fitted.
+        source: Source of the photos, see ``source_from_dict``.
+        rows: LoRAs to build, in order.
+        skipped: Photos and subjects that were left out, with reasons.
+        warnings: Further sentences about photos.
+        metadata: Facts about the plan, e.g. the license of the face pack.
+    """
 
     recipe: Recipe
-    source: Mapping[str, Any]
+    source: SourceConfig
     rows: tuple[PlannedLora, ...]
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -119,28 +174,38 @@ class Plan:
 
     @property
     def num_chunks(self) -> int:
+        """Number of chunks of ``recipe.subjects_per_batch`` rows."""
         return -(-len(self.rows) // self.recipe.subjects_per_batch)
 
     def get_chunk(self, number: int) -> Sequence[PlannedLora]:
+        """Return the rows of a chunk by its number."""
         subjects_per_batch = self.recipe.subjects_per_batch
         return self.rows[number * subjects_per_batch : (number + 1) * subjects_per_batch]
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with anything a row depends on."""
+        """16 hexadecimal digits that depend on all that rows depend on."""
         hashed_fields = [asdict(self.recipe), dict(self.source), [asdict(row) for row in self.rows]]
         return hashlib.sha256(json.dumps(hashed_fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        return json.dumps({"digest": self.fingerprint, **asdict(self)}, indent=1)
+        """Format the plan as JSON; undone by ``from_json``."""
+        return json.dumps({"fingerprint": self.fingerprint, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Inverse of ``to_json``. Raises ``ValueError``, ``KeyError`` or ``TypeError`` for other texts."""
+        """Parse the JSON that ``to_json`` writes.
+
+        Raises:
+            ValueError: If the text is no JSON.
+            KeyError: If a field is missing.
+            TypeError: If a field is unknown.
+        """
         data = json.loads(text)
-        recipe = Recipe(**{**data["recipe"], "templates": tuple(data["recipe"]["templates"])})
+        templates = tuple(data["recipe"]["prompt_templates"])
+        recipe = Recipe(**{**data["recipe"], "prompt_templates": templates})
         rows = tuple(
-            PlannedLora(**{**row, "photos": tuple(map(_parse_photo, row["photos"]))})
+            PlannedLora(**{**row, "photos": tuple(map(parse_photo, row["photos"]))})
             for row in data["rows"]
         )
         return cls(
@@ -148,13 +213,21 @@ class Plan:
             data["source"],
             rows,
             tuple(data["skipped"]),
-            tuple(data["remarks"]),
-            data["notes"],
+            tuple(data["warnings"]),
+            data["metadata"],
         )
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
-    """``folder/plan.json``; does nothing if the same plan is there. Raises ``InvalidArgumentError`` if another one is."""
+    """Write ``plan.json`` into the folder of a build; does nothing if it holds the same plan.
+
+    Args:
+        plan: Plan to write.
+        folder: Folder of the build.
+
+    Raises:
+        InvalidArgumentError: If the folder holds another plan.
+    """
     if (folder / PLAN_FILE).exists():
         if read_plan(folder).fingerprint == plan.fingerprint:
             return
@@ -165,28 +238,46 @@ def write_plan(plan: Plan, folder: Path) -> None:
 
 
 def read_plan(folder: Path) -> Plan:
-    """Raises ``InvalidArgumentError`` for a folder without a plan or with a damaged one."""
+    """Read the plan of the build in ``folder``.
+
+    Raises:
+        InvalidArgumentError: If the folder holds no plan or a damaged one.
+    """
     file = folder / PLAN_FILE
     if not file.is_file():
         raise InvalidArgumentError(
-            f"{str(folder)!r} holds no plan.json: make one first, data-builder plan SOURCE -o {folder}"
+            f"{str(folder)!r} holds no plan.json: make one first, "
+            f"data-builder plan SOURCE -o {folder}"
         )
     try:
         return Plan.from_json(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidArgumentError(
-            f"{str(file)!r} is no plan ({' '.join(str(error).split())[:100]}): make it again"
-        ) from error
+        reason = " ".join(str(error).split())[:100]
+        raise InvalidArgumentError(f"{str(file)!r} is no plan ({reason}): make it again") from error
 
 
 def replace_invalid_utf8(text: str) -> str:
-    """``text`` without the bytes that are no UTF-8, which names of files may hold."""
+    """Replace bytes of file names that are no UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
 def compute_subject_seed(recipe_seed: int, subject: str, repetition: int) -> int:
-    """A subject's own seed, whatever its place in the list."""
+    """Compute the seed of a row, which does not depend on its position.
+
+    Args:
+        recipe_seed: Seed of the recipe.
+        subject: Name of the subject.
+        repetition: Number of the LoRA among those of the subject.
+
+    Returns:
+        Integer below 2^48.
+    """
     digest = hashlib.sha256(
         f"{recipe_seed}/{subject}/{repetition}".encode("utf-8", "surrogateescape")
     ).digest()
     return int.from_bytes(digest[:6], "big")
+
+
+def _format_option(field_name: str) -> str:
+    """Name of the command-line option of a field of ``Recipe``, without dashes in front."""
+    return field_name.replace("_", "-")

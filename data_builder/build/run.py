@@ -1,52 +1,57 @@
-"""Do the chunks that are left, here."""
+"""Build the pending chunks of a plan in this process."""
 
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from torch import Tensor
 
-from data_builder.build.chunk_store import ChunkStore, lock_build
-from data_builder.build.plan import Plan, read_plan
+from data_builder.build.chunk_store import ChunkResult, build_pending_chunks
+from data_builder.build.plan import Plan
 from data_builder.build.subject_data import sample_class_latents
 from data_builder.build.trainer import ChunkTrainer, load_recipe_base
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.lora.io.safetensors_file import read_tensors, serialize_tensors, write_bytes
-from hyperlora.progress import track
 
-CLASS_LATENTS_FILE = "class.safetensors"
+CLASS_LATENTS_FILE: Final = "class.safetensors"
 
 
 def run_build(folder: Path) -> int:
-    """Fit every chunk that is not finished; how many LoRAs were made. May be killed at any moment and begun again.
+    """Build every pending chunk; a run may be killed at any moment and started again.
 
-    Raises ``InvalidArgumentError`` without a plan, and while another run is at work in ``folder``.
+    Args:
+        folder: Folder of the build, with a plan.
+
+    Returns:
+        Number of planned LoRAs in the chunks that were built.
+
+    Raises:
+        InvalidArgumentError: If ``folder`` holds no plan, or another run works in it.
     """
-    store = ChunkStore(read_plan(folder), folder)
-    with lock_build(folder):
-        store.check_finished_chunks()
-        pending = store.list_pending_chunks()
-        if not pending:
-            return 0
-        base = load_recipe_base(store.plan.recipe)
-        trainer = ChunkTrainer(store.plan, base, load_class_latents(store.plan, base, folder))
-        subjects_per_batch, total = store.plan.recipe.subjects_per_batch, len(store.plan.rows)
-        num_finished = total - sum(len(store.plan.get_chunk(n)) for n in pending)
-        for number in track(
-            pending,
-            "fitting",
-            "LoRAs",
-            total,
-            subjects_per_batch,
-            time_unit="hour",
-            completed=num_finished,
-        ):
+
+    def build_chunks(plan: Plan, pending: Sequence[int]) -> Iterator[ChunkResult]:
+        base = load_recipe_base(plan.recipe)
+        trainer = ChunkTrainer(plan, base, load_class_latents(plan, base, folder))
+        for number in pending:
             start_time = time.perf_counter()
-            store.write_chunk(number, trainer.build_chunk(number), time.perf_counter() - start_time)
-        return total - num_finished
+            shard = trainer.build_chunk(number)
+            yield ChunkResult(number, shard, time.perf_counter() - start_time)
+
+    return build_pending_chunks(folder, build_chunks)
 
 
 def load_class_latents(plan: Plan, base: DiffusionBase, folder: Path) -> Tensor | None:
-    """The latents of the class pictures, drawn once per build; None where none are asked for."""
+    """Load the latents of the class images; they are sampled once per build.
+
+    Args:
+        plan: Plan of the build.
+        base: Base model that samples the images.
+        folder: Folder of the build, where the latents are kept.
+
+    Returns:
+        Latents [n, c, h, w] on the device of ``base``; None if the recipe has no class images.
+    """
     if not plan.recipe.num_class_images:
         return None
     file = folder / CLASS_LATENTS_FILE

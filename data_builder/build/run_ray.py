@@ -1,73 +1,84 @@
-"""The same chunks on a Ray cluster: workers fit, this process alone writes.
+"""Build the pending chunks of a plan on a Ray cluster: workers fit, only this process writes.
 
-A chunk depends on the plan only, so one that died with its worker or node is simply done again by Ray, and what was
-finished before is never done twice. Every node needs hyperlora installed, the base within reach, and (for a folder of
-photos) the folder under the same path.
+A chunk depends on the plan alone. Ray repeats a chunk whose worker or node dies, and finished
+chunks are never built twice. Every node needs hyperlora installed and access to the base model. A
+folder of photos needs the same path on every node.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from types import ModuleType
+from typing import Final
 
-from data_builder.build.chunk_store import ChunkStore, lock_build
-from data_builder.build.plan import Plan, read_plan
+from torch import Tensor
+
+from data_builder.build.chunk_store import ChunkResult, build_pending_chunks
+from data_builder.build.plan import Plan
+from data_builder.build.run import load_class_latents
+from data_builder.build.trainer import ChunkTrainer, load_recipe_base
 from hyperlora.errors import HyperloraError
-from hyperlora.progress import track
 from hyperlora.ray_connection import connect_ray
 
 MAX_RETRIES: Final = 16
-"""How often a chunk is begun again when its worker or node dies."""
-_trainers: dict[str, Any] = {}
-"""The farm of this worker's last plan: the base is loaded once per process."""
+"""How often a chunk is repeated when its worker or node dies."""
+_trainers: dict[str, ChunkTrainer] = {}
+"""Trainer of the last plan of this worker, by fingerprint: a process loads the base model once."""
 
 
 def run_build_on_ray(folder: Path, address: str = "local") -> int:
-    """``running.run`` with the chunks done by the workers of a cluster: of ``address``, of the one this process is
-    already connected to, or of this machine alone ("local").
+    """Do what ``run_build`` does, with the workers of a Ray cluster.
 
-    Raises ``InvalidArgumentError`` without Ray, without a plan, or if the cluster does not answer.
+    Args:
+        folder: Folder of the build, with a plan.
+        address: Address of the cluster, or ``local`` for the cluster that this process is
+            connected to, or else this machine alone.
+
+    Returns:
+        Number of planned LoRAs in the chunks that were built.
+
+    Raises:
+        InvalidArgumentError: If Ray is missing, the cluster does not answer, ``folder`` holds no
+            plan, or another run works in it.
     """
     ray = connect_ray(address)
-    store = ChunkStore(read_plan(folder), folder)
-    with lock_build(folder):
-        store.check_finished_chunks()
-        pending, plan = store.list_pending_chunks(), store.plan
-        if not pending:
-            return 0
-        subjects_per_batch, total = plan.recipe.subjects_per_batch, len(plan.rows)
-        num_finished = total - sum(len(plan.get_chunk(number)) for number in pending)
-        results = _stream_results(ray, plan, _load_class_latents(plan, folder), pending)
-        for number, shard, seconds in track(
-            results,
-            "fitting",
-            "LoRAs",
-            total,
-            subjects_per_batch,
-            time_unit="hour",
-            completed=num_finished,
-        ):
-            store.write_chunk(number, shard, seconds)
-        return total - num_finished
+
+    def build_chunks(plan: Plan, pending: Sequence[int]) -> Iterator[ChunkResult]:
+        class_latents = None
+        if plan.recipe.num_class_images:
+            class_latents = load_class_latents(plan, load_recipe_base(plan.recipe), folder)
+            class_latents = None if class_latents is None else class_latents.cpu()
+        return _stream_results(ray, plan, class_latents, pending)
+
+    return build_pending_chunks(folder, build_chunks)
 
 
-def fit_chunk(plan: Plan, class_latents: Any, number: int) -> tuple[int, bytes, float]:
-    """(``format_score``, its shard, seconds): what a worker does."""
-    from data_builder.build.trainer import ChunkTrainer, load_recipe_base
+def fit_chunk(plan: Plan, class_latents: Tensor | None, number: int) -> ChunkResult:
+    """Build one chunk in a worker.
 
+    Args:
+        plan: Plan of the build.
+        class_latents: Latents of the class images [n, c, h, w], if the recipe has any.
+        number: Number of the chunk.
+
+    Returns:
+        The shard and the time it took.
+    """
     start_time = time.perf_counter()
     if plan.fingerprint not in _trainers:
         _trainers.clear()
         base = load_recipe_base(plan.recipe)
-        _trainers[plan.fingerprint] = ChunkTrainer(
-            plan, base, None if class_latents is None else class_latents.to(base.pipeline.device)
-        )
-    return number, _trainers[plan.fingerprint].chunk(number), time.perf_counter() - start_time
+        if class_latents is not None:
+            class_latents = class_latents.to(base.pipeline.device)
+        _trainers[plan.fingerprint] = ChunkTrainer(plan, base, class_latents)
+    shard = _trainers[plan.fingerprint].build_chunk(number)
+    return ChunkResult(number, shard, time.perf_counter() - start_time)
 
 
 def _stream_results(
-    ray: Any, plan: Plan, class_latents: Any, pending: list[int]
-) -> Iterator[tuple[int, bytes, float]]:
+    ray: ModuleType, plan: Plan, class_latents: Tensor | None, pending: Sequence[int]
+) -> Iterator[ChunkResult]:
+    """Submit all chunks and yield each when it is done; the first error cancels the others."""
     num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
     remote_fit = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=MAX_RETRIES)(fit_chunk)
     plan_ref, latents_ref = ray.put(plan), ray.put(class_latents)
@@ -75,7 +86,7 @@ def _stream_results(
     while pending_refs:
         ready, pending_refs = ray.wait(pending_refs)
         try:
-            result: tuple[int, bytes, float] = ray.get(ready[0])
+            result: ChunkResult = ray.get(ready[0])
         except ray.exceptions.RayTaskError as error:
             for ref in pending_refs:
                 ray.cancel(ref)
@@ -83,13 +94,3 @@ def _stream_results(
                 raise error.cause from None
             raise
         yield result
-
-
-def _load_class_latents(plan: Plan, folder: Path) -> Any:
-    if not plan.recipe.num_class_images:
-        return None
-    from data_builder.build.run import load_class_latents
-    from data_builder.build.trainer import load_recipe_base
-
-    latents = load_class_latents(plan, load_recipe_base(plan.recipe), folder)
-    return None if latents is None else latents.cpu()

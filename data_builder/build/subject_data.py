@@ -1,8 +1,7 @@
-"""What one subject is fitted to: its photos as latents under their captions, some perhaps kept back to measure it."""
+"""Training data of a subject: latents of its photos under their captions, and validation photos."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from data_builder.sources.crops import compute_center_box, crop_image, jitter_bo
 from data_builder.sources.sources import Source
 from data_builder.sources.types import Photo
 from hyperlora.data.images import to_tensor
+from hyperlora.diffusion.conditions import map_tensors
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.errors import InvalidImageError
@@ -22,8 +22,14 @@ from hyperlora.finetuning.examples import TrainingExamples
 
 @dataclass(frozen=True)
 class SubjectData:
-    """``train_examples`` and ``val_examples`` of one subject (a leading axis of 1); ``convert_to_tensor`` [n, 3, h, w] in [0, 1] of the
-    photos that are learned, ``photo_hashes`` the SHA-256 of all."""
+    """Training data of one subject.
+
+    Attributes:
+        train_examples: Examples to fit, with a leading axis of 1.
+        val_examples: Examples to evaluate, with a leading axis of 1.
+        pixels: Uncropped training photos [n, 3, h, w] in [0, 1].
+        photo_hashes: SHA-256 of all photos.
+    """
 
     train_examples: TrainingExamples
     val_examples: TrainingExamples
@@ -34,7 +40,20 @@ class SubjectData:
 def load_subject(
     row: PlannedLora, source: Source, base: DiffusionBase, recipe: Recipe
 ) -> SubjectData:
-    """Raises ``InvalidImageError`` if a photo cannot be read any more, or is another than the plan saw."""
+    """Load the photos of a subject and encode them.
+
+    Args:
+        row: Planned LoRA of the subject.
+        source: Source of the photos.
+        base: Base model, which encodes photos and captions.
+        recipe: Crops, captions and validation photos.
+
+    Returns:
+        Training data. Without validation photos, the uncropped training photos evaluate the LoRA.
+
+    Raises:
+        InvalidImageError: If a photo cannot be read any more, or has changed since it was planned.
+    """
     photos = [_read_photo(photo, source) for photo in row.photos]
     images = [image for image, _ in photos]
     num_val = recipe.num_val_photos if len(images) > recipe.num_val_photos else 0
@@ -44,14 +63,14 @@ def load_subject(
     for i in train_indices:
         crop_box = row.photos[i].crop_box or compute_center_box(images[i])
         crop_boxes = [crop_box, *(jitter_box(crop_box, rng) for _ in range(recipe.num_crops - 1))]
-        crops = [crop_image(images[i], s, base.resolution) for s in crop_boxes]
-        train_images += crops + (
-            [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in crops] if recipe.flip else []
-        )
+        crops = [crop_image(images[i], box, base.resolution) for box in crop_boxes]
+        if recipe.flip:
+            crops += [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for crop in crops]
+        train_images += crops
         captions += [row.photos[i]] * (len(train_images) - len(captions))
     uncropped_views = [
-        crop_image(im, p.crop_box or compute_center_box(im), base.resolution)
-        for im, p in zip(images, row.photos, strict=True)
+        crop_image(image, photo.crop_box or compute_center_box(image), base.resolution)
+        for image, photo in zip(images, row.photos, strict=True)
     ]
     train_examples = val_examples = _make_examples(base, train_images, captions, recipe)
     if num_val or len(train_images) > len(train_indices):
@@ -63,33 +82,58 @@ def load_subject(
             recipe,
         )
     pixels = torch.stack([to_tensor(uncropped_views[i], base.resolution) for i in train_indices])
-    return SubjectData(train_examples, val_examples, pixels, tuple(digest for _, digest in photos))
+    return SubjectData(train_examples, val_examples, pixels, tuple(sha256 for _, sha256 in photos))
 
 
 def sample_class_latents(
     base: DiffusionBase, recipe: Recipe, num_inference_steps: int = 20, batch_size: int = 16
 ) -> Tensor:
-    """What the base draws of the class [n, c, h, w], under the recipe's templates in turn, by seeds 0, 1, ..."""
+    """Sample class images for prior preservation with the base model, with seeds 0, 1, ...
+
+    Args:
+        base: Base model.
+        recipe: Number of images and templates, which alternate.
+        num_inference_steps: Denoising steps.
+        batch_size: Images per batch.
+
+    Returns:
+        Latents of the images [n, c, h, w].
+    """
     prompts = make_class_prompts(recipe)
     latents = []
     for batch_start in range(0, recipe.num_class_images, batch_size):
         seeds = range(batch_start, min(batch_start + batch_size, recipe.num_class_images))
         images = generate_images(
-            base, [prompts[s] for s in seeds], seeds=seeds, num_inference_steps=num_inference_steps
+            base,
+            [prompts[seed] for seed in seeds],
+            seeds=seeds,
+            num_inference_steps=num_inference_steps,
         )
         latents.append(
-            base.encode_images(torch.stack([to_tensor(d, base.resolution) for d in images]))
+            base.encode_images(torch.stack([to_tensor(image, base.resolution) for image in images]))
         )
     return torch.cat(latents)
 
 
 def make_class_examples(base: DiffusionBase, recipe: Recipe, latents: Tensor) -> TrainingExamples:
+    """Make the examples of prior preservation: the class images under their prompts.
+
+    Args:
+        base: Base model, which encodes the prompts.
+        recipe: Templates and class noun.
+        latents: Latents of the class images [n, c, h, w].
+
+    Returns:
+        Examples with a leading axis of 1.
+    """
     return TrainingExamples(
-        latents[None], _add_subject_dim(base.encode_prompts(make_class_prompts(recipe)))
+        latents[None],
+        map_tensors(lambda t: t[None], base.encode_prompts(make_class_prompts(recipe))),
     )
 
 
 def make_class_prompts(recipe: Recipe) -> list[str]:
+    """Make the prompt of each class image."""
     return [
         recipe.prompt_templates[i % len(recipe.prompt_templates)].format(recipe.class_noun)
         for i in range(recipe.num_class_images)
@@ -97,31 +141,31 @@ def make_class_prompts(recipe: Recipe) -> list[str]:
 
 
 def _read_photo(photo: Photo, source: Source) -> tuple[Image.Image, str]:
-    image, digest = source.read_photo(photo.ref)
-    if photo.sha256 and digest != photo.sha256:
+    """Read a photo with its SHA-256 and check the latter against the plan."""
+    image, sha256 = source.read_photo(photo.ref)
+    if photo.sha256 and sha256 != photo.sha256:
         raise InvalidImageError(
-            f"the photo {photo.ref!r} is another than when the plan was made: put it back, or plan again"
+            f"the photo {photo.ref!r} is another than when the plan was made: "
+            "put it back, or plan again"
         )
-    return image, digest
+    return image, sha256
 
 
 def _make_examples(
     base: DiffusionBase, images: Sequence[Image.Image], photos: Sequence[Photo], recipe: Recipe
 ) -> TrainingExamples:
-    """Each picture under its own caption, or under every template."""
-    captions = [[p.caption] if p.caption else list(recipe.prompt_templates) for p in photos]
+    """Make examples of each image under its own caption, or under every template."""
+    captions = [
+        [photo.caption] if photo.caption else list(recipe.prompt_templates) for photo in photos
+    ]
     prompts = [text.replace("{}", recipe.identifier) for group in captions for text in group]
-    latents = base.encode_images(torch.stack([to_tensor(p, base.resolution) for p in images]))
+    pixels = torch.stack([to_tensor(image, base.resolution) for image in images])
+    latents = base.encode_images(pixels)  # [images, c, h, w]
     image_indices = torch.tensor(
         [i for i, group in enumerate(captions) for _ in group], device=latents.device
     )
+    conditions = base.encode_prompts(prompts)
     return TrainingExamples(
-        latents[image_indices][None], _add_subject_dim(base.encode_prompts(prompts))
+        latents[image_indices][None],  # [1, examples, c, h, w]
+        map_tensors(lambda condition: condition[None], conditions),
     )
-
-
-def _add_subject_dim(conditions: dict[str, Any]) -> dict[str, Any]:
-    """With a leading axis of one subject."""
-    return {
-        k: _add_subject_dim(v) if isinstance(v, dict) else v[None] for k, v in conditions.items()
-    }

@@ -1,13 +1,20 @@
-"""``ChunkTrainer``: one frozen base on which the chunks of a plan are fitted, K subjects at a time."""
+"""``ChunkTrainer`` fits the chunks of a plan on one frozen base model, K subjects at a time."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Generator, Tensor
 
-from data_builder.build.plan import Plan, PlannedLora, Recipe, replace_invalid_utf8
+from data_builder.build.plan import (
+    PLAN_KEY,
+    SKIPPED_KEY,
+    Plan,
+    PlannedLora,
+    Recipe,
+    replace_invalid_utf8,
+)
 from data_builder.build.subject_data import SubjectData, load_subject, make_class_examples
 from data_builder.sources.sources import source_from_dict
 from hyperlora import pretrained
@@ -16,6 +23,7 @@ from hyperlora.data.lora_shards import LoraRecord, serialize_shard
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import InvalidImageError
+from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import TrainingExamples, ValidationProbe
 from hyperlora.finetuning.trainer import FineTuneResult, fine_tune_loras
 from hyperlora.lora.layout import LoraLayout
@@ -23,16 +31,24 @@ from hyperlora.lora.parametrizations import LidbParametrization, make_parametriz
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
-PLAN_KEY, SKIPPED_KEY = "hyperlora.plan", "hyperlora.skipped"
-MEAN_SAMPLE_SIZE = 128
-"""LoRAs, spread over the dataset, whose mean a fit may start at."""
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+MEAN_SAMPLE_SIZE: Final = 128
+"""LoRAs, evenly spread over the dataset, whose mean is the start for ``init="mean"``."""
 
 
 class ChunkTrainer:
-    """``build_chunk(number)`` is a whole shard of the plan, the same whenever and wherever it is made on like machines.
+    """Fits chunks of a plan. A chunk is the same whenever and wherever it is built on like
+    machines.
 
-    ``sample_class_latents`` (``subject_data.sample_class_latents``) are needed where the recipe asks for prior preservation. Raises
-    ``LayoutMismatchError`` if the network or dataset to start from is for another base.
+    Args:
+        plan: Plan of the build.
+        base: Base model of the recipe, from ``load_recipe_base``.
+        class_latents: Latents of class images [n, c, h, w], if the recipe has prior preservation.
+
+    Raises:
+        LayoutMismatchError: If the network or dataset to start from is for another base model.
     """
 
     def __init__(
@@ -52,12 +68,22 @@ class ChunkTrainer:
             None if class_latents is None else make_class_examples(base, recipe, class_latents)
         )
         if recipe.gradient_checkpointing:
-            denoiser: Any = base.denoiser
+            denoiser = cast("ModelMixin", base.denoiser)
             denoiser.enable_gradient_checkpointing()
 
     def build_chunk(self, number: int) -> bytes:
-        """The shard of chunk ``format_score``; subjects whose photos cannot be read any more are named in its header."""
-        recipe, rows, subject_data, skipped = self.plan.recipe, [], [], []
+        """Fit the LoRAs of a chunk.
+
+        Subjects whose photos cannot be read any more are listed in the metadata of the shard.
+
+        Args:
+            number: Number of the chunk.
+
+        Returns:
+            Bytes of the shard.
+        """
+        recipe = self.plan.recipe
+        rows, subject_data, skipped = list[PlannedLora](), list[SubjectData](), list[str]()
         for row in self.plan.get_chunk(number):
             try:
                 subject_data.append(load_subject(row, self.source, self.base, recipe))
@@ -73,8 +99,8 @@ class ChunkTrainer:
                 weights = weights.resize(self.layout.rank)
             row_values = weights.flatten().to("cpu", row_values.dtype)
             records = [
-                _make_record(row, m, result, i)
-                for i, (row, m) in enumerate(zip(rows, subject_data, strict=True))
+                _make_record(row, subject, result, i)
+                for i, (row, subject) in enumerate(zip(rows, subject_data, strict=True))
             ]
         metadata = {PLAN_KEY: self.plan.fingerprint, SKIPPED_KEY: "\n".join(skipped)}
         return serialize_shard(row_values, self.layout, records, metadata)
@@ -82,66 +108,80 @@ class ChunkTrainer:
     def fit_subjects(
         self, rows: Sequence[PlannedLora], subject_data: Sequence[SubjectData]
     ) -> FineTuneResult:
-        recipe, device = self.plan.recipe, self.base.pipeline.device
+        """Fit one LoRA per subject, all at once.
+
+        Args:
+            rows: Planned LoRAs (K).
+            subject_data: Training data of each row.
+
+        Returns:
+            LoRAs and losses of the K subjects.
+        """
+        recipe = self.plan.recipe
         seeds = [row.seed for row in rows]
-        val_examples = TrainingExamples.pad_and_cat([m.val_examples for m in subject_data])
+        train_examples = TrainingExamples.pad_and_cat([s.train_examples for s in subject_data])
+        val_examples = TrainingExamples.pad_and_cat([s.val_examples for s in subject_data])
         probe = ValidationProbe.from_examples(
             val_examples, seeds, eval_every=recipe.eval_every, patience=recipe.patience
         )
         return fine_tune_loras(
             self.base.denoiser,
             self.base.noise_scheduler,
-            TrainingExamples.pad_and_cat([m.train_examples for m in subject_data]),
-            self.init_codes(rows, subject_data).to(device),
+            train_examples,
+            self.init_codes(rows, subject_data).to(self.base.pipeline.device),
             self.parametrization,
-            num_steps=recipe.finetune_steps,
-            lr=recipe.lr,
-            batch_size=recipe.batch_size,
+            FineTuneConfig(
+                num_steps=recipe.finetune_steps,
+                lr=recipe.lr,
+                batch_size=recipe.batch_size,
+                prior_loss_weight=recipe.prior_loss_weight,
+                seeds=seeds,
+            ),
             prior_examples=self.prior_examples and self.prior_examples.expand_subjects(len(rows)),
-            prior_loss_weight=recipe.prior_loss_weight,
-            seeds=seeds,
             probe=probe,
         )
 
     def init_codes(
         self, rows: Sequence[PlannedLora], subject_data: Sequence[SubjectData]
     ) -> Tensor:
-        """Codes [K, size] to begin with."""
+        """Make the codes to start from.
+
+        Args:
+            rows: Planned LoRAs (K), whose seeds ``init="zero"`` uses.
+            subject_data: Training data of each row, which ``init="network"`` uses.
+
+        Returns:
+            Codes of the parametrization [K, P].
+        """
         match self.plan.recipe.init:
             case "network":
                 assert self.network is not None
                 with torch.no_grad():
-                    predictions = [self.network.forward(m.pixels[None]) for m in subject_data]
-                predicted = LoraWeights.unflatten(
-                    predictions[0].layout, torch.cat([p.flatten() for p in predictions])
-                )
+                    predictions = [self.network.forward(s.pixels[None]) for s in subject_data]
+                codes = torch.cat([prediction.flatten() for prediction in predictions])  # [K, P]
+                predicted = LoraWeights.unflatten(predictions[0].layout, codes)
+                # only if ranks differ: the signs of an SVD differ from row to row
                 if predicted.layout.rank != self.layout.rank:
-                    predicted = predicted.resize(
-                        self.layout.rank
-                    )  # by SVD, whose signs differ from row to row
+                    predicted = predicted.resize(self.layout.rank)
                 return predicted.flatten()
             case "mean":
                 assert self.init_mean is not None
                 return self.init_mean.expand(len(rows), -1)
             case "zero":
-                return torch.stack(
-                    [
-                        self.parametrization.init_codes(Generator().manual_seed(row.seed))
-                        for row in rows
-                    ]
-                )
-        return self.parametrization.init_codes(
-            Generator().manual_seed(self.plan.recipe.seed)
-        ).expand(len(rows), -1)
+                generators = [Generator().manual_seed(row.seed) for row in rows]
+                return torch.stack([self.parametrization.init_codes(g) for g in generators])
+        generator = Generator().manual_seed(self.plan.recipe.seed)
+        return self.parametrization.init_codes(generator).expand(len(rows), -1)
 
 
 def load_recipe_base(recipe: Recipe) -> DiffusionBase:
-    """The recipe's base, on a GPU where there is one."""
+    """Load the base model of a recipe, on a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_diffusion_base(recipe.base, recipe.dtype, device, variant=recipe.variant)
 
 
 def _load_init_network(recipe: Recipe, base: DiffusionBase) -> ImageToLora | None:
+    """Load the network whose predictions are the start, if the recipe has one."""
     if recipe.init != "network":
         return None
     network = ImageToLora.from_pretrained(
@@ -152,6 +192,7 @@ def _load_init_network(recipe: Recipe, base: DiffusionBase) -> ImageToLora | Non
 
 
 def _make_layout(recipe: Recipe, base: DiffusionBase, network: ImageToLora | None) -> LoraLayout:
+    """Make the layout of the stored LoRAs."""
     if network is not None:
         return network.layout.with_rank(recipe.rank)
     preset = "attention+conv" if recipe.parametrization == "locon" else recipe.preset
@@ -159,6 +200,7 @@ def _make_layout(recipe: Recipe, base: DiffusionBase, network: ImageToLora | Non
 
 
 def _compute_init_mean(recipe: Recipe, layout: LoraLayout) -> Tensor | None:
+    """Compute the mean LoRA of a dataset [P], if it is the start."""
     if recipe.init != "mean":
         return None
     dataset = LoraDataset(Path(recipe.init_from))
@@ -170,8 +212,11 @@ def _compute_init_mean(recipe: Recipe, layout: LoraLayout) -> Tensor | None:
 def _make_record(
     row: PlannedLora, subject_data: SubjectData, result: FineTuneResult, index: int
 ) -> LoraRecord:
+    """Make the table row of a fitted LoRA."""
+    # losses are NaN after a subject's last step
     train_losses, val_losses = (
-        t[:, index][t[:, index].isfinite()] for t in (result.losses, result.val_losses)
+        losses[:, index][losses[:, index].isfinite()]
+        for losses in (result.losses, result.val_losses)
     )
     return LoraRecord(
         subject=row.subject,

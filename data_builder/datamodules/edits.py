@@ -1,6 +1,7 @@
-"""Lightning data modules over drawn before/after pairs."""
+"""Data modules over rendered before/after pairs: for an edit base, and for a pair hypernetwork."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Final, Literal, Required, TypedDict
 
 import lightning as L
 import numpy as np
@@ -8,82 +9,110 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from data_builder.avatars.edits import (
+from data_builder.avatars.edits import AttributeEdit, AvatarPair, sample_edit
+from data_builder.avatars.instructions import (
     HELD_OUT_COMBINATIONS,
     HELD_OUT_KINDS,
-    AttributeEdit,
-    AvatarPair,
     compose_instruction,
     compose_instruction_with_undo,
     format_instruction,
 )
-from data_builder.avatars.edits import sample_edit as drawn_change
 from data_builder.avatars.pair_dataset import PairDataset
 from data_builder.datamodules.feature_cache import load_cached_features, load_cached_latents
 from data_builder.datamodules.portraits import ATTRIBUTES, make_attribute_labels
+from hyperlora.data.images import array_to_tensor
+from hyperlora.training.batches import EditBatch, PairBatch
+from hyperlora.training.modules.options import Options
+
+TargetPair = Literal["other_identity", "mirrored"]
+"""The edit that a pair's LoRA must make: the same on another identity, or on the mirrored pair."""
+_USE_MIXTURE_PROB: Final = 0.5
+"""Probability of a mixture of named colors instead of a color's name."""
+_SENTENCE_PROB: Final = 0.25
+"""Probability of one sentence for several edits instead of a sum of prompts."""
+_REVERSED_UNDO_PROB: Final = 0.3
+"""Probability, among undo instructions, of the negated instruction of the way back."""
+_OTHER_VALUE_PROB: Final = 0.3
+"""Probability, among undo instructions, of a previous value that another identity had."""
 
 
-class _EditLatentDataset(Dataset[dict[str, Any]]):
-    """Latents of pairs in both directions, each with its instruction: item 2 i forward, 2 i + 1 backward. Several
-    changes are asked for as a sum or, a quarter of the time, as one sentence, a colour that has a name by it or, half
-    of the time, as a mixture. With probability ``undo_prob`` the base is told what a LoRA says, three times in ten the
-    negative of the way back; what is taken away is what was there or, three times in ten, what someone else had."""
+class _EditSample(TypedDict):
+    """Fields as in ``EditBatch``, without batch axis."""
+
+    before: Tensor
+    after: Tensor
+    instructions: str
+    labels: dict[str, int]
+
+
+class EditLatentDataset(Dataset[_EditSample]):
+    """Latents of pairs in both directions with random instructions.
+
+    Sample 2 i is pair i forward, 2 i + 1 backward. Several edits are one sum of prompts or, less
+    often, one sentence. A color with a name is called by it, or by a mixture of named colors.
+
+    Args:
+        folder: Folder of rendered pairs.
+        vae: Folder of the autoencoder.
+        identity_edit_prob: Probability of an empty instruction that leaves the image as it is.
+        undo_prob: Probability of the instruction that a LoRA of the edit stands for: the edit
+            minus the way back, or the negated instruction of the reverse edit.
+    """
 
     def __init__(
         self, folder: str, vae: str, identity_edit_prob: float, undo_prob: float = 0.0
     ) -> None:
-        self.pairs, self.identity_edit_prob, self.undo_prob = (
-            PairDataset(folder).list_pairs(),
-            identity_edit_prob,
-            undo_prob,
-        )
+        self.pairs = PairDataset(folder).list_pairs()
+        self.identity_edit_prob, self.undo_prob = identity_edit_prob, undo_prob
         self.latents = load_cached_latents(folder, vae)
 
     def __len__(self) -> int:
         return 2 * len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> _EditSample:
         pair_index, is_reverse = divmod(index, 2)
-        edits = [c.reverse() if is_reverse else c for c in self.pairs[pair_index].edits]
-        before, after = (
-            index,
-            index ^ 1,
-        )  # picture 2 i is before, 2 i + 1 after: going back they change places
-        prompt = self._sample_instruction(edits)
-        if float(torch.rand(())) < self.identity_edit_prob:
-            prompt, after = "", before
+        pair = self.pairs[pair_index]
+        edits = [edit.reverse() if is_reverse else edit for edit in pair.edits]
+        # image 2 i is before the edit of pair i, image 2 i + 1 after it
+        before, after = index, index ^ 1
+        instruction = self._sample_instruction(edits)
+        if _sample_bernoulli(self.identity_edit_prob):
+            instruction, after = "", before
         return {
-            "before": self._load_latent(before),
-            "after": self._load_latent(after),
-            "instructions": prompt,
-            "labels": _make_side_labels(self.pairs[pair_index], after % 2),
+            "before": _read_latents(self.latents, before),
+            "after": _read_latents(self.latents, after),
+            "instructions": instruction,
+            "labels": _make_side_labels(pair, after % 2),
         }
 
-    def _sample_instruction(self, edits: list[AttributeEdit]) -> str:
-        values = [(c.attribute, c.after) for c in edits]
-        use_mixture = _sample_bernoulli(0.5)
+    def _sample_instruction(self, edits: Sequence[AttributeEdit]) -> str:
+        values = [(edit.attribute, edit.after) for edit in edits]
+        use_mixture = _sample_bernoulli(_USE_MIXTURE_PROB)
         if _sample_bernoulli(self.undo_prob):
-            from_other_identity = _sample_bernoulli(0.3)
-            previous_values = [
-                (c.attribute, _sample_other_value(c) if from_other_identity else c.before)
-                for c in edits
-            ]
-            return (
-                compose_instruction_with_undo(previous_values, values, use_mixture, undo=True)
-                if _sample_bernoulli(0.3)
-                else compose_instruction_with_undo(values, previous_values, use_mixture)
-            )
-        if len(values) > 1 and _sample_bernoulli(0.25):
+            return _sample_undo_instruction(edits, values, use_mixture)
+        if len(values) > 1 and _sample_bernoulli(_SENTENCE_PROB):
             return ", ".join(format_instruction(*value) for value in values)
         return compose_instruction(values, use_mixture)
 
-    def _load_latent(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.latents[index])).float()
+
+def _sample_undo_instruction(
+    edits: Sequence[AttributeEdit], values: Sequence[tuple[str, str]], use_mixture: bool
+) -> str:
+    """Sample the instruction that a LoRA of the edits stands for; ``values`` is what they set."""
+    from_other_identity = _sample_bernoulli(_OTHER_VALUE_PROB)
+    previous_values = [
+        (edit.attribute, _sample_previous_value(edit) if from_other_identity else edit.before)
+        for edit in edits
+    ]
+    if _sample_bernoulli(_REVERSED_UNDO_PROB):
+        return compose_instruction_with_undo(previous_values, values, use_mixture, undo=True)
+    return compose_instruction_with_undo(values, previous_values, use_mixture)
 
 
-def _sample_other_value(edit: AttributeEdit) -> str:
-    """What someone else may have had before this change; mostly the same of what is there or not."""
-    value = drawn_change(np.random.default_rng(int(torch.randint(2**31, ()))), edit.kind).before
+def _sample_previous_value(edit: AttributeEdit) -> str:
+    """Sample a value that another identity may have had before the edit."""
+    rng = np.random.default_rng(int(torch.randint(2**31, ())))
+    value = sample_edit(rng, edit.kind).before
     return edit.before if value == edit.after else value
 
 
@@ -91,10 +120,23 @@ def _sample_bernoulli(probability: float) -> bool:
     return float(torch.rand(())) < probability
 
 
+def _read_latents(latents: np.ndarray, index: int) -> Tensor:
+    """Read scaled latents [c, h, w] of one image as float32."""
+    return torch.from_numpy(np.array(latents[index])).float()
+
+
 class EditLatentDataModule(L.LightningDataModule):
-    """``before``, ``after`` and ``instructions``, from one folder or several: for the edit base. With probability
-    ``nothing`` the instruction is empty and the picture stays as it is, and with ``undo_prob`` it is what a LoRA of the
-    edit, or the negative of one, says (``data_builder.draw_portraits.edits.compose_instruction_with_undo``)."""
+    """Load latents before and after edits with instructions, as ``EditBatch``.
+
+    Args:
+        folder: Folder or folders of training pairs.
+        validation: Folder of validation pairs.
+        vae: Folder of the autoencoder.
+        batch_size: Edits per step.
+        identity_edit_prob: Probability of an empty instruction that leaves the image as it is.
+        undo_prob: Probability of the instruction that a LoRA of the edit stands for (see
+            ``EditLatentDataset``).
+    """
 
     def __init__(
         self,
@@ -108,47 +150,74 @@ class EditLatentDataModule(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[_EditSample]:
+        """Make the loader of shuffled training batches, without an incomplete last one."""
         h = self.hparams
-        data: ConcatDataset[dict[str, Any]] = ConcatDataset(
+        data: ConcatDataset[_EditSample] = ConcatDataset(
             [
-                _EditLatentDataset(folder, h["vae"], h["identity_edit_prob"], h["undo_prob"])
+                EditLatentDataset(folder, h["vae"], h["identity_edit_prob"], h["undo_prob"])
                 for folder in _list_folders(h["folder"])
             ]
         )
-        return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return DataLoader(
-            _EditLatentDataset(self.hparams["validation"], self.hparams["vae"], 0.0), 64
+            data, h["batch_size"], shuffle=True, drop_last=True, collate_fn=EditBatch.collate
         )
 
+    def val_dataloader(self) -> DataLoader[_EditSample]:
+        """Make the loader of validation batches, without empty and undo instructions."""
+        data = EditLatentDataset(self.hparams["validation"], self.hparams["vae"], 0.0)
+        return DataLoader(data, 64, collate_fn=EditBatch.collate)
 
-class _PairTransferDataset(Dataset[dict[str, Any]]):
-    """A pair as pictures, and the same change elsewhere: on another person as latents, or on the pictures mirrored."""
+
+class PairSample(TypedDict, total=False):
+    """Fields as in ``PairBatch``, without batch axis."""
+
+    instructions: Required[str]
+    undo_instructions: Required[str]
+    pairs: Tensor
+    tokens: Tensor
+    before: Tensor
+    after: Tensor
+    images: Tensor
+    labels_before: dict[str, int]
+    labels_after: dict[str, int]
+
+
+class PairTransferDataset(Dataset[PairSample]):
+    """Example pairs of an edit, and the same edit elsewhere as target.
+
+    Edits of held-out kinds and combinations are left out.
+
+    Args:
+        folder: Folder of rendered pairs.
+        vae: Folder of the autoencoder of the target's latents; None for no latents.
+        target_pair: Which edit is the target. The other identities of an edit are further examples.
+        identity_edit_prob: Probability that no side of a sample is edited.
+        encoder: Frozen encoder whose features replace the example images; None for images.
+        encoder_options: Arguments of the encoder.
+
+    Raises:
+        ValueError: The target is another identity, but each edit has only one.
+    """
 
     def __init__(
         self,
         folder: str,
         vae: str | None,
-        target_pair: str,
+        target_pair: TargetPair,
         identity_edit_prob: float,
         encoder: str | None = None,
-        encoder_options: dict[str, Any] | None = None,
+        encoder_options: Options | None = None,
     ) -> None:
-        self.dataset, self.target_pair, self.identity_edit_prob = (
-            PairDataset(folder),
-            target_pair,
-            identity_edit_prob,
-        )
+        self.dataset = PairDataset(folder)
+        self.is_mirrored, self.identity_edit_prob = target_pair == "mirrored", identity_edit_prob
         self.features = load_cached_features(folder, encoder, encoder_options) if encoder else None
-        self.pairs, self.identities_per_edit = (
-            self.dataset.list_pairs(),
-            self.dataset.config.identities_per_edit,
-        )
-        if target_pair == "other" and self.identities_per_edit < 2:
+        self.pairs = self.dataset.list_pairs()
+        self.identities_per_edit = self.dataset.config.identities_per_edit
+        if not self.is_mirrored and self.identities_per_edit < 2:
             raise ValueError(
-                f"the same change on another person needs 2 people per change, {folder} has {self.identities_per_edit}"
+                "the same edit on another identity needs 2 identities per edit, "
+                f"{folder} has {self.identities_per_edit}"
             )
         self.latents = load_cached_latents(folder, vae) if vae else None
         self.train_indices = [i for i, pair in enumerate(self.pairs) if _is_training_pair(pair)]
@@ -156,62 +225,54 @@ class _PairTransferDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.train_indices)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> PairSample:
         pair_index = self.train_indices[index]
-        first_index = pair_index - pair_index % self.identities_per_edit
-        other_indices = [
-            i for i in range(first_index, first_index + self.identities_per_edit) if i != pair_index
-        ]
-        is_identity_edit = float(torch.rand(())) < self.identity_edit_prob
-        target_index = (
-            pair_index
-            if self.target_pair == "mirrored"
-            else other_indices[int(torch.randint(len(other_indices), ()))]
-        )
-        view_indices = (
-            [pair_index]
-            if self.target_pair == "mirrored"
-            else [pair_index, *(i for i in other_indices if i != target_index)]
-        )
-        input_key = "pairs" if self.features is None else "tokens"
-        item: dict[str, Any] = {
-            input_key: torch.stack([self._load_input(i, is_identity_edit) for i in view_indices]),
-            "instructions": ""
-            if is_identity_edit
-            else self._make_instruction(target_index, "after"),
-            "undoing": "" if is_identity_edit else self._make_instruction(target_index, "before"),
+        is_identity_edit = _sample_bernoulli(self.identity_edit_prob)
+        target, examples = self._sample_target(pair_index)
+        encoder_input = torch.stack([self._load_input(i, is_identity_edit) for i in examples])
+        sample: PairSample = {
+            "instructions": "" if is_identity_edit else self._make_instruction(target, "after"),
+            "undo_instructions": (
+                "" if is_identity_edit else self._make_instruction(target, "before")
+            ),
         }
-        if self.target_pair == "mirrored":
-            return item | {"images": self._load_images(target_index, is_identity_edit).flip(-1)}
-        if self.latents is None:
-            return item
-        before, after = (
-            torch.from_numpy(np.array(self.latents[2 * target_index + i])).float() for i in (0, 1)
-        )
-        item["labels"] = [
-            _make_side_labels(self.pairs[target_index], 0 if is_identity_edit else side)
-            for side in (0, 1)
-        ]
-        return item | {"before": before, "after": before if is_identity_edit else after}
+        sample["pairs" if self.features is None else "tokens"] = encoder_input
+        if self.is_mirrored:
+            sample["images"] = self._load_images(target, is_identity_edit).flip(-1)
+        elif self.latents is not None:
+            after_side = 0 if is_identity_edit else 1
+            pair = self.pairs[target]
+            sample["before"] = _read_latents(self.latents, 2 * target)
+            sample["after"] = _read_latents(self.latents, 2 * target + after_side)
+            sample["labels_before"] = _make_side_labels(pair, 0)
+            sample["labels_after"] = _make_side_labels(pair, after_side)
+        return sample
 
-    def _make_instruction(self, pair_index: int, side: str) -> str:
-        """What asks for a side (``before`` or ``after``) of a pair."""
-        return compose_instruction(
-            [(c.attribute, getattr(c, side)) for c in self.pairs[pair_index].edits]
-        )
+    def _sample_target(self, pair_index: int) -> tuple[int, list[int]]:
+        """Sample the pair of the target, and list the pairs that are its examples."""
+        if self.is_mirrored:
+            return pair_index, [pair_index]
+        first = pair_index - pair_index % self.identities_per_edit
+        others = [i for i in range(first, first + self.identities_per_edit) if i != pair_index]
+        target = others[int(torch.randint(len(others), ()))]
+        return target, [pair_index, *(i for i in others if i != target)]
+
+    def _make_instruction(self, pair_index: int, side: Literal["before", "after"]) -> str:
+        """Compose the instruction that asks for one side of a pair."""
+        edits = self.pairs[pair_index].edits
+        return compose_instruction([(edit.attribute, getattr(edit, side)) for edit in edits])
 
     def _load_input(self, pair_index: int, is_identity_edit: bool) -> Tensor:
+        """Load both sides of an example as the encoder takes them, or as features."""
         if self.features is None:
             return self._load_images(pair_index, is_identity_edit)
         tokens = torch.from_numpy(np.array(self.features[2 * pair_index : 2 * pair_index + 2]))
-        return tokens[[0, 0]] if is_identity_edit else tokens
+        return tokens[[0, 0]] if is_identity_edit else tokens  # [2, num_tokens, width]
 
     def _load_images(self, pair_index: int, is_identity_edit: bool) -> Tensor:
-        pixels = torch.from_numpy(
-            np.array(self.dataset.images[2 * pair_index : 2 * pair_index + 2])
-        ).permute(0, 3, 1, 2)
-        pixels = pixels.float().div_(255)
-        return pixels[[0, 0]] if is_identity_edit else pixels
+        """Load both sides of a pair as images [2, 3, size, size] in [0, 1]."""
+        images = array_to_tensor(self.dataset.images[2 * pair_index : 2 * pair_index + 2])
+        return images[[0, 0]] if is_identity_edit else images
 
 
 def _list_folders(folder: str | list[str]) -> list[str]:
@@ -219,22 +280,31 @@ def _list_folders(folder: str | list[str]) -> list[str]:
 
 
 def _make_side_labels(pair: AvatarPair, side: int) -> dict[str, int]:
-    """The classes of what a side (0 before, 1 after) shows: nothing under a light that changes all colours."""
+    """Make the labels of one side, 0 before and 1 after; none under a tone, which shifts colors."""
     person, scene = pair.after if side else pair.before
     return make_attribute_labels(person, scene, () if scene.tone != "plain" else tuple(ATTRIBUTES))
 
 
 def _is_training_pair(pair: AvatarPair) -> bool:
-    attributes = frozenset(change.attribute for change in pair.edits)
+    attributes = frozenset(edit.attribute for edit in pair.edits)
     return not attributes & set(HELD_OUT_KINDS) and attributes not in HELD_OUT_COMBINATIONS
 
 
 class PairDataModule(L.LightningDataModule):
-    """What ``PairHypernetworkTraining`` takes, of kinds a network may be trained on, from one folder or several (of as many
-    people). ``target_pair``: ``other``, the same change on another person (its further people are views), or ``mirrored``,
-    the same pictures mirrored, which any pair allows. With probability ``nothing`` neither side changes. ``encoder``
-    (with ``encoder_options``), if the network's is frozen, looks at all pictures once and for all. Without ``vae``
-    there are no latents: for learning words alone."""
+    """Load example pairs with the same edit elsewhere, as ``PairBatch``.
+
+    Args:
+        folder: Folder or folders of training pairs, all with as many identities per edit.
+        validation: Folder of validation pairs.
+        vae: Folder of the autoencoder of the target's latents; None trains instructions alone.
+        batch_size: Edits per step.
+        target_pair: The edit to make: on another identity, or on the mirrored pair, for which one
+            identity per edit is enough. Validation always uses another identity.
+        identity_edit_prob: Probability that no side of a sample is edited.
+        encoder: The network's encoder if it is frozen: its features are then computed once and
+            cached, and take the place of the images. None for images.
+        encoder_options: Arguments of the encoder.
+    """
 
     def __init__(
         self,
@@ -242,31 +312,36 @@ class PairDataModule(L.LightningDataModule):
         validation: str,
         vae: str | None,
         batch_size: int = 16,
-        target_pair: str = "other",
+        target_pair: TargetPair = "other_identity",
         identity_edit_prob: float = 0.03,
         encoder: str | None = None,
-        encoder_options: dict[str, Any] | None = None,
+        encoder_options: Options | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[PairSample]:
+        """Make the loader of shuffled training batches, without an incomplete last one."""
         h = self.hparams
-        dataset_args = (
-            h["vae"],
-            h["target_pair"],
-            h["identity_edit_prob"],
-            h["encoder"],
-            h["encoder_options"],
+        data: ConcatDataset[PairSample] = ConcatDataset(
+            [
+                self._make_dataset(folder, h["target_pair"], h["identity_edit_prob"])
+                for folder in _list_folders(h["folder"])
+            ]
         )
-        data: ConcatDataset[dict[str, Any]] = ConcatDataset(
-            [_PairTransferDataset(folder, *dataset_args) for folder in _list_folders(h["folder"])]
+        return DataLoader(
+            data, h["batch_size"], shuffle=True, drop_last=True, collate_fn=PairBatch.collate
         )
-        return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def val_dataloader(self) -> DataLoader[PairSample]:
+        """Make the loader of validation batches."""
+        data = self._make_dataset(self.hparams["validation"], "other_identity", 0.0)
+        return DataLoader(data, 50, collate_fn=PairBatch.collate)
+
+    def _make_dataset(
+        self, folder: str, target_pair: TargetPair, identity_edit_prob: float
+    ) -> PairTransferDataset:
         h = self.hparams
-        data = _PairTransferDataset(
-            h["validation"], h["vae"], "other", 0.0, h["encoder"], h["encoder_options"]
+        return PairTransferDataset(
+            folder, h["vae"], target_pair, identity_edit_prob, h["encoder"], h["encoder_options"]
         )
-        return DataLoader(data, 50)

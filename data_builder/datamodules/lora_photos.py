@@ -1,9 +1,9 @@
-"""Rows of a build beside the photos they were fitted to: what a diffusion model over LoRAs learns from."""
+"""Data module over LoRAs of a build with the photos they were fitted to, for a diffusion over LoRAs."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import lightning as L
 import torch
@@ -18,17 +18,34 @@ from hyperlora.data.images import to_tensor
 from hyperlora.data.lora_dataset import LoraDataset
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.progress import track
+from hyperlora.training.batches import LoraPhotoBatch
+from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
 
 _logger = logging.getLogger(__name__)
 
 
-class LoraPhotoDataset(Dataset[dict[str, Tensor]]):
-    """``latents`` [tokens, width] of a row, and what is seen in ``num_photos`` photos of its subject: ``face`` [views, 1,
-    width] and ``image`` [views, n, width]. Other photos each time unless ``deterministic``.
+class LoraPhotoSample(TypedDict):
+    """Fields as in ``LoraPhotoBatch``, without batch axis."""
 
-    The frozen parts of ``model`` see every photo and encode every row once, here: drawing, decoding and seeing photos
-    costs far more than a training step. Of a photo without a face the face pack says nothing (zeros), and how many
+    latents: Tensor
+    face_features: Tensor
+    image_features: Tensor
+
+
+class LoraPhotoDataset(Dataset[LoraPhotoSample]):
+    """Latents of LoRAs with features of photos of their subjects.
+
+    The frozen parts of the model encode every photo and every LoRA once, in the constructor: this
+    costs far more than a training step. A photo without a face has face features of 0; how many
     there are is logged.
+
+    Args:
+        build_dir: Folder of a build or a pack, with its plan.
+        split: ``train`` or ``validation``.
+        model: Model whose codec, encoder and face pack are used.
+        num_views: Photos per sample, repeated in turn where a subject has fewer.
+        deterministic: Whether they are always the first ones, or else random.
+        batch_size: Photos that are encoded together.
     """
 
     def __init__(
@@ -36,103 +53,107 @@ class LoraPhotoDataset(Dataset[dict[str, Tensor]]):
         build_dir: str,
         split: str,
         model: LoraDiffusion,
-        num_photos: int,
+        num_views: int,
         deterministic: bool,
         batch_size: int = 64,
     ) -> None:
-        loras = LoraDataset(build_dir, split)
-        plan = read_plan(Path(build_dir))
+        loras, plan = LoraDataset(build_dir, split), read_plan(Path(build_dir))
         photos_by_key = {(row.subject, row.repetition): row.photos for row in plan.rows}
         photos = [photos_by_key[record.subject, record.repetition] for record in loras.records]
-        self.num_photos, self.deterministic = num_photos, deterministic
+        all_photos = [photo for photos_of_lora in photos for photo in photos_of_lora]
+        self.num_views, self.deterministic = num_views, deterministic
         with torch.no_grad():
-            self.latents = torch.cat(
-                [model.codec.encode_flat(rows.float()) for rows in loras.iter_batches()]
-            )
-            features = list(
-                _encode_photos(photos, source_from_dict(plan.source), model, batch_size)
-            )
-        faces, images = (torch.cat([part[i] for part in features]) for i in (0, 1))
-        counts = [len(some) for some in photos]
+            latents = [model.codec.encode_flat(rows.float()) for rows in loras.iter_batches()]
+            source = source_from_dict(plan.source)
+            features = list(_encode_photos(all_photos, source, model, batch_size))
+        self.latents = torch.cat(latents)  # [num_loras, tokens, width]
+        faces, images = (torch.cat(parts) for parts in zip(*features, strict=True))
+        counts = [len(photos_of_lora) for photos_of_lora in photos]
         self.faces, self.images = faces.split(counts), images.split(counts)
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> LoraPhotoSample:
         count = len(self.images[index])
         order = torch.arange(count) if self.deterministic else torch.randperm(count)
-        indices = order.repeat(-(-self.num_photos // count))[: self.num_photos]
+        num_repeats = -(-self.num_views // count)  # rounded up
+        views = order.repeat(num_repeats)[: self.num_views]
         return {
             "latents": self.latents[index],
-            "face": self.faces[index][indices],
-            "image": self.images[index][indices],
+            "face_features": self.faces[index][views],
+            "image_features": self.images[index][views],
         }
 
 
 class LoraPhotoDataModule(L.LightningDataModule):
-    """``latents``, ``face`` and ``image`` (``LoraPhotoDataset``) of a build (``data-builder run``) or a pack: its split
-    ``train``, and the split ``val_build_dir`` of the build ``val_build_dir``, or of the same one. The model that is trained
-    looks at the photos, so the data are ready once it is attached."""
+    """Load LoRAs of a build with features of photos, as ``LoraPhotoBatch``.
+
+    The model in training encodes the photos, so it must be a ``LoraDiffusionTraining``.
+
+    Args:
+        build_dir: Folder of a build or a pack, whose split ``train`` is trained on.
+        val_build_dir: Folder of a build whose split ``validation`` is used; None for the same.
+        batch_size: LoRAs per step.
+        num_views: Photos of a subject in training; validation has one.
+    """
 
     def __init__(
         self,
         build_dir: str,
         val_build_dir: str | None = None,
         batch_size: int = 64,
-        num_photos: int = 4,
+        num_views: int = 4,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[LoraPhotoSample]:
+        """Encode all photos; make the loader of shuffled batches, without an incomplete last one."""
+        h = self.hparams
         data = LoraPhotoDataset(
-            self.hparams["build_dir"],
-            "train",
-            self._model,
-            self.hparams["num_photos"],
-            deterministic=False,
+            h["build_dir"], "train", self._model, h["num_views"], deterministic=False
         )
-        return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        build_dir = self.hparams["val_build_dir"] or self.hparams["build_dir"]
         return DataLoader(
-            LoraPhotoDataset(build_dir, "validation", self._model, 1, deterministic=True),
-            self.hparams["batch_size"],
+            data, h["batch_size"], shuffle=True, drop_last=True, collate_fn=LoraPhotoBatch.collate
         )
+
+    def val_dataloader(self) -> DataLoader[LoraPhotoSample]:
+        """Encode all photos; make the loader of validation batches, with one photo each."""
+        h = self.hparams
+        build_dir = h["val_build_dir"] or h["build_dir"]
+        data = LoraPhotoDataset(build_dir, "validation", self._model, 1, deterministic=True)
+        return DataLoader(data, h["batch_size"], collate_fn=LoraPhotoBatch.collate)
 
     @property
     def _model(self) -> LoraDiffusion:
-        module: Any = self.trainer.lightning_module
-        model: LoraDiffusion = module.model
-        return model
+        module: LoraDiffusionTraining = self.trainer.lightning_module
+        return module.model
 
 
 def _encode_photos(
-    photos: list[tuple[Photo, ...]], source: Source, model: LoraDiffusion, batch_size: int
+    photos: Sequence[Photo], source: Source, model: LoraDiffusion, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What ``model`` sees in all photos in order: faces [n, 1, width] and image tokens [n, k, width] at a time."""
-    all_photos = [photo for photo_batch in photos for photo in photo_batch]
-    image_size, num_without_face = model.photo_size, 0
-    batches = [all_photos[i : i + batch_size] for i in range(0, len(all_photos), batch_size)]
-    for photo_batch in track(batches, "looking at photos", "photos", len(all_photos), batch_size):
-        images = [(source.read_photo(photo.ref)[0], photo) for photo in photo_batch]
-        pixels = [
-            to_tensor(
-                crop_image(image, photo.crop_box or compute_center_box(image), image_size),
-                image_size,
-            )
-            for image, photo in images
-        ]
-        face, image = model.encode_photos(
-            torch.stack(pixels)[:, None].to(model.device), allow_no_face=True
-        )
-        num_without_face += int((face.tokens == 0).flatten(1).all(1).sum())
-        yield face.tokens[:, 0].cpu(), image.tokens[:, 0].cpu()
+    """Encode photos in order: features of faces [n, 1, width] and of images [n, k, width]."""
+    num_without_face = 0
+    batches = [photos[i : i + batch_size] for i in range(0, len(photos), batch_size)]
+    for batch in track(batches, "encoding photos", "photos", len(photos), batch_size):
+        images = torch.stack([_read_photo(photo, source, model.photo_size) for photo in batch])
+        features = model.encode_photos(images[:, None].to(model.device), allow_no_face=True)
+        assert features.face is not None
+        face_tokens, image_tokens = features.face.tokens[:, 0], features.image.tokens[:, 0]
+        num_without_face += int((face_tokens == 0).flatten(1).all(1).sum())
+        yield face_tokens.cpu(), image_tokens.cpu()
     if model.face_analyzer is not None and num_without_face:
         _logger.warning(
-            "no face was found in %d of %d photos: there the encoder alone is heard",
+            "no face was found in %d of %d photos: only their image features are used",
             num_without_face,
-            len(all_photos),
+            len(photos),
         )
+
+
+def _read_photo(photo: Photo, source: Source, size: int) -> Tensor:
+    """Read a photo and crop it to [3, size, size] in [0, 1]."""
+    image, _ = source.read_photo(photo.ref)
+    crop_box = photo.crop_box or compute_center_box(image)
+    return to_tensor(crop_image(image, crop_box, size), size)

@@ -1,184 +1,100 @@
-"""Lightning data modules over drawn portraits."""
+"""Data modules over rendered portraits: attributes, captions, and subjects with references."""
 
 from collections.abc import Collection, Iterator
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Final, TypedDict
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_builder.avatars.captions import build_prompt, parse_caption_attributes, sample_caption
 from data_builder.avatars.identity import AvatarIdentity, Scene, list_hidden_attributes
 from data_builder.avatars.portrait_dataset import PortraitDataset
 from data_builder.avatars.vocabulary import GEOMETRY, IDENTITY_ATTRIBUTES, PROMPT_ATTRIBUTES
 from data_builder.datamodules.feature_cache import load_cached_latents, load_cached_unet_features
-from hyperlora.training.datamodules.collate import collate_subjects
-from hyperlora.training.modules.attribute_classifier import IGNORE_INDEX
+from data_builder.datamodules.images import ImageDataset, LatentDataset
+from hyperlora.training.auxiliary_losses import IGNORE_INDEX
+from hyperlora.training.batches import AttributeBatch, CaptionedLatentBatch
+from hyperlora.training.datamodules.collate import SubjectSample, collate_subjects
 
-ATTRIBUTES = {
+ATTRIBUTES: Final = {
     k: v for k, v in (IDENTITY_ATTRIBUTES | PROMPT_ATTRIBUTES).items() if k != "facial_hair_color"
 }
-"""What a reader names; the facial hair's colour is left to the identity space, as most people have none."""
-
-
-class _ImageDataset(Dataset[Tensor]):
-    """Pixels [3, size, size] in [0, 1]."""
-
-    def __init__(self, folder: str) -> None:
-        self.images = np.load(Path(folder) / "images.npy", mmap_mode="r")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1).float().div_(255)
-
-
-class _LatentDataset(Dataset[Tensor]):
-    """Scaled latents [c, h, w]."""
-
-    def __init__(self, folder: str, vae: str) -> None:
-        self.latents = load_cached_latents(folder, vae)
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.latents[index])).float()
-
-
-class ImageDataModule(L.LightningDataModule):
-    """Images alone, [batch, 3, size, size] in [-1, 1]: for the image autoencoder. With ``crop_size``, training batches are
-    random squares of that size, so that a step of the same cost sees more different pictures."""
-
-    def __init__(
-        self,
-        folder: str,
-        validation: str,
-        batch_size: int = 8,
-        num_val_images: int = 256,
-        crop_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        images = _ImageDataset(self.hparams["folder"])
-        return DataLoader(images, self.hparams["batch_size"], shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        images = _ImageDataset(self.hparams["validation"])
-        return DataLoader(
-            Subset(images, range(min(self.hparams["num_val_images"], len(images)))), 16
-        )
-
-    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
-        crop_size = self.hparams["crop_size"]
-        if crop_size and self.trainer is not None and self.trainer.training:
-            num_offsets = batch.shape[-1] - crop_size + 1
-            corners = torch.randint(num_offsets, (len(batch), 2)).tolist()
-            batch = torch.stack(
-                [
-                    x[:, i : i + crop_size, j : j + crop_size]
-                    for x, (i, j) in zip(batch, corners, strict=True)
-                ]
-            )
-        return batch * 2 - 1
-
-
-class _ImageLatentDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Pictures from -1 to 1, and their latents."""
-
-    def __init__(self, folder: str, vae: str) -> None:
-        self.images, self.latents = _ImageDataset(folder), _LatentDataset(folder, vae)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index] * 2 - 1, self.latents[index]
-
-
-class ImageLatentDataModule(L.LightningDataModule):
-    """Pictures [batch, 3, size, size] in [-1, 1] and their scaled latents, of all drawn pictures of some folders
-    (portraits or pairs): for the decoder of the image autoencoder ``vae`` alone."""
-
-    def __init__(
-        self,
-        folder: list[str],
-        validation: str,
-        vae: str,
-        batch_size: int = 16,
-        num_val_images: int = 256,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        h = self.hparams
-        data: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset(
-            [_ImageLatentDataset(folder, h["vae"]) for folder in h["folder"]]
-        )
-        return DataLoader(data, h["batch_size"], shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        data = _ImageLatentDataset(self.hparams["validation"], self.hparams["vae"])
-        return DataLoader(Subset(data, range(min(self.hparams["num_val_images"], len(data)))), 16)
-
-
-class _AttributeDataset(Dataset[dict[str, Any]]):
-    """Pictures, or with ``vae`` their scaled latents, and all that is known about them."""
-
-    def __init__(self, folder: str, vae: str | None) -> None:
-        self.portraits = PortraitDataset(folder)
-        self.images = _ImageDataset(folder) if vae is None else _LatentDataset(folder, vae)
-
-    def __len__(self) -> int:
-        return len(self.portraits)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        labels, geometry = self._targets[index]
-        subject = index // self.portraits.config.portraits_per_identity
-        return {
-            "images": self.images[index],
-            "labels": labels,
-            "geometry": geometry,
-            "subject": subject,
-        }
-
-    @cached_property
-    def _targets(self) -> list[tuple[dict[str, int], Tensor]]:
-        portraits = self.portraits
-        targets = []
-        for index in range(len(self)):
-            person, scene = portraits.get_identity(index), portraits.get_scene(index)
-            geometry = torch.tensor([getattr(person, k) for k in GEOMETRY])
-            targets.append(
-                (make_attribute_labels(person, scene), (geometry - 1) * 8)
-            )  # about unit variance
-        return targets
+"""Class names by attribute of a classifier. The color of facial hair is left out, since most
+identities have none; the identity space covers it."""
+_GEOMETRY_SCALE: Final = 8.0
+"""Brings the measures of a face, which lie near 1, to about unit variance."""
+_PORTRAITS_PER_BATCH: Final = 2
+"""Portraits of each identity in a batch of ``AttributeDataModule``."""
 
 
 def make_attribute_labels(
     person: AvatarIdentity, scene: Scene, attributes: Collection[str] = tuple(ATTRIBUTES)
 ) -> dict[str, int]:
-    """The class of every attribute of a portrait; ``HELD_OUT_KINDS_GROUP`` of what it does not show, what has no name, and what is
-    not among ``attributes``."""
+    """Make the class indices of a portrait.
+
+    Args:
+        person: Identity of the portrait.
+        scene: Scene of the portrait.
+        attributes: Attributes that get a label.
+
+    Returns:
+        Class index by attribute; ``IGNORE_INDEX`` where it is not among ``attributes``, is not
+        visible, or has a value without a name.
+    """
     values, hidden_attributes = vars(person) | vars(scene), list_hidden_attributes(scene)
     return {
-        k: classes.index(values[k])
-        if k in attributes and k not in hidden_attributes and values[k] in classes
+        name: classes.index(values[name])
+        if name in attributes and name not in hidden_attributes and values[name] in classes
         else IGNORE_INDEX
-        for k, classes in ATTRIBUTES.items()
+        for name, classes in ATTRIBUTES.items()
     }
 
 
+class _AttributeSample(TypedDict):
+    """Fields as in ``AttributeBatch``, without batch axis."""
+
+    images: Tensor
+    labels: dict[str, int]
+    geometry: Tensor
+    subject_ids: int
+
+
+class _AttributeDataset(Dataset[_AttributeSample]):
+    """Portraits, or with ``vae`` their scaled latents, with all attributes."""
+
+    def __init__(self, folder: str, vae: str | None) -> None:
+        self.portraits = PortraitDataset(folder)
+        self.images = ImageDataset(folder) if vae is None else LatentDataset(folder, vae)
+
+    def __len__(self) -> int:
+        return len(self.portraits)
+
+    def __getitem__(self, index: int) -> _AttributeSample:
+        labels, geometry = self._targets[index]
+        return {
+            "images": self.images[index],
+            "labels": labels,
+            "geometry": geometry,
+            "subject_ids": index // self.portraits.config.portraits_per_identity,
+        }
+
+    @cached_property
+    def _targets(self) -> list[tuple[dict[str, int], Tensor]]:
+        targets = []
+        for index in range(len(self)):
+            person, scene = self.portraits.get_identity(index), self.portraits.get_scene(index)
+            geometry = torch.tensor([getattr(person, name) for name in GEOMETRY])
+            labels = make_attribute_labels(person, scene)
+            targets.append((labels, (geometry - 1) * _GEOMETRY_SCALE))
+        return targets
+
+
 class _IdentityBatchSampler(Sampler[list[int]]):
-    """Batches of whole people: ``identities_per_batch`` persons with two of their portraits each."""
+    """Batches of ``identities_per_batch`` identities with two of their portraits each."""
 
     def __init__(self, portraits: PortraitDataset, identities_per_batch: int) -> None:
         self.config, self.identities_per_batch = portraits.config, identities_per_batch
@@ -187,18 +103,24 @@ class _IdentityBatchSampler(Sampler[list[int]]):
         return self.config.num_identities // self.identities_per_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for chunk in torch.randperm(self.config.num_identities)[
-            : len(self) * self.identities_per_batch
-        ].split(self.identities_per_batch):
-            indices = (
-                torch.rand(len(chunk), self.config.portraits_per_identity).argsort(1)[:, :2]
-                + chunk[:, None] * self.config.portraits_per_identity
-            )
+        num_portraits = self.config.portraits_per_identity
+        num_used = len(self) * self.identities_per_batch
+        permutation = torch.randperm(self.config.num_identities)[:num_used]
+        for identities in permutation.split(self.identities_per_batch):
+            order = torch.rand(len(identities), num_portraits).argsort(1)
+            indices = order[:, :_PORTRAITS_PER_BATCH] + identities[:, None] * num_portraits
             yield indices.flatten().tolist()
 
 
 class AttributeDataModule(L.LightningDataModule):
-    """Portraits (with ``vae``, their latents) with all their attributes, two of each person in a batch: for readers."""
+    """Load portraits with all attributes, two of each identity, as ``AttributeBatch``.
+
+    Args:
+        folder: Folder of training portraits.
+        validation: Folder of validation portraits.
+        identities_per_batch: A batch has twice as many portraits.
+        vae: Folder of the autoencoder whose latents replace the images; None for images.
+    """
 
     def __init__(
         self, folder: str, validation: str, identities_per_batch: int = 32, vae: str | None = None
@@ -206,53 +128,61 @@ class AttributeDataModule(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[_AttributeSample]:
+        """Make the loader of random training batches."""
         data = _AttributeDataset(self.hparams["folder"], self.hparams["vae"])
-        return DataLoader(
-            data,
-            batch_sampler=_IdentityBatchSampler(
-                data.portraits, self.hparams["identities_per_batch"]
-            ),
-        )
+        sampler = _IdentityBatchSampler(data.portraits, self.hparams["identities_per_batch"])
+        return DataLoader(data, batch_sampler=sampler, collate_fn=AttributeBatch.collate)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(_AttributeDataset(self.hparams["validation"], self.hparams["vae"]), 64)
+    def val_dataloader(self) -> DataLoader[_AttributeSample]:
+        """Make the loader of validation batches."""
+        data = _AttributeDataset(self.hparams["validation"], self.hparams["vae"])
+        return DataLoader(data, 64, collate_fn=AttributeBatch.collate)
 
 
-class _CaptionedLatentDataset(Dataset[dict[str, Any]]):
-    """Latents with captions that name the person's attributes, drawn anew each time, and as ``labels`` the classes of
-    those that the caption names."""
+class _CaptionedLatentSample(TypedDict):
+    """Fields as in ``CaptionedLatentBatch``, without batch axis."""
+
+    latents: Tensor
+    captions: str
+    labels: dict[str, int]
+
+
+class _CaptionedLatentDataset(Dataset[_CaptionedLatentSample]):
+    """Latents with random captions that name the identity's attributes, and labels of those named."""
 
     def __init__(self, folder: str, vae: str, proportion_empty_prompts: float) -> None:
-        self.portraits, self.proportion_empty_prompts = (
-            PortraitDataset(folder),
-            proportion_empty_prompts,
-        )
-        self.latents = _LatentDataset(folder, vae)
-        n = len(self.portraits)
+        self.portraits = PortraitDataset(folder)
+        self.proportion_empty_prompts = proportion_empty_prompts
+        self.latents = LatentDataset(folder, vae)
         self.identities_and_scenes = [
-            (self.portraits.get_identity(i), self.portraits.get_scene(i)) for i in range(n)
+            (self.portraits.get_identity(i), self.portraits.get_scene(i))
+            for i in range(len(self.portraits))
         ]
 
     def __len__(self) -> int:
         return len(self.portraits)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> _CaptionedLatentSample:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        text = (
-            ""
-            if rng.random() < self.proportion_empty_prompts
-            else sample_caption(*self.identities_and_scenes[index], rng)
-        )
-        labels = make_attribute_labels(
-            *self.identities_and_scenes[index],
-            parse_caption_attributes(*self.identities_and_scenes[index], text),
-        )
-        return {"latents": self.latents[index], "captions": text, "labels": labels}
+        person, scene = self.identities_and_scenes[index]
+        is_empty = rng.random() < self.proportion_empty_prompts
+        caption = "" if is_empty else sample_caption(person, scene, rng)
+        named_attributes = parse_caption_attributes(person, scene, caption)
+        labels = make_attribute_labels(person, scene, named_attributes)
+        return {"latents": self.latents[index], "captions": caption, "labels": labels}
 
 
 class CaptionedLatentDataModule(L.LightningDataModule):
-    """Latents and captions: for the base model."""
+    """Load latents with random captions, as ``CaptionedLatentBatch``.
+
+    Args:
+        folder: Folder of training portraits.
+        validation: Folder of validation portraits.
+        vae: Folder of the autoencoder.
+        batch_size: Portraits per step.
+        proportion_empty_prompts: Probability of an empty caption in training.
+    """
 
     def __init__(
         self,
@@ -265,67 +195,82 @@ class CaptionedLatentDataModule(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        data = _CaptionedLatentDataset(
-            self.hparams["folder"], self.hparams["vae"], self.hparams["proportion_empty_prompts"]
-        )
-        return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[_CaptionedLatentSample]:
+        """Make the loader of shuffled training batches, without an incomplete last one."""
+        h = self.hparams
+        data = _CaptionedLatentDataset(h["folder"], h["vae"], h["proportion_empty_prompts"])
         return DataLoader(
-            _CaptionedLatentDataset(self.hparams["validation"], self.hparams["vae"], 0.0), 64
+            data,
+            h["batch_size"],
+            shuffle=True,
+            drop_last=True,
+            collate_fn=CaptionedLatentBatch.collate,
         )
 
+    def val_dataloader(self) -> DataLoader[_CaptionedLatentSample]:
+        """Make the loader of validation batches, without empty captions."""
+        data = _CaptionedLatentDataset(self.hparams["validation"], self.hparams["vae"], 0.0)
+        return DataLoader(data, 64, collate_fn=CaptionedLatentBatch.collate)
 
-class _SubjectDataset(Dataset[dict[str, Any]]):
-    """One person: ``num_views`` reference portraits (with ``base``, what it sees in them instead), and latents and prompts
-    of other portraits of the same person."""
+
+class _SubjectDataset(Dataset[SubjectSample]):
+    """References and targets of one identity per sample."""
 
     def __init__(
         self, folder: str, vae: str, num_views: int, num_targets: int, base: str | None
     ) -> None:
-        self.images, self.portraits = _ImageDataset(folder), PortraitDataset(folder)
+        self.images, self.portraits = ImageDataset(folder), PortraitDataset(folder)
         self.latents = load_cached_latents(folder, vae)
         self.tokens = load_cached_unet_features(folder, vae, base) if base else None
         self.num_views, self.num_targets = num_views, num_targets
-        if num_views + num_targets > (
-            portraits_per_identity := self.portraits.config.portraits_per_identity
-        ):
+        num_portraits = self.portraits.config.portraits_per_identity
+        if num_views + num_targets > num_portraits:
             raise ValueError(
-                f"{num_views} views and {num_targets} targets need as many portraits; {folder} has {portraits_per_identity}"
+                f"{num_views} views and {num_targets} targets need as many portraits of an "
+                f"identity; {folder} has {num_portraits}"
             )
 
     def __len__(self) -> int:
         return self.portraits.config.num_identities
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        portraits = self.portraits
-        permutation = (
-            torch.randperm(portraits.config.portraits_per_identity)
-            + index * portraits.config.portraits_per_identity
-        )
-        reference_indices = permutation[: self.num_views].tolist()
-        target_indices = permutation[self.num_views : self.num_views + self.num_targets].tolist()
-        if self.tokens is None:
-            inputs = {"photos": torch.stack([self.images[i] for i in reference_indices])}
-        else:
-            inputs = {"tokens": torch.from_numpy(np.array(self.tokens[reference_indices])).float()}
-        return inputs | {
-            "latents": torch.stack(
-                [torch.from_numpy(np.array(self.latents[i])).float() for i in target_indices]
-            ),
-            "captions": [build_prompt(portraits.get_scene(i)) for i in target_indices],
+    def __getitem__(self, index: int) -> SubjectSample:
+        portraits, num_portraits = self.portraits, self.portraits.config.portraits_per_identity
+        order = (torch.randperm(num_portraits) + index * num_portraits).tolist()
+        references = order[: self.num_views]
+        targets = order[self.num_views : self.num_views + self.num_targets]
+        latents = [torch.from_numpy(np.array(self.latents[i])).float() for i in targets]
+        sample: SubjectSample = {
+            "latents": torch.stack(latents),
+            "captions": [build_prompt(portraits.get_scene(i)) for i in targets],
             "labels": [
                 make_attribute_labels(portraits.get_identity(i), portraits.get_scene(i))
-                for i in target_indices
+                for i in targets
             ],
-            "subject": index,
+            "subject_id": index,
         }
+        if self.tokens is None:
+            sample["photos"] = torch.stack([self.images[i] for i in references])
+        else:
+            sample["tokens"] = torch.from_numpy(np.array(self.tokens[references])).float()
+        return sample
 
 
 class SubjectDataModule(L.LightningDataModule):
-    """Reference photos and other portraits of the same people: for hypernetworks. ``base`` is for those whose encoder
-    is the base itself: its tokens are then made once and kept."""
+    """Load reference portraits and other portraits of the same identities, as ``SubjectBatch``.
+
+    Args:
+        folder: Folder of training portraits.
+        validation: Folder of validation portraits.
+        vae: Folder of the autoencoder of the targets' latents.
+        batch_size: Identities per step.
+        num_views: Reference portraits of an identity.
+        num_targets: Target portraits of an identity; validation has one.
+        base: Folder of the base whose UNet is the encoder; its features are then computed once
+            and cached, and take the place of the photos. None for another encoder.
+
+    Raises:
+        ValueError: An identity has fewer portraits than views and targets.
+    """
 
     def __init__(
         self,
@@ -338,18 +283,18 @@ class SubjectDataModule(L.LightningDataModule):
         base: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(
-            logger=False
-        )  # `targets` means another thing in HypernetworkTraining
+        self.save_hyperparameters(logger=False)
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[SubjectSample]:
+        """Make the loader of shuffled training batches, without an incomplete last one."""
         h = self.hparams
         data = _SubjectDataset(h["folder"], h["vae"], h["num_views"], h["num_targets"], h["base"])
         return DataLoader(
             data, h["batch_size"], shuffle=True, drop_last=True, collate_fn=collate_subjects
         )
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def val_dataloader(self) -> DataLoader[SubjectSample]:
+        """Make the loader of validation batches, with one target of each identity."""
         h = self.hparams
         data = _SubjectDataset(h["validation"], h["vae"], h["num_views"], 1, h["base"])
         return DataLoader(data, 50, collate_fn=collate_subjects)

@@ -1,4 +1,5 @@
-"""What released networks know: the pictures a model from photos was trained on, the identity scale of an evaluator."""
+"""Calibration of released models: out-of-distribution detector, identity embedder, identity scale.
+"""
 
 from pathlib import Path
 from typing import Final
@@ -9,11 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from data_builder.avatars.portrait_dataset import PortraitDataset
-from hyperlora.data.images import to_tensor
+from hyperlora.data.images import array_to_tensor, to_tensor
 from hyperlora.encoders.attribute_classifier import AttributeClassifier, predict_in_batches
 from hyperlora.encoders.identity_embedder import IdentityEmbedder
 from hyperlora.encoders.ood_detector import OodDetector, pool_features
 from hyperlora.encoders.sidecar import compute_encoder_fingerprint
+from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.evaluation.metrics import IdentityScale
 from hyperlora.pipelines.auto import load_image_to_lora
@@ -22,26 +24,37 @@ from hyperlora.progress import track
 
 _NUM_TRAIN_PORTRAITS: Final = 6000
 _NUM_VAL_PORTRAITS: Final = 1000
+_BATCH_SIZE: Final = 64
 
 
 def fit_ood_detector(
     model: Path, train_portraits: Path, val_portraits: Path, domain_name: str
 ) -> float:
-    """``domain.safetensors`` beside the model in ``model``, from drawn training and validation portraits; the distance
-    up to which photos are known."""
+    """Fit the out-of-distribution detector of an image-to-LoRA model and save it in its folder.
+
+    Args:
+        model: Folder of the model.
+        train_portraits: Folder of drawn portraits of the split train.
+        val_portraits: Folder of drawn portraits of the split validation, which set the threshold.
+        domain_name: Plural noun for these images, for warnings.
+
+    Returns:
+        Distance up to which photos are in domain.
+
+    Raises:
+        InvalidArgumentError: If the portraits are of other splits.
+    """
     image_to_lora = load_image_to_lora(model)
     train_images, val_images = PortraitDataset(train_portraits), PortraitDataset(val_portraits)
-    if (train_images.config.split, val_images.config.split) != ("train", "validation"):
+    splits = (train_images.config.split, val_images.config.split)
+    if splits != ("train", "validation"):
         raise InvalidArgumentError(
-            "training portraits first and validation portraits second are expected: test stays unseen"
+            f"expected portraits of the splits train and validation, got {' and '.join(splits)}: "
+            "draw them with `data-builder draw-portraits --split`"
         )
-    train_features, val_features = (
+    ood_detector = OodDetector.fit(
         _encode_portraits(image_to_lora, train_images, _NUM_TRAIN_PORTRAITS),
         _encode_portraits(image_to_lora, val_images, _NUM_VAL_PORTRAITS),
-    )
-    ood_detector = OodDetector.fit(
-        train_features,
-        val_features,
         domain_name,
         compute_encoder_fingerprint(image_to_lora.encoder),
     )
@@ -50,36 +63,60 @@ def fit_ood_detector(
 
 
 def export_identity_embedder(model: Path, classifier_dir: Path) -> int:
-    """``sample_identity.safetensors`` beside the model in ``model``: the identity space of the reader whose trunk is its photo
-    encoder; returns its width. Raises ``InvalidArgumentError`` if the model looks through anything else."""
-    image_to_lora, classifier = (
-        load_image_to_lora(model),
-        AttributeClassifier.from_pretrained(classifier_dir),
-    )
-    if compute_encoder_fingerprint(image_to_lora.encoder) != compute_encoder_fingerprint(
+    """Save the identity head of a classifier in the folder of an image-to-LoRA model with the same
+    encoder.
+
+    Args:
+        model: Folder of the model.
+        classifier_dir: Folder of the attribute classifier.
+
+    Returns:
+        Width of the identity embedding.
+
+    Raises:
+        InvalidArgumentError: If the encoders differ.
+    """
+    image_to_lora = load_image_to_lora(model)
+    classifier = AttributeClassifier.from_pretrained(classifier_dir)
+    encoder = image_to_lora.encoder
+    model_fingerprint = compute_encoder_fingerprint(encoder)
+    if not isinstance(encoder, TimmEncoder) or model_fingerprint != compute_encoder_fingerprint(
         classifier.encoder
     ):
         raise InvalidArgumentError(
-            f"{model} does not look through {classifier_dir}: give the reader that its encoder comes from"
+            f"the encoder of {model} is not that of {classifier_dir}: give the classifier that it "
+            "was taken from"
         )
     head = classifier.identity_head
-    IdentityEmbedder(image_to_lora.encoder, head.weight, head.bias).save(model)
+    IdentityEmbedder(encoder, head.weight, head.bias).save(model)
     return head.out_features
 
 
 def calibrate_identity_scale(evaluator: Path, portraits: Path) -> tuple[float, float]:
-    """Into the evaluator's ``config.json``: its mean cosines of portraits of different people, and of one person."""
+    """Measure mean cosines between identity embeddings and save them in the evaluator's
+    ``config.json``.
+
+    Args:
+        evaluator: Folder of the attribute classifier.
+        portraits: Folder of drawn portraits, two or more of each identity.
+
+    Returns:
+        Mean cosine of different identities, and of the same identity.
+
+    Raises:
+        InvalidArgumentError: If the portraits are of the split test, or one of each identity.
+    """
     val_portraits = PortraitDataset(portraits)
     if val_portraits.config.split == "test" or val_portraits.config.portraits_per_identity < 2:
         raise InvalidArgumentError(
-            f"{portraits} is no validation data with two or more portraits of each person"
+            f"{portraits} must hold two or more portraits of each identity of the split train or "
+            "validation: draw them with `data-builder draw-portraits`"
         )
     classifier = AttributeClassifier.from_pretrained(evaluator)
-    identity = predict_in_batches(
-        classifier, _convert_to_pixels(val_portraits.images[:_NUM_VAL_PORTRAITS])
-    ).identity
+    pixels = array_to_tensor(val_portraits.images[:_NUM_VAL_PORTRAITS])
+    embeddings = predict_in_batches(classifier, pixels).identity  # [portraits, width]
     scale = IdentityScale.from_embeddings(
-        identity.unflatten(0, (-1, val_portraits.config.portraits_per_identity))
+        embeddings.unflatten(0, (-1, val_portraits.config.portraits_per_identity))
     )
     classifier.identity_scale = (round(scale.different_cosine, 4), round(scale.same_cosine, 4))
     classifier.save_pretrained(evaluator)
@@ -89,20 +126,17 @@ def calibrate_identity_scale(evaluator: Path, portraits: Path) -> tuple[float, f
 def _encode_portraits(
     image_to_lora: ImageToLoraBase, portraits: PortraitDataset, max_portraits: int
 ) -> Tensor:
-    """Up to ``max_portraits`` portraits as the network describes them, evenly from all people."""
-    indices = np.linspace(0, len(portraits) - 1, min(max_portraits, len(portraits))).astype(int)
-    size, parts = image_to_lora.encoder.image_size, []
-    for batch in track(
-        [indices[i : i + 64] for i in range(0, len(indices), 64)],
-        "looking",
-        "portraits",
-        len(indices),
-        64,
-    ):
-        photos = torch.stack([to_tensor(Image.fromarray(x), size) for x in portraits.images[batch]])
-        parts.append(pool_features(image_to_lora.encoder(photos[:, None]))[:, 0])
-    return torch.cat(parts)
-
-
-def _convert_to_pixels(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
+    """Encode up to ``max_portraits``, evenly spread over all identities, to pooled features [n,
+    width].
+    """
+    num_portraits = min(max_portraits, len(portraits))
+    indices = np.linspace(0, len(portraits) - 1, num_portraits).astype(int)
+    batches = [indices[i : i + _BATCH_SIZE] for i in range(0, num_portraits, _BATCH_SIZE)]
+    image_size, features = image_to_lora.encoder.image_size, []
+    for batch in track(batches, "encoding", "portraits", num_portraits, _BATCH_SIZE):
+        photos = torch.stack(
+            [to_tensor(Image.fromarray(x), image_size) for x in portraits.images[batch]]
+        )  # [n, 3, h, w]
+        encoded = image_to_lora.encoder(photos[:, None])
+        features.append(pool_features(encoded)[:, 0])  # [n, width]
+    return torch.cat(features)

@@ -1,11 +1,12 @@
-"""Two networks to a pack that insightface loads: ONNX files, and a manifest that pins their SHA-256."""
+"""Face packs that insightface loads: two networks as ONNX files, and a manifest with their SHA-256.
+"""
 
 import hashlib
 import json
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -14,21 +15,34 @@ from torch import Tensor, nn
 from hyperlora.encoders.face_networks import FaceDetector, FaceRecognizer
 from hyperlora.errors import InvalidArgumentError
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 DETECTOR_FILE: Final = "det_avatars.onnx"
 RECOGNIZER_FILE: Final = "rec_avatars.onnx"
 LICENSE_FILE: Final = "MODEL.LICENSE"
 _LICENSE_TEXT: Final = (
-    "Apache-2.0\n\nThe two networks of this pack were trained by hyperlora, from nothing, on portraits that "
-    "python_avatars (MIT) draws.\nhttps://www.apache.org/licenses/LICENSE-2.0\n"
+    "Apache-2.0\n\nThe two networks of this pack were trained by hyperlora, from nothing, on "
+    "portraits that python_avatars (MIT) draws.\nhttps://www.apache.org/licenses/LICENSE-2.0\n"
 )
 _MIN_FP16_SIZE: Final = 64
-"""Numbers of a weight that is stored as fp16."""
+"""Least number of elements of a weight that is stored as fp16."""
 
 
 def write_face_pack(detector: Path, recognizer: Path, output_dir: Path) -> int:
-    """Write the pack of two released networks into the folder ``output_dir``; how many bytes it has.
+    """Write a face pack from a released detector and recognizer.
 
-    Raises ``ModelLoadError`` if a folder holds another network, ``InvalidArgumentError`` if ``onnx`` is missing.
+    Args:
+        detector: Folder of a ``FaceDetector``.
+        recognizer: Folder of a ``FaceRecognizer``.
+        output_dir: Folder to write.
+
+    Returns:
+        Size of the pack in bytes.
+
+    Raises:
+        ModelLoadError: If a folder holds another network.
+        InvalidArgumentError: If the package ``onnx`` is missing.
     """
     face_detector, face_recognizer = (
         FaceDetector.from_pretrained(detector),
@@ -67,11 +81,12 @@ def write_face_pack(detector: Path, recognizer: Path, output_dir: Path) -> int:
 def _export_onnx(
     network: nn.Module, example: Tensor, num_outputs: int, input_axes: dict[int, str]
 ) -> bytes:
-    """The network as ONNX, weights fp16; ``input_axes`` names the axes of its input that may have any length."""
+    """Export a network with fp16 weights; ``input_axes`` names the input axes of variable length.
+    """
     try:
         import onnx
     except ImportError as error:
-        raise InvalidArgumentError("a face pack is written with onnx: pip install onnx") from error
+        raise InvalidArgumentError("writing a face pack needs onnx: pip install onnx") from error
     names = [f"out{i}" for i in range(num_outputs)]
     dynamic_axes = {"in": input_axes} | (
         {"out0": {0: "batch"}} if 0 in input_axes else {name: {0: f"k{name}"} for name in names}
@@ -92,8 +107,10 @@ def _export_onnx(
         return _convert_weights_to_fp16(onnx.load(file)).SerializeToString()
 
 
-def _convert_weights_to_fp16(model: "onnx.ModelProto") -> "onnx.ModelProto":  # type: ignore[name-defined]  # noqa: F821
-    """Weights as fp16 with a cast behind each, which onnxruntime does once, when it loads the model."""
+def _convert_weights_to_fp16(model: "ModelProto") -> "ModelProto":
+    """Store weights as fp16, each with a cast that onnxruntime evaluates once, when it loads the
+    model.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []

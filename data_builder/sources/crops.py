@@ -1,9 +1,10 @@
-"""The part of a photo that is learned: a square, perhaps turned, and random ones inside it."""
+"""Crops of photos: a square, possibly rotated, and random squares inside it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import cos, radians, sin
 from pathlib import Path
+from typing import Final, Protocol
 
 import numpy as np
 from PIL import Image
@@ -12,22 +13,31 @@ from data_builder.sources.types import CropBox
 from hyperlora.encoders.face_analysis import FaceAnalyzer
 from hyperlora.errors import InvalidArgumentError
 
-MAX_SIDE = 2048
-"""Pixels of a side that a turned square is first drawn at."""
+MAX_SIDE: Final = 2048
+"""Largest side in pixels at which a rotated square is sampled before it is resized."""
 
 
 def compute_center_box(image: Image.Image) -> CropBox:
-    """The largest square in the middle."""
+    """Compute the largest square in the middle of the image."""
     return image.width / 2, image.height / 2, float(min(image.size)), 0.0
 
 
 def compute_full_box(image: Image.Image) -> CropBox:
-    """All of it, on white where it is not square."""
+    """Compute the smallest square around the whole image, which leaves white margins."""
     return image.width / 2, image.height / 2, float(max(image.size)), 0.0
 
 
 def crop_image(image: Image.Image, crop_box: CropBox, resolution: int) -> Image.Image:
-    """The square upright, ``resolution`` pixels a side; white where it leaves the picture."""
+    """Crop a square and turn it upright.
+
+    Args:
+        image: Image to crop.
+        crop_box: Center, side and angle of the square; white where it leaves the image.
+        resolution: Side of the result in pixels.
+
+    Returns:
+        Image of ``resolution`` x ``resolution`` pixels (bicubic).
+    """
     x, y, side, angle = crop_box
     box = (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
     if (
@@ -53,7 +63,16 @@ def crop_image(image: Image.Image, crop_box: CropBox, resolution: int) -> Image.
 
 
 def jitter_box(crop_box: CropBox, rng: np.random.Generator, min_scale: float = 0.85) -> CropBox:
-    """A random smaller square inside, of at least ``min_scale`` of its side."""
+    """Sample a smaller square inside a square, with the same angle.
+
+    Args:
+        crop_box: Square to stay inside.
+        rng: Random generator.
+        min_scale: Least side relative to that of ``crop_box``.
+
+    Returns:
+        The smaller square.
+    """
     x, y, side, angle = crop_box
     new_side = side * rng.uniform(min_scale, 1)
     dx, dy = (rng.uniform(-1, 1) * (side - new_side) / 2 for _ in range(2))
@@ -66,9 +85,61 @@ def jitter_box(crop_box: CropBox, rng: np.random.Generator, min_scale: float = 0
     )
 
 
+class Cropper(Protocol):
+    """Chooses the square of a photo to learn."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Facts about the cropper that the plan records."""
+
+    def __call__(self, image: Image.Image, warnings: list[str]) -> CropBox:
+        """Choose a square.
+
+        Args:
+            image: Photo of a subject.
+            warnings: List to append sentences to, for the user.
+
+        Returns:
+            The square.
+
+        Raises:
+            InvalidImageError: If the photo has no suitable square.
+        """
+
+
+@dataclass(frozen=True)
+class BoxCropper:
+    """A cropper that depends on the size of the photo alone.
+
+    Attributes:
+        compute_box: Function from a photo to its square.
+    """
+
+    compute_box: Callable[[Image.Image], CropBox]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Nothing."""
+        return {}
+
+    def __call__(self, image: Image.Image, warnings: list[str]) -> CropBox:
+        """Compute the square; ``warnings`` stays as it is."""
+        return self.compute_box(image)
+
+
+CENTER_CROPPER: Final = BoxCropper(compute_center_box)
+FULL_CROPPER: Final = BoxCropper(compute_full_box)
+
+
 @dataclass(frozen=True)
 class FaceCropper:
-    """The upright square around a face, by size from the largest (``face_index`` = 0)."""
+    """A cropper that takes the upright square around a face.
+
+    Attributes:
+        analyzer: Face detector.
+        face_index: Which face, by size from the largest (0).
+        margin: Side of the square relative to the face.
+    """
 
     analyzer: FaceAnalyzer
     face_index: int = 0
@@ -76,40 +147,57 @@ class FaceCropper:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        return {"face_pack": Path(self.analyzer.pack).name, "face_licence": self.analyzer.license}
+        """Name and license of the face pack."""
+        return {"face_pack": Path(self.analyzer.pack).name, "face_license": self.analyzer.license}
 
     def __call__(self, image: Image.Image, warnings: list[str]) -> CropBox:
-        """Raises ``InvalidImageError`` for a photo without that face."""
+        """Find the square around the face.
+
+        Args:
+            image: Photo of a subject.
+            warnings: Gets a sentence if the photo shows several faces.
+
+        Returns:
+            The square.
+
+        Raises:
+            InvalidImageError: If the photo lacks that face.
+        """
         face = self.analyzer.get_face(image, self.face_index)
-        if self.face_index == 0 and (num_others := len(self.analyzer.detect_faces(image)) - 1):
-            warnings.append(f"{num_others + 1} faces, the largest was taken (another by --face N)")
+        if self.face_index == 0 and (num_faces := len(self.analyzer.detect_faces(image))) > 1:
+            warnings.append(
+                f"{num_faces} faces, the largest was taken (another with --face-index N)"
+            )
         return face.compute_aligned_crop_box(self.margin)
-
-
-def make_face_cropper(
-    pack: str | Path | None, face_index: int = 0, margin: float = 1.8
-) -> FaceCropper:
-    """Raises ``InvalidArgumentError`` if no pack is named, and what ``FaceAnalyzer`` raises."""
-    if pack is None:
-        raise InvalidArgumentError(
-            "--crop face needs --face-pack: a folder of ONNX models (detector and, perhaps, recogniser)"
-        )
-    return FaceCropper(FaceAnalyzer(pack), face_index, margin)
-
-
-Cropper = Callable[[Image.Image, list[str]], CropBox]
-"""The square of a photo that is learned; may add remarks, may raise ``InvalidImageError`` for a photo without one."""
 
 
 def make_cropper(
     kind: str, face_pack: str | Path | None = None, face_index: int = 0, margin: float = 1.8
-) -> Cropper | None:
-    """``center``, ``none`` (all of it, on white) or ``face`` by name. Raises ``InvalidArgumentError`` for another."""
+) -> Cropper:
+    """Make a cropper by name.
+
+    Args:
+        kind: ``center`` (largest square in the middle), ``none`` (all of it, on white) or ``face``.
+        face_pack: Folder or name of an insightface pack, for ``face``.
+        face_index: Which face, by size from the largest (0).
+        margin: Side of the square relative to the face.
+
+    Returns:
+        The cropper.
+
+    Raises:
+        InvalidArgumentError: For an unknown kind, or ``face`` without a pack.
+    """
     match kind:
         case "center":
-            return lambda image, remarks: compute_center_box(image)
+            return CENTER_CROPPER
         case "none":
-            return lambda image, remarks: compute_full_box(image)
+            return FULL_CROPPER
         case "face":
-            return make_face_cropper(face_pack, face_index, margin)
+            if face_pack is None:
+                raise InvalidArgumentError(
+                    "--crop face needs --face-pack: a folder of ONNX models (detector and, "
+                    "perhaps, recognizer)"
+                )
+            return FaceCropper(FaceAnalyzer(face_pack), face_index, margin)
     raise InvalidArgumentError(f"unknown crop {kind!r}; known: face, center, none")

@@ -1,28 +1,40 @@
-"""Where subjects come from: the avatar world, a folder, a Hugging Face dataset."""
+"""Sources of photos: the avatar world, a folder, a Hugging Face dataset."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from PIL import Image
 
-from data_builder.sources.types import SubjectEntry
+from data_builder.sources.types import SourceConfig, SubjectEntry
+from hyperlora.data.hub_dataset import is_saved_dataset, load_hub_dataset
 from hyperlora.data.images import read_image
 from hyperlora.data.subjects import list_subjects
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 IMAGE_COLUMNS: Final = ("image", "img", "photo", "picture", "jpg", "png", "webp")
 SUBJECT_COLUMNS: Final = ("subject", "identity", "celeb_id", "person", "label", "name", "id")
 CAPTION_COLUMNS: Final = ("caption", "text", "prompt")
+_PHOTO_COLUMN: Final = "_photo"
+"""Name of the image column once it is found: its own name may be used by another role."""
 
 
 @dataclass(frozen=True)
 class AvatarSource:
-    """People ``first_seed`` to ``end_seed - 1`` of the avatar world, ``portraits_per_identity`` portraits of every one, their prompts the captions
-    (of everything but the identity)."""
+    """Rendered portraits of the avatar world. Captions are the prompts of the scenes.
+
+    Attributes:
+        first_seed: Seed of the first identity.
+        end_seed: Seed after the last identity.
+        portraits_per_identity: Portraits of each identity.
+        resolution: Side of the portraits in pixels.
+    """
 
     kind: ClassVar[str] = "avatars"
     first_seed: int
@@ -31,6 +43,7 @@ class AvatarSource:
     resolution: int = 128
 
     def list_subjects(self, skipped: list[str]) -> Iterator[SubjectEntry]:
+        """List the identities in order of their seeds; ``skipped`` stays as it is."""
         from data_builder.avatars.captions import build_prompt
         from data_builder.avatars.identity import SPLITS, sample_scene
 
@@ -43,7 +56,11 @@ class AvatarSource:
             yield SubjectEntry(f"person-{seed}", photos, split)
 
     def read_photo(self, ref: str) -> tuple[Image.Image, str]:
-        """The picture and its digest (of the pixels)."""
+        """Render the portrait ``seed/number``.
+
+        Returns:
+            The image and the SHA-256 of its pixels.
+        """
         from data_builder.avatars.identity import sample_identity, sample_scene
         from data_builder.avatars.rendering import render_portrait
 
@@ -54,18 +71,30 @@ class AvatarSource:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder of images, one subject each, or of sub-folders with several photos of one subject."""
+    """A folder of images, one subject each, or of sub-folders with several photos of one subject.
+
+    Attributes:
+        path: Folder of images.
+    """
 
     kind: ClassVar[str] = "folder"
     path: str
 
     def list_subjects(self, skipped: list[str]) -> Iterator[SubjectEntry]:
+        """List the subjects by name; appends what cannot be used to ``skipped``."""
         for subject in list_subjects(self.path, skipped):
-            refs = [str(p.relative_to(self.path)) for p in subject.photos]
+            refs = [str(path.relative_to(self.path)) for path in subject.photos]
             yield SubjectEntry(subject.name, tuple(zip(refs, subject.captions, strict=True)))
 
     def read_photo(self, ref: str) -> tuple[Image.Image, str]:
-        """The picture and its digest (of the file). Raises ``InvalidImageError``."""
+        """Read a photo by its path relative to the folder.
+
+        Returns:
+            The image and the SHA-256 of its file.
+
+        Raises:
+            InvalidImageError: If the file is no readable image.
+        """
         path = Path(self.path) / ref
         image = read_image(path)
         return image, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -73,8 +102,15 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A Hugging Face dataset by id, or a local folder of its Parquet files or of ``save_to_disk``. Columns are found
-    by name unless given; without one that names subjects, every row is a subject."""
+    """A Hugging Face dataset. Columns that are not given are found by their usual names.
+
+    Attributes:
+        path: Hub id, folder of Parquet files, or folder of ``save_to_disk``.
+        split: Split of the dataset.
+        image_column: Column of images.
+        subject_column: Column that names subjects. Without one, every row is a subject.
+        caption_column: Column of captions.
+    """
 
     kind: ClassVar[str] = "hub"
     path: str
@@ -84,39 +120,21 @@ class HubSource:
     caption_column: str | None = None
 
     @cached_property
-    def _rows(self) -> Any:
-        try:
-            import datasets
-        except ImportError as error:
-            raise InvalidArgumentError(
-                "reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'"
-            ) from error
-        on_disk = any(
-            (Path(self.path) / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")
-        )
-        try:
-            if on_disk:
-                rows = datasets.load_from_disk(self.path)
-            else:
-                rows = datasets.load_dataset(self.path, split=self.split)
-            if isinstance(rows, Mapping):
-                rows = rows[self.split]
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InvalidArgumentError(
-                f"{self.path!r}, split {self.split!r}, is neither a folder of photos nor a dataset ({reason})"
-            ) from error
+    def _rows(self) -> "Dataset":
+        rows = load_hub_dataset(self.path, self.split, "photos")
         column = _find_column(rows.column_names, self.image_column, IMAGE_COLUMNS)
         if column is None:
             raise InvalidArgumentError(
-                f"{self.path!r} has the columns {', '.join(rows.column_names)}: which holds the images? "
-                "Give --image-column"
+                f"{self.path!r} has the columns {', '.join(rows.column_names)}, none of which is "
+                "known to hold images: name it with --image-column"
             )
-        return rows.cast_column(column, datasets.Image(decode=False)).rename_column(
-            column, "photo to read"
-        )
+        import datasets
+
+        encoded = rows.cast_column(column, datasets.Image(decode=False))
+        return encoded.rename_column(column, _PHOTO_COLUMN)
 
     def list_subjects(self, skipped: list[str]) -> Iterator[SubjectEntry]:
+        """List the subjects in order of their first row; ``skipped`` stays as it is."""
         rows = self._rows
         subject_key = _find_column(rows.column_names, self.subject_column, SUBJECT_COLUMNS)
         caption_key = _find_column(rows.column_names, self.caption_column, CAPTION_COLUMNS)
@@ -130,15 +148,19 @@ class HubSource:
         for i, (name, caption) in enumerate(zip(names, captions, strict=True)):
             photos.setdefault(name, []).append((str(i), str(caption) if caption else None))
         for name, entries in photos.items():
-            yield SubjectEntry(
-                name,
-                tuple(entries),
-                self.split if self.split in ("train", "validation", "test") else None,
-            )
+            split = self.split if self.split in ("train", "validation", "test") else None
+            yield SubjectEntry(name, tuple(entries), split)
 
     def read_photo(self, ref: str) -> tuple[Image.Image, str]:
-        """The picture and its digest (of the encoded bytes). Raises ``InvalidImageError``."""
-        cell = self._rows[int(ref)]["photo to read"] or {}
+        """Read the photo of a row.
+
+        Returns:
+            The image and the SHA-256 of its encoded bytes.
+
+        Raises:
+            InvalidImageError: If the row holds no readable image.
+        """
+        cell = self._rows[int(ref)][_PHOTO_COLUMN] or {}
         data = cell.get("bytes")
         if data is None and cell.get("path"):
             data = Path(cell["path"]).read_bytes()
@@ -161,43 +183,54 @@ def parse_source(
     split: str,
     columns: Mapping[str, str | None],
 ) -> Source:
-    """``draw_portraits:FIRST-LAST`` (last not included), a folder of photos, or a dataset's folder or hub id.
+    """Parse the source that a user names.
 
-    Raises ``InvalidArgumentError`` for a range that is none.
+    Args:
+        text: ``avatars:FIRST-LAST`` (seeds, the last one excluded), a folder of photos, or the
+            folder or hub id of a dataset.
+        portraits_per_identity: Portraits of each avatar.
+        resolution: Side of rendered portraits in pixels.
+        split: Split of a dataset.
+        columns: Column names of a dataset by field of ``HubSource``; None to find them.
+
+    Returns:
+        The source.
+
+    Raises:
+        InvalidArgumentError: For an empty or malformed range of seeds.
     """
     if text.startswith("avatars:"):
         first, _, last = text.removeprefix("avatars:").partition("-")
         if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
             raise InvalidArgumentError(
-                f"{text!r} names no people of the avatar world: write avatars:FIRST-LAST, as avatars:0-200"
+                f"{text!r} names no seeds of the avatar world: write avatars:FIRST-LAST, "
+                "as avatars:0-200"
             )
         return AvatarSource(int(first), int(last), portraits_per_identity, resolution)
     folder = Path(text)
-    dataset_files = ("dataset_info.json", "dataset_dict.json")
-    is_dataset = any((folder / m).is_file() for m in dataset_files) or any(folder.glob("*.parquet"))
-    if folder.exists() and not is_dataset and not any(folder.glob("data/*.parquet")):
+    has_parquet = any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
+    if folder.exists() and not is_saved_dataset(folder) and not has_parquet:
         return FolderSource(text)
     return HubSource(text, split, **columns)
 
 
-def source_to_dict(source: Source) -> dict[str, Any]:
+def source_to_dict(source: Source) -> SourceConfig:
+    """Convert a source to JSON; undone by ``source_from_dict``."""
     return {"kind": source.kind, **asdict(source)}
 
 
-def source_from_dict(config: Mapping[str, Any]) -> Source:
-    """Inverse of ``source_to_dict``."""
-    source_classes: dict[str, Any] = {
-        kind.kind: kind for kind in (AvatarSource, FolderSource, HubSource)
-    }
-    source: Source = source_classes[config["kind"]](
-        **{k: v for k, v in config.items() if k != "kind"}
-    )
+def source_from_dict(config: SourceConfig) -> Source:
+    """Make a source from JSON; undone by ``source_to_dict``."""
+    source_classes = {cls.kind: cls for cls in (AvatarSource, FolderSource, HubSource)}
+    options: dict[str, Any] = {name: value for name, value in config.items() if name != "kind"}
+    source: Source = source_classes[str(config["kind"])](**options)
     return source
 
 
 def _find_column(
     column_names: list[str], requested: str | None, candidates: tuple[str, ...]
 ) -> str | None:
+    """Find a column: the requested one, or the first candidate that exists."""
     if requested and requested not in column_names:
         raise InvalidArgumentError(
             f"the dataset has the columns {', '.join(column_names)}, not {requested!r}"

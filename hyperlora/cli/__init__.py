@@ -1,4 +1,4 @@
-"""The verbs. Heavy libraries are imported inside each verb, so that ``--help`` is instant."""
+"""The commands. Heavy libraries are imported inside each command, so that ``--help`` is instant."""
 
 from typing import Any
 
@@ -11,10 +11,24 @@ from hyperlora.errors import HyperloraError
 
 
 class CommandGroup(TyperGroup):
-    """What a user can mend is one sentence on stderr and exit code 2. What the machine refuses half-way (disk full,
-    permissions lost) is one sentence and exit code 1; anything else is a bug and keeps its traceback."""
+    """Commands whose errors are one sentence on stderr.
+
+    A ``HyperloraError`` exits with code 2, an error of the operating system (disk full, no
+    permission) with code 1. Anything else is a bug and keeps its traceback.
+    """
 
     def invoke(self, ctx: Any) -> Any:
+        """Run a command and turn its errors into sentences and exit codes.
+
+        Args:
+            ctx: The context of the command line.
+
+        Returns:
+            What the command returns.
+
+        Raises:
+            typer.Exit: The command failed with an error that the user can solve.
+        """
         try:
             return super().invoke(ctx)
         except HyperloraError as error:
@@ -31,7 +45,7 @@ class CommandGroup(TyperGroup):
 app = typer.Typer(
     cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-app.command()(demo.run_demo)
+app.command("demo")(demo.run_demo)
 app.command(cls=RayCommand)(generate.generate)
 app.command(cls=edit.EditCommand)(edit.edit)
 app.command()(render.render)
@@ -51,10 +65,10 @@ app.command(context_settings=train.PASS_THROUGH)(train.train)
 
 
 @app.callback()
-def main_callback() -> None:
-    """A photo goes in, a LoRA comes out in one forward pass."""
+def show_help() -> None:
+    """Generate LoRAs from photos or before/after pairs in one forward pass."""
 
 
 def main() -> None:
-    """Console entry point."""
+    """Run the command line; the console entry point."""
     app()

@@ -1,34 +1,41 @@
-"""``main_callback run_demo``."""
+"""``hyperlora demo``."""
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+if TYPE_CHECKING:
+    from hyperlora.evaluation.benchmark import Benchmark
+    from hyperlora.evaluation.edit_evaluator import EditEvaluator, EditResult
+    from hyperlora.evaluation.subject_evaluator import SubjectResult
+    from hyperlora.lora.layout import LoraLayout
+    from hyperlora.lora.weights import LoraWeights
+
+_MAX_SHEET_PROMPTS: Final = 5
+"""Prompts with a column of their own in ``demo.png``."""
+_IMAGES_PER_EDIT: Final = 3
+"""Edited images of each edit in ``edits.png``."""
+
 
 def run_demo(
-    output: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("demo"),
-    method: Annotated[str, typer.Option(help="hyperdreambooth or difflora.")] = "hyperdreambooth",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("demo"),
+    method: Annotated[str, typer.Option(help="hypernetwork or difflora.")] = "hypernetwork",
     num_subjects: Annotated[
-        int, typer.Option(min=1, help="How many people never seen in training.")
+        int, typer.Option(min=1, help="Test subjects, never seen in training.")
     ] = 6,
 ) -> None:
-    """Portraits of people never seen in training, from one photo each: pictures, LoRA files, seconds and scores."""
-    import time
-
+    """Generate LoRAs of test subjects and edits with the bundled models; show images and scores."""
     import torch
 
     from hyperlora import pretrained
     from hyperlora.cli.options import check_output_dir
     from hyperlora.cpu import disable_malloc_trim
-    from hyperlora.data.images import to_image
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.encoders.attribute_classifier import AttributeClassifier
     from hyperlora.evaluation.benchmark import load_benchmark
-    from hyperlora.evaluation.report import draw_contact_sheet
     from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
-    from hyperlora.lora.io.load import load_lora
-    from hyperlora.lora.io.metadata import LoraMetadata
     from hyperlora.lora.io.save import save_lora
     from hyperlora.lora.weights import LoraWeights
     from hyperlora.pipelines.auto import load_image_to_lora
@@ -41,140 +48,159 @@ def run_demo(
     evaluator = SubjectEvaluator(
         base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark
     )
-    model.forward(benchmark.photos[:1, :1])  # warm up, so that the time told is a second photo's
+    model.forward(benchmark.photos[:1, :1])  # warm-up, which the time below leaves out
 
     start_time = time.perf_counter()
-    lora = LoraWeights.stack([model.forward(p[None, :1])[0] for p in benchmark.photos])
-    seconds_per_lora = (time.perf_counter() - start_time) / len(lora)
+    loras = LoraWeights.stack([model.forward(photos[None, :1])[0] for photos in benchmark.photos])
+    seconds_per_lora = (time.perf_counter() - start_time) / len(loras)
     output.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(benchmark.names):
-        metadata = LoraMetadata(
-            title=name, architecture=base.architecture, trigger_phrase="sks person"
-        )
-        save_lora(lora[i], output / f"{name}.safetensors", metadata=metadata)
-        save_lora(lora[i], output / f"{name}.kohya.safetensors", format="kohya", metadata=metadata)
+        metadata = model.make_metadata(name, [])
+        save_lora(loras[i], output / f"{name}.safetensors", metadata=metadata)
+        kohya_path = output / f"{name}.kohya.safetensors"
+        save_lora(loras[i], kohya_path, format="kohya", metadata=metadata)
 
     results = {
         "without LoRA": evaluator.evaluate("without LoRA", None, None),
-        "LoRA from one photo": evaluator.evaluate("with LoRA", lora),
+        "LoRA from one photo": evaluator.evaluate("with LoRA", loras),
     }
-    finetuned_paths = [
-        pretrained.BENCHMARK_DIR / "fitted" / f"{name}.safetensors" for name in benchmark.names
-    ]
-    if all(file.is_file() for file in finetuned_paths):
-        finetuned_loras = LoraWeights.stack(
-            [load_lora(file, model.layout).weights for file in finetuned_paths]
-        )
-        results["LoRA fitted to it"] = evaluator.evaluate("fitted", finetuned_loras)
-    baseline_result, lora_result, *finetuned_results = results.values()
-    prompt_indices = range(min(5, len(benchmark.prompts)))
-    titles = [
-        "photo",
-        "same prompt, no LoRA",
-        *(_strip_subject(benchmark.prompts[p].prompt) for p in prompt_indices),
-    ]
-    grid = [
-        [
-            to_image(benchmark.photos[s, 0]),
-            baseline_result.images[s][0],
-            *(lora_result.images[s][p] for p in prompt_indices),
-        ]
-        + [result.images[s][0] for result in finetuned_results]
-        for s in range(len(lora))
-    ]
-    draw_contact_sheet(
-        [*titles, *(["LoRA fitted to the photo"] if finetuned_results else [])], grid, cell_size=160
-    ).save(output / "demo.png")
-
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "identity I", "prompt P", title=f"{len(lora)} people never seen in training")
-    for name, result in results.items():
-        table.add_row(name, str(result.identity), str(result.prompt_accuracy or "–"))
-    Console().print(table)
+    finetuned_loras = _load_finetuned_loras(benchmark, model.layout)
+    if finetuned_loras is not None:
+        results["fine-tuned LoRA"] = evaluator.evaluate("fine-tuned", finetuned_loras)
+    _draw_subject_sheet(benchmark, list(results.values()), output / "demo.png")
+    _print_scores(results, f"{len(loras)} test subjects")
     typer.echo(
         f"{seconds_per_lora * 1000:.0f} ms from photo to LoRA on {torch.get_num_threads()} threads"
     )
-    typer.echo(f"pictures: {output / 'demo.png'}; LoRA files (diffusers and kohya): {output}")
+    typer.echo(f"images: {output / 'demo.png'}; LoRA files (diffusers and kohya): {output}")
     _run_edit_demo(output)
 
 
-def _run_edit_demo(output_dir: Path) -> None:
-    """``edits.png``: one edit of every kind shown by a pair, on three people never seen in training, and undone."""
+def _load_finetuned_loras(benchmark: "Benchmark", layout: "LoraLayout") -> "LoraWeights | None":
+    """Load the LoRAs that were fine-tuned on the benchmark's photos, if all files are there."""
     from hyperlora import pretrained
-    from hyperlora.data.images import stack_images, to_image
+    from hyperlora.lora.io.load import load_lora
+    from hyperlora.lora.weights import LoraWeights
+
+    folder = pretrained.BENCHMARK_DIR / "fitted"
+    paths = [folder / f"{name}.safetensors" for name in benchmark.names]
+    if not all(path.is_file() for path in paths):
+        return None
+    return LoraWeights.stack([load_lora(path, layout).weights for path in paths])
+
+
+def _draw_subject_sheet(
+    benchmark: "Benchmark", results: "list[SubjectResult]", output_path: Path
+) -> None:
+    """Write a row per subject: photo, base, LoRA by prompt, and perhaps a fine-tuned LoRA."""
+    from hyperlora.data.images import to_image
+    from hyperlora.evaluation.report import draw_contact_sheet
+
+    base_result, lora_result, *finetuned_results = results
+    prompts = [_strip_subject(prompt.prompt) for prompt in benchmark.prompts[:_MAX_SHEET_PROMPTS]]
+    titles = ["photo", "same prompt, no LoRA", *prompts]
+    titles += ["fine-tuned LoRA"] * len(finetuned_results)
+    grid = [
+        [
+            to_image(benchmark.photos[subject, 0]),
+            base_result.images[subject][0],
+            *lora_result.images[subject][: len(prompts)],
+            *(result.images[subject][0] for result in finetuned_results),
+        ]
+        for subject in range(len(benchmark.names))
+    ]
+    draw_contact_sheet(titles, grid, cell_size=160).save(output_path)
+
+
+def _print_scores(results: "dict[str, SubjectResult]", title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "identity", "prompt accuracy", title=title)
+    for name, result in results.items():
+        table.add_row(name, str(result.identity), str(result.prompt_accuracy or "–"))
+    Console().print(table)
+
+
+def _run_edit_demo(output_dir: Path) -> None:
+    """Write ``edits.png`` and LoRA files: one edit of every kind and its reversal."""
+    from hyperlora import pretrained
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
-    from hyperlora.diffusion.image_editing import blend_edit_region, edit_images
+    from hyperlora.diffusion.image_editing import blend_edit_region
     from hyperlora.encoders.attribute_classifier import AttributeClassifier
     from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
     from hyperlora.evaluation.edit_evaluator import EditEvaluator
     from hyperlora.evaluation.edit_suite import generate_pair_loras
-    from hyperlora.evaluation.report import draw_contact_sheet
-    from hyperlora.lora.io.metadata import LoraMetadata
     from hyperlora.lora.io.save import save_lora
     from hyperlora.pipelines.pair_to_lora import PairToLora
 
-    edit_base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
-    pair_to_lora = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=edit_base)
-    benchmark = load_edit_benchmark(pretrained.EDIT_BENCHMARK_DIR, edit_base.resolution)
-    edit_evaluator = EditEvaluator(
-        edit_base,
+    base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
+    model = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=base)
+    benchmark = load_edit_benchmark(pretrained.EDIT_BENCHMARK_DIR, base.resolution)
+    evaluator = EditEvaluator(
+        base,
         AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR),
         benchmark,
-        num_inference_steps=pair_to_lora.num_inference_steps,
+        num_inference_steps=model.num_inference_steps,
     )
-    generate_pair_loras(pair_to_lora, benchmark, 1)  # warm up
-    _, seconds_per_lora = generate_pair_loras(pair_to_lora, benchmark, 1)
-    lora, seconds_with_search = generate_pair_loras(pair_to_lora, benchmark, 1, base=edit_base)
-    edited_images = edit_evaluator.render_edits("edits", lora, edit_evaluator.inputs)
-    reconstructed_images = edit_evaluator.render_edits(
-        "asked for nothing", None, edit_evaluator.inputs
+    generate_pair_loras(model, benchmark, 1)  # warm-up
+    _, seconds_per_lora = generate_pair_loras(model, benchmark, 1)
+    loras, seconds_with_search = generate_pair_loras(model, benchmark, 1, base=base)
+    reverse_loras, _ = generate_pair_loras(model, benchmark, 1, swap_sides=True, base=base)
+    edited_images = evaluator.render_edits("edits", loras, evaluator.inputs)
+    unedited_images = evaluator.render_edits("no LoRA", None, evaluator.inputs)
+    blended_images = blend_edit_region(evaluator.inputs, edited_images, unedited_images)
+    result = evaluator.score_images("edits", blended_images)
+    _draw_edit_sheet(evaluator, result, reverse_loras, output_dir / "edits.png")
+    for i, edit in enumerate(benchmark.edits):
+        metadata = model.make_metadata(edit.name, [])
+        save_lora(loras[i], output_dir / "edits" / f"{edit.name}.safetensors", metadata=metadata)
+    for group in benchmark.groups:
+        accuracy = result.compute_score("accuracy", group)
+        preservation = result.compute_score("preservation", group)
+        typer.echo(f"edits, {group}: accuracy {accuracy}, preservation {preservation}")
+    typer.echo(
+        f"{seconds_per_lora * 1000:.0f} ms from a pair to a LoRA, "
+        f"{seconds_with_search * 1000:.0f} with instruction search"
     )
-    result = edit_evaluator.score_images(
-        "edits", blend_edit_region(edit_evaluator.inputs, edited_images, reconstructed_images)
-    )
-    first_indices = [
-        sum(len(e.test_pairs) for e in benchmark.edits[:i]) for i in range(len(benchmark.edits))
-    ]
-    reverse_loras, _ = generate_pair_loras(
-        pair_to_lora, benchmark, 1, swap_sides=True, base=edit_base
-    )
-    first_edited_images, seeds = result.images[first_indices], [0] * len(first_indices)
+    typer.echo(f"images: {output_dir / 'edits.png'}; LoRA files: {output_dir / 'edits'}")
+
+
+def _draw_edit_sheet(
+    evaluator: "EditEvaluator",
+    result: "EditResult",
+    reverse_loras: "LoraWeights",
+    output_path: Path,
+) -> None:
+    """Write a row per edit: the pair, three inputs with their edits, and the first edit undone."""
+    from hyperlora.data.images import stack_images, to_image
+    from hyperlora.diffusion.image_editing import edit_images
+    from hyperlora.evaluation.report import draw_contact_sheet
+
+    edits = evaluator.benchmark.edits
+    first_indices = [sum(len(e.test_pairs) for e in edits[:i]) for i in range(len(edits))]
     restored_images = stack_images(
         edit_images(
-            edit_base,
-            first_edited_images,
+            evaluator.base,
+            result.images[first_indices],
             reverse_loras,
-            seeds=seeds,
-            num_inference_steps=edit_evaluator.num_inference_steps,
+            seeds=[0] * len(edits),
+            num_inference_steps=evaluator.num_inference_steps,
             preserve_unedited=True,
         )
     )
     grid = []
-    for i, (edit, first_index) in enumerate(zip(benchmark.edits, first_indices, strict=True)):
-        metadata = LoraMetadata(title=edit.name, architecture=edit_base.architecture)
-        save_lora(lora[i], output_dir / "edits" / f"{edit.name}.safetensors", metadata=metadata)
+    for i, (edit, first_index) in enumerate(zip(edits, first_indices, strict=True)):
         row_images = [edit.example_pairs[0, 0], edit.example_pairs[0, 1]]
-        for j, image_pair in enumerate(edit.test_pairs[:3]):
+        for j, image_pair in enumerate(edit.test_pairs[:_IMAGES_PER_EDIT]):
             row_images += [image_pair[0], result.images[first_index + j]]
-        grid.append([to_image(x) for x in (*row_images, restored_images[i])])
-    subject_titles = [title for n in range(3) for title in (f"person {n + 1}", "edited alike")]
-    draw_contact_sheet(["before", "after", *subject_titles, "undone again"], grid).save(
-        output_dir / "edits.png"
-    )
-    for group in benchmark.groups:
-        accuracy, preservation = (
-            result.compute_score("accuracy", group),
-            result.compute_score("preservation", group),
-        )
-        typer.echo(f"edits, {group}: right {accuracy}, the rest kept {preservation}")
-    typer.echo(
-        f"{seconds_per_lora * 1000:.0f} ms from a pair to a LoRA, {seconds_with_search * 1000:.0f} with further words tried"
-    )
-    typer.echo(f"pictures: {output_dir / 'edits.png'}; LoRA files: {output_dir / 'edits'}")
+        grid.append([to_image(pixels) for pixels in (*row_images, restored_images[i])])
+    titles = ["before", "after"]
+    for number in range(1, _IMAGES_PER_EDIT + 1):
+        titles += [f"subject {number}", "edited"]
+    draw_contact_sheet([*titles, "edit undone"], grid).save(output_path)
 
 
 def _strip_subject(prompt: str) -> str:
-    """The part of a prompt after who it is about."""
+    """Return what follows the subject in a prompt."""
     return prompt.split(", ", 1)[-1]

@@ -1,11 +1,22 @@
-"""``main_callback generate_loras``."""
+"""``hyperlora generate``."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+
+from hyperlora.errors import InvalidArgumentError, InvalidImageError
+
+if TYPE_CHECKING:
+    from hyperlora.lora.io.keys import LoraFormat
+    from hyperlora.pipelines.config import GenerationConfig, RefineMethod
+    from hyperlora.pipelines.generate import GenerationRecord
+
+_SAMPLING = "Sampling (--method difflora)"
+_REFINEMENT = "Refinement"
+_FOLDERS = "Many subjects"
 
 
 def generate(
@@ -13,173 +24,231 @@ def generate(
         list[Path] | None, typer.Argument(help="Photos of one subject.", show_default=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--out", help="File (or, with --batch, folder) to write.")
-    ] = None,
-    input_dir: Annotated[
-        Path | None, typer.Option(help="Folder: one LoRA per image, or per sub-folder.")
+        Path | None,
+        typer.Option("-o", "--output", help="LoRA file to write; a folder with --input-dir."),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="hyperdreambooth (one forward pass) or difflora (a diffusion over LoRAs)."
+            help="Method of the bundled model: hypernetwork (one forward pass) or difflora "
+            "(a diffusion over LoRAs).",
+            show_default="hypernetwork",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a model of either method.")
+        str | None, typer.Option(help="Model from photos: folder or hub id, of either method.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model for --refine and --best-of: folder or hub id.")
+        str | None,
+        typer.Option(
+            help="Base model: folder or hub id; used by --refine-steps and --num-candidates."
+        ),
     ] = None,
-    format: Annotated[str, typer.Option(help="diffusers, kohya or sgm (SDXL).")] = "diffusers",
+    format: Annotated[
+        str, typer.Option(help="Key names of the file: diffusers, kohya or sgm (SDXL).")
+    ] = "diffusers",
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank to write; the model's own if not given.")
+        int | None, typer.Option(min=1, help="LoRA rank; the model's own by default.")
     ] = None,
-    strength: Annotated[float, typer.Option(help="Scale of the LoRA.")] = 1.0,
+    strength: Annotated[
+        float, typer.Option(help="Factor of the LoRA weights, from -10 to 10.")
+    ] = 1.0,
     refine_steps: Annotated[
-        int, typer.Option(min=0, help="Fine-tuning steps, above the LoRA of one pass.")
+        int,
+        typer.Option(
+            min=0,
+            help="Fine-tuning steps that start from the generated LoRA.",
+            rich_help_panel=_REFINEMENT,
+        ),
     ] = 0,
     refine_method: Annotated[
         str | None,
         typer.Option(
-            help="identity or photos; the first wherever the model can recognise someone."
+            help="Objective: identity (of generated images) or photos (denoising loss); identity "
+            "by default, where the model can embed it.",
+            rich_help_panel=_REFINEMENT,
         ),
     ] = None,
     num_loras: Annotated[
-        int, typer.Option("--n", min=1, max=1000, help="LoRAs of one subject, each another sample.")
+        int,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="LoRAs to write, each another sample.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = 1,
     num_candidates: Annotated[
-        int, typer.Option(min=1, max=1000, help="Make so many samples and keep the likest.")
+        int,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="LoRAs to sample; those most similar to the photos are kept.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the samples: seed, seed + 1, ...")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seed of the first sample; then seed + 1, ...", rich_help_panel=_SAMPLING
+        ),
+    ] = 0,
     lora_sampling_steps: Annotated[
-        int | None, typer.Option(min=1, help="Of the diffusion over LoRAs.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Denoising steps over LoRA latents; the model's own by default.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     lora_guidance_scale: Annotated[
-        float | None, typer.Option(min=0, max=100, help="By the photos, likewise.")
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Classifier-free guidance by the photos; the model's own by default.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     evaluator: Annotated[
-        Path | None, typer.Option(help="Folder of the reader that --best-of asks.")
+        Path | None,
+        typer.Option(
+            help="Folder of the attribute classifier that ranks --num-candidates.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Subjects at a time with --batch.")] = 32,
+    input_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of subjects, instead of photos: each image or sub-folder is one.",
+            rich_help_panel=_FOLDERS,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Subjects per forward pass.", rich_help_panel=_FOLDERS)
+    ] = 32,
     ray: Annotated[
         str | None,
-        typer.Option(help="With --batch: on the Ray cluster at this address, or `local`."),
+        typer.Option(
+            help="Run on the Ray cluster at this address, or on `local`.", rich_help_panel=_FOLDERS
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Photo(s) of a subject in, a LoRA file out."""
-    from hyperlora.cli.options import check_output_dir, check_output_file
-    from hyperlora.errors import InvalidArgumentError, InvalidImageError
+    """Generate a LoRA file from one or several photos of a subject."""
+    from hyperlora.pipelines.config import GenerationConfig, LoraSampling
 
-    if output is None:
-        raise InvalidArgumentError(
-            "where should the LoRA go? Give -o FILE (or -o FOLDER with --batch)"
-        )
-    if (input_dir is None) == (not photos):
-        raise InvalidArgumentError("give photos of one subject, or --batch FOLDER, and not both")
-    if num_loras > 1 and input_dir is not None:
-        raise InvalidArgumentError(
-            "--n makes several LoRAs of one subject: leave out --batch, or choose with --best-of"
-        )
-    if ray and num_candidates > 1:
-        raise InvalidArgumentError("--best-of draws in this process: leave out --ray")
+    output_path = _check_paths(photos or [], input_dir, output)
     if ray and input_dir is None:
-        raise InvalidArgumentError("--ray is for many subjects: give --batch FOLDER too")
-    if refine_method and not refine_steps:
-        raise InvalidArgumentError("--refine-by says how to refine: give --refine STEPS too")
-    if format not in ("diffusers", "kohya", "sgm"):
-        raise InvalidArgumentError(f"unknown format {format!r}; known: diffusers, kohya, sgm")
-    if not -10 <= strength <= 10:  # also refuses NaN
-        raise InvalidArgumentError(f"strength between -10 and 10 expected, got {strength}")
-    if input_dir is None:
-        check_output_file(output, ".safetensors")
-    elif input_dir.resolve() in output.resolve().parents:
-        raise InvalidArgumentError(
-            f"{str(output)!r} lies in {str(input_dir)!r} and would count as a subject: write somewhere else"
-        )
-    else:
-        check_output_dir(output)
+        raise InvalidArgumentError("--ray is for many subjects: give --input-dir FOLDER too")
+    config = GenerationConfig(
+        format=cast("LoraFormat", format),
+        rank=rank,
+        strength=strength,
+        refine_steps=refine_steps,
+        sampling=LoraSampling(seed, lora_sampling_steps, lora_guidance_scale),
+        num_candidates=num_candidates,
+        refine_method=cast("RefineMethod | None", refine_method),
+        num_loras=num_loras,
+    )
+    if input_dir is not None:
+        config.check_folder(use_ray=ray is not None)
 
     from hyperlora import pretrained
     from hyperlora.cpu import disable_malloc_trim
     from hyperlora.data.images import read_image
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.encoders.identity_similarity import IdentitySimilarity
-    from hyperlora.pipelines.auto import load_image_to_lora
-    from hyperlora.pipelines.generate import (
-        GenerationConfig,
-        generate_files,
-        make_numbered_paths,
-        validate_config,
-    )
+    from hyperlora.pipelines.auto import DEFAULT_METHOD, load_image_to_lora
+    from hyperlora.pipelines.generate import generate_files, validate_config
     from hyperlora.pipelines.generate_folder import generate_folder
-    from hyperlora.pipelines.image_to_lora_base import SamplingConfig
     from hyperlora.pipelines.rerank import IdentityReranker, make_scoring_prompts
 
     disable_malloc_trim()
-    images = [
-        read_image(photo) for photo in photos or []
-    ]  # a bad photo is told before any model is loaded
-    needs_reranking = num_candidates > num_loras
-    diffusion_base = (
-        load_diffusion_base(base or pretrained.BASE_DIR)
-        if refine_steps or needs_reranking
-        else None
-    )
+    # a photo that cannot be read is an error before any model is loaded
+    images = [read_image(photo) for photo in photos or []]
+    base_name_or_path = base or pretrained.BASE_DIR
+    diffusion_base = load_diffusion_base(base_name_or_path) if config.needs_base else None
     image_to_lora = load_image_to_lora(model, method, diffusion_base)
     if diffusion_base is not None:
         image_to_lora.layout.check_base(diffusion_base.id)
-    sampling = SamplingConfig(seed, lora_sampling_steps, lora_guidance_scale)
-    config = GenerationConfig(
-        format, rank, strength, refine_steps, sampling, num_candidates, refine_method
-    )  # type: ignore[arg-type]
-    validate_config(image_to_lora, config, num_loras)
+    validate_config(image_to_lora, config)
     reranker = None
-    if diffusion_base is not None and needs_reranking:
-        prompts = make_scoring_prompts(image_to_lora.trigger_phrase)
+    if diffusion_base is not None and config.needs_reranking:
         reranker = IdentityReranker(
             diffusion_base,
             IdentitySimilarity.from_pretrained(evaluator or pretrained.EVALUATOR_DIR),
-            prompts,
+            make_scoring_prompts(image_to_lora.trigger_phrase),
         )
     if input_dir is None:
         records = generate_files(
-            image_to_lora,
-            photos or [],
-            make_numbered_paths(output, num_loras),
-            config,
-            diffusion_base,
-            images,
-            reranker,
+            image_to_lora, photos or [], output_path, config, diffusion_base, images, reranker
         )
     else:
         batch_generator = None
         if ray is not None:
             from hyperlora.pipelines.generate_ray import make_ray_batch_generator
 
-            model_id = str(model or pretrained.MODEL_DIR_BY_METHOD[method or "hyperdreambooth"])
+            bundled_model = pretrained.MODEL_DIR_BY_METHOD[method or DEFAULT_METHOD]
             batch_generator = make_ray_batch_generator(
-                ray, model_id, str(base or pretrained.BASE_DIR) if refine_steps else None, config
+                ray,
+                str(model or bundled_model),
+                str(base_name_or_path) if refine_steps else None,
+                config,
             )
         records = generate_folder(
             image_to_lora,
             input_dir,
-            output,
+            output_path,
             config,
             diffusion_base,
             batch_size,
             batch_generator,
             reranker,
         )
+    rank_and_base = f"rank {rank or image_to_lora.layout.rank} for {image_to_lora.layout.base}"
+    _report_records(records, output_path, input_dir, config, as_json, rank_and_base)
+
+
+def _check_paths(photos: list[Path], input_dir: Path | None, output: Path | None) -> Path:
+    """Check that there is one kind of input and that the output can be written; return it."""
+    from hyperlora.cli.options import check_output_dir, check_output_file
+
+    if output is None:
+        raise InvalidArgumentError(
+            "where should the LoRA go? Give -o FILE (or -o FOLDER with --input-dir)"
+        )
+    if (input_dir is None) == (not photos):
+        raise InvalidArgumentError(
+            "give photos of one subject, or --input-dir FOLDER, and not both"
+        )
+    if input_dir is None:
+        check_output_file(output, ".safetensors")
+    elif input_dir.resolve() in output.resolve().parents:
+        raise InvalidArgumentError(
+            f"{str(output)!r} lies in {str(input_dir)!r} and would count as a subject: "
+            "write somewhere else"
+        )
+    else:
+        check_output_dir(output)
+    return output
+
+
+def _report_records(
+    records: "list[GenerationRecord]",
+    output: Path,
+    input_dir: Path | None,
+    config: "GenerationConfig",
+    as_json: bool,
+    rank_and_base: str,
+) -> None:
+    """Print warnings and skipped photos on stderr, and the files on stdout."""
     for record in records if input_dir else records[:1]:
         for warning in record.warnings:
             typer.echo(f"warning: {record.subject}: {warning}", err=True)
     if as_json:
-        typer.echo(
-            json.dumps(
-                [asdict(m) for m in records] if input_dir or num_loras > 1 else asdict(records[0])
-            )
-        )
+        rows = [asdict(record) for record in records]
+        typer.echo(json.dumps(rows if input_dir or config.num_loras > 1 else rows[0]))
     failed = [record for record in records if record.error]
     for record in failed:
         typer.echo(f"skipped: {record.error}", err=True)
@@ -190,13 +259,11 @@ def generate(
     if as_json:
         return
     if input_dir is None:
-        written_rank = rank or image_to_lora.layout.rank
         for record in records:
             file = output.with_name(str(record.file))
-            typer.echo(
-                f"{file}: rank {written_rank} for {image_to_lora.layout.base}, {record.seconds:.2f} s"
-            )
+            typer.echo(f"{file}: {rank_and_base}, {record.seconds:.2f} s")
     else:
         typer.echo(
-            f"{len(records) - len(failed)} LoRAs and index.jsonl in {output}, {len(failed)} photos skipped"
+            f"{len(records) - len(failed)} LoRAs and index.jsonl in {output}, "
+            f"{len(failed)} photos skipped"
         )

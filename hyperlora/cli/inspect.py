@@ -1,4 +1,4 @@
-"""``main_callback inspect``."""
+"""``hyperlora inspect``."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ import typer
 def inspect(
     file: Annotated[Path, typer.Argument(help="LoRA file (.safetensors).")],
     base: Annotated[
-        str | None, typer.Option(help="Also check that it fits this base: folder or hub id.")
+        str | None, typer.Option(help="Check that the LoRA fits this base: folder or hub id.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """What a LoRA file is: base, rank, sites, norms, header, and whether it fits a base."""
+    """Show base, rank, target modules, norms and metadata of a LoRA file."""
     from dataclasses import asdict
 
     from hyperlora.lora.io.inspect import inspect_lora
@@ -26,7 +26,7 @@ def inspect(
         modules = load_diffusion_base(base).modules
     info = asdict(inspect_lora(file, modules=modules))
     if base is not None:
-        info["fits"] = base
+        info["compatible_base"] = base
     if as_json:
         typer.echo(json.dumps(info))
         return
@@ -35,20 +35,18 @@ def inspect(
     from rich.table import Table
 
     table = Table(show_header=False, title=_escape_text(info.pop("name")))
-    metadata = info.pop("header")
+    metadata = info.pop("metadata")
     for key, value in info.items():
-        table.add_row(
-            key,
-            _escape_text(", ".join(map(str, value)) if isinstance(value, tuple) else str(value)),
-        )
+        text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        table.add_row(key, _escape_text(text))
     for key, value in metadata.items():
         if value:
-            table.add_row(f"header {key}", _escape_text(str(value)))
+            table.add_row(f"metadata {key}", _escape_text(str(value)))
     Console().print(table)
 
 
 def _escape_text(text: str) -> str:
-    """A stranger's text as it stands: neither Rich's markup nor the terminal's escape codes act in it."""
+    """Escape text of an unknown file: neither Rich's markup nor terminal codes act in it."""
     from rich.markup import escape
 
     return escape("".join(c if c.isprintable() else "�" for c in text))

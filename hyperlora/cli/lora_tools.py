@@ -1,40 +1,57 @@
-"""``main_callback convert``, ``combine``, ``diff``, ``resize``, ``scale`` and ``split``: arithmetic on LoRA files.
+"""LoRA file tools: ``hyperlora convert``, ``combine``, ``diff``, ``resize``, ``scale``, ``split``.
 
-Every verb prints what its result lost: ‖ΔW - ΔŴ‖ / ‖ΔW‖ against the exact answer, as read back from the written file.
+Every command prints the relative error of the written file against the exact result,
+‖ΔW - ΔŴ‖ / ‖ΔW‖.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
+from hyperlora.cli.options import check_output_dir, check_output_file, parse_weighted_path
+from hyperlora.errors import InvalidArgumentError
+
 if TYPE_CHECKING:
+    from hyperlora.lora.io.keys import LoraFormat
     from hyperlora.lora.io.load import LoraFile
     from hyperlora.lora.io.metadata import LoraMetadata
     from hyperlora.lora.weights import LoraWeights
 
-_Output = Annotated[Path, typer.Option("-o", "--out", help="File to write.")]
+_Output = Annotated[Path, typer.Option("-o", "--output", help="LoRA file to write.")]
 _Format = Annotated[
-    str | None, typer.Option(help="diffusers, kohya or sgm (SDXL); by default the input's.")
+    str | None,
+    typer.Option(help="Key names: diffusers, kohya or sgm (SDXL); the input's by default."),
 ]
 _Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
-_Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the result.")]
-BLORA_BLOCKS = ("content=unet.up_blocks.0.attentions.0", "style=unet.up_blocks.0.attentions.1")
-"""B-LoRA's two blocks of SDXL (2403.14572)."""
+_Rank = Annotated[
+    int | None, typer.Option(min=1, help="Rank of the result, by SVD; exact by default.")
+]
+BLORA_BLOCKS: Final = (
+    "content=unet.up_blocks.0.attentions.0",
+    "style=unet.up_blocks.0.attentions.1",
+)
+"""The two blocks of SDXL that B-LoRA trains (2403.14572)."""
+_FILE_NAME_CHARS: Final = frozenset(
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
+)
+_DTYPES: Final = ("float32", "float16", "bfloat16")
 
 
 def convert(
     file: Annotated[Path, typer.Argument(help="LoRA file.")],
     output: _Output,
-    format: Annotated[str, typer.Option(help="diffusers, kohya or sgm (SDXL).")] = "diffusers",
+    format: Annotated[
+        str, typer.Option(help="Key names: diffusers, kohya or sgm (SDXL).")
+    ] = "diffusers",
     dtype: _Dtype = "float32",
 ) -> None:
-    """Write a LoRA with the keys of other tools."""
+    """Convert a LoRA file to the key names of other tools."""
     lora_file = _load_lora_file(file)
-    _save_lora_with_error(
-        lora_file.weights, lora_file.weights, output, lora_file.metadata, format, dtype
-    )
+    weights = lora_file.weights
+    _save_lora_with_error(weights, weights, output, lora_file.metadata, format, dtype)
 
 
 def combine(
@@ -45,57 +62,50 @@ def combine(
     ] = "concat",
     rank: _Rank = None,
     density: Annotated[
-        float, typer.Option(help="Fraction of numbers that ties, dare and magnitude keep.")
+        float, typer.Option(help="Fraction of values that ties, dare and magnitude keep.")
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Which numbers dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the values that dare drops.")] = 0,
     format: _Format = None,
     dtype: _Dtype = "float32",
 ) -> None:
-    """Add LoRAs: the exact sum (ranks add), or one of lower rank."""
-    from hyperlora.cli.options import parse_weighted_path
+    """Merge LoRA files: the exact weighted sum (ranks add up), or one of lower rank."""
     from hyperlora.lora.merge import merge
 
     weighted_paths = [parse_weighted_path(text) for text in files]
     lora_files = [_load_lora_file(path) for path, _ in weighted_paths]
+    loras = [lora_file.weights for lora_file in lora_files]
     weights = [weight for _, weight in weighted_paths]
-    exact = merge([r.weights for r in lora_files], weights)
-    merged = merge([r.weights for r in lora_files], weights, method, rank, density, seed)
-    title = " + ".join(
-        f"{w:g} {r.metadata.title or p.stem}"
-        for (p, w), r in zip(weighted_paths, lora_files, strict=True)
-    )
-    _save_lora_with_error(
-        merged,
-        exact,
-        output,
-        _merge_metadata(lora_files, title),
-        format or lora_files[0].format,
-        dtype,
-    )
+    exact = merge(loras, weights)
+    merged = merge(loras, weights, method, rank, density, seed)
+    names = [
+        f"{weight:g} {lora_file.metadata.title or path.stem}"
+        for (path, weight), lora_file in zip(weighted_paths, lora_files, strict=True)
+    ]
+    metadata = _merge_metadata(lora_files, " + ".join(names))
+    _save_lora_with_error(merged, exact, output, metadata, format or lora_files[0].format, dtype)
 
 
 def diff(
     after: Annotated[Path, typer.Argument(help="LoRA file.")],
-    before: Annotated[Path, typer.Argument(help="LoRA file to take away from it.")],
+    before: Annotated[Path, typer.Argument(help="LoRA file to subtract.")],
     output: _Output,
     rank: _Rank = None,
     format: _Format = None,
     dtype: _Dtype = "float32",
 ) -> None:
-    """AFTER - BEFORE: the change between two LoRAs."""
+    """Subtract LoRA files: AFTER - BEFORE."""
     from hyperlora.lora.merge import merge
 
     lora_files = [_load_lora_file(after), _load_lora_file(before)]
-    exact = merge([r.weights for r in lora_files], [1.0, -1.0])
+    exact = merge([lora_file.weights for lora_file in lora_files], [1.0, -1.0])
     difference = exact if rank is None else exact.resize(rank)
-    title = f"{lora_files[0].metadata.title or after.stem} - {lora_files[1].metadata.title or before.stem}"
+    names = [
+        lora_file.metadata.title or path.stem
+        for path, lora_file in zip((after, before), lora_files, strict=True)
+    ]
+    metadata = _merge_metadata(lora_files, " - ".join(names))
     _save_lora_with_error(
-        difference,
-        exact,
-        output,
-        _merge_metadata(lora_files, title),
-        format or lora_files[0].format,
-        dtype,
+        difference, exact, output, metadata, format or lora_files[0].format, dtype
     )
 
 
@@ -106,15 +116,11 @@ def resize(
     format: _Format = None,
     dtype: _Dtype = "float32",
 ) -> None:
-    """The best approximation of a LoRA at another rank (SVD)."""
+    """Change the rank of a LoRA file, with the least error (SVD)."""
     lora_file = _load_lora_file(file)
+    resized, metadata = lora_file.weights.resize(rank), lora_file.metadata
     _save_lora_with_error(
-        lora_file.weights.resize(rank),
-        lora_file.weights,
-        output,
-        lora_file.metadata,
-        format or lora_file.format,
-        dtype,
+        resized, lora_file.weights, output, metadata, format or lora_file.format, dtype
     )
 
 
@@ -122,7 +128,7 @@ def scale(
     file: Annotated[Path, typer.Argument(help="LoRA file.")],
     output: _Output,
     factor: Annotated[
-        float | None, typer.Option(help="Factor of the whole LoRA (-1 inverts it).")
+        float | None, typer.Option(help="Factor of the whole LoRA; -1 negates it.")
     ] = None,
     block: Annotated[
         list[str] | None, typer.Option(help="BLOCK=FACTOR, e.g. unet.mid_block=0; repeat.")
@@ -130,21 +136,18 @@ def scale(
     format: _Format = None,
     dtype: _Dtype = "float32",
 ) -> None:
-    """Make a LoRA, or some of its blocks, stronger, weaker or inverted."""
-    from hyperlora.errors import InvalidArgumentError
+    """Scale a LoRA file, or some of its blocks."""
     from hyperlora.lora.blocks import scale_blocks
     from hyperlora.lora.merge import validate_weights
 
     if factor is None and not block:
-        raise InvalidArgumentError("by how much? Give --by FACTOR or --block BLOCK=FACTOR")
+        raise InvalidArgumentError("by how much? Give --factor FACTOR or --block BLOCK=FACTOR")
     block_factors = {
         name: _parse_factor(name, value) for name, value in map(_parse_name_value, block or [])
     }
     lora_file = _load_lora_file(file)
-    scaled = (
-        scale_blocks(lora_file.weights, block_factors)
-        * validate_weights([1.0 if factor is None else factor], 1)[0]
-    )
+    (global_factor,) = validate_weights([1.0 if factor is None else factor], 1)
+    scaled = scale_blocks(lora_file.weights, block_factors) * global_factor
     _save_lora_with_error(
         scaled, scaled, output, lora_file.metadata, format or lora_file.format, dtype
     )
@@ -152,17 +155,18 @@ def scale(
 
 def split(
     file: Annotated[Path, typer.Argument(help="LoRA file.")],
-    output: Annotated[Path, typer.Option("-o", "--out", help="Folder: one file per part.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to write, one file per part.")
+    ],
     part: Annotated[
-        list[str] | None, typer.Option(help="NAME=BLOCK[,BLOCK...]; B-LoRA's of SDXL if none.")
+        list[str] | None,
+        typer.Option(help="NAME=BLOCK[,BLOCK...]; repeat. B-LoRA's blocks of SDXL by default."),
     ] = None,
     format: _Format = None,
     dtype: _Dtype = "float32",
 ) -> None:
-    """Take a LoRA apart by blocks, e.g. content and style."""
-    from hyperlora.cli.options import check_output_dir
-    from hyperlora.errors import InvalidArgumentError
-    from hyperlora.lora.blocks import select_blocks as part_of
+    """Split a LoRA file by blocks, e.g. into content and style."""
+    from hyperlora.lora.blocks import select_blocks
 
     blocks_by_part = dict(map(_parse_name_value, part or BLORA_BLOCKS))
     check_output_dir(output)
@@ -173,24 +177,16 @@ def split(
             f"part {invalid_names[0]!r} cannot name a file: letters, digits, - and _ expected"
         )
     lora_file = _load_lora_file(file)
+    # all parts exist before the first is written
     loras_by_part = {
-        name: part_of(lora_file.weights, blocks.split(","))
+        name: select_blocks(lora_file.weights, blocks.split(","))
         for name, blocks in blocks_by_part.items()
     }
     for name, weights in loras_by_part.items():
         title = f"{lora_file.metadata.title or file.stem} ({name})"
-        header = replace(lora_file.metadata, title=title)
-        _save_lora_with_error(
-            weights,
-            weights,
-            output / f"{name}.safetensors",
-            header,
-            format or lora_file.format,
-            dtype,
-        )
-
-
-_FILE_NAME_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
+        metadata = replace(lora_file.metadata, title=title)
+        path = output / f"{name}.safetensors"
+        _save_lora_with_error(weights, weights, path, metadata, format or lora_file.format, dtype)
 
 
 def _load_lora_file(path: Path) -> "LoraFile":
@@ -207,54 +203,56 @@ def _save_lora_with_error(
     format: str,
     dtype: str,
 ) -> None:
+    """Write a LoRA, read it back and print its relative error against ``reference``."""
     import torch
 
-    from hyperlora.cli.options import check_output_file
-    from hyperlora.errors import InvalidArgumentError
     from hyperlora.lora.io.load import load_lora
     from hyperlora.lora.io.save import save_lora
     from hyperlora.lora.merge import compute_relative_error
 
     check_output_file(output_path, ".safetensors")
-    torch_dtype: Any = {
-        "float32": torch.float32,
-        "float16": torch.float16,
-        "bfloat16": torch.bfloat16,
-    }.get(dtype)
-    if torch_dtype is None:
-        raise InvalidArgumentError(f"unknown dtype {dtype!r}; known: float32, float16, bfloat16")
+    if dtype not in _DTYPES:
+        raise InvalidArgumentError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
     save_lora(
-        weights, output_path, format=format, metadata=replace(metadata, date=""), dtype=torch_dtype
-    )  # type: ignore[arg-type]
+        weights,
+        output_path,
+        format=cast("LoraFormat", format),
+        metadata=replace(metadata, date=""),
+        dtype=getattr(torch, dtype),
+    )
     error = compute_relative_error(load_lora(output_path).weights, reference)
     typer.echo(
-        f"{output_path}: rank {weights.layout.rank}, {len(weights.layout.targets)} sites, {format}, error {error:.2g}"
+        f"{output_path}: rank {weights.layout.rank}, {len(weights.layout.targets)} targets, "
+        f"{format}, error {error:.2g}"
     )
 
 
-def _merge_metadata(lora_files: "list[LoraFile]", title: str) -> "LoraMetadata":
-    """The header of a LoRA made of several: what they share, and each one's phrase, licence and photos."""
-    metadata = [r.metadata for r in lora_files]
-
-    def join_unique(field: str) -> str:
-        return ", ".join(dict.fromkeys(text for h in metadata if (text := getattr(h, field))))
-
+def _merge_metadata(lora_files: "Sequence[LoraFile]", title: str) -> "LoraMetadata":
+    """Merge metadata: what the files share, and every trigger phrase, license and photo."""
+    all_metadata = [lora_file.metadata for lora_file in lora_files]
     return replace(
-        metadata[0],
+        all_metadata[0],
         title=title,
-        trigger_phrase=join_unique("trigger_phrase"),
-        license=join_unique("license"),
-        encoder=join_unique("encoder"),
-        encoder_license=join_unique("encoder_license"),
-        reference_sha256=tuple(dict.fromkeys(d for h in metadata for d in h.reference_sha256)),
+        trigger_phrase=_join_unique(metadata.trigger_phrase for metadata in all_metadata),
+        license=_join_unique(metadata.license for metadata in all_metadata),
+        encoder=_join_unique(metadata.encoder for metadata in all_metadata),
+        encoder_license=_join_unique(metadata.encoder_license for metadata in all_metadata),
+        reference_sha256=tuple(
+            dict.fromkeys(
+                sha256 for metadata in all_metadata for sha256 in metadata.reference_sha256
+            )
+        ),
         recommended_strength=1.0,
         extra={},
     )
 
 
-def _parse_name_value(text: str) -> tuple[str, str]:
-    from hyperlora.errors import InvalidArgumentError
+def _join_unique(texts: Iterable[str]) -> str:
+    """Join texts that are not empty, each once, in their order."""
+    return ", ".join(dict.fromkeys(filter(None, texts)))
 
+
+def _parse_name_value(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
         raise InvalidArgumentError(f"NAME=VALUE expected, got {text!r}")
@@ -262,8 +260,6 @@ def _parse_name_value(text: str) -> tuple[str, str]:
 
 
 def _parse_factor(name: str, value: str) -> float:
-    from hyperlora.errors import InvalidArgumentError
-
     try:
         return float(value)
     except ValueError:

@@ -1,60 +1,88 @@
-"""``main_callback render``."""
+"""``hyperlora render``."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from hyperlora.cli.options import parse_weighted_path
+from hyperlora.cli.options import check_output_file, parse_weighted_path, save_image
+from hyperlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from hyperlora.diffusion.diffusion_base import DiffusionBase
+    from hyperlora.diffusion.multi_lora import CompositionConfig, Schedule, Strategy
+    from hyperlora.diffusion.regions import Region
     from hyperlora.lora.weights import LoraWeights
+
+_COMPOSITION = "Several LoRAs"
 
 
 def render(
     prompt: Annotated[
         str,
-        typer.Option(help="What to draw, with the LoRA's trigger phrase; may hold <lora:NAME:W>."),
+        typer.Option(help="Prompt with the LoRA's trigger phrase; may contain <lora:NAME:WEIGHT>."),
     ],
-    output: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")],
     lora: Annotated[
-        list[str] | None, typer.Option(help="FILE or FILE:WEIGHT; repeat for several.")
+        list[str] | None, typer.Option(help="LoRA file as FILE or FILE:WEIGHT; repeat.")
     ] = None,
     lora_dir: Annotated[
-        Path, typer.Option(help="Where <lora:NAME> in the prompt is looked up.")
+        Path, typer.Option(help="Folder of the LoRA files that <lora:NAME> names.")
     ] = Path("."),
-    strategy: Annotated[str, typer.Option(help="merge, switch, composite or spatial.")] = "merge",
+    base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    guidance_scale: Annotated[
+        float, typer.Option(min=0, max=100, help="Classifier-free guidance.")
+    ] = 3.0,
+    negative_prompt: Annotated[str, typer.Option(help="Prompt of what to avoid.")] = "",
+    width: Annotated[
+        int | None, typer.Option(min=8, help="Pixels; the base's resolution by default.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Likewise.")] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="merge, switch, composite or spatial (one LoRA per region).",
+            rich_help_panel=_COMPOSITION,
+        ),
+    ] = "merge",
     region: Annotated[
         list[str] | None,
         typer.Option(
-            help="LEFT,TOP,RIGHT,BOTTOM in 0..1, or a mask image; one per LoRA (spatial)."
+            help="LEFT,TOP,RIGHT,BOTTOM from 0 to 1, or a mask image; one per LoRA (spatial).",
+            rich_help_panel=_COMPOSITION,
         ),
     ] = None,
     windowed: Annotated[
-        bool, typer.Option(help="Draw each region as a picture of its own (spatial).")
+        bool,
+        typer.Option(
+            help="Denoise each region as an image of its own (spatial).",
+            rich_help_panel=_COMPOSITION,
+        ),
     ] = False,
     switch_every: Annotated[
-        int, typer.Option(min=1, help="Steps before the next LoRA (switch).")
+        int,
+        typer.Option(
+            min=1, help="Steps until the next LoRA (switch).", rich_help_panel=_COMPOSITION
+        ),
     ] = 5,
     gamma: Annotated[
-        float | None, typer.Option(help="AutoLoRA guidance: 0 base, 1 LoRA, above goes beyond.")
+        float | None,
+        typer.Option(
+            help="AutoLoRA guidance: 0 is the base, 1 the LoRA, more exaggerates it.",
+            rich_help_panel=_COMPOSITION,
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="DiffusionBase model: folder or hub id.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=0, max=100)] = 3.0,
-    negative_prompt: Annotated[str, typer.Option()] = "",
-    width: Annotated[
-        int | None, typer.Option(min=8, help="Pixels; the base's own size if not given.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(min=8)] = None,
 ) -> None:
-    """Draw a prompt with LoRA files on their base."""
+    """Generate an image with LoRA files on their base model."""
+    check_output_file(output, ".png")
+    weighted_paths = [parse_weighted_path(text) for text in lora or []]
+
     from functools import partial
 
     from hyperlora import pretrained
-    from hyperlora.cli.options import check_output_file, save_image
     from hyperlora.cpu import disable_malloc_trim
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.diffusion.lora_prompt_syntax import (
@@ -62,36 +90,30 @@ def render(
         load_tagged_loras,
         parse_lora_tags,
     )
-    from hyperlora.diffusion.text_to_image import generate_images as draw
-    from hyperlora.errors import InvalidArgumentError
+    from hyperlora.diffusion.multi_lora import CompositionConfig
+    from hyperlora.diffusion.text_to_image import generate_images
 
-    check_output_file(output, ".png")
-    weighted_paths = [parse_weighted_path(text) for text in lora or []]
     text, lora_tags = parse_lora_tags(prompt)
-    regions = [_parse_region(r) for r in region] if region else None
-    if gamma is not None and (strategy != "merge" or any(not m.is_constant for m in lora_tags)):
+    is_constant = all(tag.is_constant for tag in lora_tags)
+    regions = [_parse_region(text) for text in region] if region else None
+    if gamma is not None and (strategy != "merge" or not is_constant):
         raise InvalidArgumentError(
             "--gamma guides the sum of all LoRAs: use it with --strategy merge and without steps"
         )
     disable_malloc_trim()
     diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR)
-    loras = [
-        _load_lora_for_base(path, diffusion_base) for path, _ in weighted_paths
-    ] + load_tagged_loras(lora_tags, lora_dir, diffusion_base.modules)
+    loras = [_load_lora_for_base(path, diffusion_base) for path, _ in weighted_paths]
+    loras += load_tagged_loras(lora_tags, lora_dir, diffusion_base.modules)
     weights = [weight for _, weight in weighted_paths] + [1.0] * len(lora_tags)
-    schedule = (
-        partial(compute_tag_scales, lora_tags, num_constant=len(weighted_paths))
-        if any(not m.is_constant for m in lora_tags)
-        else None
+    schedule = None
+    if not is_constant:
+        schedule = partial(compute_tag_scales, lora_tags, num_constant=len(weighted_paths))
+    config = CompositionConfig(switch_every=switch_every, regions=regions, windowed=windowed)
+    lora_context = _apply_loras(
+        diffusion_base, loras, weights, cast("Strategy", strategy), gamma, schedule, config
     )
-    compose_options: Any = {
-        "regions": regions,
-        "window": windowed,
-        "every": switch_every,
-        "schedule": schedule,
-    }
-    with _apply_loras(diffusion_base, loras, weights, strategy, gamma, compose_options):
-        (image,) = draw(
+    with lora_context:
+        (image,) = generate_images(
             diffusion_base,
             [text],
             seeds=[seed],
@@ -109,11 +131,12 @@ def _apply_loras(
     diffusion_base: "DiffusionBase",
     loras: "list[LoraWeights]",
     weights: list[float],
-    strategy: Any,
+    strategy: "Strategy",
     gamma: float | None,
-    compose_options: Any,
-) -> Any:
-    """The context to draw in: all files by their strategy, or guided by their sum."""
+    schedule: "Schedule | None",
+    config: "CompositionConfig",
+) -> AbstractContextManager[None]:
+    """Return the context to generate in: LoRAs by their strategy, or AutoLoRA by their sum."""
     from contextlib import nullcontext
 
     from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
@@ -124,31 +147,35 @@ def _apply_loras(
         return nullcontext()
     if gamma is not None:
         return apply_autolora_guidance(diffusion_base.pipeline, merge(loras, weights), gamma)
-    return compose_loras(diffusion_base.pipeline, loras, strategy, weights, **compose_options)
+    return compose_loras(
+        diffusion_base.pipeline, loras, strategy, weights, schedule=schedule, config=config
+    )
 
 
 def _load_lora_for_base(path: Path, diffusion_base: "DiffusionBase") -> "LoraWeights":
+    """Load a LoRA file; note on stderr if it is for another base of the same shape."""
     from hyperlora.lora.io.load import load_lora
 
     lora_file = load_lora(path, modules=diffusion_base.modules)
     if (trained_base := lora_file.metadata.base_model) not in ("", diffusion_base.id):
         typer.echo(
-            f"note: {path.name} was made for {trained_base!r}, not for this base {diffusion_base.id!r}",
+            f"note: {path.name} was made for {trained_base!r}, not for this base "
+            f"{diffusion_base.id!r}",
             err=True,
         )
     return lora_file.weights
 
 
-def _parse_region(text: str) -> Any:
-    from hyperlora.errors import InvalidArgumentError
-
+def _parse_region(text: str) -> "Region":
+    """Parse a box, or read a mask image."""
     if Path(text).is_file():
         from hyperlora.data.images import read_image
 
         return read_image(Path(text))
     try:
-        return tuple(float(number) for number in text.split(","))
+        left, top, right, bottom = (float(number) for number in text.split(","))
     except ValueError:
         raise InvalidArgumentError(
             f"region {text!r} is neither LEFT,TOP,RIGHT,BOTTOM in 0..1 nor an image file"
         ) from None
+    return left, top, right, bottom

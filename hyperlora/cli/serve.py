@@ -1,66 +1,112 @@
-"""``main_callback serve``."""
+"""``hyperlora serve``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hyperlora.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from fastapi import FastAPI
+
+    from hyperlora.service.engine.base import EngineFactory
+    from hyperlora.service.engine.factory import ModelPaths
+    from hyperlora.service.settings import ServiceSettings
+
+_MODELS = "Models"
+_LIMITS = "Access and limits"
+_RAY = "Ray Serve (extra `scale`)"
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
     host: Annotated[
-        str, typer.Option(help="Address to bind; other machines reach 0.0.0.0 (use keys then).")
+        str,
+        typer.Option(help="Address to bind; 0.0.0.0 for other machines, which needs API keys."),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind.")] = 8000,
+    ui: Annotated[bool, typer.Option(help="Serve the web interface at / too (extra `ui`).")] = True,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the LoRA files that <lora:NAME> in a prompt names."),
+    ] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Folder of jobs and stored files.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a model from photos, of either method.")
+        str | None,
+        typer.Option(
+            help="Model from photos: folder or hub id, of either method.", rich_help_panel=_MODELS
+        ),
     ] = None,
     extra_model: Annotated[
         list[str] | None,
-        typer.Option(help="Model of another method, for requests that name it; may be repeated."),
+        typer.Option(
+            help="Model of another method, for requests that name the method; repeat.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model: folder or hub id.", rich_help_panel=_MODELS),
+    ] = None,
+    edits: Annotated[
+        bool, typer.Option(help="Accept before/after pairs too.", rich_help_panel=_MODELS)
+    ] = True,
     pair_model: Annotated[
-        str | None, typer.Option(help="PairToLora model, for before/after pairs.")
+        str | None,
+        typer.Option(
+            help="Model from before/after pairs: folder or hub id.", rich_help_panel=_MODELS
+        ),
     ] = None,
     edit_base: Annotated[
-        str | None, typer.Option(help="Base of edits (InstructPix2Pix) of that model.")
+        str | None,
+        typer.Option(help="InstructPix2Pix base model: folder or hub id.", rich_help_panel=_MODELS),
     ] = None,
-    edits: Annotated[bool, typer.Option(help="Take before/after pairs too.")] = True,
     evaluator: Annotated[
-        str | None, typer.Option(help="Folder of a reader, for the likeness of portraits.")
+        str | None,
+        typer.Option(
+            help="Folder of the attribute classifier that scores identity similarity.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
-    ui: Annotated[
-        bool, typer.Option(help="Also a page for people at / (needs the extra `ui`).")
-    ] = True,
-    lora_dir: Annotated[
-        Path | None, typer.Option(help="Folder of LoRA files that prompts may name.")
-    ] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Where jobs and kept files lie.")] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File of API keys, one a line; also HYPERLORA_API_KEYS.")
+        Path | None,
+        typer.Option(
+            help="File of API keys, one per line; also read from HYPERLORA_API_KEYS.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = None,
     rate_limit: Annotated[
-        str, typer.Option(help="Requests per key, e.g. 60/minute.")
+        str,
+        typer.Option(help="Requests per API key, e.g. 60/minute.", rich_help_panel=_LIMITS),
     ] = "600/minute",
     max_queue_size: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait for the model.")
+        int,
+        typer.Option(min=1, help="Requests that may wait for the model.", rich_help_panel=_LIMITS),
     ] = 256,
     timeout_s: Annotated[
-        float, typer.Option(min=1, help="Seconds a synchronous request may take.")
+        float,
+        typer.Option(
+            min=1, help="Seconds that a synchronous request may take.", rich_help_panel=_LIMITS
+        ),
     ] = 120.0,
     ray: Annotated[
-        bool, typer.Option("--ray", help="The models in replicas of Ray Serve (extra `scale`).")
+        bool,
+        typer.Option("--ray", help="Run the models in replicas.", rich_help_panel=_RAY),
     ] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="Replicas, with --ray.")] = 1,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Replicas, with --ray.", rich_help_panel=_RAY)
+    ] = 1,
     max_replicas: Annotated[
-        int | None, typer.Option(min=1, help="Up to so many as requests wait.")
+        int | None,
+        typer.Option(min=1, help="Replicas under load, with --ray.", rich_help_panel=_RAY),
     ] = None,
 ) -> None:
-    """Serve LoRAs from images over HTTP; the API explains itself under /docs."""
-    from hyperlora.errors import InvalidArgumentError
-
+    """Serve LoRA generation over HTTP, with its API documentation at /docs."""
     try:
         import uvicorn  # noqa: F401
         from limits import parse
@@ -79,9 +125,10 @@ def serve(
     from hyperlora.service.metrics import configure_logging
 
     api_keys = load_api_keys(api_key_file)
-    if host not in ("127.0.0.1", "localhost", "::1") and not api_keys:
+    if host not in _LOCAL_HOSTS and not api_keys:
         raise InvalidArgumentError(
-            f"binding {host} without API keys would let everyone in: give --keys, or HYPERLORA_API_KEYS"
+            f"binding {host} without API keys would let everyone in: "
+            "give --api-key-file, or HYPERLORA_API_KEYS"
         )
     if lora_dir is not None and not lora_dir.is_dir():
         raise InvalidArgumentError(f"{str(lora_dir)!r} is no folder of LoRA files")
@@ -89,13 +136,14 @@ def serve(
         raise InvalidArgumentError("replicas are Ray Serve's: add --ray")
     if max_replicas is not None and max_replicas < replicas:
         raise InvalidArgumentError(
-            f"--max-replicas {max_replicas} is below --replicas {replicas}: at least as many expected"
+            f"--max-replicas {max_replicas} is below --replicas {replicas}: "
+            "at least as many expected"
         )
     try:
         parse(rate_limit)
     except ValueError as error:
         raise InvalidArgumentError(
-            f"rate {rate_limit!r} is not understood: write e.g. 60/minute"
+            f"rate limit {rate_limit!r} is not understood: write e.g. 60/minute"
         ) from error
     settings = ServiceSettings(
         state_dir=state_dir or Path(typer.get_app_dir("hyperlora")),
@@ -105,26 +153,25 @@ def serve(
         max_queue_size=max_queue_size,
         timeout_s=timeout_s,
     )
-    use_bundle = model is None and base is None  # the bundle, all of it
+    use_bundle = model is None and base is None  # then all its models
     evaluator_path = evaluator or (pretrained.EVALUATOR_DIR if use_bundle else None)
     extra_models = extra_model or ([str(pretrained.DIFFLORA_DIR)] if use_bundle else [])
     model_paths = ModelPaths(
-        str(model or pretrained.IMAGE_TO_LORA_DIR),
-        str(base or pretrained.BASE_DIR),
-        str(pair_model or pretrained.PAIR_TO_LORA_DIR),
-        str(edit_base or pretrained.EDIT_BASE_DIR),
-        edits,
-        str(evaluator_path) if evaluator_path else None,
-        tuple(extra_models),
+        model=str(model or pretrained.IMAGE_TO_LORA_DIR),
+        base=str(base or pretrained.BASE_DIR),
+        pair_model=str(pair_model or pretrained.PAIR_TO_LORA_DIR),
+        edit_base=str(edit_base or pretrained.EDIT_BASE_DIR),
+        enable_edits=edits,
+        evaluator=str(evaluator_path) if evaluator_path else None,
+        extra_models=tuple(extra_models),
     )
+    replica_range = (replicas, max_replicas) if ray else None
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with (
         lock_directory(settings.state_dir),
-        _open_engine_factory(
-            model_paths, settings, (replicas, max_replicas) if ray else None
-        ) as engine,
+        _open_engine_factory(model_paths, settings, replica_range) as engine_factory,
     ):
-        app = create_app(engine, settings)
+        app = create_app(engine_factory, settings)
         if ui:
             _add_ui(app, settings)
         configure_logging()
@@ -134,16 +181,16 @@ def serve(
 
 @contextmanager
 def _open_engine_factory(
-    model_paths: Any, settings: Any, replica_range: tuple[int, int | None] | None
-) -> Iterator[Any]:
-    """What ``create_app`` makes its engine with: one in this process, or Ray's replicas for as long as this is open."""
+    model_paths: "ModelPaths",
+    settings: "ServiceSettings",
+    replica_range: tuple[int, int | None] | None,
+) -> "Iterator[EngineFactory]":
+    """Load the models in this process, or in Ray replicas for as long as the context is open."""
     if replica_range is None:
         from hyperlora.service.engine.factory import make_engine_factory
 
         yield make_engine_factory(model_paths, settings)
         return
-    from hyperlora.errors import InvalidArgumentError
-
     try:
         from hyperlora.service.ray_deployment import ScaleConfig, start_ray_engine
     except ImportError as error:
@@ -151,27 +198,32 @@ def _open_engine_factory(
             f"--ray needs {error.name}, which is not installed: add the extra `scale`"
         ) from error
     with start_ray_engine(model_paths, settings, ScaleConfig(*replica_range)) as engine:
-        yield lambda observe: engine
+        yield lambda on_batch: engine
 
 
-def _add_ui(app: Any, settings: Any) -> None:
+def _add_ui(app: "FastAPI", settings: "ServiceSettings") -> None:
+    """Add the web interface where its libraries are installed; else say so on stderr."""
     try:
         from hyperlora.service.ui import add_ui
     except ImportError as error:
         typer.echo(
-            f"no page at /: it needs {error.name}, which is not installed; add the extra `ui`",
+            f"no web interface at /: it needs {error.name}, which is not installed; "
+            "add the extra `ui`",
             err=True,
         )
     else:
         add_ui(app, settings)
 
 
-def _run_server(app: Any, host: str, port: int, timeout_s: float) -> None:
+def _run_server(app: "FastAPI", host: str, port: int, timeout_s: float) -> None:
+    """Run uvicorn until it is stopped; requests in progress may finish."""
     import uvicorn
 
     class Server(uvicorn.Server):
-        async def shutdown(self, sockets: Any = None) -> None:
-            await app.state.service.jobs.dismiss()
+        """A server that ends event streams first, which would otherwise never end."""
+
+        async def shutdown(self, sockets: "list[socket] | None" = None) -> None:
+            await app.state.service.jobs.close_streams()
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
@@ -181,7 +233,7 @@ def _run_server(app: Any, host: str, port: int, timeout_s: float) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # a caller could say it comes from anywhere
+        proxy_headers=False,  # a client could claim any address
         limit_concurrency=1024,
         timeout_graceful_shutdown=int(timeout_s) + 5,
         h11_max_incomplete_event_size=64 << 10,

@@ -1,22 +1,25 @@
-"""Before/after pairs from anywhere: plain folders, and the layouts of the public datasets of edits.
+"""Before/after pairs from plain folders and from the layouts of the public datasets of edits.
 
-* a folder of ``NAME_before.png`` and ``NAME_after.png`` (and, if there is one, ``NAME.txt`` with the instruction)
-* InstructPix2Pix's ``clip-filtered`` folders: ``seeds.json``, and in each folder ``prompt.json`` and ``SEED_0.jpg``,
-  ``SEED_1.jpg`` (2211.09800)
-* SEED-Data-Edit: ``*.jsonl`` of ``source_image``, ``target_image``, ``format_instruction``, paths relative to the folder
-  (2405.04007)
-* a Hugging Face dataset by id, or a local folder of its Parquet files or of ``save_to_disk``: MagicBrush's
-  ``source_img``, ``target_img``, ``format_instruction`` (2306.10012), and others' names of these columns
+* A folder of ``NAME_before.png`` and ``NAME_after.png``, and perhaps ``NAME.txt`` with the
+  instruction.
+* InstructPix2Pix's ``clip-filtered`` folders: ``seeds.json``, and in each sub-folder
+  ``prompt.json``, ``SEED_0.jpg`` and ``SEED_1.jpg`` (2211.09800).
+* SEED-Data-Edit: ``*.jsonl`` with ``source_image``, ``target_image`` and ``instruction``, paths
+  relative to the folder (2405.04007).
+* A Hugging Face dataset: a hub id, or a local folder of Parquet files or of ``save_to_disk``. The
+  columns are MagicBrush's ``source_img``, ``target_img``, ``instruction`` (2306.10012), or other
+  usual names.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, overload
 
 from PIL import Image
 
+from hyperlora.data.hub_dataset import is_saved_dataset, load_hub_dataset
 from hyperlora.data.images import ImageSource, list_entries, list_image_files, read_image
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
@@ -27,7 +30,14 @@ _INSTRUCTION_COLUMNS: Final = ("instruction", "edit_prompt", "edit", "prompt")
 
 @dataclass(frozen=True)
 class ImagePair:
-    """A picture before and after an edit, not read yet, and what was asked for (perhaps nothing)."""
+    """An image before and after an edit, not read yet.
+
+    Attributes:
+        name: The name of the pair.
+        before: The image before the edit.
+        after: The image after it.
+        instruction: The text instruction of the edit; empty if unknown.
+    """
 
     name: str
     before: ImageSource
@@ -36,16 +46,25 @@ class ImagePair:
 
 
 def load_edit_pairs(source: str | Path, split: str = "train") -> Sequence[ImagePair]:
-    """The pairs of a folder or of a Hugging Face dataset (extra ``data``), whose ``split`` is taken.
+    """List the pairs of a folder or of a Hugging Face dataset.
 
-    Raises ``InvalidImageError`` for a folder without pairs, ``InvalidArgumentError`` for a dataset without the columns.
+    Args:
+        source: The folder or the hub id; datasets need the extra ``data``.
+        split: The split of a dataset; folders have none.
+
+    Returns:
+        The pairs; images are read later.
+
+    Raises:
+        InvalidImageError: The folder holds no pair, or half of one.
+        InvalidArgumentError: The dataset cannot be loaded, or its columns or files are malformed.
     """
     folder = Path(source)
     if not folder.exists():
         return HubEditPairs(str(source), split)
     if (folder / "seeds.json").is_file():
         return list(_read_instruct_pix2pix(folder))
-    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if is_saved_dataset(folder):
         return HubEditPairs(str(source), split)
     suffixes = {p.suffix for p in list_entries(folder)}
     if ".jsonl" in suffixes:
@@ -56,7 +75,17 @@ def load_edit_pairs(source: str | Path, split: str = "train") -> Sequence[ImageP
 
 
 def list_named_pairs(folder: str | Path) -> list[ImagePair]:
-    """``NAME_before.*`` with ``NAME_after.*``, sorted by name. Raises ``InvalidImageError`` if there is none, or a half."""
+    """List the pairs ``NAME_before.*`` and ``NAME_after.*`` of a folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The pairs, sorted by name, with the instruction of ``NAME.txt``.
+
+    Raises:
+        InvalidImageError: There is no pair, or half of one.
+    """
     sides_by_name: dict[str, dict[str, Path]] = {}
     for path in list_image_files(folder):
         name, _, side = path.stem.rpartition("_")
@@ -64,13 +93,15 @@ def list_named_pairs(folder: str | Path) -> list[ImagePair]:
             sides_by_name.setdefault(name, {})[side] = path
     if not sides_by_name:
         raise InvalidImageError(
-            f"{str(folder)!r} holds no pair: files named NAME_before.png and NAME_after.png are expected"
+            f"{str(folder)!r} holds no pair: "
+            "files named NAME_before.png and NAME_after.png are expected"
         )
     if incomplete_pair := next((sides for sides in sides_by_name.values() if len(sides) < 2), None):
         ((side, path),) = incomplete_pair.items()
         opposite_side = {"before": "after", "after": "before"}
         raise InvalidImageError(
-            f"{str(path)!r} has no picture {opposite_side[side]} beside it: add it, or remove this one"
+            f"{str(path)!r} has no image {opposite_side[side]} beside it: "
+            "add it, or remove this one"
         )
     return [
         ImagePair(
@@ -84,31 +115,18 @@ def list_named_pairs(folder: str | Path) -> list[ImagePair]:
 
 
 class HubEditPairs(Sequence[ImagePair]):
-    """The pairs of a Hugging Face dataset, decoded when they are asked for."""
+    """The pairs of a Hugging Face dataset, decoded on access.
+
+    Args:
+        source: The hub id, or a local folder.
+        split: The split.
+
+    Raises:
+        InvalidArgumentError: The dataset cannot be loaded, or lacks the columns.
+    """
 
     def __init__(self, source: str, split: str) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise InvalidArgumentError(
-                "reading Hugging Face datasets needs the extra: pip install 'hyperlora[data]'"
-            ) from error
-        is_on_disk = any(
-            (Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")
-        )
-        try:
-            dataset = (
-                datasets.load_from_disk(source)
-                if is_on_disk
-                else datasets.load_dataset(source, split=split)
-            )
-            if isinstance(dataset, Mapping):
-                dataset = dataset[split]
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InvalidArgumentError(
-                f"{source!r}, split {split!r}, is neither a folder of pairs nor a dataset ({reason})"
-            ) from error
+        dataset = load_hub_dataset(source, split, "pairs")
         self.dataset, self.source = dataset, source
         self.image_columns = [
             _find_column(dataset.column_names, names, source)
@@ -119,6 +137,7 @@ class HubEditPairs(Sequence[ImagePair]):
         )
 
     def __len__(self) -> int:
+        """Return the number of pairs."""
         return len(self.dataset)
 
     @overload
@@ -126,6 +145,7 @@ class HubEditPairs(Sequence[ImagePair]):
     @overload
     def __getitem__(self, index: slice) -> list[ImagePair]: ...
     def __getitem__(self, index: int | slice) -> ImagePair | list[ImagePair]:
+        """Read a pair, or the pairs of a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.dataset[index]
@@ -156,7 +176,8 @@ def _read_seed_data_edit(folder: Path) -> Iterator[ImagePair]:
                 before, after = folder / row["source_image"], folder / row["target_image"]
             except (ValueError, KeyError, TypeError) as error:
                 raise InvalidArgumentError(
-                    f"{str(file)!r}, line {line_index + 1}: source_image and target_image expected; mend or remove the line"
+                    f"{str(file)!r}, line {line_index + 1}: source_image and target_image "
+                    "expected; correct or remove the line"
                 ) from error
             yield ImagePair(
                 f"{file.stem}#{line_index}", before, after, str(row.get("instruction", ""))
@@ -167,7 +188,8 @@ def _find_column(column_names: Sequence[str], candidates: Sequence[str], source:
     if name := next((name for name in candidates if name in column_names), None):
         return name
     raise InvalidArgumentError(
-        f"{source!r} has the columns {', '.join(column_names)}; one of {', '.join(candidates)} was expected"
+        f"{source!r} has the columns {', '.join(column_names)}; "
+        f"one of {', '.join(candidates)} was expected"
     )
 
 
@@ -185,11 +207,24 @@ def _read_text(path: Path) -> str:
 
 
 def read_image_pair(before: ImageSource, after: ImageSource) -> tuple[Image.Image, Image.Image]:
-    """Both pictures. Raises ``InvalidArgumentError`` if they are not of the same size: what changed cannot be told then."""
+    """Read the two images of a pair.
+
+    Args:
+        before: The image before the edit.
+        after: The image after it.
+
+    Returns:
+        Both images in RGB.
+
+    Raises:
+        InvalidImageError: An image cannot be read.
+        InvalidArgumentError: Their sizes differ, so that pixels do not correspond.
+    """
     before_image, after_image = read_image(before), read_image(after)
     if before_image.size != after_image.size:
         raise InvalidArgumentError(
-            f"the picture before is {before_image.width}×{before_image.height}, the one after {after_image.width}×{after_image.height}: the same size is "
-            f"expected, so crop or turn one of them"
+            f"the image before is {before_image.width}×{before_image.height}, "
+            f"the one after {after_image.width}×{after_image.height}: "
+            "the same size is expected, so crop or turn one of them"
         )
     return before_image, after_image

@@ -1,4 +1,4 @@
-"""Pictures from anywhere, safely: files, uploads and PIL images become 8-bit RGB, or a ``InvalidImageError`` says why not."""
+"""Images from files, uploads and PIL, read safely: 8-bit RGB, or an ``InvalidImageError``."""
 
 import hashlib
 import io
@@ -15,21 +15,33 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
-from hyperlora.errors import InvalidImageError
+from hyperlora.errors import InvalidImageError, format_reason
 
 MAX_PIXELS: Final = 25_000_000
+"""The largest image that is decoded."""
 MAX_BYTES: Final = 50_000_000
+"""The largest image file that is read."""
 IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 _MAX_PIXELS_MESSAGE: Final = f"at most {MAX_PIXELS // 10**6} megapixels are read"
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """The picture as people see it: upright, first frame, transparency over white, 8-bit RGB, no EXIF, GPS or ICC.
+    """Read an image as it is meant to be seen.
 
-    Files and bytes must be PNG, JPEG or WEBP by content, at most ``MAX_BYTES`` long and ``MAX_PIXELS`` large; the
-    size is read from the header before anything is decoded. A PIL image of any format counts as it stands (and stays
-    as it is). Raises ``InvalidImageError``.
+    The result is upright, the first frame, with transparency over white, in 8-bit RGB, without
+    EXIF, GPS or ICC. The size is read from the header before anything is decoded.
+
+    Args:
+        source: A file, the bytes of one, or a PIL image. Files and bytes must be PNG, JPEG or WEBP
+            by content, of at most ``MAX_BYTES`` and ``MAX_PIXELS``. A PIL image may have any
+            format and is not changed.
+
+    Returns:
+        The image.
+
+    Raises:
+        InvalidImageError: The image is missing, damaged, too large or of another format.
     """
     if isinstance(source, Image.Image):
         return _decode_image(source, "the given image")
@@ -50,8 +62,18 @@ def read_image(source: ImageSource) -> Image.Image:
 
 
 def list_image_files(folder: str | os.PathLike[str], *, root_dir: Path | None = None) -> list[Path]:
-    """The PNG, JPEG and WEBP files (by name) directly in ``folder``, sorted; hidden files and links that lead out of
-    ``root_dir`` (``folder`` itself unless given) do not count. Raises ``InvalidImageError`` if there is none."""
+    """List the PNG, JPEG and WEBP files directly in a folder, by their suffix.
+
+    Args:
+        folder: The folder; hidden files are skipped.
+        root_dir: Links that lead out of this folder are skipped; ``folder`` itself if None.
+
+    Returns:
+        The files, sorted.
+
+    Raises:
+        InvalidImageError: There is none, or the folder cannot be read.
+    """
     folder = Path(folder)
     root = root_dir or folder
     paths = [
@@ -61,13 +83,24 @@ def list_image_files(folder: str | os.PathLike[str], *, root_dir: Path | None = 
     ]
     if not paths:
         raise InvalidImageError(
-            f"{str(folder)!r} holds no PNG, JPEG or WEBP image: put at least one there (no links elsewhere)"
+            f"{str(folder)!r} holds no PNG, JPEG or WEBP image: "
+            "put at least one there (no links elsewhere)"
         )
     return paths
 
 
 def list_entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, without hidden names. Raises ``InvalidImageError`` if it is no folder or cannot be read."""
+    """List what a folder contains, without hidden names.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The paths, sorted.
+
+    Raises:
+        InvalidImageError: The path is no folder, or it cannot be read.
+    """
     try:
         return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     except FileNotFoundError as error:
@@ -78,31 +111,74 @@ def list_entries(folder: Path) -> list[Path]:
         ) from error
     except (OSError, ValueError) as error:
         raise InvalidImageError(
-            f"the folder {str(folder)!r} cannot be read ({_format_reason(error)}): check its permissions"
+            f"the folder {str(folder)!r} cannot be read ({_format_reason(error)}): "
+            "check its permissions"
         ) from error
 
 
 def is_within(path: Path, root: Path) -> bool:
-    """Whether ``generate_invalid_path``, with all links followed, lies below ``root``."""
+    """Check whether a path lies below a folder once all links are followed.
+
+    Args:
+        path: The path.
+        root: The folder.
+
+    Returns:
+        Whether it does.
+    """
     return root.resolve() in path.resolve().parents
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """The centre square, resized (bicubic, antialiased): [3, size, size] in [0, 1]."""
+    """Convert an image to a square tensor: the center square, resized (bicubic, antialiased).
+
+    Args:
+        image: An image of any size; other modes than RGB are converted as ``read_image`` does.
+        size: Pixels per side.
+
+    Returns:
+        [3, size, size] in [0, 1].
+    """
     rgb = image if image.mode == "RGB" else read_image(image)
     square = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float().div(255)
 
 
 def to_image(tensor: Tensor) -> Image.Image:
-    """[3, h, w] in [0, 1] (clamped to it) as a PIL image; undoes ``to_tensor`` on a square image of that size."""
+    """Convert a tensor to a PIL image. Undoes ``to_tensor`` on a square image of its size.
+
+    Args:
+        tensor: [3, h, w] in [0, 1]; other values are clamped.
+
+    Returns:
+        An RGB image.
+    """
     pixels = tensor.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
+def stack_images(images: Sequence[Image.Image]) -> Tensor:
+    """Stack PIL images of one size as a tensor [n, 3, h, w] in [0, 1]."""
+    return array_to_tensor(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+
+
+def array_to_tensor(images: np.ndarray) -> Tensor:
+    """Convert uint8 images [n, h, w, 3], also memory-mapped ones, to [n, 3, h, w] in [0, 1]."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
+
+
 def compute_sha256(source: str | os.PathLike[str] | bytes) -> str:
-    """64 hexadecimal digits of the file's bytes, or of these bytes. Raises ``InvalidImageError`` for a file ``read_image`` would
-    not open."""
+    """Compute the SHA-256 of an image file.
+
+    Args:
+        source: The file, or its bytes.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        InvalidImageError: ``read_image`` would not open the file.
+    """
     return hashlib.sha256(_read_bytes(source)).hexdigest()
 
 
@@ -127,11 +203,13 @@ def _read_bytes(source: str | os.PathLike[str] | bytes) -> bytes:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise InvalidImageError(
-                f"{source_name} cannot be read ({_format_reason(error)}): check its name and permissions"
+                f"{source_name} cannot be read ({_format_reason(error)}): "
+                "check its name and permissions"
             ) from error
     if len(data) > MAX_BYTES:
         raise InvalidImageError(
-            f"{source_name} is larger than the {MAX_BYTES // 10**6} MB an image may have: save it smaller"
+            f"{source_name} is larger than the {MAX_BYTES // 10**6} MB an image may have: "
+            "save it smaller"
         )
     return data
 
@@ -145,8 +223,11 @@ def _format_source_name(source: str | os.PathLike[str] | bytes) -> str:
 def _detect_format(
     data: bytes, source_name: str
 ) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
-    """The format by its first bytes, and its decoder. Going past ``Image.open`` keeps PIL's other fifty decoders out,
-    and its warning about large images, which only a filter for the whole process could silence."""
+    """Detect the format by the first bytes, and return its name and its decoder.
+
+    Without ``Image.open``, PIL's other fifty decoders never run, nor does its warning about large
+    images, which only a filter for the whole process could silence.
+    """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG", PngImageFile
     if data.startswith(b"\xff\xd8\xff"):
@@ -163,7 +244,8 @@ def _decode_image(image: Image.Image, source_name: str) -> Image.Image:
     width, height = image.size
     if not width or not height:
         raise InvalidImageError(
-            f"{source_name} is {width}×{height}, at least one pixel was expected: choose another image"
+            f"{source_name} is {width}×{height}, at least one pixel was expected: "
+            "choose another image"
         )
     if width * height > MAX_PIXELS:
         raise InvalidImageError(
@@ -180,10 +262,11 @@ def _decode_image(image: Image.Image, source_name: str) -> Image.Image:
 
 
 def _convert_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
-    """A new 8-bit RGB image without any metadata."""
+    """Convert to a new 8-bit RGB image without metadata."""
     if image.mode == "F":
         raise InvalidImageError(
-            f"{source_name} has floating-point pixels of unknown range, 8 or 16 bits expected: scale it to 8 bits"
+            f"{source_name} has floating-point pixels of unknown range, 8 or 16 bits expected: "
+            "scale it to 8 bits"
         )
     if image.mode.startswith("I"):
         rgb = _convert_16_bit_to_rgb(image, source_name)
@@ -202,7 +285,8 @@ def _convert_16_bit_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
     low, high = int(pixels.min()), int(pixels.max())
     if low < 0 or high > 0xFFFF:
         raise InvalidImageError(
-            f"{source_name} has pixels from {low} to {high}, 0 to 65535 expected: scale it to 8 or 16 bits"
+            f"{source_name} has pixels from {low} to {high}, 0 to 65535 expected: "
+            "scale it to 8 or 16 bits"
         )
     gray = ((pixels + 128) // 257).astype(np.uint8)
     if isinstance(transparent_value := image.info.get("transparency"), int):
@@ -211,16 +295,19 @@ def _convert_16_bit_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8."""
+    """Read the EXIF orientation, 1 to 8."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # EXIF that cannot be parsed says nothing; the pixels are still good
+    except Exception:  # the pixels are good even if EXIF is not
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _apply_orientation(rgb: Image.Image, orientation: int) -> Image.Image:
-    """``exif_transpose`` with nothing but the orientation in EXIF: it fails on fields it cannot write back."""
+    """Rotate an image upright, with its orientation as the only EXIF field.
+
+    ``exif_transpose`` fails on fields that it cannot write back.
+    """
     if orientation != 1:
         rgb.getexif()[ExifTags.Base.Orientation] = orientation
         ImageOps.exif_transpose(rgb, in_place=True)
@@ -229,22 +316,13 @@ def _apply_orientation(rgb: Image.Image, orientation: int) -> Image.Image:
 
 def _make_damaged_error(source_name: str, error: Exception) -> InvalidImageError:
     return InvalidImageError(
-        f"{source_name} is damaged or cut off ({_format_reason(error)}), a whole image was expected: export it again"
+        f"{source_name} is damaged or cut off ({_format_reason(error)}), "
+        "a whole image was expected: export it again"
     )
 
 
 def _format_reason(error: Exception) -> str:
-    text = (
-        error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    ) or type(error).__name__
-    return " ".join(text.split()).rstrip(".")
-
-
-def stack_images(images: Sequence[Image.Image]) -> Tensor:
-    """PIL images of one size to [n, 3, h, w] in [0, 1]."""
-    return (
-        torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in images]))
-        .permute(0, 3, 1, 2)
-        .float()
-        / 255
-    )
+    """Format an error for a sentence, without the path of an ``OSError``."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return format_reason(error).rstrip(".") or type(error).__name__

@@ -1,11 +1,14 @@
-"""One shard of a LoRA dataset: ``evaluate_suite`` [n, P] in layout order, and in its header the layout, the base, the layout's
-fingerprint and a table of what each row is."""
+"""A shard of a LoRA dataset: one safetensors file of flat LoRAs.
+
+It holds rows [n, P] in layout order. Its metadata holds the layout, the base, the layout's
+fingerprint and a table of what each row is.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -15,18 +18,33 @@ from hyperlora.errors import InvalidLoraFileError
 from hyperlora.lora.io.safetensors_file import read_header, serialize_tensors
 from hyperlora.lora.layout import LoraLayout
 
+_LAYOUT_KEY: Final = "hyperlora.layout"
+_BASE_KEY: Final = "hyperlora.base"
+_FINGERPRINT_KEY: Final = "hyperlora.layout_fingerprint"
+_TABLE_KEY: Final = "hyperlora.table"
 _DTYPES: Final = {
     "F32": (np.float32, torch.float32),
     "F16": (np.float16, torch.float16),
-    "BF16": (np.int16, torch.bfloat16),
+    "BF16": (np.int16, torch.bfloat16),  # numpy has no bfloat16: the bits are viewed as such
 }
 
 
 @dataclass(frozen=True)
 class LoraRecord:
-    """What one row is: whose, of which photos (SHA-256 of the files), by which seed and how many steps. ``loss`` is the
-    mean of the last steps; ``initial_loss`` and ``best_loss`` are the loss on fixed draws without the LoRA's training and at its
-    best; ``score`` is what an audit gave it. ``repetition`` counts the LoRAs of one subject."""
+    """What one row of a dataset is.
+
+    Attributes:
+        subject: The name of the subject.
+        repetition: The number of the LoRA among those of its subject, from 0.
+        split: ``train``, ``validation`` or ``test``.
+        seed: The seed of its training.
+        reference_sha256: The SHA-256 of its photos' files.
+        num_steps: The steps of its training.
+        loss: The mean loss of the last steps.
+        initial_loss: The loss on fixed examples before training.
+        best_loss: The lowest loss on the same examples.
+        score: The score of an audit.
+    """
 
     subject: str
     repetition: int = 0
@@ -40,22 +58,27 @@ class LoraRecord:
     score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """List the fields for JSON or Parquet. Undone by ``from_dict``."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "LoraRecord":
-        """Inverse of ``source_to_dict``; other keys are ignored."""
-        field_values = {
-            dataclass_field.name: data[dataclass_field.name]
-            for dataclass_field in fields(cls)
-            if dataclass_field.name in data
-        }
-        return cls(**{**field_values, "images": tuple(field_values.get("images") or ())})
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read a record as ``to_dict`` writes it; other keys are ignored."""
+        values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        return cls(**values | {"reference_sha256": tuple(values.get("reference_sha256") or ())})
 
 
 @dataclass(frozen=True)
 class Shard:
-    """An open shard; ``evaluate_suite`` are mapped, not read. ``metadata`` are the header's other texts."""
+    """An open shard.
+
+    Attributes:
+        path: The file.
+        layout: The layout of the LoRAs.
+        rows: [n, P], mapped from the file and not read yet.
+        records: What each row is.
+        metadata: The other metadata of the file.
+    """
 
     path: Path
     layout: LoraLayout
@@ -70,61 +93,75 @@ def serialize_shard(
     records: Sequence[LoraRecord],
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The whole file; the same content gives the same bytes. Undone by ``open_shard``."""
+    """Serialize a shard; the same content gives the same bytes. Undone by ``open_shard``.
+
+    Args:
+        rows: [n, P] in float32, float16 or bfloat16.
+        layout: The layout of the LoRAs, of P numbers.
+        records: What each row is.
+        metadata: Further metadata of the file.
+
+    Returns:
+        A whole safetensors file.
+    """
+    table = [record.to_dict() for record in records]
     shard_metadata = {
-        "hyperlora.layout": json.dumps(layout.to_dict(), separators=(",", ":")),
-        "hyperlora.base": layout.base,
-        "hyperlora.layout_fingerprint": layout.fingerprint,
-        "hyperlora.table": json.dumps(
-            [record.to_dict() for record in records], separators=(",", ":")
-        ),
+        _LAYOUT_KEY: json.dumps(layout.to_dict(), separators=(",", ":")),
+        _BASE_KEY: layout.base,
+        _FINGERPRINT_KEY: layout.fingerprint,
+        _TABLE_KEY: json.dumps(table, separators=(",", ":")),
     }
     return serialize_tensors({"rows": rows}, {**(metadata or {}), **shard_metadata})
 
 
 def open_shard(path: Path) -> Shard:
-    """Raises ``InvalidLoraFileError`` for a file that is no shard or not whole."""
+    """Open a shard without reading its rows.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The shard, whose rows are memory-mapped.
+
+    Raises:
+        InvalidLoraFileError: There is no such file, it is no shard, or it is damaged.
+    """
     file_name = path.name
     try:
         file_size = path.stat().st_size
-        header = read_header(path, file_size, file_name)
+        header: dict[str, Any] = dict(read_header(path, file_size, file_name))
         metadata = header.pop("__metadata__")
-        tensor_info = header["rows"]
-        numpy_dtype, torch_dtype = _DTYPES[tensor_info["dtype"]]
-        num_rows, numel = tensor_info["shape"]
-        layout = LoraLayout.from_dict(json.loads(metadata["hyperlora.layout"]))
-        records = tuple(
-            LoraRecord.from_dict(record) for record in json.loads(metadata["hyperlora.table"])
-        )
-        begin_offset, end_offset = tensor_info["data_offsets"]
-        is_valid = (
-            numel == layout.numel
-            and end_offset - begin_offset == num_rows * numel * np.dtype(numpy_dtype).itemsize
-        )
+        entry = header["rows"]
+        numpy_dtype, torch_dtype = _DTYPES[entry["dtype"]]
+        num_rows, numel = entry["shape"]
+        layout = LoraLayout.from_dict(json.loads(metadata[_LAYOUT_KEY]))
+        records = tuple(LoraRecord.from_dict(row) for row in json.loads(metadata[_TABLE_KEY]))
+        begin_offset, end_offset = entry["data_offsets"]
+        num_bytes = num_rows * numel * np.dtype(numpy_dtype).itemsize
+        is_valid = numel == layout.numel and end_offset - begin_offset == num_bytes
     except FileNotFoundError as error:
         raise InvalidLoraFileError(f"there is no file {str(path)!r}") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InvalidLoraFileError(
             f"{file_name} is no shard of a LoRA dataset (rows and a layout in its header expected)"
         ) from error
-    if not is_valid or layout.fingerprint != metadata.get("hyperlora.layout_fingerprint"):
+    if not is_valid or layout.fingerprint != metadata.get(_FINGERPRINT_KEY):
         raise InvalidLoraFileError(
             f"{file_name} is a damaged shard: its rows do not fit its layout"
         )
     with path.open("rb") as file:
-        data_offset = 8 + int.from_bytes(file.read(8), "little") + begin_offset
-    if file_size < data_offset + end_offset - begin_offset:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    data_offset = 8 + header_bytes + begin_offset
+    if file_size < data_offset + num_bytes:
         raise InvalidLoraFileError(
-            f"{file_name} is cut off: {data_offset + end_offset - begin_offset} bytes expected, {file_size} found"
+            f"{file_name} is cut off: {data_offset + num_bytes} bytes expected, {file_size} found"
         )
     # "c": pages are copied when written to, so that torch takes the mapping as an ordinary tensor
     mapped_rows = (
         np.memmap(path, numpy_dtype, "c", data_offset, (num_rows, numel))
         if num_rows
-        else np.zeros((0, numel), numpy_dtype)
+        else np.zeros((0, numel), numpy_dtype)  # an empty mapping is an error
     )
-    reserved_keys = ("hyperlora.layout", "hyperlora.table")
-    extra_metadata = {key: value for key, value in metadata.items() if key not in reserved_keys}
-    return Shard(
-        path, layout, torch.from_numpy(mapped_rows).view(torch_dtype), records, extra_metadata
-    )
+    rows = torch.from_numpy(mapped_rows).view(torch_dtype)
+    other_metadata = {k: v for k, v in metadata.items() if k not in (_LAYOUT_KEY, _TABLE_KEY)}
+    return Shard(path, layout, rows, records, other_metadata)

@@ -1,4 +1,4 @@
-"""Who is in a folder of photos."""
+"""Subjects in a folder of photos."""
 
 import os
 from dataclasses import dataclass
@@ -10,11 +10,18 @@ from hyperlora.data.images import IMAGE_SUFFIXES, is_within, list_entries, list_
 from hyperlora.errors import InvalidImageError
 
 MAX_CAPTION_BYTES: Final = 64_000
+"""The longest caption file that is read."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One person or thing: its photos, and beside each photo a caption or ``None``."""
+    """A person or thing on some photos.
+
+    Attributes:
+        name: The name of the sub-folder, or of the photo without its suffix.
+        photos: The image files.
+        captions: The caption of each photo, or None.
+    """
 
     name: str
     photos: tuple[Path, ...]
@@ -24,12 +31,21 @@ class Subject:
 def list_subjects(
     folder: str | os.PathLike[str], skip_reasons: list[str] | None = None
 ) -> list[Subject]:
-    """Each sub-folder is a subject with several photos, each image directly in ``folder`` a subject of its own.
+    """List the subjects of a folder: each sub-folder of photos, and each image directly in it.
 
-    A caption is the first line of the ``.txt`` beside the photo (``me.jpg``, ``me.txt``), as in kohya's scripts. Hidden
-    files do not count, nor do links that lead out of ``folder``. Sorted by name. Raises ``InvalidImageError`` if there is no
-    subject, a sub-folder holds no image, or two subjects share a name; with a list of ``skip_reasons``, subjects that cannot
-    be listed are left out and why is added to it.
+    A caption is the first line of the ``.txt`` beside the photo (``me.jpg``, ``me.txt``), as in
+    kohya's scripts. Hidden files and links that lead out of the folder are skipped.
+
+    Args:
+        folder: The folder.
+        skip_reasons: A list that receives why subjects are skipped; None raises instead.
+
+    Returns:
+        The subjects, sorted by name.
+
+    Raises:
+        InvalidImageError: There is no subject; or, without ``skip_reasons``, a sub-folder holds no
+            image, a caption cannot be read, or two subjects have the same name.
     """
     root = Path(folder)
     paths = [path for path in list_entries(root) if is_within(path, root)]
@@ -48,14 +64,16 @@ def list_subjects(
             skip_reasons.append(str(error))
     if not subjects:
         raise InvalidImageError(
-            f"{str(root)!r} holds no subject: put PNG, JPEG or WEBP images there, or one sub-folder of them per subject"
+            f"{str(root)!r} holds no subject: put PNG, JPEG or WEBP images there, "
+            "or one sub-folder of them per subject"
         )
     subjects.sort(key=lambda subject: subject.name)
-    duplicates = [
-        subject_a for subject_a, subject_b in pairwise(subjects) if subject_a.name == subject_b.name
-    ]
+    duplicates = [first for first, second in pairwise(subjects) if first.name == second.name]
     for subject in duplicates:
-        reason = f"{str(root)!r} holds two subjects called {subject.name!r}, one expected: rename one of them"
+        reason = (
+            f"{str(root)!r} holds two subjects called {subject.name!r}, one expected: "
+            "rename one of them"
+        )
         if skip_reasons is None:
             raise InvalidImageError(reason)
         skip_reasons.append(reason)
@@ -68,6 +86,7 @@ def _make_subject(name: str, photos: list[Path], root: Path) -> Subject:
 
 
 def _read_caption(photo: Path, root: Path) -> str | None:
+    """Read the caption beside a photo; None if there is none or it is empty."""
     path = photo.with_suffix(".txt")
     if not path.is_file() or not is_within(path, root):
         return None
@@ -76,7 +95,7 @@ def _read_caption(photo: Path, root: Path) -> str | None:
             text = file.read(MAX_CAPTION_BYTES + 1).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidImageError(
-            f"the caption {str(path)!r} cannot be read as UTF-8 text: save it as such, or remove it"
+            f"the caption {str(path)!r} cannot be read as UTF-8 text: save it so, or remove it"
         ) from error
     if len(text) > MAX_CAPTION_BYTES:
         raise InvalidImageError(

@@ -1,11 +1,11 @@
-"""Base models: any Stable Diffusion 1.x or XL (or DiT) pipeline of diffusers, from a folder or the hub."""
+"""Base models: any diffusers pipeline with a UNet or a transformer, from a folder or the hub."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -13,34 +13,46 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from hyperlora.diffusion.conditions import PromptConditions
+from hyperlora.diffusion.pipeline_family import (
+    PipelineFamily,
+    TextEmbeds,
+    get_pipeline_family,
+)
 from hyperlora.encoders.unet_encoder import UNetFeatureEncoder
 from hyperlora.errors import InvalidArgumentError, ModelLoadError
 from hyperlora.prompt_blending import compute_blend_matrix
 
-_ARCHITECTURES = {
-    "StableDiffusionPipeline": "stable-diffusion-v1",
-    "StableDiffusionInstructPix2PixPipeline": "stable-diffusion-v1",
-    "StableDiffusionXLPipeline": "stable-diffusion-xl-v1-base",
-    "StableDiffusion3Pipeline": "stable-diffusion-v3-medium",
-    "FluxPipeline": "flux-1-dev",
-}
-PromptCache = dict[str, tuple[Tensor, Tensor | None]]
-"""What prompts read as: text [tokens, width] and, for SDXL, pooled text [width]."""
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+PromptCache = dict[str, TextEmbeds]
+"""Encoded prompts: embeddings [tokens, width] and, for SDXL, pooled embeddings [width]."""
 CACHE_SIZE: Final = 1024
-"""Texts to keep."""
+"""Prompts in a cache; a cache with more is emptied."""
 
 
 @dataclass(frozen=True)
 class DiffusionBase:
-    """A frozen pipeline and its id: the hub id, or the last two parts of a folder's path."""
+    """A frozen diffusion pipeline with its id.
+
+    Attributes:
+        id: The hub id, or the last two parts of a folder's path.
+        pipeline: The diffusers pipeline.
+    """
 
     id: str
-    pipeline: Any
+    pipeline: DiffusionPipeline
+
+    @cached_property
+    def family(self) -> PipelineFamily:
+        """The adapter of the pipeline class."""
+        return get_pipeline_family(self.pipeline)
 
     @property
     def architecture(self) -> str:
-        """The modelspec name of the model family."""
-        return _ARCHITECTURES.get(type(self.pipeline).__name__, type(self.pipeline).__name__)
+        """Architecture name in modelspec metadata."""
+        return self.family.architecture
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -50,17 +62,17 @@ class DiffusionBase:
 
     @property
     def denoiser(self) -> nn.Module:
+        """The UNet or the transformer."""
         return next(iter(self.modules.values()))
 
     @property
     def resolution(self) -> int:
-        """Pixels of a side that the denoiser was trained at."""
-        config: Any = self.denoiser.config
-        return int(config.sample_size * self.pipeline.vae_scale_factor)
+        """Side in pixels of the square images that the denoiser was trained on."""
+        return self.family.resolution
 
     @cached_property
-    def noise_scheduler(self) -> Any:
-        """The training-time schedule of the pipeline's sampler: DDPM, or flow matching."""
+    def noise_scheduler(self) -> "SchedulerMixin":
+        """The training scheduler of the pipeline's sampler: DDPM or flow matching."""
         config = self.pipeline.scheduler.config
         scheduler_class = (
             DDPMScheduler if "beta_schedule" in config else FlowMatchEulerDiscreteScheduler
@@ -69,94 +81,81 @@ class DiffusionBase:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """[n, 3, h, w] in [0, 1] to scaled latents [n, c, h/f, w/f] (posterior means)."""
+        """Encode images [n, 3, h, w] in [0, 1] to scaled latents [n, c, h/f, w/f].
+
+        The latents are the means of the posterior.
+        """
         vae = self.pipeline.vae
-        mean = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
+        pixels = (images * 2 - 1).to(vae.device, vae.dtype)  # [n, 3, h, w] in [-1, 1]
+        mean = vae.encode(pixels).latent_dist.mean  # [n, c, h/f, w/f]
         return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents [n, c, h/f, w/f] to pictures [n, 3, h, w] in [0, 1]; gradients flow."""
+        """Decode scaled latents [n, c, h/f, w/f] to images [n, 3, h, w] in [0, 1].
+
+        Gradients flow to the latents.
+        """
         vae = self.pipeline.vae
         raw = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        return (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
+        return (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)  # [n, 3, h, w]
 
     @torch.no_grad()
     def encode_prompts(
         self, prompts: list[str], cache: PromptCache | None = None
-    ) -> dict[str, Any]:
-        """What the UNet is called with for these prompts (or ``main_callback.prompt_blending`` of prompts):
-        ``encoder_hidden_states`` [n, tokens, width] and, for SDXL, ``added_cond_kwargs`` (pooled text, and sizes of an
-        uncropped picture). ``cache``, empty at first, is filled with what plain prompts read as, for the next
-        call: only while nothing changes the text encoders."""
+    ) -> PromptConditions:
+        """Encode prompts to the keyword arguments that the denoiser takes for them.
+
+        Args:
+            prompts: n prompts, or blends of prompts (``hyperlora.prompt_blending``).
+            cache: Filled with the embeddings of the plain prompts, for the next call. Valid only
+                while the text encoders, with any LoRAs on them, stay the same.
+
+        Returns:
+            ``encoder_hidden_states`` [n, tokens, width] and the further conditions of the pipeline
+            family, e.g. ``added_cond_kwargs`` for SDXL.
+
+        Raises:
+            InvalidArgumentError: A blend cannot be parsed.
+        """
         unique_prompts, blend_weights = compute_blend_matrix(prompts)
-        if cache is None and set(unique_prompts) == set(
-            prompts
-        ):  # no blend: each by its own, as LoRAs of text encoders need
+        if cache is None and set(unique_prompts) == set(prompts):
+            # no blend: each prompt by itself, since sample i must meet LoRA i of the text encoder
             prompt_embeds, pooled_prompt_embeds = self._encode_text(prompts)
         else:
-            unique_embeds, pooled_prompt_embeds = (
+            unique_embeds, unique_pooled_embeds = (
                 self._encode_text(unique_prompts)
                 if cache is None
                 else self._encode_with_cache(unique_prompts, cache)
-            )
-            weight_matrix = torch.tensor(blend_weights, device=unique_embeds.device)
-            with torch.autocast(
-                unique_embeds.device.type, enabled=False
-            ):  # what tells colours apart is little
+            )  # [p, tokens, width], [p, width]
+            weight_matrix = torch.tensor(blend_weights, device=unique_embeds.device)  # [n, p]
+            # embeddings of similar prompts differ by less than half precision resolves
+            with torch.autocast(unique_embeds.device.type, enabled=False):
                 prompt_embeds = torch.einsum(
                     "np,ptw->ntw", weight_matrix, unique_embeds.float()
-                ).to(unique_embeds)
+                ).to(unique_embeds)  # [n, tokens, width]
                 pooled_prompt_embeds = (
                     None
-                    if pooled_prompt_embeds is None
-                    else (weight_matrix @ pooled_prompt_embeds.float()).to(pooled_prompt_embeds)
-                )
-        if pooled_prompt_embeds is None:
-            return {"encoder_hidden_states": prompt_embeds}
-        size = self.resolution
-        add_time_ids = torch.tensor(
-            [[size, size, 0, 0, size, size]], device=prompt_embeds.device
-        ).repeat(len(prompts), 1)
-        return {
-            "encoder_hidden_states": prompt_embeds,
-            "added_cond_kwargs": {
-                "text_embeds": pooled_prompt_embeds,
-                "time_ids": add_time_ids.to(prompt_embeds),
-            },
-        }
+                    if unique_pooled_embeds is None
+                    else (weight_matrix @ unique_pooled_embeds.float()).to(unique_pooled_embeds)
+                )  # [n, width]
+        return self.family.make_conditions(prompt_embeds, pooled_prompt_embeds)
 
-    def _encode_with_cache(
-        self, prompts: list[str], cache: PromptCache
-    ) -> tuple[Tensor, Tensor | None]:
-        """``_encode_text``, of what is not yet ``cache``; of many sentences that is forgotten now and then."""
+    def _encode_with_cache(self, prompts: list[str], cache: PromptCache) -> TextEmbeds:
+        """Encode those of n plain prompts that the cache lacks; stack the embeddings of all."""
         if len(cache) > CACHE_SIZE:
             cache.clear()
         if new_prompts := [prompt for prompt in prompts if prompt not in cache]:
             prompt_embeds, pooled_prompt_embeds = self._encode_text(new_prompts)
-            cache.update(
-                {
-                    p: (
-                        prompt_embeds[i],
-                        None if pooled_prompt_embeds is None else pooled_prompt_embeds[i],
-                    )
-                    for i, p in enumerate(new_prompts)
-                }
-            )
+            for i, prompt in enumerate(new_prompts):
+                pooled_embed = None if pooled_prompt_embeds is None else pooled_prompt_embeds[i]
+                cache[prompt] = (prompt_embeds[i], pooled_embed)  # [tokens, width], [width]
         stacked_embeds = torch.stack([cache[prompt][0] for prompt in prompts])
         pooled_embeds = [pool for prompt in prompts if (pool := cache[prompt][1]) is not None]
         return stacked_embeds, torch.stack(pooled_embeds) if pooled_embeds else None
 
-    def _encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Text [n, tokens, width] and, for SDXL, pooled text [n, width]."""
-        pipe = self.pipeline
-        if not hasattr(pipe, "encode_prompt"):  # InstructPix2Pix
-            return pipe._encode_prompt(prompts, pipe.device, 1, False), None
-        if not hasattr(pipe, "text_encoder_2"):
-            return pipe.encode_prompt(prompts, pipe.device, 1, False)[0], None
-        prompt_embeds, _, pooled_prompt_embeds, _ = pipe.encode_prompt(
-            prompts, device=pipe.device, do_classifier_free_guidance=False
-        )
-        return prompt_embeds, pooled_prompt_embeds
+    def _encode_text(self, prompts: list[str]) -> TextEmbeds:
+        """Encode n prompts to embeddings [n, tokens, width] and perhaps pooled ones [n, width]."""
+        return self.family.encode_text(prompts)
 
 
 def load_diffusion_base(
@@ -165,9 +164,20 @@ def load_diffusion_base(
     device: str = "cpu",
     **pretrained_kwargs: Any,
 ) -> DiffusionBase:
-    """Load a pipeline folder or hub id, frozen, in evaluation mode; ``pretrained_kwargs`` go to ``from_pretrained``.
+    """Load a diffusers pipeline in evaluation mode, with all parameters frozen.
 
-    Raises ``ModelLoadError`` if the folder is no diffusers pipeline, ``InvalidArgumentError`` for a ``dtype`` torch does not know.
+    Args:
+        name_or_path: Folder of a pipeline, or a hub id.
+        dtype: Precision of all components, as a torch dtype or its name, e.g. "bfloat16".
+        device: Device of all components.
+        pretrained_kwargs: Further arguments of ``DiffusionPipeline.from_pretrained``.
+
+    Returns:
+        The base.
+
+    Raises:
+        ModelLoadError: The folder holds no diffusers pipeline, or it cannot be loaded.
+        InvalidArgumentError: torch has no floating point ``dtype`` of this name.
     """
     dtype = _parse_dtype(dtype)
     folder = Path(name_or_path)
@@ -183,7 +193,8 @@ def load_diffusion_base(
         ).to(device)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelLoadError(
-            f"base {str(name_or_path)!r} cannot be loaded as a diffusers pipeline: {_format_error(error)}"
+            f"base {str(name_or_path)!r} cannot be loaded as a diffusers pipeline: "
+            f"{_format_error(error)}"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     for module in pipeline.components.values():
@@ -193,13 +204,29 @@ def load_diffusion_base(
 
 
 def get_base_id(name_or_path: str | Path) -> str:
-    """The hub id itself, or the last two parts of a folder's path."""
+    """Return the id of a base: the hub id itself, or the last two parts of a folder's path."""
     folder = Path(name_or_path)
     return "/".join(folder.resolve().parts[-2:]) if folder.exists() else str(name_or_path)
 
 
+def make_unet_encoder(base: DiffusionBase, **options: Any) -> UNetFeatureEncoder:
+    """Make an image encoder from the UNet of a base, under the empty prompt.
+
+    Args:
+        base: The base; its VAE and UNet are shared, not copied.
+        options: Further arguments of ``UNetFeatureEncoder``.
+
+    Returns:
+        The encoder.
+    """
+    empty_prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"]  # [1, tokens, width]
+    return UNetFeatureEncoder(
+        base.pipeline.vae, base.denoiser, base.noise_scheduler, empty_prompt_embeds, **options
+    )
+
+
 def _parse_dtype(name: torch.dtype | str) -> torch.dtype:
-    """``torch.bfloat16`` for "bfloat16", as configs write it."""
+    """Parse the name of a floating point dtype, as configs write it."""
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InvalidArgumentError(
@@ -209,12 +236,5 @@ def _parse_dtype(name: torch.dtype | str) -> torch.dtype:
 
 
 def _format_error(error: Exception) -> str:
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def make_unet_encoder(base: DiffusionBase, **options: Any) -> UNetFeatureEncoder:
-    """The base's own UNet as the encoder of photos, under the empty prompt."""
-    empty_prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"]
-    return UNetFeatureEncoder(
-        base.pipeline.vae, base.denoiser, base.noise_scheduler, empty_prompt_embeds, **options
-    )

@@ -1,7 +1,6 @@
-"""Make edits on pictures with a base of edits (InstructPix2Pix), several LoRAs in one denoising batch."""
+"""Edit images with an InstructPix2Pix base (2211.09800), several LoRAs in one batch."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Final
 
 import torch
@@ -10,13 +9,17 @@ from torch import Tensor
 
 from hyperlora.data.images import to_image, to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.sampling_inputs import (
+    check_sampling_inputs,
+    inject_base_lora,
+    make_generators,
+)
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
 
 BLEND_RANGE: Final = (0.03, 0.08)
-"""What differs by less than the first is not of the edit, by more than the second is; of 1, the largest of a pixel's
-colours. Chosen on validation people."""
+"""Range of pixel differences over which the edit mask rises from 0 to 1, as fractions of the range
+of a color channel. Chosen on the validation identities."""
 
 
 @torch.no_grad()
@@ -32,76 +35,91 @@ def edit_images(
     image_guidance_scale: float = 1.0,
     preserve_unedited: bool = False,
 ) -> list[Image.Image]:
-    """Each picture edited by LoRA i (or by the one LoRA for all) and told instruction i, or a blend of several
-    (``main_callback.prompt_blending``); the centre square of each, at the base's resolution. ``images`` may be a tensor
-    [n, 3, h, w] in [0, 1] of that size.
+    """Edit each image by a LoRA, an instruction, or both.
 
-    ``guidance_scale`` (how much more than without words) and ``image_guidance_scale`` (how much closer to the picture) are
-    InstructPix2Pix's two scales; at ``guidance_scale`` 1 a step is one forward pass. With ``preserve_unedited`` what the edit does
-    not touch stays the picture's own (``blend_edit_region``), for as many forward passes again; without, the whole picture is
-    repainted, as any program does that loads the LoRA file.
-    Raises ``InvalidArgumentError`` for a base that edits nothing, and for numbers that do not fit together.
+    Args:
+        base: A base that edits images.
+        images: n images, cropped to their center square and resized to the resolution of the base;
+            or a tensor [n, 3, h, w] in [0, 1] of that resolution.
+        lora: One LoRA for all images, a batch of n with LoRA i for image i, or None.
+        seeds: n seeds.
+        instructions: One instruction for all images or one for each; a blend of instructions
+            (``hyperlora.prompt_blending``) is an instruction, too.
+        num_inference_steps: Denoising steps.
+        guidance_scale: InstructPix2Pix's text guidance scale in [0, 100]. At 1 there is no
+            classifier-free guidance and a step is one forward pass.
+        image_guidance_scale: InstructPix2Pix's image guidance scale in [0, 100].
+        preserve_unedited: Whether to restore the input image where the edit changes nothing
+            (``blend_edit_region``), at twice the cost. Other programs that load the LoRA file
+            do not, and repaint the whole image.
+
+    Returns:
+        n images at the resolution of the base.
+
+    Raises:
+        InvalidArgumentError: The base does not edit images, the numbers of seeds or LoRAs differ
+            from that of the images, or a guidance scale is out of range.
+        LayoutMismatchError: The LoRA changes a component that the base lacks.
     """
     check_edit_base(base)
-    if len(seeds) != len(images):
-        raise InvalidArgumentError(f"{len(images)} pictures need as many seeds, got {len(seeds)}")
-    if lora is not None and lora.batch_shape and len(lora) != len(images):
-        raise InvalidArgumentError(
-            f"{len(images)} pictures and {len(lora)} LoRAs given: one for each picture, or one for all"
-        )
-    if not (0 <= guidance_scale <= 100 and 0 <= image_guidance_scale <= 100):  # also refuses NaN
-        raise InvalidArgumentError(
-            f"guidance between 0 and 100 expected, got {guidance_scale} and {image_guidance_scale}"
-        )
-    if not isinstance(images, Tensor):
-        images = torch.stack([to_tensor(p, base.resolution) for p in images])
-    prompts = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
-    image_batch = images.to(base.pipeline.device)
+    guidance_scales = [guidance_scale, image_guidance_scale]
+    check_sampling_inputs(base, len(images), lora, seeds, guidance_scales, sample_noun="image")
+    pixels = images if isinstance(images, Tensor) else _stack_images(images, base.resolution)
+    image_batch = pixels.to(base.pipeline.device)  # [n, 3, h, w]
 
-    def run_pipeline(lora: LoraWeights | None, prompts: list[str]) -> list[Image.Image]:
-        modules = (
-            {name: base.modules[name] for name in lora.layout.components}
-            if lora is not None
-            else {}
-        )
-        with inject_lora(modules, lora) if lora is not None else nullcontext():
-            outputs: list[Image.Image] = base.pipeline(
-                prompt_embeds=base.encode_prompts(prompts)["encoder_hidden_states"],
+    def sample_edits(lora: LoraWeights | None, instructions: list[str]) -> list[Image.Image]:
+        with inject_base_lora(base, lora):  # also while the text encoder runs
+            edited: list[Image.Image] = base.pipeline(
+                prompt_embeds=base.encode_prompts(instructions)["encoder_hidden_states"],
                 image=image_batch,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 image_guidance_scale=image_guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                generator=make_generators(seeds),
             ).images
-        return outputs
+        return edited
 
-    edited = run_pipeline(lora, prompts)
+    if isinstance(instructions, str):
+        instructions = [instructions] * len(images)
+    edited = sample_edits(lora, list(instructions))
     if not preserve_unedited:
         return edited
-    passes = (edited, run_pipeline(None, [""] * len(prompts)))
-    edited_pixels, unedited_pixels = (
-        torch.stack([to_tensor(p, base.resolution) for p in some]) for some in passes
-    )
-    return [
-        to_image(picture)
-        for picture in blend_edit_region(images.to(edited_pixels), edited_pixels, unedited_pixels)
-    ]
+    unedited = sample_edits(None, [""] * len(images))
+    edited_pixels = _stack_images(edited, base.resolution)  # [n, 3, h, w]
+    unedited_pixels = _stack_images(unedited, base.resolution)  # [n, 3, h, w]
+    blended = blend_edit_region(pixels.to(edited_pixels), edited_pixels, unedited_pixels)
+    return [to_image(image) for image in blended]
 
 
 def blend_edit_region(images: Tensor, edited: Tensor, unedited: Tensor) -> Tensor:
-    """``apply_edits`` where it differs from ``unedited``, what the base makes of ``images`` when it is asked for nothing
-    (by the same noise), and ``images`` where it does not; all [*batch, 3, h, w] in [0, 1]."""
+    """Restore the input image outside the region that an edit changes.
+
+    The edit mask m rises linearly from 0 to 1 with the largest channel difference between
+    ``edited`` and ``unedited``; the result is (1 - m) image + m edited.
+
+    Args:
+        images: Input images [*batch, 3, h, w] in [0, 1].
+        edited: The images after the edit, of the same shape.
+        unedited: The result of the base for the same noise without any edit, of the same shape.
+
+    Returns:
+        Blended images [*batch, 3, h, w] in [0, 1].
+    """
     low, high = BLEND_RANGE
-    edit_mask = (((edited - unedited).abs().amax(-3, keepdim=True) - low) / (high - low)).clamp(
-        0, 1
-    )
+    difference = (edited - unedited).abs().amax(-3, keepdim=True)  # [*batch, 1, h, w]
+    edit_mask = ((difference - low) / (high - low)).clamp(0, 1)  # [*batch, 1, h, w]
     return images + edit_mask * (edited - images)
 
 
 def check_edit_base(base: DiffusionBase) -> None:
-    """Raise ``InvalidArgumentError`` unless the base is an InstructPix2Pix pipeline."""
-    if "InstructPix2Pix" not in type(base.pipeline).__name__:
+    """Raise ``InvalidArgumentError`` unless the base edits images."""
+    if not base.family.edits_images:
         raise InvalidArgumentError(
-            f"base {base.id!r} is a {type(base.pipeline).__name__}, one that edits pictures was expected: give --base "
-            f"an InstructPix2Pix pipeline"
+            f"base {base.id!r} is a {type(base.pipeline).__name__}, one that edits images was "
+            "expected: give --base an InstructPix2Pix pipeline"
         )
+
+
+def _stack_images(images: Sequence[Image.Image], resolution: int) -> Tensor:
+    """Convert images to a batch [n, 3, resolution, resolution] in [0, 1]."""
+    return torch.stack([to_tensor(image, resolution) for image in images])

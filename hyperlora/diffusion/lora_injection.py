@@ -1,39 +1,64 @@
 """``inject_lora``: a frozen model computes with one LoRA per sample, differentiably in the LoRA.
 
-y = W x + b + up @ (down @ x)        one batched product per site, no copy of W
+    y = W x + b + up (down x)
+
+Forward hooks add the last term to the output of each target module: one batched product, without a
+copy of W.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from hyperlora.errors import LayoutMismatchError
 from hyperlora.lora.blocks import select_blocks
 from hyperlora.lora.layout import TargetModule
 from hyperlora.lora.weights import LoraWeights
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
+
+class _CheckpointFunction(Protocol):
+    """diffusers' gradient checkpointing: calls a block with arguments, and again in backward."""
+
+    def __call__(self, block: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T: ...
+
 
 @contextmanager
 def inject_lora(model: nn.Module | Mapping[str, nn.Module], weights: LoraWeights) -> Iterator[None]:
-    """While open, every forward of ``target`` has ``weights`` added; contexts nest and their LoRAs add up.
+    """Add LoRAs to every forward pass of a model while the context is open.
 
-    ``target`` is the one component of the layout, or a mapping of component names to modules. Weights without batch
-    axis act on all samples; weights of batch n on a forward of k·n samples act as LoRA i mod n on sample i, which is
-    what classifier-free guidance's doubled batch needs. Gradient checkpointing recomputes with the same weights, also
-    after the context has closed.
+    Contexts nest, and their LoRAs add up. Gradient checkpointing recomputes with the same LoRAs,
+    also after the context has closed.
 
-    Raises ``LayoutMismatchError`` if a site is missing, of another shape, or the batch is no multiple of n.
+    Args:
+        model: The one component that the LoRA adapts, or a mapping of component names (``unet``,
+            ``text_encoder``) to modules.
+        weights: Without a batch axis, one LoRA for all samples. With the batch axis [n], a forward
+            pass of k * n samples uses LoRA i mod n for sample i, as the doubled batch of
+            classifier-free guidance needs.
+
+    Raises:
+        LayoutMismatchError: If a target module is missing or has another shape, if the LoRA has
+            more than one batch axis, or if a batch is no multiple of n.
     """
     if len(weights.batch_shape) > 1:
         raise LayoutMismatchError(
-            f"one batch axis expected, the LoRA has {len(weights.batch_shape)}: flatten or index it first"
+            f"one batch axis expected, the LoRA has {len(weights.batch_shape)}: "
+            "flatten or index it first"
         )
     if isinstance(model, nn.Module):
-        (component, *other_components) = weights.layout.components
+        component, *other_components = weights.layout.components
         if other_components:
             raise LayoutMismatchError(
                 f"the LoRA covers {', '.join(weights.layout.components)}: pass a mapping of these"
@@ -48,25 +73,32 @@ def inject_lora(model: nn.Module | Mapping[str, nn.Module], weights: LoraWeights
 
 
 class _LoraInjection:
-    """Forward hooks on all sites, installed once however often it is entered."""
+    """Forward hooks on all target modules, registered once however often they are entered.
+
+    Args:
+        components: Modules by component name.
+        weights: The LoRAs to inject.
+    """
 
     def __init__(self, components: Mapping[str, nn.Module], weights: LoraWeights) -> None:
         self.depth = 0
-        self.handles: list[Any] = []
-        self.hooks: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        modules = {name: dict(module.named_modules()) for name, module in components.items()}
-        for target_module, down, up in zip(
-            weights.layout.targets, weights.down, weights.up, strict=True
-        ):
-            layer = modules.get(target_module.component, {}).get(target_module.path)
+        self.handles: list[RemovableHandle] = []
+        self.hooks: list[tuple[nn.Module, _ForwardHook]] = []
+        layers = {name: dict(module.named_modules()) for name, module in components.items()}
+        layout = weights.layout
+        for target, down, up in zip(layout.targets, weights.down, weights.up, strict=True):
+            layer = layers.get(target.component, {}).get(target.path)
             if layer is None:
                 raise LayoutMismatchError(
-                    f"the base has no site {target_module.name}: the LoRA ({weights.layout.base}) is not for it"
+                    f"the base has no target module {target.name}: "
+                    f"the LoRA ({layout.base}) is not for it"
                 )
-            self.hooks.append((layer, _make_hook(target_module, layer, down, up)))
+            _check_shape(target, layer)
+            self.hooks.append((layer, _make_hook(target, down, up)))
 
     @contextmanager
     def register_hooks(self) -> Iterator[None]:
+        """Keep the hooks registered while at least one context is open."""
         if self.depth == 0:
             self.handles = [layer.register_forward_hook(hook) for layer, hook in self.hooks]
         self.depth += 1
@@ -79,23 +111,25 @@ class _LoraInjection:
                     handle.remove()
 
 
-def _make_hook(
-    target: TargetModule, layer: nn.Module, down: Tensor, up: Tensor
-) -> Callable[..., Tensor]:
-    shape = (
-        (layer.weight[0].numel(), layer.weight.shape[0])
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-        else None
-    )
-    if shape != (target.in_features, target.out_features):
+def _check_shape(target: TargetModule, layer: nn.Module) -> None:
+    """Raise ``LayoutMismatchError`` unless the layer has the target's features."""
+    shape = None
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        shape = layer.weight[0].numel(), layer.weight.shape[0]
+    expected_shape = target.in_features, target.out_features
+    if shape != expected_shape:
         raise LayoutMismatchError(
-            f"site {target.name} is {shape} in the base, {(target.in_features, target.out_features)} in the LoRA"
+            f"target module {target.name} is {shape} in the base, {expected_shape} in the LoRA"
         )
 
-    def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+
+def _make_hook(target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:
+    """Make the hook that adds up (down x) to the output of one layer."""
+
+    def forward_hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
-        d, u = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
-        # tokens of a text differ by little: in bfloat16 a LoRA could not tell them apart
+        x_down, x_up = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
+        # The tokens of a prompt differ by little: bfloat16 would round the differences away.
         precision_context = (
             torch.autocast(x.device.type, enabled=False)
             if target.is_text_projection
@@ -103,9 +137,9 @@ def _make_hook(
         )
         with precision_context:
             lora_output = (
-                _apply_conv_lora(module, x, d, u, target)
-                if isinstance(module, nn.Conv2d)
-                else _apply_linear_lora(x, d, u)
+                _apply_conv_lora(layer, x, x_down, x_up, target)
+                if isinstance(layer, nn.Conv2d)
+                else _apply_linear_lora(x, x_down, x_up)
             )
         return output + lora_output.to(output.dtype)
 
@@ -113,98 +147,135 @@ def _make_hook(
 
 
 def _apply_linear_lora(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """x [samples, *, fan_in] -> [samples, *, fan_out]."""
+    """Compute up (down x) for each sample.
+
+    Args:
+        x: [samples, ..., in_features].
+        down: [rank, in_features] or [n, rank, in_features].
+        up: [out_features, rank] or [n, out_features, rank].
+
+    Returns:
+        [samples, ..., out_features].
+    """
     if down.ndim == 2:
         return F.linear(F.linear(x, down), up)
-    n = len(down)
-    grouped_x = x.reshape(*_split_batch(x, n), -1, x.shape[-1])  # [rounds, n, tokens, fan_in]
-    return ((grouped_x @ down.mT) @ up.mT).reshape(*x.shape[:-1], up.shape[-2])
+    num_repeats, num_loras = _split_batch(x, len(down))
+    grouped_x = x.reshape(num_repeats, num_loras, -1, x.shape[-1])  # [repeats, n, tokens, in]
+    hidden = grouped_x @ down.mT  # [repeats, n, tokens, rank]
+    output = hidden @ up.mT  # [repeats, n, tokens, out_features]
+    return output.reshape(*x.shape[:-1], up.shape[-2])
 
 
 def _apply_conv_lora(
     layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor, target: TargetModule
 ) -> Tensor:
-    """LoCon: a convolution like the layer's own to ``rank`` channels, then 1x1; x [samples, channels, h, w]."""
+    """Compute LoCon: a convolution like the layer's own to ``rank`` channels, then a 1x1 one.
+
+    Args:
+        layer: The adapted layer, for stride, padding and dilation.
+        x: [samples, in_channels, h, w].
+        down: [rank, in_channels * kernel_h * kernel_w] or with the batch axis [n].
+        up: [out_channels, rank] or with the batch axis [n].
+        target: The adapted module, for the kernel size.
+
+    Returns:
+        [samples, out_channels, h_out, w_out].
+    """
     assert target.kernel_size is not None
-    kernel_shape = (
-        -1,
-        target.in_features // (target.kernel_size[0] * target.kernel_size[1]),
-        *target.kernel_size,
-    )
+    kernel_height, kernel_width = target.kernel_size
+    in_channels = target.in_features // (kernel_height * kernel_width)
+    kernel = down.reshape(-1, in_channels, kernel_height, kernel_width)  # [(n *) rank, in, kh, kw]
+    geometry = layer.stride, layer.padding, layer.dilation
     if down.ndim == 2:
-        hidden = F.conv2d(
-            x, down.reshape(kernel_shape), None, layer.stride, layer.padding, layer.dilation
-        )
+        hidden = F.conv2d(x, kernel, None, *geometry)  # [samples, rank, h_out, w_out]
         return F.conv2d(hidden, up[..., None, None])
-    num_repeats, n = _split_batch(x, len(down))
-    grouped_x = x.reshape(
-        num_repeats, n * x.shape[1], *x.shape[2:]
-    )  # the n LoRAs side by side as channel groups
-    hidden = F.conv2d(
-        grouped_x,
-        down.reshape(kernel_shape),
-        None,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        groups=n,
-    )
-    height, width = hidden.shape[-2:]
-    hidden = hidden.reshape(num_repeats, n, -1, height * width)  # [rounds, n, rank, positions]
-    return (up @ hidden).reshape(num_repeats * n, -1, height, width)
+    num_repeats, num_loras = _split_batch(x, len(down))
+    # the n LoRAs become n channel groups of one convolution
+    grouped_x = x.reshape(num_repeats, num_loras * x.shape[1], *x.shape[2:])
+    hidden = F.conv2d(grouped_x, kernel, None, *geometry, groups=num_loras)
+    height, width = hidden.shape[-2:]  # hidden [repeats, n * rank, h_out, w_out]
+    hidden = hidden.reshape(num_repeats, num_loras, -1, height * width)
+    output = up @ hidden  # [n, out, rank] @ [repeats, n, rank, positions]
+    return output.reshape(num_repeats * num_loras, -1, height, width)
 
 
-def _split_batch(x: Tensor, n: int) -> tuple[int, int]:
-    if len(x) % n:
+def _split_batch(x: Tensor, num_loras: int) -> tuple[int, int]:
+    """Split the number of samples into (repeats, LoRAs): sample i uses LoRA i mod n."""
+    if len(x) % num_loras:
         raise LayoutMismatchError(
-            f"{len(x)} samples cannot share {n} LoRAs: the batch must be a multiple"
+            f"{len(x)} samples cannot share {num_loras} LoRAs: the batch must be a multiple"
         )
-    return len(x) // n, n
+    return len(x) // num_loras, num_loras
 
 
 @contextmanager
 def _intercept_checkpointing(module: nn.Module, injection: _LoraInjection) -> Iterator[None]:
-    """Make diffusers' gradient checkpointing run its blocks under ``injection``, also when backward recomputes them."""
-    original_functions: list[tuple[Any, Callable[..., Any]]] = []
-    block: Any
+    """Make gradient checkpointing run its blocks with the hooks, also when backward reruns them."""
+    original_functions: list[tuple[nn.Module, _CheckpointFunction]] = []
     for block in module.modules():
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
         if getattr(block, "gradient_checkpointing", False) and callable(checkpoint):
             original_functions.append((block, checkpoint))
-            block._gradient_checkpointing_func = _wrap_checkpoint_fn(checkpoint, injection)
+            block._gradient_checkpointing_func = _wrap_checkpoint_fn(checkpoint, injection)  # type: ignore[assignment]
     try:
         yield
     finally:
         for block, checkpoint in original_functions:
-            block._gradient_checkpointing_func = checkpoint
+            block._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
 
 
 def _wrap_checkpoint_fn(
-    checkpoint: Callable[..., Any], injection: _LoraInjection
-) -> Callable[..., Any]:
-    def run_checkpoint(block: Callable[..., Any], *args: Any) -> Any:
-        def run_block(*block_args: Any) -> Any:
-            with injection.register_hooks():
-                return block(*block_args)
+    checkpoint: _CheckpointFunction, injection: _LoraInjection
+) -> _CheckpointFunction:
+    """Wrap a checkpoint function so that its block runs with the hooks registered."""
 
-        return checkpoint(run_block, *args)
+    def run_checkpoint(block: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        def run_block(*block_args: _P.args, **block_kwargs: _P.kwargs) -> _T:
+            with injection.register_hooks():
+                return block(*block_args, **block_kwargs)
+
+        return checkpoint(run_block, *args, **kwargs)
 
     return run_checkpoint
 
 
 def split_denoiser(lora: LoraWeights, denoiser_name: str) -> LoraWeights:
-    if denoiser_name not in lora.layout.components:
+    """Select the denoiser's part of a LoRA.
+
+    Args:
+        lora: Of any components.
+        denoiser_name: ``unet`` or ``transformer``.
+
+    Returns:
+        The LoRA of the denoiser's target modules.
+
+    Raises:
+        LayoutMismatchError: If the LoRA does not adapt the denoiser.
+    """
+    components = lora.layout.components
+    if denoiser_name not in components:
         raise LayoutMismatchError(
-            f"the LoRA changes {', '.join(lora.layout.components)}, but nothing in the {denoiser_name}"
+            f"the LoRA changes {', '.join(components)}, but nothing in the {denoiser_name}"
         )
-    return (
-        lora if lora.layout.components == (denoiser_name,) else select_blocks(lora, [denoiser_name])
-    )
+    return lora if components == (denoiser_name,) else select_blocks(lora, [denoiser_name])
 
 
 def split_text_encoders(
-    pipe: Any, lora: LoraWeights, denoiser_name: str
+    pipe: "DiffusionPipeline", lora: LoraWeights, denoiser_name: str
 ) -> Iterator[tuple[nn.Module, LoraWeights]]:
+    """Iterate over the text encoders that a LoRA adapts.
+
+    Args:
+        pipe: Pipeline that holds them.
+        lora: Of any components.
+        denoiser_name: Component to leave out, ``unet`` or ``transformer``.
+
+    Yields:
+        A text encoder and its part of the LoRA, on its device and in its dtype.
+
+    Raises:
+        LayoutMismatchError: If the pipeline lacks a component.
+    """
     for component in lora.layout.components:
         if component == denoiser_name:
             continue
@@ -217,5 +288,14 @@ def split_text_encoders(
 
 
 def move_to_module(lora: LoraWeights, module: nn.Module) -> LoraWeights:
+    """Move a LoRA to the device and dtype of a module's parameters.
+
+    Args:
+        lora: With or without a batch axis.
+        module: With at least one parameter.
+
+    Returns:
+        The moved LoRA.
+    """
     reference = next(module.parameters())
-    return lora.apply(lambda t: t.to(reference.device, reference.dtype))
+    return lora.apply(lambda factor: factor.to(reference.device, reference.dtype))

@@ -1,9 +1,10 @@
-"""LoRAs asked for in a prompt, as A1111 and Forge write it.
+"""LoRA tags in a prompt, in the syntax of A1111 and Forge.
 
-<lora:NAME>  <lora:NAME:0.8>  <lora:NAME:TE:UNET>  <lora:NAME:te=0.5:unet=1:step=5-15>  also start=, stop=
+    <lora:NAME>  <lora:NAME:0.8>  <lora:NAME:TE:UNET>  <lora:NAME:te=0.5:unet=1:step=5-15>
 
-The first number is the weight of both, the second that of the denoiser alone (``te`` the text encoders); ``start_build``,
-``stop`` and ``step`` bound the denoising steps it acts in: below 1 a fraction of them, else a step number from 0.
+The first number is the weight in text encoder and denoiser, the second that in the denoiser.
+Parameters ``te`` and ``unet`` name the two. ``start``, ``stop`` and ``step`` limit the denoising
+steps in which the LoRA is active: below 1 a fraction of the steps, else a step number from 0.
 """
 
 import re
@@ -21,12 +22,22 @@ from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.weights import LoraWeights
 
 MAX_WEIGHT: Final = 10.0
+MAX_STEP: Final = 10_000
 _LORA_TAG: Final = re.compile(r"<lora:([^<>]*)>")
+_PARAMETER_NAMES: Final = ("te", "unet", "start", "stop", "step")
 
 
 @dataclass(frozen=True)
 class LoraTag:
-    """One ``<lora:...>``: ``text_encoder_weight`` and ``denoiser_weight`` weights; active from step ``start_build`` on, before ``stop``."""
+    """One ``<lora:...>`` of a prompt.
+
+    Attributes:
+        name: Name of the LoRA's file, without its suffix.
+        text_encoder_weight: Factor of the LoRA in the text encoders.
+        denoiser_weight: Factor of the LoRA in the denoiser.
+        start: First active step, or fraction of the steps below 1.
+        stop: First step after the active ones, or fraction of the steps; None: active to the end.
+    """
 
     name: str
     text_encoder_weight: float = 1.0
@@ -36,20 +47,35 @@ class LoraTag:
 
     @property
     def is_constant(self) -> bool:
+        """Whether the LoRA is active in every step."""
         return self.start == 0 and self.stop is None
 
     def is_active(self, step: int, num_steps: int) -> bool:
-        return (
-            _resolve_step(self.start, num_steps)
-            <= step
-            < (num_steps if self.stop is None else _resolve_step(self.stop, num_steps))
-        )
+        """Return whether the LoRA is active in a step.
+
+        Args:
+            step: Number of the step, from 0.
+            num_steps: Number of steps of the run.
+
+        Returns:
+            True from ``start`` on and before ``stop``.
+        """
+        start = _resolve_step(self.start, num_steps)
+        stop = num_steps if self.stop is None else _resolve_step(self.stop, num_steps)
+        return start <= step < stop
 
 
 def parse_lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
-    """The prompt without its ``<lora:...>``, and these in order.
+    """Split a prompt into plain text and LoRA tags.
 
-    Raises ``InvalidArgumentError`` for one that cannot be understood or a weight outside [-10, 10].
+    Args:
+        prompt: A prompt with any number of tags.
+
+    Returns:
+        The prompt without tags, and the tags in order.
+
+    Raises:
+        InvalidArgumentError: A tag cannot be parsed, or its weight is outside [-10, 10].
     """
     tags = tuple(_parse_tag(text) for text in _LORA_TAG.findall(prompt))
     clean_prompt = re.sub(r"\s+", " ", _LORA_TAG.sub(" ", prompt)).replace(" ,", ",").strip(" ,")
@@ -63,72 +89,85 @@ def parse_lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
 def load_tagged_loras(
     tags: Sequence[LoraTag], folder: str | PathLike[str], modules: Mapping[str, nn.Module]
 ) -> list[LoraWeights]:
-    """The LoRAs of mentions, from a folder, fitted to the live base and weighed. Raises what ``find_lora`` and
-    ``load_lora`` raise."""
+    """Load the LoRAs of tags from a folder and scale them by their weights.
+
+    Args:
+        tags: The tags.
+        folder: The folder that ``find_lora`` searches.
+        modules: Components of the base by name, to which the LoRAs must fit.
+
+    Returns:
+        One LoRA for each tag.
+
+    Raises:
+        InvalidArgumentError: No file or several files have the name, see ``find_lora``.
+        InvalidLoraFileError: A file cannot be loaded, see ``load_lora``.
+        LayoutMismatchError: A LoRA does not fit the base.
+    """
     return [
-        _scale_tagged_lora(
-            mention, load_lora(find_lora(folder, mention.name), modules=modules).weights
-        )
-        for mention in tags
+        _scale_tagged_lora(tag, load_lora(find_lora(folder, tag.name), modules=modules).weights)
+        for tag in tags
     ]
 
 
 def compute_tag_scales(
     tags: Sequence[LoraTag], step: int, num_steps: int, num_constant: int = 0
 ) -> list[float]:
-    """1 for each of ``always`` other LoRAs and each mention that is active in this step, else 0: a ``compose_loras``
-    schedule."""
-    return [1.0] * num_constant + [float(mention.is_active(step, num_steps)) for mention in tags]
+    """Compute the scale of each LoRA in one step, as a ``compose_loras`` schedule returns it.
+
+    Args:
+        tags: The tags.
+        step: Number of the step, from 0.
+        num_steps: Number of steps of the run.
+        num_constant: LoRAs without a tag that stand before those of the tags.
+
+    Returns:
+        1 for each LoRA without a tag; then 1 for each active tag and 0 for each inactive one.
+    """
+    return [1.0] * num_constant + [float(tag.is_active(step, num_steps)) for tag in tags]
 
 
 def _scale_tagged_lora(tag: LoraTag, lora: LoraWeights) -> LoraWeights:
-    text_encoders = {c for c in lora.layout.components if c.startswith("text_encoder")}
-    return scale_blocks(
-        lora,
-        {
-            c: tag.text_encoder_weight if c in text_encoders else tag.denoiser_weight
-            for c in lora.layout.components
-        },
-    )
+    """Scale the text encoders and the denoiser of a LoRA by the weights of its tag."""
+    component_weights = {
+        component: tag.text_encoder_weight
+        if component.startswith("text_encoder")
+        else tag.denoiser_weight
+        for component in lora.layout.components
+    }
+    return scale_blocks(lora, component_weights)
 
 
 def _parse_tag(body: str) -> LoraTag:
+    """Parse what stands between ``<lora:`` and ``>``."""
     name, *parameters = (part.strip() for part in body.split(":"))
     tag_text = f"<lora:{body}>"
     if not name:
         raise InvalidArgumentError(f"{tag_text} names no LoRA: write <lora:name:weight>")
     positional = [p for p in parameters if "=" not in p]
     named = dict(p.split("=", 1) for p in parameters if "=" in p)
-    if unknown_names := sorted(named.keys() - {"te", "unet", "start", "stop", "step"}):
+    if unknown_names := sorted(named.keys() - set(_PARAMETER_NAMES)):
         raise InvalidArgumentError(
-            f"{tag_text} has the unknown parameter {unknown_names[0]!r}; known: te, unet, start, stop, step"
+            f"{tag_text} has the unknown parameter {unknown_names[0]!r}; "
+            f"known: {', '.join(_PARAMETER_NAMES)}"
         )
     if len(positional) > 2:
         raise InvalidArgumentError(
             f"{tag_text} has {len(positional)} weights: one for both, or text encoder and unet"
         )
-    text_encoder_weight = _parse_number(
-        named.get("te", positional[0] if positional else "1"), tag_text, -MAX_WEIGHT, MAX_WEIGHT
-    )
-    denoiser_weight = _parse_number(
-        named.get("unet", positional[-1] if positional else str(text_encoder_weight)),
-        tag_text,
-        -MAX_WEIGHT,
-        MAX_WEIGHT,
-    )
+    text_encoder_text = named.get("te", positional[0] if positional else "1")
+    text_encoder_weight = _parse_number(text_encoder_text, tag_text, -MAX_WEIGHT, MAX_WEIGHT)
+    denoiser_text = named.get("unet", positional[-1] if positional else str(text_encoder_weight))
+    denoiser_weight = _parse_number(denoiser_text, tag_text, -MAX_WEIGHT, MAX_WEIGHT)
     first_step, _, last_step = named.get("step", "").partition("-")
-    start = _parse_number(named.get("start", first_step or "0"), tag_text, 0, 10_000)
-    stop = named.get("stop", last_step)
-    return LoraTag(
-        name,
-        text_encoder_weight,
-        denoiser_weight,
-        start,
-        _parse_number(stop, tag_text, 0, 10_000) if stop else None,
-    )
+    start = _parse_number(named.get("start", first_step or "0"), tag_text, 0, MAX_STEP)
+    stop_text = named.get("stop", last_step)
+    stop = _parse_number(stop_text, tag_text, 0, MAX_STEP) if stop_text else None
+    return LoraTag(name, text_encoder_weight, denoiser_weight, start, stop)
 
 
 def _parse_number(text: str, tag_text: str, minimum: float, maximum: float) -> float:
+    """Parse a number of a tag, or raise ``InvalidArgumentError`` with the text of the tag."""
     try:
         value = float(text)
     except ValueError:
@@ -141,4 +180,5 @@ def _parse_number(text: str, tag_text: str, minimum: float, maximum: float) -> f
 
 
 def _resolve_step(bound: float, num_steps: int) -> float:
+    """Return a bound as a step number: below 1 it is a fraction of the steps."""
     return bound * num_steps if bound < 1 else bound

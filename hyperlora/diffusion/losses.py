@@ -1,92 +1,50 @@
-"""Denoising objectives: what a noised latent is made of, what the network should say, and the loss."""
+"""The denoising loss of a base diffusion model; ``NoiseSchedule`` holds its equations."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hyperlora.cpu import select_sdpa_kernel
+from hyperlora.diffusion.noise_schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
-def add_noise(
-    scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(network input, network target) for a diffusers noise scheduler or a flow-matching one.
+class DenoiserOutput(Protocol):
+    """What a denoiser of diffusers returns."""
 
-    ``prediction_type`` epsilon (DDPM), v_prediction (2202.00512) or sample; flow schedulers: x_t = (1-s)x + s noise,
-    target noise - x (2403.03206). ``timesteps`` [batch], as indices into the training schedule.
+    sample: Tensor
+    """Prediction, [batch, channels, h, w]."""
+
+
+Denoiser = Callable[..., DenoiserOutput]
+"""A UNet or transformer of diffusers: (model_input, timesteps, **conditions) to its output."""
+
+
+@dataclass(frozen=True)
+class AuxLoss:
+    """A further loss, on the clean latents that the denoiser predicts.
+
+    Attributes:
+        fn: Predicted clean latents [batch, channels, h, w] to a loss per sample [batch].
+        weight: Factor of the loss, one number or one per sample [batch]. None weights each sample
+            by 1 - its noise level, since the prediction is vague where there is much noise
+            (as identity losses do, 2404.16022).
     """
-    if hasattr(scheduler, "add_noise"):
-        noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-        match scheduler.config.prediction_type:
-            case "epsilon":
-                return noisy_latents, noise
-            case "v_prediction":
-                return noisy_latents, scheduler.get_velocity(latents, noise, timesteps)
-            case "sample":
-                return noisy_latents, latents
-            case prediction_type:
-                raise ValueError(f"unknown prediction type {prediction_type!r}")
-    sigma = scheduler.sigmas.to(latents)[timesteps].view(-1, 1, 1, 1)
-    return (1 - sigma) * latents + sigma * noise, noise - latents
 
-
-def compute_model_target(
-    scheduler: Any, noisy_latents: Tensor, x0: Tensor, timesteps: Tensor
-) -> Tensor:
-    """What a network that expects the latents ``clean`` behind ``noisy_latents`` says: the target of ``add_noise``, for any ``noisy_latents``."""
-    if not hasattr(scheduler, "add_noise"):
-        return (noisy_latents - x0) / scheduler.sigmas.to(noisy_latents)[timesteps].view(
-            -1, 1, 1, 1
-        )
-    alpha_prod_t = scheduler.alphas_cumprod.to(noisy_latents)[timesteps].view(-1, 1, 1, 1)
-    noise = (noisy_latents - alpha_prod_t.sqrt() * x0) / (1 - alpha_prod_t).sqrt()
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return noise
-        case "v_prediction":
-            return alpha_prod_t.sqrt() * noise - (1 - alpha_prod_t).sqrt() * x0
-        case "sample":
-            return x0
-        case prediction_type:
-            raise ValueError(f"unknown prediction type {prediction_type!r}")
-
-
-def predict_x0(
-    scheduler: Any, noisy_latents: Tensor, model_output: Tensor, timesteps: Tensor
-) -> Tensor:
-    """The clean latents that a network expects behind ``noisy_latents`` when it says ``model_output``; undoes ``compute_model_target``."""
-    if not hasattr(scheduler, "add_noise"):
-        return (
-            noisy_latents
-            - scheduler.sigmas.to(noisy_latents)[timesteps].view(-1, 1, 1, 1) * model_output
-        )
-    alpha_prod_t = scheduler.alphas_cumprod.to(noisy_latents)[timesteps].view(-1, 1, 1, 1)
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return (noisy_latents - (1 - alpha_prod_t).sqrt() * model_output) / alpha_prod_t.sqrt()
-        case "v_prediction":
-            return alpha_prod_t.sqrt() * noisy_latents - (1 - alpha_prod_t).sqrt() * model_output
-        case "sample":
-            return model_output
-        case prediction_type:
-            raise ValueError(f"unknown prediction type {prediction_type!r}")
-
-
-def compute_noise_level(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """How much of a noised latent is noise, [batch, 1, 1, 1] from 0 to 1: the σ of flow matching, for any schedule."""
-    if not hasattr(scheduler, "add_noise"):
-        return scheduler.sigmas.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-    alpha_prod_t = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-    return (1 - alpha_prod_t).sqrt() / (alpha_prod_t.sqrt() + (1 - alpha_prod_t).sqrt())
+    fn: Callable[[Tensor], Tensor]
+    weight: float | Tensor | None = None
 
 
 def compute_denoising_loss(
-    denoiser: Any,
-    scheduler: Any,
+    denoiser: Denoiser,
+    scheduler: "SchedulerMixin",
     latents: Tensor,
     *,
     shift: float = 1.0,
@@ -94,64 +52,84 @@ def compute_denoising_loss(
     weight: Tensor | None = None,
     x0_offset: Tensor | None = None,
     cond_latents: Tensor | None = None,
-    aux_loss_fn: Callable[[Tensor], Tensor] | None = None,
-    aux_loss_weight: float | Tensor | None = None,
-    **model_kwargs: Any,
+    aux_loss: AuxLoss | None = None,
+    **model_kwargs: Tensor | dict[str, Tensor],
 ) -> Tensor:
-    """Squared error per sample [batch], at random timesteps, of the denoiser as it is (perhaps ``inject_lora``);
-    ``model_kwargs`` are the denoiser's own arguments (``encoder_hidden_states`` and, for SDXL, ``added_cond_kwargs``).
+    """Compute the squared error of a denoiser's output at random timesteps.
 
-    ``shift`` > 1 draws noisier timesteps more often, where text decides what is drawn (2403.03206, eq. 23). ``noise_sample`` is
-    what chance would decide: u [batch] in [0, 1), the place of the timestep, and the noise, shaped like ``clean``.
-    ``weight`` broadcasts onto ``clean``: how much each place counts, with a mean of 1 if the loss is to keep its scale.
-    ``x0_offset``, shaped like ``clean``, is added to the clean latents that are wanted, in proportion to the noise: an
-    edit (2506.07992). ``cond_latents``, of the same height and width, is what the denoiser sees beside the noised latents,
-    as further channels (InstructPix2Pix, 2211.09800). ``aux_loss_fn`` maps the clean latents that the denoiser expects to a
-    further loss per sample [batch], which counts less the more noise there was (as identity losses do, 2404.16022), or
-    ``aux_loss_weight`` times (a number, or one per sample [batch]) where ``cond_latents`` tells what to expect behind any noise.
+    Args:
+        denoiser: The denoiser as it is, possibly inside ``inject_lora``.
+        scheduler: DDPM-like or flow-matching scheduler of diffusers.
+        latents: Clean latents x_0, [batch, channels, h, w].
+        shift: Above 1, noisier timesteps are drawn more often (2403.03206, eq. 23): the prompt
+            has the most influence there.
+        noise_sample: The random numbers: u [batch] in [0, 1), which gives the timestep, and the
+            noise, shaped like ``latents``. None draws both.
+        weight: Loss weight of each latent pixel, broadcast onto ``latents``. With a mean of 1 the
+            loss keeps its scale.
+        x0_offset: Shaped like ``latents``. It is added to the x_0 of the target in proportion to
+            the noise level: an edit (2506.07992).
+        cond_latents: [batch, cond_channels, h, w], concatenated to the noisy latents as further
+            channels (InstructPix2Pix, 2211.09800).
+        aux_loss: A further loss on the predicted x_0, added to the squared error.
+        **model_kwargs: The denoiser's own arguments: ``encoder_hidden_states`` and, for SDXL,
+            ``added_cond_kwargs``.
+
+    Returns:
+        Loss per sample, [batch].
+
+    Raises:
+        ValueError: If the scheduler's prediction type is unknown.
     """
-    num_train_timesteps = scheduler.config.num_train_timesteps
+    schedule = NoiseSchedule(scheduler)
     u, noise = noise_sample or (
-        torch.rand(len(latents), device=latents.device),
-        torch.randn_like(latents),
+        torch.rand(len(latents), device=latents.device),  # [batch]
+        torch.randn_like(latents),  # [batch, channels, h, w]
     )
-    timesteps = (num_train_timesteps * shift * u / (1 + (shift - 1) * u)).long()
-    noisy_latents, target = add_noise(scheduler, latents, noise, timesteps)
+    # t = T s u / (1 + (s - 1) u) with the shift s, 2403.03206, eq. 23
+    timesteps = (schedule.num_train_timesteps * shift * u / (1 + (shift - 1) * u)).long()  # [batch]
+    noisy_latents, target = schedule.add_noise(latents, noise, timesteps)
     if x0_offset is not None:
-        target = compute_model_target(
-            scheduler,
-            noisy_latents,
-            latents + compute_noise_level(scheduler, timesteps) * x0_offset,
-            timesteps,
-        )
+        edited_x0 = latents + schedule.compute_noise_level(timesteps) * x0_offset
+        target = schedule.compute_target(noisy_latents, edited_x0, timesteps)
+
+    model_input = noisy_latents  # [batch, channels (+ cond_channels), h, w]
+    if cond_latents is not None:
+        model_input = torch.cat([noisy_latents, cond_latents.to(noisy_latents)], 1)
     with _select_attention_kernel(denoiser, latents):
-        model_input = (
-            noisy_latents
-            if cond_latents is None
-            else torch.cat([noisy_latents, cond_latents.to(noisy_latents)], 1)
-        )
         model_output = denoiser(model_input, timesteps, **model_kwargs).sample
-    error = F.mse_loss(model_output.float(), target.float(), reduction="none")
-    loss = (error if weight is None else error * weight).mean((1, 2, 3))
-    if aux_loss_fn is not None:
-        sample_weight = (
-            1 - compute_noise_level(scheduler, timesteps).flatten()
-            if aux_loss_weight is None
-            else aux_loss_weight
-        )
-        loss = loss + sample_weight * aux_loss_fn(
-            predict_x0(scheduler, noisy_latents.float(), model_output.float(), timesteps)
-        )
-    return loss
+
+    squared_error = F.mse_loss(model_output.float(), target.float(), reduction="none")
+    if weight is not None:
+        squared_error = squared_error * weight  # [batch, channels, h, w]
+    loss = squared_error.mean((1, 2, 3))  # [batch]
+    if aux_loss is None:
+        return loss
+
+    pred_x0 = schedule.predict_x0(noisy_latents.float(), model_output.float(), timesteps)
+    aux_weight = aux_loss.weight
+    if aux_weight is None:
+        aux_weight = 1 - schedule.compute_noise_level(timesteps).flatten()  # [batch]
+    return loss + aux_weight * aux_loss.fn(pred_x0)
 
 
 def compute_edit_region_weights(before: Tensor, after: Tensor, max_extra_weight: float) -> Tensor:
-    """How much each place of an edit counts, [n, 1, h, w]: 1 where nothing changes, up to 1 + ``max_extra_weight``."""
-    relative_change = (after - before).abs().mean(1, keepdim=True) / after.std()
+    """Compute loss weights that are larger where an edit changes the latents.
+
+    Args:
+        before: Latents before the edit, [batch, channels, h, w].
+        after: Latents after the edit, of the same shape.
+        max_extra_weight: Added to the weight where the mean absolute change is at least one
+            standard deviation of ``after``; proportionally less below.
+
+    Returns:
+        Weights from 1 to 1 + ``max_extra_weight``, [batch, 1, h, w].
+    """
+    relative_change = (after - before).abs().mean(1, keepdim=True) / after.std()  # [batch, 1, h, w]
     return 1 + max_extra_weight * relative_change.clamp(max=1)
 
 
-def _select_attention_kernel(denoiser: Any, latents: Tensor) -> AbstractContextManager[Any]:
-    """Checkpointed blocks must recompute with the kernel they ran with."""
+def _select_attention_kernel(denoiser: Denoiser, latents: Tensor) -> AbstractContextManager[object]:
+    """Choose the attention kernel; checkpointed blocks must recompute with the one they ran with."""
     is_checkpointing = getattr(denoiser, "is_gradient_checkpointing", False)
     return nullcontext() if is_checkpointing else select_sdpa_kernel(latents, latents[0, 0].numel())

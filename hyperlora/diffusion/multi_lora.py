@@ -1,15 +1,16 @@
 """Several LoRAs on an ordinary diffusers pipeline while it samples.
 
 merge        W + Σ wᵢ ΔWᵢ
-switch       one LoRA at a time, the next every few steps                            (2402.16843, LoRA switch)
-composite    the mean of all LoRAs' predictions, conditional and unconditional       (2402.16843, LoRA composite)
-spatial      each LoRA's prediction in its region; boxes may also be windows         (windows: 2302.08113)
+switch       one LoRA at a time, the next every few steps    (LoRA switch, 2402.16843)
+composite    mean of all predictions, on each branch         (LoRA composite, 2402.16843)
+spatial      each prediction in its region or window         (windows: 2302.08113)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,43 +32,77 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.merge import pad_and_stack, validate_weights
 from hyperlora.lora.weights import LoraWeights
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 Strategy = Literal["merge", "switch", "composite", "spatial"]
 STRATEGIES: Final = ("merge", "switch", "composite", "spatial")
 Schedule = Callable[[int, int], Sequence[float]]
-"""(step from 0, number of steps) to one strength per LoRA."""
+"""(step from 0, number of steps) to one scale per LoRA."""
+Handler = Callable[[DenoiserCall], Tensor]
+"""Answers a denoiser call with a prediction [n, c, h, w], or packed [n, tokens, c]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositionConfig:
+    """Settings of single strategies of ``compose_loras``.
+
+    Attributes:
+        switch_every: ``switch``: steps for which each LoRA is active.
+        switch_order: ``switch``: LoRA numbers in the order of their turns, repeated cyclically; by
+            default 0, 1, ...
+        composite_weights: ``composite``: weights of the mean of the predictions; by default equal.
+        regions: ``spatial``: one box or mask for each LoRA.
+        windowed: ``spatial``: denoise each box as an image of its own, for bases that know one
+            subject per image.
+        chunk_size: ``composite`` and ``spatial``: LoRAs per forward pass; by default all, and
+            fewer when memory runs out.
+    """
+
+    switch_every: int = 5
+    switch_order: Sequence[int] | None = None
+    composite_weights: Sequence[float] | None = None
+    regions: Sequence[Region] | None = None
+    windowed: bool = False
+    chunk_size: int | None = None
 
 
 @contextmanager
 def compose_loras(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     loras: Sequence[LoraWeights],
     strategy: Strategy = "merge",
     weights: Sequence[float] | None = None,
     *,
     schedule: Schedule | None = None,
-    switch_every: int = 5,
-    switch_order: Sequence[int] | None = None,
-    composite_weights: Sequence[float] | None = None,
-    regions: Sequence[Region] | None = None,
-    windowed: bool = False,
-    chunk_size: int | None = None,
+    config: CompositionConfig | None = None,
 ) -> Iterator[None]:
-    """While open, every picture of ``pipe`` (UNet or DiT) is drawn with all ``measure_lora_throughput``.
+    """Sample with several LoRAs within a ``with`` block, on a UNet or a transformer.
 
-    ``weights`` multiply each ΔW; ``schedule`` multiplies them once more, step by step. ``switch``: LoRA ``switch_order[0]`` is
-    active for ``switch_every`` steps, then the next, round and round. ``composite``: ``compute_blend_matrix`` weigh the mean. ``spatial``:
-    one of ``evaluate_regions`` per LoRA; where they overlap their mean is taken, where there is none the base draws alone; with
-    ``windowed`` each box is denoised as a picture of its own, which bases that know one subject per picture need.
-    ``composite`` and ``spatial`` predict with all LoRAs in one forward, ``chunk_size`` at a time if memory asks for it.
-
-    A pipeline encodes its prompt once: LoRAs of text encoders are added up, by their weights, in every strategy.
+    A pipeline encodes its prompt once. LoRAs of text encoders are therefore summed by their
+    weights in every strategy. With ``spatial``, the mean is taken where regions overlap, and the
+    base alone predicts where there is none.
 
     Example: ``with compose_loras(pipe, [me, you], "composite"): pipe("two friends").images[0]``
 
-    Raises ``InvalidArgumentError`` for arguments that make no sense together, ``LayoutMismatchError`` for a LoRA of another base.
+    Args:
+        pipe: The pipeline.
+        loras: k LoRAs of the pipeline's base, of any ranks and targets; no batch axes.
+        strategy: How the LoRAs are composed, see the table above.
+        weights: One factor for each ΔW; by default 1.
+        schedule: Further factors for each ΔW, by the step.
+        config: Settings of the strategy; by default ``CompositionConfig()``.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidArgumentError: Arguments do not fit together.
+        LayoutMismatchError: A LoRA is for another base.
     """
     if strategy not in STRATEGIES:
         raise InvalidArgumentError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
+    config = config or CompositionConfig()
     scales = validate_weights(weights, len(loras))
     name, denoiser = get_denoiser(pipe)
     with ExitStack() as stack:
@@ -75,60 +110,34 @@ def compose_loras(
             for module, text_lora in split_text_encoders(pipe, lora, name):
                 stack.enter_context(inject_lora(module, text_lora * scale))
         denoiser_loras = [
-            move_to_module(split_denoiser(lora, name), denoiser) * f
-            for lora, f in zip(loras, scales, strict=True)
+            move_to_module(split_denoiser(lora, name), denoiser) * scale
+            for lora, scale in zip(loras, scales, strict=True)
         ]
         modules = {name: denoiser}
         if strategy == "merge" and schedule is None:
             for lora in denoiser_loras:
                 stack.enter_context(inject_lora(modules, lora))
-        elif strategy in ("merge", "switch"):
-            if strategy == "switch":
-                schedule = _make_switch_schedule(
-                    len(denoiser_loras), switch_every, switch_order, schedule
-                )
-            assert schedule is not None
-            stack.enter_context(
-                intercept_denoiser(
-                    pipe, _make_merge_handler(pipe, modules, denoiser_loras, schedule)
-                )
-            )
         else:
-            if strategy == "composite":
-                scheduled_loras = _ScheduledLoras(
-                    pipe, pad_and_stack(denoiser_loras), schedule, len(denoiser_loras)
-                )
-                handler = _make_composite_handler(
-                    modules,
-                    scheduled_loras,
-                    _normalize_weights(composite_weights, len(denoiser_loras)),
-                    chunk_size,
-                )
-            else:  # the base draws what no region covers: a last LoRA of zeros
-                scheduled_loras = _ScheduledLoras(
-                    pipe,
-                    pad_and_stack([*denoiser_loras, denoiser_loras[0] * 0.0]),
-                    schedule,
-                    len(denoiser_loras),
-                )
-                handler = _make_spatial_handler(
-                    modules,
-                    scheduled_loras,
-                    _validate_regions(regions, len(denoiser_loras)),
-                    windowed,
-                    chunk_size,
-                )
+            handler = _make_handler(pipe, modules, denoiser_loras, strategy, schedule, config)
             stack.enter_context(intercept_denoiser(pipe, handler))
         yield
 
 
 class StepCounter:
-    """Which step of a run a call belongs to: a new step at every lower timestep, step 0 again at a higher one."""
+    """Number of the sampling step that a denoiser call belongs to.
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe, self._last_timestep, self._step = pipe, float("inf"), -1
+    Each lower timestep is a new step. A higher timestep starts a new run at step 0.
 
-    def step_for(self, timestep: float) -> int:
+    Args:
+        pipe: The pipeline that samples.
+    """
+
+    def __init__(self, pipe: "DiffusionPipeline") -> None:
+        self._pipe = pipe
+        self._last_timestep, self._step = float("inf"), -1
+
+    def count_step(self, timestep: float) -> int:
+        """Return the step number, from 0, of a call at this timestep."""
         if timestep > self._last_timestep:
             self._step = -1
         if timestep != self._last_timestep:
@@ -137,43 +146,75 @@ class StepCounter:
 
     @property
     def num_steps(self) -> int:
+        """Number of steps of the current run."""
         return int(
             getattr(self._pipe, "num_timesteps", None) or len(self._pipe.scheduler.timesteps)
         )
 
 
 class _ScheduledLoras:
-    """A batch of LoRAs, the first k as strong as the schedule says at each call."""
+    """A batch of LoRAs; a schedule, if there is one, scales the first ``num_loras``."""
 
     def __init__(
-        self, pipe: Any, loras: LoraWeights, schedule: Schedule | None, num_loras: int
+        self,
+        pipe: "DiffusionPipeline",
+        loras: LoraWeights,
+        schedule: Schedule | None,
+        num_loras: int,
     ) -> None:
-        self.step_counter, self.loras, self.schedule, self.num_loras = (
-            StepCounter(pipe),
-            loras,
-            schedule,
-            num_loras,
-        )
+        self.step_counter = StepCounter(pipe)
+        self.loras, self.schedule, self.num_loras = loras, schedule, num_loras
 
     def scale_loras(self, call: DenoiserCall) -> LoraWeights:
+        """Return the LoRAs as the schedule scales them at the step of this call."""
         if self.schedule is None:
             return self.loras
-        scales = _evaluate_schedule(self.schedule, self.step_counter, call, self.num_loras) + [
-            1.0
-        ] * (len(self.loras) - self.num_loras)
+        scales = _evaluate_schedule(self.schedule, self.step_counter, call, self.num_loras)
+        scales += [1.0] * (len(self.loras) - self.num_loras)
         return self.loras * torch.tensor(scales).to(self.loras.up[0])
 
 
+def _make_handler(
+    pipe: "DiffusionPipeline",
+    modules: Mapping[str, nn.Module],
+    loras: Sequence[LoraWeights],
+    strategy: Strategy,
+    schedule: Schedule | None,
+    config: CompositionConfig,
+) -> Handler:
+    """Make the handler of a strategy other than a merge with constant weights."""
+    num_loras = len(loras)
+    if strategy == "switch":
+        schedule = _make_switch_schedule(num_loras, schedule, config)
+    if strategy in ("merge", "switch"):
+        assert schedule is not None
+        return _make_merge_handler(pipe, modules, loras, schedule)
+    if strategy == "composite":
+        composite_weights = _normalize_weights(config.composite_weights, num_loras)  # [k]
+        scheduled_loras = _ScheduledLoras(pipe, pad_and_stack(loras), schedule, num_loras)
+        return _make_composite_handler(
+            modules, scheduled_loras, composite_weights, config.chunk_size
+        )
+    _validate_regions(config.regions, num_loras)
+    # a last LoRA of zeros gives the base's prediction for positions outside all regions
+    stacked_loras = pad_and_stack([*loras, loras[0] * 0.0])  # [k + 1]
+    scheduled_loras = _ScheduledLoras(pipe, stacked_loras, schedule, num_loras)
+    return _make_spatial_handler(modules, scheduled_loras, config)
+
+
 def _make_merge_handler(
-    pipe: Any, modules: Mapping[str, nn.Module], loras: Sequence[LoraWeights], schedule: Schedule
-) -> Callable[[DenoiserCall], Tensor]:
+    pipe: "DiffusionPipeline",
+    modules: Mapping[str, nn.Module],
+    loras: Sequence[LoraWeights],
+    schedule: Schedule,
+) -> Handler:
+    """Make a handler of W + Σ sᵢ(step) ΔWᵢ."""
     step_counter = StepCounter(pipe)
 
     def predict_merge(call: DenoiserCall) -> Tensor:
+        scales = _evaluate_schedule(schedule, step_counter, call, len(loras))
         with ExitStack() as stack:
-            for lora, scale in zip(
-                loras, _evaluate_schedule(schedule, step_counter, call, len(loras)), strict=True
-            ):
+            for lora, scale in zip(loras, scales, strict=True):
                 if scale:
                     stack.enter_context(inject_lora(modules, lora * scale))
             return call()
@@ -182,16 +223,22 @@ def _make_merge_handler(
 
 
 def _make_switch_schedule(
-    num_loras: int, switch_every: int, switch_order: Sequence[int] | None, schedule: Schedule | None
+    num_loras: int, schedule: Schedule | None, config: CompositionConfig
 ) -> Schedule:
-    cycle = list(switch_order) if switch_order is not None else list(range(num_loras))
-    if switch_every < 1:
-        raise InvalidArgumentError(f"a LoRA must stay for at least 1 step, got {switch_every}")
+    """Make the schedule of LoRA switch: one LoRA at its own scale, the others at 0."""
+    order = config.switch_order
+    cycle = list(order) if order is not None else list(range(num_loras))
+    if config.switch_every < 1:
+        raise InvalidArgumentError(
+            f"switch_every must be at least 1 step, got {config.switch_every}"
+        )
     if not cycle or any(not 0 <= i < num_loras for i in cycle):
-        raise InvalidArgumentError(f"order must name LoRAs 0 to {num_loras - 1}, got {cycle}")
+        raise InvalidArgumentError(
+            f"switch_order must name LoRAs 0 to {num_loras - 1}, got {cycle}"
+        )
 
     def compute_scales(step: int, num_steps: int) -> list[float]:
-        active_index = cycle[step // switch_every % len(cycle)]
+        active_index = cycle[step // config.switch_every % len(cycle)]
         scales = schedule(step, num_steps) if schedule is not None else [1.0] * num_loras
         return [float(s) if i == active_index else 0.0 for i, s in enumerate(scales)]
 
@@ -203,11 +250,12 @@ def _make_composite_handler(
     scheduled_loras: _ScheduledLoras,
     composite_weights: Tensor,
     chunk_size: int | None,
-) -> Callable[[DenoiserCall], Tensor]:
+) -> Handler:
+    """Make a handler of Σ cᵢ εᵢ with weights c [k] of sum 1 (2402.16843)."""
+
     def predict_composite(call: DenoiserCall) -> Tensor:
-        model_outputs = predict_per_lora(
-            call, modules, scheduled_loras.scale_loras(call), chunk_size
-        )
+        loras = scheduled_loras.scale_loras(call)  # [k]
+        model_outputs = predict_per_lora(call, modules, loras, chunk_size)  # [k, n, c, h, w]
         return torch.einsum("k,k...->...", composite_weights.to(model_outputs), model_outputs)
 
     return predict_composite
@@ -216,43 +264,40 @@ def _make_composite_handler(
 def _make_spatial_handler(
     modules: Mapping[str, nn.Module],
     scheduled_loras: _ScheduledLoras,
-    regions: Sequence[Region],
-    windowed: bool,
-    chunk_size: int | None,
-) -> Callable[[DenoiserCall], Tensor]:
-    num_regions = len(regions)
+    config: CompositionConfig,
+) -> Handler:
+    """Make a handler of Σ mᵢ εᵢ + m₀ ε, with masks of sum 1 at each position.
 
-    @cache  # the same for every step of a picture
+    The last of the scheduled LoRAs is one of zeros, for the base's prediction ε.
+    """
+    regions = config.regions or ()
+
+    @cache  # the same for every step of an image
     def compute_region_weights(latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Each region's share of every position (overlaps are averaged), and the base's, if any."""
-        region_masks = compute_region_masks(regions, latent_size)
-        coverage = region_masks.sum(0)
-        return region_masks / coverage.clamp_min(1), 1 - coverage.clamp(max=1) if bool(
-            (coverage < 1).any()
-        ) else None
+        """Compute mᵢ [regions, h, w] and m₀ [h, w], None if the regions cover the image."""
+        region_masks = compute_region_masks(regions, latent_size)  # [regions, h, w]
+        coverage = region_masks.sum(0)  # [h, w]
+        region_weights = region_masks / coverage.clamp_min(1)  # overlaps are averaged
+        is_covered = not bool((coverage < 1).any())
+        return region_weights, None if is_covered else 1 - coverage.clamp(max=1)
 
     def predict_spatial(call: DenoiserCall) -> Tensor:
         region_weights, base_weight = compute_region_weights(call.latent_size)
-        loras = scheduled_loras.scale_loras(call)
-        if windowed:
-            model_outputs = _predict_windows(
-                call, modules, loras, compute_region_windows(regions, call.latent_size)
-            )
+        loras = scheduled_loras.scale_loras(call)  # [regions + 1]
+        # one prediction [n, c, h, w] per region, and the base's if it is needed
+        if config.windowed:
+            windows = compute_region_windows(regions, call.latent_size)
+            model_outputs = _predict_windows(call, modules, loras, windows)
             model_outputs += [call()] if base_weight is not None else []
         else:
-            model_outputs = list(
-                predict_per_lora(
-                    call,
-                    modules,
-                    loras if base_weight is not None else loras[:num_regions],
-                    chunk_size,
-                )
-            )
-        weights = [*region_weights, *([base_weight] if base_weight is not None else [])]
+            loras = loras if base_weight is not None else loras[: len(regions)]
+            model_outputs = list(predict_per_lora(call, modules, loras, config.chunk_size))
+        masks = [*region_weights, *([base_weight] if base_weight is not None else [])]
         weighted_outputs = [
-            _reshape_mask(w.to(m), call) * m for w, m in zip(weights, model_outputs, strict=True)
+            _reshape_mask(mask.to(model_output), call) * model_output
+            for mask, model_output in zip(masks, model_outputs, strict=True)
         ]
-        return torch.stack(weighted_outputs).sum(0)
+        return torch.stack(weighted_outputs).sum(0)  # [n, c, h, w]
 
     return predict_spatial
 
@@ -261,54 +306,54 @@ def _predict_windows(
     call: DenoiserCall,
     modules: Mapping[str, nn.Module],
     loras: LoraWeights,
-    boxes: Sequence[tuple[int, int, int, int]],
+    windows: Sequence[tuple[int, int, int, int]],
 ) -> list[Tensor]:
-    """Each LoRA's prediction on its own window, in place in a picture of zeros."""
-    outputs = []
-    for i, (top, left, height, width) in enumerate(boxes):
+    """Predict with LoRA i in window i (top, left, height, width); zeros outside the window."""
+    rows, columns = call.latent_size
+    full_outputs = []
+    for i, (top, left, height, width) in enumerate(windows):
         with inject_lora(modules, loras[i]):
             model_output = call.crop_latents(top, left, height, width)()
-        rows, columns = call.latent_size
-        if model_output.ndim == 4:
+        window_rows, window_columns = slice(top, top + height), slice(left, left + width)
+        if model_output.ndim == 4:  # [n, c, height, width]
             full_output = model_output.new_zeros(*model_output.shape[:2], rows, columns)
-            full_output[..., top : top + height, left : left + width] = model_output
-        else:
-            canvas = model_output.new_zeros(
-                len(model_output), rows, columns, model_output.shape[-1]
-            )
-            canvas[:, top : top + height, left : left + width] = model_output.unflatten(
-                1, (height, width)
-            )
-            full_output = canvas.flatten(1, 2)
-        outputs.append(full_output)
-    return outputs
+            full_output[..., window_rows, window_columns] = model_output
+        else:  # packed: [n, height * width, c]
+            num_samples, _, channels = model_output.shape
+            grid = model_output.new_zeros(num_samples, rows, columns, channels)
+            grid[:, window_rows, window_columns] = model_output.unflatten(1, (height, width))
+            full_output = grid.flatten(1, 2)  # [n, rows * columns, c]
+        full_outputs.append(full_output)
+    return full_outputs
 
 
 def _reshape_mask(mask: Tensor, call: DenoiserCall) -> Tensor:
-    """[height, width] so that it multiplies a prediction."""
+    """Reshape a mask [h, w] to broadcast against a prediction: [h * w, 1] for packed latents."""
     return mask if call.sample.ndim == 4 else mask.flatten()[:, None]
 
 
 def _normalize_weights(weights: Sequence[float] | None, num_loras: int) -> Tensor:
+    """Scale weights [k] to a sum of 1."""
     values = torch.tensor(validate_weights(weights, num_loras))
     if not values.sum() > 0:
         raise InvalidArgumentError(
-            f"shares of a mean must have a positive sum, got {list(weights or [])}"
+            f"composite_weights must have a positive sum, got {list(weights or [])}"
         )
     return values / values.sum()
 
 
-def _validate_regions(regions: Sequence[Region] | None, num_loras: int) -> Sequence[Region]:
+def _validate_regions(regions: Sequence[Region] | None, num_loras: int) -> None:
+    """Raise ``InvalidArgumentError`` unless there is one region for each LoRA."""
     if regions is None or len(regions) != num_loras:
         raise InvalidArgumentError(
-            f"spatial needs one region per LoRA: {num_loras} LoRAs, {len(regions or [])} regions given"
+            f"spatial needs one region per LoRA: {num_loras} LoRAs, "
+            f"{len(regions or [])} regions given"
         )
-    return regions
 
 
 def _evaluate_schedule(
     schedule: Schedule, step_counter: StepCounter, call: DenoiserCall, num_loras: int
 ) -> list[float]:
-    return validate_weights(
-        schedule(step_counter.step_for(call.timestep), step_counter.num_steps), num_loras
-    )
+    """Return the scales [k] of the schedule at the step of this call."""
+    step = step_counter.count_step(call.timestep)
+    return validate_weights(schedule(step, step_counter.num_steps), num_loras)

@@ -1,4 +1,4 @@
-"""Regions of a picture, each for one LoRA: boxes in fractions of the picture, or masks."""
+"""Regions of an image, one for each LoRA: boxes in fractions of the image, or masks."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -11,15 +11,26 @@ from torch.nn import functional as F
 from hyperlora.errors import InvalidArgumentError
 
 Box = tuple[float, float, float, float]
+"""``(left, top, right, bottom)`` in [0, 1], fractions of the image's width and height."""
 Region = Box | Image.Image | Tensor
-"""``(left, top, right, bottom)`` in [0, 1] of the picture's width and height; or a mask as a picture (white is inside)
-or a tensor [height, width] in [0, 1], of the picture's shape."""
+"""A box; or a mask of the image's aspect ratio, as an image (white is inside) or as a tensor
+[height, width] in [0, 1]."""
+MAX_ASPECT_ERROR = 0.02
+"""Relative difference of a mask's aspect ratio from the image's that is still accepted."""
 
 
 def compute_region_masks(regions: Sequence[Region], latent_size: tuple[int, int]) -> Tensor:
-    """How much of each latent position lies in each region, [regions, height, width] in [0, 1].
+    """Compute how much of each latent position lies in each region.
 
-    Raises ``InvalidArgumentError`` for a box outside the picture or a mask of another shape than the picture.
+    Args:
+        regions: r boxes or masks.
+        latent_size: Height and width of the latents in positions.
+
+    Returns:
+        Coverage [r, height, width] in [0, 1].
+
+    Raises:
+        InvalidArgumentError: A box exceeds the image, or a mask has another aspect ratio.
     """
     return torch.stack(
         [_compute_mask(region, number, latent_size) for number, region in enumerate(regions, 1)]
@@ -29,31 +40,42 @@ def compute_region_masks(regions: Sequence[Region], latent_size: tuple[int, int]
 def compute_region_windows(
     regions: Sequence[Region], latent_size: tuple[int, int]
 ) -> list[tuple[int, int, int, int]]:
-    """(top, left, height, width) of boxes in latent positions. Raises ``InvalidArgumentError`` for a mask."""
-    height, width = latent_size
-    boxes = []
+    """Round boxes to windows of latent positions, each of one position or more.
+
+    Args:
+        regions: The boxes.
+        latent_size: Height and width of the latents in positions.
+
+    Returns:
+        (top, left, height, width) of each box.
+
+    Raises:
+        InvalidArgumentError: A region is a mask, or a box exceeds the image.
+    """
+    latent_height, latent_width = latent_size
+    windows = []
     for number, region in enumerate(regions, 1):
         if not isinstance(region, tuple):
             raise InvalidArgumentError(
-                f"region {number} is a mask: windows are made of boxes (left, top, right, bottom)"
+                f"region {number} is a mask: windows need boxes (left, top, right, bottom)"
             )
         left, top, right, bottom = _validate_box(region, number)
-        x0, y0 = min(round(left * width), width - 1), min(round(top * height), height - 1)
-        boxes.append(
-            (y0, x0, max(1, round(bottom * height) - y0), max(1, round(right * width) - x0))
-        )
-    return boxes
+        first_row = min(round(top * latent_height), latent_height - 1)
+        first_column = min(round(left * latent_width), latent_width - 1)
+        height = max(1, round(bottom * latent_height) - first_row)
+        width = max(1, round(right * latent_width) - first_column)
+        windows.append((first_row, first_column, height, width))
+    return windows
 
 
 def _compute_mask(region: Region, number: int, latent_size: tuple[int, int]) -> Tensor:
+    """Compute the coverage of one region [height, width]; ``number`` from 1 names it in errors."""
     height, width = latent_size
     if isinstance(region, tuple):
         left, top, right, bottom = _validate_box(region, number)
-        rows, columns = (
-            _compute_coverage(top, bottom, height),
-            _compute_coverage(left, right, width),
-        )
-        return rows[:, None] * columns[None]
+        row_coverage = _compute_coverage(top, bottom, height)  # [height]
+        column_coverage = _compute_coverage(left, right, width)  # [width]
+        return row_coverage[:, None] * column_coverage[None]
     if isinstance(region, Image.Image):
         pixels = torch.frombuffer(bytearray(region.convert("L").tobytes()), dtype=torch.uint8)
         region = pixels.view(region.height, region.width).float() / 255
@@ -61,15 +83,18 @@ def _compute_mask(region: Region, number: int, latent_size: tuple[int, int]) -> 
         raise InvalidArgumentError(
             f"mask {number} must be [height, width] in [0, 1], got {list(region.shape)}"
         )
-    if abs(region.shape[0] * width - region.shape[1] * height) > 0.02 * region.shape[1] * height:
-        mask_size = f"{region.shape[1]}x{region.shape[0]}"
+    mask_height, mask_width = region.shape
+    # mask_height / mask_width against height / width, without division
+    if abs(mask_height * width - mask_width * height) > MAX_ASPECT_ERROR * mask_width * height:
         raise InvalidArgumentError(
-            f"mask {number} is {mask_size}, the picture has the shape {width}:{height}: use the same shape"
+            f"mask {number} is {mask_width}x{mask_height}, the image has the aspect ratio "
+            f"{width}:{height}: use the same aspect ratio"
         )
     return F.interpolate(region[None, None].float(), (height, width), mode="area")[0, 0]
 
 
 def _validate_box(box: Box, number: int) -> Box:
+    """Return the box, or raise ``InvalidArgumentError`` unless it is a box inside the image."""
     if (
         len(box) != 4
         or not all(isfinite(v) for v in box)
@@ -82,6 +107,7 @@ def _validate_box(box: Box, number: int) -> Box:
 
 
 def _compute_coverage(start: float, end: float, num_positions: int) -> Tensor:
-    """How much of each of ``num_positions`` cells of [0, 1] lies between ``start`` and ``end``."""
-    edges = torch.linspace(0, 1, num_positions + 1)
-    return ((edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)) * num_positions).clamp(0, 1)
+    """Compute how much of each of ``num_positions`` equal cells of [0, 1] lies in [start, end]."""
+    edges = torch.linspace(0, 1, num_positions + 1)  # [num_positions + 1]
+    overlap = edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)  # [num_positions]
+    return (overlap * num_positions).clamp(0, 1)

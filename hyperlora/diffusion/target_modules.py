@@ -1,4 +1,4 @@
-"""Presets: which Linear and Conv2d of a diffusers denoiser or a text encoder take a LoRA."""
+"""Presets: the Linear and Conv2d layers of a denoiser or text encoder that take a LoRA."""
 
 import re
 from collections.abc import Mapping
@@ -22,17 +22,35 @@ TARGET_PRESETS: Final[Mapping[str, str]] = {
     "attention+mlp": f"{_ATTENTION}|{_FEED_FORWARD}|{_TIME}|{_TEXT}|\\.mlp\\.fc[12]$",
     "attention+conv": f"{_ATTENTION}|{_CONV}|{_TEXT}",
 }
-"""``attention``: all projections of self- and cross-attention (SD 1.5 UNet: 128 sites). ``attention+mlp``: also
-feed-forward and the time embedding's projection in residual blocks, which small bases need. ``attention+conv``: LoCon.
-Text encoders always give q, k, v and out, since kohya's format takes no fewer."""
+"""Regular expressions of module paths.
+
+``attention``: All projections of self- and cross-attention (UNet of SD 1.5: 128 target modules).
+``attention+mlp``: Also feed-forward layers and the time embedding's projection in residual blocks,
+    which small bases need.
+``attention+conv``: Also convolutions (LoCon).
+
+Text encoders always contribute q, k, v and out: kohya's format needs all four.
+"""
 
 
 def make_layout(
     components: Mapping[str, nn.Module], preset: str, rank: int, base: str
 ) -> LoraLayout:
-    """The layout of a preset over named components (``unet``, ``transformer``, ``text_encoder``, ``text_encoder_2``).
+    """Make the layout of a preset.
 
-    Raises ``InvalidArgumentError`` for an unknown preset or a rank below 1, ``LayoutMismatchError`` if a component has no such site.
+    Args:
+        components: Modules by component name: ``unet`` or ``transformer``, ``text_encoder``,
+            ``text_encoder_2``.
+        preset: One of ``TARGET_PRESETS``.
+        rank: Of the LoRA, at least 1.
+        base: Id of the base diffusion model.
+
+    Returns:
+        The layout over the target modules of all components, in their order.
+
+    Raises:
+        InvalidArgumentError: If the preset is unknown or the rank is below 1.
+        LayoutMismatchError: If a component has no target module.
     """
     if preset not in TARGET_PRESETS:
         raise InvalidArgumentError(f"unknown preset {preset!r}; known: {', '.join(TARGET_PRESETS)}")

@@ -1,14 +1,17 @@
-"""Render prompts with LoRAs on a base, several people in one denoising batch."""
+"""Generate images from prompts with LoRAs on a base, several LoRAs in one batch."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from PIL import Image
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.diffusion.lora_injection import inject_lora
-from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
+from hyperlora.diffusion.sampling_inputs import (
+    check_sampling_inputs,
+    inject_base_lora,
+    make_generators,
+)
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
 
 
@@ -25,34 +28,36 @@ def generate_images(
     width: int | None = None,
     height: int | None = None,
 ) -> list[Image.Image]:
-    """One picture per prompt; prompt i with seed i and, if ``generate_malformed_lora`` has a batch axis, LoRA i.
+    """Generate one image per prompt.
 
-    The starting noise of a picture depends on its seed alone, not on the batch it is rendered in.
+    The initial noise of an image depends on its seed alone, not on the batch it is sampled in.
+
+    Args:
+        base: The base that samples.
+        prompts: n prompts.
+        lora: One LoRA for all prompts, a batch of n with LoRA i for prompt i, or None.
+        seeds: n seeds.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Scale of classifier-free guidance in [0, 100].
+        negative_prompt: Prompt of the unconditional branch, for all images.
+        width: Width in pixels, a multiple of 8; by default the resolution of the base.
+        height: Height in pixels, a multiple of 8; by default the resolution of the base.
+
+    Returns:
+        n images.
+
+    Raises:
+        InvalidArgumentError: The numbers of seeds or LoRAs differ from that of the prompts, or a
+            size or the guidance scale is out of range.
+        LayoutMismatchError: The LoRA changes a component that the base lacks.
     """
-    if len(seeds) != len(prompts):
-        raise InvalidArgumentError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
-    if lora is not None and lora.batch_shape and len(lora) != len(prompts):
-        raise InvalidArgumentError(
-            f"{len(prompts)} prompts and {len(lora)} LoRAs given: one for each prompt, or one for all"
-        )
-    if not 0 <= guidance_scale <= 100:  # also refuses NaN
-        raise InvalidArgumentError(f"guidance between 0 and 100 expected, got {guidance_scale}")
-    if invalid_sides := [
-        side for side in (width, height) if side is not None and (side < 8 or side % 8)
-    ]:
-        raise InvalidArgumentError(
-            f"width and height must be multiples of 8 pixels, got {invalid_sides[0]}"
-        )
-    if lora is not None and (
-        missing_components := [n for n in lora.layout.components if n not in base.modules]
-    ):
-        raise LayoutMismatchError(
-            f"the LoRA changes {missing_components[0]}, which base {base.id!r} lacks: use the base it is for"
-        )
-    modules = (
-        {name: base.modules[name] for name in lora.layout.components} if lora is not None else {}
-    )
-    with inject_lora(modules, lora) if lora is not None else nullcontext():
+    check_sampling_inputs(base, len(prompts), lora, seeds, [guidance_scale])
+    for side in (width, height):
+        if side is not None and (side < 8 or side % 8):
+            raise InvalidArgumentError(
+                f"width and height must be multiples of 8 pixels, got {side}"
+            )
+    with inject_base_lora(base, lora):
         return base.pipeline(
             list(prompts),
             negative_prompt=[negative_prompt] * len(prompts),
@@ -60,5 +65,5 @@ def generate_images(
             guidance_scale=guidance_scale,
             width=width or base.resolution,
             height=height or base.resolution,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=make_generators(seeds),
         ).images

@@ -1,1 +1,1 @@
-"""Images to ``ImageFeatures``, attributes, faces and identities."""
+"""Encoders: from images to ``ImageFeatures``, attributes, faces and identities."""

@@ -1,11 +1,11 @@
-"""``AttributeClassifier``: names a portrait's attributes and places its subject in an identity space."""
+"""``AttributeClassifier``: attributes, face geometry and identity of portraits."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypedDict
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,10 +15,30 @@ from torch.nn import functional as F
 from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.errors import InvalidArgumentError, ModelLoadError
 
+LATENT_BACKBONE: Final = "latents"
+"""The backbone's name that stands for ``LatentResNet``."""
+
+
+class AttributeClassifierConfig(TypedDict):
+    """The arguments that rebuild an ``AttributeClassifier``, without its identity scale."""
+
+    backbone: str
+    image_size: int
+    attributes: dict[str, list[str]]
+    geometry: list[str]
+    identity_width: int
+    options: dict[str, Any]
+
 
 @dataclass(frozen=True)
 class AttributePrediction:
-    """``logits`` per attribute [n, classes]; ``geometry`` [n, measures]; ``sample_identity`` [n, width] of unit length."""
+    """Outputs of an ``AttributeClassifier`` for n images.
+
+    Attributes:
+        logits: Per attribute, [n, classes].
+        geometry: Measures of the face, [n, measures].
+        identity: [n, width] of unit length.
+    """
 
     logits: Mapping[str, Tensor]
     geometry: Tensor
@@ -26,11 +46,19 @@ class AttributePrediction:
 
 
 class AttributeClassifier(nn.Module):
-    """A backbone with one linear head per attribute, one for face geometry and one for identity.
+    """A backbone with linear heads: one per attribute, one for geometry and one for identity.
 
-    ``attributes`` maps each attribute to its class names; ``geometry`` names the measures. ``backbone`` is a timm id,
-    or ``latents`` for a reader of scaled latents instead of pictures. ``identity_scale`` holds the mean cosines of real
-    photos of different people and of the same person, once they are measured.
+    Args:
+        backbone: A timm id, or ``LATENT_BACKBONE`` for scaled latents instead of images.
+        image_size: Height and width of the images in pixels, or of the latents.
+        attributes: The class names of every attribute.
+        geometry: The names of the measures of a face.
+        identity_width: Numbers per identity.
+        options: Further arguments of the backbone.
+        identity_scale: Mean cosine of photos of different subjects and of one subject, if known.
+
+    Attributes:
+        config: The arguments that rebuild the classifier, without ``identity_scale``.
     """
 
     def __init__(
@@ -48,80 +76,103 @@ class AttributeClassifier(nn.Module):
         self.attributes = {name: tuple(classes) for name, classes in attributes.items()}
         self.geometry = tuple(geometry)
         self.encoder = make_backbone(backbone, image_size, options)
-        self.config = {
+        self.config: AttributeClassifierConfig = {
             "backbone": backbone,
             "image_size": image_size,
-            "attributes": {k: list(v) for k, v in self.attributes.items()},
+            "attributes": {name: list(classes) for name, classes in self.attributes.items()},
             "geometry": list(geometry),
             "identity_width": identity_width,
             "options": options or {},
         }
         width = self.encoder.width
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(width, len(c)) for name, c in self.attributes.items()}
+            {name: nn.Linear(width, len(classes)) for name, classes in self.attributes.items()}
         )
         self.geometry_head = nn.Linear(width, max(1, len(self.geometry)))
         self.identity_head = nn.Linear(width, identity_width)
 
     def forward(self, images: Tensor) -> AttributePrediction:
-        """images [n, 3, h, w] in [0, 1], or latents."""
-        pooled_features = self.encoder.compute_pooled_features(images)
-        identity = F.normalize(self.identity_head(pooled_features), dim=-1)
-        return AttributePrediction(
-            {k: head(pooled_features) for k, head in self.heads.items()},
-            self.geometry_head(pooled_features),
-            identity,
-        )
+        """Classify images.
+
+        Args:
+            images: [n, 3, height, width] in [0, 1], or scaled latents [n, channels, size, size].
+
+        Returns:
+            The outputs of all heads.
+        """
+        features = self.encoder.compute_pooled_features(images)  # [n, width]
+        logits = {name: head(features) for name, head in self.heads.items()}  # [n, classes]
+        geometry = self.geometry_head(features)  # [n, measures]
+        identity = F.normalize(self.identity_head(features), dim=-1)  # [n, identity_width]
+        return AttributePrediction(logits, geometry, identity)
 
     def predict_labels(self, prediction: AttributePrediction) -> list[dict[str, str]]:
-        """The most likely class of every attribute, one dictionary per image."""
-        class_indices = {k: v.argmax(-1).tolist() for k, v in prediction.logits.items()}
+        """Convert logits to the most likely class names.
+
+        Returns:
+            Per image, the class of every attribute.
+        """
+        class_indices = {
+            name: logits.argmax(-1).tolist() for name, logits in prediction.logits.items()
+        }
         num_images = len(prediction.identity)
         return [
-            {k: self.attributes[k][class_indices[k][i]] for k in class_indices}
+            {name: self.attributes[name][indices[i]] for name, indices in class_indices.items()}
             for i in range(num_images)
         ]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (fp16)."""
+        """Write ``config.json`` and ``model.safetensors`` (float16)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        identity_config = {"identity_scale": self.identity_scale} if self.identity_scale else {}
-        (folder / "config.json").write_text(json.dumps(self.config | identity_config, indent=1))
+        scale = {"identity_scale": self.identity_scale} if self.identity_scale else {}
+        (folder / "config.json").write_text(json.dumps({**self.config, **scale}, indent=1))
         save_file(
-            {k: v.half().contiguous() for k, v in self.state_dict().items()},
+            {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()},
             folder / "model.safetensors",
         )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> "AttributeClassifier":
-        """Read what ``save_pretrained`` wrote. Raises ``ModelLoadError`` if the folder holds no reader."""
+        """Load what ``save_pretrained`` wrote, frozen and in evaluation mode.
+
+        Raises:
+            ModelLoadError: The folder holds no classifier.
+        """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise ModelLoadError(
-                f"{folder} holds no reader: config.json and model.safetensors expected"
+                f"{folder} holds no attribute classifier: "
+                f"config.json and model.safetensors expected"
             )
         classifier = cls(**json.loads((folder / "config.json").read_text()))
-        classifier.load_state_dict(
-            {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
-        )
+        state_dict = load_file(folder / "model.safetensors")
+        classifier.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()})
         return classifier.eval().requires_grad_(False)
 
 
 def load_image_encoder(name_or_path: str, options: dict[str, Any] | None = None) -> TimmEncoder:
-    """What a released reader of pictures (a folder) looks through, or the timm backbone ``name_or_path``; ``options`` are
-    ``TimmEncoder``'s (of a reader's, ``colours`` may be given).
+    """Load the backbone of a released attribute classifier, or make a timm backbone.
 
-    Raises ``InvalidArgumentError`` for a reader of latents.
+    Args:
+        name_or_path: The folder of a classifier, or a timm id.
+        options: Further arguments of ``TimmEncoder``; for a classifier, they replace its own.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        InvalidArgumentError: The classifier is one of latents.
     """
     if not (Path(name_or_path) / "config.json").is_file():
         return TimmEncoder(name_or_path, **(options or {}))
     backbone = AttributeClassifier.from_pretrained(name_or_path).encoder
     if not isinstance(backbone, TimmEncoder):
         raise InvalidArgumentError(
-            f"{name_or_path} reads latents, a reader of pictures was expected"
+            f"{name_or_path} classifies latents, an attribute classifier of images was expected"
         )
-    encoder = TimmEncoder(**(backbone.config | (options or {})))
+    config: dict[str, Any] = {**backbone.config, **(options or {})}
+    encoder = TimmEncoder(**config)
     encoder.load_state_dict(backbone.state_dict())
     return encoder.eval().requires_grad_(False)
 
@@ -130,25 +181,37 @@ def load_image_encoder(name_or_path: str, options: dict[str, Any] | None = None)
 def predict_in_batches(
     classifier: AttributeClassifier, images: Tensor, batch_size: int = 64
 ) -> AttributePrediction:
-    """``classifier(images)`` on many images without keeping activations."""
+    """Classify many images without keeping activations.
+
+    Args:
+        classifier: The classifier.
+        images: [n, 3, height, width] in [0, 1].
+        batch_size: Images per forward pass.
+
+    Returns:
+        The outputs for all n images.
+    """
     predictions = [classifier(batch) for batch in images.split(batch_size)]
-    return AttributePrediction(
-        {
-            k: torch.cat([prediction.logits[k] for prediction in predictions])
-            for k in predictions[0].logits
-        },
-        torch.cat([prediction.geometry for prediction in predictions]),
-        torch.cat([prediction.identity for prediction in predictions]),
-    )
-
-
-LATENT_BACKBONE = "latents"
-"""The backbone's name that stands for ``LatentResNet``."""
+    logits = {
+        name: torch.cat([prediction.logits[name] for prediction in predictions])
+        for name in predictions[0].logits
+    }
+    geometry = torch.cat([prediction.geometry for prediction in predictions])
+    identity = torch.cat([prediction.identity for prediction in predictions])
+    return AttributePrediction(logits, geometry, identity)
 
 
 class LatentResNet(nn.Module):
-    """Scaled latents [n, channels, size, size] of pictures to a pooled feature [n, 256]; places stay apart in it, as
-    the parts of a portrait are few latents."""
+    """A small ResNet from scaled latents to a pooled feature.
+
+    The last feature map is flattened instead of averaged: positions matter, because the parts of a
+    portrait cover only few latents.
+
+    Args:
+        latent_size: Height and width of the latents.
+        channels: Channels of the latents.
+        base_channels: Channels of the first stage, doubled in the second.
+    """
 
     width = 256
 
@@ -170,7 +233,7 @@ class LatentResNet(nn.Module):
         self.pool = nn.Sequential(nn.Flatten(), nn.Linear(48 * side * side, self.width), nn.GELU())
 
     def compute_pooled_features(self, latents: Tensor) -> Tensor:
-        """[n, width]."""
+        """Compute features [n, width] of scaled latents [n, channels, size, size]."""
         return self.pool(self.body(latents))
 
 
@@ -181,16 +244,26 @@ class _ResidualBlock(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x
+        h = x  # [n, width, h, w]
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            h = conv(F.silu(norm(h)))
+            h = conv(F.silu(norm(h)))  # [n, width, h, w]
         return x + h
 
 
 def make_backbone(
     backbone: str, image_size: int, options: dict[str, Any] | None
 ) -> TimmEncoder | LatentResNet:
-    """The trunk of a name: ``latents`` (options ``channels``, ``base_channels``) or a timm id (options of it)."""
+    """Make a backbone by its name.
+
+    Args:
+        backbone: A timm id, or ``LATENT_BACKBONE``.
+        image_size: Height and width of images in pixels, or of latents.
+        options: Further arguments of ``timm.create_model``; for ``LATENT_BACKBONE`` those of
+            ``LatentResNet``: ``channels``, ``base_channels``.
+
+    Returns:
+        The backbone.
+    """
     if backbone == LATENT_BACKBONE:
         return LatentResNet(image_size, **(options or {}))
     return TimmEncoder(backbone, image_size, options=options)

@@ -1,7 +1,8 @@
-"""Faces through insightface (extra ``get_face``): found, aligned and told apart by any pack of ONNX models.
+"""Face detection, alignment and recognition by insightface, with any pack of ONNX models.
 
-The code is MIT; the packs that insightface downloads are for non-commercial research only, so none comes with this
-project and the licence of the pack in use is recorded in what is made with it.
+This needs the extra ``face``. The code of insightface is MIT. The packs that it downloads are for
+non-commercial research only, so none of them is included here. The license of the pack is recorded
+in every LoRA made with it.
 """
 
 import json
@@ -11,22 +12,33 @@ import warnings
 from dataclasses import dataclass
 from math import atan2, degrees, hypot
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from PIL import Image
 
 from hyperlora.errors import InvalidArgumentError, InvalidImageError, ModelLoadError
 
+if TYPE_CHECKING:
+    from insightface.app.common import Face as InsightFace
+
 UNKNOWN_LICENSE = "unknown; packs that insightface downloads are for non-commercial research only"
 _PACK_SUFFIXES: Final = frozenset({".onnx", ".json", ".license", ".txt", ".md"})
-"""Files that belong to a pack."""
+"""Suffixes of the files of a pack."""
+_ALIGNED_FACE_SIZE: Final = 112
+"""Height and width in pixels of ArcFace's aligned faces."""
 
 
 @dataclass(frozen=True)
 class Face:
-    """``box`` (left, top, right, bottom) in pixels, ``keypoints`` [5, 2] (eyes, nose, corners of the mouth) and
-    ``embedding`` [width] of unit length where the pack has a recogniser."""
+    """A detected face.
+
+    Attributes:
+        box: Left, top, right, bottom in pixels.
+        score: Confidence of the detector in [0, 1].
+        keypoints: Eyes, nose and corners of the mouth, x and y in pixels, [5, 2].
+        embedding: [width] of unit length, if the pack has a recognizer.
+    """
 
     box: tuple[float, float, float, float]
     score: float
@@ -35,29 +47,45 @@ class Face:
 
     @property
     def area(self) -> float:
+        """Area of the box in square pixels."""
         left, top, right, bottom = self.box
         return max(0.0, right - left) * max(0.0, bottom - top)
 
     def compute_aligned_crop_box(self, margin: float = 1.8) -> tuple[float, float, float, float]:
-        """Centre x, y, side and angle (degrees, counter-clockwise) of the upright square around the face: ``margin``
-        times ArcFace's aligned crop (112 pixels a side), which holds little more than eyes and mouth."""
+        """Compute the square around the face in which it is upright.
+
+        Args:
+            margin: Side of the square, in sides of ArcFace's aligned face. At 1 the square holds
+                little more than eyes and mouth.
+
+        Returns:
+            Center x and y and side in pixels, and the angle in degrees, counter-clockwise.
+        """
         from insightface.utils.face_align import estimate_norm
 
-        matrix = np.asarray(
-            estimate_norm(self.keypoints.astype(np.float32), 112)
-        )  # pixels to the crop
+        # similarity transform from pixels to the aligned face, [2, 3] = [s R | t]
+        matrix = np.asarray(estimate_norm(self.keypoints.astype(np.float32), _ALIGNED_FACE_SIZE))
         scale = hypot(matrix[0, 0], matrix[1, 0])
         angle = degrees(atan2(matrix[1, 0], matrix[0, 0]))
-        x, y = np.linalg.solve(matrix[:, :2], np.array([56.0, 56.0]) - matrix[:, 2])
-        return float(x), float(y), 112 / scale * margin, angle
+        # the center c of the aligned face in pixels solves s R x + t = c
+        center = np.full(2, _ALIGNED_FACE_SIZE / 2)
+        x, y = np.linalg.solve(matrix[:, :2], center - matrix[:, 2])
+        return float(x), float(y), _ALIGNED_FACE_SIZE / scale * margin, angle
 
 
 class FaceAnalyzer:
-    """insightface's ``FaceAnalysis`` over a pack: a folder of ONNX models, or a name it knows and has on disk.
+    """insightface's ``FaceAnalysis`` with one pack.
 
-    ``det_size`` is the side that pictures are scaled to before faces are looked for. A folder whose ``manifest.json``
-    (version 2) pins the SHA-256 of its files is checked by insightface. Raises ``InvalidArgumentError`` without the extra,
-    ``ModelLoadError`` for a pack that is missing, tampered with or without a detector.
+    If ``manifest.json`` (version 2) of the pack has the SHA-256 of its files, insightface checks
+    them.
+
+    Args:
+        pack: A folder of ONNX models, or the name of a pack in insightface's own folder.
+        det_size: Height and width in pixels to which images are resized for detection.
+
+    Raises:
+        InvalidArgumentError: insightface is not installed.
+        ModelLoadError: The pack is missing, tampered with or without a detector.
     """
 
     def __init__(self, pack: str | os.PathLike[str], det_size: int = 640) -> None:
@@ -72,9 +100,9 @@ class FaceAnalyzer:
         self.license = _read_license(self.pack_dir)
         warnings.filterwarnings(
             "ignore", category=FutureWarning, module=r"insightface\."
-        )  # its use of scikit-image
+        )  # insightface calls scikit-image by an old name
         try:
-            self._analysis: Any = FaceAnalysis(
+            self._analysis = FaceAnalysis(
                 name=str(self.pack_dir), providers=["CPUExecutionProvider"]
             )
             self._analysis.prepare(ctx_id=-1, det_size=(det_size, det_size))
@@ -82,17 +110,18 @@ class FaceAnalyzer:
             raise ModelLoadError(
                 f"the face pack {self.pack!r} has no detector: add one (det_*.onnx)"
             ) from error
-        except Exception as error:  # onnxruntime raises kinds of its own
+        except Exception as error:  # onnxruntime has exceptions of its own
             raise ModelLoadError(
-                f"the face pack {self.pack!r} is damaged or tampered with ({_get_first_line(error)}): fetch it again"
+                f"the face pack {self.pack!r} is damaged or tampered with "
+                f"({_get_first_line(error)}): fetch it again"
             ) from error
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "FaceAnalyzer":
-        """Itself: nothing in it changes, and its sessions cannot be copied."""
+    def __deepcopy__(self, memo: dict[int, object]) -> "FaceAnalyzer":
+        """Return the same object: it never changes, and its sessions cannot be copied."""
         return self
 
     def copy_models(self, target_dir: Path) -> None:
-        """Copy the pack: models, manifest and licence."""
+        """Copy the files of the pack to a folder: models, manifest and license."""
         if target_dir.resolve() == self.pack_dir:
             return
         target_dir.mkdir(parents=True, exist_ok=True)
@@ -101,13 +130,24 @@ class FaceAnalyzer:
                 shutil.copyfile(file, target_dir / file.name)
 
     def detect_faces(self, image: Image.Image) -> list[Face]:
-        """All faces of an RGB image, the largest first."""
+        """Detect all faces of an image, the largest first."""
         bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
         faces = [_convert_face(face) for face in self._analysis.get(bgr) if face.kps is not None]
         return sorted(faces, key=lambda face: -face.area)
 
     def get_face(self, image: Image.Image, index: int = 0) -> Face:
-        """One face, by size from the largest (0). Raises ``InvalidImageError`` if there are not so many."""
+        """Detect one face.
+
+        Args:
+            image: The image.
+            index: The position in the order of size; 0 is the largest face.
+
+        Returns:
+            The face.
+
+        Raises:
+            InvalidImageError: The image has not so many faces.
+        """
         faces = self.detect_faces(image)
         if not faces:
             raise InvalidImageError(
@@ -120,7 +160,8 @@ class FaceAnalyzer:
         return faces[index]
 
 
-def _convert_face(face: Any) -> Face:
+def _convert_face(face: "InsightFace") -> Face:
+    """insightface's face as ``Face``."""
     left, top, right, bottom = (float(v) for v in face.bbox)
     embedding = getattr(face, "normed_embedding", None)
     return Face(
@@ -129,20 +170,22 @@ def _convert_face(face: Any) -> Face:
 
 
 def _find_pack_dir(pack: str) -> Path:
+    """The folder of a pack, given by path or by name."""
     models_dir = Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface")).expanduser() / "models"
     for folder in (Path(pack), models_dir / pack):
         if folder.is_dir():
             return folder.resolve()
     raise ModelLoadError(
-        f"there is no face pack {pack!r}: give a folder of ONNX models, or the name of one in {models_dir}"
+        f"there is no face pack {pack!r}: "
+        f"give a folder of ONNX models, or the name of one in {models_dir}"
     )
 
 
 def _read_license(pack_dir: Path) -> str:
-    """The first line of the licence file that the pack's manifest (version 2) names."""
+    """The first line of the license file that the pack's manifest (version 2) names."""
     if not any(pack_dir.glob("**/*.onnx")):
         raise ModelLoadError(
-            f"{str(pack_dir)!r} holds no ONNX model: a detector and a recogniser are expected"
+            f"{str(pack_dir)!r} holds no ONNX model: a detector and a recognizer are expected"
         )
     try:
         license_file = json.loads((pack_dir / "manifest.json").read_text(encoding="utf-8"))[
@@ -155,4 +198,5 @@ def _read_license(pack_dir: Path) -> str:
 
 
 def _get_first_line(error: Exception) -> str:
+    """The first line of an error's text, at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

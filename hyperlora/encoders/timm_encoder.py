@@ -1,22 +1,42 @@
-"""Any timm backbone as an encoder of photos."""
+"""``TimmEncoder``: any timm backbone as an encoder of photos."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 
 
-class TimmEncoder(nn.Module):
-    """A timm backbone without its head: images [batch, views, 3, h, w] in [0, 1] to patch tokens.
+class TimmEncoderConfig(TypedDict):
+    """The arguments that rebuild a ``TimmEncoder``."""
 
-    ``name`` is a timm id, ``image_size`` what it was trained at (other sizes are resized to it), ``options`` go to
-    ``timm.create_model``; ``license`` is the weights' (asked of timm when ``pretrained``). Normalisation is the
-    backbone's own. With ``patch_pixels`` every token also holds its own part of the picture, shrunk to that many pixels a
-    side: what a trunk that names things forgets (it takes a feature map, so a convolutional backbone).
+    name: str
+    image_size: int
+    options: dict[str, Any]
+    license: str
+    patch_pixels: int
+
+
+class TimmEncoder(nn.Module):
+    """A timm backbone without its head, from photos to patch tokens.
+
+    Args:
+        name: A timm id, e.g. ``vit_small_patch14_dinov2``.
+        image_size: Height and width in pixels to which images are resized.
+        pretrained: Whether timm's weights are downloaded.
+        options: Further arguments of ``timm.create_model``.
+        license: License of the weights; by default timm's if ``pretrained``, else the bundle's.
+        patch_pixels: If above 0, every token also holds its own patch of the image, resized to
+            this many pixels a side. The backbone must then give a feature map.
+
+    Attributes:
+        config: The arguments that rebuild the encoder.
+        mean: Mean of the backbone's normalization, [3, 1, 1].
+        std: Standard deviation of the backbone's normalization, [3, 1, 1].
     """
 
     mean: Tensor
@@ -37,68 +57,79 @@ class TimmEncoder(nn.Module):
         )
         self.image_size = image_size
         data_config = timm.data.resolve_data_config({}, model=self.backbone)
-        self.register_buffer(
-            "mean", torch.tensor(data_config["mean"]).view(3, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "std", torch.tensor(data_config["std"]).view(3, 1, 1), persistent=False
-        )
-        if license is None:
-            license = (
-                str(self.backbone.pretrained_cfg.get("license") or "unknown")
-                if pretrained
-                else "as the bundle"
-            )
-        self.license = license
+        mean = torch.tensor(data_config["mean"]).view(3, 1, 1)
+        std = torch.tensor(data_config["std"]).view(3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        if license is None and pretrained:
+            license = str(self.backbone.pretrained_cfg.get("license") or "unknown")
+        self.license = "as the bundle" if license is None else license
         self.patch_pixels = patch_pixels
-        self.config: dict[str, Any] = {
+        self.config: TimmEncoderConfig = {
             "name": name,
             "image_size": image_size,
             "options": options or {},
-            "licence": license,
-            "colours": patch_pixels,
+            "license": self.license,
+            "patch_pixels": patch_pixels,
         }
 
     @property
     def width(self) -> int:
+        """Numbers per token."""
         return int(self.backbone.num_features) + 3 * self.patch_pixels**2
 
     def forward(self, images: Tensor) -> ImageFeatures:
-        pixels = self._normalize_images(images.flatten(0, 1))
-        tokens = self.backbone.forward_features(pixels)
-        if tokens.ndim == 4:  # a convolutional backbone: positions become tokens
-            tokens = (
-                torch.cat([tokens, *self._get_patch_pixels(pixels, tokens.shape[-2:])], 1)
-                .flatten(2)
-                .mT
-            )
+        """Encode photos.
+
+        Args:
+            images: [batch, views, 3, height, width] in [0, 1].
+
+        Returns:
+            Tokens [batch, views, tokens, width].
+
+        Raises:
+            InvalidArgumentError: ``patch_pixels`` is set and the backbone has no feature map.
+        """
+        pixels = self._normalize_images(images.flatten(0, 1))  # [n, 3, size, size]
+        features = self.backbone.forward_features(pixels)
+        if features.ndim == 4:  # a convolutional backbone: [n, channels, grid, grid]
+            patches = self._get_patch_pixels(pixels, features.shape[-2:])
+            features = torch.cat([features, *patches], 1)  # [n, width, grid, grid]
+            tokens = features.flatten(2).mT  # [n, tokens, width]
         elif self.patch_pixels:
             raise InvalidArgumentError(
-                f"colours beside tokens need a feature map, {self.config['name']} has none: set colours to 0"
+                f"patch_pixels needs a feature map, {self.config['name']} has none: "
+                f"set patch_pixels to 0"
             )
+        else:
+            tokens = features  # [n, tokens, width]
         return ImageFeatures(tokens.unflatten(0, images.shape[:2]))
 
     def _get_patch_pixels(self, pixels: Tensor, grid_size: torch.Size) -> list[Tensor]:
-        """[n, 3 * colours², *grid]: what lies under each place of the feature map; nothing without ``patch_pixels``."""
+        """The pixels of every patch, [n, 3 * patch_pixels², *grid_size]; [] without them."""
         if not self.patch_pixels:
             return []
-        downsampled = nn.functional.adaptive_avg_pool2d(
-            pixels, (grid_size[0] * self.patch_pixels, grid_size[1] * self.patch_pixels)
-        )
-        return [nn.functional.pixel_unshuffle(downsampled, self.patch_pixels)]
+        size = (grid_size[0] * self.patch_pixels, grid_size[1] * self.patch_pixels)
+        downsampled = F.adaptive_avg_pool2d(pixels, size)  # [n, 3, *size]
+        return [F.pixel_unshuffle(downsampled, self.patch_pixels)]
 
     def compute_pooled_features(self, images: Tensor) -> Tensor:
-        """[n, 3, h, w] in [0, 1] to the backbone's own pooled feature [n, width]."""
+        """Compute the pooled feature of the backbone.
+
+        Args:
+            images: [n, 3, height, width] in [0, 1].
+
+        Returns:
+            [n, num_features].
+        """
         features = self.backbone.forward_features(self._normalize_images(images))
         return self.backbone.forward_head(features, pre_logits=True)
 
     def _normalize_images(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            images = nn.functional.interpolate(
-                images,
-                (self.image_size, self.image_size),
-                mode="bicubic",
-                antialias=True,
-                align_corners=False,
+        """Resize images [n, 3, h, w] in [0, 1] and normalize them as the backbone expects."""
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(
+                images, size, mode="bicubic", antialias=True, align_corners=False
             ).clamp(0, 1)
         return (images - self.mean) / self.std

@@ -1,6 +1,6 @@
-"""The frozen denoiser itself as an encoder of photos."""
+"""``UNetFeatureEncoder``: the frozen denoiser itself as an encoder of photos."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Final, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +8,38 @@ from torch.nn import functional as F
 
 from hyperlora.features import ImageFeatures
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+
+_NOISE_SEED: Final = 0
+
+
+class UNetEncoderConfig(TypedDict):
+    """The arguments that rebuild a ``UNetFeatureEncoder`` from its base."""
+
+    name: str
+    timestep: int
+    grid_size: int
+
 
 class UNetFeatureEncoder(nn.Module):
-    """Decoder features of a diffusers UNet that looks at a slightly noised photo (DIFT, 2306.03881).
+    """Decoder features of a diffusers UNet for slightly noisy photos (DIFT, 2306.03881).
 
-    The features name what the LoRA has to steer in the base's own terms, and cost no further network: on the avatar
-    world a linear probe on those of a half-trained base reads 56 % of hair types (``docs/results.md``).
-    All decoder blocks are brought to one ``grid_size`` and concatenated: tokens [batch, views, grid², Σ channels].
-    ``empty_prompt_embeds`` [1, tokens, width] is the empty prompt. The same noise is used for every photo. The base's modules are
-    held, not owned: they are in no state dict.
+    The features are those with which the base itself denoises, and need no further network. All
+    decoder blocks are resized to one grid and concatenated. Every photo gets the same noise. The
+    modules of the base are not registered, so they are in no state dict.
+
+    Args:
+        vae: The autoencoder of the base.
+        unet: The denoiser of the base.
+        noise_scheduler: Its ``add_noise`` makes noisy latents.
+        empty_prompt_embeds: Text embeddings of the empty prompt, [1, tokens, width].
+        timestep: The timestep of the noise.
+        grid_size: Height and width of the grid of tokens.
+
+    Attributes:
+        config: The arguments that rebuild the encoder from its base.
+        noise: [1, channels, height, width] of latents.
     """
 
     empty_prompt_embeds: Tensor
@@ -24,79 +47,90 @@ class UNetFeatureEncoder(nn.Module):
 
     def __init__(
         self,
-        vae: Any,
-        unet: Any,
-        noise_scheduler: Any,
+        vae: "AutoencoderKL",
+        unet: "UNet2DConditionModel",
+        noise_scheduler: "SchedulerMixin",
         empty_prompt_embeds: Tensor,
         timestep: int = 60,
         grid_size: int = 8,
     ) -> None:
         super().__init__()
-        self._base_components: tuple[Any, Any, Any] = (
-            vae,
-            unet,
-            noise_scheduler,
-        )  # a tuple: not registered as submodules
-        self.config = {"name": "denoiser", "timestep": timestep, "grid": grid_size}
+        # a tuple, so that torch does not register the modules
+        self._base_components = (vae, unet, noise_scheduler)
+        self.config: UNetEncoderConfig = {
+            "name": "unet",
+            "timestep": timestep,
+            "grid_size": grid_size,
+        }
         self.timestep, self.grid_size = timestep, grid_size
-        self.image_size = int(
-            unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-        )
+        vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_size = int(unet.config.sample_size * vae_scale_factor)
         self.license = "as the base model"
         shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("text", empty_prompt_embeds, persistent=False)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(_NOISE_SEED))
+        self.register_buffer("empty_prompt_embeds", empty_prompt_embeds, persistent=False)
         self.register_buffer("noise", noise, persistent=False)
 
     @property
     def width(self) -> int:
-        unet: Any = self._base_components[1]
+        """Numbers per token: channels of the middle block and all decoder blocks."""
+        _, unet, _ = self._base_components
         channels = unet.config.block_out_channels
         return int(channels[-1] + sum(channels))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> ImageFeatures:
-        """images [batch, views, 3, h, w] in [0, 1]."""
-        vae: Any = self._base_components[0]
-        flat_images = images.flatten(0, 1)
-        if flat_images.shape[-2:] != (self.image_size, self.image_size):
-            flat_images = F.interpolate(
-                flat_images, (self.image_size, self.image_size), mode="bicubic", antialias=True
-            ).clamp(0, 1)
-        latents = vae.encode(flat_images * 2 - 1).latent_dist.mean * vae.config.scaling_factor
-        return ImageFeatures(self.encode_latents(latents).unflatten(0, images.shape[:2]))
+        """Encode photos.
+
+        Args:
+            images: [batch, views, 3, height, width] in [0, 1].
+
+        Returns:
+            Tokens [batch, views, grid_size², width].
+        """
+        vae, _, _ = self._base_components
+        pixels, size = images.flatten(0, 1), (self.image_size, self.image_size)  # [n, 3, h, w]
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+        latents = vae.encode(pixels * 2 - 1).latent_dist.mean * vae.config.scaling_factor
+        tokens = self.encode_latents(latents)  # [n, grid_size², width]
+        return ImageFeatures(tokens.unflatten(0, images.shape[:2]))
 
     @torch.no_grad()
     def encode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents [n, c, h, w] to tokens [n, grid², width]."""
-        unet: Any = self._base_components[1]
-        noise_scheduler = self._base_components[2]
+        """Encode scaled latents.
+
+        Args:
+            latents: [n, channels, height, width].
+
+        Returns:
+            Tokens [n, grid_size², width].
+        """
+        _, unet, noise_scheduler = self._base_components
         block_outputs: list[Tensor] = []
 
-        def save_output(module: nn.Module, inputs: Any, output: Any) -> None:
+        def save_output(
+            module: nn.Module, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, ...]
+        ) -> None:
             block_outputs.append(output[0] if isinstance(output, tuple) else output)
 
-        handles = [
-            block.register_forward_hook(save_output) for block in (unet.mid_block, *unet.up_blocks)
-        ]
+        blocks = (unet.mid_block, *unet.up_blocks)
+        handles = [block.register_forward_hook(save_output) for block in blocks]
         try:
             timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
-            noisy_latents = noise_scheduler.add_noise(
-                latents, self.noise.expand_as(latents), timesteps
-            )
-            unet(
-                noisy_latents,
-                timesteps,
-                encoder_hidden_states=self.empty_prompt_embeds.expand(len(latents), -1, -1),
-            )
+            noise = self.noise.expand_as(latents)  # [n, c, h, w]
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # [n, c, h, w]
+            prompt_embeds = self.empty_prompt_embeds.expand(len(latents), -1, -1)
+            unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds)
         finally:
             for handle in handles:
                 handle.remove()
         feature_maps = [_resize_feature_map(x, self.grid_size) for x in block_outputs]
-        return torch.cat(feature_maps, 1).flatten(2).mT
+        return torch.cat(feature_maps, 1).flatten(2).mT  # [n, grid², width]
 
 
 def _resize_feature_map(x: Tensor, grid_size: int) -> Tensor:
+    """[n, c, h, w] to [n, c, grid_size, grid_size]: average where smaller, else bilinear."""
     if x.shape[-1] >= grid_size:
         return F.adaptive_avg_pool2d(x, grid_size)
     return F.interpolate(x, (grid_size, grid_size), mode="bilinear", align_corners=False)

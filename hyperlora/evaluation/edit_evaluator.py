@@ -27,14 +27,33 @@ PROGRESS_THRESHOLD: Final = 0.7
 """An edit of which something is named by no attribute counts as made if so much of the way from B to the answer was
 gone as well."""
 METRICS: Final = {
-    "accuracy": "what changes is read as asked (where attributes do not name all that changes: and made at least 0.7)",
-    "preservation": "all else is read as in the drawn answer",
-    "made": "how much of the way from B to the answer was gone, inside the edited region",
-    "outside": "mean error against the answer outside that region, of 1",
-    "psnr": "dB against the answer",
-    "direction": "cosine of the features' change shown and made (Visual CLIP with the evaluator's features)",
-    "leakage": "how much more the result looks like A' than the answer does, as a cosine",
+    "accuracy": "fraction of edits whose attributes are recognized as asked; where attributes do not "
+    "describe the whole edit, edit_progress must also be at least 0.7",
+    "preservation": "fraction of other attributes recognized as in the target",
+    "edit_progress": "fraction of the way from input to target inside the edited region (L1)",
+    "background_l1": "mean L1 error against the target outside the edited region, of 1",
+    "psnr": "PSNR against the target in dB",
+    "directional_similarity": "cosine of the change of features in the example pair and in the image",
+    "leakage": "cosine of features with the example output, minus that of the target",
 }
+"""Metrics of an edit with their definitions."""
+
+
+@dataclass(frozen=True)
+class EditFeatures:
+    """Pooled features of the evaluator [images, width].
+
+    Attributes:
+        targets: Of the targets.
+        inputs: Of the input images.
+        example_inputs: Of the first example pair before the edit.
+        example_outputs: Of the first example pair after the edit.
+    """
+
+    targets: Tensor
+    inputs: Tensor
+    example_inputs: Tensor
+    example_outputs: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,14 +114,15 @@ class EditEvaluator:
         return self._predict_labels(self.targets)
 
     @cached_property
-    def features(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The evaluator's, of the answers, the pictures to edit, and of the first pair shown before and after."""
+    def features(self) -> EditFeatures:
+        """The evaluator's features of targets, inputs and first example pairs."""
         example_pairs = torch.stack([edit.example_pairs[0] for edit in self.image_edits])
-        target_features, input_features, example_before, example_after = map(
-            self._encode_images,
-            (self.targets, self.inputs, example_pairs[:, 0], example_pairs[:, 1]),
+        return EditFeatures(
+            self._encode_images(self.targets),
+            self._encode_images(self.inputs),
+            self._encode_images(example_pairs[:, 0]),
+            self._encode_images(example_pairs[:, 1]),
         )
-        return target_features, input_features, example_before, example_after
 
     @torch.no_grad()
     def reconstruct_images(self, images: Tensor) -> Tensor:
@@ -139,7 +159,7 @@ class EditEvaluator:
         edit_index = torch.arange(len(images_per_edit)).repeat_interleave(images_per_edit)
         edited_images: list[Image.Image] = []
         chunks = torch.arange(len(images)).split(self.batch_size)
-        for chunk in track(list(chunks), name, "pictures", len(images), self.batch_size):
+        for chunk in track(list(chunks), name, "images", len(images), self.batch_size):
             lora = loras[edit_index[chunk]] if loras is not None and loras.batch_shape else loras
             instructions = [
                 prompt_fn(self.image_edits[i]) if prompt_fn else "" for i in chunk.tolist()
@@ -157,52 +177,52 @@ class EditEvaluator:
 
     def score_images(self, name: str, images: Tensor, seconds: float | None = None) -> EditResult:
         """``images`` [n, 3, h, w] in the order of ``image_edits``."""
-        inputs, targets = self.inputs, self.targets
+        inputs, targets, features = self.inputs, self.targets, self.features
+        # edited region [n, 1, h, w]: pixels whose color changes between input and target
         mask = ((targets - inputs).abs().amax(1, keepdim=True) > CHANGE_THRESHOLD).float()
+        errors = (images - targets).abs()  # [n, 3, h, w]
         initial_error = _compute_masked_mean((inputs - targets).abs(), mask).clamp(min=1e-6)
-        progress = 1 - _compute_masked_mean((images - targets).abs(), mask) / initial_error
-        image_features = self._encode_images(images)
-        target_features, input_features, example_before, example_after = self.features
+        progress = 1 - _compute_masked_mean(errors, mask) / initial_error  # [n]
+        mean_squared_error = (images - targets).square().mean((1, 2, 3)).clamp(min=1e-8)
+        image_features = self._encode_images(images)  # [n, width]
+        example_change = features.example_outputs - features.example_inputs
         accuracy, preservation = self._score_attributes(images, progress)
+        leakage = F.cosine_similarity(image_features, features.example_outputs)
+        target_leakage = F.cosine_similarity(features.targets, features.example_outputs)
         values = {
             "accuracy": accuracy,
             "preservation": preservation,
-            "made": progress,
-            "outside": _compute_masked_mean((images - targets).abs(), 1 - mask),
-            "psnr": -10 * (images - targets).square().mean((1, 2, 3)).clamp(min=1e-8).log10(),
-            "direction": F.cosine_similarity(
-                example_after - example_before, image_features - input_features
+            "edit_progress": progress,
+            "background_l1": _compute_masked_mean(errors, 1 - mask),
+            "psnr": -10 * mean_squared_error.log10(),
+            "directional_similarity": F.cosine_similarity(
+                example_change, image_features - features.inputs
             ),
-            "leakage": F.cosine_similarity(image_features, example_after)
-            - F.cosine_similarity(target_features, example_after),
+            "leakage": leakage - target_leakage,
         }
         images_per_edit = [len(edit.test_pairs) for edit in self.benchmark.edits]
         per_edit = {
-            k: torch.stack([part.mean() for part in v.split(images_per_edit)])
-            for k, v in values.items()
+            name: torch.stack([part.mean() for part in value.split(images_per_edit)])
+            for name, value in values.items()
         }
         return EditResult(name, per_edit, self.benchmark.edits, images, seconds)
 
     def _score_attributes(self, images: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
         """Per picture: whether the edit was made, and the fraction of other attributes read as in the answer."""
-        predicted_labels, target_labels, classes = (
-            self._predict_labels(images),
-            self.target_labels,
-            self.classifier.attributes,
-        )
-        correct, preservation = [], []
+        predicted, target = self._predict_labels(images), self.target_labels
+        classes = self.classifier.attributes
+        is_correct, preservation = list[bool](), list[float]()
         for i, edit in enumerate(self.image_edits):
-            matches = [predicted_labels[k][i] == classes[k].index(v) for k, v in edit.truth.items()]
-            correct.append(
-                all(matches)
-                and (edit.has_complete_truth or float(progress[i]) >= PROGRESS_THRESHOLD)
+            all_match = all(
+                predicted[name][i] == classes[name].index(value)
+                for name, value in edit.truth.items()
             )
-            unedited_attributes = [k for k in classes if k not in edit.truth]
-            preservation.append(
-                sum(predicted_labels[k][i] == target_labels[k][i] for k in unedited_attributes)
-                / len(unedited_attributes)
-            )
-        return torch.tensor(correct).float(), torch.tensor(preservation)
+            has_progress = float(progress[i]) >= PROGRESS_THRESHOLD
+            is_correct.append(all_match and (edit.has_complete_truth or has_progress))
+            unedited = [name for name in classes if name not in edit.truth]
+            num_preserved = sum(predicted[name][i] == target[name][i] for name in unedited)
+            preservation.append(num_preserved / len(unedited))
+        return torch.tensor(is_correct).float(), torch.tensor(preservation)
 
     def _predict_labels(self, images: Tensor) -> dict[str, list[int]]:
         prediction = predict_in_batches(self.classifier, images)

@@ -9,11 +9,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hyperlora.diffusion.conditions import EditConditions
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.image_editing import blend_edit_region
 from hyperlora.evaluation.edit_benchmark import EditBenchmark
 from hyperlora.evaluation.edit_evaluator import EditEvaluator, EditResult
 from hyperlora.evaluation.metrics import Score
+from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import TrainingExamples
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.layout import LoraLayout
@@ -22,6 +24,7 @@ from hyperlora.pipelines.instruction_search import search_pair_lora
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.prompt_lora import make_lora_from_prompts
 
+PRESERVED_SUFFIX: Final = "+ background preserved"
 TIMESTEP_SHIFT: Final = 5.0
 """How far timesteps are shifted where LoRAs are optimised for a pair: an edit is decided behind much noise."""
 
@@ -49,89 +52,98 @@ def evaluate_edit_suite(
 ) -> Iterator[EditResult]:
     """Score the ceiling, the copies, the base with and without words, the model, its controls and, if asked, LoRAs
     optimised for each pair; of words, pair and these also where what the edit does not touch stays as it is."""
-    benchmark = evaluator.benchmark
-    images_per_edit = [len(edit.test_pairs) for edit in benchmark.edits]
-    example_outputs = [
-        edit.example_pairs[0, 1].expand(n, *edit.example_pairs.shape[2:])
-        for edit, n in zip(benchmark.edits, images_per_edit, strict=True)
-    ]
-    yield evaluator.score_images("the answers, through the autoencoder", evaluator.vae_round_trip)
-    yield evaluator.score_images("copy of B", evaluator.inputs)
-    yield evaluator.score_images("copy of A'", torch.cat(example_outputs))
+    yield from _evaluate_references(evaluator)
     yield (no_lora := evaluator.evaluate("no LoRA", None))
 
     def add_preserved_result(result: EditResult) -> Iterator[EditResult]:
         yield result
-        yield evaluator.score_images(
-            f"{result.name}, the rest kept",
-            blend_edit_region(evaluator.inputs, result.images, no_lora.images),
-        )
+        blended = blend_edit_region(evaluator.inputs, result.images, no_lora.images)
+        yield evaluator.score_images(f"{result.name} {PRESERVED_SUFFIX}", blended)
 
+    benchmark = evaluator.benchmark
     if any(edit.instruction for edit in benchmark.edits):
-        yield from add_preserved_result(
-            evaluator.evaluate(
-                "words instead of a pair", None, prompt_fn=lambda edit: edit.instruction
-            )
+        result = evaluator.evaluate(
+            "text instruction", None, prompt_fn=lambda edit: edit.instruction
         )
+        yield from add_preserved_result(result)
         if any(edit.blend for edit in benchmark.edits):
             yield evaluator.evaluate(
-                "words, blended", None, prompt_fn=lambda edit: edit.blend or edit.instruction
+                "text instruction, blended",
+                None,
+                prompt_fn=lambda edit: edit.blend or edit.instruction,
             )
         if model.network.text_substitution is not None:
-            instruction_loras = make_lora_from_prompts(
-                evaluator.base, [edit.instruction for edit in benchmark.edits], model.layout.rank
-            )
-            yield evaluator.evaluate("words, as a LoRA", instruction_loras)
+            instructions = [edit.instruction for edit in benchmark.edits]
+            rank = model.layout.rank
+            instruction_loras = make_lora_from_prompts(evaluator.base, instructions, rank)
+            yield evaluator.evaluate("text instruction as LoRA", instruction_loras)
     loras, seconds = generate_pair_loras(model, benchmark, 1)
     yield from add_preserved_result(evaluator.evaluate("one pair", loras, seconds=seconds))
     if model.zero_shot_prompts:
         search_loras, elapsed = generate_pair_loras(model, benchmark, 1, base=evaluator.base)
-        yield from add_preserved_result(
-            evaluator.evaluate("one pair, words tried", search_loras, seconds=elapsed)
-        )
+        result = evaluator.evaluate("one pair + instruction search", search_loras, seconds=elapsed)
+        yield from add_preserved_result(result)
         if len(search_loras) > 1:
             yield evaluator.evaluate(
-                "another edit's pair, words tried",
-                search_loras[torch.arange(len(search_loras)).roll(1)],
+                "shuffled pair + instruction search", search_loras.shuffle_batch()
             )
     min_pairs = min(len(edit.example_pairs) for edit in benchmark.edits)
     if min_pairs > 1:
         multi_pair_loras, elapsed = generate_pair_loras(model, benchmark, min_pairs)
         yield evaluator.evaluate(f"{min_pairs} pairs", multi_pair_loras, seconds=elapsed)
     if len(loras) > 1:  # of a single edit these would be its own
-        yield evaluator.evaluate("another edit's pair", loras[torch.arange(len(loras)).roll(1)])
-        yield evaluator.evaluate("mean LoRA, one for all", loras.mean())
+        yield evaluator.evaluate("shuffled pair", loras.shuffle_batch())
+        yield evaluator.evaluate("mean LoRA", loras.mean())
     if finetune_steps:
         finetuned_loras, elapsed = fit_pair_loras(
             evaluator.base, model.layout, benchmark, finetune_steps, finetune_lr
         )
-        yield from add_preserved_result(
-            evaluator.evaluate(
-                f"fitted to the pair, {finetune_steps} steps", finetuned_loras, seconds=elapsed
-            )
-        )
+        name = f"fine-tuned on the pair, {finetune_steps} steps"
+        yield from add_preserved_result(evaluator.evaluate(name, finetuned_loras, seconds=elapsed))
+
+
+def _evaluate_references(evaluator: EditEvaluator) -> Iterator[EditResult]:
+    """Score the target itself, the unchanged input and the example output."""
+    yield evaluator.score_images("target (VAE round trip)", evaluator.vae_round_trip)
+    yield evaluator.score_images("input unchanged", evaluator.inputs)
+    example_outputs = [
+        edit.example_pairs[0, 1].expand_as(edit.test_pairs[:, 1])
+        for edit in evaluator.benchmark.edits
+    ]
+    yield evaluator.score_images("copy of A' (example output)", torch.cat(example_outputs))
 
 
 def evaluate_reversal(evaluator: EditEvaluator, model: PairToLora) -> ReversalErrors:
-    """By the LoRA of each edit's first pair, words tried if there are any to try."""
+    """Measure how well an edit is undone, by the negated LoRA and by the LoRA of the reversed pair.
+
+    Args:
+        evaluator: Benchmark and edit base.
+        model: Model from pairs to LoRAs; with instruction search where it has zero-shot prompts.
+
+    Returns:
+        Errors against the input images.
+    """
     loras, reversed_loras = (
-        generate_pair_loras(model, evaluator.benchmark, 1, swap_sides=t, base=evaluator.base)[0]
-        for t in (False, True)
+        generate_pair_loras(
+            model, evaluator.benchmark, 1, swap_sides=swap_sides, base=evaluator.base
+        )[0]
+        for swap_sides in (False, True)
     )
-    negated_images = evaluator.render_edits("undone", -loras, evaluator.targets)
-    reversed_images = evaluator.render_edits("turned round", reversed_loras, evaluator.targets)
-    no_lora_images = evaluator.render_edits("asked for nothing", None, evaluator.targets)
-    reversal_images = [
-        picture
-        for one in (negated_images, reversed_images)
-        for picture in (one, blend_edit_region(evaluator.targets, one, no_lora_images))
-    ]
-    vae_images = evaluator.reconstruct_images(evaluator.inputs)
+    targets, inputs = evaluator.targets, evaluator.inputs
+    negated = evaluator.render_edits("negated LoRA", -loras, targets)
+    reversed_ = evaluator.render_edits("reversed pair", reversed_loras, targets)
+    no_lora = evaluator.render_edits("no LoRA", None, targets)
     return ReversalErrors(
-        *(
-            _compute_l1_error(x, evaluator.inputs)
-            for x in (*reversal_images, vae_images, evaluator.targets)
-        )
+        negated_lora=_compute_l1_error(negated, inputs),
+        negated_lora_preserved=_compute_l1_error(
+            blend_edit_region(targets, negated, no_lora), inputs
+        ),
+        reversed_pair=_compute_l1_error(reversed_, inputs),
+        reversed_pair_preserved=_compute_l1_error(
+            blend_edit_region(targets, reversed_, no_lora), inputs
+        ),
+        vae_round_trip=_compute_l1_error(evaluator.reconstruct_images(inputs), inputs),
+        unchanged_input=_compute_l1_error(targets, inputs),
     )
 
 
@@ -152,8 +164,8 @@ def generate_pair_loras(
         for edit in benchmark.edits
     )
     loras = [
-        search_pair_lora(model, base, pair) if base else model.forward(pair[None])[0]
-        for pair in example_pairs
+        search_pair_lora(model, base, pairs) if base else model.forward(pairs[None])[0]
+        for pairs in example_pairs
     ]
     return LoraWeights.stack(loras), (time.perf_counter() - start_time) / len(loras)
 
@@ -170,18 +182,18 @@ def fit_pair_loras(
     is to be faster than), and seconds for each."""
     start_time = time.perf_counter()
     example_pairs = torch.stack([edit.example_pairs[0] for edit in benchmark.edits])
-    std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
+    config = FineTuneConfig(
+        num_steps=num_steps, lr=lr, shift=TIMESTEP_SHIFT, progress_label="fine-tuning"
+    )
     flat_loras = []
     for pair_batch in example_pairs.split(batch_size):
         before, after = (base.encode_images(pair_batch[:, side])[:, None] for side in (0, 1))
-        prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"].expand(
-            len(pair_batch), 1, -1, -1
-        )
-        conditions = {
-            "encoder_hidden_states": prompt_embeds,
-            "beside": before / base.pipeline.vae.config.scaling_factor,
+        prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"]  # [1, tokens, width]
+        conditions: EditConditions = {
+            "encoder_hidden_states": prompt_embeds.expand(len(pair_batch), 1, -1, -1),
+            "cond_latents": before / base.pipeline.vae.config.scaling_factor,
         }
-        init_codes = LoraWeights.zeros(layout, (len(pair_batch),), std).flatten()
+        init_codes = LoraWeights.zeros(layout, (len(pair_batch),), layout.init_std).flatten()
         unflatten = partial(LoraWeights.unflatten, layout)
         result = fine_tune_loras(
             base.denoiser,
@@ -189,10 +201,7 @@ def fit_pair_loras(
             TrainingExamples(after, conditions),
             init_codes,
             unflatten,
-            num_steps=num_steps,
-            lr=lr,
-            shift=TIMESTEP_SHIFT,
-            progress_label="fitting",
+            config,
         )
         flat_loras.append(result.weights.flatten())
     weights = LoraWeights.unflatten(layout, torch.cat(flat_loras))

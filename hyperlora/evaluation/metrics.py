@@ -8,19 +8,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperlora.encoders.attribute_classifier import AttributeClassifier, AttributePrediction
+from hyperlora.encoders.identity_similarity import scale_identity_cosine
 
 
 def compute_max_train_cosine(rows: Tensor, train_rows: Tensor) -> Tensor:
     """The cosine of each of ``evaluate_suite`` [n, P] to the nearest of ``train_rows`` [m, P], both less their mean, [n]: 1 is a
     copy. A model that has memorised makes LoRAs nearer to its training set than held-out LoRAs are (2506.07998)."""
-    return (F.normalize(rows, dim=-1) @ F.normalize(train_rows, dim=-1).mT).amax(-1)
+    cosines = F.normalize(rows, dim=-1) @ F.normalize(train_rows, dim=-1).mT  # [n, m]
+    return cosines.amax(-1)
 
 
 def compute_sample_diversity(samples: Tensor) -> float:
     """1 - the mean cosine of different ones of ``samples`` [n, s, P] of the same subject, less their mean."""
     unit_rows = F.normalize(samples, dim=-1)
     num_samples = samples.shape[1]
-    cosines = (unit_rows @ unit_rows.mT)[:, ~torch.eye(num_samples, dtype=torch.bool)]
+    is_same_sample = torch.eye(num_samples, dtype=torch.bool)
+    cosines = (unit_rows @ unit_rows.mT)[:, ~is_same_sample]  # [n, s * (s - 1)]
     return 1 - float(cosines.mean()) if num_samples > 1 else 0.0
 
 
@@ -62,24 +65,26 @@ class IdentityScale:
 
         With one view per subject ``same_cosine`` cannot be measured and is 1 (said in the report).
         """
-        subjects, views, _ = embeddings.shape
-        flat = embeddings.flatten(0, 1)
-        cosine = (flat @ flat.mT).unflatten(0, (subjects, views)).unflatten(-1, (subjects, views))
-        is_same_subject = torch.eye(subjects, dtype=torch.bool)
-        pairs = cosine.movedim(2, 1)  # [subjects, subjects, views, views]
-        same_cosine = pairs[is_same_subject][:, ~torch.eye(views, dtype=torch.bool)]
-        different_cosine = float(pairs[~is_same_subject].mean()) if subjects > 1 else 0.0
-        return cls(embeddings, different_cosine, float(same_cosine.mean()) if views > 1 else 1.0)
+        num_subjects, num_views, _ = embeddings.shape
+        shape = (num_subjects, num_views)
+        flat = embeddings.flatten(0, 1)  # [subjects * views, width]
+        cosines = (flat @ flat.mT).unflatten(0, shape).unflatten(-1, shape)
+        cosines = cosines.movedim(2, 1)  # [subjects, subjects, views, views]
+        is_same_subject = torch.eye(num_subjects, dtype=torch.bool)
+        is_same_view = torch.eye(num_views, dtype=torch.bool)
+        same, different = cosines[is_same_subject][:, ~is_same_view], cosines[~is_same_subject]
+        different_cosine = float(different.mean()) if num_subjects > 1 else 0.0
+        same_cosine = float(same.mean()) if num_views > 1 else 1.0
+        return cls(embeddings, different_cosine, same_cosine)
 
     def compute_score(self, generated_embeddings: Tensor) -> Tensor:
         """I = (cos(generated, real of the same person) - different) / (same - different), per subject.
 
         ``generated_embeddings`` [subjects, images, width]; 0 is anyone, 1 as good as another real portrait.
         """
-        cosine = torch.einsum("siw,svw->siv", generated_embeddings, self.real_embeddings).mean(
-            (1, 2)
-        )
-        return (cosine - self.different_cosine) / (self.same_cosine - self.different_cosine)
+        cosines = torch.einsum("siw,svw->siv", generated_embeddings, self.real_embeddings)
+        subject_cosines = cosines.mean((1, 2))  # [subjects]
+        return scale_identity_cosine(subject_cosines, self.different_cosine, self.same_cosine)
 
 
 def compute_prompt_accuracy(
@@ -90,10 +95,7 @@ def compute_prompt_accuracy(
     """P per image [n]: the fraction of the prompted attributes that ``classifier`` reads back."""
     accuracies = []
     for i, truth in enumerate(truths):
-        correct = [
-            int(prediction.logits[k][i].argmax()) == classifier.attributes[k].index(v)
-            for k, v in truth.items()
-        ]
+        correct = [_is_correct(classifier, prediction, i, *item) for item in truth.items()]
         accuracies.append(sum(correct) / len(correct))
     return torch.tensor(accuracies)
 
@@ -106,9 +108,19 @@ def compute_attribute_accuracy(
     """For each prompted attribute, the fraction of the images prompted with it where ``classifier`` reads it back."""
     correct_by_attribute: dict[str, list[bool]] = {}
     for i, truth in enumerate(truths):
-        for name, value in truth.items():
-            is_correct = int(prediction.logits[name][i].argmax()) == classifier.attributes[
-                name
-            ].index(value)
-            correct_by_attribute.setdefault(name, []).append(is_correct)
-    return {name: sum(rights) / len(rights) for name, rights in correct_by_attribute.items()}
+        for attribute, value in truth.items():
+            correct = correct_by_attribute.setdefault(attribute, [])
+            correct.append(_is_correct(classifier, prediction, i, attribute, value))
+    return {name: sum(correct) / len(correct) for name, correct in correct_by_attribute.items()}
+
+
+def _is_correct(
+    classifier: AttributeClassifier,
+    prediction: AttributePrediction,
+    image_index: int,
+    attribute: str,
+    value: str,
+) -> bool:
+    """Whether the most likely class of an attribute in an image is ``value``."""
+    class_index = int(prediction.logits[attribute][image_index].argmax())
+    return class_index == classifier.attributes[attribute].index(value)

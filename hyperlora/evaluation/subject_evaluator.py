@@ -1,8 +1,9 @@
 """Run LoRAs of unseen subjects over the benchmark's prompts and score what comes out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 from PIL import Image
 
@@ -22,10 +23,24 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
 
 
+ResultRole = Literal["reference", "variant", "control"]
+"""``variant`` results are compared with the preceding ``reference``, subject by subject."""
+
+
 @dataclass(frozen=True)
 class SubjectResult:
-    """One line of the table; ``images`` [subject][prompt], ``seconds`` per LoRA; ``attribute_accuracy`` is the prompt score of
-    each prompted attribute alone."""
+    """One row of the table.
+
+    Attributes:
+        name: Name of the row.
+        identity: Identity score: 0 for another subject, 1 for another real photo of the subject.
+        prompt_accuracy: Fraction of prompted attributes that the evaluator recognizes; None where
+            prompts have no truth.
+        seconds: Time per LoRA.
+        images: Generated images [subject][prompt].
+        attribute_accuracy: Accuracy of each prompted attribute alone.
+        role: Role of the row in the comparison of the report.
+    """
 
     name: str
     identity: Score
@@ -33,6 +48,7 @@ class SubjectResult:
     seconds: float | None = None
     images: Sequence[Sequence[Image.Image]] = field(default=(), repr=False)
     attribute_accuracy: Mapping[str, float] = field(default_factory=dict)
+    role: ResultRole = "control"
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,12 @@ class SubjectEvaluator:
         """Raise ``InvalidArgumentError`` if the benchmark asks for what the evaluator cannot read."""
         classes = self.classifier.attributes
         for prompt in self.benchmark.prompts:
-            if unknown := [(k, v) for k, v in prompt.truth.items() if v not in classes.get(k, ())]:
+            for attribute, value in prompt.truth.items():
+                if value in classes.get(attribute, ()):
+                    continue
                 raise InvalidArgumentError(
-                    f"the truth {unknown[0][0]} = {unknown[0][1]!r} of prompt {prompt.prompt!r} is unknown to the evaluator: "
-                    f"correct prompts.json or give another --evaluator"
+                    f"the truth {attribute} = {value!r} of prompt {prompt.prompt!r} is unknown to the "
+                    "evaluator: correct prompts.json or give another --evaluator"
                 )
 
     @cached_property
@@ -66,7 +84,11 @@ class SubjectEvaluator:
         )
 
     def evaluate(
-        self, name: str, loras: LoraWeights | None, seconds: float | None = None
+        self,
+        name: str,
+        loras: LoraWeights | None,
+        seconds: float | None = None,
+        role: ResultRole = "control",
     ) -> SubjectResult:
         """Render every prompt for every subject (the same seeds in every row) and score. ``measure_lora_throughput`` has one LoRA per
         subject, or no batch axis (one for all), or is None (the base)."""
@@ -75,9 +97,9 @@ class SubjectEvaluator:
         images: list[Image.Image] = []
         chunks = [jobs[i : i + self.batch_size] for i in range(0, len(jobs), self.batch_size)]
         for chunk in track(chunks, name, "images", len(jobs), self.batch_size):
-            lora = (
-                loras[[s for s, _ in chunk]] if loras is not None and loras.batch_shape else loras
-            )
+            lora = loras
+            if loras is not None and loras.batch_shape:
+                lora = loras[[subject for subject, _ in chunk]]
             images += generate_images(
                 self.base,
                 [prompts[p].prompt for _, p in chunk],
@@ -86,7 +108,7 @@ class SubjectEvaluator:
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
             )
-        return self.score_images(name, images, seconds)
+        return replace(self.score_images(name, images, seconds), role=role)
 
     def score_images(
         self, name: str, images: Sequence[Image.Image], seconds: float | None = None
@@ -94,19 +116,14 @@ class SubjectEvaluator:
         """Score pictures in subject-major order."""
         num_subjects, num_prompts = len(self.benchmark.names), len(self.benchmark.prompts)
         prediction = predict_in_batches(self.classifier, stack_images(images))
-        identity = self.identity_scale.compute_score(
-            prediction.identity.unflatten(0, (num_subjects, num_prompts))
-        )
+        embeddings = prediction.identity.unflatten(0, (num_subjects, num_prompts))
+        identity = self.identity_scale.compute_score(embeddings)  # [subjects]
         prompt_accuracy, attribute_accuracy = None, {}
         if self.benchmark.has_truth:
-            truths: list[Mapping[str, str]] = [
-                p.truth for p in self.benchmark.prompts
-            ] * num_subjects
-            prompt_accuracy = Score.from_samples(
-                compute_prompt_accuracy(self.classifier, prediction, truths)
-                .view(num_subjects, num_prompts)
-                .mean(1)
-            )
+            truths = [prompt.truth for prompt in self.benchmark.prompts] * num_subjects
+            image_accuracy = compute_prompt_accuracy(self.classifier, prediction, truths)
+            subject_accuracy = image_accuracy.view(num_subjects, num_prompts).mean(1)  # [subjects]
+            prompt_accuracy = Score.from_samples(subject_accuracy)
             attribute_accuracy = compute_attribute_accuracy(self.classifier, prediction, truths)
         grid = [list(images[i * num_prompts : (i + 1) * num_prompts]) for i in range(num_subjects)]
         return SubjectResult(

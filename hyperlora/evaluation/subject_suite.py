@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from torch import Tensor
 from hyperlora.data.images import stack_images
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.evaluation.subject_evaluator import SubjectEvaluator, SubjectResult
+from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import TrainingExamples
 from hyperlora.finetuning.refine import make_photo_examples
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.pipelines.generate import GenerationConfig, SubjectPhotos, generate_candidates
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase, SamplingConfig
+from hyperlora.pipelines.config import GenerationConfig, LoraSampling
+from hyperlora.pipelines.generate import SubjectPhotos, generate_candidates
+from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.refine_generated import refine_predictions
 from hyperlora.pipelines.rerank import IdentityReranker
 
@@ -26,8 +28,16 @@ BASELINE_NAME: Final = "base, no LoRA"
 
 @dataclass(frozen=True)
 class FineTuneBaseline:
-    """A LoRA fitted per subject on its one photo, the model's sites and rank: Adam, with prior preservation on
-    ``num_class_images`` pictures that the base itself draws of the class."""
+    """Settings of DreamBooth-LoRA per subject (2208.12242), with the layout of the model.
+
+    Attributes:
+        num_steps: Optimizer steps.
+        lr: Learning rate of Adam.
+        batch_size: Examples of each subject per step.
+        prior_loss_weight: Weight of the prior preservation loss (eq. 2); 0: none.
+        num_class_images: Class images that the base samples for it.
+        subjects_per_batch: Subjects that are fitted together.
+    """
 
     num_steps: int = 300
     lr: float = 1e-3
@@ -37,73 +47,101 @@ class FineTuneBaseline:
     subjects_per_batch: int = 16
 
 
+@dataclass(frozen=True)
+class SubjectSuiteConfig:
+    """Which LoRAs of a model are evaluated beside those from one photo and the controls.
+
+    Attributes:
+        strengths: Factors of the LoRAs from one photo.
+        refine_steps: Steps of refined LoRAs; 0: none.
+        finetune_baseline: Settings of fine-tuned LoRAs; None: none.
+        sampling: How a generative model samples; subject i has the seed ``sampling.seed + i``.
+        num_candidates: Samples per subject of which the best is kept; 1: none.
+        reranker: Chooses the best of several samples.
+    """
+
+    strengths: tuple[float, ...] = (0.6, 0.8)
+    refine_steps: int = 0
+    finetune_baseline: FineTuneBaseline | None = None
+    sampling: LoraSampling = field(default_factory=LoraSampling)
+    num_candidates: int = 1
+    reranker: IdentityReranker | None = None
+
+
 def evaluate_suite(
-    evaluator: SubjectEvaluator, model: ImageToLoraBase, **options: Any
+    evaluator: SubjectEvaluator, model: ImageToLoraBase, config: SubjectSuiteConfig
 ) -> Iterator[SubjectResult]:
-    """Score the base and ``evaluate_model`` the model, which takes the ``options``."""
+    """Evaluate the base model without LoRA, then ``evaluate_model``.
+
+    Args:
+        evaluator: Benchmark and evaluator.
+        model: Model from photos to LoRAs.
+        config: Which further LoRAs are evaluated.
+
+    Yields:
+        The rows of the table, each as soon as it is done.
+    """
     yield evaluator.evaluate(BASELINE_NAME, None)
-    yield from evaluate_model(evaluator, model, **options)
+    yield from evaluate_model(evaluator, model, config)
 
 
 def evaluate_model(
-    evaluator: SubjectEvaluator,
-    model: ImageToLoraBase,
-    *,
-    strengths: tuple[float, ...] = (0.6, 0.8),
-    refine_steps: int = 0,
-    finetune_baseline: FineTuneBaseline | None = None,
-    sampling: SamplingConfig | None = None,
-    num_candidates: int = 1,
-    reranker: IdentityReranker | None = None,
+    evaluator: SubjectEvaluator, model: ImageToLoraBase, config: SubjectSuiteConfig
 ) -> Iterator[SubjectResult]:
-    """Score the model from one photo and from all, its controls and, if asked, refined and fitted LoRAs, and the
-    likest of ``num_candidates`` samples (as ``reranker`` finds)."""
-    photos = evaluator.benchmark.photos
-    first_photo = photos[:, :1]
+    """Evaluate the LoRAs of a model from one photo and from all photos, its controls and variants.
+
+    Controls are other strengths, the LoRAs of other subjects, and the mean LoRA.
+
+    Args:
+        evaluator: Benchmark and evaluator.
+        model: Model from photos to LoRAs.
+        config: Which further LoRAs are evaluated.
+
+    Yields:
+        The rows of the table, each as soon as it is done.
+    """
+    photos, sampling = evaluator.benchmark.photos, config.sampling
+    first_photo = photos[:, :1]  # [subjects, 1, 3, h, w]
     loras, seconds = _measure_generation(
         lambda: generate_sequentially(model, first_photo, sampling)
     )
-    yield evaluator.evaluate("one photo", loras, seconds)
-    for strength in strengths:
+    yield evaluator.evaluate("one photo", loras, seconds, role="reference")
+    for strength in config.strengths:
         yield evaluator.evaluate(f"one photo, strength {strength:g}", loras * strength, seconds)
     if photos.shape[1] > 1:
-        multi_photo_loras, seconds = _measure_generation(
+        multi_photo_loras, elapsed = _measure_generation(
             lambda: generate_sequentially(model, photos, sampling)
         )
-        yield evaluator.evaluate(f"{photos.shape[1]} photos", multi_photo_loras, seconds)
-    if num_candidates > 1:
+        name = f"{photos.shape[1]} photos"
+        yield evaluator.evaluate(name, multi_photo_loras, elapsed, role="variant")
+    if config.num_candidates > 1:
         best_loras, elapsed = _measure_generation(
-            lambda: _generate_best(
-                model, first_photo, sampling or SamplingConfig(), num_candidates, reranker
-            )
+            lambda: _generate_best(model, first_photo, config)
         )
-        yield evaluator.evaluate(f"one photo, best of {num_candidates}", best_loras, elapsed)
+        name = f"one photo, best of {config.num_candidates}"
+        yield evaluator.evaluate(name, best_loras, elapsed, role="variant")
     if len(loras) > 1:  # of a single subject these would be its own
-        yield evaluator.evaluate(
-            "shuffled: another's LoRA", loras[torch.arange(len(loras)).roll(1)]
-        )
+        yield evaluator.evaluate("shuffled LoRA", loras.shuffle_batch())
         yield evaluator.evaluate("mean LoRA", loras.mean())
-    if refine_steps:
+    if config.refine_steps:
         refined_loras, elapsed = _measure_generation(
             lambda: refine_predictions(
                 model,
                 evaluator.base,
                 loras,
                 first_photo,
-                num_steps=refine_steps,
+                num_steps=config.refine_steps,
                 progress_label="refining",
             )
         )
-        yield evaluator.evaluate(f"one photo, refined {refine_steps} steps", refined_loras, elapsed)
-    if finetune_baseline is not None:
+        name = f"one photo, refined {config.refine_steps} steps"
+        yield evaluator.evaluate(name, refined_loras, elapsed, role="variant")
+    if (baseline := config.finetune_baseline) is not None:
         finetuned_loras, elapsed = _measure_generation(
-            lambda: fit_subject_loras(evaluator, model, first_photo, finetune_baseline)[
-                finetune_baseline.num_steps
-            ]
+            lambda: fit_subject_loras(evaluator, model, first_photo, baseline)[baseline.num_steps]
         )
-        yield evaluator.evaluate(
-            f"fitted per subject, {finetune_baseline.num_steps} steps", finetuned_loras, elapsed
-        )
+        name = f"fine-tuned per subject, {baseline.num_steps} steps"
+        yield evaluator.evaluate(name, finetuned_loras, elapsed, role="variant")
 
 
 def fit_subject_loras(
@@ -116,31 +154,33 @@ def fit_subject_loras(
     """DreamBooth-LoRA per subject, ``baseline.subjects_per_batch`` subjects at once; by number of steps: each of ``snapshot_steps``, and
     ``baseline.num_steps``."""
     base, layout = evaluator.base, model.layout
-    trigger_phrase = model.card.get("trigger_phrase", "sks person")
+    trigger_phrase = model.trigger_phrase
     class_examples = (
         _make_class_examples(evaluator, baseline) if baseline.prior_loss_weight else None
     )
-    std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
     all_steps = sorted({*snapshot_steps, baseline.num_steps})
+    config = FineTuneConfig(
+        num_steps=baseline.num_steps,
+        lr=baseline.lr,
+        batch_size=baseline.batch_size,
+        prior_loss_weight=baseline.prior_loss_weight,
+        snapshot_steps=all_steps,
+        progress_label="fine-tuning",
+    )
     flat_by_step: dict[int, list[Tensor]] = {n: [] for n in all_steps}
     for photo_batch in photos.split(baseline.subjects_per_batch):
         examples = make_photo_examples(base, photo_batch, f"a portrait of {trigger_phrase}")
-        init_codes = LoraWeights.zeros(layout, (len(photo_batch),), std).flatten()
+        init_codes = LoraWeights.zeros(layout, (len(photo_batch),), layout.init_std).flatten()
         result = fine_tune_loras(
             base.denoiser,
             base.noise_scheduler,
             examples,
             init_codes,
             partial(LoraWeights.unflatten, layout),
-            num_steps=baseline.num_steps,
-            lr=baseline.lr,
-            batch_size=baseline.batch_size,
-            prior_loss_weight=baseline.prior_loss_weight,
+            config,
             prior_examples=class_examples.expand_subjects(len(photo_batch))
             if class_examples
             else None,
-            snapshot_steps=all_steps,
-            progress_label="fitting",
         )
         for n in all_steps:
             flat_by_step[n].append(result.snapshots[n].flatten())
@@ -163,39 +203,46 @@ def _make_class_examples(
 
 
 def generate_sequentially(
-    model: ImageToLoraBase, photos: Tensor, sampling: SamplingConfig | None = None
+    model: ImageToLoraBase, photos: Tensor, sampling: LoraSampling | None = None
 ) -> LoraWeights:
-    """Single forward passes, as a user makes them, so that the time per LoRA is honest; each by a seed of its own."""
-    base_sampling = sampling or SamplingConfig()
+    """Generate LoRAs one subject at a time, so that the time per LoRA is that of a single request.
+
+    Args:
+        model: Model from photos to LoRAs.
+        photos: Photos of each subject [subjects, views, 3, h, w] in [0, 1].
+        sampling: How a generative model samples; subject i has the seed ``sampling.seed + i``.
+
+    Returns:
+        One LoRA per subject.
+    """
+    sampling = sampling or LoraSampling()
     with torch.no_grad():
         loras = [
-            model.forward(p[None], replace(base_sampling, seed=base_sampling.seed + i))[0]
-            for i, p in enumerate(photos)
+            model.forward(subject_photos[None], replace(sampling, seed=sampling.seed + i))[0]
+            for i, subject_photos in enumerate(photos)
         ]
     return LoraWeights.stack(loras)
 
 
 def _generate_best(
-    model: ImageToLoraBase,
-    photos: Tensor,
-    sampling: SamplingConfig,
-    num_candidates: int,
-    reranker: IdentityReranker | None,
+    model: ImageToLoraBase, photos: Tensor, config: SubjectSuiteConfig
 ) -> LoraWeights:
-    config, loras = GenerationConfig(num_candidates=num_candidates), []
-    for i, p in enumerate(photos):
-        subject_config = replace(
-            config, sampling=replace(sampling, seed=sampling.seed + num_candidates * i)
+    """Generate several LoRAs per subject and keep the one that the reranker ranks first."""
+    num_candidates, loras = config.num_candidates, []
+    for i, subject_photos in enumerate(photos):
+        seed = config.sampling.seed + num_candidates * i
+        generation_config = GenerationConfig(
+            num_candidates=num_candidates, sampling=replace(config.sampling, seed=seed)
         )
-        loras.append(
-            generate_candidates(
-                model, model.encode_photos(p[None]), [SubjectPhotos(p)], subject_config, 1, reranker
-            )[0][0]
-        )
+        features = model.encode_photos(subject_photos[None])
+        subjects = [SubjectPhotos(subject_photos)]
+        (best,) = generate_candidates(model, features, subjects, generation_config, config.reranker)
+        loras.append(best[0])
     return LoraWeights.stack(loras)
 
 
 def _measure_generation(generate_fn: Callable[[], LoraWeights]) -> tuple[LoraWeights, float]:
+    """Generate LoRAs and measure the seconds per LoRA."""
     start_time = time.perf_counter()
-    weights = generate_fn()
-    return weights, (time.perf_counter() - start_time) / len(weights)
+    loras = generate_fn()
+    return loras, (time.perf_counter() - start_time) / len(loras)

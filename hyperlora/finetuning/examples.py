@@ -1,111 +1,154 @@
-"""What K subjects are fitted to, what chance decides at each step, and the draws that follow their progress."""
+"""Training examples of K subjects, the random draws of each step, and the validation draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hyperlora.diffusion.conditions import PromptConditions, map_tensors
+
+NoiseSample = tuple[Tensor, Tensor]
+"""(u, noise) for a batch of n: u [n] in [0, 1) gives the timestep, noise [n, c, h, w] is added."""
+
 
 @dataclass(frozen=True)
 class TrainingExamples:
-    """What K subjects are fitted to: ``latents`` [K, n, c, h, w] and what the denoiser is told about each
-    (``encoder_hidden_states`` [K, n, tokens, width], maybe more, nested as the denoiser takes it). ``num_examples`` says how
-    many of the n each subject has, all unless given; the others are padding."""
+    """Training examples of K subjects, n for each.
+
+    Attributes:
+        latents: Clean latents [K, n, c, h, w].
+        conditions: Keyword arguments of the denoiser for each example, [K, n, ...] each, e.g.
+            ``encoder_hidden_states`` [K, n, tokens, width]; nested as the denoiser takes them.
+        num_examples: Examples of each subject [K]; the remaining ones of the n are padding.
+            None: all n.
+    """
 
     latents: Tensor
-    conditions: Mapping[str, Any]
+    conditions: PromptConditions
     num_examples: Sequence[int] | None = None
 
     def count_examples(self, subject: int) -> int:
+        """Count the examples of one subject, without padding."""
         return self.latents.shape[1] if self.num_examples is None else self.num_examples[subject]
 
     def gather_examples(
         self, indices: Tensor, subjects: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Examples ``indices`` [b, k] of ``subjects`` [k] (all K unless given) as one batch of b * k, example j of the
-        i-th subject at j * k + i."""
-        subject_indices = (
-            torch.arange(indices.shape[1], device=indices.device) if subjects is None else subjects
-        )
-        subject_indices = subject_indices.expand_as(indices)
+    ) -> tuple[Tensor, PromptConditions]:
+        """Gather examples of several subjects into one batch.
 
-        def gather_tensors(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {k: gather_tensors(v) for k, v in value.items()}
-            return value[subject_indices, indices].flatten(0, 1)
+        Args:
+            indices: Numbers of the examples to take [b, k].
+            subjects: Numbers of the k subjects [k]; all K by default.
 
-        return gather_tensors(self.latents), gather_tensors(self.conditions)
+        Returns:
+            Latents [b * k, c, h, w] and conditions [b * k, ...]. Example j of the i-th subject
+            stands at j * k + i, the order in which ``inject_lora`` assigns LoRAs to samples.
+        """
+        latents = gather_rows(self.latents, indices, subjects)
+        conditions = map_tensors(lambda t: gather_rows(t, indices, subjects), self.conditions)
+        return latents, conditions
 
     def expand_subjects(self, num_subjects: int) -> "TrainingExamples":
-        """One subject's examples as those of ``num_subjects`` subjects; nothing is copied."""
+        """Repeat the examples of one subject for ``num_subjects`` subjects, without a copy."""
 
-        def expand_tensors(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {name: expand_tensors(v) for name, v in value.items()}
-            return value.expand(num_subjects, *value.shape[1:])
+        def expand_tensor(value: Tensor) -> Tensor:
+            return value.expand(num_subjects, *value.shape[1:])  # [K, n, ...]
 
         num_examples = (
             None if self.num_examples is None else tuple(self.num_examples) * num_subjects
         )
         return TrainingExamples(
-            expand_tensors(self.latents), expand_tensors(self.conditions), num_examples
+            expand_tensor(self.latents), map_tensors(expand_tensor, self.conditions), num_examples
         )
 
     @classmethod
     def pad_and_cat(cls, subjects: Sequence["TrainingExamples"]) -> "TrainingExamples":
-        """Subjects with different numbers of examples in one batch: the shorter ones are padded with their first."""
+        """Concatenate subjects with different numbers of examples, padded by their first one."""
         num_examples = [subject.latents.shape[1] for subject in subjects]
         max_examples = max(num_examples)
 
-        def pad_examples(value: Tensor) -> Tensor:
-            return torch.cat(
-                [value, value[:, :1].expand(-1, max_examples - value.shape[1], *value.shape[2:])], 1
-            )
+        def pad_tensor(value: Tensor) -> Tensor:
+            num_missing = max_examples - value.shape[1]
+            return torch.cat([value, value[:, :1].expand(-1, num_missing, *value.shape[2:])], 1)
 
-        def cat_tensors(values: Sequence[Any]) -> Any:
-            if isinstance(values[0], Mapping):
-                return {k: cat_tensors([v[k] for v in values]) for k in values[0]}
-            return torch.cat([pad_examples(v) for v in values])
+        def cat_tensors(*values: Tensor) -> Tensor:
+            return torch.cat([pad_tensor(value) for value in values])  # [K, max_examples, ...]
 
         return cls(
-            cat_tensors([p.latents for p in subjects]),
-            cat_tensors([p.conditions for p in subjects]),
+            cat_tensors(*(subject.latents for subject in subjects)),
+            map_tensors(cat_tensors, *(subject.conditions for subject in subjects)),
             num_examples,
         )
 
 
+def gather_rows(values: Tensor, indices: Tensor, subjects: Tensor | None = None) -> Tensor:
+    """Gather rows of [K, n, ...] into one batch.
+
+    Args:
+        values: Values of n examples of K subjects [K, n, ...].
+        indices: Numbers of the examples to take [b, k].
+        subjects: Numbers of the k subjects [k]; all K by default.
+
+    Returns:
+        [b * k, ...], example j of the i-th subject at j * k + i.
+    """
+    if subjects is None:
+        subjects = torch.arange(indices.shape[1], device=indices.device)
+    return values[subjects.expand_as(indices), indices].flatten(0, 1)
+
+
 class SubjectRng:
-    """What every step leaves to chance, drawn for each subject from its own seed, whoever else is fitted with it."""
+    """One random stream per subject, so that draws do not depend on the other subjects.
+
+    Args:
+        seeds: One seed for each of the K subjects.
+    """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def sample_batch(
         self, examples: TrainingExamples, batch_size: int, subjects: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(choice [b, k], (u [b * k], noise [b * k, c, h, w])) for ``subjects`` [k], as ``compute_denoising_loss`` takes it."""
-        shape = examples.latents.shape[2:]
+    ) -> tuple[Tensor, NoiseSample]:
+        """Draw the random numbers of one step.
+
+        Args:
+            examples: The examples of all K subjects.
+            batch_size: Examples b of each subject.
+            subjects: Numbers of the k subjects to draw for [k].
+
+        Returns:
+            Example numbers [b, k] and (u [b * k], noise [b * k, c, h, w]), as
+            ``compute_denoising_loss`` takes it.
+        """
+        shape = examples.latents.shape[2:]  # (c, h, w)
         index_list, u_list, noise_list = [], [], []
-        for i in subjects.tolist():
-            generator = self.generators[i]
-            index_list.append(
-                torch.randint(examples.count_examples(i), (batch_size,), generator=generator)
-            )
+        for subject in subjects.tolist():
+            generator = self.generators[subject]
+            num_examples = examples.count_examples(subject)
+            index_list.append(torch.randint(num_examples, (batch_size,), generator=generator))
             u_list.append(torch.rand(batch_size, generator=generator))
             noise_list.append(torch.randn(batch_size, *shape, generator=generator))
-        indices, u, noise = (
-            torch.stack(t, 1).to(subjects.device) for t in (index_list, u_list, noise_list)
-        )
+        indices = torch.stack(index_list, 1).to(subjects.device)  # [b, k]
+        u = torch.stack(u_list, 1).to(subjects.device)  # [b, k]
+        noise = torch.stack(noise_list, 1).to(subjects.device)  # [b, k, c, h, w]
         return indices, (u.flatten(), noise.flatten(0, 1).to(examples.latents))
 
 
 @dataclass(frozen=True)
 class ValidationProbe:
-    """Fixed draws on which each subject's loss is looked at every ``eval_every`` steps: ``indices`` and ``u`` [m, K],
-    ``noise`` [m, K, c, h, w]. A subject ends after ``patience`` looks in a row that were no better than its best; it
-    keeps what it was at its best."""
+    """Fixed draws on which the loss of each subject is validated, and the early stopping by it.
+
+    Attributes:
+        examples: The validation examples of K subjects.
+        indices: Example numbers of m draws [m, K].
+        u: Timestep draws in [0, 1) [m, K].
+        noise: Noise [m, K, c, h, w].
+        eval_every: Steps between two validations.
+        patience: A subject stops after this many validations in a row without improvement; its
+            result is that of its lowest loss. None: no early stopping.
+    """
 
     examples: TrainingExamples
     indices: Tensor
@@ -123,19 +166,28 @@ class ValidationProbe:
         eval_every: int = 25,
         patience: int | None = None,
     ) -> "ValidationProbe":
-        """Each subject's examples in turn, at noise levels spread evenly, noise by the subject's seed."""
+        """Make draws that take the examples of each subject in turn, at evenly spread noise levels.
+
+        Args:
+            examples: The validation examples of K subjects.
+            seeds: One seed for each subject [K], for its noise.
+            num_draws: Draws m of each subject.
+            eval_every: Steps between two validations.
+            patience: Validations without improvement before a subject stops; None: no early stop.
+
+        Returns:
+            The probe.
+        """
         device = examples.latents.device
+        shape = examples.latents.shape[2:]  # (c, h, w)
+        # the complement of a seed gives a stream that training with the seed does not use
         noise_per_subject = [
-            torch.randn(
-                num_draws,
-                *examples.latents.shape[2:],
-                generator=torch.Generator().manual_seed(~seed % 2**63),
-            )
+            torch.randn(num_draws, *shape, generator=torch.Generator().manual_seed(~seed % 2**63))
             for seed in seeds
         ]
+        noise = torch.stack(noise_per_subject, 1).to(examples.latents)  # [m, K, c, h, w]
         indices = torch.tensor(
             [[j % examples.count_examples(i) for i in range(len(seeds))] for j in range(num_draws)]
-        )
-        u = ((torch.arange(num_draws) + 0.5) / num_draws)[:, None].expand(-1, len(seeds))
-        noise_batch = torch.stack(noise_per_subject, 1).to(examples.latents)
-        return cls(examples, indices.to(device), u.to(device), noise_batch, eval_every, patience)
+        )  # [m, K]
+        u = ((torch.arange(num_draws) + 0.5) / num_draws)[:, None].expand(-1, len(seeds))  # [m, K]
+        return cls(examples, indices.to(device), u.to(device), noise, eval_every, patience)

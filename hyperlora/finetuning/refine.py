@@ -1,84 +1,85 @@
-"""A few steps above the predicted LoRA: rank-relaxed fast fine-tuning (2307.06949, §4.3), or what suits the model."""
+"""Refine a predicted LoRA on its photos by rank-relaxed fine-tuning (2307.06949, §4.3)."""
 
-from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from hyperlora.diffusion.conditions import map_tensors
 from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.finetuning.config import RefineConfig
 from hyperlora.finetuning.examples import TrainingExamples
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 
+DEFAULT_RANK: Final = 8
+"""Rank of the LoRA on top, unless the config gives one."""
 
-def refine(
+
+def refine_lora(
     base: DiffusionBase,
     predicted: LoraWeights,
     photos: Tensor,
+    config: RefineConfig | None = None,
     *,
-    num_steps: int = 40,
-    rank: int = 8,
-    out_rank: int | None = None,
-    lr: float = 1e-3,
-    batch_size: int = 4,
     prompt: str = "a portrait of sks person",
-    seed: int = 0,
-    progress_label: str | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> LoraWeights:
-    """``predict_loras`` (batch K) stays frozen, a LoRA of larger ``rank`` starting at zero is fitted above it with the
-    diffusion loss on ``load_photos`` [K, views, 3, h, w] in [0, 1], and both are merged by SVD to ``out_rank`` (default:
-    the predicted rank). The same arguments give the same LoRA. ``on_step`` is told every step, as in ``fine_tune_loras``."""
-    k = len(photos)
-    layout = predicted.layout.with_rank(rank)
+    """Fit a LoRA of larger rank on top of each predicted LoRA and merge the two by SVD.
+
+    The predicted LoRAs stay frozen. The LoRA on top starts at ΔW = 0 and minimizes the denoising
+    loss on the photos. The same arguments give the same LoRAs.
+
+    Args:
+        base: The frozen base, with all its modules on the device of the photos.
+        predicted: The LoRAs to refine, a batch [K].
+        photos: Photos of each subject [K, views, 3, h, w] in [0, 1].
+        config: Steps, ranks, learning rate and seed; by default ``RefineConfig()``.
+        prompt: Prompt of every photo.
+
+    Returns:
+        The refined LoRAs, a batch [K], of rank ``config.out_rank``.
+    """
+    config = config or RefineConfig()
+    layout = predicted.layout.with_rank(config.rank or DEFAULT_RANK)
     examples = make_photo_examples(base, photos, prompt)
-    init_std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        init_codes = (
-            LoraWeights.zeros(layout, (), init_std).flatten().to(photos.device).expand(k, -1)
-        )
+        torch.manual_seed(config.seed)  # one random stream for the start and for the training
+        init_lora = LoraWeights.zeros(layout, (), layout.init_std)
+        init_codes = init_lora.flatten().to(photos.device).expand(len(photos), -1)  # [K, P]
         result = fine_tune_loras(
             base.denoiser,
             base.noise_scheduler,
             examples,
             init_codes,
             partial(LoraWeights.unflatten, layout),
-            num_steps=num_steps,
-            lr=lr,
-            batch_size=batch_size,
+            config.fine_tune,
             base_loras=predicted,
-            progress_label=progress_label,
-            on_step=on_step,
         )
-    return (predicted + result.weights).resize(out_rank or predicted.layout.rank)
+    return (predicted + result.weights).resize(config.out_rank or predicted.layout.rank)
 
 
 def make_photo_examples(base: DiffusionBase, photos: Tensor, prompt: str) -> TrainingExamples:
-    """Photos [K, n, 3, h, w] all under one prompt."""
-    k, n = photos.shape[:2]
-    size = base.resolution
-    pixels = photos.flatten(0, 1)
-    if pixels.shape[-2:] != (size, size):
-        pixels = torch.nn.functional.interpolate(
-            pixels, (size, size), mode="bicubic", antialias=True
-        ).clamp(0, 1)
-    conditions = base.encode_prompts([prompt])
-    return TrainingExamples(
-        base.encode_images(pixels).unflatten(0, (k, n)), _expand_conditions(conditions, k, n)
-    )
+    """Make training examples from photos that share one prompt.
 
+    Args:
+        base: The base that encodes photos and prompt.
+        photos: Photos of each subject [K, n, 3, h, w] in [0, 1]; resized to the resolution of the
+            base if they have another one.
+        prompt: The prompt of every photo.
 
-def _expand_conditions(
-    conditions: dict[str, Tensor], num_subjects: int, num_examples: int
-) -> dict[str, Tensor]:
-    def expand_value(value: Tensor) -> Tensor:
-        return value[None].expand(num_subjects, num_examples, *value.shape[1:])
-
-    return {
-        name: {i: expand_value(v) for i, v in value.items()}
-        if isinstance(value, dict)
-        else expand_value(value)
-        for name, value in conditions.items()
-    }
+    Returns:
+        Latents [K, n, c, h/f, w/f] with the conditions of the prompt.
+    """
+    num_subjects, num_photos = photos.shape[:2]
+    size = (base.resolution, base.resolution)
+    pixels = photos.flatten(0, 1)  # [K * n, 3, h, w]
+    if pixels.shape[-2:] != size:
+        pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+        pixels = pixels.clamp(0, 1)  # bicubic interpolation overshoots
+    latents = base.encode_images(pixels).unflatten(0, (num_subjects, num_photos))
+    conditions = map_tensors(
+        lambda value: value[None].expand(num_subjects, num_photos, *value.shape[1:]),
+        base.encode_prompts([prompt]),  # [1, ...]
+    )  # [K, n, ...]
+    return TrainingExamples(latents, conditions)

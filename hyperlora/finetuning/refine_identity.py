@@ -1,7 +1,7 @@
-"""Refine LoRAs by who is recognised in their own pictures: an identity loss, which needs no further photo."""
+"""Refine LoRAs by an identity loss on images that the LoRAs themselves generate."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -9,14 +9,18 @@ from torch.nn import functional as F
 
 from hyperlora.cpu import select_sdpa_kernel
 from hyperlora.data.images import to_tensor
+from hyperlora.diffusion.conditions import PromptConditions, map_tensors
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.lora_injection import inject_lora
-from hyperlora.diffusion.losses import add_noise, predict_x0
+from hyperlora.diffusion.noise_schedule import NoiseSchedule
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.encoders.identity_embedder import IdentityEmbedder
+from hyperlora.finetuning.config import RefineConfig
 from hyperlora.finetuning.examples import TrainingExamples
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.progress import track
+
+TIMESTEP_RANGE: Final = (0.2, 0.9)
+"""Range of training timesteps, as fractions of all: identity is visible in x0 at neither end."""
 
 
 def refine_identity(
@@ -25,86 +29,71 @@ def refine_identity(
     photos: Tensor,
     identity_embedder: IdentityEmbedder,
     prompts: Sequence[str],
+    config: RefineConfig | None = None,
     *,
-    num_steps: int = 40,
-    rank: int | None = None,
-    out_rank: int | None = None,
-    lr: float = 1e-3,
-    batch_size: int = 4,
     regularization_weight: float = 0.5,
-    seed: int = 0,
-    progress_label: str | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> LoraWeights:
-    """Fit a LoRA of ``rank`` (that of ``predict_loras`` unless given) above ``predict_loras`` (batch K) so that pictures drawn
-    with both show whom ``load_photos`` [K, views, 3, h, w] in [0, 1] show; merged by SVD to ``out_rank``.
+    """Fit a LoRA on top of each predicted LoRA so that images show the identity of the photos.
 
-    Pictures are drawn under ``prompts`` first. Each step noises ``batch_size`` of them and decodes what the denoiser expects
-    behind the noise; the loss is 1 - cos(identity of that, of the photos), as identity losses are taken of one step
-    (PuLID, 2404.16022, §3.2), plus ``regularization_weight`` times the squared distance, in latents, from what it expects with
-    ``predict_loras`` alone, which holds all that the prompt asked for. The same arguments give the same LoRAs; ``on_step`` is
-    told every step, as in ``fine_tune_loras``.
+    First each predicted LoRA generates one image per prompt. Each step adds noise to
+    ``batch_size`` of these latents and predicts x0, the clean latents, in one denoiser call. With
+    f the identity embedder, D the VAE decoder and x0_ref the prediction without the LoRA on top,
+
+        loss = 1 - cos(f(D(x0)), f(photos)) + λ mean((x0 - x0_ref)²)
+
+    The identity loss on a one-step prediction follows PuLID (2404.16022, §3.2). The second term
+    keeps what the prompt describes. The same arguments give the same LoRAs.
+
+    Args:
+        base: The frozen base, with all its modules on the device of the photos.
+        predicted: The LoRAs to refine, a batch [K].
+        photos: Photos of each subject [K, views, 3, h, w] in [0, 1].
+        identity_embedder: Maps images to identity embeddings of length 1.
+        prompts: Prompts of the images to train on.
+        config: Steps, ranks, learning rate and seed; by default ``RefineConfig()``.
+        regularization_weight: λ, weight of the distance to the prediction without the LoRA on top.
+
+    Returns:
+        The refined LoRAs, a batch [K], of rank ``config.out_rank``.
     """
-    k, layout = len(photos), predicted.layout.with_rank(rank or predicted.layout.rank)
-    target_embeds, self_images = (
-        identity_embedder.embed_subjects(photos),
-        _sample_self_images(base, predicted, prompts, seed),
-    )
-    init_std = (sum(s.in_features for s in layout.targets) / len(layout.targets)) ** -0.5
-    noise_scheduler = base.noise_scheduler
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        codes = (
-            LoraWeights.zeros(layout, (), init_std)
-            .flatten()
-            .to(photos.device)
-            .repeat(k, 1)
-            .requires_grad_()
-        )
-    optimizer = torch.optim.Adam([codes], lr)
-    min_timestep, max_timestep = (
-        int(share * noise_scheduler.config.num_train_timesteps) for share in (0.2, 0.9)
-    )
-    for step in (
-        track(range(1, num_steps + 1), progress_label, "steps", num_steps)
-        if progress_label
-        else range(1, num_steps + 1)
-    ):
-        if on_step is not None:
-            on_step(step)
-        latents, conditions = self_images.gather_examples(
-            torch.randint(len(prompts), (batch_size, k), generator=generator).to(photos.device)
-        )
+    config = config or RefineConfig()
+    num_subjects, batch_size = len(photos), config.batch_size
+    layout = predicted.layout.with_rank(config.rank or predicted.layout.rank)
+    target_embeds = identity_embedder.embed_subjects(photos)  # [K, features]
+    self_images = _sample_self_images(base, predicted, prompts, config.seed)
+    noise_schedule = NoiseSchedule(base.noise_scheduler)
+    num_timesteps = noise_schedule.num_train_timesteps
+    min_timestep, max_timestep = (int(share * num_timesteps) for share in TIMESTEP_RANGE)
+    init_lora = LoraWeights.init_batch(layout, num_subjects, config.seed, photos.device)
+    codes = init_lora.flatten().requires_grad_()  # [K, P]
+    optimizer = torch.optim.Adam([codes], config.lr)
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in config.fine_tune.iterate_steps():
+        # noisy latents of random images of each subject; n = batch_size * K
+        indices = torch.randint(len(prompts), (batch_size, num_subjects), generator=generator)
+        latents, conditions = self_images.gather_examples(indices.to(photos.device))  # [n, c, h, w]
         timesteps = torch.randint(
             min_timestep, max_timestep, (len(latents),), generator=generator
-        ).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        noisy_latents, _ = add_noise(noise_scheduler, latents, noise, timesteps)
+        ).to(latents.device)  # [n]
+        noise = torch.randn(latents.shape, generator=generator).to(latents)  # [n, c, h, w]
+        noisy_latents, _ = noise_schedule.add_noise(latents, noise, timesteps)
+        # x0 without and with the LoRA on top
         with torch.no_grad():
             reference_x0 = _predict_x0(base, predicted, noisy_latents, timesteps, conditions)
         with select_sdpa_kernel(noisy_latents, noisy_latents[0, 0].numel()):
-            pred_x0 = _predict_x0(
-                base,
-                predicted + LoraWeights.unflatten(layout, codes),
-                noisy_latents,
-                timesteps,
-                conditions,
-            )
-            identity_similarity = (
-                identity_embedder(base.decode_latents(pred_x0))
-                * target_embeds.repeat(batch_size, 1)
-            ).sum(-1)
-        loss = (
-            1
-            - identity_similarity
-            + regularization_weight
-            * F.mse_loss(pred_x0, reference_x0, reduction="none").mean((1, 2, 3))
-        )
-        (codes.grad,) = torch.autograd.grad(loss.view(batch_size, k).mean(0).sum(), codes)
+            lora = predicted + LoraWeights.unflatten(layout, codes)
+            pred_x0 = _predict_x0(base, lora, noisy_latents, timesteps, conditions)  # [n, c, h, w]
+            embeds = identity_embedder(base.decode_latents(pred_x0))  # [n, features]
+        # loss = 1 - cos(f(D(x0)), f(photos)) + λ mean((x0 - x0_ref)²)
+        cosine = (embeds * target_embeds.repeat(batch_size, 1)).sum(-1)  # [n]
+        distance = F.mse_loss(pred_x0, reference_x0, reduction="none").mean((1, 2, 3))  # [n]
+        loss = 1 - cosine + regularization_weight * distance  # [n]
+        # mean over the batch of a subject, sum over subjects: each row gets its own gradient
+        loss = loss.view(batch_size, num_subjects).mean(0).sum()
+        (codes.grad,) = torch.autograd.grad(loss, codes)
         optimizer.step()
     refined = predicted + LoraWeights.unflatten(layout, codes.detach())
-    return refined.resize(out_rank or predicted.layout.rank)
+    return refined.resize(config.out_rank or predicted.layout.rank)
 
 
 def _predict_x0(
@@ -112,16 +101,12 @@ def _predict_x0(
     lora: LoraWeights,
     noisy_latents: Tensor,
     timesteps: Tensor,
-    conditions: dict[str, Any],
+    conditions: PromptConditions,
 ) -> Tensor:
-    """The clean latents that the denoiser with ``loras`` expects behind ``noisy_latents``."""
+    """Predict the clean latents [n, c, h, w] with the LoRA in one denoiser call."""
     with inject_lora(base.denoiser, lora):
-        return predict_x0(
-            base.noise_scheduler,
-            noisy_latents,
-            base.denoiser(noisy_latents, timesteps, **conditions).sample,
-            timesteps,
-        )
+        model_output = base.denoiser(noisy_latents, timesteps, **conditions).sample
+    return NoiseSchedule(base.noise_scheduler).predict_x0(noisy_latents, model_output, timesteps)
 
 
 @torch.no_grad()
@@ -132,24 +117,20 @@ def _sample_self_images(
     seed: int,
     num_inference_steps: int = 6,
 ) -> TrainingExamples:
-    """What each LoRA draws under each of the prompts."""
-    n, size, latents = len(prompts), base.resolution, []
+    """Generate one image per LoRA and prompt: latents [K, prompts, c, h, w] with conditions."""
+    num_prompts, latents = len(prompts), []
     for i in range(len(loras)):
         images = generate_images(
             base,
             prompts,
-            loras[[i] * n],
-            seeds=range(seed, seed + n),
+            loras[[i] * num_prompts],
+            seeds=range(seed, seed + num_prompts),
             num_inference_steps=num_inference_steps,
         )
-        latents.append(base.encode_images(torch.stack([to_tensor(p, size) for p in images])))
-    conditions = base.encode_prompts(list(prompts))
-    single_subject = TrainingExamples(latents[0][None], _add_batch_dim(conditions))
-    return TrainingExamples(
-        torch.stack(latents), single_subject.expand_subjects(len(loras)).conditions
-    )
-
-
-def _add_batch_dim(conditions: dict[str, Any]) -> dict[str, Any]:
-    """[n, ...] to [1, n, ...], nested as it is."""
-    return {k: _add_batch_dim(v) if isinstance(v, dict) else v[None] for k, v in conditions.items()}
+        pixels = torch.stack([to_tensor(image, base.resolution) for image in images])
+        latents.append(base.encode_images(pixels))  # [prompts, c, h, w]
+    conditions = map_tensors(
+        lambda value: value.expand(len(loras), *value.shape),
+        base.encode_prompts(list(prompts)),  # [prompts, ...]
+    )  # [K, prompts, ...]
+    return TrainingExamples(torch.stack(latents), conditions)

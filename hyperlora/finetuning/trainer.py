@@ -1,28 +1,40 @@
-"""Fit LoRAs to photos: K subjects at a time on one frozen base, each as if it were alone."""
+"""Fine-tune the LoRAs of K subjects at a time on one frozen base, each independently."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.losses import compute_denoising_loss
-from hyperlora.errors import InvalidArgumentError
-from hyperlora.finetuning.examples import SubjectRng, TrainingExamples, ValidationProbe
+from hyperlora.finetuning.config import FineTuneConfig
+from hyperlora.finetuning.examples import (
+    NoiseSample,
+    SubjectRng,
+    TrainingExamples,
+    ValidationProbe,
+    gather_rows,
+)
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.progress import track
 
-__all__ = ["FineTuneResult", "SubjectRng", "TrainingExamples", "ValidationProbe", "fine_tune_loras"]
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """``fit_lidb_targets`` [K, P] as fitted, ``weights`` they expand to (batch K), ``losses`` [steps, K] (as many steps as the
-    longest took); ``snapshot_steps`` their
-    state after as many steps as were asked for. ``val_losses`` [n, K] are the losses on the probe's draws, the first before
-    any step, and ``num_steps`` [K] the steps of each subject. Losses and looks are NaN once a subject has ended."""
+    """Result of ``fine_tune_loras`` for K subjects. Losses are NaN once a subject has stopped.
+
+    Attributes:
+        codes: The optimized codes [K, P].
+        weights: The LoRAs they decode to, a batch [K].
+        losses: Training losses [steps, K]; steps are those of the subject that ran longest.
+        snapshots: The LoRAs after each step of ``snapshot_steps``.
+        val_losses: Losses on the draws of the probe [validations, K], the first before any step.
+        num_steps: Steps of each subject [K].
+    """
 
     codes: Tensor
     weights: LoraWeights
@@ -34,236 +46,196 @@ class FineTuneResult:
 
 def fine_tune_loras(
     denoiser: nn.Module,
-    scheduler: Any,
+    scheduler: "SchedulerMixin",
     examples: TrainingExamples,
     init_codes: Tensor,
     decode_codes: Callable[[Tensor], LoraWeights],
+    config: FineTuneConfig,
     *,
-    num_steps: int,
-    lr: float,
-    batch_size: int = 1,
     prior_examples: TrainingExamples | None = None,
-    prior_loss_weight: float = 1.0,
     base_loras: LoraWeights | None = None,
-    snapshot_steps: Collection[int] = (),
-    num_paired_groups: int = 1,
     x0_offsets: Tensor | None = None,
-    shift: float = 1.0,
-    seeds: Sequence[int] | None = None,
     probe: ValidationProbe | None = None,
-    progress_label: str | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> FineTuneResult:
-    """Adam on K LoRAs at once. ``init_codes`` [K, P] are the codes to begin with and ``decode_codes`` their expansion to weights:
-    ``partial(LoraWeights.unflatten, layout)`` for plain LoRA, a parametrisation for LiDB.
+    """Fine-tune K LoRAs at once with Adam on the denoising loss, each independently.
 
-    ``prior_examples`` holds class images for DreamBooth's prior preservation (2208.12242, eq. 2); ``base_loras`` weights (batch K)
-    stay added below the fitted ones, as rank-relaxed fine-tuning needs. Subjects do not influence each other; with
-    ``seeds`` (one each) neither does what chance decides for them. With ``num_paired_groups`` = t, subjects i, i + K/t, i + 2K/t...
-    get the same timesteps and noise, so that they differ by their examples alone. ``x0_offsets`` [K, n, c, h, w] are edits
-    the LoRAs should make on the examples, ``shift`` is of timesteps, both as ``compute_denoising_loss`` takes them. ``probe``
-    follows each subject's loss and may end it early. ``on_step`` is told the number of every step before it and may raise
-    to end them.
+    Args:
+        denoiser: The frozen UNet or transformer.
+        scheduler: Its noise scheduler.
+        examples: The training examples of the K subjects.
+        init_codes: Codes to start from [K, P].
+        decode_codes: Maps codes [k, P] to LoRAs, a batch [k]. ``partial(LoraWeights.unflatten,
+            layout)`` for plain LoRA, a parametrization for LiDB (2307.06949) and others.
+        config: Steps, learning rate, seeds and further settings.
+        prior_examples: Class images of prior preservation (DreamBooth, 2208.12242, eq. 2).
+        base_loras: LoRAs [K] that stay added without being optimized, as rank-relaxed fine-tuning
+            needs (2307.06949, §4.3).
+        x0_offsets: Edits of the clean latents that the LoRAs are to make [K, n, c, h, w], see
+            ``compute_denoising_loss``.
+        probe: Validation draws; they choose the best codes and may stop a subject early.
+
+    Returns:
+        Codes, LoRAs and losses of all K subjects.
     """
-    if seeds is not None and num_paired_groups > 1:
-        raise InvalidArgumentError(
-            "twins share what chance decides, seeds keep it apart: give one of them"
-        )
-    k = len(init_codes)
-    active = torch.arange(k, device=init_codes.device)
-    codes = init_codes.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([codes], lr)
-    rng = None if seeds is None else SubjectRng(seeds)
+    num_subjects = len(init_codes)
+    active = torch.arange(num_subjects, device=init_codes.device)  # [k], subjects still optimized
+    codes = init_codes.detach().clone().requires_grad_()  # [k, P]
+    optimizer = torch.optim.Adam([codes], config.lr)
+    rng = None if config.seeds is None else SubjectRng(config.seeds)
     early_stopping = _EarlyStopping(init_codes.detach(), probe is not None)
-    losses, saved_loras = [], {}
+    losses: list[Tensor] = []  # [K] each
+    snapshots: dict[int, LoraWeights] = {}
 
     def build_loras() -> LoraWeights:
-        return (
-            decode_codes(codes)
-            if base_loras is None
-            else _select_base_loras(base_loras, active) + decode_codes(codes)
-        )
+        """Decode the current codes and add the frozen LoRAs."""
+        loras = decode_codes(codes)
+        return loras if base_loras is None else _select_base_loras(base_loras, active) + loras
 
-    def validate_step(step: int) -> None:
-        assert probe is not None
+    def validate_step(probe: ValidationProbe, step: int) -> None:
         with torch.no_grad(), inject_lora(denoiser, build_loras()):
-            early_stopping.update_best(
-                active, codes, _compute_val_losses(denoiser, scheduler, probe, active), step
-            )
+            val_losses = _compute_val_losses(denoiser, scheduler, probe, active)  # [k]
+        early_stopping.update_best(active, codes, val_losses, step)
+
+    def compute_loss(examples: TrainingExamples, x0_offsets: Tensor | None = None) -> Tensor:
+        """Compute the mean loss of each active subject [k] over a random batch."""
+        indices, noise_sample = _sample_batch(examples, active, config, rng)
+        latents, conditions = examples.gather_examples(indices, active)  # [b * k, c, h, w]
+        loss = compute_denoising_loss(
+            denoiser,
+            scheduler,
+            latents,
+            shift=config.shift,
+            noise_sample=noise_sample,
+            x0_offset=None if x0_offsets is None else gather_rows(x0_offsets, indices, active),
+            **conditions,
+        )  # [b * k]
+        return loss.view(config.batch_size, len(active)).mean(0)
 
     if probe is not None:
-        validate_step(0)
-    for step in (
-        track(range(1, num_steps + 1), progress_label, "steps", num_steps)
-        if progress_label
-        else range(1, num_steps + 1)
-    ):
-        if on_step is not None:
-            on_step(step)
+        validate_step(probe, 0)
+    for step in config.iterate_steps():
         with inject_lora(denoiser, build_loras()):
-            loss = _compute_loss(
-                denoiser,
-                scheduler,
-                examples,
-                batch_size,
-                active,
-                num_paired_groups,
-                x0_offsets,
-                shift,
-                rng,
-            )
+            loss = compute_loss(examples, x0_offsets)  # [k]
             if prior_examples is not None:
-                prior_loss = _compute_loss(
-                    denoiser,
-                    scheduler,
-                    prior_examples,
-                    batch_size,
-                    active,
-                    num_paired_groups,
-                    None,
-                    shift,
-                    rng,
-                )
-                loss = loss + prior_loss_weight * prior_loss
+                loss = loss + config.prior_loss_weight * compute_loss(prior_examples)
+        # the sum over subjects gives each row of the codes the gradient of its own loss
         (codes.grad,) = torch.autograd.grad(loss.sum(), codes)
         optimizer.step()
-        losses.append(_scatter_to_subjects(loss.detach(), active, k))
+        losses.append(_scatter_to_subjects(loss.detach(), active, num_subjects))
         early_stopping.num_steps[active] = step
-        if step in snapshot_steps:
-            saved_loras[step] = decode_codes(early_stopping.update_codes(active, codes).clone())
-        if probe is not None and (step % probe.eval_every == 0 or step == num_steps):
-            validate_step(step)
-            active_mask = early_stopping.is_active(active, probe.patience)
+        if step in config.snapshot_steps:
+            snapshots[step] = decode_codes(early_stopping.update_codes(active, codes).clone())
+        if probe is not None and (step % probe.eval_every == 0 or step == config.num_steps):
+            validate_step(probe, step)
+            active_mask = early_stopping.is_active(active, probe.patience)  # [k]
             if not active_mask.all():
                 early_stopping.update_codes(active, codes)
-                active, codes, optimizer = (
-                    active[active_mask],
-                    *_select_active(codes, optimizer, active_mask),
-                )
+                active = active[active_mask]
+                codes, optimizer = _select_active(codes, optimizer, active_mask)
             if not len(active):
                 break
     final_codes = (
         early_stopping.update_codes(active, codes)
         if early_stopping.best_codes is None
         else early_stopping.best_codes
-    )
+    )  # [K, P]
     return FineTuneResult(
-        final_codes,
-        decode_codes(final_codes),
-        torch.stack(losses) if losses else torch.zeros(0, k),
-        saved_loras,
-        torch.stack(early_stopping.val_losses) if early_stopping.val_losses else torch.zeros(0, k),
-        early_stopping.num_steps,
+        codes=final_codes,
+        weights=decode_codes(final_codes),
+        losses=_stack_losses(losses, num_subjects),
+        snapshots=snapshots,
+        val_losses=_stack_losses(early_stopping.val_losses, num_subjects),
+        num_steps=early_stopping.num_steps,
     )
 
 
 class _EarlyStopping:
-    """Where each of the K subjects stands, and with ``track_best`` what it was at its best look."""
+    """Codes, best codes and validation losses of all K subjects.
+
+    Args:
+        init_codes: Codes before the first step [K, P].
+        track_best: Whether to keep the codes of the lowest validation loss.
+    """
 
     def __init__(self, init_codes: Tensor, track_best: bool) -> None:
-        k, device = len(init_codes), init_codes.device
-        self.codes = init_codes.clone()
-        self.best_codes = init_codes.clone() if track_best else None
-        self.best_losses = torch.full((k,), torch.inf, device=device)
-        self.num_steps, self.num_bad_checks = (
-            torch.zeros(k, dtype=torch.long, device=device) for _ in range(2)
-        )
-        self.val_losses: list[Tensor] = []
+        num_subjects, device = len(init_codes), init_codes.device
+        self.codes = init_codes.clone()  # [K, P]
+        self.best_codes = init_codes.clone() if track_best else None  # [K, P]
+        self.best_losses = torch.full((num_subjects,), torch.inf, device=device)  # [K]
+        self.num_steps = torch.zeros(num_subjects, dtype=torch.long, device=device)  # [K]
+        self.num_bad_checks = torch.zeros(num_subjects, dtype=torch.long, device=device)  # [K]
+        self.val_losses: list[Tensor] = []  # [K] each
 
     def update_codes(self, active: Tensor, codes: Tensor) -> Tensor:
-        """The codes [K, P] of all, those of ``active`` as they are."""
+        """Store the codes [k, P] of the active subjects [k]; return those of all [K, P]."""
         self.codes[active] = codes.detach()
         return self.codes
 
     def update_best(self, active: Tensor, codes: Tensor, losses: Tensor, step: int) -> None:
-        improved = (losses < self.best_losses[active]) | (step == 0)
-        self.best_losses[active] = torch.where(improved, losses, self.best_losses[active])
+        """Record one validation: losses [k] and codes [k, P] of the active subjects [k]."""
+        best_losses = self.best_losses[active]  # [k]
+        improved = (losses < best_losses) | (step == 0)  # [k]
+        self.best_losses[active] = torch.where(improved, losses, best_losses)
         if self.best_codes is not None:
             self.best_codes[active[improved]] = codes.detach()[improved]
         self.num_bad_checks[active] = torch.where(improved, 0, self.num_bad_checks[active] + 1)
         self.val_losses.append(_scatter_to_subjects(losses, active, len(self.codes)))
 
     def is_active(self, active: Tensor, patience: int | None) -> Tensor:
-        return (
-            torch.ones_like(active, dtype=torch.bool)
-            if patience is None
-            else self.num_bad_checks[active] < patience
-        )
+        """Return which of the active subjects continue [k]."""
+        if patience is None:
+            return torch.ones_like(active, dtype=torch.bool)
+        return self.num_bad_checks[active] < patience
 
 
-def _compute_loss(
-    denoiser: nn.Module,
-    scheduler: Any,
-    examples: TrainingExamples,
-    batch_size: int,
-    active: Tensor,
-    num_paired_groups: int,
-    x0_offsets: Tensor | None,
-    shift: float,
-    rng: SubjectRng | None,
-) -> Tensor:
-    """Mean loss over ``batch_size`` random examples, per subject [k]."""
-    device, k, noise_sample = examples.latents.device, len(active), None
+def _sample_batch(
+    examples: TrainingExamples, active: Tensor, config: FineTuneConfig, rng: SubjectRng | None
+) -> tuple[Tensor, NoiseSample | None]:
+    """Draw example numbers [b, k] and, unless the loss is to draw it, the noise sample of b * k."""
+    batch_size, num_groups = config.batch_size, config.num_paired_groups
+    device = examples.latents.device
     if rng is not None:
-        indices, noise_sample = rng.sample_batch(examples, batch_size, active)
-    else:
-        indices = torch.randint(
-            examples.latents.shape[1], (batch_size, k // num_paired_groups), device=device
-        ).repeat(1, num_paired_groups)
-        if examples.num_examples is not None:
-            indices %= torch.tensor(examples.num_examples, device=device)[active]
-    latents, conditions = examples.gather_examples(indices, active)
-    if num_paired_groups > 1:
-        u = (
-            torch.rand(batch_size, k // num_paired_groups, device=device)
-            .repeat(1, num_paired_groups)
-            .flatten()
-        )
-        noise = torch.randn(batch_size, k // num_paired_groups, *latents.shape[1:], device=device)
-        noise_sample = (
-            u,
-            noise.repeat(1, num_paired_groups, *[1] * (latents.ndim - 1)).flatten(0, 1),
-        )
-    x0_offset = (
-        None
-        if x0_offsets is None
-        else TrainingExamples(x0_offsets, {}).gather_examples(indices, active)[0]
-    )
-    loss = compute_denoising_loss(
-        denoiser,
-        scheduler,
-        latents,
-        shift=shift,
-        noise_sample=noise_sample,
-        x0_offset=x0_offset,
-        **conditions,
-    )
-    return loss.view(batch_size, k).mean(0)
+        return rng.sample_batch(examples, batch_size, active)
+    group_size = len(active) // num_groups
+    indices = torch.randint(examples.latents.shape[1], (batch_size, group_size), device=device)
+    indices = indices.repeat(1, num_groups)  # [b, k]
+    if examples.num_examples is not None:
+        indices %= torch.tensor(examples.num_examples, device=device)[active]
+    if num_groups == 1:
+        return indices, None
+    # paired groups: one draw per pair, repeated along the subjects
+    latent_shape = examples.latents.shape[2:]  # (c, h, w)
+    u = torch.rand(batch_size, group_size, device=device).repeat(1, num_groups)  # [b, k]
+    noise = torch.randn(batch_size, group_size, *latent_shape, device=device)
+    noise = noise.repeat(1, num_groups, *[1] * len(latent_shape))  # [b, k, c, h, w]
+    return indices, (u.flatten(), noise.flatten(0, 1))
 
 
 def _compute_val_losses(
-    denoiser: nn.Module, scheduler: Any, probe: ValidationProbe, active: Tensor
+    denoiser: nn.Module, scheduler: "SchedulerMixin", probe: ValidationProbe, active: Tensor
 ) -> Tensor:
-    """Mean loss over the probe's draws, per subject [k]."""
+    """Compute the mean loss of each active subject over the draws of the probe [k]."""
     losses = []
-    for indices, u, noise in zip(probe.indices, probe.u, probe.noise, strict=True):
+    for indices, u, noise in zip(probe.indices, probe.u, probe.noise, strict=True):  # one draw
         latents, conditions = probe.examples.gather_examples(indices[active][None], active)
+        noise_sample = (u[active], noise[active])  # [k], [k, c, h, w]
         losses.append(
             compute_denoising_loss(
-                denoiser, scheduler, latents, noise_sample=(u[active], noise[active]), **conditions
+                denoiser, scheduler, latents, noise_sample=noise_sample, **conditions
             )
-        )
+        )  # [k]
     return torch.stack(losses).mean(0)
 
 
 def _select_active(
     codes: Tensor, optimizer: torch.optim.Adam, active_mask: Tensor
 ) -> tuple[Tensor, torch.optim.Adam]:
-    """The rows ``active_mask`` of the codes, and Adam as it would stand had there been no others."""
+    """Select rows of the codes, and the state of Adam as it is without the other rows."""
     active_codes = codes.detach()[active_mask].requires_grad_()
     active_optimizer = torch.optim.Adam([active_codes], optimizer.param_groups[0]["lr"])
     active_optimizer.state[active_codes] = {
-        k: v[active_mask] if v.ndim else v for k, v in optimizer.state[codes].items()
+        name: value[active_mask] if value.ndim else value
+        for name, value in optimizer.state[codes].items()
     }
     return active_codes, active_optimizer
 
@@ -273,7 +245,10 @@ def _select_base_loras(base_loras: LoraWeights, active: Tensor) -> LoraWeights:
 
 
 def _scatter_to_subjects(values: Tensor, active: Tensor, num_subjects: int) -> Tensor:
-    """[k] per subject still fitted to [K], NaN for the others."""
-    return torch.full(
-        (num_subjects,), torch.nan, device=values.device, dtype=values.dtype
-    ).index_copy(0, active, values)
+    """Scatter values of the active subjects [k] to all subjects [K]; NaN for the others."""
+    row = torch.full((num_subjects,), torch.nan, device=values.device, dtype=values.dtype)
+    return row.index_copy(0, active, values)
+
+
+def _stack_losses(losses: list[Tensor], num_subjects: int) -> Tensor:
+    return torch.stack(losses) if losses else torch.zeros(0, num_subjects)

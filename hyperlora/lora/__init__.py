@@ -1,4 +1,6 @@
-"""What a LoRA is: where it goes (``layout``), its numbers (``weights``), and how networks and optimizers write them.
+"""What a LoRA is: targets (``layout``), numbers (``weights``), heads and parametrizations.
 
-W' = W + up @ down            down [rank, in_features], up [out_features, rank]; alpha / rank is folded into up
+    W' = W + up @ down            down [rank, in_features], up [out_features, rank]
+
+The scale alpha / rank is folded into ``up``.
 """

@@ -1,12 +1,15 @@
-"""Compact ways to write a LoRA, which always expand to ordinary ``LoraWeights``.
+"""Heads: from short codes, which a network predicts or an optimizer fits, to ``LoraWeights``.
 
-LiDB (2307.06949, eq. 2):  ΔW = (A_aux A_train)(B_train B_aux)   A_aux, B_aux fixed, random, orthogonal, from a seed
-learned basis (2503.16944, eq. 3):  down = D_0 + Σ c_i D_i,  up = Σ c'_i U_i    D, U learned with the hypernetwork
-softmax basis (LoRWeB, 2602.15727):  down = Σ softmax(c)_i D_i,  up = Σ softmax(c')_i U_i
-full:  the factors themselves, one linear layer for each (2411.19156)
+Every target has two codes of ``code_size`` numbers, c for ``down`` and c' for ``up``.
 
-All are modules whose ``forward`` takes one code per factor and site, [*batch, sites, code_size], and whose zero ``up_basis``
-code gives ΔW = 0 (of the softmax basis: at initialisation).
+    head       down                    up                       source
+    lidb       B_train(c) B_aux        A_aux A_train(c')        2307.06949, eq. 2
+    basis      D_0 + Σ_i c_i D_i       Σ_i c'_i U_i             2503.16944, eq. 3
+    softmax    Σ_i softmax(c)_i D_i    Σ_i softmax(c')_i U_i    LoRWeB, 2602.15727
+    direct     c                       c'                       one linear layer each, 2411.19156
+
+A_aux and B_aux are fixed, random and orthogonal, rebuilt from a seed. D_i and U_i are learned
+together with the network. A zero code for ``up`` gives ΔW = 0 (softmax: at initialization only).
 """
 
 from typing import Any, Final
@@ -20,10 +23,19 @@ from hyperlora.lora.weights import LoraWeights
 
 
 class LiDB(nn.Module):
-    """Lightweight DreamBooth: at rank r, r·a numbers for up and r·b for down at every site (paper: r=1, a=100, b=50).
+    """Lightweight DreamBooth (2307.06949): ΔW = (A_aux A_train)(B_train B_aux).
 
-    The auxiliary matrices are rebuilt from ``seed`` and never stored. ``a`` and ``b`` shrink where a site is narrower;
-    codes are padded to the wider of the two, so that one width serves all sites.
+    Every target has r·a numbers for ``up`` and r·b for ``down``; the paper uses r = 1, a = 100 and
+    b = 50. The auxiliary matrices are rebuilt from ``seed`` and never stored.
+
+    Args:
+        layout: The targets and the rank.
+        a: Columns of A_aux; smaller where a target has fewer output features.
+        b: Rows of B_aux; smaller where a target has fewer input features.
+        seed: Seed of the auxiliary matrices.
+
+    Attributes:
+        code_size: Length of one code, rank · max(a, b); codes of smaller matrices are padded.
     """
 
     def __init__(self, layout: LoraLayout, a: int = 100, b: int = 50, seed: int = 0) -> None:
@@ -32,43 +44,60 @@ class LiDB(nn.Module):
         self.code_size = layout.rank * max(a, b)
         generator = torch.Generator().manual_seed(seed)
         for i, target in enumerate(layout.targets):
-            self.register_buffer(
-                f"a{i}",
-                _make_orthogonal_matrix(target.out_features, a, generator),
-                persistent=False,
-            )
-            self.register_buffer(
-                f"b{i}",
-                _make_orthogonal_matrix(target.in_features, b, generator).mT,
-                persistent=False,
-            )
+            a_aux = _make_orthogonal_matrix(target.out_features, a, generator)  # [out, a]
+            b_aux = _make_orthogonal_matrix(target.in_features, b, generator).mT  # [b, in]
+            self.register_buffer(f"a{i}", a_aux, persistent=False)
+            self.register_buffer(f"b{i}", b_aux, persistent=False)
 
     def init_codes(self) -> Tensor:
-        """Codes [2 * sites, code_size] of ΔW = 0 from which gradients flow: random ``down_basis`` (from the seed, so that all
-        who start here start alike), then zero ``up_basis``."""
+        """Make codes of ΔW = 0 with nonzero gradients, always the same ones.
+
+        Returns:
+            [2 * targets, code_size]: random codes for ``down``, then zeros for ``up``.
+        """
         generator = torch.Generator().manual_seed(self.seed + 1)
-        down = (
-            torch.randn(len(self.layout.targets), self.code_size, generator=generator)
-            * self.b**-0.5
-        )
+        num_targets = len(self.layout.targets)
+        down = torch.randn(num_targets, self.code_size, generator=generator) * self.b**-0.5
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down_basis``, ``up_basis`` [*batch, sites, code_size]."""
+        """Expand codes.
+
+        Args:
+            down: [*batch, targets, code_size].
+            up: [*batch, targets, code_size].
+
+        Returns:
+            LoRAs of batch shape [*batch].
+        """
         rank, downs, ups = self.layout.rank, [], []
         for i in range(len(self.layout.targets)):
-            a, b = self.get_buffer(f"a{i}"), self.get_buffer(f"b{i}")
-            downs.append(down[..., i, : rank * len(b)].unflatten(-1, (rank, len(b))) @ b)
-            ups.append(a @ up[..., i, : rank * a.shape[1]].unflatten(-1, (a.shape[1], rank)))
+            a_aux, b_aux = self.get_buffer(f"a{i}"), self.get_buffer(f"b{i}")  # [out, a], [b, in]
+            a, b = a_aux.shape[1], b_aux.shape[0]
+            b_train = down[..., i, : rank * b].unflatten(-1, (rank, b))  # [*batch, rank, b]
+            a_train = up[..., i, : rank * a].unflatten(-1, (a, rank))  # [*batch, a, rank]
+            downs.append(b_train @ b_aux)  # [*batch, rank, in]
+            ups.append(a_aux @ a_train)  # [*batch, out, rank]
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
 class LowRankBasisHead(nn.Module):
-    """``size`` learned directions per factor and site, mixed by as many coefficients.
+    """Linear combinations of ``size`` learned directions per factor and target (2503.16944, eq. 3).
 
-    ``down_basis`` has a constant term of ordinary LoRA initialisation, so that a zero code is an ordinary untrained LoRA.
-    With ``coefficients_per_rank`` each of a direction's ``rank`` vectors has a coefficient of its own: the factors fill a space of
-    ``rank`` times as many dimensions, for no more directions to learn and to keep.
+    ``down`` has a constant term of the usual LoRA initialization: a zero code is an untrained LoRA.
+
+    Args:
+        layout: The targets and the rank.
+        size: Number of directions per factor and target.
+        coefficients_per_rank: Whether each of the ``rank`` vectors of a direction has its own
+            coefficient. The factors then span ``rank`` times as many dimensions with the same
+            number of learned directions.
+
+    Attributes:
+        code_size: Length of one code: ``size``, times the rank with ``coefficients_per_rank``.
+        down_bias: D_0 per target, [rank, in_features].
+        down_basis: D_i per target, [size, rank * in_features].
+        up_basis: U_i per target, [size, out_features * rank].
     """
 
     def __init__(
@@ -92,31 +121,45 @@ class LowRankBasisHead(nn.Module):
         )
 
     def init_codes(self) -> Tensor:
-        """Codes [2 * sites, size]: small random ``down_basis`` coefficients, zero ``up_basis`` ones."""
+        """Make codes of ΔW = 0 with nonzero gradients.
+
+        Returns:
+            [2 * targets, code_size]: small random coefficients for ``down``, then zeros for ``up``.
+        """
         down = torch.randn(len(self.layout.targets), self.code_size) * 0.1 * self.size**-0.5
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down_basis``, ``up_basis`` [*batch, sites, code_size]."""
+        """Combine the directions: down = D_0 + Σ_i c_i D_i, up = Σ_i c'_i U_i.
+
+        Args:
+            down: Coefficients c, [*batch, targets, code_size].
+            up: Coefficients c', [*batch, targets, code_size].
+
+        Returns:
+            LoRAs of batch shape [*batch].
+        """
         rank, downs, ups = self.layout.rank, [], []
         for i, target in enumerate(self.layout.targets):
-            down_basis, up_basis = (
-                self.down_basis[i].unflatten(-1, (rank, target.in_features)),
-                self.up_basis[i].unflatten(-1, (target.out_features, rank)),
-            )
-            # [*batch, size, rank], or 1 instead of rank where a direction is taken as a whole
-            down_coefficients, up_coefficients = (
-                code[..., i, :].unflatten(-1, (self.size, -1)) for code in (down, up)
-            )
-            downs.append(
-                torch.einsum("...sr,sri->...ri", down_coefficients, down_basis) + self.down_bias[i]
-            )
-            ups.append(torch.einsum("...sr,sor->...or", up_coefficients, up_basis))
+            down_basis = self.down_basis[i].unflatten(-1, (rank, target.in_features))  # [s, r, in]
+            up_basis = self.up_basis[i].unflatten(-1, (target.out_features, rank))  # [s, out, r]
+            # the last axis is the rank, or 1 if a direction has one coefficient
+            c_down = down[..., i, :].unflatten(-1, (self.size, -1))  # [*batch, s, r or 1]
+            c_up = up[..., i, :].unflatten(-1, (self.size, -1))  # [*batch, s, r or 1]
+            mixed_down = torch.einsum("...sr,sri->...ri", c_down, down_basis)  # [*batch, r, in]
+            mixed_up = torch.einsum("...sr,sor->...or", c_up, up_basis)  # [*batch, out, r]
+            downs.append(mixed_down + self.down_bias[i])
+            ups.append(mixed_up)
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
 class SoftmaxBasisHead(LowRankBasisHead):
-    """A mix of ``size`` learned LoRAs whose shares are positive and add up to 1."""
+    """Convex combinations of ``size`` learned LoRAs (LoRWeB, 2602.15727).
+
+    Args:
+        layout: The targets and the rank.
+        size: Number of learned LoRAs.
+    """
 
     def __init__(self, layout: LoraLayout, size: int = 32) -> None:
         super().__init__(layout, size)
@@ -124,16 +167,35 @@ class SoftmaxBasisHead(LowRankBasisHead):
             nn.init.zeros_(up_basis)
 
     def init_codes(self) -> Tensor:
-        """Codes [2 * sites, size]: equal shares."""
+        """Make codes of equal weights.
+
+        Returns:
+            Zeros [2 * targets, size].
+        """
         return torch.zeros(2 * len(self.layout.targets), self.code_size)
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down_basis``, ``up_basis`` [*batch, sites, size], before the softmax."""
+        """Combine the LoRAs by weights that are positive and add up to 1.
+
+        Args:
+            down: Logits of the weights, [*batch, targets, size].
+            up: Logits of the weights, [*batch, targets, size].
+
+        Returns:
+            LoRAs of batch shape [*batch].
+        """
         return super().forward(down.softmax(-1), up.softmax(-1))
 
 
 class DirectHead(nn.Module):
-    """The factors themselves, padded to the widest site's: nothing is shared between sites."""
+    """Codes that are the factors themselves; targets share no parameters (2411.19156).
+
+    Args:
+        layout: The targets and the rank.
+
+    Attributes:
+        code_size: Length of one code, that of the largest factor; other codes are padded.
+    """
 
     def __init__(self, layout: LoraLayout) -> None:
         super().__init__()
@@ -143,46 +205,61 @@ class DirectHead(nn.Module):
         )
 
     def init_codes(self) -> Tensor:
-        """Codes [2 * sites, code_size]: ordinary LoRA initialisation."""
-        down = torch.stack(
-            [
-                torch.randn(self.code_size) * target.in_features**-0.5
-                for target in self.layout.targets
-            ]
-        )
+        """Make codes of the usual LoRA initialization.
+
+        Returns:
+            [2 * targets, code_size]: random codes for ``down``, then zeros for ``up``.
+        """
+        stds = [target.in_features**-0.5 for target in self.layout.targets]
+        down = torch.stack([torch.randn(self.code_size) * std for std in stds])
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
-        """``down_basis``, ``up_basis`` [*batch, sites, code_size]."""
+        """Reshape codes to factors.
+
+        Args:
+            down: [*batch, targets, code_size].
+            up: [*batch, targets, code_size].
+
+        Returns:
+            LoRAs of batch shape [*batch].
+        """
         rank, downs, ups = self.layout.rank, [], []
         for i, target in enumerate(self.layout.targets):
-            downs.append(
-                down[..., i, : rank * target.in_features].unflatten(-1, (rank, target.in_features))
-            )
-            ups.append(
-                up[..., i, : target.out_features * rank].unflatten(-1, (target.out_features, rank))
-            )
+            in_features, out_features = target.in_features, target.out_features
+            flat_down = down[..., i, : rank * in_features]  # [*batch, rank * in]
+            flat_up = up[..., i, : out_features * rank]  # [*batch, out * rank]
+            downs.append(flat_down.unflatten(-1, (rank, in_features)))  # [*batch, rank, in]
+            ups.append(flat_up.unflatten(-1, (out_features, rank)))  # [*batch, out, rank]
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
-_HEADS: Final = {
+Head = LiDB | LowRankBasisHead | DirectHead
+_HEADS: Final[dict[str, type[Head]]] = {
     "lidb": LiDB,
     "basis": LowRankBasisHead,
     "softmax": SoftmaxBasisHead,
-    "full": DirectHead,
+    "direct": DirectHead,
 }
 
 
-def make_head(
-    head_type: str, layout: LoraLayout, **options: Any
-) -> "LiDB | LowRankBasisHead | DirectHead":
-    """One of ``_HEADS`` by name, as configs do. Raises ``InvalidArgumentError`` for another."""
+def make_head(head_type: str, layout: LoraLayout, **options: Any) -> Head:
+    """Make a head by its name, as configs do.
+
+    Args:
+        head_type: ``lidb``, ``basis``, ``softmax`` or ``direct``.
+        layout: The targets and the rank.
+        **options: Further arguments of the head's class, e.g. ``size=48``.
+
+    Returns:
+        The head.
+
+    Raises:
+        InvalidArgumentError: The name is unknown.
+    """
     if head_type not in _HEADS:
-        raise InvalidArgumentError(
-            f"unknown parametrisation {head_type!r}; known: {', '.join(_HEADS)}"
-        )
-    head: LiDB | LowRankBasisHead | DirectHead = _HEADS[head_type](layout, **options)
-    return head
+        raise InvalidArgumentError(f"unknown head {head_type!r}; known: {', '.join(_HEADS)}")
+    return _HEADS[head_type](layout, **options)
 
 
 def _make_orthogonal_matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:

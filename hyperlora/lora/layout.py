@@ -1,11 +1,11 @@
-"""``LoraLayout``: where a LoRA goes in one base model."""
+"""``LoraLayout``: which weights of a base model a LoRA adapts, in which order and at which rank."""
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Final, TypedDict
 
 from torch import nn
 
@@ -15,10 +15,36 @@ UNKNOWN_BASE: Final = "unknown"
 """The base of a LoRA whose file does not name one."""
 
 
+class TargetDict(TypedDict):
+    """A ``TargetModule`` as JSON."""
+
+    name: str
+    in_features: int
+    out_features: int
+    kernel_size: Sequence[int] | None
+
+
+class LayoutDict(TypedDict):
+    """A ``LoraLayout`` as JSON, the content of ``layout.json``."""
+
+    targets: list[TargetDict]
+    rank: int
+    base: str
+
+
 @dataclass(frozen=True)
 class TargetModule:
-    """One adapted weight. ``name`` is ``component.module.path`` (``unet.mid_block....to_q``); ``in_features`` counts the
-    kernel for convolutions, whose LoRA is a ``kernel_size`` convolution to ``rank`` channels and a 1x1 one back (LoCon)."""
+    """One adapted weight of a base model, of a Linear or a Conv2d layer.
+
+    The LoRA of a convolution is a ``kernel_size`` convolution to ``rank`` channels, then a 1x1
+    convolution back (LoCon).
+
+    Attributes:
+        name: ``component.module.path``, e.g. ``unet.mid_block.attentions.0.proj_in``.
+        in_features: Columns of ΔW; for a convolution, input channels times kernel area.
+        out_features: Rows of ΔW.
+        kernel_size: Height and width of a convolution's kernel, None for a Linear layer.
+    """
 
     name: str
     in_features: int
@@ -27,22 +53,31 @@ class TargetModule:
 
     @property
     def component(self) -> str:
+        """Component of the pipeline, e.g. ``unet``."""
         return self.name.split(".", 1)[0]
 
     @property
     def path(self) -> str:
+        """Path of the module inside its component."""
         return self.name.split(".", 1)[1]
 
     @property
     def is_text_projection(self) -> bool:
-        """Whether it makes keys or values of a prompt's tokens (cross-attention of UNets)."""
+        """Whether the module projects text tokens to keys or values (cross-attention of UNets)."""
         return self.path.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """Ordered sites of one base model at one rank. ``base`` is the base model's id; numbers of different layouts never
-    mix: ``check_compatible`` says in one sentence why not."""
+    """The ordered targets of one base model at one rank.
+
+    LoRAs of different layouts are never combined; ``check_compatible`` raises instead.
+
+    Attributes:
+        targets: The adapted modules; their order is the order of the numbers of a LoRA.
+        rank: The rank at every target.
+        base: The id of the base model, e.g. ``avatars/base``.
+    """
 
     targets: tuple[TargetModule, ...]
     rank: int
@@ -57,9 +92,20 @@ class LoraLayout:
         rank: int,
         base: str,
     ) -> "LoraLayout":
-        """The layout of every Linear or Conv2d in ``module`` (meta device is fine) whose path ``filter_fn``.
+        """Collect every Linear and Conv2d layer of ``module`` that passes a filter.
 
-        Raises ``LayoutMismatchError`` if there is none.
+        Args:
+            module: The denoiser or text encoder; it may be on the meta device.
+            component: The first part of the targets' names, e.g. ``unet``.
+            filter_fn: Whether the layer at a path (without component) becomes a target.
+            rank: The rank at every target.
+            base: The id of the base model.
+
+        Returns:
+            The layout, in the order of ``module.named_modules()``.
+
+        Raises:
+            LayoutMismatchError: No layer passes the filter.
         """
         targets = tuple(
             _make_target(f"{component}.{path}", layer)
@@ -68,95 +114,150 @@ class LoraLayout:
         )
         if not targets:
             raise LayoutMismatchError(
-                f"no site of the preset exists in {type(module).__name__}: choose another preset"
+                f"no target of the preset exists in {type(module).__name__}: choose another preset"
             )
         return cls(targets, rank, base)
 
     @property
     def components(self) -> tuple[str, ...]:
+        """Components with at least one target, in order."""
         return tuple(dict.fromkeys(target.component for target in self.targets))
 
     @property
     def numel(self) -> int:
-        """Numbers in one LoRA of this layout."""
+        """Length of the flat vector of one LoRA."""
         return sum(
             self.rank * (target.in_features + target.out_features) for target in self.targets
         )
 
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of random ``down`` factors: (mean in_features)^-1/2."""
+        mean_in_features = sum(target.in_features for target in self.targets) / len(self.targets)
+        return float(mean_in_features**-0.5)
+
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any site, shape, order, rank or base id."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """16 hexadecimal digits that change with any target, shape, order, rank or base id.
+
+        Files hold this value, so the hashed encoding is fixed; it is that of file format 1.
+        """
+        encoding = {
+            "sites": [
+                {
+                    "name": target.name,
+                    "fan_in": target.in_features,
+                    "fan_out": target.out_features,
+                    "kernel": target.kernel_size,
+                }
+                for target in self.targets
+            ],
+            "rank": self.rank,
+            "base": self.base,
+        }
+        return hashlib.sha256(json.dumps(encoding, sort_keys=True).encode()).hexdigest()[:16]
 
     def with_rank(self, rank: int) -> "LoraLayout":
+        """Copy the layout at another rank."""
         return replace(self, rank=rank)
 
     def __add__(self, other: "LoraLayout") -> "LoraLayout":
-        """The sites of both, e.g. of a UNet and its text encoder (same rank and base)."""
+        """Append the targets of another layout of the same rank and base, e.g. a text encoder's.
+
+        Raises:
+            LayoutMismatchError: The ranks or the bases differ.
+        """
         self.check_compatible(LoraLayout(self.targets, other.rank, other.base))
-        return replace(self, sites=self.targets + other.targets)
+        return replace(self, targets=self.targets + other.targets)
 
     def check_compatible(self, other: "LoraLayout", *, ignore_rank: bool = False) -> None:
-        """Raise ``LayoutMismatchError`` unless ``other`` has the same sites, base and (unless ``ignore_rank``) rank."""
+        """Check that LoRAs of another layout can be combined with LoRAs of this one.
+
+        Args:
+            other: The layout of the other LoRAs.
+            ignore_rank: Whether the ranks may differ.
+
+        Raises:
+            LayoutMismatchError: Targets, their shapes or order, base or rank differ.
+        """
         other.check_base(self.base)
-        own_targets, other_targets = (
-            {s.name: s for s in self.targets},
-            {s.name: s for s in other.targets},
-        )
-        if missing := own_targets.keys() ^ other_targets.keys():
+        own_targets = {target.name: target for target in self.targets}
+        other_targets = {target.name: target for target in other.targets}
+        if differing_names := own_targets.keys() ^ other_targets.keys():
             raise LayoutMismatchError(
-                f"the LoRA has {len(other_targets)} sites, {len(own_targets)} expected; {len(missing)} differ, e.g. {min(missing)}"
+                f"the LoRA has {len(other_targets)} targets, {len(own_targets)} expected; "
+                f"{len(differing_names)} differ, e.g. {min(differing_names)}"
             )
         for name, target in own_targets.items():
             if target != other_targets[name]:
                 raise LayoutMismatchError(
-                    f"site {name} is {_format_shape(other_targets[name])} in the LoRA, {_format_shape(target)} expected"
+                    f"target {name} is {_format_shape(other_targets[name])} in the LoRA, "
+                    f"{_format_shape(target)} expected"
                 )
         if self.targets != other.targets:
-            raise LayoutMismatchError("the LoRA's sites are in another order than expected")
+            raise LayoutMismatchError("the LoRA's targets are in another order than expected")
         if not ignore_rank and self.rank != other.rank:
             raise LayoutMismatchError(
                 f"the LoRA has rank {other.rank}, rank {self.rank} expected: resize it first"
             )
 
     def check_base(self, base: str) -> None:
-        """Raise ``LayoutMismatchError`` unless LoRAs of this layout are for ``base``."""
+        """Check that LoRAs of this layout are for the base model ``base``.
+
+        Raises:
+            LayoutMismatchError: They are for another base model.
+        """
         if self.base != base:
             raise LayoutMismatchError(
                 f"the LoRA is for base {self.base!r}, this base is {base!r}: use its own base"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_dict(self) -> LayoutDict:
+        """Convert to a dictionary for JSON; ``from_dict`` is the inverse."""
+        return {
+            "targets": [
+                {
+                    "name": target.name,
+                    "in_features": target.in_features,
+                    "out_features": target.out_features,
+                    "kernel_size": target.kernel_size,
+                }
+                for target in self.targets
+            ],
+            "rank": self.rank,
+            "base": self.base,
+        }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "LoraLayout":
-        """Inverse of ``source_to_dict`` (also after a trip through JSON)."""
-        targets = (
+    def from_dict(cls, data: LayoutDict) -> "LoraLayout":
+        """Build a layout from what ``to_dict`` returns, also after a trip through JSON."""
+        targets = tuple(
             TargetModule(
                 target["name"],
-                target["fan_in"],
-                target["fan_out"],
-                tuple(target["kernel"]) if target["kernel"] else None,
+                target["in_features"],
+                target["out_features"],
+                _make_kernel_size(target["kernel_size"]),
             )
-            for target in data["sites"]
+            for target in data["targets"]
         )
-        return cls(tuple(targets), data["rank"], data["base"])
+        return cls(targets, data["rank"], data["base"])
 
 
 def _make_target(name: str, layer: nn.Linear | nn.Conv2d) -> TargetModule:
     if isinstance(layer, nn.Linear):
         return TargetModule(name, layer.in_features, layer.out_features)
-    kernel_size = (int(layer.kernel_size[0]), int(layer.kernel_size[1]))
-    return TargetModule(
-        name,
-        layer.in_channels // layer.groups * kernel_size[0] * kernel_size[1],
-        layer.out_channels,
-        kernel_size,
-    )
+    height, width = int(layer.kernel_size[0]), int(layer.kernel_size[1])
+    in_features = layer.in_channels // layer.groups * height * width
+    return TargetModule(name, in_features, layer.out_channels, (height, width))
+
+
+def _make_kernel_size(sizes: Sequence[int] | None) -> tuple[int, int] | None:
+    return (sizes[0], sizes[1]) if sizes else None
 
 
 def _format_shape(target: TargetModule) -> str:
-    return f"{target.in_features}→{target.out_features}" + (
-        f" ({target.kernel_size[0]}x{target.kernel_size[1]} conv)" if target.kernel_size else ""
-    )
+    shape = f"{target.in_features}→{target.out_features}"
+    if target.kernel_size is None:
+        return shape
+    height, width = target.kernel_size
+    return f"{shape} ({height}x{width} conv)"

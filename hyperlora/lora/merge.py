@@ -1,20 +1,27 @@
-"""Several LoRAs into one: exactly, or at a lower rank by the methods PEFT knows."""
+"""Merging several LoRAs into one: exactly, or at a lower rank by the methods that PEFT knows.
+
+concat      ΔW = Σ_i w_i ΔW_i, exact; the ranks add up
+svd         the nearest of that sum at one rank (Eckart and Young)
+linear      up = Σ_i √|w_i| up_i, down = Σ_i sign(w_i) √|w_i| down_i; cross terms appear (PEFT)
+ties        2306.01708: prune, elect signs, average; on ΔW, then SVD
+dare        2311.03099: drop at random, rescale; on ΔW, then SVD
+dare_ties   both
+magnitude   prune by magnitude; on ΔW, then SVD
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
+from hyperlora.lora.factors import compute_low_rank_factors, pad_factors
 from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
 MERGE_METHODS: Final = ("concat", "svd", "linear", "ties", "dare", "dare_ties", "magnitude")
-"""concat: exact, the ranks add. svd: the best approximation of the sum at one rank. linear: the factors are added, as
-PEFT's ``linear`` does (cross terms appear). ties (2306.01708), dare and dare_ties (2311.03099) and magnitude pruning:
-PEFT's functions on ΔW, then SVD."""
+_MAX_DENSITY: Final = 1 - 1e-7  # at 1, PEFT warns and prunes nothing
 
 
 def merge(
@@ -25,15 +32,27 @@ def merge(
     density: float = 0.5,
     seed: int = 0,
 ) -> LoraWeights:
-    """Σ wᵢ ΔWᵢ, or what ``method`` (one of ``MERGE_METHODS``) makes of it, over all sites that any of ``measure_lora_throughput`` changes.
+    """Merge LoRAs into one, over all targets that any of them has.
 
-    ``rank`` of the result: by default the largest of the inputs', for ``concat`` their sum. ``density`` is the fraction
-    of numbers that the pruning methods keep, ``seed`` decides which (dare). Raises ``InvalidArgumentError`` for an unknown method
-    and ``LayoutMismatchError`` for LoRAs of different bases.
+    Args:
+        loras: LoRAs without batch axis, of one base; targets and ranks may differ.
+        weights: The factor of each ΔW, by default 1.
+        method: One of ``MERGE_METHODS``.
+        rank: The rank of the result. By default the largest of the inputs, for ``concat`` their
+            sum.
+        density: The fraction, in (0, 1], of the numbers of ΔW that pruning methods keep.
+        seed: Seed of the random pruning of ``dare`` and ``dare_ties``.
+
+    Returns:
+        One LoRA.
+
+    Raises:
+        InvalidArgumentError: An argument is out of range or the method is unknown.
+        LayoutMismatchError: The LoRAs are for different bases.
     """
     if method not in MERGE_METHODS:
         raise InvalidArgumentError(
-            f"unknown way to merge {method!r}; known: {', '.join(MERGE_METHODS)}"
+            f"unknown merge method {method!r}; known: {', '.join(MERGE_METHODS)}"
         )
     if not 0 < density <= 1:
         raise InvalidArgumentError(f"density above 0 and at most 1 expected, got {density}")
@@ -41,44 +60,53 @@ def merge(
         raise InvalidArgumentError(f"rank must be at least 1, got {rank}")
     weights = validate_weights(weights, len(loras))
     if method in ("concat", "svd"):
-        merged_exact = _add_loras(
-            [lora * weight for lora, weight in zip(loras, weights, strict=True)]
-        )
-        if method == "svd" or rank is not None:
-            return merged_exact.resize(rank or max(lora.layout.rank for lora in loras))
-        return merged_exact
+        merged = _add_loras([lora * weight for lora, weight in zip(loras, weights, strict=True)])
+        if method == "svd" and rank is None:
+            rank = max(lora.layout.rank for lora in loras)
+        return merged if rank is None else merged.resize(rank)
     stacked = pad_and_stack(loras)
-    weights_tensor = torch.tensor(weights)
     if method == "linear":
-        merged = _merge_linear(stacked, weights_tensor)
-        return merged.resize(rank) if rank is not None else merged
-    return _merge_pruned_deltas(
-        stacked, weights_tensor, method, rank or stacked.layout.rank, density, seed
-    )
+        merged = _merge_linear(stacked, torch.tensor(weights))
+        return merged if rank is None else merged.resize(rank)
+    prune_fn = _make_prune_fn(method, torch.tensor(weights), density)
+    return _merge_pruned_deltas(stacked, prune_fn, rank or stacked.layout.rank, seed)
 
 
 def pad_and_stack(loras: Sequence[LoraWeights]) -> LoraWeights:
-    """One batch of LoRAs that differ in sites or rank: zeros where one has no site, zero-padded to the largest rank."""
+    """Stack LoRAs that may differ in targets and rank.
+
+    Returns:
+        A batch over all targets at the largest rank; ΔW is zero where a LoRA lacks a target.
+
+    Raises:
+        InvalidArgumentError: A LoRA has a batch axis.
+        LayoutMismatchError: The LoRAs are for different bases.
+    """
     layout = _merge_layouts(loras)
-    factors_by_target = [
-        dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True))
-        for lora in loras
-    ]
-    down, up = [], []
+    factors_by_target = [_map_factors(lora) for lora in loras]
+    downs, ups = [], []
     for target in layout.targets:
         factors = [
-            _pad_factors(lora[target], layout.rank)
-            if target in lora
+            pad_factors(*lora_factors[target], layout.rank)
+            if target in lora_factors
             else _make_zero_factors(target, layout.rank)
-            for lora in factors_by_target
+            for lora_factors in factors_by_target
         ]
-        down.append(torch.stack([d for d, _ in factors]))
-        up.append(torch.stack([u for _, u in factors]))
-    return LoraWeights(layout, tuple(down), tuple(up))
+        downs.append(torch.stack([down for down, _ in factors]))  # [loras, rank, in]
+        ups.append(torch.stack([up for _, up in factors]))  # [loras, out, rank]
+    return LoraWeights(layout, tuple(downs), tuple(ups))
 
 
 def compute_relative_error(approximation: LoraWeights, exact: LoraWeights) -> float:
-    """‖ΔW - ΔŴ‖ / ‖ΔW‖ over all sites (in float64; 0 for two zeros)."""
+    """Compute ‖ΔŴ - ΔW‖ / ‖ΔW‖ over all targets together, in float64.
+
+    Args:
+        approximation: The LoRA of ΔŴ.
+        exact: The LoRA of ΔW.
+
+    Returns:
+        The relative error; if ΔW = 0, the absolute one (0 for two zeros).
+    """
     exact, approximation = exact.apply(Tensor.double), approximation.apply(Tensor.double)
     error_norm = _add_loras([approximation, -exact]).compute_delta_norms().square().sum().sqrt()
     exact_norm = exact.compute_delta_norms().square().sum().sqrt()
@@ -86,25 +114,49 @@ def compute_relative_error(approximation: LoraWeights, exact: LoraWeights) -> fl
 
 
 def compare_deltas(reference: LoraWeights, estimate: LoraWeights) -> tuple[Tensor, Tensor]:
-    """‖ΔW - ΔŴ‖ / ‖ΔW‖ and the cosine of ΔW and ΔŴ, over all sites together, per LoRA [*batch]."""
-    aa, bb, ab = (
-        _compute_delta_dot(reference, reference),
-        _compute_delta_dot(estimate, estimate),
-        _compute_delta_dot(reference, estimate),
-    )
-    return ((aa + bb - 2 * ab).clamp(min=0) / aa).sqrt(), ab / (aa * bb).sqrt().clamp(min=1e-12)
+    """Compute relative error and cosine of ΔŴ against ΔW, over all targets together.
+
+    ‖ΔW - ΔŴ‖² = ‖ΔW‖² + ‖ΔŴ‖² - 2 ⟨ΔW, ΔŴ⟩
+
+    Args:
+        reference: LoRAs of ΔW, of batch shape [*batch].
+        estimate: LoRAs of ΔŴ, of the same layout and batch shape.
+
+    Returns:
+        ‖ΔW - ΔŴ‖ / ‖ΔW‖ and cos(ΔW, ΔŴ), [*batch] each.
+    """
+    squared_reference = _compute_delta_dot(reference, reference)  # [*batch]
+    squared_estimate = _compute_delta_dot(estimate, estimate)  # [*batch]
+    dot = _compute_delta_dot(reference, estimate)  # [*batch]
+    squared_error = (squared_reference + squared_estimate - 2 * dot).clamp(min=0)  # [*batch]
+    norm_product = (squared_reference * squared_estimate).sqrt().clamp(min=1e-12)  # [*batch]
+    return (squared_error / squared_reference).sqrt(), dot / norm_product
 
 
 def _compute_delta_dot(a: LoraWeights, b: LoraWeights) -> Tensor:
-    """Σ ΔW ∘ ΔŴ = Σ tr(upᵀ ûp (dôwn downᵀ)), which needs no ΔW."""
+    """⟨ΔW_a, ΔW_b⟩ = Σ tr(up_aᵀ up_b · down_b down_aᵀ), without forming ΔW; [*batch]."""
     dots = torch.zeros(a.batch_shape, device=a.down[0].device)
     for down_a, up_a, down_b, up_b in zip(a.down, a.up, b.down, b.up, strict=True):
-        dots = dots + ((up_a.mT @ up_b) * (down_a @ down_b.mT)).sum((-2, -1))
+        up_products = up_a.mT @ up_b  # [*batch, rank_a, rank_b]
+        down_products = down_a @ down_b.mT  # [*batch, rank_a, rank_b]
+        dots = dots + (up_products * down_products).sum((-2, -1))
     return dots
 
 
 def validate_weights(weights: Sequence[float] | None, num_loras: int) -> list[float]:
-    """``num_loras`` finite weights, 1 each by default. Raises ``InvalidArgumentError`` for another number of them, NaN or infinity."""
+    """Check the weights of LoRAs.
+
+    Args:
+        weights: One finite number per LoRA, or None for 1 each.
+        num_loras: The number of LoRAs, at least 1.
+
+    Returns:
+        The weights as floats.
+
+    Raises:
+        InvalidArgumentError: There is no LoRA, the number of weights is wrong, or a weight is
+            NaN or infinite.
+    """
     if num_loras == 0:
         raise InvalidArgumentError("at least one LoRA expected, none given")
     validated = [1.0] * num_loras if weights is None else [float(weight) for weight in weights]
@@ -116,6 +168,7 @@ def validate_weights(weights: Sequence[float] | None, num_loras: int) -> list[fl
 
 
 def _merge_layouts(loras: Sequence[LoraWeights]) -> LoraLayout:
+    """The targets of all LoRAs at their largest rank."""
     targets: dict[str, TargetModule] = {}
     base = UNKNOWN_BASE
     for lora in loras:
@@ -130,77 +183,80 @@ def _merge_layouts(loras: Sequence[LoraWeights]) -> LoraLayout:
         for target in lora.layout.targets:
             if targets.setdefault(target.name, target) != target:
                 raise LayoutMismatchError(
-                    f"site {target.name} has two shapes: the LoRAs are for different bases"
+                    f"target {target.name} has two shapes: the LoRAs are for different bases"
                 )
     return LoraLayout(tuple(targets.values()), max(lora.layout.rank for lora in loras), base)
 
 
-def _add_loras(loras: Sequence[LoraWeights]) -> LoraWeights:
-    layout = _merge_layouts(loras).with_rank(sum(lora.layout.rank for lora in loras))
-    factors_by_target = [
-        dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True))
-        for lora in loras
-    ]
-    down, up = [], []
-    for target in layout.targets:
-        factors = [lora.get(target) for lora in factors_by_target]
-        reference = next(lora_factors[0] for lora_factors in factors if lora_factors is not None)
-        padded_factors = [
-            (lora_factors[0], lora_factors[1])
-            if lora_factors is not None
-            else _make_zero_factors(target, lora.layout.rank, reference)
-            for lora_factors, lora in zip(factors, loras, strict=True)
-        ]
-        down.append(torch.cat([d for d, _ in padded_factors], 0))
-        up.append(torch.cat([u for _, u in padded_factors], 1))
-    return LoraWeights(layout, tuple(down), tuple(up))
-
-
-def _pad_factors(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    num_pad = rank - len(factors[0])
-    return F.pad(factors[0], (0, 0, 0, num_pad)), F.pad(factors[1], (0, num_pad))
+def _map_factors(lora: LoraWeights) -> dict[TargetModule, tuple[Tensor, Tensor]]:
+    """``down`` and ``up`` by target."""
+    return dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True))
 
 
 def _make_zero_factors(
     target: TargetModule, rank: int, reference: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """``down`` and ``up`` of ΔW = 0, of the dtype and device of ``reference``."""
     reference = torch.empty(0) if reference is None else reference
-    return reference.new_zeros(rank, target.in_features), reference.new_zeros(
-        target.out_features, rank
-    )
+    down = reference.new_zeros(rank, target.in_features)
+    up = reference.new_zeros(target.out_features, rank)
+    return down, up
+
+
+def _add_loras(loras: Sequence[LoraWeights]) -> LoraWeights:
+    """Σ_i ΔW_i = [up_1 up_2 …] [down_1; down_2; …]; the ranks add up."""
+    layout = _merge_layouts(loras).with_rank(sum(lora.layout.rank for lora in loras))
+    factors_by_target = [_map_factors(lora) for lora in loras]
+    downs, ups = [], []
+    for target in layout.targets:
+        present = [factors[target] for factors in factors_by_target if target in factors]
+        reference, _ = present[0]
+        factors = [
+            lora_factors[target]
+            if target in lora_factors
+            else _make_zero_factors(target, lora.layout.rank, reference)
+            for lora_factors, lora in zip(factors_by_target, loras, strict=True)
+        ]
+        downs.append(torch.cat([down for down, _ in factors], 0))  # [Σ ranks, in]
+        ups.append(torch.cat([up for _, up in factors], 1))  # [out, Σ ranks]
+    return LoraWeights(layout, tuple(downs), tuple(ups))
 
 
 def _merge_linear(stacked: LoraWeights, weights: Tensor) -> LoraWeights:
-    root, sign = weights.abs().sqrt()[:, None, None], weights.sign()[:, None, None]
-    down = tuple((d * root * sign).sum(0) for d in stacked.down)
-    return LoraWeights(stacked.layout, down, tuple((u * root).sum(0) for u in stacked.up))
+    """Add the factors, each times √|w|; the sign of w goes to ``down``."""
+    root = weights.abs().sqrt()[:, None, None]  # [loras, 1, 1]
+    sign = weights.sign()[:, None, None]  # [loras, 1, 1]
+    down = tuple((d * root * sign).sum(0) for d in stacked.down)  # [rank, in]
+    up = tuple((u * root).sum(0) for u in stacked.up)  # [out, rank]
+    return LoraWeights(stacked.layout, down, up)
+
+
+def _make_prune_fn(
+    method: str, weights: Tensor, density: float
+) -> Callable[[list[Tensor]], Tensor]:
+    """PEFT's function that prunes and adds the ΔW of one target."""
+    from peft.utils import merge_utils
+
+    fns: dict[str, Callable[[list[Tensor], Tensor, float], Tensor]] = {
+        "ties": merge_utils.ties,
+        "dare": merge_utils.dare_linear,
+        "dare_ties": merge_utils.dare_ties,
+        "magnitude": merge_utils.magnitude_prune,
+    }
+    return lambda deltas: fns[method](deltas, weights, min(density, _MAX_DENSITY))
 
 
 def _merge_pruned_deltas(
-    stacked: LoraWeights, weights: Tensor, method: str, rank: int, density: float, seed: int
-) -> LoraWeights:  # site by site, since ΔW of a large base does not fit into memory at once
-    from peft.utils import merge_utils as peft
-
-    merge_fns: dict[str, Callable[..., Tensor]] = {
-        "ties": peft.ties,
-        "dare": peft.dare_linear,
-        "dare_ties": peft.dare_ties,
-        "magnitude": peft.magnitude_prune,
-    }
-    factors = []
+    stacked: LoraWeights, prune_fn: Callable[[list[Tensor]], Tensor], rank: int, seed: int
+) -> LoraWeights:
+    """Prune and add target by target, since all ΔW of a large base do not fit into memory."""
+    downs, ups = [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for down, up in zip(stacked.down, stacked.up, strict=True):
-            deltas = list(up @ down)
-            merged_delta = merge_fns[method](
-                deltas, weights, min(density, 1 - 1e-7)
-            )  # at 1, PEFT warns and keeps all
-            factors.append(_compute_svd_factors(merged_delta, rank))
-    layout = stacked.layout.with_rank(rank)
-    return LoraWeights(layout, tuple(d for d, _ in factors), tuple(u for _, u in factors))
-
-
-def _compute_svd_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    root = s[:rank].sqrt()
-    return _pad_factors((root[:, None] * vh[:rank], u[:, :rank] * root), rank)
+            deltas = list(up @ down)  # [out, in] per LoRA
+            merged_delta = prune_fn(deltas)  # [out, in]
+            merged_up, merged_down = compute_low_rank_factors(merged_delta, rank)
+            downs.append(merged_down)  # [rank, in]
+            ups.append(merged_up)  # [out, rank]
+    return LoraWeights(stacked.layout.with_rank(rank), tuple(downs), tuple(ups))

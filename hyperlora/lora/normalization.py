@@ -1,7 +1,7 @@
-"""``LoraNormalizer``: rows of LoRA numbers as networks like them, mean 0 and variance 1, and back."""
+"""``LoraNormalizer``: flat LoRAs to mean 0 and variance 1, as networks need them, and back."""
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,22 @@ from torch import Tensor, nn
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 
+_MIN_STD: Final = 1e-8
+
 
 class LoraNormalizer(nn.Module):
-    """Z-score of rows [*batch, P] (2406.09413), whose statistics are buffers and travel in the artifact that holds it.
+    """Z-score of flat LoRAs [*batch, numel] (2406.09413): (x - mean) / std per number.
 
-    With ``canonical``, ``normalize`` first brings the factors to equal singular values and one choice of signs
-    (``canonicalize_rows``), so that rows of equal ΔW are equal; ``denormalize`` then gives back the same ΔW.
+    The statistics are buffers, so they are saved with the model that holds the normalizer.
+
+    Args:
+        layout: The targets and the rank.
+        canonical: Whether ``normalize`` first brings equal ΔW to equal numbers
+            (``canonicalize_rows``); ``denormalize`` then gives back the same ΔW.
+
+    Attributes:
+        mean: [numel].
+        std: [numel].
     """
 
     mean: Tensor
@@ -28,44 +38,77 @@ class LoraNormalizer(nn.Module):
 
     @classmethod
     def fit(cls, layout: LoraLayout, batches: Iterable[Tensor], canonical: bool = False) -> Self:
-        """The statistics of all rows of ``batches`` [n, P], in one pass (Chan's update); numbers that never change
-        keep a standard deviation of 1."""
+        """Compute the statistics of all rows in one pass (Chan et al. 1979).
+
+        Args:
+            layout: The targets and the rank.
+            batches: Flat LoRAs, [n, numel] each.
+            canonical: See the class.
+
+        Returns:
+            The normalizer. Numbers that never vary have a standard deviation of 1.
+        """
         normalizer = cls(layout, canonical)
-        n, mean, sum_squares = (
-            0,
-            torch.zeros(layout.numel).double(),
-            torch.zeros(layout.numel).double(),
-        )
+        num_rows = 0
+        mean = torch.zeros(layout.numel).double()  # [numel]
+        sum_squares = torch.zeros(layout.numel).double()  # [numel], Σ (x - mean)²
         for batch in batches:
             rows = (canonicalize_rows(layout, batch) if canonical else batch).double()
-            mean_delta = rows.mean(0) - mean
-            sum_squares += (rows - rows.mean(0)).square().sum(0) + mean_delta.square() * n * len(
-                rows
-            ) / (n + len(rows))
-            mean += mean_delta * len(rows) / (n + len(rows))
-            n += len(rows)
-        std = (sum_squares / max(1, n)).sqrt()
+            n, m = num_rows, len(rows)
+            # δ = mean_b - mean_a;  S = S_a + S_b + δ² n m / (n + m);  mean = mean_a + δ m / (n + m)
+            mean_delta = rows.mean(0) - mean  # [numel]
+            batch_sum_squares = (rows - rows.mean(0)).square().sum(0)  # [numel]
+            sum_squares += batch_sum_squares + mean_delta.square() * n * m / (n + m)
+            mean += mean_delta * m / (n + m)
+            num_rows += m
+        std = (sum_squares / max(1, num_rows)).sqrt()  # [numel]
         normalizer.mean.copy_(mean)
-        normalizer.std.copy_(torch.where(std > 1e-8, std, torch.ones_like(std)))
+        normalizer.std.copy_(torch.where(std > _MIN_STD, std, torch.ones_like(std)))
         return normalizer
 
     def normalize(self, rows: Tensor) -> Tensor:
-        """Undone by ``denormalize``: the same numbers, or with ``canonical`` the same ΔW."""
+        """Normalize flat LoRAs; ``denormalize`` is the inverse (with ``canonical``, up to ΔW).
+
+        Args:
+            rows: [*batch, numel].
+
+        Returns:
+            [*batch, numel] of mean 0 and variance 1.
+        """
         rows = canonicalize_rows(self.layout, rows) if self.canonical else rows
         return (rows.to(self.mean) - self.mean) / self.std
 
     def denormalize(self, rows: Tensor) -> Tensor:
+        """Undo ``normalize``.
+
+        Args:
+            rows: [*batch, numel].
+
+        Returns:
+            Flat LoRAs [*batch, numel].
+        """
         return rows * self.std + self.mean
 
 
 def canonicalize_rows(layout: LoraLayout, rows: Tensor) -> Tensor:
-    """Rows [*batch, P] of the same ΔW whose factors have equal singular values, in falling order, the largest number
-    of each direction in ``up`` positive: the same for every way to write the ΔW."""
+    """Rewrite flat LoRAs so that equal ΔW have equal numbers.
+
+    Both factors have equal singular values in descending order. The sign of each direction makes
+    its largest number in ``up`` positive.
+
+    Args:
+        layout: The targets and the rank.
+        rows: [*batch, numel].
+
+    Returns:
+        [*batch, numel] of the same ΔW.
+    """
     canonical = LoraWeights.unflatten(layout, rows.float()).canonicalize()
-    down, up = [], []
-    for d, u in zip(canonical.down, canonical.up, strict=True):
-        largest_entry = u.gather(-2, u.abs().argmax(-2, keepdim=True))  # [*batch, 1, rank]
-        sign = torch.where(largest_entry < 0, -1.0, 1.0)
-        up.append(u * sign)
-        down.append(d * sign.mT)
-    return LoraWeights(layout, tuple(down), tuple(up)).flatten()
+    downs, ups = [], []
+    for down, up in zip(canonical.down, canonical.up, strict=True):
+        largest_index = up.abs().argmax(-2, keepdim=True)  # [*batch, 1, rank]
+        largest_entry = up.gather(-2, largest_index)  # [*batch, 1, rank]
+        sign = torch.where(largest_entry < 0, -1.0, 1.0)  # [*batch, 1, rank]
+        ups.append(up * sign)  # [*batch, out, rank]
+        downs.append(down * sign.mT)  # [*batch, rank, in]
+    return LoraWeights(layout, tuple(downs), tuple(ups)).flatten()

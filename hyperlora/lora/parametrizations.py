@@ -1,15 +1,18 @@
-"""Spaces in which a LoRA is fitted: codes [*batch, size] that expand to ordinary ``LoraWeights``, K at once.
+"""Parametrizations: spaces in which an optimizer fits LoRAs, K at once.
 
-lora (LoCon where sites are convolutions)   up @ down
-lidb (2307.06949, eq. 2)     (A_aux A_train)(B_train B_aux)          see ``LiDB``
-loha (2108.06098, eq. 3)     (a1 b1) ∘ (a2 b2)                       Hadamard product, of rank up to inner²
-lokr (2212.10650; DiffuseKronA, 2402.17412)   w1 ⊗ (a2 b2)           Kronecker product
+Codes [*batch, size] expand to ordinary ``LoraWeights``.
 
-The last two are exact as plain LoRAs of a larger rank, so that ``inject_lora`` needs no ΔW:
+    lora (LoCon for convolutions)   ΔW = up @ down
+    lidb (2307.06949, eq. 2)        ΔW = (A_aux A_train)(B_train B_aux)     see ``LiDB``
+    loha (2108.06098, eq. 3)        ΔW = (a1 b1) ∘ (a2 b2)                  Hadamard product
+    lokr (2212.10650; 2402.17412)   ΔW = w1 ⊗ (a2 b2)                       Kronecker product
 
-(a1 b1) ∘ (a2 b2) = Σ_ij (a1_i ∘ a2_j)(b1_i ∘ b2_j)       w1 ⊗ (a2 b2) = (w1 ⊗ a2)(I ⊗ b2) = (I ⊗ a2)(w1 ⊗ b2)
+The last two are exact as plain LoRAs of a larger rank, so ``inject_lora`` needs no ΔW:
 
-``LoraWeights.resize`` then gives the best LoRA of any rank, as PEFT's ``convert_to_lora`` does from ΔW.
+    (a1 b1) ∘ (a2 b2) = Σ_ij (a1_i ∘ a2_j)(b1_i ∘ b2_j)        rank inner_rank²
+    w1 ⊗ (a2 b2) = (w1 ⊗ a2)(I ⊗ b2) = (I ⊗ a2)(w1 ⊗ b2)       rank inner_rank · min(w1.shape)
+
+``LoraWeights.resize`` then gives the best LoRA of any rank, as PEFT's ``convert_to_lora`` does.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,93 +22,129 @@ from typing import Final
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.factors import pad_factors
 from hyperlora.lora.heads import LiDB
 from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
+FactorShapes = tuple[tuple[int, int], ...]
+"""Shapes of the matrices that make up one ΔW."""
+
 
 @dataclass(frozen=True)
 class LoraParametrization:
-    """The factors themselves; codes are ``LoraWeights.flatten``."""
+    """The factors of a LoRA themselves; codes are ``LoraWeights.flatten``.
+
+    Attributes:
+        layout: The targets and the rank.
+    """
 
     layout: LoraLayout
 
     def init_codes(self, generator: Generator) -> Tensor:
-        """Codes [size] of an untrained LoRA: random ``down``, zero ``up``."""
-        rank, parts = self.layout.rank, []
+        """Make the codes of an untrained LoRA: random ``down``, zero ``up``.
+
+        Returns:
+            [size].
+        """
+        rank, pieces = self.layout.rank, []
         for target in self.layout.targets:
-            down = (
-                torch.randn(rank * target.in_features, generator=generator)
-                * target.in_features**-0.5
-            )
-            parts += [down, torch.zeros(target.out_features * rank)]
-        return torch.cat(parts)
+            down = torch.randn(rank * target.in_features, generator=generator)
+            pieces += [down * target.in_features**-0.5, torch.zeros(target.out_features * rank)]
+        return torch.cat(pieces)
 
     def __call__(self, codes: Tensor) -> LoraWeights:
+        """Split codes [*batch, size] into factors."""
         return LoraWeights.unflatten(self.layout, codes)
 
 
 @dataclass(frozen=True)
 class LidbParametrization:
-    """LiDB with its auxiliary matrices rebuilt from ``lidb.seed``."""
+    """Lightweight DreamBooth: small matrices between fixed auxiliary ones.
+
+    Attributes:
+        lidb: The head with the auxiliary matrices, which its seed rebuilds.
+    """
 
     lidb: LiDB
 
     @property
     def layout(self) -> LoraLayout:
+        """Targets and rank of the expanded LoRAs."""
         return self.lidb.layout
 
     def init_codes(self, generator: Generator) -> Tensor:
-        """Codes [size] of ΔW = 0: random ``down``, zero ``up``."""
-        down = (
-            torch.randn(len(self.layout.targets) * self.lidb.code_size, generator=generator)
-            * self.lidb.b**-0.5
-        )
+        """Make the codes of ΔW = 0: random ``down``, zero ``up``.
+
+        Returns:
+            [size].
+        """
+        size = len(self.layout.targets) * self.lidb.code_size
+        down = torch.randn(size, generator=generator) * self.lidb.b**-0.5
         return torch.cat([down, torch.zeros_like(down)])
 
     def __call__(self, codes: Tensor) -> LoraWeights:
-        down, up = codes.unflatten(-1, (2, len(self.layout.targets), self.lidb.code_size)).unbind(
-            -3
-        )
+        """Expand codes [*batch, size]."""
+        shape = (2, len(self.layout.targets), self.lidb.code_size)
+        down, up = codes.unflatten(-1, shape).unbind(-3)  # [*batch, targets, code_size] each
         return self.lidb(down, up)
 
 
 @dataclass(frozen=True)
 class LohaParametrization:
-    """LoHa of rank ``inner_rank``: per site a1, a2 [fan_out, inner] and b1, b2 [inner, fan_in] (PEFT's hada_w1_a, ...)."""
+    """LoHa, the Hadamard product of two low-rank matrices: ΔW = (a1 b1) ∘ (a2 b2).
+
+    Attributes:
+        target_layout: The targets; its rank is not used.
+        inner_rank: The rank of either matrix.
+    """
 
     target_layout: LoraLayout
     inner_rank: int
 
     @property
     def layout(self) -> LoraLayout:
+        """Targets and rank, inner_rank², of the expanded LoRAs."""
         return self.target_layout.with_rank(self.inner_rank**2)
 
-    def get_factor_shapes(self, target: TargetModule) -> tuple[tuple[int, int], ...]:
-        """Of a1, b1, a2, b2."""
-        return ((target.out_features, self.inner_rank), (self.inner_rank, target.in_features)) * 2
+    def get_factor_shapes(self, target: TargetModule) -> FactorShapes:
+        """Return the shapes of a1, b1, a2 and b2 (PEFT: ``hada_w1_a``, …)."""
+        a_shape = (target.out_features, self.inner_rank)
+        b_shape = (self.inner_rank, target.in_features)
+        return (a_shape, b_shape, a_shape, b_shape)
 
     def init_codes(self, generator: Generator) -> Tensor:
-        """Codes [size] of ΔW = 0, initialised as PEFT does: b2 zero, the others He-uniform."""
+        """Make the codes of ΔW = 0, initialized as in PEFT: b2 zero, the others He-uniform.
+
+        Returns:
+            [size].
+        """
         return _init_kaiming_codes(self.target_layout, self.get_factor_shapes, 3, generator)
 
     def __call__(self, codes: Tensor) -> LoraWeights:
-        down, up = [], []
-        for a1, b1, a2, b2 in _split_codes(
-            codes, [self.get_factor_shapes(target) for target in self.target_layout.targets]
-        ):
-            up.append((a1[..., :, None] * a2[..., None, :]).flatten(-2))
-            down.append((b1[..., :, None, :] * b2[..., None, :, :]).flatten(-3, -2))
-        return LoraWeights(self.layout, tuple(down), tuple(up))
+        """Expand codes [*batch, size] by (a1 b1) ∘ (a2 b2) = Σ_ij (a1_i ∘ a2_j)(b1_i ∘ b2_j)."""
+        downs, ups = [], []
+        shapes = [self.get_factor_shapes(target) for target in self.target_layout.targets]
+        for a1, b1, a2, b2 in _split_codes(codes, shapes):
+            # Σ_ij over columns i of a1 and j of a2, and rows i of b1 and j of b2 (r = inner_rank)
+            up = a1[..., :, None] * a2[..., None, :]  # [*batch, out, r, r]
+            down = b1[..., :, None, :] * b2[..., None, :, :]  # [*batch, r, r, in]
+            ups.append(up.flatten(-2))  # [*batch, out, r²]
+            downs.append(down.flatten(-3, -2))  # [*batch, r², in]
+        return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
 @dataclass(frozen=True)
 class LokrParametrization:
-    """LoKr: per site w1 [l, m], a2 [fan_out / l, inner] and b2 [inner, fan_in / m] (PEFT's lokr_w1, lokr_w2_a,
-    lokr_w2_b); l and m are what PEFT's ``factorization`` makes of ``factor`` and the channels."""
+    """LoKr, the Kronecker product of a small and a low-rank matrix: ΔW = w1 ⊗ (a2 b2).
+
+    Attributes:
+        target_layout: The targets; its rank is not used.
+        inner_rank: The rank of a2 b2.
+        factor: PEFT's ``decompose_factor``, from which ``factorization`` computes the shape of w1.
+    """
 
     target_layout: LoraLayout
     inner_rank: int
@@ -113,44 +152,51 @@ class LokrParametrization:
 
     @property
     def layout(self) -> LoraLayout:
-        ranks = (
-            min(w1) * self.inner_rank
-            for w1, _, _ in map(self.get_factor_shapes, self.target_layout.targets)
-        )
+        """Targets and rank of the expanded LoRAs: the largest rank of any target."""
+        ranks = [
+            min(self.get_factor_shapes(target)[0]) * self.inner_rank
+            for target in self.target_layout.targets
+        ]
         return self.target_layout.with_rank(max(ranks))
 
-    def get_factor_shapes(self, target: TargetModule) -> tuple[tuple[int, int], ...]:
-        """Of w1, a2, b2."""
+    def get_factor_shapes(self, target: TargetModule) -> FactorShapes:
+        """Return the shapes of w1 [n, m], a2 [out / n, inner_rank] and b2 [inner_rank, in / m]."""
         from peft.tuners.lokr.layer import factorization
 
-        m, _ = factorization(target.in_features // prod(target.kernel_size or (1,)), self.factor)
+        in_channels = target.in_features // prod(target.kernel_size or (1,))
+        m, _ = factorization(in_channels, self.factor)
         n, _ = factorization(target.out_features, self.factor)
-        return (
-            (n, m),
-            (target.out_features // n, self.inner_rank),
-            (self.inner_rank, target.in_features // m),
-        )
+        a2_shape = (target.out_features // n, self.inner_rank)
+        b2_shape = (self.inner_rank, target.in_features // m)
+        return ((n, m), a2_shape, b2_shape)
 
     def init_codes(self, generator: Generator) -> Tensor:
-        """Codes [size] of ΔW = 0, initialised as PEFT does: w1 zero, the others He-uniform."""
+        """Make the codes of ΔW = 0, initialized as in PEFT: w1 zero, the others He-uniform.
+
+        Returns:
+            [size].
+        """
         return _init_kaiming_codes(self.target_layout, self.get_factor_shapes, 0, generator)
 
     def __call__(self, codes: Tensor) -> LoraWeights:
-        down, up, layout = [], [], self.layout
-        for w1, a2, b2 in _split_codes(
-            codes, [self.get_factor_shapes(target) for target in self.target_layout.targets]
-        ):
+        """Expand codes [*batch, size] by the identity of smaller rank.
+
+        w1 ⊗ (a2 b2) = (w1 ⊗ a2)(I_m ⊗ b2) has rank m·r, (I_n ⊗ a2)(w1 ⊗ b2) has rank n·r.
+        """
+        layout, downs, ups = self.layout, [], []
+        shapes = [self.get_factor_shapes(target) for target in self.target_layout.targets]
+        for w1, a2, b2 in _split_codes(codes, shapes):
             n, m = w1.shape[-2:]
             if m <= n:
-                left, right = _compute_kron(w1, a2), _compute_kron(torch.eye(m).to(w1), b2)
+                up = _compute_kron(w1, a2)  # [*batch, out, m r]
+                down = _compute_kron(torch.eye(m).to(w1), b2)  # [*batch, m r, in]
             else:
-                left, right = _compute_kron(torch.eye(n).to(w1), a2), _compute_kron(w1, b2)
-            num_pad = layout.rank - left.shape[-1]
-            up.append(F.pad(left, (0, num_pad)))
-            down.append(
-                F.pad(right.expand(*left.shape[:-2], *right.shape[-2:]), (0, 0, 0, num_pad))
-            )
-        return LoraWeights(layout, tuple(down), tuple(up))
+                up = _compute_kron(torch.eye(n).to(w1), a2)  # [*batch, out, n r]
+                down = _compute_kron(w1, b2)  # [*batch, n r, in]
+            down, up = pad_factors(down, up, layout.rank)
+            downs.append(down)
+            ups.append(up)
+        return LoraWeights(layout, tuple(downs), tuple(ups))
 
 
 Parametrization = (
@@ -162,9 +208,22 @@ PARAMETRIZATIONS: Final = ("lora", "lidb", "loha", "lokr")
 def make_parametrization(
     kind: str, layout: LoraLayout, inner_rank: int | None = None, a: int = 100, b: int = 50
 ) -> Parametrization:
-    """One of ``PARAMETRIZATIONS`` over the sites of ``layout``. ``inner_rank`` is the rank inside LoHa and LoKr; unless given, it is
-    the largest that a LoRA of the layout's rank can hold without loss (LoKr: at a factor of 4). ``a`` and ``b`` are
-    LiDB's. Raises ``InvalidArgumentError`` for another kind."""
+    """Make a parametrization by its name.
+
+    Args:
+        kind: One of ``PARAMETRIZATIONS``.
+        layout: The targets and the rank.
+        inner_rank: The rank inside LoHa and LoKr. By default the largest whose LoRAs still fit
+            into the rank of ``layout`` without loss (LoKr: at a factor of 4).
+        a: Columns of LiDB's A_aux.
+        b: Rows of LiDB's B_aux.
+
+    Returns:
+        The parametrization.
+
+    Raises:
+        InvalidArgumentError: The name is unknown.
+    """
     match kind:
         case "lora":
             return LoraParametrization(layout)
@@ -174,33 +233,38 @@ def make_parametrization(
             return LohaParametrization(layout, inner_rank or max(1, int(layout.rank**0.5)))
         case "lokr":
             return LokrParametrization(layout, inner_rank or max(1, layout.rank // 4))
-    raise InvalidArgumentError(f"unknown space {kind!r}; known: {', '.join(PARAMETRIZATIONS)}")
+    raise InvalidArgumentError(
+        f"unknown parametrization {kind!r}; known: {', '.join(PARAMETRIZATIONS)}"
+    )
 
 
 def _init_kaiming_codes(
     layout: LoraLayout,
-    shapes_fn: Callable[[TargetModule], tuple[tuple[int, int], ...]],
+    shapes_fn: Callable[[TargetModule], FactorShapes],
     zero_index: int,
     generator: Generator,
 ) -> Tensor:
-    """``kaiming_uniform_(a=√5)``, which is uniform in ± 1 / √columns, and zeros for the matrix in place ``zero_index``."""
+    """Draw matrices by ``kaiming_uniform_(a=√5)``; the matrix of index ``zero_index`` is zero.
+
+    That initialization is uniform in ± columns^-1/2.
+    """
     codes = []
     for target in layout.targets:
         for index, shape in enumerate(shapes_fn(target)):
             bound = 0.0 if index == zero_index else shape[1] ** -0.5
-            codes.append((torch.rand(shape, generator=generator).flatten() * 2 - 1) * bound)
+            uniform = torch.rand(shape, generator=generator).flatten() * 2 - 1  # in [-1, 1]
+            codes.append(uniform * bound)
     return torch.cat(codes)
 
 
-def _split_codes(
-    codes: Tensor, shapes: Sequence[tuple[tuple[int, int], ...]]
-) -> list[list[Tensor]]:
-    sizes = [a * b for group in shapes for a, b in group]
+def _split_codes(codes: Tensor, shapes: Sequence[FactorShapes]) -> list[list[Tensor]]:
+    """Split codes [*batch, size] into the matrices of every target."""
+    sizes = [rows * columns for group in shapes for rows, columns in group]
     pieces = iter(codes.split(sizes, -1))
     return [[next(pieces).unflatten(-1, shape) for shape in group] for group in shapes]
 
 
 def _compute_kron(left: Tensor, right: Tensor) -> Tensor:
     """left [*batch, a, b] ⊗ right [*batch, c, d] = [*batch, a c, b d]."""
-    product = left[..., :, None, :, None] * right[..., None, :, None, :]
+    product = left[..., :, None, :, None] * right[..., None, :, None, :]  # [*batch, a, c, b, d]
     return product.flatten(-4, -3).flatten(-2, -1)

@@ -1,10 +1,15 @@
-"""``TextSubstitution``: words as a LoRA, at the sites of a denoiser that read its text.
+"""``TextSubstitution``: LoRAs that make the empty prompt act as another prompt.
 
-e(∅) (W + ΔW)ᵀ = e(words) Wᵀ      ΔW = (W bᵀ) (aᵀ e(∅)⁺ᵀ),   a b ≈ e(words) - e(∅)   [tokens, rank] [rank, width]
+A cross-attention layer projects text embeddings e [tokens, width] to keys or values by e Wᵀ.
+With the LoRA, the empty prompt ∅ gives the projections of another prompt p:
 
-The tokens of the empty text are linearly independent, so each can be made to say anything: the LoRA gives it the keys
-and values of another word, as exactly as the rank allows. One ``a`` and ``b`` serve all sites: what a LoRA says is a
-text, and can be learned from texts alone, without the denoiser.
+    e(∅) (W + ΔW)ᵀ = e(p) Wᵀ
+    a b ≈ e(p) - e(∅)              a [tokens, rank], b [rank, width], factors of the offset
+    ΔW = (W bᵀ) (aᵀ e(∅)⁺ᵀ)        up = W bᵀ [out, rank], down = aᵀ e(∅)⁺ᵀ [rank, width]
+
+The token embeddings of the empty prompt are linearly independent, so e(∅) e(∅)⁺ = I and the
+equation holds as exactly as the rank allows. One pair (a, b) serves all layers, so it can be
+learned from texts alone, without running the denoiser.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,22 +17,35 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.factors import compute_low_rank_factors, pad_factors
 from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
 PINV_RTOL: Final = 3e-5
-"""Directions in which the empty text's tokens differ by less, of the most, are left out: half precision ends there."""
+"""Singular values of e(∅) below this share of the largest are dropped: float16 resolves no more."""
 
 
 class TextSubstitution(nn.Module):
-    """The sites of ``layout`` that read text of ``cross_attention_dim`` numbers a token, ``num_tokens`` tokens, and all that ΔW needs to
-    know of the base (``set_base``). The other sites may use fewer of the layout's rank, ``rest``: words need more. Words
-    may be told in a ``basis_size`` of fewer directions than ``cross_attention_dim``.
+    """The closed-form LoRA of a text offset, at all text projections of a layout.
 
-    Raises ``InvalidArgumentError`` if the layout has no such site, or ``rest`` is more than its rank.
+    Args:
+        layout: The targets and the rank.
+        num_tokens: Tokens of a prompt.
+        cross_attention_dim: Width of a token's embedding.
+        other_rank: The rank at targets that are no text projections, at most the layout's and by
+            default the layout's.
+        basis_size: Directions of the basis in which offsets are given, by default
+            ``cross_attention_dim`` (the embedding itself).
+
+    Attributes:
+        target_indices: Indices in the layout of the text projections.
+        empty_text_pinv: pinv(e(∅)ᵀ), [num_tokens, cross_attention_dim].
+
+    Raises:
+        InvalidArgumentError: The layout has no text projection of that width, or ``other_rank``
+            exceeds its rank.
     """
 
     empty_text_pinv: Tensor
@@ -41,15 +59,13 @@ class TextSubstitution(nn.Module):
         basis_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.layout, self.num_tokens, self.cross_attention_dim, self.other_rank = (
-            layout,
-            num_tokens,
-            cross_attention_dim,
-            other_rank or layout.rank,
-        )
+        self.layout = layout
+        self.num_tokens = num_tokens
+        self.cross_attention_dim = cross_attention_dim
+        self.other_rank = other_rank or layout.rank
         if self.other_rank > layout.rank:
             raise InvalidArgumentError(
-                f"sites that read no text cannot be of rank {other_rank}: the whole LoRA is of {layout.rank}"
+                f"other targets cannot be of rank {other_rank}: the whole LoRA is of {layout.rank}"
             )
         self.target_indices = [
             i
@@ -58,75 +74,81 @@ class TextSubstitution(nn.Module):
         ]
         if not self.target_indices:
             raise InvalidArgumentError(
-                f"no site of the layout reads text of width {cross_attention_dim}: leave words out"
+                f"no target of the layout is a text projection of width {cross_attention_dim}: "
+                f"leave out the instruction head"
             )
-        self.register_buffer("said", torch.zeros(num_tokens, cross_attention_dim))  # pinv(e(∅)ᵀ)
+        self.register_buffer("empty_text_pinv", torch.zeros(num_tokens, cross_attention_dim))
         for i, target in enumerate(self.targets):
-            self.register_buffer(
-                f"weight{i}", torch.zeros(target.out_features, basis_size or cross_attention_dim)
-            )
+            weight = torch.zeros(target.out_features, basis_size or cross_attention_dim)
+            self.register_buffer(f"weight{i}", weight)
 
     @property
     def targets(self) -> list[TargetModule]:
+        """Text projections of the layout, in order."""
         return [self.layout.targets[i] for i in self.target_indices]
 
     @property
     def other_layout(self) -> LoraLayout:
-        """The layout without these sites, of rank ``rest``."""
-        other_targets = (
+        """Layout of all other targets, at ``other_rank``."""
+        other_targets = tuple(
             target for i, target in enumerate(self.layout.targets) if i not in self.target_indices
         )
-        return LoraLayout(tuple(other_targets), self.other_rank, self.layout.base)
+        return LoraLayout(other_targets, self.other_rank, self.layout.base)
 
     @torch.no_grad()
     def set_base(
         self, empty_prompt_embeds: Tensor, weights: Sequence[Tensor], basis: Tensor | None = None
     ) -> None:
-        """``empty_prompt_embeds`` [tokens, width], the base's embedding of the empty text; ``weights`` of ``targets``, in order; the
-        ``basis_size`` [directions, width] that words are told in, orthonormal."""
-        self.empty_text_pinv.copy_(
-            torch.linalg.pinv(empty_prompt_embeds.double().mT, rtol=PINV_RTOL)
-        )
+        """Store what ΔW needs of the base model.
+
+        Args:
+            empty_prompt_embeds: e(∅), [num_tokens, cross_attention_dim].
+            weights: W of every target in ``targets``, [out_features, cross_attention_dim] each.
+            basis: Orthonormal directions in which offsets are given, [basis_size,
+                cross_attention_dim]; None if they are given in the embedding itself.
+        """
+        pinv = torch.linalg.pinv(empty_prompt_embeds.double().mT, rtol=PINV_RTOL)
+        self.empty_text_pinv.copy_(pinv)  # [tokens, width]
         for i, weight in enumerate(weights):
-            self.get_buffer(f"weight{i}").copy_(
-                weight if basis is None else weight @ basis.to(weight).mT
-            )
+            projected = weight if basis is None else weight @ basis.to(weight).mT  # [out, basis]
+            self.get_buffer(f"weight{i}").copy_(projected)
 
     def forward(self, a: Tensor, b: Tensor, other_loras: LoraWeights) -> LoraWeights:
-        """``a`` [*batch, tokens, rank] and ``b`` [*batch, rank, basis] at these sites, ``rest`` at the others."""
+        """Compute the LoRAs of text offsets a b, joined with LoRAs at the other targets.
+
+        Args:
+            a: [*batch, num_tokens, rank].
+            b: [*batch, rank, basis_size].
+            other_loras: LoRAs over ``other_layout``, of batch shape [*batch].
+
+        Returns:
+            LoRAs over ``layout``, of batch shape [*batch].
+        """
+        factors: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.autocast(a.device.type, enabled=False):
-            text_down = a.float().mT @ self.empty_text_pinv
-            text_factors = {
-                index: (text_down, weight @ b.float().mT) for index, weight in self._get_weights()
-            }
-        num_pad = self.layout.rank - self.other_rank
-        other_factors = (
-            (F.pad(d, (0, 0, 0, num_pad)), F.pad(u, (0, num_pad)))
-            for d, u in zip(other_loras.down, other_loras.up, strict=True)
-        )
-        factors = (
-            text_factors.get(i) or next(other_factors) for i in range(len(self.layout.targets))
-        )
-        down, up = zip(*factors, strict=True)
-        return LoraWeights(self.layout, down, up)
+            text_down = a.float().mT @ self.empty_text_pinv  # [*batch, rank, width]
+            for index, weight in self._iterate_weights():
+                text_up = weight @ b.float().mT  # [*batch, out, rank]
+                factors[index] = (text_down, text_up)
+        other_factors = zip(other_loras.down, other_loras.up, strict=True)
+        for index in range(len(self.layout.targets)):
+            if index not in factors:
+                factors[index] = pad_factors(*next(other_factors), self.layout.rank)
+        downs, ups = zip(*(factors[i] for i in range(len(self.layout.targets))), strict=True)
+        return LoraWeights(self.layout, downs, ups)
 
     def factorize(self, embeds_offset: Tensor) -> tuple[Tensor, Tensor]:
-        """The ``a`` and ``b`` of the layout's rank that are nearest to ``wanted`` [*batch, tokens, width] (Eckart and
-        Young)."""
+        """Compute the nearest a b of the layout's rank (Eckart and Young).
+
+        Args:
+            embeds_offset: e(p) - e(∅), [*batch, num_tokens, width].
+
+        Returns:
+            ``a`` [*batch, num_tokens, rank] and ``b`` [*batch, rank, width].
+        """
         return compute_low_rank_factors(embeds_offset, self.layout.rank)
 
-    def _get_weights(self) -> Iterator[tuple[int, Tensor]]:
-        """Of each site its place in the layout and its weight."""
-        return (
-            (index, self.get_buffer(f"weight{i}")) for i, index in enumerate(self.target_indices)
-        )
-
-
-def compute_low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """[*batch, m, rank] and [*batch, rank, n], whose product is nearest to ``wanted`` [*batch, m, n] (Eckart and
-    Young); zeros where there is more rank than to say."""
-    left, scale, right = torch.linalg.svd(matrix, full_matrices=False)
-    root, num_pad = scale.sqrt(), rank - scale.shape[-1]  # below 0 the last are left out
-    return F.pad(left * root[..., None, :], (0, num_pad)), F.pad(
-        root[..., None] * right, (0, 0, 0, num_pad)
-    )
+    def _iterate_weights(self) -> Iterator[tuple[int, Tensor]]:
+        """Index in the layout and W [out, basis_size] of every text projection."""
+        for i, index in enumerate(self.target_indices):
+            yield index, self.get_buffer(f"weight{i}")

@@ -1,26 +1,38 @@
-"""``LoraWeights``: the numbers of one LoRA, or of a batch of them, over one layout."""
+"""``LoraWeights``: the numbers of one LoRA, or of a batch of LoRAs, over one layout.
+
+    y = W x + up (down x)          ΔW = up @ down
+
+    x [in] ─┬─ W [out, in] ─────────────────────── + ── y [out]
+            └─ down [rank, in] ── up [out, rank] ──┘
+
+Example at rank 2: a Linear layer 320 → 640 has ΔW [640, 320] = up [640, 2] @ down [2, 320],
+1,920 numbers instead of 204,800. The scale alpha / rank of LoRA files is folded into ``up``.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from hyperlora.errors import LayoutMismatchError
+from hyperlora.lora.factors import compute_truncated_svd, pad_factors
 from hyperlora.lora.layout import LoraLayout
-
-if TYPE_CHECKING:
-    from hyperlora.lora.io.metadata import LoraMetadata
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """Per site (in layout order) ``down`` [*batch, rank, fan_in] and ``up`` [*batch, fan_out, rank]; scale folded.
+    """The factors of ΔW = up @ down at every target of a layout, with any batch axes.
 
-    Example: ``(2 * glasses - beard).resize(4)`` is a rank-4 LoRA of twice one change minus another.
+    Example: ``(2 * glasses - beard).resize(4)`` is a rank-4 LoRA of twice one edit minus another.
+
+    Attributes:
+        layout: The targets, their order and the rank.
+        down: Per target, [*batch, rank, in_features].
+        up: Per target, [*batch, out_features, rank]; the scale alpha / rank is folded in.
+
+    Raises:
+        LayoutMismatchError: The number or the shapes of the tensors do not fit the layout.
     """
 
     layout: LoraLayout
@@ -28,186 +40,273 @@ class LoraWeights:
     up: tuple[Tensor, ...]
 
     def __post_init__(self) -> None:
-        if not len(self.down) == len(self.up) == len(self.layout.targets):
+        num_targets, rank = len(self.layout.targets), self.layout.rank
+        if not len(self.down) == len(self.up) == num_targets:
             raise LayoutMismatchError(
-                f"{len(self.down)} sites given, the layout has {len(self.layout.targets)}"
+                f"{len(self.down)} targets given, the layout has {num_targets}"
             )
         for target, down, up in zip(self.layout.targets, self.down, self.up, strict=True):
-            expected = (
-                (self.layout.rank, target.in_features),
-                (target.out_features, self.layout.rank),
-            )
+            expected = ((rank, target.in_features), (target.out_features, rank))
             if (down.shape[-2:], up.shape[-2:]) != expected or down.shape[:-2] != up.shape[:-2]:
                 raise LayoutMismatchError(
-                    f"{target.name}: down {list(down.shape)}, up {list(up.shape)}; expected {expected}"
+                    f"{target.name}: down {list(down.shape)}, up {list(up.shape)}; "
+                    f"expected {expected}"
                 )
 
     @classmethod
     def zeros(
-        cls, layout: LoraLayout, batch_shape: Sequence[int] = (), std: float = 0.0
+        cls,
+        layout: LoraLayout,
+        batch_shape: Sequence[int] = (),
+        std: float = 0.0,
+        generator: Generator | None = None,
     ) -> "LoraWeights":
-        """ΔW = 0. With ``std`` > 0 the ``down`` factors are random, as fitting needs (else no gradient flows)."""
+        """Make LoRAs of ΔW = 0: ``up`` is zero, ``down`` is zero or random.
+
+        Args:
+            layout: The targets and the rank.
+            batch_shape: The batch axes; none by default.
+            std: Standard deviation of ``down``. Optimization needs more than 0: at zero factors
+                the gradient vanishes.
+            generator: Source of the random numbers, by default the global one.
+
+        Returns:
+            LoRAs of the given batch shape.
+        """
         down = tuple(
-            std * torch.randn(*batch_shape, layout.rank, target.in_features)
+            std * torch.randn(*batch_shape, layout.rank, target.in_features, generator=generator)
             for target in layout.targets
         )
-        return cls(
-            layout,
-            down,
-            tuple(
-                torch.zeros(*batch_shape, target.out_features, layout.rank)
-                for target in layout.targets
-            ),
+        up = tuple(
+            torch.zeros(*batch_shape, target.out_features, layout.rank) for target in layout.targets
         )
+        return cls(layout, down, up)
+
+    @classmethod
+    def init_batch(
+        cls,
+        layout: LoraLayout,
+        num_loras: int,
+        seed: int,
+        device: torch.device | str | None = None,
+    ) -> "LoraWeights":
+        """Make the start of an optimization: ``num_loras`` equal LoRAs of ΔW = 0.
+
+        Args:
+            layout: The targets and the rank.
+            num_loras: The length of the batch axis.
+            seed: Seed of the random ``down`` factors, of standard deviation ``layout.init_std``.
+            device: Where the tensors are, by default the CPU.
+
+        Returns:
+            A batch [num_loras] whose members share their memory; ``flatten`` copies.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        lora = cls.zeros(layout, (), layout.init_std, generator)
+        return lora.apply(lambda t: t.to(device).expand(num_loras, *t.shape))
 
     @classmethod
     def stack(cls, loras: Sequence["LoraWeights"]) -> "LoraWeights":
-        """One batch of several LoRAs of one layout; undone by iterating."""
-        for other in loras[1:]:
-            loras[0].layout.check_compatible(other.layout)
+        """Stack LoRAs of one layout along a new first batch axis; iterating is the inverse.
+
+        Raises:
+            LayoutMismatchError: The layouts differ.
+        """
+        layout = loras[0].layout
+        for lora in loras[1:]:
+            layout.check_compatible(lora.layout)
         down = tuple(torch.stack(d) for d in zip(*(lora.down for lora in loras), strict=True))
-        return cls(
-            loras[0].layout,
-            down,
-            tuple(torch.stack(u) for u in zip(*(lora.up for lora in loras), strict=True)),
-        )
+        up = tuple(torch.stack(u) for u in zip(*(lora.up for lora in loras), strict=True))
+        return cls(layout, down, up)
 
     @property
     def batch_shape(self) -> torch.Size:
+        """Sizes of the batch axes; empty for one LoRA."""
         return self.down[0].shape[:-2]
 
     def __len__(self) -> int:
-        """LoRAs in the batch. Raises ``TypeError`` without batch axis."""
+        """Count the LoRAs along the first batch axis.
+
+        Raises:
+            TypeError: There is no batch axis.
+        """
         if not self.batch_shape:
             raise TypeError("this LoRA has no batch axis")
         return self.batch_shape[0]
 
     def __bool__(self) -> bool:
-        return True  # not its length
+        """Return True, also for an empty batch."""
+        return True  # without this method, bool() would call __len__
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> "LoraWeights":
+        """Select LoRAs along the first batch axis.
+
+        Raises:
+            IndexError: The index is out of range.
+        """
         if isinstance(index, int) and not -len(self) <= index < len(self):
-            raise IndexError(index)  # so that iterating ends
-        return LoraWeights(
-            self.layout, tuple(d[index] for d in self.down), tuple(u[index] for u in self.up)
-        )
+            raise IndexError(index)  # so that iteration ends
+        return self.apply(lambda t: t[index])
+
+    def shuffle_batch(self) -> "LoraWeights":
+        """Rotate the batch by one, as a control: every sample gets the LoRA of another one."""
+        return self[torch.arange(len(self), device=self.down[0].device).roll(1)]
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> "LoraWeights":
-        """``fn`` on every tensor, e.g. ``lambda t: t.to("cuda")``."""
+        """Apply ``fn`` to every tensor, e.g. ``lambda t: t.to("cuda")``."""
         return LoraWeights(self.layout, tuple(map(fn, self.down)), tuple(map(fn, self.up)))
 
-    def save(
-        self,
-        path: str | PathLike[str],
-        format: Literal["diffusers", "kohya", "sgm"] = "diffusers",
-        metadata: "LoraMetadata | None" = None,
-    ) -> Path:
-        """Write this LoRA (no batch axis) as ``main_callback.lora.io.save.save_lora`` does; undone by ``load_lora``."""
-        from hyperlora.lora.io.save import (
-            save_lora,
-        )  # the one step up: files know LoRAs, this only opens their door
-
-        return save_lora(self, path, format=format, metadata=metadata)
-
     def detach(self) -> "LoraWeights":
+        """Detach every tensor from the autograd graph."""
         return self.apply(torch.Tensor.detach)
 
     def flatten(self) -> Tensor:
-        """[*batch, numel] in layout order, per site down then up."""
-        parts = (t.flatten(-2) for pair in zip(self.down, self.up, strict=True) for t in pair)
-        return torch.cat(tuple(parts), -1)
+        """Concatenate all numbers in layout order, per target ``down`` then ``up``.
+
+        Returns:
+            [*batch, layout.numel]; ``unflatten`` is the inverse.
+        """
+        factors = (t for pair in zip(self.down, self.up, strict=True) for t in pair)
+        return torch.cat([t.flatten(-2) for t in factors], -1)
 
     @classmethod
     def unflatten(cls, layout: LoraLayout, flat: Tensor) -> "LoraWeights":
-        """Inverse of ``flatten``. Raises ``LayoutMismatchError`` if the last axis is not ``layout.numel`` long."""
+        """Split flat vectors into the factors of every target; the inverse of ``flatten``.
+
+        Args:
+            layout: The targets and the rank.
+            flat: [*batch, layout.numel].
+
+        Returns:
+            LoRAs of batch shape [*batch], whose tensors are views of ``flat``.
+
+        Raises:
+            LayoutMismatchError: The last axis is not ``layout.numel`` long.
+        """
         if flat.shape[-1] != layout.numel:
             raise LayoutMismatchError(
                 f"{flat.shape[-1]} numbers given, the layout has {layout.numel}"
             )
-        sizes = [
-            n
+        rank = layout.rank
+        shapes = [
+            shape
             for target in layout.targets
-            for n in (layout.rank * target.in_features, target.out_features * layout.rank)
+            for shape in ((rank, target.in_features), (target.out_features, rank))
         ]
-        parts = flat.split(sizes, -1)
-        down = (
-            p.unflatten(-1, (layout.rank, target.in_features))
-            for p, target in zip(parts[::2], layout.targets, strict=True)
-        )
-        up = (
-            p.unflatten(-1, (target.out_features, layout.rank))
-            for p, target in zip(parts[1::2], layout.targets, strict=True)
-        )
-        return cls(layout, tuple(down), tuple(up))
+        pieces = flat.split([rows * columns for rows, columns in shapes], -1)
+        factors = [p.unflatten(-1, shape) for p, shape in zip(pieces, shapes, strict=True)]
+        return cls(layout, tuple(factors[::2]), tuple(factors[1::2]))
 
     def get_delta_weights(self) -> tuple[Tensor, ...]:
-        """ΔW = up @ down per site, [*batch, fan_out, fan_in]."""
-        return tuple(u @ d for d, u in zip(self.down, self.up, strict=True))
+        """Compute ΔW = up @ down per target.
+
+        Returns:
+            Per target, [*batch, out_features, in_features].
+        """
+        return tuple(up @ down for down, up in zip(self.down, self.up, strict=True))
 
     def compute_delta_norms(self) -> Tensor:
-        """Frobenius norm of ΔW per site, [*batch, sites], without forming ΔW: tr(uᵀu ddᵀ)."""
-        squared_norms = (
-            ((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True)
-        )
-        return torch.stack(tuple(squared_norms), -1).clamp_min(0).sqrt()
+        """Compute the Frobenius norm of ΔW per target, without forming ΔW.
+
+        Returns:
+            [*batch, targets].
+        """
+        return torch.stack(self._compute_squared_norms(), -1).clamp_min(0).sqrt()
 
     def compute_mean_squared_norm(self) -> Tensor:
-        """‖ΔW‖², the mean over batch and sites; unlike ``compute_delta_norms`` it has a gradient at ΔW = 0, where training begins."""
-        squared_norms = (
-            ((u.mT @ u) * (d @ d.mT)).sum((-2, -1)) for d, u in zip(self.down, self.up, strict=True)
-        )
-        return torch.stack(tuple(squared_norms)).mean()
+        """Compute the mean of ‖ΔW‖² over batch and targets.
+
+        Unlike ``compute_delta_norms`` it has a gradient at ΔW = 0, where training begins.
+
+        Returns:
+            A scalar.
+        """
+        return torch.stack(self._compute_squared_norms()).mean()
+
+    def _compute_squared_norms(self) -> list[Tensor]:
+        """‖up down‖² = tr(upᵀ up · down downᵀ), per target [*batch]."""
+        squared_norms = []
+        for down, up in zip(self.down, self.up, strict=True):
+            gram_up = up.mT @ up  # [*batch, rank, rank]
+            gram_down = down @ down.mT  # [*batch, rank, rank]
+            squared_norms.append((gram_up * gram_down).sum((-2, -1)))  # [*batch]
+        return squared_norms
 
     def __mul__(self, strength: float | Tensor) -> "LoraWeights":
-        """ΔW times a number, or times one per LoRA of the batch ([*batch])."""
+        """Scale ΔW by one number, or by one number per LoRA [*batch]."""
         if isinstance(strength, Tensor) and strength.ndim:
-            strength = strength[..., None, None]
-        return LoraWeights(self.layout, self.down, tuple(u * strength for u in self.up))
+            strength = strength[..., None, None]  # [*batch, 1, 1]
+        return LoraWeights(self.layout, self.down, tuple(up * strength for up in self.up))
 
     __rmul__ = __mul__
 
     def __neg__(self) -> "LoraWeights":
+        """Negate ΔW."""
         return self * -1.0
 
     def __add__(self, other: "LoraWeights") -> "LoraWeights":
-        """Exact sum of the two ΔW; the ranks add (``resize`` brings it back)."""
+        """Add ΔW exactly; the ranks add up, ``resize`` reduces them.
+
+        [up₁ up₂] [down₁; down₂] = up₁ down₁ + up₂ down₂
+
+        Raises:
+            LayoutMismatchError: The layouts differ in more than rank.
+        """
         self.layout.check_compatible(other.layout, ignore_rank=True)
         down = tuple(torch.cat(pair, -2) for pair in zip(self.down, other.down, strict=True))
         up = tuple(torch.cat(pair, -1) for pair in zip(self.up, other.up, strict=True))
         return LoraWeights(self.layout.with_rank(self.layout.rank + other.layout.rank), down, up)
 
     def __sub__(self, other: "LoraWeights") -> "LoraWeights":
+        """Subtract ΔW exactly; the ranks add up.
+
+        Raises:
+            LayoutMismatchError: The layouts differ in more than rank.
+        """
         return self + -other
 
     def resize(self, rank: int) -> "LoraWeights":
-        """The best rank-``rank`` approximation of ΔW (SVD), factors balanced; exact when ``rank`` is no smaller."""
-        factors = [_resize_factors(d, u, rank) for d, u in zip(self.down, self.up, strict=True)]
-        return LoraWeights(
-            self.layout.with_rank(rank), tuple(d for d, _ in factors), tuple(u for _, u in factors)
-        )
+        """Compute the best approximation of ΔW at another rank, by SVD.
+
+        Args:
+            rank: The new rank; ΔW stays exact where it is no smaller than the rank of ΔW.
+
+        Returns:
+            LoRAs whose ``down`` and ``up`` have equal singular values.
+        """
+        factors = [
+            _resize_factors(down, up, rank) for down, up in zip(self.down, self.up, strict=True)
+        ]
+        down, up = zip(*factors, strict=True)
+        return LoraWeights(self.layout.with_rank(rank), down, up)
 
     def canonicalize(self) -> "LoraWeights":
-        """The same ΔW with downᵀ and up of equal singular values, unique up to signs: comparable between LoRAs."""
+        """Rewrite the same ΔW with factors of equal singular values.
+
+        The factors are then unique up to the sign of each direction, so LoRAs can be compared.
+        """
         return self.resize(self.layout.rank)
 
     def mean(self) -> "LoraWeights":
-        """The LoRA whose ΔW is the mean over the batch axis, at the same rank (SVD)."""
-        n, rank = len(self), self.layout.rank
-        down = tuple(d.flatten(0, 1) for d in self.down)  # [n * rank, fan_in]
-        up = tuple(u.movedim(0, 1).flatten(1) / n for u in self.up)  # [fan_out, n * rank]
-        return LoraWeights(self.layout.with_rank(n * rank), down, up).resize(rank)
+        """Average ΔW over the batch axis, at the same rank (SVD).
+
+        mean ΔW = [up₁/n … up_n/n] [down₁; …; down_n]
+        """
+        num_loras, rank = len(self), self.layout.rank
+        down = tuple(d.flatten(0, 1) for d in self.down)  # [n * rank, in_features]
+        up = tuple(u.movedim(0, 1).flatten(1) / num_loras for u in self.up)  # [out, n * rank]
+        return LoraWeights(self.layout.with_rank(num_loras * rank), down, up).resize(rank)
 
 
 def _resize_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Truncate ΔW = up @ down [*batch, out, in] by an SVD of the small matrix between two QRs."""
     dtype = down.dtype
-    q_up, r_up = torch.linalg.qr(up.float())  # up = q_up r_up
-    q_down, r_down = torch.linalg.qr(down.float().mT)  # down = r_downᵀ q_downᵀ
-    u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    k = min(rank, s.shape[-1])
-    root = s[..., :k].sqrt()
-    up = (q_up @ u[..., :k]) * root[..., None, :]
-    down = root[..., :, None] * (vh[..., :k, :] @ q_down.mT)
-    if k < rank:  # fewer directions than asked for exist: the rest is zero
-        down = torch.cat([down, down.new_zeros(*down.shape[:-2], rank - k, down.shape[-1])], -2)
-        up = torch.cat([up, up.new_zeros(*up.shape[:-1], rank - k)], -1)
-    return down.to(dtype), up.to(dtype)
+    # up = Q_u R_u and downᵀ = Q_d R_d, so ΔW = Q_u (R_u R_dᵀ) Q_dᵀ
+    q_up, r_up = torch.linalg.qr(up.float())  # [*batch, out, r], [*batch, r, r]
+    q_down, r_down = torch.linalg.qr(down.float().mT)  # [*batch, in, r], [*batch, r, r]
+    # R_u R_dᵀ = U S Vᵀ gives the SVD of ΔW: (Q_u U) S (Q_d V)ᵀ
+    u, root, vh = compute_truncated_svd(r_up @ r_down.mT, rank)  # [*batch, r, k], [*batch, k], …
+    new_up = (q_up @ u) * root[..., None, :]  # [*batch, out, k]
+    new_down = root[..., :, None] * (vh @ q_down.mT)  # [*batch, k, in]
+    new_down, new_up = pad_factors(new_down, new_up, rank)
+    return new_down.to(dtype), new_up.to(dtype)

@@ -1,1 +1,1 @@
-"""Networks that predict LoRAs: ``ImageFeatures`` in, ``LoraWeights`` out. They know neither diffusers nor timm."""
+"""Networks that predict LoRAs from ``ImageFeatures``: plain modules, without diffusers or timm."""

@@ -1,4 +1,4 @@
-"""Fewer directions for a trained hypernetwork with a learned basis, those it hardly uses left out: smaller files."""
+"""Prune the learned basis of a hypernetwork to the directions that its codes use: a smaller file."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,27 @@ from hyperlora.models.hypernetwork import Hypernetwork
 
 @torch.no_grad()
 def prune_basis(network: Hypernetwork, codes: Tensor, basis_size: int) -> Hypernetwork:
-    """A network of ``size`` directions per factor and site that makes nearly the LoRAs of ``network``: of each factor's
-    ``fit_lidb_targets`` [n, 2 * sites, old size], as seen in training, the principal components in weight space (of ``down``,
-    around its mean, which goes into the constant). Raises ``InvalidArgumentError`` for another parametrisation than ``basis``
-    and for one mixed ``per_rank``."""
+    """Build a hypernetwork with a smaller basis that predicts nearly the same LoRAs.
+
+    A factor of a LoRA is c D + bias, with the code c [old_size] and the basis D [old_size, numel].
+    For every factor, the principal components of c D over the codes seen in training become the
+    new basis R D. The network's output layer is multiplied by E, so that c E R D ≈ c D. The
+    ``down`` factors are centered first, and the part of their mean outside of the components goes
+    into the bias. The ``up`` factors have no bias.
+
+    Args:
+        network: With a ``LowRankBasisHead`` that mixes whole directions.
+        codes: As ``predict_codes`` returns them for training images, [n, 2 * num_targets,
+            old_size].
+        basis_size: Directions per factor to keep, from 1 to ``old_size``.
+
+    Returns:
+        The pruned network.
+
+    Raises:
+        InvalidArgumentError: If the head is not a low-rank basis or has a coefficient per rank, or
+            if ``basis_size`` is out of range.
+    """
     old_head = network.head
     if (
         not isinstance(old_head, LowRankBasisHead)
@@ -21,55 +38,79 @@ def prune_basis(network: Hypernetwork, codes: Tensor, basis_size: int) -> Hypern
         or not 1 <= basis_size <= old_head.code_size
     ):
         raise InvalidArgumentError(
-            f"only a learned basis can shrink, to 1 ... {old_head.code_size} directions; {basis_size} asked for"
+            f"only a low-rank basis can be pruned, to 1 ... {old_head.code_size} directions; "
+            f"{basis_size} asked for"
         )
     if old_head.coefficients_per_rank:
         raise InvalidArgumentError(
-            "a basis mixed per rank cannot shrink: it has one coefficient for each vector of a direction"
+            "a basis mixed per rank cannot be pruned: "
+            "it has one coefficient for each vector of a direction"
         )
-    pruned = Hypernetwork(
-        network.layout, **{**network.config, "head_options": {"size": basis_size}}
-    )  # type: ignore[arg-type]
+    pruned_config = {**network.config, "head_options": {"size": basis_size}}
+    pruned = Hypernetwork(network.layout, **pruned_config)  # type: ignore[arg-type]
     pruned_head = pruned.head
     assert isinstance(pruned_head, LowRankBasisHead)
-    unchanged_state = {
-        k: v for k, v in network.state_dict().items() if pruned.state_dict()[k].shape == v.shape
-    }
-    pruned.load_state_dict(unchanged_state, strict=False)
+    _copy_equal_shapes(network, pruned)
+
     num_targets = len(network.layout.targets)
     for factor in range(2 * num_targets):
         target_index, is_down = factor % num_targets, factor < num_targets
-        directions = (old_head.down_basis if is_down else old_head.up_basis)[target_index]
-        factor_codes = codes[:, factor]
+        old_basis = old_head.down_basis if is_down else old_head.up_basis
+        pruned_basis = pruned_head.down_basis if is_down else pruned_head.up_basis
+        directions = old_basis[target_index]  # D [old_size, numel of the factor]
+        factor_codes = codes[:, factor]  # c [n, old_size]
         mean_code = factor_codes.mean(0) if is_down else torch.zeros_like(factor_codes[0])
+
+        # E [old_size, size] and R [size, old_size] with (c - mean) E R D ≈ (c - mean) D
         encode_matrix, decode_matrix = _fit_projection(
             factor_codes - mean_code, directions, basis_size
         )
-        (pruned_head.down_basis if is_down else pruned_head.up_basis)[target_index].copy_(
-            decode_matrix @ directions
-        )
-        pruned.code_proj[factor] = encode_matrix.mT @ network.code_proj[factor]
-        pruned.init_codes[factor] = network.init_codes[factor] @ encode_matrix
+        pruned_basis[target_index].copy_(decode_matrix @ directions)  # R D [size, numel]
+
+        # c = init_codes + code_proj h, so c E has E in both terms.
+        pruned.code_proj[factor] = encode_matrix.mT @ network.code_proj[factor]  # [size, width]
+        pruned.init_codes[factor] = network.init_codes[factor] @ encode_matrix  # [size]
         if is_down:
-            residual = (mean_code - mean_code @ encode_matrix @ decode_matrix) @ directions
-            down_bias = old_head.down_bias[target_index] + residual.view_as(
-                old_head.down_bias[target_index]
+            # bias' = bias + (mean - mean E R) D
+            residual_code = mean_code - mean_code @ encode_matrix @ decode_matrix  # [old_size]
+            old_bias = old_head.down_bias[target_index]  # [rank, in_features]
+            pruned_head.down_bias[target_index].copy_(
+                old_bias + (residual_code @ directions).view_as(old_bias)
             )
-            pruned_head.down_bias[target_index].copy_(down_bias)
     return pruned
+
+
+def _copy_equal_shapes(source: Hypernetwork, destination: Hypernetwork) -> None:
+    """Copy the parameters whose shapes do not depend on the size of the basis."""
+    shapes = {name: value.shape for name, value in destination.state_dict().items()}
+    unchanged = {
+        name: value for name, value in source.state_dict().items() if shapes[name] == value.shape
+    }
+    destination.load_state_dict(unchanged, strict=False)
 
 
 def _fit_projection(
     codes: Tensor, directions: Tensor, num_components: int
 ) -> tuple[Tensor, Tensor]:
-    """E [old, size] and R [size, old] with codes E R directions ≈ codes directions, the best of this rank."""
-    gram = (directions @ directions.mT).double()
-    gram_cholesky = torch.linalg.cholesky(
-        gram + 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    )
+    """Fit E and R of given rank that minimize |codes E R directions - codes directions|.
+
+    With the Gram matrix G = D Dᵀ = L Lᵀ, the norm of c D is that of c L. The best projection of
+    c L is V Vᵀ with its first right singular vectors V, so E = L V and R = Vᵀ L⁻¹.
+
+    Args:
+        codes: c, [n, old_size].
+        directions: D, [old_size, numel].
+        num_components: Rank of E R.
+
+    Returns:
+        E [old_size, num_components] and R [num_components, old_size].
+    """
+    gram = (directions @ directions.mT).double()  # G [old_size, old_size]
+    ridge = 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram_cholesky = torch.linalg.cholesky(gram + ridge)  # L, lower triangular
     _, _, components = torch.linalg.svd(codes.double() @ gram_cholesky, full_matrices=False)
-    top_components = components[:num_components].mT
-    decode_matrix = torch.linalg.solve_triangular(
-        gram_cholesky.mT, top_components, upper=True
-    ).mT  # keptᵀ root⁻¹
-    return (gram_cholesky @ top_components).to(codes.dtype), decode_matrix.to(codes.dtype)
+    top_components = components[:num_components].mT  # V [old_size, num_components]
+    encode_matrix = gram_cholesky @ top_components  # E = L V
+    # Lᵀ X = V gives X = L⁻ᵀ V = Rᵀ
+    decode_matrix = torch.linalg.solve_triangular(gram_cholesky.mT, top_components, upper=True).mT
+    return encode_matrix.to(codes.dtype), decode_matrix.to(codes.dtype)

@@ -1,11 +1,16 @@
-"""``Hypernetwork``: image features to LoRA weights by a transformer decoder over one token per factor and site.
+"""``Hypernetwork``: image features to LoRA weights, by a transformer decoder.
 
-    θ_0 = start,   θ_k = θ_{k-1} + T(features, θ_{k-1}),   k = 1..s        (2307.06949, §4.2)
+    θ_0 = init_codes,   θ_k = θ_{k-1} + T(features, θ_{k-1}),   k = 1..s      (2307.06949, §4.2)
+    LoRA = head(θ_s)
 
-With ``make_head`` lidb and s > 1 this is HyperDreamBooth; with a learned basis and s = 1 the end-to-end variant.
+The decoder T has one token per LoRA factor: ``down`` and ``up`` of every target module. A code in
+θ is a short vector per factor, which a head of ``hyperlora.lora.heads`` expands to the factor.
+
+With the head ``lidb`` and s > 1 this is HyperDreamBooth. With a learned basis and s = 1 it is the
+end-to-end variant that this project trains.
 """
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +22,36 @@ from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 
 
-class Hypernetwork(nn.Module):
-    """Transformer decoder whose queries are the LoRA's factors and whose memory is all photos' tokens.
+class HypernetworkConfig(TypedDict):
+    """Arguments of a ``Hypernetwork`` besides its layout, as in ``config.json``."""
 
-    ``iterations`` is s; ``generate_invalid_header`` names the parametrisation, ``head_options`` its options. At initialisation ΔW = 0
-    for every photo, and gradients flow (only the ``up`` codes are zero).
+    feature_width: int
+    width: int
+    depth: int
+    num_heads: int
+    iterations: int
+    head: str
+    head_options: dict[str, int | bool]
+
+
+class Hypernetwork(nn.Module):
+    """Transformer decoder from the tokens of all photos (memory) to the codes of all LoRA factors.
+
+    At initialization ΔW = 0 for every photo: the ``up`` codes are zero. Gradients flow, because
+    the ``down`` codes are not.
+
+    Args:
+        layout: Target modules and rank of the predicted LoRAs.
+        feature_width: Width of the image tokens.
+        width: Of the decoder.
+        depth: Number of decoder layers.
+        num_heads: Attention heads per layer.
+        iterations: s, how often the decoder refines the codes.
+        head: Name of the head that expands codes: ``lidb``, ``basis``, ``softmax`` or ``direct``.
+        head_options: Keyword arguments of the head.
+
+    Raises:
+        InvalidArgumentError: If the head is unknown.
     """
 
     def __init__(
@@ -33,25 +63,25 @@ class Hypernetwork(nn.Module):
         num_heads: int = 4,
         iterations: int = 1,
         head: str = "basis",
-        head_options: dict[str, Any] | None = None,
+        head_options: dict[str, int | bool] | None = None,
     ) -> None:
         super().__init__()
-        self.config = {
+        self.config: HypernetworkConfig = {
             "feature_width": feature_width,
             "width": width,
             "depth": depth,
-            "heads": num_heads,
+            "num_heads": num_heads,
             "iterations": iterations,
             "head": head,
             "head_options": head_options or {},
         }
         self.layout, self.iterations = layout, iterations
         self.head = make_head(head, layout, **(head_options or {}))
-        num_targets, code_size = len(layout.targets), self.head.code_size
+        num_factors, code_size = 2 * len(layout.targets), self.head.code_size
         self.memory_proj = nn.Sequential(
             nn.LayerNorm(feature_width), nn.Linear(feature_width, width)
         )
-        self.queries = nn.Parameter(torch.randn(2 * num_targets, width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(num_factors, width) * 0.02)
         layer = nn.TransformerDecoderLayer(
             width,
             num_heads,
@@ -62,32 +92,57 @@ class Hypernetwork(nn.Module):
             norm_first=True,
         )
         self.decoder = nn.TransformerDecoder(layer, depth, nn.LayerNorm(width))
-        # one head (and, if it iterates, one embedding of the last guess) per factor and site
-        self.code_proj = nn.Parameter(torch.zeros(2 * num_targets, code_size, width))
-        self.init_codes = nn.Parameter(self.head.init_codes())
+        # one output projection per factor and, with iterations, one embedding of its last code
+        self.code_proj = nn.Parameter(torch.zeros(num_factors, code_size, width))
+        self.init_codes = nn.Parameter(self.head.init_codes())  # [num_factors, code_size]
         if iterations > 1:
             self.code_embed = nn.Parameter(
-                torch.randn(2 * num_targets, width, code_size) * code_size**-0.5 * 0.1
+                torch.randn(num_factors, width, code_size) * code_size**-0.5 * 0.1
             )
 
     def predict_codes(self, features: ImageFeatures) -> Tensor:
-        """θ_s [batch, 2 * sites, code_size]: the codes of all ``down`` factors, then of all ``up`` factors."""
-        memory = self.memory_proj(features.flatten_views())
-        codes = self.init_codes.expand(len(memory), -1, -1)
+        """Predict θ_s, the codes of all factors.
+
+        Args:
+            features: Of the photos of each subject, tokens [batch, views, tokens, feature_width].
+
+        Returns:
+            Codes of all ``down`` factors, then of all ``up`` factors: [batch, 2 * num_targets,
+            code_size].
+        """
+        memory = self.memory_proj(features.flatten_views())  # [batch, views * tokens, width]
+        batch_size = len(memory)
+        codes = self.init_codes.expand(batch_size, -1, -1)  # θ_0 [batch, num_factors, code_size]
         for _ in range(self.iterations):
-            queries = self.queries.expand(len(memory), -1, -1)
+            queries = self.queries.expand(batch_size, -1, -1)  # [batch, num_factors, width]
             if self.iterations > 1:
-                queries = queries + torch.einsum("twc,btc->btw", self.code_embed, codes)
+                # each factor's token also sees its code: + E_f θ_{k-1, f}
+                queries = queries + torch.einsum("fwc,bfc->bfw", self.code_embed, codes)
             with select_sdpa_kernel(memory, max(len(self.queries), memory.shape[1])):
-                decoder_output = self.decoder(queries, memory)
-            codes = codes + torch.einsum("tcw,btw->btc", self.code_proj, decoder_output)
+                hidden_states = self.decoder(queries, memory)  # [batch, num_factors, width]
+            # θ_k = θ_{k-1} + P_f h_f, a projection of its own for every factor
+            codes = codes + torch.einsum("fcw,bfw->bfc", self.code_proj, hidden_states)
         return codes
 
     def forward(self, features: ImageFeatures) -> LoraWeights:
-        """One LoRA per subject of the batch."""
+        """Predict one LoRA per subject.
+
+        Args:
+            features: Of the photos of each subject, tokens [batch, views, tokens, feature_width].
+
+        Returns:
+            LoRAs with a batch axis [batch].
+        """
         return self.decode_codes(self.predict_codes(features))
 
     def decode_codes(self, codes: Tensor) -> LoraWeights:
-        """Codes as ``predict_codes`` returns them to weights."""
-        down, up = codes.chunk(2, -2)
+        """Expand codes to LoRA weights.
+
+        Args:
+            codes: As ``predict_codes`` returns them, [batch, 2 * num_targets, code_size].
+
+        Returns:
+            LoRAs with a batch axis [batch].
+        """
+        down, up = codes.chunk(2, -2)  # each [batch, num_targets, code_size]
         return self.head(down, up)

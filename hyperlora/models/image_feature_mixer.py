@@ -1,9 +1,11 @@
-"""``MixedImageFeatures``: what a face and an image network say about a photo, as one condition (MIF; 2408.06740).
+"""``MixedImageFeatures``: features of a face network and an image encoder as one condition (MIF).
 
-z = g ⊙ E_face(x) + (1 - g) ⊙ E_image(x)        g = σ(gate(E_face, E_image)), per token and channel
+    z = g ⊙ E_face(x) + (1 - g) ⊙ E_image(x),   g = σ(W [E_face(x), E_image(x)] + b)     (2408.06740)
+
+The gate g has one value per token and channel.
 """
 
-from typing import Any, Final
+from typing import Final, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +14,36 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 
 GATE_MODES: Final = ("gate", "average", "face", "image")
+"""A learned gate; for comparison g = 1/2, g = 1 and g = 0."""
+
+
+class MixedImageFeaturesConfig(TypedDict):
+    """Arguments of ``MixedImageFeatures``, as in ``config.json``."""
+
+    face_feature_width: int
+    image_feature_width: int
+    width: int
+    num_tokens: int
+    num_heads: int
+    mode: str
 
 
 class MixedImageFeatures(nn.Module):
-    """Face features [batch, views, 1, face_width] and image tokens [batch, views, n, image_width] to tokens
-    [batch, views, tokens, width].
+    """Gated mix of face features and image tokens.
 
-    Learned queries look at the image's tokens; the face's vector is unfolded to as many tokens. ``mode`` is ``gate``,
-    or for comparison ``average`` (g = 1/2), ``face`` (1) or ``image`` (0); what is not heard has no weights.
+    Learned queries attend to the image tokens. A linear layer unfolds the face vector to as many
+    tokens. A branch that the mode does not use has no weights.
+
+    Args:
+        face_feature_width: Width of the face vector.
+        image_feature_width: Width of the image tokens.
+        width: Of the mixed tokens.
+        num_tokens: Mixed tokens per photo.
+        num_heads: Heads of the attention to the image tokens.
+        mode: One of ``GATE_MODES``.
+
+    Raises:
+        InvalidArgumentError: If the mode is unknown.
     """
 
     def __init__(
@@ -35,15 +59,15 @@ class MixedImageFeatures(nn.Module):
         if mode not in GATE_MODES:
             raise InvalidArgumentError(f"unknown mixture {mode!r}; known: {', '.join(GATE_MODES)}")
         self.mode, self.width = mode, width
-        self.config: dict[str, Any] = {
-            "face_width": face_feature_width,
-            "image_width": image_feature_width,
+        self.config: MixedImageFeaturesConfig = {
+            "face_feature_width": face_feature_width,
+            "image_feature_width": image_feature_width,
             "width": width,
-            "tokens": num_tokens,
-            "heads": num_heads,
+            "num_tokens": num_tokens,
+            "num_heads": num_heads,
             "mode": mode,
         }
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))  # face, image
         if mode != "image":
             self.face_proj = nn.Sequential(
                 nn.LayerNorm(face_feature_width),
@@ -58,46 +82,61 @@ class MixedImageFeatures(nn.Module):
             self.cross_attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
         if mode == "gate":
             self.gate = nn.Linear(2 * width, width)
-            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.weight)  # g = 1/2 at initialization
             nn.init.zeros_(self.gate.bias)
 
     def forward(self, face_features: ImageFeatures, image_features: ImageFeatures) -> ImageFeatures:
+        """Mix the features of each photo.
+
+        Args:
+            face_features: Tokens [batch, views, 1, face_feature_width].
+            image_features: Tokens [batch, views, n, image_feature_width].
+
+        Returns:
+            Tokens [batch, views, num_tokens, width].
+        """
         return self.forward_with_gate(face_features, image_features)[0]
 
     def forward_with_gate(
         self, face_features: ImageFeatures, image_features: ImageFeatures
     ) -> tuple[ImageFeatures, Tensor]:
-        """The mixture and its gate, both [batch, views, tokens, width]: 1 where only the face is heard."""
-        shape = image_features.tokens.shape[:2]
+        """Mix the features of each photo, and return the gate as well.
+
+        Args:
+            face_features: Tokens [batch, views, 1, face_feature_width].
+            image_features: Tokens [batch, views, n, image_feature_width].
+
+        Returns:
+            Mixed tokens and gate, both [batch, views, num_tokens, width]. The gate is 1 where
+            only the face counts.
+        """
+        batch_and_views = image_features.tokens.shape[:2]
         if self.mode == "image":
-            mixed = self._encode_image(image_features)
-            gate = torch.zeros_like(mixed)
+            mixed_tokens = self._encode_image(image_features)  # [batch * views, num_tokens, width]
+            gate = torch.zeros_like(mixed_tokens)
         elif self.mode == "face":
-            mixed = self._encode_face(face_features)
-            gate = torch.ones_like(mixed)
+            mixed_tokens = self._encode_face(face_features)  # [batch * views, num_tokens, width]
+            gate = torch.ones_like(mixed_tokens)
         else:
-            face_tokens, image_tokens = (
-                self._encode_face(face_features),
-                self._encode_image(image_features),
-            )
+            face_tokens = self._encode_face(face_features)  # [batch * views, num_tokens, width]
+            image_tokens = self._encode_image(image_features)  # of the same shape
             gate = torch.full_like(face_tokens, 0.5)
             if self.mode == "gate":
                 gate = torch.sigmoid(self.gate(torch.cat([face_tokens, image_tokens], -1)))
-            mixed = gate * face_tokens + (1 - gate) * image_tokens
-        return ImageFeatures(mixed.unflatten(0, shape)), gate.unflatten(0, shape)
+            mixed_tokens = gate * face_tokens + (1 - gate) * image_tokens
+        mixed_features = ImageFeatures(mixed_tokens.unflatten(0, batch_and_views))
+        return mixed_features, gate.unflatten(0, batch_and_views)
 
     def _encode_face(self, face_features: ImageFeatures) -> Tensor:
-        """[batch * views, tokens, width]."""
-        face_tokens: Tensor = self.norms[0](
-            self.face_proj(face_features.tokens.flatten(0, 1)[:, 0])
-        )
+        """E_face, [batch * views, num_tokens, width]."""
+        face_vectors = face_features.tokens.flatten(0, 1)[:, 0]  # [batch * views, face_width]
+        face_tokens: Tensor = self.norms[0](self.face_proj(face_vectors))
         return face_tokens
 
     def _encode_image(self, image_features: ImageFeatures) -> Tensor:
-        """[batch * views, tokens, width]."""
-        keys = self.image_proj(image_features.tokens.flatten(0, 1))
-        attn_output, _ = self.cross_attn(
-            self.queries.expand(len(keys), -1, -1), keys, keys, need_weights=False
-        )
+        """E_image, [batch * views, num_tokens, width]."""
+        keys = self.image_proj(image_features.tokens.flatten(0, 1))  # [batch * views, n, width]
+        queries = self.queries.expand(len(keys), -1, -1)  # [batch * views, num_tokens, width]
+        attn_output, _ = self.cross_attn(queries, keys, keys, need_weights=False)
         image_tokens: Tensor = self.norms[1](attn_output)
         return image_tokens

@@ -1,7 +1,8 @@
-"""``ColorPointer``: a colour is not remembered but pointed at: where in the picture it is seen, and what is seen there."""
+"""``InstructionHead``: predicts the edit instruction that turns an image A into A'."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,95 +11,84 @@ from torch.nn import functional as F
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.text_substitution import compute_low_rank_factors
+from hyperlora.models.color_pointer import ColorPointer
 from hyperlora.models.instruction_vocabulary import InstructionVocabulary
 
-_HEAD_DIM: Final = 16
-"""Of the attention; a place is told from others by where it is, what colour it has and how that changed."""
+PairFeatures = tuple[ImageFeatures, ImageFeatures]
+"""Fused features of a pair (A, A'), and of its first image with itself, (A, A)."""
+_PIXEL_NOISE_SCALE: Final = 1 / 6
+"""Share of the input noise that pixels get: colors must be read exactly."""
 
 
-class ColorPointer(nn.Module):
-    """One look at a small picture for each of several things to be said of it: attention over its pixels, and what is
-    read from the colour found there, ``output_sizes[i]`` numbers of look i, linear in it; 0 at initialisation.
+@dataclass(frozen=True)
+class InstructionHeadConfig:
+    """Configuration of an ``InstructionHead`` and of the ``TextSubstitution`` that it feeds.
 
-    The small picture is what a ``TimmEncoder`` with ``colours`` puts beside its tokens: ``patch_pixels``² pixels at each of
-    ``num_patches``.
+    Attributes:
+        num_text_tokens: Tokens per prompt of the base's text encoder.
+        cross_attention_dim: Width of these tokens.
+        vocabulary: The instructions to predict.
+        other_rank: Rank of the LoRA of all target modules that do not read text; None for the
+            layout's.
+        hidden_size: Width of the head.
+        depth: Number of residual blocks.
+        num_patches: Patches per image. More are pooled to so many, unless ``patch_pixels`` is set.
+        noise_std: Standard deviation of the noise on the normalized input while it trains.
+        text_rank: Rank of the stored text embeddings; None for the layout's.
+        text_basis_size: Dimensions of the space in which text embeddings are stored. Those of the
+            bundled avatars need 32 of 192.
+        patch_pixels: ``patch_pixels`` of the ``TimmEncoder``: each token ends with so many pixels
+            along each axis. Colors are then read from the pixels (``ColorPointer``). 0 for none.
     """
 
-    def __init__(
-        self, hidden_size: int, num_patches: int, patch_pixels: int, output_sizes: Sequence[int]
-    ) -> None:
-        super().__init__()
-        self.num_queries = len(output_sizes)
-        self.to_q = nn.Linear(hidden_size, self.num_queries * _HEAD_DIM)
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(num_patches * patch_pixels**2, _HEAD_DIM))
-        self.color_proj = nn.Linear(6, _HEAD_DIM, bias=False)
-        self.to_out = nn.ParameterList(torch.zeros(3, output_size) for output_size in output_sizes)
+    num_text_tokens: int
+    cross_attention_dim: int
+    vocabulary: InstructionVocabulary
+    other_rank: int | None = None
+    hidden_size: int = 288
+    depth: int = 2
+    num_patches: int = 4
+    noise_std: float = 0.0
+    text_rank: int | None = None
+    text_basis_size: int = 48
+    patch_pixels: int = 0
 
-    def forward(self, hidden_states: Tensor, before: Tensor, after: Tensor) -> list[Tensor]:
-        """``list_hidden_attributes`` [batch, hidden], ``before`` and ``after`` [batch, views, places, 3 * across²]: [batch, numbers] of
-        each look, the mean over views."""
-        before_pixels, after_pixels = _flatten_patch_pixels(before), _flatten_patch_pixels(after)
-        keys = self.pos_embed + self.color_proj(
-            torch.cat([after_pixels, after_pixels - before_pixels], -1)
-        )  # [batch, views, pixels, width]
-        queries = self.to_q(hidden_states).unflatten(-1, (self.num_queries, -1))
-        attn_weights = torch.einsum("blw,bvpw->bvlp", queries, keys).softmax(-1)
-        attended_colors = (
-            torch.einsum("bvlp,bvpc->blc", attn_weights, after_pixels) / after_pixels.shape[1]
-        )
-        return [attended_colors[:, i] @ out_weight for i, out_weight in enumerate(self.to_out)]
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build from a part of ``config.json``: the fields, ``vocabulary`` as a mapping."""
+        vocabulary = InstructionVocabulary.from_config(config["vocabulary"])
+        return cls(**{**config, "vocabulary": vocabulary})
 
-
-def _flatten_patch_pixels(tokens: Tensor) -> Tensor:
-    """[batch, views, places * across², 3] of what lies beside tokens."""
-    return tokens.unflatten(-1, (3, -1)).mT.flatten(2, 3)
-
-
-_PIXEL_NOISE_SCALE: Final = 1 / 6
-"""Share of the noise that pixels get: a colour is to be told exactly."""
-PairFeatures = tuple[ImageFeatures, ImageFeatures]
-"""What is seen of a pair, and of its first picture beside itself."""
+    def to_config(self) -> dict[str, object]:
+        """Return what ``from_config`` takes, as plain JSON types."""
+        return asdict(self) | {"vocabulary": self.vocabulary.to_config()}
 
 
 class InstructionHead(nn.Module):
-    """A residual network over what is seen of a pair, ``feature_width`` numbers at each of ``num_patches`` (more tokens are
-    averaged to so many), that says which prompts of a ``build_vocabulary`` ask for the change; several pairs of the same edit
-    are averaged where that is chosen. While it learns what is usual of each number, ``noise_std`` times that is added.
+    """Residual network from the fused features of a pair to the weights of a vocabulary's prompts.
 
-    ``patch_pixels`` is the ``colours`` of a ``TimmEncoder``: its tokens of A and of A' end with so many pixels across of
-    the picture. Mixtures then point at a colour there (``ColorPointer``), and of the noise these numbers get a sixth.
+    It classifies: each category has one value or none. A regressed embedding would be a mixture of
+    many prompts, and the base has never seen such mixtures. It is trained on instructions alone
+    (``InstructionVocabulary.compute_loss``), without running the base. Several pairs that show the
+    same edit (views) are averaged.
 
-    It decides: a little of many prompts is nothing that a base was told before. So it learns from what is said
-    (``InstructionVocabulary.loss``), not through the base. ``set_text_embeddings`` tells it the base's texts, of which it keeps each at
-    ``text_rank`` (else ``rank``, the LoRA's), all in the ``text_basis_size`` directions in which they differ most (those of
-    the avatars' need 32 of 192).
+    Args:
+        feature_width: Width of the fused tokens.
+        rank: Of the LoRA that the instruction becomes.
+        config: All other options.
     """
 
     text_a: Tensor
     text_b: Tensor
 
-    def __init__(
-        self,
-        feature_width: int,
-        num_text_tokens: int,
-        cross_attention_dim: int,
-        rank: int,
-        vocabulary: Mapping[str, Any],
-        num_patches: int = 4,
-        hidden_size: int = 288,
-        depth: int = 2,
-        noise_std: float = 0.0,
-        text_rank: int | None = None,
-        text_basis_size: int = 48,
-        patch_pixels: int = 0,
-    ) -> None:
+    def __init__(self, feature_width: int, rank: int, config: InstructionHeadConfig) -> None:
         super().__init__()
-        self.vocabulary = InstructionVocabulary.from_config(vocabulary)
-        self.noise_std, self.rank, self.num_patches = noise_std, rank, num_patches
-        patch_hidden_size = hidden_size // 3
+        self.config, self.rank, self.vocabulary = config, rank, config.vocabulary
+        hidden_size, patch_hidden_size = config.hidden_size, config.hidden_size // 3
+        # colors and features differ in scale
         self.input_norm = nn.BatchNorm1d(feature_width, affine=False)
         self.patch_proj = nn.Sequential(nn.Linear(feature_width, patch_hidden_size), nn.GELU())
-        self.global_proj = nn.Linear(num_patches * patch_hidden_size, hidden_size)
+        self.global_proj = nn.Linear(config.num_patches * patch_hidden_size, hidden_size)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(hidden_size),
@@ -106,124 +96,160 @@ class InstructionHead(nn.Module):
                 nn.GELU(),
                 nn.Linear(hidden_size // 2, hidden_size),
             )
-            for _ in range(depth)
+            for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(hidden_size)
         self.classifier = nn.Linear(hidden_size, sum(self.vocabulary.logit_sizes))
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
-        self.patch_pixels = patch_pixels
         point_sizes = [len(group) - 1 for group in self.vocabulary.color_axes.values()]
         self.color_pointer = (
-            ColorPointer(hidden_size, num_patches, patch_pixels, point_sizes)
-            if patch_pixels and point_sizes
+            ColorPointer(hidden_size, config.num_patches, config.patch_pixels, point_sizes)
+            if config.patch_pixels and point_sizes
             else None
         )
+        # e(prompt) - e(∅) of every prompt ≈ text_a text_b basis
         num_prompts = len(self.vocabulary.prompts) + len(self.vocabulary.undo_prompts)
-        basis_size, text_rank = min(text_basis_size, cross_attention_dim), text_rank or rank
-        self.register_buffer("text_a", torch.zeros(num_prompts, num_text_tokens, text_rank))
+        text_rank = config.text_rank or rank
+        basis_size = min(config.text_basis_size, config.cross_attention_dim)
+        self.register_buffer("text_a", torch.zeros(num_prompts, config.num_text_tokens, text_rank))
         self.register_buffer("text_b", torch.zeros(num_prompts, text_rank, basis_size))
 
-    def get_hidden_matrices(self) -> list[nn.Parameter]:
-        """What maps what is seen to what is said, without the last layer, vectors and where things are seen."""
-        modules = [
-            self.patch_proj,
-            self.global_proj,
-            self.blocks,
-            *([self.color_pointer.to_q] if self.color_pointer else []),
-        ]
-        return [
-            parameter
-            for module in modules
-            for parameter in module.parameters()
-            if parameter.ndim == 2
-        ]
+    def list_hidden_matrices(self) -> list[nn.Parameter]:
+        """List the matrices for ``Muon``: all without vectors, output layers and embeddings."""
+        modules: list[nn.Module] = [self.patch_proj, self.global_proj, self.blocks]
+        if self.color_pointer is not None:
+            modules.append(self.color_pointer.to_q)
+        parameters = (parameter for module in modules for parameter in module.parameters())
+        return [parameter for parameter in parameters if parameter.ndim == 2]
 
     @torch.no_grad()
     def set_text_embeddings(self, text_offsets: Tensor) -> Tensor:
-        """``text_offsets`` [prompts, tokens, width]: e(prompt) - e(∅) of the vocabulary's prompts and its ways back. Returns
-        the basis [directions, width] that they are kept in, orthonormal."""
+        """Store the base's text embeddings, in low rank and in a common basis.
+
+        Args:
+            text_offsets: e(prompt) - e(∅) of ``vocabulary.prompts``, then of its ``undo_prompts``,
+                [num_prompts, num_text_tokens, cross_attention_dim].
+
+        Returns:
+            The basis, orthonormal rows [basis_size, cross_attention_dim].
+        """
+        # basis: eigenvectors of Σ e eᵀ over all prompts and tokens, largest first
         second_moments = torch.einsum("ptw,ptv->wv", text_offsets.double(), text_offsets.double())
-        basis = (
-            torch.linalg.eigh(second_moments)
-            .eigenvectors.mT.flip(0)[: self.text_b.shape[-1]]
-            .to(text_offsets)
-        )
+        eigenvectors = torch.linalg.eigh(second_moments).eigenvectors.mT.flip(0)
+        basis = eigenvectors[: self.text_b.shape[-1]].to(text_offsets)
         a, b = compute_low_rank_factors(text_offsets @ basis.mT, self.text_a.shape[-1])
-        self.text_a.copy_(a)
-        self.text_b.copy_(b)
+        self.text_a.copy_(a)  # [num_prompts, num_text_tokens, text_rank]
+        self.text_b.copy_(b)  # [num_prompts, text_rank, basis_size]
         return basis
 
     @torch.no_grad()
     def forward(
         self, features: PairFeatures, reversed_features: PairFeatures
     ) -> tuple[Tensor, Tensor]:
-        """``features`` holds (A, A') and (A, A), ``reversed_features`` (A', A) and (A', A'), each joined: a [batch, tokens, rank]
-        and b [batch, rank, basis]."""
-        prompt_weights = self.predict_prompt_weights(*features)
+        """Predict the change of the text embedding, in the factors of ``TextSubstitution``.
+
+        The predicted instruction is added to the empty prompt. With an ``undo_template``, the
+        instruction that restores the original image is subtracted, so that the negative of the
+        LoRA undoes the edit.
+
+        Args:
+            features: Fused features of (A, A') and (A, A).
+            reversed_features: Fused features of (A', A) and (A', A').
+
+        Returns:
+            a [batch, num_text_tokens, rank] and b [batch, rank, basis_size] with
+            a b basis ≈ e(instruction) - e(∅).
+        """
+        prompt_weights = self.predict_prompt_weights(*features)  # [batch, prompts]
         if self.vocabulary.undo_template:
-            prompt_weights = torch.cat(
-                [prompt_weights, -self.predict_prompt_weights(*reversed_features)], -1
-            )
+            undo_weights = -self.predict_prompt_weights(*reversed_features)  # [batch, prompts]
+            prompt_weights = torch.cat([prompt_weights, undo_weights], -1)  # [batch, num_prompts]
         with torch.autocast(self.text_a.device.type, enabled=False):
-            return compute_low_rank_factors(
-                torch.einsum("np,ptr,prk->ntk", prompt_weights, self.text_a, self.text_b), self.rank
-            )
+            # Σ_p w_p (text_a_p text_b_p)
+            text_offset = torch.einsum(
+                "np,ptr,prk->ntk", prompt_weights, self.text_a, self.text_b
+            )  # [batch, num_text_tokens, basis_size]
+            return compute_low_rank_factors(text_offset, self.rank)
 
     def predict_prompt_weights(
         self, pair_features: ImageFeatures, unchanged_features: ImageFeatures
     ) -> Tensor:
-        """How much of each prompt asks for the change, [batch, prompts]; ``pair_features`` holds (A, A'), ``unchanged_features`` (A, A)."""
+        """Predict the weight of each prompt: w(A, A') - w(A, A), so that no edit gives 0.
+
+        Args:
+            pair_features: Fused features of (A, A').
+            unchanged_features: Fused features of (A, A).
+
+        Returns:
+            Weights of ``vocabulary.prompts``, [batch, prompts].
+        """
         with torch.autocast(self.text_a.device.type, enabled=False):
-            return self.vocabulary.compute_prompt_weights(
-                self.forward_logits(pair_features)
-            ) - self.vocabulary.compute_prompt_weights(self.forward_logits(unchanged_features))
+            pair_logits = self.forward_logits(pair_features)
+            unchanged_logits = self.forward_logits(unchanged_features)
+            pair_weights = self.vocabulary.compute_prompt_weights(pair_logits)
+            return pair_weights - self.vocabulary.compute_prompt_weights(unchanged_logits)
 
     def forward_logits(self, pair_features: ImageFeatures) -> Tensor:
-        """[batch, numbers], as ``InstructionVocabulary`` reads them. Raises ``InvalidArgumentError`` if it points at pixels, but there are
-        other ``num_patches``."""
-        tokens = pair_features.tokens.float()
-        if tokens.shape[-2] != self.num_patches:
-            if self.color_pointer is not None:
-                raise InvalidArgumentError(
-                    f"words point at pixels of {self.num_patches} places, the encoder shows {tokens.shape[-2]}"
-                )
-            batch, views = tokens.shape[:2]
-            tokens = F.adaptive_avg_pool1d(tokens.flatten(0, 1).mT, self.num_patches).mT.unflatten(
-                0, (batch, views)
-            )
-        normalized = self.input_norm(tokens.flatten(0, 2)).view_as(
-            tokens
-        )  # colours and features are of different sizes
+        """Predict the logits of the vocabulary.
+
+        Args:
+            pair_features: Fused tokens [batch, views, num_patches, feature_width]. Without a
+                color pointer, other numbers of patches are pooled.
+
+        Returns:
+            [batch, sum(vocabulary.logit_sizes)].
+
+        Raises:
+            InvalidArgumentError: If there is a color pointer and another number of patches.
+        """
+        tokens = self._pool_patches(pair_features.tokens.float())
+        normalized = self.input_norm(tokens.flatten(0, 2)).view_as(tokens)
         if self.input_norm.training:
             normalized = self._add_input_noise(normalized)
-        hidden_states = self.global_proj(self.patch_proj(normalized).flatten(-2))
+        patch_states = self.patch_proj(normalized)  # [batch, views, num_patches, hidden / 3]
+        hidden_states = self.global_proj(patch_states.flatten(-2))  # [batch, views, hidden]
         for block in self.blocks:
             hidden_states = hidden_states + block(hidden_states)
-        hidden_states = self.norm(hidden_states.mean(1))
-        logits = self.classifier(hidden_states)
+        hidden_states = self.norm(hidden_states.mean(1))  # [batch, hidden], mean over the views
+        logits = self.classifier(hidden_states)  # [batch, sum(logit_sizes)]
         if self.color_pointer is None:
             return logits
-        before, after = self._get_patch_pixels(tokens)
-        points = self.color_pointer(hidden_states, before, after)
-        num_category_logits = sum(self.vocabulary.logit_sizes) - sum(
-            1 + point.shape[-1] for point in points
-        )
-        point_logits = [
-            F.pad(point, (1, 0)) for point in points
-        ]  # whether there is one is not pointed at
-        return logits + F.pad(torch.cat(point_logits, -1), (num_category_logits, 0))
+        before, after = self._split_pixels(tokens)  # each [batch, views, num_patches, 3 * p²]
+        points = self.color_pointer(hidden_states, before, after)  # each [batch, num_axes]
+        return logits + self._pad_points(points)
+
+    def _pool_patches(self, tokens: Tensor) -> Tensor:
+        """[batch, views, patches, feature_width] to [batch, views, num_patches, feature_width]."""
+        batch, views, patches, _ = tokens.shape
+        num_patches = self.config.num_patches
+        if patches == num_patches:
+            return tokens
+        if self.color_pointer is not None:
+            raise InvalidArgumentError(
+                f"the instruction head expects {num_patches} patches, the encoder gives {patches}"
+            )
+        pooled = F.adaptive_avg_pool1d(tokens.flatten(0, 1).mT, num_patches).mT
+        return pooled.unflatten(0, (batch, views))
+
+    def _pad_points(self, points: list[Tensor]) -> Tensor:
+        """Colors as logits [batch, sum(logit_sizes)]; 0 for categories and the colors' presence."""
+        num_categories = len(self.vocabulary.categories)
+        num_category_logits = sum(self.vocabulary.logit_sizes[:num_categories])
+        point_logits = [F.pad(point, (1, 0)) for point in points]  # each [batch, 1 + num_axes]
+        return F.pad(torch.cat(point_logits, -1), (num_category_logits, 0))
 
     def _add_input_noise(self, normalized: Tensor) -> Tensor:
-        """With noise, of which pixels get less."""
-        noise = self.noise_std * torch.randn_like(normalized)
-        for pixels in self._get_patch_pixels(noise):
+        """Add noise, less of it to the pixels."""
+        noise = self.config.noise_std * torch.randn_like(normalized)
+        for pixels in self._split_pixels(noise):
             pixels *= _PIXEL_NOISE_SCALE
         return normalized + noise
 
-    def _get_patch_pixels(self, tokens: Tensor) -> list[Tensor]:
-        """The pixels of A and of A', views of their tokens."""
+    def _split_pixels(self, tokens: Tensor) -> list[Tensor]:
+        """The pixels of A and of A', views of their tokens [..., 3 * patch_pixels²]."""
+        num_values = 3 * self.config.patch_pixels**2
         return [
-            side_tokens[..., side_tokens.shape[-1] - 3 * self.patch_pixels**2 :]
-            for side_tokens in tokens.chunk(2, -1)
+            image_tokens[..., image_tokens.shape[-1] - num_values :]
+            for image_tokens in tokens.chunk(2, -1)
         ]

@@ -1,16 +1,19 @@
-"""``InstructionVocabulary``: what can be said of a change, as prompts of the edit base; what a network says of it, as numbers.
+"""``InstructionVocabulary``: the instructions that a network can predict, and their encoding.
 
-Several groups, each of which says one thing or nothing. Of a *choice* that is one of its prompts; of a *mixture* any
-point of a box: its first prompt is a corner, the others where the edges from it lead (colours: black, red, green,
-blue). Prompts may be blends (``main_callback.prompt_blending``). What all groups say is added up. ``undo_template`` is a pattern, such as
-``undo_template to {}``, for what the negative of a LoRA says: the prompts of what was there before. ``zero_shot_prompts`` prompts are
-known to the base, and the network does not learn to say them (``main_callback.pipelines.instruction_search``).
+The vocabulary has groups, and an instruction has at most one value of each.
+
+* A *category* (such as hair) has one prompt per value.
+* A *color space* (such as the color of the hair) has one prompt for its origin (black) and one for
+  the end of each axis (red, green, blue). Any point of the unit box is a color. Its prompt is the
+  sum of these prompts with weights 1 - Σ x_i, x_1, x_2, ...
+
+The predicted prompts of all groups are added up. They may be blends (``hyperlora.prompt_blending``).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Final, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,20 +23,34 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.prompt_blending import apply_prompt_template, combine_blends, parse_blend
 
 POINT_LOSS_WEIGHT: Final = 50.0
-"""Weight of the squared error of a point, beside the cross-entropy of whether there is one."""
+"""Weight of the squared error of a color, beside the cross-entropy of its presence."""
 _PRESENCE_THRESHOLD: Final = 0.5
-"""A prompt with a larger weight in an instruction is meant, not mixed in."""
+"""Weight in an instruction above which a category's prompt counts as present."""
+
+
+class InstructionVocabularyConfig(TypedDict, total=False):
+    """Fields of an ``InstructionVocabulary``, as in ``vocabulary.json``; all may be missing."""
+
+    categories: Mapping[str, Sequence[str]]
+    color_axes: Mapping[str, Sequence[str]]
+    undo_template: str | None
+    zero_shot_prompts: Sequence[str]
 
 
 @dataclass(frozen=True)
 class InstructionTargets:
-    """Of each of n edits, what is said: ``categories`` [n, choices], 0 for nothing or 1 + the number of the prompt, and
-    one [n, edges] of ``points`` for each mixture, NaN for nothing."""
+    """Encoded instructions of n edits.
+
+    Attributes:
+        categories: [n, num_categories]; 0 for no value, else 1 + the index of the prompt.
+        points: For each color space the colors [n, num_axes], NaN for none.
+    """
 
     categories: Tensor
     points: Sequence[Tensor]
 
     def to(self, device: torch.device) -> "InstructionTargets":
+        """Copy all tensors to ``device``."""
         return InstructionTargets(
             self.categories.to(device), [point.to(device) for point in self.points]
         )
@@ -41,7 +58,20 @@ class InstructionTargets:
 
 @dataclass(frozen=True)
 class InstructionVocabulary:
-    """Groups of prompts by name. Raises ``InvalidArgumentError`` if there are none, or too few of one."""
+    """Groups of prompts by name.
+
+    Attributes:
+        categories: Prompts of each category, at least one.
+        color_axes: Prompts of each color space, at least two: the origin, then the axis ends.
+        undo_template: Pattern with ``{}``, such as ``back to {}``, that makes a prompt which
+            restores what the original image showed. None if the base knows no such prompts.
+        zero_shot_prompts: Prompts that the base knows and the network does not predict. They are
+            candidates of ``hyperlora.pipelines.instruction_search``.
+
+    Raises:
+        InvalidArgumentError: If there are no groups or a group has too few prompts, or if the
+            pattern has no ``{}``.
+    """
 
     categories: Mapping[str, Sequence[str]]
     color_axes: Mapping[str, Sequence[str]]
@@ -49,135 +79,154 @@ class InstructionVocabulary:
     zero_shot_prompts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        too_small_groups = [k for k, v in self.categories.items() if not v] + [
-            k for k, v in self.color_axes.items() if len(v) < 2
-        ]
+        too_small_groups = [name for name, group in self.categories.items() if not group]
+        too_small_groups += [name for name, group in self.color_axes.items() if len(group) < 2]
         if too_small_groups or not self.prompts:
             raise InvalidArgumentError(
-                f"a vocabulary needs a prompt for each choice and two for each mixture; too few: {too_small_groups}"
+                "a vocabulary needs a prompt for each category and two for each color axis; "
+                f"too few: {too_small_groups}"
             )
         if self.undo_template is not None:
-            apply_prompt_template("", self.undo_template)  # refuses what is no pattern
+            apply_prompt_template("", self.undo_template)  # raises if it is no pattern
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "InstructionVocabulary":
-        """From a configuration: ``categories``, ``color_axes``, ``undo_template`` and ``zero_shot_prompts``."""
+    def from_config(cls, config: InstructionVocabularyConfig) -> Self:
+        """Build a vocabulary from a part of ``config.json`` or from ``vocabulary.json``."""
         return cls(
-            config.get("choices", {}),
-            config.get("mixtures", {}),
-            config.get("back"),
-            config.get("further", ()),
+            config.get("categories", {}),
+            config.get("color_axes", {}),
+            config.get("undo_template"),
+            config.get("zero_shot_prompts", ()),
         )
+
+    def to_config(self) -> InstructionVocabularyConfig:
+        """Return what ``from_config`` takes, as plain JSON types."""
+        config: InstructionVocabularyConfig = asdict(self)  # type: ignore[assignment]
+        return config
 
     @cached_property
     def prompts(self) -> list[str]:
-        return [
-            prompt
-            for group in (*self.categories.values(), *self.color_axes.values())
-            for prompt in group
-        ]
+        """Prompts of all categories, then of all color spaces."""
+        groups = (*self.categories.values(), *self.color_axes.values())
+        return [prompt for group in groups for prompt in group]
 
     @cached_property
     def undo_prompts(self) -> list[str]:
-        """What asks to go back to what each of ``prompts`` asks for; empty without a pattern for it."""
-        return (
-            [apply_prompt_template(prompt, self.undo_template) for prompt in self.prompts]
-            if self.undo_template
-            else []
-        )
+        """The undo prompt of each of ``prompts``; empty without ``undo_template``."""
+        if not self.undo_template:
+            return []
+        return [apply_prompt_template(prompt, self.undo_template) for prompt in self.prompts]
 
     @cached_property
     def logit_sizes(self) -> list[int]:
-        """How many numbers say each group: of a choice, logits of nothing and of each prompt; of a mixture the logit of
-        there being one, and its point."""
-        return [1 + len(group) for group in self.categories.values()] + [
-            len(group) for group in self.color_axes.values()
-        ]
+        """Logits per group.
+
+        A category has one for no value and one per prompt. A color space has one for its presence
+        and one coordinate per axis.
+        """
+        category_sizes = [1 + len(group) for group in self.categories.values()]
+        return category_sizes + [len(group) for group in self.color_axes.values()]
 
     def compute_prompt_weights(self, logits: Tensor) -> Tensor:
-        """How much of each of ``prompts`` is in what is ``logits`` [n, sum of sizes]: [n, prompts]. The likeliest is
-        said of each group; where nothing is likelier, all weights are 0."""
-        group_logits = logits.split(self.logit_sizes, -1)
-        one_hots = [
-            F.one_hot(group.argmax(-1), group.shape[-1])[:, 1:]
-            for group in group_logits[: len(self.categories)]
+        """Compute the weight of each prompt in a predicted instruction.
+
+        Of each category, the prompt with the largest logit has weight 1, the others 0. All have 0
+        if the logit of no value is the largest, or as large.
+
+        Args:
+            logits: [n, sum(logit_sizes)].
+
+        Returns:
+            Weights of ``prompts``, [n, num_prompts].
+        """
+        category_logits, axis_logits = self._split_logits(logits)
+        category_weights = [
+            F.one_hot(group.argmax(-1), group.shape[-1])[:, 1:].to(logits)  # [n, prompts of group]
+            for group in category_logits
         ]
-        return torch.cat(
-            [
-                *(one_hot.to(logits) for one_hot in one_hots),
-                *map(_compute_axis_weights, group_logits[len(self.categories) :]),
-            ],
-            -1,
-        )
+        axis_weights = [_compute_axis_weights(group) for group in axis_logits]
+        return torch.cat([*category_weights, *axis_weights], -1)
 
     def decode(self, prompt_weights: Tensor) -> list[str]:
-        """Weights [n, prompts] as instructions."""
+        """Write instructions from prompt weights [n, num_prompts], as blends."""
         return [
             combine_blends(dict(zip(self.prompts, row, strict=True)))
             for row in prompt_weights.tolist()
         ]
 
     def compute_loss(self, logits: Tensor, targets: InstructionTargets) -> Tensor:
-        """Cross-entropy of every group, and the error of points where there are some: [n]."""
-        group_logits = logits.split(self.logit_sizes, -1)
-        category_logits, axis_logits = (
-            group_logits[: len(self.categories)],
-            group_logits[len(self.categories) :],
-        )
+        """Compute the loss of predicted instructions.
+
+        It is the sum of the cross-entropy of each category, the binary cross-entropy of the
+        presence of each color and, where it is present, ``POINT_LOSS_WEIGHT`` times its squared
+        error.
+
+        Args:
+            logits: [n, sum(logit_sizes)].
+            targets: Encoded instructions of the n edits.
+
+        Returns:
+            Loss per edit, [n].
+        """
+        category_logits, axis_logits = self._split_logits(logits)
         losses = [
-            F.cross_entropy(category_logit, targets.categories[:, i], reduction="none")
-            for i, category_logit in enumerate(category_logits)
+            F.cross_entropy(group, targets.categories[:, i], reduction="none")  # [n]
+            for i, group in enumerate(category_logits)
         ]
-        for axis_logit, point in zip(axis_logits, targets.points, strict=True):
-            is_present = ~point.isnan().any(-1)
-            losses.append(
-                F.binary_cross_entropy_with_logits(
-                    axis_logit[:, 0], is_present.to(axis_logit), reduction="none"
-                )
+        for group, point in zip(axis_logits, targets.points, strict=True):
+            presence_logit, coordinates = group[:, 0], group[:, 1:]  # [n], [n, num_axes]
+            is_present = ~point.isnan().any(-1)  # [n]
+            presence_loss = F.binary_cross_entropy_with_logits(
+                presence_logit, is_present.to(group), reduction="none"
             )
-            losses.append(
-                POINT_LOSS_WEIGHT
-                * (axis_logit[:, 1:] - point.nan_to_num()).square().sum(-1)
-                * is_present
-            )
+            squared_error = (coordinates - point.nan_to_num()).square().sum(-1)  # [n]
+            losses += [presence_loss, POINT_LOSS_WEIGHT * squared_error * is_present]
         return torch.stack(losses).sum(0)
 
     def is_correct(self, logits: Tensor, targets: InstructionTargets) -> Tensor:
-        """Whether what is said is what is meant, points aside: [n]."""
-        group_logits = logits.split(self.logit_sizes, -1)
-        category_logits, axis_logits = (
-            group_logits[: len(self.categories)],
-            group_logits[len(self.categories) :],
-        )
+        """Compare predicted instructions with their targets, without the colors' coordinates.
+
+        Args:
+            logits: [n, sum(logit_sizes)].
+            targets: Encoded instructions of the n edits.
+
+        Returns:
+            Whether every category and the presence of every color are right, bool [n].
+        """
+        category_logits, axis_logits = self._split_logits(logits)
         matches = [
             group.argmax(-1) == targets.categories[:, i] for i, group in enumerate(category_logits)
         ]
         matches += [
-            (group[:, 0] > 0) != point.isnan().any(-1)
+            (group[:, 0] > 0) == ~point.isnan().any(-1)
             for group, point in zip(axis_logits, targets.points, strict=True)
         ]
         return torch.stack(matches).all(0)
 
     def encode(self, instructions: Sequence[str]) -> InstructionTargets:
-        """What instructions (or blends) of these prompts say; of a mixture the nearest point, so that a colour's name
-        is its place in the box. What no group knows is passed over."""
-        encoded_instructions = [
-            self._encode_instruction(instruction) for instruction in instructions
+        """Encode instructions or blends of them; the inverse of ``decode``.
+
+        The name of a color becomes the nearest point of its color space. Prompts that are in no
+        group are ignored.
+        """
+        prompt_weights = [parse_blend(instruction) for instruction in instructions]
+        categories = torch.tensor([self._encode_categories(weights) for weights in prompt_weights])
+        points = [
+            torch.stack([color_space.compute_point(weights) for weights in prompt_weights])
+            for color_space in self._color_spaces
         ]
-        categories = torch.tensor([categories for categories, _ in encoded_instructions]).view(
-            len(encoded_instructions), len(self.categories)
-        )
         return InstructionTargets(
-            categories,
-            [
-                torch.stack(points)
-                for points in zip(*(points for _, points in encoded_instructions), strict=True)
-            ],
+            categories.view(len(prompt_weights), len(self.categories)), points
         )
 
-    def _encode_instruction(self, instruction: str) -> tuple[list[int], list[Tensor]]:
-        prompt_weights = parse_blend(instruction)
-        categories = [
+    def _split_logits(self, logits: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Split logits into those of each category and those of each color space."""
+        group_logits = logits.split(self.logit_sizes, -1)
+        return group_logits[: len(self.categories)], group_logits[len(self.categories) :]
+
+    def _encode_categories(self, prompt_weights: Mapping[str, float]) -> list[int]:
+        """Of each category 1 + the index of the first prompt that is present, else 0."""
+        return [
             next(
                 (
                     1 + i
@@ -188,9 +237,6 @@ class InstructionVocabulary:
             )
             for group in self.categories.values()
         ]
-        return categories, [
-            color_space.compute_point(prompt_weights) for color_space in self._color_spaces
-        ]
 
     @cached_property
     def _color_spaces(self) -> list["_ColorSpace"]:
@@ -198,34 +244,36 @@ class InstructionVocabulary:
 
 
 class _ColorSpace:
-    """A mixture in the space of the plain prompts that its own are blended of."""
+    """Affine map between colors and weights of plain prompts, of which the axis prompts are blends.
+
+    With the weights o of the origin and a_i of the axis ends, a color x has the weights
+    o + A x, A = [a_1 - o, a_2 - o, ...]. Its inverse is x = A⁺ (w - o).
+    """
 
     def __init__(self, prompts: Sequence[str]) -> None:
         parsed_prompts = [parse_blend(prompt) for prompt in prompts]
         self.base_prompts = sorted(
             {base_prompt for prompt_weights in parsed_prompts for base_prompt in prompt_weights}
         )
-        corners = torch.tensor(
-            [
-                [prompt_weights.get(base_prompt, 0.0) for base_prompt in self.base_prompts]
-                for prompt_weights in parsed_prompts
-            ]
-        ).double()
-        self.origin = corners[0]
-        self.axes_pinv = torch.linalg.pinv((corners[1:] - corners[0]).mT)
+        corners = torch.stack([self._to_vector(weights) for weights in parsed_prompts])
+        self.origin = corners[0]  # o [num_base_prompts]
+        self.axes_pinv = torch.linalg.pinv((corners[1:] - corners[0]).mT)  # A⁺ [num_axes, ...]
 
     def compute_point(self, prompt_weights: Mapping[str, float]) -> Tensor:
-        """[edges], NaN if no part is of this mixture."""
-        base_weights = torch.tensor(
-            [prompt_weights.get(base_prompt, 0.0) for base_prompt in self.base_prompts]
-        ).double()
+        """Compute the color [num_axes] of an instruction; NaN if it has none of these prompts."""
+        base_weights = self._to_vector(prompt_weights)
         if not base_weights.any():
             return torch.full((len(self.axes_pinv),), torch.nan)
         return (self.axes_pinv @ (base_weights - self.origin)).float()
 
+    def _to_vector(self, prompt_weights: Mapping[str, float]) -> Tensor:
+        """The weights of ``base_prompts``, [num_base_prompts]."""
+        weights = [prompt_weights.get(base_prompt, 0.0) for base_prompt in self.base_prompts]
+        return torch.tensor(weights).double()
+
 
 def _compute_axis_weights(axis_logits: Tensor) -> Tensor:
-    """Weights of a mixture's prompts [n, edges + 1], of its numbers."""
-    point = axis_logits[:, 1:].clamp(0, 1)
+    """Weights of origin and axis prompts [n, 1 + num_axes], from logits of the same shape."""
+    presence_logit, point = axis_logits[:, :1], axis_logits[:, 1:].clamp(0, 1)
     weights = torch.cat([1 - point.sum(-1, keepdim=True), point], -1)
-    return weights * (axis_logits[:, :1] > 0)
+    return weights * (presence_logit > 0)

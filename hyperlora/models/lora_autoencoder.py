@@ -1,11 +1,12 @@
-"""``LoraAutoencoder``: LoRAs to a short sequence of latents and back, by 1-D convolutions (LAE; DiffLoRA, 2408.06740).
+"""``LoraAutoencoder``: LoRAs to a short sequence of latents and back, by 1-D convolutions.
 
-The numbers of one rank direction of one site (its row of ``down_blocks``, then its column of ``up``) stand side by side,
-sites in layout order; convolutions slide along that line. A number's meaning depends on where it stands, which a
-convolution cannot see: after each one, features are scaled and shifted by numbers of their own for every place.
+It is the LAE of DiffLoRA (2408.06740). The numbers of a LoRA form one sequence: for every target
+module and every rank index r the row r of ``down``, then the column r of ``up``. What a number
+means depends on its position, which a convolution cannot see. Each convolution is therefore
+followed by a scale and a shift per position and channel.
 """
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,24 @@ from torch.nn import functional as F
 from hyperlora.lora.layout import LoraLayout
 
 
-class LoraAutoencoder(nn.Module):
-    """Normalised rows (``LoraNormalizer``) [batch, layout.numel] to latents [batch, tokens, width] and back.
+class LoraAutoencoderConfig(TypedDict):
+    """Arguments of a ``LoraAutoencoder`` besides its layout, as in ``config.json``."""
 
-    Every stage of ``channels`` makes the line ``stride`` times shorter; ``latent_width`` numbers are left of each place.
-    With ``variational`` the encoder tells a mean and a variance (β-VAE).
+    channels: list[int]
+    stride: int
+    latent_width: int
+    variational: bool
+
+
+class LoraAutoencoder(nn.Module):
+    """Convolutional autoencoder of LoRAs, optionally variational (β-VAE).
+
+    Args:
+        layout: Target modules and rank of the LoRAs.
+        channels: Output channels of each encoder stage.
+        stride: Factor by which each stage shortens the sequence.
+        latent_width: Channels of the latents.
+        variational: Whether the encoder predicts a mean and a variance.
     """
 
     permutation: Tensor
@@ -33,20 +47,21 @@ class LoraAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.layout, self.variational, self.latent_width = layout, variational, latent_width
-        self.config: dict[str, Any] = {
+        self.config: LoraAutoencoderConfig = {
             "channels": list(channels),
             "stride": stride,
-            "width": latent_width,
+            "latent_width": latent_width,
             "variational": variational,
         }
-        self.downsample_factor = stride ** len(channels)
-        self.num_tokens = -(-layout.numel // self.downsample_factor)
+        num_stages = len(channels)
+        self.downsample_factor = stride**num_stages
+        self.num_tokens = -(-layout.numel // self.downsample_factor)  # rounded up
         padded_length = self.num_tokens * self.downsample_factor
-        stage_lengths = [padded_length // stride ** (i + 1) for i in range(len(channels))]
+        stage_lengths = [padded_length // stride ** (i + 1) for i in range(num_stages)]
         stage_channels = (1, *channels)
         self.down_blocks = nn.ModuleList(
             _ConvStage(stage_channels[i], stage_channels[i + 1], stride, stage_lengths[i])
-            for i in range(len(channels))
+            for i in range(num_stages)
         )
         self.quant_conv = nn.Conv1d(channels[-1], latent_width * (2 if variational else 1), 1)
         self.post_quant_conv = nn.Conv1d(latent_width, channels[-1], 1)
@@ -54,9 +69,9 @@ class LoraAutoencoder(nn.Module):
             _ConvStage(
                 stage_channels[i + 1], stage_channels[i], stride, stage_lengths[i], upsample=True
             )
-            for i in reversed(range(len(channels)))
+            for i in reversed(range(num_stages))
         )
-        self.register_buffer("order", make_rank_major_permutation(layout), persistent=False)
+        self.register_buffer("permutation", make_rank_major_permutation(layout), persistent=False)
 
     @property
     def compression(self) -> float:
@@ -64,59 +79,91 @@ class LoraAutoencoder(nn.Module):
         return self.layout.numel / (self.num_tokens * self.latent_width)
 
     def encode_moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance of the latents, [batch, tokens, width] each (the latter -inf unless
-        variational)."""
-        sequence = rows[..., self.permutation]
-        x = F.pad(sequence, (0, self.num_tokens * self.downsample_factor - sequence.shape[-1]))[
-            :, None
-        ]
+        """Predict mean and log-variance of the latents.
+
+        Args:
+            rows: Flat, normalized LoRAs (``LoraNormalizer``), [batch, numel].
+
+        Returns:
+            Mean and log-variance, each [batch, num_tokens, latent_width]. The latter is -inf
+            unless variational.
+        """
+        sequence = rows[..., self.permutation]  # [batch, numel]
+        num_padding = self.num_tokens * self.downsample_factor - sequence.shape[-1]
+        x = F.pad(sequence, (0, num_padding))[:, None]  # [batch, 1, padded_length]
         for stage in self.down_blocks:
-            x = stage(x)
-        moments = self.quant_conv(x).mT
+            x = stage(x)  # [batch, channels[i], padded_length / stride^(i + 1)]
+        moments = self.quant_conv(x).mT  # [batch, num_tokens, latent_width (* 2)]
         if not self.variational:
             return moments, torch.full_like(moments, -torch.inf)
-        mean, logvar = moments.chunk(2, -1)
+        mean, logvar = moments.chunk(2, -1)  # each [batch, num_tokens, latent_width]
         return mean, logvar.clamp(-20, 10)
 
     def encode(self, rows: Tensor) -> Tensor:
-        """The latents' mean, [batch, tokens, width]."""
+        """Encode flat, normalized LoRAs [batch, numel] to the latents' mean.
+
+        Returns:
+            [batch, num_tokens, latent_width].
+        """
         return self.encode_moments(rows)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[batch, layout.numel]."""
-        x = self.post_quant_conv(latents.mT)
+        """Decode latents [batch, num_tokens, latent_width].
+
+        Returns:
+            Flat, normalized LoRAs, [batch, numel].
+        """
+        x = self.post_quant_conv(latents.mT)  # [batch, channels[-1], num_tokens]
         for stage in self.up_blocks:
-            x = stage(x)
-        rows = torch.empty_like(x[:, 0, : self.layout.numel])
-        rows[:, self.permutation] = x[:, 0, : self.layout.numel]
+            x = stage(x)  # in the end [batch, 1, padded_length]
+        sequence = x[:, 0, : self.layout.numel]  # [batch, numel]
+        rows = torch.empty_like(sequence)
+        rows[:, self.permutation] = sequence  # the inverse permutation
         return rows
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoded (sampled if variational and in training) and decoded rows, and the divergence of the latents from a
-        standard normal distribution per number [batch] (0 unless variational)."""
-        mean, logvar = self.encode_moments(rows)
+        """Reconstruct LoRAs; a variational encoder's latents are sampled in training.
+
+        The divergence from the standard normal distribution is
+        KL = mean (μ² + σ² - 1 - log σ²) / 2, the mean over all latent numbers.
+
+        Args:
+            rows: Flat, normalized LoRAs, [batch, numel].
+
+        Returns:
+            Reconstruction [batch, numel] and divergence [batch], 0 unless variational.
+        """
+        mean, logvar = self.encode_moments(rows)  # each [batch, num_tokens, latent_width]
         if not self.variational:
             return self.decode(mean), mean.new_zeros(len(mean))
-        kl = (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2)) / 2
+        kl_divergence = (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2)) / 2  # [batch]
+        latents = mean
         if self.training:
-            mean = mean + torch.randn_like(mean) * (logvar / 2).exp()
-        return self.decode(mean), kl
+            latents = mean + torch.randn_like(mean) * (logvar / 2).exp()  # μ + σ ε
+        return self.decode(latents), kl_divergence
 
 
 class _ConvStage(nn.Module):
-    """One convolution that shortens (or lengthens) the line, a scale and shift for every place, a residual block."""
+    """A strided convolution, a scale and shift per position, and a residual block.
+
+    The convolution comes first when downsampling and last when upsampling, so that all else works
+    on the shorter sequence.
+
+    Args:
+        in_channels: Of the input.
+        out_channels: Of the output.
+        stride: Factor between the longer and the shorter sequence.
+        length: Of the shorter sequence.
+        upsample: Whether the output is the longer one.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, length: int, upsample: bool = False
     ) -> None:
         super().__init__()
-        if upsample:
-            self.resample: nn.Module = nn.ConvTranspose1d(in_channels, out_channels, stride, stride)
-        else:
-            self.resample = nn.Conv1d(in_channels, out_channels, stride, stride)
-        channels = (
-            in_channels if upsample else out_channels
-        )  # the short side of the line: places are fewest there
+        conv_class = nn.ConvTranspose1d if upsample else nn.Conv1d
+        self.resample: nn.Module = conv_class(in_channels, out_channels, stride, stride)
+        channels = in_channels if upsample else out_channels  # of the shorter sequence
         self.scale = nn.Parameter(torch.ones(channels, length))
         self.shift = nn.Parameter(torch.zeros(channels, length))
         conv_out = nn.Conv1d(channels, channels, 3, padding=1)
@@ -126,38 +173,54 @@ class _ConvStage(nn.Module):
         self.upsample = upsample
 
     def forward(self, x: Tensor) -> Tensor:
+        """[batch, in_channels, in_length] to [batch, out_channels, out_length]."""
         if not self.upsample:
-            x = self.resample(x)
-        x = x * self.scale + self.shift
-        x = x + self.block(x)
+            x = self.resample(x)  # [batch, channels, length]
+        x = x * self.scale + self.shift  # [batch, channels, length]
+        x = x + self.block(x)  # [batch, channels, length]
         return self.resample(x) if self.upsample else x
 
 
 def make_rank_major_permutation(layout: LoraLayout) -> Tensor:
-    """[numel] indices into a flat LoRA that put, site by site and direction by direction, the row of ``down_blocks`` before
-    the column of ``up`` that it is multiplied with."""
-    indices, offset = [], 0
+    """Make the permutation that puts the numbers of each rank index next to each other.
+
+    A flat LoRA has all of ``down``, then all of ``up`` of each target module. The permuted one has
+    for each rank index r the row r of ``down``, then the column r of ``up``.
+
+    Args:
+        layout: Target modules and rank of the LoRA.
+
+    Returns:
+        Indices into the flat LoRA, [numel].
+    """
+    rank, offset = layout.rank, 0
+    indices: list[Tensor] = []
     for target in layout.targets:
-        down = (
-            torch.arange(layout.rank * target.in_features).view(layout.rank, target.in_features)
-            + offset
-        )
+        down = torch.arange(rank * target.in_features).view(rank, target.in_features) + offset
         offset += down.numel()
-        up = (
-            torch.arange(target.out_features * layout.rank)
-            .view(target.out_features, layout.rank)
-            .mT
-            + offset
-        )
+        up = torch.arange(target.out_features * rank).view(target.out_features, rank) + offset
         offset += up.numel()
-        indices.append(torch.cat([down, up], 1).flatten())
+        indices.append(torch.cat([down, up.mT], 1).flatten())  # [rank, in + out], flattened
     return torch.cat(indices)
 
 
 def compute_weight_preserved_loss(
     reconstruction: Tensor, target: Tensor, magnitude_weight: float
 ) -> Tensor:
-    """mean((1 + λ |w| / max |w|) (w - ŵ)²), λ = ``magnitude_weight``: large numbers count more. The published formula is unknown;
-    this is ours. Both [batch, numel]; max over each LoRA."""
-    relative_magnitude = target.abs() / target.abs().amax(-1, keepdim=True).clamp(min=1e-12)
-    return ((1 + magnitude_weight * relative_magnitude) * (reconstruction - target).square()).mean()
+    """Compute a squared error that weights large numbers more.
+
+        mean((1 + λ |w| / max |w|) (w - ŵ)²)
+
+    DiffLoRA's weight-preserved loss has no published formula; this one is ours.
+
+    Args:
+        reconstruction: ŵ, [batch, numel].
+        target: w, [batch, numel]. The maximum is that of each LoRA.
+        magnitude_weight: λ; 0 gives the mean squared error.
+
+    Returns:
+        Loss, a scalar.
+    """
+    max_magnitude = target.abs().amax(-1, keepdim=True).clamp(min=1e-12)  # [batch, 1]
+    weights = 1 + magnitude_weight * target.abs() / max_magnitude  # [batch, numel]
+    return (weights * (reconstruction - target).square()).mean()

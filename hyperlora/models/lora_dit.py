@@ -1,12 +1,14 @@
-"""``LoraDiT``: a diffusion transformer over the latents of LoRAs (DiT, 2212.09748, under DiffLoRA's conditions).
+"""``LoraDiT``: a diffusion transformer over the latents of LoRAs (DiT, 2212.09748).
 
-Flow matching (2210.02747): x_t = (1 - t) x + t ε; dx/dt = v = ε - x = (x_t - x) / t from t = 1 to 0 makes a LoRA. The
-network says x (2511.13720): latents lie near few directions, noise in all of them, and a narrow network can name the
-former but not carry the latter.
+Flow matching (2210.02747) between a LoRA's latents x and noise ε:
+
+    x_t = (1 - t) x + t ε,      dx_t/dt = v = ε - x = (x_t - x) / t
+
+Integrating from t = 1 to 0 samples a LoRA. The network predicts x (2511.13720): latents lie near a
+low-dimensional subspace, noise does not, and a narrow network cannot represent the noise.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,29 @@ from torch.nn import functional as F
 from hyperlora.features import ImageFeatures
 
 
-class LoraDiT(nn.Module):
-    """Latents [batch, tokens, latent_width] at times [batch] in [0, 1], and what photos say, to clean latents.
+class LoraDiTConfig(TypedDict):
+    """Arguments of a ``LoraDiT`` besides the shapes of its input, as in ``config.json``."""
 
-    Blocks of self-attention, cross-attention to the photos' tokens and a feed-forward layer; the time (and the mean of
-    the photos' tokens) scales, shifts and gates each (AdaLN-zero), so every block begins as the identity. A learned
-    token stands for no condition, for classifier-free guidance. At initialisation it expects x = 0.
+    width: int
+    depth: int
+    num_heads: int
+
+
+class LoraDiT(nn.Module):
+    """Diffusion transformer conditioned on the tokens of photos.
+
+    Each block has self-attention, cross-attention to the photos' tokens and an MLP. The time and
+    the mean of the photos' tokens scale, shift and gate all three (adaLN-zero), so every block
+    starts as the identity. A learned null token stands for no condition, for classifier-free
+    guidance. At initialization the network predicts x = 0.
+
+    Args:
+        num_tokens: Tokens of a LoRA's latents.
+        latent_width: Width of these tokens.
+        condition_width: Width of the photos' tokens.
+        width: Of the transformer.
+        depth: Number of blocks.
+        num_heads: Attention heads per block.
     """
 
     def __init__(
@@ -34,7 +53,7 @@ class LoraDiT(nn.Module):
     ) -> None:
         super().__init__()
         self.num_tokens, self.latent_width = num_tokens, latent_width
-        self.config: dict[str, Any] = {"width": width, "depth": depth, "heads": num_heads}
+        self.config: LoraDiTConfig = {"width": width, "depth": depth, "num_heads": num_heads}
         self.x_embedder = nn.Linear(latent_width, width)
         self.pos_embed = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -49,20 +68,28 @@ class LoraDiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, photo_features: ImageFeatures, drop_mask: Tensor | None = None
     ) -> Tensor:
-        """``drop_mask`` [batch], bool: samples that are told nothing of their photos."""
+        """Predict the clean latents.
+
+        Args:
+            x: Noisy latents x_t, [batch, num_tokens, latent_width].
+            t: Times from 0 (clean) to 1 (noise), [batch].
+            photo_features: Tokens [batch, views, n, condition_width].
+            drop_mask: Samples without condition, bool [batch]; None conditions all of them.
+
+        Returns:
+            Predicted x, [batch, num_tokens, latent_width].
+        """
         cond_tokens = self.y_embedder(photo_features.flatten_views())  # [batch, views * n, width]
         if drop_mask is not None:
-            cond_tokens = torch.where(
-                drop_mask[:, None, None], self.null_token.expand_as(cond_tokens), cond_tokens
-            )
-        cond_embed = self.t_embedder(_get_timestep_embedding(t)) + cond_tokens.mean(
-            1
-        )  # [batch, width]
-        h = self.x_embedder(x) + self.pos_embed
+            null_tokens = self.null_token.expand_as(cond_tokens)  # [batch, views * n, width]
+            cond_tokens = torch.where(drop_mask[:, None, None], null_tokens, cond_tokens)
+        t_embed = self.t_embedder(_compute_timestep_embedding(t))  # [batch, width]
+        c = t_embed + cond_tokens.mean(1)  # [batch, width]
+        h = self.x_embedder(x) + self.pos_embed  # [batch, num_tokens, width]
         for block in self.blocks:
-            h = block(h, cond_tokens, cond_embed)
-        scale, shift = self.adaLN_modulation(cond_embed)[:, None].chunk(2, -1)
-        return self.final_layer(_apply_layer_norm(h) * (1 + scale) + shift)
+            h = block(h, cond_tokens, c)  # [batch, num_tokens, width]
+        scale, shift = self.adaLN_modulation(c).chunk(2, -1)  # each [batch, width]
+        return self.final_layer(_modulate(h, shift, scale))  # [batch, num_tokens, latent_width]
 
     @torch.no_grad()
     def sample(
@@ -72,85 +99,134 @@ class LoraDiT(nn.Module):
         num_inference_steps: int = 10,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """Latents from ``noise`` [batch, tokens, latent_width] by Euler's method in ``num_inference_steps`` equal steps; at
-        ``guidance_scale`` w, x = x_none + w (x - x_none) (2207.12598, eq. 6; v likewise). The last step ends on what the
-        network says, and a single one is its guess from noise alone."""
-        x, batch_size = noise, len(noise)
+        """Sample latents by Euler's method from t = 1 to 0.
+
+        With x the prediction at x_t and n steps left, a step of 1/N is
+        x_t - v / N = x_t + (x - x_t) / n. The last step therefore ends on the prediction, and with
+        a single step the result is the prediction from noise alone.
+
+        Args:
+            photo_features: Tokens [batch, views, n, condition_width].
+            noise: x_1, [batch, num_tokens, latent_width].
+            num_inference_steps: N, steps of equal size.
+            guidance_scale: w of x_uncond + w (x_cond - x_uncond) (2207.12598, eq. 6); 1 for the
+                conditional prediction alone, at half the cost.
+
+        Returns:
+            Latents, [batch, num_tokens, latent_width].
+        """
+        x_t, batch_size = noise, len(noise)
         for i in range(num_inference_steps):
-            t = x.new_full((batch_size,), 1 - i / num_inference_steps)
+            t = x_t.new_full((batch_size,), 1 - i / num_inference_steps)  # [batch]
             if guidance_scale == 1:
-                pred_x0 = self(x, t, photo_features)
+                pred_x0 = self(x_t, t, photo_features)  # [batch, num_tokens, latent_width]
             else:
                 doubled_features = ImageFeatures(photo_features.tokens.repeat(2, 1, 1, 1))
-                drop_mask = torch.arange(2 * batch_size, device=x.device) >= batch_size
-                pred_x0, uncond_x0 = self(
-                    x.repeat(2, 1, 1), t.repeat(2), doubled_features, drop_mask
-                ).chunk(2)
-                pred_x0 = uncond_x0 + guidance_scale * (pred_x0 - uncond_x0)
-            x = x + (pred_x0 - x) / (num_inference_steps - i)
-        return x
+                drop_mask = torch.arange(2 * batch_size, device=x_t.device) >= batch_size
+                doubled_x0 = self(x_t.repeat(2, 1, 1), t.repeat(2), doubled_features, drop_mask)
+                cond_x0, uncond_x0 = doubled_x0.chunk(2)
+                pred_x0 = uncond_x0 + guidance_scale * (cond_x0 - uncond_x0)
+            x_t = x_t + (pred_x0 - x_t) / (num_inference_steps - i)
+        return x_t
 
 
 class _DiTBlock(nn.Module):
-    """[batch, tokens, width], conditioned by [batch, n, width] tokens and [batch, width]."""
+    """Self-attention, cross-attention and MLP, each with adaLN-zero.
+
+    Args:
+        width: Of all tokens.
+        num_heads: Heads of both attentions.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv, self.attn_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.cross_q, self.cross_kv, self.cross_out = (
-            nn.Linear(width, width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, width),
-        )
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attn_out = nn.Linear(width, width)
+        self.cross_q = nn.Linear(width, width)
+        self.cross_kv = nn.Linear(width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _make_zero_linear(width, 9 * width))
 
-    def forward(self, h: Tensor, cond_tokens: Tensor, cond_embed: Tensor) -> Tensor:
-        attn_modulation, cross_modulation, mlp_modulation = (
-            modulation.chunk(3, -1)
-            for modulation in self.adaLN_modulation(cond_embed)[:, None].chunk(3, -1)
-        )
-        x = _apply_layer_norm(h) * (1 + attn_modulation[0]) + attn_modulation[1]
-        h = h + attn_modulation[2] * self.attn_out(
-            self._compute_attention(*self.qkv(x).chunk(3, -1))
-        )
-        x = _apply_layer_norm(h) * (1 + cross_modulation[0]) + cross_modulation[1]
-        h = h + cross_modulation[2] * self.cross_out(
-            self._compute_attention(self.cross_q(x), *self.cross_kv(cond_tokens).chunk(2, -1))
-        )
-        x = _apply_layer_norm(h) * (1 + mlp_modulation[0]) + mlp_modulation[1]
-        return h + mlp_modulation[2] * self.mlp(x)
+    def forward(self, h: Tensor, cond_tokens: Tensor, c: Tensor) -> Tensor:
+        """Run the block.
 
-    def _compute_attention(self, *qkv: Tensor) -> Tensor:
+        Args:
+            h: [batch, tokens, width].
+            cond_tokens: [batch, n, width].
+            c: Conditioning vector, [batch, width].
+
+        Returns:
+            [batch, tokens, width].
+        """
+        # nine modulation vectors, each [batch, width]
+        (
+            scale_attn,
+            shift_attn,
+            gate_attn,
+            scale_cross,
+            shift_cross,
+            gate_cross,
+            scale_mlp,
+            shift_mlp,
+            gate_mlp,
+        ) = self.adaLN_modulation(c).chunk(9, -1)
+
+        x = _modulate(h, shift_attn, scale_attn)  # [batch, tokens, width]
+        q, k, v = self.qkv(x).chunk(3, -1)  # each [batch, tokens, width]
+        h = h + gate_attn[:, None] * self.attn_out(self._compute_attention(q, k, v))
+
+        x = _modulate(h, shift_cross, scale_cross)  # [batch, tokens, width]
+        k, v = self.cross_kv(cond_tokens).chunk(2, -1)  # each [batch, n, width]
+        attn_output = self._compute_attention(self.cross_q(x), k, v)  # [batch, tokens, width]
+        h = h + gate_cross[:, None] * self.cross_out(attn_output)
+
+        x = _modulate(h, shift_mlp, scale_mlp)  # [batch, tokens, width]
+        return h + gate_mlp[:, None] * self.mlp(x)  # [batch, tokens, width]
+
+    def _compute_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Multi-head attention of q [batch, tokens, width] to k and v [batch, n, width]."""
         q, k, v = (
-            projection.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for projection in qkv
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [batch, heads, tokens, dim]
+            for x in (q, k, v)
         )
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attn_output = F.scaled_dot_product_attention(q, k, v)  # [batch, heads, tokens, dim]
+        return attn_output.transpose(1, 2).flatten(2)  # [batch, tokens, width]
 
 
 def interpolate_noise(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """x_t at times ``t`` [batch] in [0, 1]."""
-    t_broadcast = t.view(-1, *[1] * (x.ndim - 1))
+    """Compute x_t = (1 - t) x + t ε.
+
+    Args:
+        noise: ε, shaped like ``x``.
+        x: Clean latents, [batch, ...].
+        t: Times from 0 to 1, [batch].
+
+    Returns:
+        x_t, shaped like ``x``.
+    """
+    t_broadcast = t.view(-1, *[1] * (x.ndim - 1))  # [batch, 1, ...]
     return (1 - t_broadcast) * x + t_broadcast * noise
 
 
 def _make_zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A layer that says 0 at initialisation."""
+    """A linear layer whose output is 0 at initialization."""
     layer = nn.Linear(in_features, out_features)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def _apply_layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift; x [batch, tokens, width], the others [batch, width]."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
 
 
-def _get_timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 1e4) -> Tensor:
-    """Sinusoids of ``t`` in [0, 1], [batch, width]."""
-    frequencies: Sequence[float] = [max_period ** (-i / (dim // 2)) for i in range(dim // 2)]
+def _compute_timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 1e4) -> Tensor:
+    """Cosines and sines of 1000 t at ``dim`` / 2 frequencies, [batch, dim]; t [batch] in [0, 1]."""
+    frequencies = [max_period ** (-i / (dim // 2)) for i in range(dim // 2)]
     angles = 1000 * t.float()[:, None] * torch.tensor(frequencies, device=t.device)
     return torch.cat([angles.cos(), angles.sin()], -1)

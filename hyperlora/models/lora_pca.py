@@ -1,6 +1,6 @@
-"""Principal components of LoRAs: autoencoders that are learned in closed form, and what a convolution has to beat."""
+"""Principal components of LoRAs: linear autoencoders that are fitted in closed form."""
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +8,37 @@ from torch import Tensor, nn
 from hyperlora.lora.layout import LoraLayout
 
 
+class LoraPCAConfig(TypedDict):
+    """Arguments of a ``LoraPCA`` besides its layout, as in ``config.json``."""
+
+    num_tokens: int
+    latent_width: int
+
+
+class FactorwiseLoraPCAConfig(LoraPCAConfig):
+    """Arguments of a ``FactorwiseLoraPCA`` besides its layout, as in ``config.json``."""
+
+    components_per_factor: int
+
+
 class LoraPCA(nn.Module):
-    """Rows [batch, numel] to latents [batch, tokens, width] by as many directions as they have numbers, and back."""
+    """Projection of LoRAs to their ``num_tokens`` * ``latent_width`` principal components.
+
+        z = x Cᵀ,   x̂ = z C,   C Cᵀ = I
+
+    Args:
+        layout: Target modules and rank of the LoRAs.
+        num_tokens: Tokens of the latents.
+        latent_width: Width of these tokens.
+    """
 
     components: Tensor
 
     def __init__(self, layout: LoraLayout, num_tokens: int = 16, latent_width: int = 16) -> None:
         super().__init__()
         self.layout, self.num_tokens, self.latent_width = layout, num_tokens, latent_width
-        self.config: dict[str, Any] = {"tokens": num_tokens, "width": latent_width}
-        self.register_buffer("basis", torch.zeros(num_tokens * latent_width, layout.numel))
+        self.config: LoraPCAConfig = {"num_tokens": num_tokens, "latent_width": latent_width}
+        self.register_buffer("components", torch.zeros(num_tokens * latent_width, layout.numel))
 
     @property
     def compression(self) -> float:
@@ -25,24 +46,46 @@ class LoraPCA(nn.Module):
         return self.layout.numel / (self.num_tokens * self.latent_width)
 
     def fit(self, rows: Tensor) -> None:
-        """Of rows [n, numel] of mean 0; where they have fewer directions than asked for, zeros are left."""
+        """Fit the components to rows [n, numel] of mean 0.
+
+        If the rows span fewer directions, the other components are 0.
+        """
         self.components.copy_(compute_principal_components(rows, len(self.components)))
 
     def encode(self, rows: Tensor) -> Tensor:
-        """[batch, tokens, width]."""
-        return (rows @ self.components.mT).unflatten(-1, (self.num_tokens, self.latent_width))
+        """Encode flat, normalized LoRAs [batch, numel].
+
+        Returns:
+            Latents, [batch, num_tokens, latent_width].
+        """
+        latents = rows @ self.components.mT  # [batch, num_tokens * latent_width]
+        return latents.unflatten(-1, (self.num_tokens, self.latent_width))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[batch, numel]."""
+        """Decode latents [batch, num_tokens, latent_width].
+
+        Returns:
+            Flat, normalized LoRAs, [batch, numel].
+        """
         return latents.flatten(-2) @ self.components
 
 
 class FactorwiseLoraPCA(nn.Module):
-    """Principal components in two steps: ``components_per_factor`` directions of every factor (``down`` or ``up`` of a site) alone, then
-    ``num_tokens`` * ``latent_width`` directions of all factors' coefficients together.
+    """Principal components in two steps: of each factor, then of all factors' coefficients.
 
-    It holds ``components_per_factor`` * numel numbers where ``LoraPCA`` holds ``num_tokens`` * ``latent_width`` * numel, and loses little
-    more, since what the LoRAs of one base do to one weight lies near a few directions.
+        u_f = x_f C_fᵀ,   z = [u_1, u_2, ...] Jᵀ
+
+    x_f is one factor (``down`` or ``up`` of a target module) and C_f its ``components_per_factor``
+    components; J has ``num_tokens`` * ``latent_width`` rows. ``LoraPCA`` stores a full row of
+    ``numel`` numbers for each of these. This class stores only ``components_per_factor`` full rows
+    and J. It is little less exact, since the LoRAs of one base change each weight along few
+    directions.
+
+    Args:
+        layout: Target modules and rank of the LoRAs.
+        num_tokens: Tokens of the latents.
+        latent_width: Width of these tokens.
+        components_per_factor: Components of each factor.
     """
 
     factor_components: Tensor
@@ -56,26 +99,23 @@ class FactorwiseLoraPCA(nn.Module):
         components_per_factor: int = 20,
     ) -> None:
         super().__init__()
-        self.layout, self.num_tokens, self.latent_width, self.components_per_factor = (
-            layout,
-            num_tokens,
-            latent_width,
-            components_per_factor,
-        )
-        self.config: dict[str, Any] = {
-            "tokens": num_tokens,
-            "width": latent_width,
-            "each": components_per_factor,
+        self.layout, self.num_tokens, self.latent_width = layout, num_tokens, latent_width
+        self.components_per_factor = components_per_factor
+        self.config: FactorwiseLoraPCAConfig = {
+            "num_tokens": num_tokens,
+            "latent_width": latent_width,
+            "components_per_factor": components_per_factor,
         }
         self.factor_sizes = [
             layout.rank * num_features
             for target in layout.targets
             for num_features in (target.in_features, target.out_features)
         ]
-        self.register_buffer("parts", torch.zeros(components_per_factor, layout.numel))
+        num_coefficients = len(self.factor_sizes) * components_per_factor
+        # C_f of all factors side by side
+        self.register_buffer("factor_components", torch.zeros(components_per_factor, layout.numel))
         self.register_buffer(
-            "joint",
-            torch.zeros(num_tokens * latent_width, len(self.factor_sizes) * components_per_factor),
+            "joint_components", torch.zeros(num_tokens * latent_width, num_coefficients)
         )
 
     @property
@@ -84,65 +124,81 @@ class FactorwiseLoraPCA(nn.Module):
         return self.layout.numel / (self.num_tokens * self.latent_width)
 
     def fit(self, rows: Tensor) -> None:
-        """Of rows [n, numel] of mean 0; where they have fewer directions than asked for, zeros are left."""
+        """Fit all components to rows [n, numel] of mean 0.
+
+        If the rows span fewer directions, the other components are 0.
+        """
         factor_components = [
             compute_principal_components(factor_rows, self.components_per_factor)
             for factor_rows in rows.split(self.factor_sizes, -1)
-        ]
+        ]  # each [components_per_factor, factor_size]
         self.factor_components.copy_(torch.cat(factor_components, -1))
+        coefficients = self._compute_coefficients(rows)  # [n, num_coefficients]
         self.joint_components.copy_(
-            compute_principal_components(
-                self._compute_coefficients(rows), len(self.joint_components)
-            )
+            compute_principal_components(coefficients, len(self.joint_components))
         )
 
     def encode(self, rows: Tensor) -> Tensor:
-        """[batch, tokens, width]."""
-        return (self._compute_coefficients(rows) @ self.joint_components.mT).unflatten(
-            -1, (self.num_tokens, self.latent_width)
-        )
+        """Encode flat, normalized LoRAs [batch, numel].
+
+        Returns:
+            Latents, [batch, num_tokens, latent_width].
+        """
+        coefficients = self._compute_coefficients(rows)  # [batch, num_coefficients]
+        latents = coefficients @ self.joint_components.mT  # [batch, num_tokens * latent_width]
+        return latents.unflatten(-1, (self.num_tokens, self.latent_width))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[batch, numel]."""
-        coefficients = (latents.flatten(-2) @ self.joint_components).split(
-            self.components_per_factor, -1
-        )
-        factor_components = self.factor_components.split(self.factor_sizes, -1)
-        return torch.cat(
-            [
-                factor_coefficients @ components
-                for factor_coefficients, components in zip(
-                    coefficients, factor_components, strict=True
-                )
-            ],
-            -1,
-        )
+        """Decode latents [batch, num_tokens, latent_width].
 
-    def _compute_coefficients(self, rows: Tensor) -> Tensor:
-        """[batch, factors * each]."""
+        Returns:
+            Flat, normalized LoRAs, [batch, numel].
+        """
+        coefficients = latents.flatten(-2) @ self.joint_components  # [batch, num_coefficients]
         factors = zip(
-            rows.split(self.factor_sizes, -1),
-            self.factor_components.split(self.factor_sizes, -1),
+            coefficients.split(self.components_per_factor, -1),  # u_f
+            self.factor_components.split(self.factor_sizes, -1),  # C_f
             strict=True,
         )
-        return torch.cat([factor_rows @ components.mT for factor_rows, components in factors], -1)
+        return torch.cat([u @ components for u, components in factors], -1)
+
+    def _compute_coefficients(self, rows: Tensor) -> Tensor:
+        """[u_1, u_2, ...], [batch, num_factors * components_per_factor]."""
+        factors = zip(
+            rows.split(self.factor_sizes, -1),  # x_f
+            self.factor_components.split(self.factor_sizes, -1),  # C_f
+            strict=True,
+        )
+        return torch.cat([x @ components.mT for x, components in factors], -1)
 
 
 def compute_principal_components(
     rows: Tensor, num_components: int, min_variance_ratio: float = 1e-6
 ) -> Tensor:
-    """The ``num_components`` orthonormal directions of most variance of rows [n, width] of mean 0, [count, width]; zeros in
-    place of those whose variance is below ``min_variance_ratio`` of the first's.
+    """Compute the orthonormal directions of most variance.
 
-    From the eigenvectors of the smaller of rows rowsᵀ and rowsᵀ rows.
+    They are the right singular vectors of X [n, width]. Those of the smaller Gram matrix are
+    cheaper: of Xᵀ X [width, width] they are the eigenvectors themselves; of X Xᵀ [n, n] with the
+    eigenvectors U, they are Xᵀ U up to length.
+
+    Args:
+        rows: X, of mean 0, [n, width].
+        num_components: Number of directions.
+        min_variance_ratio: Directions with less than this share of the first one's variance are
+            replaced by 0.
+
+    Returns:
+        Directions in order of falling variance, [num_components, width].
     """
     rows = rows.float()
     is_wide = len(rows) < rows.shape[1]
-    eigenvalues, eigenvectors = torch.linalg.eigh(
-        (rows @ rows.mT if is_wide else rows.mT @ rows).double()
-    )
-    eigenvectors = eigenvectors.flip(1)[:, :num_components][
-        :, eigenvalues.flip(0)[:num_components] > min_variance_ratio * eigenvalues[-1]
-    ].float()
+    gram = rows @ rows.mT if is_wide else rows.mT @ rows
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram.double())  # in rising order
+    max_variance = eigenvalues[-1]
+    eigenvalues = eigenvalues.flip(0)[:num_components]
+    eigenvectors = eigenvectors.flip(1)[:, :num_components]  # one per column
+    eigenvectors = eigenvectors[:, eigenvalues > min_variance_ratio * max_variance].float()
+    # QR gives the directions Xᵀ U unit length and removes what rounding left of their overlap
     components = torch.linalg.qr(rows.mT @ eigenvectors).Q.mT if is_wide else eigenvectors.mT
-    return torch.cat([components, rows.new_zeros(num_components - len(components), rows.shape[1])])
+    num_missing = num_components - len(components)
+    return torch.cat([components, rows.new_zeros(num_missing, rows.shape[1])])

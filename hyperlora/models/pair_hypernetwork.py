@@ -1,9 +1,13 @@
-"""``PairHypernetwork``: features of a picture before and after an edit to the LoRA that makes the same edit elsewhere.
+"""``PairHypernetwork``: features of an image before and after an edit to the LoRA of that edit.
 
-Δ = H(A, A'),   H(A, A) and, at initialisation, all Δ are 0        LoRA of Change (2411.19156, §3.2)
-With ``words``, sites that read text say the words that would ask for the edit (``TextSubstitution``): this project's own.
+    Δ = H(A, A'),   H(A, A) = 0                    LoRA of Change (2411.19156, §3.2)
+
+At initialization all Δ are 0. With an instruction head (this project's own), the target modules
+that read text get a LoRA in closed form: with it, the empty prompt has the effect of a predicted
+instruction (``TextSubstitution``). The hypernetwork predicts the LoRA of all other modules.
 """
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -15,26 +19,38 @@ from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.text_substitution import TextSubstitution
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
-from hyperlora.models.instruction_head import InstructionHead
+from hyperlora.models.instruction_head import InstructionHead, InstructionHeadConfig
 
 FUSION_WIDTHS: Final = {"concat": 2, "difference": 1, "both": 3}
-"""How many times as wide as one picture's tokens those of a pair are."""
+"""Width of a pair's fused tokens, in widths of one image's tokens."""
 
 
 class PairHypernetwork(nn.Module):
-    """Tokens of both pictures, joined place by place, as the memory of a ``Hypernetwork``; several pairs that show the
-    same edit are views.
+    """``Hypernetwork`` whose memory is the fused tokens of two images.
 
-    ``fusion``: ``concat`` (A, A') as in the paper, ``difference`` (A' - A), or ``both``. With ``antisymmetric`` the
-    ``up`` factors are u(A, A') - u(A', A) and the ``down`` factors the mean of both orders, so that Δ(A', A) is
-    -Δ(A, A') and Δ(A, A) is 0 by construction: what LoRA Reverse and random exchange train for. Other arguments are the
-    ``Hypernetwork``'s.
+    The tokens of both images are fused patch by patch. Several pairs that show the same edit are
+    views.
 
-    ``words`` (``tokens`` and ``width`` of the base's text, ``rest``, the rank of all other sites, and options of
-    ``InstructionHead``, its ``build_vocabulary`` among them) gives the sites that read text to a network of their own, which is
-    taught by instructions alone. Their LoRA is 0 where nothing changes too, but the words for a change are not the
-    opposite of those for its undoing: there Δ(A', A) is not -Δ(A, A'), though both undo it if the vocabulary has words
-    for the way ``back`` (and the base knows them).
+    With ``antisymmetric``, the ``up`` codes are u(A, A') - u(A', A) and the ``down`` codes the mean
+    of both orders. Then Δ(A', A) = -Δ(A, A') and Δ(A, A) = 0 by construction, which LoRA Reverse
+    and random exchange only train for. This does not hold for the modules that read text: the
+    instruction of an edit is not the opposite of the instruction that undoes it. Both LoRAs undo
+    the edit if the vocabulary has an ``undo_template`` (and the base knows its prompts).
+
+    Args:
+        layout: Target modules and rank of the predicted LoRAs.
+        feature_width: Width of one image's tokens.
+        fusion: ``concat`` for [A, A'] as in the paper, ``difference`` for A' - A, or ``both``.
+        antisymmetric: Whether swapping the images negates the LoRA.
+        instruction_head: Configuration of the head that predicts instructions, or the mapping that
+            ``InstructionHeadConfig.from_config`` takes. None leaves all target modules to the
+            hypernetwork.
+        **hypernetwork_kwargs: Other arguments of ``Hypernetwork``.
+
+    Raises:
+        InvalidArgumentError: If the fusion is unknown; if ``antisymmetric`` meets a softmax basis,
+            or ``patch_pixels`` another fusion than ``concat``; if no target module reads text and
+            there is an instruction head.
     """
 
     def __init__(
@@ -43,107 +59,147 @@ class PairHypernetwork(nn.Module):
         feature_width: int,
         fusion: str = "concat",
         antisymmetric: bool = False,
-        instruction_head: dict[str, Any] | None = None,
+        instruction_head: InstructionHeadConfig | Mapping[str, Any] | None = None,
         **hypernetwork_kwargs: Any,
     ) -> None:
         super().__init__()
         if fusion not in FUSION_WIDTHS:
             raise InvalidArgumentError(
-                f"unknown way to join a pair {fusion!r}; known: {', '.join(FUSION_WIDTHS)}"
+                f"unknown fusion {fusion!r}; known: {', '.join(FUSION_WIDTHS)}"
             )
         if antisymmetric and hypernetwork_kwargs.get("head") == "softmax":
             raise InvalidArgumentError(
-                "shares of a softmax basis cannot change sign: antisymmetric needs another head"
+                "weights of a softmax basis cannot change sign: antisymmetric needs another head"
             )
-        if instruction_head and instruction_head.get("pixels") and fusion != "concat":
+        if isinstance(instruction_head, Mapping):
+            instruction_head = InstructionHeadConfig.from_config(instruction_head)
+        if instruction_head and instruction_head.patch_pixels and fusion != "concat":
             raise InvalidArgumentError(
-                f"words that point at pixels need both pictures: join 'concat' expected, got {fusion!r}"
+                "an instruction head with patch_pixels needs both images: "
+                f"fusion 'concat' expected, got {fusion!r}"
             )
         self.layout, self.fusion, self.antisymmetric = layout, fusion, antisymmetric
         pair_width = FUSION_WIDTHS[fusion] * feature_width
-        head_kwargs = {k: v for k, v in (instruction_head or {}).items() if k != "rest"}
-        self.instruction_head = (
-            InstructionHead(pair_width, rank=layout.rank, **head_kwargs)
-            if instruction_head
-            else None
-        )
-        self.text_substitution = None
-        if instruction_head and self.instruction_head:
+        self.instruction_head: InstructionHead | None = None
+        self.text_substitution: TextSubstitution | None = None
+        other_layout = layout
+        if instruction_head:
+            self.instruction_head = InstructionHead(pair_width, layout.rank, instruction_head)
             self.text_substitution = TextSubstitution(
                 layout,
-                instruction_head["tokens"],
-                instruction_head["width"],
-                instruction_head.get("rest"),
+                instruction_head.num_text_tokens,
+                instruction_head.cross_attention_dim,
+                instruction_head.other_rank,
                 self.instruction_head.text_b.shape[-1],
             )
-        self.hypernetwork = Hypernetwork(
-            self.text_substitution.other_layout if self.text_substitution else layout,
-            pair_width,
-            **hypernetwork_kwargs,
-        )
-        hypernetwork_config = {
-            k: v for k, v in self.hypernetwork.config.items() if k != "feature_width"
-        }
-        self.config = {
+            other_layout = self.text_substitution.other_layout
+        self.hypernetwork = Hypernetwork(other_layout, pair_width, **hypernetwork_kwargs)
+        self.config: dict[str, object] = {
+            **self.hypernetwork.config,
             "feature_width": feature_width,
-            "join": fusion,
+            "fusion": fusion,
             "antisymmetric": antisymmetric,
-            "words": instruction_head,
-            **hypernetwork_config,
+            "instruction_head": instruction_head.to_config() if instruction_head else None,
         }
 
     def predict_codes(self, before: ImageFeatures, after: ImageFeatures) -> Tensor:
-        """[batch, 2 * sites, code_size], of the sites that are not given words."""
+        """Predict the codes of all factors that the hypernetwork is for.
+
+        Args:
+            before: Tokens of the images before the edit, [batch, pairs, tokens, feature_width].
+            after: Tokens of the images after it, of the same shape.
+
+        Returns:
+            Codes of all ``down`` factors, then of all ``up`` factors: [batch, 2 * num_targets,
+            code_size].
+        """
         forward_codes = self.hypernetwork.predict_codes(self.fuse_pair(before, after))
         if not self.antisymmetric:
             return forward_codes
         backward_codes = self.hypernetwork.predict_codes(self.fuse_pair(after, before))
-        (down, up), (backward_down, backward_up) = (
-            forward_codes.chunk(2, -2),
-            backward_codes.chunk(2, -2),
-        )
-        return torch.cat([(down + backward_down) / 2, (up - backward_up) / 2], -2)
+        forward_down, forward_up = forward_codes.chunk(2, -2)  # [batch, num_targets, code_size]
+        backward_down, backward_up = backward_codes.chunk(2, -2)
+        down = (forward_down + backward_down) / 2  # symmetric
+        up = forward_up - backward_up  # antisymmetric, and so is up @ down
+        return torch.cat([down, up], -2)
 
     def forward(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:
-        """One LoRA per edit of the batch; both [batch, pairs, tokens, width]."""
+        """Predict one LoRA per edit.
+
+        Args:
+            before: Tokens of the images before the edit, [batch, pairs, tokens, feature_width].
+            after: Tokens of the images after it, of the same shape.
+
+        Returns:
+            LoRAs with a batch axis [batch].
+        """
         weights = self.hypernetwork.decode_codes(self.predict_codes(before, after))
         if self.text_substitution is None:
             return weights
-        return self.text_substitution(*self.predict_prompt_factors(before, after), weights)
+        a, b = self.predict_prompt_factors(before, after)
+        return self.text_substitution(a, b, weights)
 
     def predict_prompt_factors(
         self, before: ImageFeatures, after: ImageFeatures
     ) -> tuple[Tensor, Tensor]:
-        """``a`` [batch, tokens, rank] and ``b`` [batch, rank, basis] of ``TextSubstitution``. Raises ``InvalidArgumentError`` if the
-        network was built without ``words``."""
-        pair_features = self.fuse_pair(before, after), self.fuse_pair(before, before)
-        return self._instruction_head_or_raise(
-            pair_features, (self.fuse_pair(after, before), self.fuse_pair(after, after))
-        )
+        """Predict the instruction, as the factors that ``TextSubstitution`` takes.
+
+        Args:
+            before: Tokens of the images before the edit, [batch, pairs, tokens, feature_width].
+            after: Tokens of the images after it, of the same shape.
+
+        Returns:
+            a [batch, num_text_tokens, rank] and b [batch, rank, basis_size].
+
+        Raises:
+            InvalidArgumentError: If the network has no instruction head.
+        """
+        features = self.fuse_pair(before, after), self.fuse_pair(before, before)
+        reversed_features = self.fuse_pair(after, before), self.fuse_pair(after, after)
+        a, b = self._require_instruction_head()(features, reversed_features)
+        return a, b
 
     def predict_instructions(self, before: ImageFeatures, after: ImageFeatures) -> list[str]:
-        """What would ask for each change of the batch. Raises ``InvalidArgumentError`` as ``words``."""
-        instruction_head = self._instruction_head_or_raise
-        return instruction_head.vocabulary.decode(
-            instruction_head.predict_prompt_weights(
-                self.fuse_pair(before, after), self.fuse_pair(before, before)
-            )
-        )
+        """Predict the instruction of each edit as text.
 
-    @property
-    def _instruction_head_or_raise(self) -> InstructionHead:
-        if self.instruction_head is None:
-            raise InvalidArgumentError(
-                "this network has no words: build it with words={'tokens': ..., 'width': ...}"
-            )
-        return self.instruction_head
+        Args:
+            before: Tokens of the images before the edit, [batch, pairs, tokens, feature_width].
+            after: Tokens of the images after it, of the same shape.
+
+        Returns:
+            One instruction per edit, or a blend of some; empty where nothing changes.
+
+        Raises:
+            InvalidArgumentError: If the network has no instruction head.
+        """
+        head = self._require_instruction_head()
+        prompt_weights = head.predict_prompt_weights(
+            self.fuse_pair(before, after), self.fuse_pair(before, before)
+        )  # [batch, prompts]
+        return head.vocabulary.decode(prompt_weights)
 
     def fuse_pair(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:
-        """What the decoder sees of a pair."""
-        before_tokens, after_tokens = before.tokens, after.tokens
-        tokens = {
-            "concat": (before_tokens, after_tokens),
-            "difference": (after_tokens - before_tokens,),
-            "both": (before_tokens, after_tokens, after_tokens - before_tokens),
+        """Fuse the tokens of two images, patch by patch.
+
+        Args:
+            before: Tokens of the images before the edit, [batch, pairs, tokens, feature_width].
+            after: Tokens of the images after it, of the same shape.
+
+        Returns:
+            Tokens [batch, pairs, tokens, ``FUSION_WIDTHS[fusion]`` * feature_width].
+        """
+        difference = after.tokens - before.tokens
+        parts = {
+            "concat": (before.tokens, after.tokens),
+            "difference": (difference,),
+            "both": (before.tokens, after.tokens, difference),
         }[self.fusion]
-        return ImageFeatures(torch.cat(tokens, -1))
+        return ImageFeatures(torch.cat(parts, -1))
+
+    def _require_instruction_head(self) -> InstructionHead:
+        if self.instruction_head is None:
+            raise InvalidArgumentError(
+                "this network has no instruction head: build it with "
+                "instruction_head={'num_text_tokens': ..., 'cross_attention_dim': ...}"
+            )
+        return self.instruction_head

@@ -1,4 +1,4 @@
-"""The ways from photos to a LoRA by name, and how a released model of any of them is opened."""
+"""Released models from photos by the name of their method, whatever their class."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,14 @@ from hyperlora.errors import InvalidArgumentError, ModelLoadError
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
+from hyperlora.pipelines.pretrained_model import CLASS_NAME_KEY
 
 METHODS: Final[Mapping[str, type[ImageToLoraBase]]] = {
-    "hyperdreambooth": ImageToLora,
+    "hypernetwork": ImageToLora,
     "difflora": LoraDiffusion,
 }
+"""The class of each method, by the name that ``--method`` takes."""
+DEFAULT_METHOD: Final = "hypernetwork"
 
 
 def load_image_to_lora(
@@ -25,36 +28,50 @@ def load_image_to_lora(
     method: str | None = None,
     base: DiffusionBase | None = None,
 ) -> ImageToLoraBase:
-    """The model ``name_or_path`` (folder or hub id) of any method; without a name the bundle's of ``method``.
+    """Load a model from photos; its ``config.json`` names the class.
 
-    Raises ``InvalidArgumentError`` for an unknown method, ``ModelLoadError`` for a model of another one, and what
-    ``from_pretrained`` raises.
+    Args:
+        name_or_path: The folder or the hub id; None for the bundled model of ``method``.
+        method: The expected method, ``hypernetwork`` or ``difflora``; None accepts any.
+        base: The base, which spares a second load by a model that encodes photos with it.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidArgumentError: The method is unknown.
+        ModelLoadError: The model is of another method, or cannot be loaded.
+        LayoutMismatchError: The model is for another base than ``base``.
     """
     if method is not None and method not in METHODS:
         raise InvalidArgumentError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    model_name_or_path = (
-        name_or_path
-        if name_or_path is not None
-        else pretrained.MODEL_DIR_BY_METHOD[method or "hyperdreambooth"]
-    )
-    model_method = read_method_name(model_name_or_path)
+    if name_or_path is None:
+        name_or_path = pretrained.MODEL_DIR_BY_METHOD[method or DEFAULT_METHOD]
+    model_method = read_method_name(name_or_path)
     if method is not None and model_method not in (None, method):
         raise ModelLoadError(
-            f"{model_name_or_path} is a model of the method {model_method}, not {method}: leave out --method, or give --model"
+            f"{name_or_path} is a model of the method {model_method}, not {method}: "
+            "leave out --method, or give --model"
         )
-    model: ImageToLoraBase = METHODS[model_method or method or "hyperdreambooth"].from_pretrained(
-        model_name_or_path, base=base
-    )
+    model_class = METHODS[model_method or method or DEFAULT_METHOD]
+    model: ImageToLoraBase = model_class.from_pretrained(name_or_path, base=base)
     return model
 
 
 def get_method_name(model: ImageToLoraBase) -> str:
-    """What ``--method`` calls the kind of ``model``."""
+    """Return the method of a model, as ``--method`` names it."""
     return next(name for name, model_class in METHODS.items() if isinstance(model, model_class))
 
 
 def read_method_name(name_or_path: str | Path) -> str | None:
-    """What ``config.json`` of a model says, None where there is none to read."""
+    """Read the method of a model from the class name in its ``config.json``.
+
+    Args:
+        name_or_path: The folder or the hub id.
+
+    Returns:
+        The name of the method; None if the file cannot be read or names no model from photos.
+    """
     try:
         config_path = (
             Path(name_or_path) / "config.json"
@@ -64,11 +81,7 @@ def read_method_name(name_or_path: str | Path) -> str | None:
         config: Any = json.loads(Path(config_path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    config_keys = config.keys() if isinstance(config, dict) else ()
-    return (
-        "difflora"
-        if "denoiser" in config_keys
-        else "hyperdreambooth"
-        if "hypernetwork" in config_keys
-        else None
+    class_name = config.get(CLASS_NAME_KEY) if isinstance(config, dict) else None
+    return next(
+        (name for name, model_class in METHODS.items() if model_class.__name__ == class_name), None
     )

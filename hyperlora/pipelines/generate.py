@@ -4,49 +4,32 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.data.images import compute_sha256, read_image, to_tensor
+from hyperlora.data.images import read_image, to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase, SamplingConfig
+from hyperlora.pipelines.config import GenerationConfig, LoraSampling
+from hyperlora.pipelines.image_to_lora_base import EncodedPhotos, ImageToLoraBase
 from hyperlora.pipelines.input_checks import check_photos
-from hyperlora.pipelines.refine_generated import (
-    RefineMethod,
-    check_refine_method,
-    refine_predictions,
-)
+from hyperlora.pipelines.refine_generated import check_refine_method, refine_predictions
 from hyperlora.pipelines.rerank import IdentityReranker
-
-LoraFormat = Literal["diffusers", "kohya", "sgm"]
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How LoRAs are made and written. ``rank`` None keeps the model's; ``refine_steps`` counts fine-tuning steps, which need
-    a ``base``, and ``refine_method`` is ``refine_predictions``'s ``by``. A model that samples makes ``num_candidates`` LoRAs of each subject,
-    which need a ``IdentityReranker`` if more than are asked for."""
-
-    format: LoraFormat = "diffusers"
-    rank: int | None = None
-    strength: float = 1.0
-    refine_steps: int = 0
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    num_candidates: int = 1
-    refine_method: RefineMethod | None = None
 
 
 @dataclass(frozen=True)
 class SubjectPhotos:
-    """One subject's photos, decoded once: ``encoder_pixels`` [views, 3, size, size] by the model and, for refining, ``base_pixels``
-    [views, 3, resolution, resolution] as the base would draw them."""
+    """The photos of one subject, decoded once.
+
+    Attributes:
+        encoder_pixels: [views, 3, size, size] in [0, 1], of the model's ``photo_size``.
+        base_pixels: [views, 3, resolution, resolution] in [0, 1], of the base's resolution; None
+            if the base does not run.
+    """
 
     encoder_pixels: Tensor
     base_pixels: Tensor | None = None
@@ -58,15 +41,26 @@ class SubjectPhotos:
         model: ImageToLoraBase,
         base: DiffusionBase | None = None,
     ) -> "SubjectPhotos":
+        """Convert the photos of a subject to pixels.
+
+        Args:
+            images: RGB images of any size.
+            model: The model that encodes them.
+            base: The base that refines or reranks LoRAs of them, if any.
+
+        Returns:
+            The pixels for the model and the base.
+        """
         encoder_pixels = torch.stack([to_tensor(image, model.photo_size) for image in images])
+        if base is None:
+            return cls(encoder_pixels)
         return cls(
-            encoder_pixels,
-            torch.stack([to_tensor(image, base.resolution) for image in images]) if base else None,
+            encoder_pixels, torch.stack([to_tensor(image, base.resolution) for image in images])
         )
 
     @classmethod
     def cat(cls, parts: Sequence["SubjectPhotos"]) -> "SubjectPhotos":
-        """Photos of one subject that were decoded apart."""
+        """Concatenate photos of one subject that were decoded separately."""
         base_pixels = [part.base_pixels for part in parts if part.base_pixels is not None]
         return cls(
             torch.cat([part.encoder_pixels for part in parts]),
@@ -76,8 +70,17 @@ class SubjectPhotos:
 
 @dataclass(frozen=True)
 class GenerationRecord:
-    """One line of the index: the subject, its file, or why there is none; ``config_hash`` tells model and settings apart,
-    ``warnings`` say what may be wrong with the photos."""
+    """One line of the index of generated files.
+
+    Attributes:
+        subject: The name of the subject.
+        file: The name of its file; None if there is none.
+        num_photos: Photos that the LoRA is generated from.
+        seconds: The time per LoRA.
+        error: Why a photo was skipped or there is no file.
+        config_hash: A hash of the model and the settings; empty if there is no file.
+        warnings: What may be wrong with the photos, a sentence each.
+    """
 
     subject: str
     file: str | None
@@ -93,89 +96,136 @@ def generate_loras(
     subjects: Sequence[SubjectPhotos],
     config: GenerationConfig,
     base: DiffusionBase | None = None,
-    features: Any = None,
+    features: EncodedPhotos | None = None,
     reranker: IdentityReranker | None = None,
 ) -> LoraWeights:
-    """LoRAs (batch axis) of subjects with equally many photos each, refined and resized as asked; ``features`` are
-    those of their photos where the encoder has seen them already.
+    """Generate the LoRAs of several subjects, refined, resized and scaled.
 
-    Raises ``InvalidArgumentError`` for refining without a base, choosing without a ``reranker``, a rank that no site can fill, and
-    several samples of a model that makes one LoRA.
+    Args:
+        model: The model.
+        subjects: Subjects with equally many photos each.
+        config: The settings; ``num_loras`` is 1 here.
+        base: The base, for refinement.
+        features: The encoded photos, where they are encoded already.
+        reranker: Ranks the candidates if ``num_candidates`` is more than 1.
+
+    Returns:
+        One LoRA per subject (batch axis).
+
+    Raises:
+        InvalidArgumentError: The settings do not suit the model, or the base or the reranker that
+            they need is missing.
     """
     validate_config(model, config)
     photo_features = features if features is not None else encode_subjects(model, subjects)
-    (weights,) = generate_candidates(model, photo_features, subjects, config, 1, reranker)
+    (weights,) = generate_candidates(
+        model, photo_features, subjects, replace(config, num_loras=1), reranker
+    )
     return postprocess_loras(model, weights, subjects, config, base)
 
 
-def validate_config(model: ImageToLoraBase, config: GenerationConfig, num_samples: int = 1) -> None:
-    """Raises ``InvalidArgumentError`` for a rank that no site can fill, for samples of a model that makes one LoRA, and for a way
-    to refine that the model does not know."""
+def validate_config(model: ImageToLoraBase, config: GenerationConfig) -> None:
+    """Check that settings suit a model.
+
+    Args:
+        model: The model.
+        config: The settings.
+
+    Raises:
+        InvalidArgumentError: No target can have the rank, the model is deterministic and several
+            samples or a seed are given, or the model cannot be refined by the method.
+    """
     check_refine_method(model, config.refine_method)
     rank = config.rank or model.layout.rank
-    if rank > (
-        max_rank := max(min(site.in_features, site.out_features) for site in model.layout.targets)
-    ):
+    max_rank = max(min(t.in_features, t.out_features) for t in model.layout.targets)
+    if rank > max_rank:
         raise InvalidArgumentError(
-            f"rank {rank} asked for, but no weight of {model.layout.base!r} has more than {max_rank}"
+            f"rank {rank} asked for, but no weight of {model.layout.base!r} has more than "
+            f"{max_rank}"
         )
-    if not model.is_generative and (
-        max(num_samples, config.num_candidates) > 1 or config.sampling != SamplingConfig()
-    ):
+    num_samples = max(config.num_loras, config.num_candidates)
+    if not model.is_generative and (num_samples > 1 or config.sampling != LoraSampling()):
         raise InvalidArgumentError(
-            "this model makes one LoRA of a photo and leaves nothing to chance: n, best-of, seed, sampling steps and "
-            "guidance are for a model that samples (--method difflora)"
+            "this model is deterministic and makes one LoRA of a photo: num-loras, num-candidates, "
+            "seed, lora-sampling-steps and lora-guidance-scale are for a model that samples "
+            "(--method difflora)"
         )
 
 
 @torch.no_grad()
 def generate_candidates(
     model: ImageToLoraBase,
-    features: Any,
+    features: EncodedPhotos,
     subjects: Sequence[SubjectPhotos],
     config: GenerationConfig,
-    num_loras: int,
     reranker: IdentityReranker | None = None,
 ) -> list[LoraWeights]:
-    """``count`` LoRAs of every subject, each of batch subjects, by the seeds from the settings' on; of more
-    (``num_candidates``), those that ``reranker`` finds most like the photos, the likest first."""
-    num_candidates, sampling = max(num_loras, config.num_candidates), config.sampling
+    """Generate ``num_loras`` LoRAs of every subject, the best of ``num_candidates`` if more.
+
+    Args:
+        model: The model.
+        features: The encoded photos.
+        subjects: The photos, for the reranker.
+        config: The settings; candidate i has the seed ``config.sampling.seed + i``.
+        reranker: Ranks the candidates of each subject.
+
+    Returns:
+        ``num_loras`` batches with one LoRA per subject: by seed, or reranked, the best first.
+
+    Raises:
+        InvalidArgumentError: There are more candidates than LoRAs, and no reranker.
+    """
+    num_candidates = max(config.num_loras, config.num_candidates)
+    seeds = range(config.sampling.seed, config.sampling.seed + num_candidates)
     candidates = [
-        model.generate_from_features(features, replace(sampling, seed=sampling.seed + i))
-        for i in range(num_candidates)
+        model.generate_from_features(features, replace(config.sampling, seed=seed))
+        for seed in seeds
     ]
-    if num_candidates == 1 or (reranker is None and num_candidates == num_loras):
+    if num_candidates == 1 or (reranker is None and not config.needs_reranking):
         return candidates
     if reranker is None:
         raise InvalidArgumentError(
-            "choosing the best of several LoRAs draws with the base model: give it too"
+            "choosing the best of several LoRAs generates images with the base model: give it too"
         )
-    similarities = [
-        reranker(
-            LoraWeights.stack([lora[i] for lora in candidates]),
-            photos.encoder_pixels if photos.base_pixels is None else photos.base_pixels,
-        )
-        for i, photos in enumerate(subjects)
-    ]
-    rankings = [scores.argsort(descending=True).tolist() for scores in similarities]
+    rankings = []  # per subject, candidates from the best
+    for i, photos in enumerate(subjects):
+        pixels = photos.encoder_pixels if photos.base_pixels is None else photos.base_pixels
+        scores = reranker(LoraWeights.stack([lora[i] for lora in candidates]), pixels)
+        rankings.append(scores.argsort(descending=True).tolist())
     return [
         LoraWeights.stack([candidates[ranking[position]][i] for i, ranking in enumerate(rankings)])
-        for position in range(num_loras)
+        for position in range(config.num_loras)
     ]
 
 
-def encode_subjects(model: ImageToLoraBase, subjects: Sequence[SubjectPhotos]) -> Any:
-    """What the encoder says about subjects with equally many photos each."""
-    return model.encode_photos(
-        torch.stack([photos.encoder_pixels for photos in subjects]).to(model.device)
-    )
+def encode_subjects(model: ImageToLoraBase, subjects: Sequence[SubjectPhotos]) -> EncodedPhotos:
+    """Encode the photos of several subjects.
+
+    Args:
+        model: The model.
+        subjects: Subjects with equally many photos each.
+
+    Returns:
+        The input of the model's ``generate_from_features``.
+    """
+    pixels = torch.stack([photos.encoder_pixels for photos in subjects])
+    return model.encode_photos(pixels.to(model.device))  # [batch, views, 3, size, size]
 
 
 @torch.no_grad()
 def predict_loras(
-    model: ImageToLoraBase, features: Any, sampling: SamplingConfig | None = None
+    model: ImageToLoraBase, features: EncodedPhotos, sampling: LoraSampling | None = None
 ) -> LoraWeights:
-    """The one forward pass, after the encoder: LoRAs (batch axis)."""
+    """Generate LoRAs from encoded photos without gradients, as ``generate_from_features``.
+
+    Args:
+        model: The model.
+        features: The encoded photos.
+        sampling: Seed and steps of a model that ``is_generative``.
+
+    Returns:
+        One LoRA per subject (batch axis).
+    """
     return model.generate_from_features(features, sampling)
 
 
@@ -187,22 +237,32 @@ def postprocess_loras(
     base: DiffusionBase | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> LoraWeights:
-    """Predicted LoRAs refined, resized and scaled as asked; ``on_step`` is told every step of refining.
+    """Refine, resize and scale generated LoRAs.
 
-    Raises ``InvalidArgumentError`` for refining without a base.
+    Args:
+        model: The model that generated them.
+        weights: One LoRA per subject (batch axis).
+        subjects: The photos, for refinement.
+        config: The settings.
+        base: The base, for refinement.
+        on_step: Called with the number of each refinement step; without it there is a progress bar.
+
+    Returns:
+        The finished LoRAs (batch axis).
+
+    Raises:
+        InvalidArgumentError: There are steps of refinement and no base.
     """
     rank = config.rank or model.layout.rank
     if config.refine_steps:
         if base is None:
-            raise InvalidArgumentError("refining draws with the base model: give it too")
-        targets = torch.stack(
-            [photos.base_pixels for photos in subjects if photos.base_pixels is not None]
-        )
+            raise InvalidArgumentError("refinement runs the base model: give it too")
+        pixels = [photos.base_pixels for photos in subjects if photos.base_pixels is not None]
         weights = refine_predictions(
             model,
             base,
             weights,
-            targets.to(model.device),
+            torch.stack(pixels).to(model.device),  # [batch, views, 3, h, w]
             num_steps=config.refine_steps,
             out_rank=rank,
             method=config.refine_method,
@@ -214,58 +274,49 @@ def postprocess_loras(
     return weights * config.strength if config.strength != 1 else weights
 
 
-def make_metadata(
-    model: ImageToLoraBase, title: str, photos: Sequence[Path | bytes]
-) -> LoraMetadata:
-    """Provenance of a generated LoRA."""
-    card = model.card
-    resolution = card.get("resolution")
-    encoder_name, encoder_license = model.encoder_provenance
-    return LoraMetadata(
-        title=title.encode(
-            "utf-8", "replace"
-        ).decode(),  # file names may hold bytes that are no text
-        architecture=card.get("architecture", "stable-diffusion-v1"),
-        resolution=(resolution, resolution) if resolution else None,
-        trigger_phrase=model.trigger_phrase,
-        license=card.get("license", ""),
-        encoder=encoder_name,
-        encoder_license=encoder_license,
-        reference_sha256=tuple(compute_sha256(p) for p in photos),
-    )
-
-
 def generate_files(
     model: ImageToLoraBase,
     photo_paths: Sequence[Path],
-    output_paths: Sequence[Path],
+    output_path: Path,
     config: GenerationConfig,
     base: DiffusionBase | None = None,
     preloaded_images: Sequence[Image.Image] | None = None,
     reranker: IdentityReranker | None = None,
 ) -> list[GenerationRecord]:
-    """One subject's LoRAs, as many as ``output_paths``, each another sample; ``preloaded_images`` are the photos where they have been
-    read already. Nothing is written if making them fails."""
+    """Generate the LoRAs of one subject and write them; nothing is written if one fails.
+
+    Args:
+        model: The model.
+        photo_paths: The photos of the subject.
+        output_path: The file, numbered if ``config.num_loras`` is more than 1.
+        config: The settings.
+        base: The base, for refinement.
+        preloaded_images: The photos, where they are decoded already.
+        reranker: Ranks the candidates.
+
+    Returns:
+        One record per file.
+
+    Raises:
+        InvalidImageError: A photo cannot be read.
+        InvalidArgumentError: As ``generate_loras``.
+    """
     start_time = time.perf_counter()
-    validate_config(model, config, len(output_paths))
-    images = (
-        preloaded_images if preloaded_images is not None else [read_image(p) for p in photo_paths]
-    )
-    subjects = [
-        SubjectPhotos.from_images(images, model, base or (reranker.base if reranker else None))
-    ]
+    validate_config(model, config)
+    images = preloaded_images
+    if images is None:
+        images = [read_image(path) for path in photo_paths]
+    pixel_base = base or (reranker.base if reranker else None)
+    subjects = [SubjectPhotos.from_images(images, model, pixel_base)]
     features = encode_subjects(model, subjects)
-    samples = generate_candidates(model, features, subjects, config, len(output_paths), reranker)
+    samples = generate_candidates(model, features, subjects, config, reranker)
     loras = [postprocess_loras(model, weights, subjects, config, base)[0] for weights in samples]
-    (warnings,) = check_photos(model.ood_detector, model.get_image_features(features))
-    seconds = (time.perf_counter() - start_time) / len(output_paths)
+    (warnings,) = check_photos(model.ood_detector, features.image)
+    seconds = (time.perf_counter() - start_time) / config.num_loras
+    output_paths = make_numbered_paths(output_path, config.num_loras)
     for weights, path in zip(loras, output_paths, strict=True):
-        save_lora(
-            weights,
-            path,
-            format=config.format,
-            metadata=make_metadata(model, path.stem, photo_paths),
-        )
+        metadata = model.make_metadata(path.stem, photo_paths)
+        save_lora(weights, path, format=config.format, metadata=metadata)
     return [
         GenerationRecord(path.stem, path.name, len(photo_paths), seconds, warnings=warnings)
         for path in output_paths
@@ -273,9 +324,15 @@ def generate_files(
 
 
 def make_numbered_paths(path: Path, num_files: int) -> list[Path]:
-    """``me.safetensors`` for one, ``me-1.safetensors``, ``me-2.safetensors``, ... for several."""
-    return (
-        [path]
-        if num_files == 1
-        else [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(num_files)]
-    )
+    """Number the files of several LoRAs.
+
+    Args:
+        path: The path of a single file.
+        num_files: How many files there are.
+
+    Returns:
+        ``path`` alone for one file; ``me-1.safetensors``, ``me-2.safetensors``, ... for several.
+    """
+    if num_files == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(num_files)]

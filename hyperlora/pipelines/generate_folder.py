@@ -1,4 +1,4 @@
-"""A folder of subjects to LoRA files and an index, offline; a run that was killed goes on where it stopped."""
+"""A folder of subjects to LoRA files and an index; a killed run resumes where it stopped."""
 
 import hashlib
 import json
@@ -6,35 +6,50 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TextIO
+from typing import Final, TextIO
 
 import torch
 from PIL import Image
 
+from hyperlora.data.batching import split_batches
 from hyperlora.data.images import read_image
 from hyperlora.data.subjects import Subject, list_subjects
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import HyperloraError, InvalidImageError
 from hyperlora.lora.io.safetensors_file import write_bytes
 from hyperlora.lora.io.save import serialize_lora
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.generate import (
-    GenerationConfig,
     GenerationRecord,
     SubjectPhotos,
     encode_subjects,
     generate_loras,
-    make_metadata,
 )
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.input_checks import check_photos
 from hyperlora.pipelines.rerank import IdentityReranker
 from hyperlora.progress import track
 
-BatchGenerator = Callable[[Sequence[list[Subject]]], Iterable[list[tuple[GenerationRecord, bytes]]]]
-"""Batches of subjects to what was made of each: an index line, and the file's bytes where there is one."""
+FileResult = tuple[GenerationRecord, bytes]
+"""A record of the index and the content of its file; no bytes where there is no file."""
+BatchGenerator = Callable[[Sequence[Sequence[Subject]]], Iterable[Sequence[FileResult]]]
+"""Generates batches of subjects, in order: the results of each batch."""
+INDEX_NAME: Final = "index.jsonl"
+"""The index in the output folder, one ``GenerationRecord`` per line."""
+_MAX_STEM_BYTES: Final = 150
+
+
+@dataclass(frozen=True)
+class _LoadedSubject:
+    """A subject with those of its photos that could be read."""
+
+    name: str
+    photo_paths: Sequence[Path]
+    pixels: SubjectPhotos
 
 
 def generate_folder(
@@ -47,44 +62,59 @@ def generate_folder(
     batch_generator: BatchGenerator | None = None,
     reranker: IdentityReranker | None = None,
 ) -> list[GenerationRecord]:
-    """One LoRA file per subject of ``folder`` (see ``list_subjects``) and ``index_path.jsonl`` beside them.
+    """Write one LoRA file per subject of a folder, and ``index.jsonl``.
 
-    A photo that cannot be read is reported in the index and skipped, its subject made from the others. Subjects in the
-    index are not made again if their file is there, of this model and these settings, and of as many photos as now.
-    ``batch_generator`` makes the batches (``ray_batches.make_ray_batch_generator``), in this process unless given; files are written here.
-    ``reranker`` is asked where the settings say best of several.
+    A photo that cannot be read is recorded and skipped; its subject uses the others. A subject in
+    the index is skipped if its file exists and is of this model, these settings and as many photos.
+
+    Args:
+        model: The model.
+        folder: The subjects; see ``list_subjects``.
+        output_dir: The folder to write, created if missing.
+        config: The settings, of one LoRA per subject.
+        base: The base, for refinement.
+        batch_size: Subjects per batch.
+        batch_generator: Generates the batches, e.g. on a cluster (``make_ray_batch_generator``);
+            None for this process.
+        reranker: Ranks the candidates if ``num_candidates`` is more than 1.
+
+    Returns:
+        The records of the index.
+
+    Raises:
+        InvalidImageError: The folder holds no subject.
+        InvalidArgumentError: The settings do not suit a folder or the model.
     """
-    batch_generator = batch_generator or (
-        lambda batches: (generate_batch(model, batch, config, base, reranker) for batch in batches)
-    )
+    config.check_folder()
+    if batch_generator is None:
+
+        def batch_generator(
+            batches: Sequence[Sequence[Subject]],
+        ) -> Iterator[Sequence[FileResult]]:
+            for batch in batches:
+                yield generate_batch(model, batch, config, base, reranker)
+
     subjects = list_subjects(folder)
     output_dir.mkdir(parents=True, exist_ok=True)
-    index_path, config_hash = output_dir / "index.jsonl", _compute_config_hash(model, config)
+    index_path, config_hash = output_dir / INDEX_NAME, _compute_config_hash(model, config)
     previous_records = {
-        records.subject: records
-        for records in _read_index(index_path)
-        if records.file and (output_dir / records.file).is_file()
+        record.subject: record
+        for record in _read_index(index_path)
+        if record.file and (output_dir / record.file).is_file()
     }
     pending_subjects = [
         subject
         for subject in subjects
         if not _is_up_to_date(previous_records.get(subject.name), subject, config_hash)
     ]
-    records = [
-        previous_record
-        for name, previous_record in previous_records.items()
-        if name not in {subject.name for subject in pending_subjects}
-    ]
+    pending_names = {subject.name for subject in pending_subjects}
+    records = [record for name, record in previous_records.items() if name not in pending_names]
     temp_index_path = index_path.with_suffix(".tmp")
     with temp_index_path.open("w") as index_file:
         _write_records(index_file, records)
-        os.replace(
-            temp_index_path, index_path
-        )  # the old index stands until the new one is whole; lines are added to it below
-        batches = [
-            pending_subjects[i : i + batch_size]
-            for i in range(0, len(pending_subjects), batch_size)
-        ]
+        # the old index stands until the new one is whole; lines are added to the new one below
+        os.replace(temp_index_path, index_path)
+        batches = list(split_batches(pending_subjects, batch_size))
         for results in track(
             batch_generator(batches), "LoRAs", "LoRAs", len(pending_subjects), batch_size
         ):
@@ -92,7 +122,8 @@ def generate_folder(
             for record, file_bytes in results:
                 if record.file:
                     write_bytes(file_bytes, output_dir / record.file)
-                new_records.append(replace(record, recipe=config_hash if record.file else ""))
+                    record = replace(record, config_hash=config_hash)
+                new_records.append(record)
             _write_records(index_file, new_records)
             records += new_records
     return records
@@ -104,74 +135,90 @@ def generate_batch(
     config: GenerationConfig,
     base: DiffusionBase | None = None,
     reranker: IdentityReranker | None = None,
-) -> list[tuple[GenerationRecord, bytes]]:
-    """What ``generate_folder`` writes of some subjects: index lines, each with its file's bytes (or none)."""
+) -> list[FileResult]:
+    """Generate the files of some subjects; those with equally many photos share a forward pass.
+
+    Args:
+        model: The model.
+        subjects: The subjects.
+        config: The settings, of one LoRA per subject.
+        base: The base, for refinement.
+        reranker: Ranks the candidates if ``num_candidates`` is more than 1.
+
+    Returns:
+        Records of skipped photos and of files, each with the content of its file.
+
+    Raises:
+        InvalidArgumentError: The settings do not suit the model.
+    """
     start_time = time.perf_counter()
-    results: list[tuple[GenerationRecord, bytes]] = []
-    loaded_subjects: list[tuple[Subject, list[Path], SubjectPhotos]] = []
+    pixel_base = base or (reranker.base if reranker else None)
+    results: list[FileResult] = []
+    loaded_subjects: list[_LoadedSubject] = []
     for subject in subjects:
         paths, images, problems = _read_photos(subject)
-        results += [
-            (GenerationRecord(subject.name, None, 0, 0.0, problem), b"") for problem in problems
-        ]
+        results += [_make_failure(subject.name, 0, problem) for problem in problems]
         if paths:
-            loaded_subjects.append(
-                (
-                    subject,
-                    paths,
-                    SubjectPhotos.from_images(
-                        images, model, base or (reranker.base if reranker else None)
-                    ),
-                )
-            )
-    for _, group in groupby(
-        sorted(loaded_subjects, key=lambda entry: len(entry[1])), key=lambda entry: len(entry[1])
-    ):
+            pixels = SubjectPhotos.from_images(images, model, pixel_base)
+            loaded_subjects.append(_LoadedSubject(subject.name, paths, pixels))
+    loaded_subjects.sort(key=_count_photos)
+    for _, group in groupby(loaded_subjects, key=_count_photos):
         members = list(group)
-        subject_photos = [photos for _, _, photos in members]
-        features = encode_subjects(model, subject_photos)
-        warnings = check_photos(model.ood_detector, model.get_image_features(features))
-        weights = generate_loras(model, subject_photos, config, base, features, reranker)
-        for i, (subject, paths, _) in enumerate(members):
-            metadata = make_metadata(model, subject.name, paths)
-            try:
-                file_bytes = serialize_lora(weights[i], format=config.format, metadata=metadata)
-            except (
-                HyperloraError
-            ) as error:  # e.g. a LoRA of NaN: one subject's trouble, not the folder's
-                results.append(
-                    (
-                        GenerationRecord(
-                            subject.name, None, len(paths), 0.0, f"{subject.name!r}: {error}"
-                        ),
-                        b"",
-                    )
-                )
-                continue
-            seconds = (time.perf_counter() - start_time) / len(subjects)
-            file_name = f"{make_file_stem(subject.name)}.safetensors"
-            results.append(
-                (
-                    GenerationRecord(
-                        subject.name, file_name, len(paths), seconds, warnings=warnings[i]
-                    ),
-                    file_bytes,
-                )
-            )
+        photos = [member.pixels for member in members]
+        features = encode_subjects(model, photos)
+        warnings = check_photos(model.ood_detector, features.image)
+        weights = generate_loras(model, photos, config, base, features, reranker)
+        for i, member in enumerate(members):
+            record, file_bytes = _serialize_member(model, member, weights[i], config)
+            if record.file:
+                seconds = (time.perf_counter() - start_time) / len(subjects)
+                record = replace(record, seconds=seconds, warnings=warnings[i])
+            results.append((record, file_bytes))
     return results
 
 
+def _serialize_member(
+    model: ImageToLoraBase, member: _LoadedSubject, weights: LoraWeights, config: GenerationConfig
+) -> FileResult:
+    """Serialize one subject's LoRA; a LoRA that cannot be written does not end the folder."""
+    metadata = model.make_metadata(member.name, member.photo_paths)
+    num_photos = len(member.photo_paths)
+    try:
+        file_bytes = serialize_lora(weights, format=config.format, metadata=metadata)
+    except HyperloraError as error:  # e.g. weights that are NaN
+        return _make_failure(member.name, num_photos, f"{member.name!r}: {error}")
+    file_name = f"{make_file_stem(member.name)}.safetensors"
+    return GenerationRecord(member.name, file_name, num_photos, 0.0), file_bytes
+
+
+def _make_failure(subject_name: str, num_photos: int, error: str) -> FileResult:
+    return GenerationRecord(subject_name, None, num_photos, 0.0, error), b""
+
+
+def _count_photos(subject: _LoadedSubject) -> int:
+    return len(subject.photo_paths)
+
+
 def make_file_stem(subject_name: str) -> str:
-    """``subject_name`` where every file system takes it as a name, otherwise what it takes and 8 digits to tell it apart."""
-    safe_name = (
-        re.sub(r"[^\w. -]|^-", "_", subject_name).encode()[:150].decode(errors="ignore").strip(" .")
-    )
-    if safe_name == subject_name:
+    """Return a name that every file system takes.
+
+    Args:
+        subject_name: The name of a subject.
+
+    Returns:
+        The name itself if possible; otherwise its usable characters and 8 digits of its hash, so
+        that two names never meet.
+    """
+    safe_name = re.sub(r"[^\w. -]|^-", "_", subject_name).encode()[:_MAX_STEM_BYTES]
+    stem = safe_name.decode(errors="ignore").strip(" .")
+    if stem == subject_name:
         return subject_name
-    return f"{safe_name}-{hashlib.sha256(subject_name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    name_hash = hashlib.sha256(subject_name.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{stem}-{name_hash[:8]}"
 
 
 def _read_photos(subject: Subject) -> tuple[list[Path], list[Image.Image], list[str]]:
+    """Read the photos of a subject: paths and images of the good ones, reasons of the others."""
     paths, images, problems = [], [], []
     for photo in subject.photos:
         try:
@@ -183,6 +230,7 @@ def _read_photos(subject: Subject) -> tuple[list[Path], list[Image.Image], list[
 
 
 def _compute_config_hash(model: ImageToLoraBase, config: GenerationConfig) -> str:
+    """Compute a hash of the model's layout and weights and of the settings."""
     hasher = hashlib.sha256(f"{model.layout.fingerprint} {config}".encode())
     for tensor in model.state_dict().values():
         hasher.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -190,10 +238,10 @@ def _compute_config_hash(model: ImageToLoraBase, config: GenerationConfig) -> st
 
 
 def _is_up_to_date(record: GenerationRecord | None, subject: Subject, config_hash: str) -> bool:
-    return record is not None and (record.config_hash, record.num_photos) == (
-        config_hash,
-        len(subject.photos),
-    )
+    """Check whether a record is of these settings and of as many photos as there are now."""
+    if record is None:
+        return False
+    return record.config_hash == config_hash and record.num_photos == len(subject.photos)
 
 
 def _read_index(index_path: Path) -> Iterator[GenerationRecord]:

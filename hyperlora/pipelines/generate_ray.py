@@ -1,39 +1,51 @@
-"""Photos to LoRAs on a Ray cluster, through Ray Data: each worker holds the model, this process writes the files."""
+"""Photos to LoRAs on a Ray cluster: workers hold the model, this process writes the files."""
 
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from hyperlora.data.subjects import Subject
-from hyperlora.pipelines.generate import GenerationConfig, GenerationRecord
-from hyperlora.pipelines.generate_folder import BatchGenerator, generate_batch
+from hyperlora.pipelines.config import GenerationConfig
+from hyperlora.pipelines.generate import GenerationRecord
+from hyperlora.pipelines.generate_folder import BatchGenerator, FileResult, generate_batch
 from hyperlora.ray_connection import connect_ray
 
 
 def make_ray_batch_generator(
     address: str, model_name_or_path: str, base_name_or_path: str | None, config: GenerationConfig
 ) -> BatchGenerator:
-    """A maker for ``generate_folder`` whose batches go to the workers of the cluster at ``address`` ("local": this
-    machine, or the cluster this process is connected to). ``model_name_or_path`` and ``base_name_or_path`` are names every node can load, and the
-    photos lie under the same paths everywhere. Raises ``InvalidArgumentError`` without the extra or if nobody answers."""
+    """Make a ``batch_generator`` of ``generate_folder`` that runs on a Ray cluster.
+
+    The photos must have the same paths on every node.
+
+    Args:
+        address: The address of the cluster; ``local`` for this machine, or for the cluster that
+            this process is connected to.
+        model_name_or_path: The model, a name that every node can load.
+        base_name_or_path: The base for refinement, likewise; None for none.
+        config: The settings.
+
+    Returns:
+        The generator of batches.
+
+    Raises:
+        InvalidArgumentError: Ray is not installed or nobody answers, or the settings rerank.
+    """
+    config.check_folder(use_ray=True)
     ray = connect_ray(address)
 
-    def generate_batches(
-        batches: Sequence[list[Subject]],
-    ) -> Iterator[list[tuple[GenerationRecord, bytes]]]:
+    def generate_batches(batches: Sequence[Sequence[Subject]]) -> Iterator[Sequence[FileResult]]:
         if not batches:
             return
         import ray.data as data
 
         data.DataContext.get_current().enable_progress_bars = False
-        num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        num_workers = max(
-            1,
-            int(ray.cluster_resources().get("GPU" if num_gpus else "CPU", 1))
-            - (0 if num_gpus else 1),
-        )
+        resources = ray.cluster_resources()
+        num_gpus = 1 if resources.get("GPU") else 0
+        # one GPU per worker; without GPUs one CPU, and one is left for this process
+        num_free = resources["GPU"] if num_gpus else resources.get("CPU", 1) - 1
+        num_workers = max(1, int(num_free))
         dataset = data.from_items([{"subjects": pickle.dumps(batch)} for batch in batches])
         outputs = dataset.map_batches(
             _Worker,
@@ -44,7 +56,7 @@ def make_ray_batch_generator(
             compute=data.ActorPoolStrategy(min_size=1, max_size=min(num_workers, len(batches))),
         )
         for row in outputs.iter_rows():
-            records, file_contents = json.loads(row["made"]), pickle.loads(row["files"])
+            records, file_contents = json.loads(row["records"]), pickle.loads(row["files"])
             yield [
                 (GenerationRecord(**record), file_bytes)
                 for record, file_bytes in zip(records, file_contents, strict=True)
@@ -54,7 +66,7 @@ def make_ray_batch_generator(
 
 
 class _Worker:
-    """Holds the model in one process of the cluster."""
+    """The model in one process of the cluster."""
 
     def __init__(
         self, model_name_or_path: str, base_name_or_path: str | None, config: GenerationConfig
@@ -66,12 +78,11 @@ class _Worker:
         self.model = load_image_to_lora(model_name_or_path, base=self.base)
         self.config = config
 
-    def __call__(self, batch: Any) -> Any:
-        results = generate_batch(
-            self.model, pickle.loads(batch["subjects"][0]), self.config, self.base
-        )
-        records_json = json.dumps([asdict(record) for record, _ in results])
+    def __call__(self, batch: Mapping[str, Sequence[bytes]]) -> Mapping[str, Sequence[object]]:
+        """Generate one batch of pickled subjects: records as JSON, and pickled files."""
+        subjects = pickle.loads(batch["subjects"][0])
+        results = generate_batch(self.model, subjects, self.config, self.base)
         return {
-            "made": [records_json],
+            "records": [json.dumps([asdict(record) for record, _ in results])],
             "files": [pickle.dumps([file_bytes for _, file_bytes in results])],
         }

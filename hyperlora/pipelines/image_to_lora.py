@@ -1,76 +1,107 @@
 """``ImageToLora``: photos of a subject in, LoRA weights out, in one forward pass."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base, make_unet_encoder
 from hyperlora.encoders.timm_encoder import TimmEncoder
-from hyperlora.encoders.unet_encoder import UNetFeatureEncoder
-from hyperlora.features import ImageFeatures
+from hyperlora.errors import ModelLoadError
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase, SamplingConfig
+from hyperlora.pipelines.config import LoraSampling
+from hyperlora.pipelines.image_to_lora_base import EncodedPhotos, ImageEncoder, ImageToLoraBase
+from hyperlora.pipelines.model_card import ModelCard
 
-Encoder = TimmEncoder | UNetFeatureEncoder
+_UNET_ENCODER_NAME: Final = "unet"
+"""The name of ``UNetFeatureEncoder`` in ``config.json``; any other name is timm's."""
 
 
 class ImageToLora(ImageToLoraBase):
-    """A photo encoder and the hypernetwork it conditions: one released artifact.
+    """An image encoder and the hypernetwork that it conditions (HyperDreamBooth, 2307.06949).
 
-    ``ImageToLora.from_pretrained(folder_or_hub_id)(["me.jpg"])`` is a LoRA for ``layout.base``. ``card["base"]`` is
-    where a model that looks through its base finds it: a hub id, or a path relative to the model's folder;
-    ``card["strength"]`` was chosen on validation people (``benchmarks/choose_strength.py``). ``fit_ood`` tells photos
-    like those it was trained on from others, where its folder holds one.
+    Example: ``ImageToLora.from_pretrained(folder_or_hub_id)(["me.jpg"]).save("me.safetensors")``
+    writes a LoRA for the base ``layout.base``.
+
+    Args:
+        encoder: The image encoder, frozen.
+        hypernetwork: The network from image features to LoRA weights.
+        card: License, trigger phrase and strength. ``card.base`` is the base of a
+            ``UNetFeatureEncoder``.
     """
 
     def __init__(
-        self, encoder: Encoder, hypernetwork: Hypernetwork, card: dict[str, Any] | None = None
+        self, encoder: ImageEncoder, hypernetwork: Hypernetwork, card: ModelCard | None = None
     ) -> None:
         super().__init__()
         self.encoder, self.hypernetwork = encoder, hypernetwork
-        self.card = card or {}
+        self.card = card or ModelCard()
 
     @property
     def layout(self) -> LoraLayout:
+        """The layout of the LoRAs."""
         return self.hypernetwork.layout
 
     def to_config(self) -> dict[str, Any]:
+        """Return the arguments of the encoder and the hypernetwork."""
         return {"encoder": self.encoder.config, "hypernetwork": self.hypernetwork.config}
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None
     ) -> Self:
-        return cls(
-            _make_encoder(config, folder, base), Hypernetwork(layout, **config["hypernetwork"])
-        )
+        """Build the network with random weights.
+
+        Args:
+            config: The content of ``config.json``.
+            layout: The layout of the LoRAs.
+            folder: The model's folder, where a relative path of ``card.base`` begins.
+            base: The base of a ``UNetFeatureEncoder``; loaded by ``card.base`` if needed and None.
+
+        Returns:
+            The network.
+        """
+        encoder = _make_encoder(config, folder, base)
+        return cls(encoder, Hypernetwork(layout, **config["hypernetwork"]))
 
     def generate_from_features(
-        self, features: ImageFeatures, sampling: SamplingConfig | None = None
+        self, features: EncodedPhotos, sampling: LoraSampling | None = None
     ) -> LoraWeights:
-        """One LoRA per subject (batch axis) from what the encoder says; nothing is left to chance."""
-        return self.apply_strength(self.hypernetwork(features))
+        """Generate the LoRAs of several subjects from encoded photos.
+
+        Args:
+            features: What ``encode_photos`` returns.
+            sampling: Ignored; the network is deterministic.
+
+        Returns:
+            One LoRA per subject (batch axis).
+        """
+        return self.apply_strength(self.hypernetwork(features.image))
 
     @torch.no_grad()
-    def encode_photos(self, photos: Tensor) -> ImageFeatures:
-        """The encoder is frozen everywhere: its features never carry gradients."""
-        return self.encoder(photos)
+    def encode_photos(self, photos: Tensor) -> EncodedPhotos:
+        """Encode the photos of several subjects; the encoder is frozen, so without gradients.
+
+        Args:
+            photos: [batch, views, 3, size, size] in [0, 1].
+
+        Returns:
+            The image features [batch, views, tokens, width].
+        """
+        return EncodedPhotos(self.encoder(photos))
 
 
-def _make_encoder(config: dict[str, Any], folder: Path, base: DiffusionBase | None) -> Encoder:
+def _make_encoder(config: dict[str, Any], folder: Path, base: DiffusionBase | None) -> ImageEncoder:
     options = dict(config["encoder"])
-    if options["name"] != "denoiser":
+    if options["name"] != _UNET_ENCODER_NAME:
         return TimmEncoder(**options)
     if base is None:
-        base_name_or_path = config["card"]["base"]
-        base = load_diffusion_base(
-            folder / base_name_or_path
-            if (folder / base_name_or_path).is_dir()
-            else base_name_or_path
-        )
+        if not (name_or_path := ModelCard.from_dict(config["card"]).base):
+            raise ModelLoadError(f"{folder} encodes photos with its base: give the base too")
+        base_dir = folder / name_or_path
+        base = load_diffusion_base(base_dir if base_dir.is_dir() else name_or_path)
     del options["name"]
     return make_unet_encoder(base, **options)

@@ -1,9 +1,11 @@
-"""What all networks that make LoRAs from photos have in common, whatever they do with them."""
+"""``ImageToLoraBase``: what all models from photos to LoRAs have in common."""
 
+import os
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,54 +13,78 @@ from torch import Tensor
 from hyperlora.data.images import ImageSource, read_image, to_tensor
 from hyperlora.encoders.identity_embedder import IdentityEmbedder
 from hyperlora.encoders.ood_detector import OodDetector
+from hyperlora.encoders.timm_encoder import TimmEncoder
+from hyperlora.encoders.unet_encoder import UNetFeatureEncoder
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
+from hyperlora.lora.io.lora import Lora
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.config import LoraSampling
 from hyperlora.pipelines.pretrained_model import PretrainedModel
+
+ImageEncoder = TimmEncoder | UNetFeatureEncoder
+DEFAULT_TRIGGER_PHRASE = "sks person"
+"""The trigger phrase of a model whose card has none."""
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """What a model that makes LoRAs out of noise is told: the ``seed`` of the noise and, where not as its card says,
-    the ``num_inference_steps`` and the ``guidance_scale``."""
+class EncodedPhotos:
+    """The features of the photos of each subject, the input of the networks.
 
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    Attributes:
+        image: The features of the image encoder, [batch, views, tokens, width].
+        face: The face embeddings, [batch, views, 1, width]; None for a model without them.
+    """
+
+    image: ImageFeatures
+    face: ImageFeatures | None = None
 
 
 class ImageToLoraBase(PretrainedModel):
-    """``encoder`` looks at the photos. Where the model's folder holds them, ``ood_detector`` tells photos like those it was
-    trained on from others, and ``identity_embedder`` says who is in a picture."""
+    """A model that generates a LoRA from one or several photos of a subject.
+
+    Attributes:
+        is_generative: Whether other seeds give other LoRAs of the same photos.
+        encoder: The image encoder.
+        ood_detector: Detects photos unlike those of training; None if the model has no such file.
+        identity_embedder: Embeds identities, for refinement; None if the model has no such file.
+    """
 
     is_generative: ClassVar[bool] = False
-    """Whether other seeds give other LoRAs of the same photos."""
-    encoder: Any
+    encoder: ImageEncoder
     ood_detector: OodDetector | None = None
     identity_embedder: IdentityEmbedder | None = None
 
     @property
     def trigger_phrase(self) -> str:
-        """What a prompt calls the subject."""
-        return str(self.card.get("trigger_phrase", "sks person"))
+        """The words for the subject in a prompt."""
+        return self.card.trigger_phrase or DEFAULT_TRIGGER_PHRASE
 
     @property
     def photo_size(self) -> int:
-        """Pixels a side that photos are read at: what all that looks at them needs."""
-        return int(self.encoder.image_size)
+        """Pixels per side of the photos that ``encode_photos`` takes."""
+        return self.encoder.image_size
 
     @property
     def encoder_provenance(self) -> tuple[str, str]:
-        """The name and the licence of what looks at the photos, for the headers of files."""
-        return str(self.encoder.config["name"]), str(self.encoder.licence)
+        """The name and the license of the image encoder, for file metadata."""
+        return str(self.encoder.config["name"]), self.encoder.license
 
     @torch.no_grad()
-    def __call__(
-        self, images: ImageSource | Sequence[ImageSource], strength: float = 1.0
-    ) -> LoraWeights:
-        """One LoRA (no batch axis) from one or several photos of the same subject.
+    def __call__(self, images: ImageSource | Sequence[ImageSource], strength: float = 1.0) -> Lora:
+        """Generate a LoRA from one or several photos of the same subject.
 
-        Raises ``InvalidImageError`` for a photo that cannot be read, ``InvalidArgumentError`` for none.
+        Args:
+            images: A photo or several: paths, file bytes or PIL images of any size.
+            strength: A factor of the LoRA.
+
+        Returns:
+            The LoRA with complete file metadata; its title is the name of the first file.
+
+        Raises:
+            InvalidImageError: A photo cannot be read.
+            InvalidArgumentError: There is no photo.
         """
         photos = (
             list(images)
@@ -66,27 +92,63 @@ class ImageToLoraBase(PretrainedModel):
             else [images]
         )
         weights = self.generate_batch([photos])[0]
-        return weights * strength if strength != 1 else weights
+        lora = Lora(weights, self.make_metadata(_make_title(photos), photos))
+        return lora * strength if strength != 1 else lora
 
     @torch.no_grad()
     def generate_batch(self, subjects: Sequence[Sequence[ImageSource]]) -> LoraWeights:
-        """One LoRA per subject (batch axis), each from as many photos as the others."""
+        """Generate the LoRAs of several subjects in one forward pass.
+
+        Args:
+            subjects: The photos of each subject, equally many for all.
+
+        Returns:
+            One LoRA per subject (batch axis).
+
+        Raises:
+            InvalidImageError: A photo cannot be read.
+            InvalidArgumentError: A subject has no photo, or another number than the first.
+        """
         if not subjects or not all(subjects) or len({len(photos) for photos in subjects}) > 1:
             raise InvalidArgumentError(
                 "every subject needs at least one photo, and all of a batch equally many"
             )
-        photo_size = self.photo_size
-        photos = torch.stack(
-            [
-                torch.stack([to_tensor(read_image(photo), photo_size) for photo in subject_photos])
-                for subject_photos in subjects
-            ]
-        )
-        return self.forward(photos.to(self.device))
+        pixels = [
+            torch.stack([to_tensor(read_image(photo), self.photo_size) for photo in photos])
+            for photos in subjects
+        ]
+        return self.forward(torch.stack(pixels).to(self.device))
 
-    def forward(self, photos: Tensor, sampling: SamplingConfig | None = None) -> LoraWeights:
-        """photos [batch, views, 3, h, w] in [0, 1]."""
+    def forward(self, photos: Tensor, sampling: LoraSampling | None = None) -> LoraWeights:
+        """Generate the LoRAs of several subjects from pixels.
+
+        Args:
+            photos: [batch, views, 3, size, size] in [0, 1].
+            sampling: Seed and steps of a model that ``is_generative``.
+
+        Returns:
+            One LoRA per subject (batch axis).
+        """
         return self.generate_from_features(self.encode_photos(photos), sampling)
+
+    def make_metadata(
+        self, title: str, images: Sequence[ImageSource], **extra: str
+    ) -> LoraMetadata:
+        """Make the file metadata of a LoRA of this model.
+
+        Args:
+            title: The name of the LoRA.
+            images: The photos that it is generated from; PIL images are not recorded.
+            **extra: Further keys of the file, e.g. ``hyperlora.consent``.
+
+        Returns:
+            Title, trigger phrase, licenses, architecture, resolution and SHA-256 of the photos.
+
+        Raises:
+            InvalidImageError: A path of ``images`` cannot be read.
+        """
+        metadata = self.card.make_metadata(title, images, self.encoder_provenance, extra)
+        return replace(metadata, trigger_phrase=self.trigger_phrase)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -96,6 +158,15 @@ class ImageToLoraBase(PretrainedModel):
             self.identity_embedder.save(save_directory)
 
     def load_sidecars(self, *folders: Path) -> None:
+        """Read the detector of unknown photos and the identity embedder where there are any.
+
+        Args:
+            folders: The model's folder, then those of the models it shares weights with; the first
+                folder that holds a file counts.
+
+        Raises:
+            ModelLoadError: A file is damaged or belongs to another encoder.
+        """
         detectors = (OodDetector.load(folder, self.encoder) for folder in folders)
         self.ood_detector = next((detector for detector in detectors if detector is not None), None)
         embedders = (IdentityEmbedder.load(folder, self.encoder) for folder in folders)
@@ -103,17 +174,33 @@ class ImageToLoraBase(PretrainedModel):
             (embedder for embedder in embedders if embedder is not None), None
         )
 
-    def encode_photos(self, photos: Tensor) -> Any:
-        """What is seen in photos [batch, views, 3, h, w]."""
-        raise NotImplementedError
+    @abstractmethod
+    def encode_photos(self, photos: Tensor) -> EncodedPhotos:
+        """Encode the photos of several subjects.
 
-    def get_image_features(self, features: Any) -> ImageFeatures:
-        """Of what was seen, what ``encoder`` said: ``ood_detector`` knows photos by it."""
-        image_features: ImageFeatures = features
-        return image_features
+        Args:
+            photos: [batch, views, 3, size, size] in [0, 1].
 
+        Returns:
+            The input of ``generate_from_features``.
+        """
+
+    @abstractmethod
     def generate_from_features(
-        self, features: Any, sampling: SamplingConfig | None = None
+        self, features: EncodedPhotos, sampling: LoraSampling | None = None
     ) -> LoraWeights:
-        """One LoRA per subject (batch axis) from what was seen; ``sampling`` is for those that ``is_generative``."""
-        raise NotImplementedError
+        """Generate the LoRAs of several subjects from encoded photos.
+
+        Args:
+            features: What ``encode_photos`` returns.
+            sampling: Seed and steps of a model that ``is_generative``; others ignore it.
+
+        Returns:
+            One LoRA per subject (batch axis).
+        """
+
+
+def _make_title(images: Sequence[ImageSource]) -> str:
+    """Return the name of the first file without its suffix; empty for bytes and PIL images."""
+    first = images[0]
+    return Path(first).stem if isinstance(first, str | os.PathLike) else ""

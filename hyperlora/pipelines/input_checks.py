@@ -1,5 +1,4 @@
-"""What to say about photos, or a before/after pair, before a LoRA is made of them: they look like nothing the model was
-trained on; nothing changed; the two are not related."""
+"""Warnings about photos and before/after pairs of which no useful LoRA can be expected."""
 
 from typing import Final
 
@@ -13,27 +12,50 @@ from hyperlora.encoders.ood_detector import OodDetector
 from hyperlora.features import ImageFeatures
 
 CHANGE_THRESHOLD: Final = 0.05
-"""No block of 1/16 of a side changes by more than this, of 1: what saving as JPEG again does stays below, the least
-visible of 320 drawn edits is at twice that."""
+"""Images are duplicates if no block of 1/16 of a side changes by more than this, of 1.
+
+Saving as JPEG changes less; the least visible of 320 avatar edits changes twice as much.
+"""
 SIMILARITY_THRESHOLD: Final = 0.5
-"""Pictures of one pair are more alike than this: 99 % of 320 drawn pairs of all kinds are, of pictures of two
-different avatars 28 % (``benchmarks/check_pair.py``)."""
+"""Images of a pair have a higher structural similarity.
+
+99 % of 320 pairs of all edits do, and 28 % of pairs of two different avatars
+(``benchmarks/robustness/pair_input_checks.py``).
+"""
+_PAIR_CHECK_SIZE: Final = 128
+"""Pixels per side at which a pair is compared."""
 
 
 def check_pair(before: Image.Image, after: Image.Image) -> list[str]:
-    """One sentence for each reason why the LoRA of this pair may be of no use."""
-    before_pixels, after_pixels = to_tensor(before, 128), to_tensor(after, 128)
+    """Check whether a pair shows an edit.
+
+    Args:
+        before: The image before the edit.
+        after: The image after it.
+
+    Returns:
+        A sentence for each reason to doubt it; empty if there is none.
+    """
+    before_pixels, after_pixels = (to_tensor(i, _PAIR_CHECK_SIZE) for i in (before, after))
     if is_near_duplicate(before_pixels, after_pixels):
-        return ["no change found between the two pictures: the LoRA will do next to nothing"]
+        return ["no change found between the two images: the LoRA will do next to nothing"]
     if compute_structural_similarity(before_pixels, after_pixels) < SIMILARITY_THRESHOLD:
-        return ["the two pictures look unrelated: give the same picture before and after an edit"]
+        return ["the two images look unrelated: give the same image before and after an edit"]
     return []
 
 
 def check_photos(
     ood_detector: OodDetector | None, features: ImageFeatures
 ) -> list[tuple[str, ...]]:
-    """For each subject, one sentence if some of its photos look like nothing that the model was trained on."""
+    """Check whether photos look like those of the model's training.
+
+    Args:
+        ood_detector: The model's detector; None finds nothing.
+        features: Image features of several subjects, [batch, views, tokens, width].
+
+    Returns:
+        For each subject a tuple of one sentence if some of its photos do not; else an empty tuple.
+    """
     if ood_detector is None:
         return [()] * len(features.tokens)
     return [
@@ -42,36 +64,58 @@ def check_photos(
     ]
 
 
-def _format_ood_warning(subjects: str, num_unknown: int, num_photos: int) -> tuple[str, ...]:
+def _format_ood_warning(domain_name: str, num_unknown: int, num_photos: int) -> tuple[str, ...]:
     if not num_unknown:
         return ()
-    clause = (
-        f"{num_unknown} of {num_photos} photos do"
-        if num_unknown < num_photos
-        else "this photo does"
-        if num_photos == 1
-        else "these photos do"
-    )
+    if num_photos == 1:
+        clause = "this photo does"
+    elif num_unknown == num_photos:
+        clause = "these photos do"
+    else:
+        clause = f"{num_unknown} of {num_photos} photos do"
     return (
-        f"{clause} not look like the {subjects} this model knows: the LoRA is the nearest it can make",
+        f"{clause} not look like the {domain_name} this model knows: "
+        "the LoRA is the nearest it can make",
     )
 
 
 def is_near_duplicate(before: Tensor, after: Tensor) -> bool:
-    """Both [3, size, size] in [0, 1]."""
-    return bool(F.adaptive_avg_pool2d((before - after).abs(), 16).max() < CHANGE_THRESHOLD)
+    """Check whether two images show no visible change.
+
+    Args:
+        before: [3, size, size] in [0, 1].
+        after: Likewise.
+
+    Returns:
+        Whether the mean absolute difference of every block of a 16×16 grid is below the threshold.
+    """
+    block_differences = F.adaptive_avg_pool2d((before - after).abs(), 16)  # [3, 16, 16]
+    return bool(block_differences.max() < CHANGE_THRESHOLD)
 
 
 def compute_structural_similarity(before: Tensor, after: Tensor) -> float:
-    """The correlation of their outlines or, if that is higher, of their light (also inverted), at 32×32."""
-    thumbnails = F.interpolate(torch.stack([before, after]), (32, 32), mode="area")
-    luminance = thumbnails.mean(1).flatten(1)
-    grad_x = (thumbnails[..., 1:, :-1] - thumbnails[..., :-1, :-1]).abs().amax(1)
-    grad_y = (thumbnails[..., :-1, 1:] - thumbnails[..., :-1, :-1]).abs().amax(1)
-    edges = (grad_x.square() + grad_y.square()).sqrt().flatten(1)
+    """Compute the similarity of two images by their edges or their luminance, at 32×32.
+
+    Args:
+        before: [3, size, size] in [0, 1].
+        after: Likewise.
+
+    Returns:
+        The correlation of the edge maps, or the absolute correlation of the luminance (so that an
+        inverted image counts as similar), whichever is larger.
+    """
+    thumbnails = F.interpolate(
+        torch.stack([before, after]), (32, 32), mode="area"
+    )  # [2, 3, 32, 32]
+    luminance = thumbnails.mean(1).flatten(1)  # [2, 1024]
+    # edges: the gradient magnitude, of the color channel that changes most
+    grad_x = (thumbnails[..., 1:, :-1] - thumbnails[..., :-1, :-1]).abs().amax(1)  # [2, 31, 31]
+    grad_y = (thumbnails[..., :-1, 1:] - thumbnails[..., :-1, :-1]).abs().amax(1)  # [2, 31, 31]
+    edges = (grad_x.square() + grad_y.square()).sqrt().flatten(1)  # [2, 961]
     return max(_compute_correlation(edges), abs(_compute_correlation(luminance)))
 
 
 def _compute_correlation(maps: Tensor) -> float:
+    """Compute the Pearson correlation of the two rows of [2, n]."""
     centered = maps - maps.mean(1, keepdim=True)
     return float(F.cosine_similarity(centered[0], centered[1], dim=0))

@@ -1,6 +1,6 @@
-"""``LoraDiffusion``: photos in, LoRA weights out of noise, by a diffusion model over LoRAs (DiffLoRA, 2408.06740).
+"""``LoraDiffusion``: a diffusion over LoRAs, guided by photos (DiffLoRA, 2408.06740).
 
-photos ─ encoder (and face pack) ─▶ mixture ─▶ denoiser: noise ─▶ latents ─▶ codec ─▶ LoraWeights
+photos ─ encoder (and face pack) ─▶ mixture ─▶ denoiser: noise ─▶ latents ─▶ codec ─▶ LoRA
 """
 
 import os
@@ -20,26 +20,36 @@ from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.image_feature_mixer import MixedImageFeatures
 from hyperlora.models.lora_dit import LoraDiT
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase, SamplingConfig
+from hyperlora.pipelines.config import LoraSampling
+from hyperlora.pipelines.image_to_lora_base import EncodedPhotos, ImageToLoraBase
 from hyperlora.pipelines.lora_codec import LoraCodec
+from hyperlora.pipelines.model_card import ModelCard
 
 FACE_EMBED_DIM: Final = 512
-"""Numbers in a face embedding of the ArcFace kind."""
+"""Width of a face embedding of the ArcFace kind."""
+DEFAULT_NUM_INFERENCE_STEPS: Final = 10
+"""Denoising steps over LoRA latents where the card names none."""
 _FACE_PACK_DIR: Final = "face-pack"
 """The face pack's folder in a released model."""
 _DETECTOR_STRIDE: Final = 32
-"""Detectors take sides that are multiples of it."""
+"""Face detectors take sides that are multiples of it."""
 
 
 class LoraDiffusion(ImageToLoraBase):
-    """What a photo shows conditions a denoiser of LoRA latents; the same photo gives another LoRA for every seed.
+    """A diffusion model over LoRA latents, conditioned on photos: another LoRA for every seed.
 
-    ``face_analyzer`` is None for a mixture that does not listen to faces; otherwise photos are read at the ``resolution`` that
-    the card tells if the encoder's own is less, as little of a face is left there, and the pack lies in the released
-    model's folder. The card says ``steps`` and ``guidance`` of sampling.
+    Args:
+        encoder: The image encoder, frozen.
+        mixture: Combines image and face features into the tokens that condition the denoiser.
+        denoiser: Denoises LoRA latents [batch, tokens, width].
+        codec: Decodes latents into LoRA weights.
+        face_analyzer: Embeds faces; None for a mixture without face features.
+        card: License, trigger phrase, sampling steps and guidance scale. ``card.resolution`` is
+            the size of photos if there is a face analyzer and the encoder's own size is smaller.
     """
 
     is_generative: ClassVar[bool] = True
+    encoder: TimmEncoder
 
     def __init__(
         self,
@@ -48,27 +58,28 @@ class LoraDiffusion(ImageToLoraBase):
         denoiser: LoraDiT,
         codec: LoraCodec,
         face_analyzer: FaceAnalyzer | None = None,
-        card: dict[str, Any] | None = None,
+        card: ModelCard | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.mixture, self.denoiser, self.codec = encoder, mixture, denoiser, codec
         self.face_analyzer = face_analyzer
-        self.card = card or {}
+        self.card = card or ModelCard()
 
     @property
     def layout(self) -> LoraLayout:
+        """The layout of the LoRAs."""
         return self.codec.layout
 
     @property
     def photo_size(self) -> int:
-        return (
-            resolve_photo_size(self.encoder, self.card)
-            if self.face_analyzer
-            else super().photo_size
-        )
+        """Pixels per side of the photos that ``encode_photos`` takes."""
+        if self.face_analyzer is None:
+            return super().photo_size
+        return resolve_photo_size(self.encoder, self.card)
 
     @property
     def encoder_provenance(self) -> tuple[str, str]:
+        """The names and the licenses of the image encoder and the face pack."""
         encoder_name, encoder_license = super().encoder_provenance
         if self.face_analyzer is None:
             return encoder_name, encoder_license
@@ -78,6 +89,7 @@ class LoraDiffusion(ImageToLoraBase):
         )
 
     def to_config(self) -> dict[str, Any]:
+        """Return the arguments of all parts and the name of the face pack's folder."""
         return {
             "encoder": self.encoder.config,
             "mixture": self.mixture.config,
@@ -90,15 +102,28 @@ class LoraDiffusion(ImageToLoraBase):
     def from_config(
         cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None
     ) -> Self:
+        """Build the network with random weights.
+
+        Args:
+            config: The content of ``config.json``.
+            layout: The layout of the LoRAs.
+            folder: The model's folder; the face pack lies in it or beside it.
+            base: Not used.
+
+        Returns:
+            The network.
+
+        Raises:
+            ModelLoadError: There is no such face pack, or its library is not installed.
+        """
         codec = LoraCodec.from_config(config["codec"], layout, folder, base)
         mixture = MixedImageFeatures(**config["mixture"])
         denoiser = LoraDiT(*codec.latent_shape, mixture.width, **config["denoiser"])
         encoder = TimmEncoder(**config["encoder"])
-        face_analyzer = (
-            make_face_analyzer(_find_face_pack(folder, config["face"]), encoder, config["card"])
-            if config["face"]
-            else None
-        )
+        face_analyzer = None
+        if config["face"]:
+            pack = _find_face_pack(folder, config["face"])
+            face_analyzer = make_face_analyzer(pack, encoder, ModelCard.from_dict(config["card"]))
         return cls(encoder, mixture, denoiser, codec, face_analyzer)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -107,28 +132,38 @@ class LoraDiffusion(ImageToLoraBase):
             self.face_analyzer.copy_models(save_directory / _FACE_PACK_DIR)
 
     @torch.no_grad()
-    def encode_photos(
-        self, photos: Tensor, allow_no_face: bool = False
-    ) -> tuple[ImageFeatures, ImageFeatures]:
-        """What the face pack and the encoder say about photos [batch, views, 3, h, w]. Raises ``InvalidImageError`` if a face is
-        needed and there is none; with ``allow_no_face``, for training, the pack says nothing (zeros) of such a photo."""
-        image_features = self.encoder(photos)
+    def encode_photos(self, photos: Tensor, allow_no_face: bool = False) -> EncodedPhotos:
+        """Encode the photos of several subjects, and the faces on them.
+
+        Args:
+            photos: [batch, views, 3, size, size] in [0, 1].
+            allow_no_face: Whether a photo without a face gets an embedding of zeros, as in
+                training, instead of an error.
+
+        Returns:
+            Image features [batch, views, tokens, width] and face embeddings [batch, views, 1, 512];
+            the latter are zeros for a model without a face analyzer.
+
+        Raises:
+            InvalidImageError: A face is needed, and a photo shows none.
+        """
+        image_features = self.encoder(photos)  # [batch, views, tokens, width]
         if self.face_analyzer is None:
-            return ImageFeatures(
-                photos.new_zeros(*photos.shape[:2], 1, FACE_EMBED_DIM)
-            ), image_features
-        face_embeddings = [
-            self._embed_face(photo, self.face_analyzer, allow_no_face)
-            for photo in photos.flatten(0, 1)
-        ]
-        return ImageFeatures(
-            torch.stack(face_embeddings).to(photos).unflatten(0, photos.shape[:2])[:, :, None]
-        ), image_features
+            face_embeddings = photos.new_zeros(*photos.shape[:2], FACE_EMBED_DIM)
+        else:
+            face_embeddings = torch.stack(
+                [
+                    self._embed_face(photo, self.face_analyzer, allow_no_face)
+                    for photo in photos.flatten(0, 1)  # [3, size, size]
+                ]
+            ).to(photos)  # [batch * views, 512]
+            face_embeddings = face_embeddings.unflatten(0, photos.shape[:2])
+        return EncodedPhotos(image_features, ImageFeatures(face_embeddings[:, :, None]))
 
     def _embed_face(
         self, photo: Tensor, face_analyzer: FaceAnalyzer, allow_no_face: bool
     ) -> Tensor:
-        """The embedding of the largest face of a photo [3, h, w]."""
+        """Embed the largest face of a photo [3, size, size]: [512]."""
         try:
             embedding = face_analyzer.get_face(to_image(photo)).embedding
         except InvalidImageError:
@@ -137,57 +172,85 @@ class LoraDiffusion(ImageToLoraBase):
             raise
         if embedding is None:
             raise ModelLoadError(
-                f"the face pack {face_analyzer.pack!r} has no recogniser: add one (w600k_*.onnx)"
+                f"the face pack {face_analyzer.pack!r} has no face recognizer: "
+                "add one (w600k_*.onnx)"
             )
         return torch.as_tensor(embedding)
 
-    def get_image_features(self, features: tuple[ImageFeatures, ImageFeatures]) -> ImageFeatures:
-        return features[1]
-
     @torch.no_grad()
     def generate_from_features(
-        self, features: tuple[ImageFeatures, ImageFeatures], sampling: SamplingConfig | None = None
+        self, features: EncodedPhotos, sampling: LoraSampling | None = None
     ) -> LoraWeights:
-        """One LoRA per subject (batch axis), from noise that depends on the seed alone, not on who else is made."""
-        conditioning, sampling_config = self.mixture(*features), sampling or SamplingConfig()
-        noise = torch.randn(
-            self.codec.latent_shape, generator=torch.Generator().manual_seed(sampling_config.seed)
-        ).to(conditioning.tokens)
+        """Sample the LoRAs of several subjects from noise.
+
+        The noise depends on the seed alone, so a subject's LoRA does not depend on its batch.
+
+        Args:
+            features: What ``encode_photos`` returns.
+            sampling: Seed, steps and guidance scale; the card's values for those that are None.
+
+        Returns:
+            One LoRA per subject (batch axis).
+        """
+        if features.face is None:
+            raise ValueError("face embeddings expected: encode the photos with this model")
+        sampling = sampling or LoraSampling()
+        conditioning = self.mixture(features.face, features.image)
+        generator = torch.Generator().manual_seed(sampling.seed)
+        noise = torch.randn(self.codec.latent_shape, generator=generator)  # [tokens, width]
         num_inference_steps = (
-            sampling_config.num_inference_steps
-            if sampling_config.num_inference_steps is not None
-            else int(self.card.get("steps", 10))
+            sampling.num_inference_steps
+            or self.card.num_inference_steps
+            or DEFAULT_NUM_INFERENCE_STEPS
         )
         guidance_scale = (
-            sampling_config.guidance_scale
-            if sampling_config.guidance_scale is not None
-            else float(self.card.get("guidance", 1.0))
+            self.card.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
         )
         latents = self.denoiser.sample(
             conditioning,
-            noise.expand(len(conditioning.tokens), -1, -1),
+            noise.to(conditioning.tokens).expand(len(conditioning.tokens), -1, -1),
             num_inference_steps,
             guidance_scale,
-        )
+        )  # [batch, tokens, width]
         return self.apply_strength(self.codec.decode(latents))
 
 
-def resolve_photo_size(encoder: TimmEncoder, card: dict[str, Any]) -> int:
-    """Pixels a side that both the encoder and a face pack can do with."""
-    return max(encoder.image_size, int(card.get("resolution", 0)))
+def resolve_photo_size(encoder: TimmEncoder, card: ModelCard) -> int:
+    """Resolve the size of photos that both an encoder and a face pack can use.
+
+    Args:
+        encoder: The image encoder, which shrinks larger photos itself.
+        card: ``resolution`` is the size that leaves enough of a face.
+
+    Returns:
+        Pixels per side.
+    """
+    return max(encoder.image_size, card.resolution or 0)
 
 
 def make_face_analyzer(
-    pack: str | os.PathLike[str], encoder: TimmEncoder, card: dict[str, Any]
+    pack: str | os.PathLike[str], encoder: TimmEncoder, card: ModelCard
 ) -> FaceAnalyzer:
-    """The faces of a pack in photos as such a model reads them. Raises what ``FaceAnalyzer`` raises."""
-    return FaceAnalyzer(
-        pack, det_size=-(-resolve_photo_size(encoder, card) // _DETECTOR_STRIDE) * _DETECTOR_STRIDE
-    )
+    """Load a face pack for photos of the size that a ``LoraDiffusion`` takes.
+
+    Args:
+        pack: The folder of the pack, or its name on this machine.
+        encoder: The image encoder of the model.
+        card: The card of the model, with the resolution.
+
+    Returns:
+        The face analyzer, its detector at a multiple of 32 pixels.
+
+    Raises:
+        ModelLoadError: There is no such pack.
+        InvalidArgumentError: The library of the pack is not installed.
+    """
+    num_strides = -(-resolve_photo_size(encoder, card) // _DETECTOR_STRIDE)  # rounded up
+    return FaceAnalyzer(pack, det_size=num_strides * _DETECTOR_STRIDE)
 
 
 def _find_face_pack(folder: Path, pack_name: str) -> str | os.PathLike[str]:
-    """A pack in the model's folder, beside it, or of that name on this machine."""
+    """Find a pack in the model's folder or beside it; else return its name."""
     return next(
         (path for path in (folder / pack_name, folder.parent / pack_name) if path.is_dir()),
         pack_name,

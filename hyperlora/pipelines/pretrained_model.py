@@ -1,8 +1,12 @@
-"""What a released network is on disk and on the hub: ``config.json``, ``layout.json``, ``model.safetensors``."""
+"""``PretrainedModel``: a released network in a folder or on the hub.
+
+The folder holds ``config.json``, ``layout.json`` and ``model.safetensors``.
+"""
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -12,54 +16,78 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.errors import ModelLoadError
+from hyperlora.errors import InvalidArgumentError, ModelLoadError, format_reason
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.model_card import ModelCard
+from hyperlora.pipelines.state_dict_keys import rename_state_dict_keys
 
-_REQUIRED_FILES = ("config.json", "layout.json", "model.safetensors")
+CLASS_NAME_KEY: Final = "_class_name"
+"""The key of ``config.json`` with the name of the pipeline's class, as in diffusers."""
+_REQUIRED_FILES: Final = ("config.json", "layout.json", "model.safetensors")
+_DOWNLOAD_OPTIONS: Final = ("revision", "cache_dir", "token", "local_files_only")
 
 
-class PretrainedModel(nn.Module, ModelHubMixin):
-    """A network that makes LoRAs for ``layout``: saved, loaded and pushed as every other.
+class PretrainedModel(nn.Module, ModelHubMixin, ABC):
+    """A network that generates or encodes LoRAs of one layout, with saving, loading and pushing.
 
-    ``card`` holds free facts (trigger word, licence, how it was trained) that travel in ``config.json``;
-    ``card["strength"]`` multiplies every LoRA it makes. ``config.json`` may name, by part, a model in the folder beside
-    that the part's weights are ``borrowed`` from (``share_weights``).
+    ``config.json`` holds the class name, the arguments of the network and the model card. Its key
+    ``shared_weights`` names, by component, a model in the folder beside that holds the component's
+    weights (``data_builder share-weights``).
+
+    Attributes:
+        card: License, trigger phrase and recommended settings.
     """
 
-    card: dict[str, Any]
+    card: ModelCard
 
     @property
+    @abstractmethod
     def layout(self) -> LoraLayout:
-        raise NotImplementedError
+        """The layout of the LoRAs."""
 
+    @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """What ``config.json`` says besides the card: how ``from_config`` makes the network again."""
-        raise NotImplementedError
+        """Return what ``from_config`` needs to build the network again, in types that JSON has."""
 
     @classmethod
+    @abstractmethod
     def from_config(
         cls, config: dict[str, Any], layout: LoraLayout, folder: Path, base: DiffusionBase | None
     ) -> Self:
-        """The untrained network of a configuration; ``folder`` is where it lies."""
-        raise NotImplementedError
+        """Build the network with random weights.
+
+        Args:
+            config: The content of ``config.json``.
+            layout: The layout of the LoRAs.
+            folder: The model's folder, where the config's relative paths begin.
+            base: The base, for a network that encodes images with it; loaded if needed and None.
+
+        Returns:
+            The network.
+        """
 
     def load_sidecars(self, *folders: Path) -> None:
-        """Read what else lies in the model's folder, or in those of the models it borrows from, once its weights are
-        there."""
+        """Read the optional files of the model, once its weights are loaded.
+
+        Args:
+            folders: The model's folder, then those of the models it shares weights with.
+        """
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     def apply_strength(self, weights: LoraWeights) -> LoraWeights:
-        """``weights`` at the strength that the card tells."""
-        strength = float(self.card.get("strength", 1.0))
-        return weights * strength if strength != 1 else weights
+        """Scale generated LoRAs by the strength of the model card."""
+        return weights * self.card.strength if self.card.strength != 1 else weights
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the three files; weights in float16."""
+        config = {CLASS_NAME_KEY: type(self).__name__, **self.to_config()}
         (save_directory / "config.json").write_text(
-            json.dumps(self.to_config() | {"card": self.card}, indent=1)
+            json.dumps(config | {"card": self.card.to_dict()}, indent=1)
         )
         (save_directory / "layout.json").write_text(json.dumps(self.layout.to_dict()))
         state_dict = {k: v.half().contiguous() for k, v in self.state_dict().items()}
@@ -70,31 +98,40 @@ class PretrainedModel(nn.Module, ModelHubMixin):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
-        """A model from a folder or the hub; ``base`` (a ``DiffusionBase``) spares a model that looks through its base a load.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a model from a folder or the hub, frozen and in evaluation mode.
 
-        Raises ``ModelLoadError`` if it is neither folder nor hub id, or holds something else.
+        Args:
+            pretrained_model_name_or_path: The folder or the hub id.
+            **kwargs: ``base``, a ``DiffusionBase`` that spares a second load of it, and what
+                ``ModelHubMixin.from_pretrained`` takes.
+
+        Returns:
+            The model.
+
+        Raises:
+            ModelLoadError: There is no such folder or hub id, or it holds another class of model
+                or damaged files.
+            LayoutMismatchError: The model is for another base than ``base``.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, HFValidationError) as error:
             raise ModelLoadError(
-                f"model {str(pretrained_model_name_or_path)!r} is neither a folder nor a reachable hub id"
+                f"model {str(pretrained_model_name_or_path)!r} is neither a folder nor a reachable "
+                "hub id"
             ) from error
         except (ValueError, RecursionError) as error:  # the mixin reads config.json too
             raise ModelLoadError(
-                f"{pretrained_model_name_or_path} holds a damaged {cls.__name__} model (config.json): fetch it again"
+                f"{pretrained_model_name_or_path} holds a damaged {cls.__name__} model "
+                "(config.json): fetch it again"
             ) from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> Self:
         folder = Path(model_id)
         if not folder.is_dir():
-            download_kwargs = {
-                k: kwargs[k]
-                for k in ("revision", "cache_dir", "token", "local_files_only")
-                if kwargs.get(k) is not None
-            }
+            download_kwargs = {k: v for k in _DOWNLOAD_OPTIONS if (v := kwargs.get(k)) is not None}
             folder = Path(snapshot_download(model_id, **download_kwargs))
         if missing := [name for name in _REQUIRED_FILES if not (folder / name).is_file()]:
             raise ModelLoadError(
@@ -102,11 +139,12 @@ class PretrainedModel(nn.Module, ModelHubMixin):
             )
         try:
             config = json.loads((folder / "config.json").read_text())
-            layout = _read_layout(folder)
+            cls._check_class_name(config, folder)
+            layout = read_layout(folder)
             if (base := kwargs.get("base")) is not None:
                 layout.check_base(base.id)
             model = cls.from_config(config, layout, folder, base)
-            model.card = config["card"]
+            model.card = ModelCard.from_dict(config["card"])
             model.load_state_dict(
                 {k: v.float() for k, v in _load_state_dict(folder, config).items()}
             )
@@ -117,42 +155,60 @@ class PretrainedModel(nn.Module, ModelHubMixin):
             AttributeError,
             RuntimeError,
             SafetensorError,
+            InvalidArgumentError,
         ) as error:
-            reason = " ".join(str(error).split())[:200]
             raise ModelLoadError(
-                f"{folder} holds a damaged {cls.__name__} model ({reason}): fetch it again"
+                f"{folder} holds a damaged {cls.__name__} model ({format_reason(error)}): "
+                "fetch it again"
             ) from error
         model.load_sidecars(folder, *_resolve_weight_sources(folder, config).values())
         return model.eval().requires_grad_(False)
 
+    @classmethod
+    def _check_class_name(cls, config: dict[str, Any], folder: Path) -> None:
+        class_name = config.get(CLASS_NAME_KEY, cls.__name__)
+        if class_name not in (parent.__name__ for parent in cls.__mro__):
+            raise ModelLoadError(
+                f"{folder} holds a model of the class {class_name}, {cls.__name__} was expected: "
+                "give another --model"
+            )
 
-def _read_layout(folder: Path) -> LoraLayout:
+
+def read_layout(folder: Path) -> LoraLayout:
+    """Read ``layout.json`` of a released model."""
     return LoraLayout.from_dict(json.loads((folder / "layout.json").read_text()))
 
 
+def load_component(folder: Path, component: str) -> dict[str, Tensor]:
+    """Load the weights of one component of a released model.
+
+    Args:
+        folder: The model's folder.
+        component: The first part of the keys, e.g. ``encoder``.
+
+    Returns:
+        The weights by their keys, which keep the component's name.
+    """
+    state_dict = rename_state_dict_keys(load_file(folder / "model.safetensors"))
+    return {k: v for k, v in state_dict.items() if k.startswith(f"{component}.")}
+
+
 def _resolve_weight_sources(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
-    """The folder that each borrowed part lies in."""
+    """Return the folder that holds the weights of each shared component."""
     return {
         component: folder.parent / Path(source_name).name
-        for component, source_name in config.get("borrowed", {}).items()
+        for component, source_name in config.get("shared_weights", {}).items()
     }
 
 
 def _load_state_dict(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in ``folder`` and those it borrows."""
-    state_dict = load_file(folder / "model.safetensors")
+    """Load the weights of a model, those of its shared components from the models beside."""
+    state_dict = rename_state_dict_keys(load_file(folder / "model.safetensors"))
     for component, source_dir in _resolve_weight_sources(folder, config).items():
         if not (source_dir / "model.safetensors").is_file():
             raise ModelLoadError(
-                f"{folder} borrows its {component} from {source_dir}, which is not there: fetch that model too"
+                f"{folder} shares its {component} with {source_dir}, which is not there: "
+                "fetch that model too"
             )
-        state_dict |= _load_component(source_dir, component)
+        state_dict |= load_component(source_dir, component)
     return state_dict
-
-
-def _load_component(folder: Path, component: str) -> dict[str, Tensor]:
-    return {
-        k: v
-        for k, v in load_file(folder / "model.safetensors").items()
-        if k.startswith(f"{component}.")
-    }

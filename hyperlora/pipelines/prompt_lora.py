@@ -1,4 +1,4 @@
-"""Words as a LoRA: what a base does when it is told something, as a file that does it when nothing is said."""
+"""Prompts as LoRAs, in closed form: with the LoRA, the empty prompt acts as the prompt."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,15 @@ from hyperlora.models.pair_hypernetwork import PairHypernetwork
 
 
 def encode_text(base: DiffusionBase, prompts: Sequence[str]) -> Tensor:
-    """What the denoiser reads of each text, [n, tokens, width] in float32: tokens of a text differ by little."""
+    """Encode prompts as the denoiser's cross-attention reads them.
+
+    Args:
+        base: The base with the text encoder.
+        prompts: The prompts, which may be blends.
+
+    Returns:
+        [n, tokens, width] in float32, since the tokens of a prompt differ by little.
+    """
     with torch.autocast(base.pipeline.device.type, enabled=False):
         return base.encode_prompts(list(prompts))["encoder_hidden_states"].float()
 
@@ -21,35 +29,54 @@ def encode_text(base: DiffusionBase, prompts: Sequence[str]) -> Tensor:
 def set_substitution_base(
     substitution: TextSubstitution, base: DiffusionBase, basis: Tensor | None = None
 ) -> None:
-    """Tell ``substitution`` the weights and the empty text of the base that they are of, and the basis of their words."""
+    """Store what a text substitution needs of its base.
+
+    Args:
+        substitution: The module that receives the weights of its layers and the empty prompt.
+        base: The base whose denoiser the layers belong to.
+        basis: Orthonormal directions [basis_size, width] of the text offsets; None for the
+            embeddings themselves.
+    """
     layers = dict(base.denoiser.named_modules())
-    substitution.set_base(
-        encode_text(base, [""])[0],
-        [layers[site.path].weight for site in substitution.targets],
-        basis,
-    )
+    empty_prompt_embeds = encode_text(base, [""])[0]  # [tokens, width]
+    weights = [layers[target.path].weight for target in substitution.targets]  # [out, width] each
+    substitution.set_base(empty_prompt_embeds, weights, basis)
 
 
 def set_instruction_texts(network: PairHypernetwork, base: DiffusionBase) -> None:
-    """Tell a network with ``words`` all that it needs to know of the base; others need nothing."""
+    """Store what a network with an instruction head needs of its base; others need nothing.
+
+    Args:
+        network: The network; it receives the text embeddings of its vocabulary's prompts.
+        base: The base of its LoRAs.
+    """
     if network.text_substitution is None or network.instruction_head is None:
         return
     vocabulary = network.instruction_head.vocabulary
     text_embeds = encode_text(base, ["", *vocabulary.prompts, *vocabulary.undo_prompts])
-    set_substitution_base(
-        network.text_substitution,
-        base,
-        network.instruction_head.set_text_embeddings(text_embeds[1:] - text_embeds[0]),
-    )
+    text_offsets = text_embeds[1:] - text_embeds[0]  # e(p) - e(∅), [prompts, tokens, width]
+    basis = network.instruction_head.set_text_embeddings(text_offsets)
+    set_substitution_base(network.text_substitution, base, basis)
 
 
 def make_lora_from_prompts(
     base: DiffusionBase, prompts: Sequence[str], rank: int = 4, preset: str = "attention"
 ) -> LoraWeights:
-    """One LoRA per text, found in closed form: with it, the denoiser reads the empty text as it reads that text without
-    (``TextSubstitution``), as nearly as ``rank`` allows.
+    """Make LoRAs in closed form that let the empty prompt act as a prompt (``TextSubstitution``).
 
-    Raises ``InvalidArgumentError`` if nothing of the preset reads text. SDXL's pooled text is not said by any site.
+    SDXL's pooled text embedding is out of reach, as no target reads it.
+
+    Args:
+        base: The base of the LoRAs.
+        prompts: One prompt per LoRA, which may be a blend.
+        rank: The rank; a higher one comes nearer to the prompt.
+        preset: The target modules; see ``make_layout``.
+
+    Returns:
+        One LoRA per prompt (batch axis).
+
+    Raises:
+        InvalidArgumentError: No target module of the preset reads text.
     """
     component = next(iter(base.modules))
     layout = make_layout({component: base.denoiser}, preset, rank, base.id)
@@ -60,8 +87,21 @@ def make_lora_from_prompts(
 def substitute_prompts(
     base: DiffusionBase, prompts: Sequence[str], loras: LoraWeights
 ) -> LoraWeights:
-    """``measure_lora_throughput``, one per text, that say these texts instead of what they say at the sites that read text."""
+    """Replace what LoRAs do to the text projections by closed-form LoRAs of prompts.
+
+    Args:
+        base: The base of the LoRAs.
+        prompts: One prompt per LoRA, which may be a blend.
+        loras: The LoRAs (batch axis), which keep their weights at all other targets.
+
+    Returns:
+        One LoRA per prompt (batch axis).
+
+    Raises:
+        InvalidArgumentError: No target of the LoRAs reads text.
+    """
     text_embeds = encode_text(base, ["", *prompts])
+    text_offsets = text_embeds[1:] - text_embeds[0]  # e(p) - e(∅), [prompts, tokens, width]
     substitution = TextSubstitution(loras.layout, *text_embeds.shape[1:]).to(text_embeds.device)
     set_substitution_base(substitution, base)
     other_indices = [
@@ -73,7 +113,7 @@ def substitute_prompts(
         tuple(loras.up[i] for i in other_indices),
     )
     substituted_loras = substitution(
-        *substitution.factorize(text_embeds[1:] - text_embeds[0]),
-        other_loras.apply(lambda numbers: numbers.to(text_embeds.device)),
+        *substitution.factorize(text_offsets),
+        other_loras.apply(lambda tensor: tensor.to(text_embeds.device)),
     )
-    return substituted_loras.map(lambda numbers: numbers.to(loras.down[0]))
+    return substituted_loras.apply(lambda tensor: tensor.to(loras.down[0]))

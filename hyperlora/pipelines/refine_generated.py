@@ -1,20 +1,24 @@
+"""Refine generated LoRAs, by the identity in their images or by the photos' diffusion loss."""
+
 from collections.abc import Callable
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 import torch
 from torch import Tensor
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.finetuning.refine import refine
+from hyperlora.finetuning.config import RefineConfig
+from hyperlora.finetuning.refine import refine_lora
 from hyperlora.finetuning.refine_identity import refine_identity
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.config import RefineMethod
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 
-RefineMethod = Literal["identity", "photos"]
-"""What a refined LoRA is held to: who is recognised in its pictures, or the photos by the diffusion loss."""
 _CHUNK_SIZE: Final = 4
-"""Subjects whose pictures are decoded at once, with all that gradients need of it."""
+"""Subjects whose images are decoded at once: gradients keep every activation of the decoder."""
+_NUM_PLAIN_SCENES: Final = 8
+"""Images per subject without a scene, for a model whose card lists no scenes."""
 
 
 def refine_predictions(
@@ -29,53 +33,62 @@ def refine_predictions(
     progress_label: str | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> LoraWeights:
-    """``method`` who the model's ``sample_identity`` recognises in pictures of the ``scenes`` that its card names, or by the
-    ``load_photos`` themselves; if not given, the former wherever the model has an identity. Other arguments as those of
-    ``refine``.
+    """Refine the LoRAs that a model generated from photos.
 
-    Raises ``InvalidArgumentError`` as ``check_refine_method`` does."""
+    Args:
+        model: The model that generated them.
+        base: The base of the LoRAs.
+        predicted: One LoRA per subject, batch K.
+        photos: [K, views, 3, h, w] in [0, 1], of the base's resolution.
+        num_steps: Optimizer steps.
+        out_rank: The rank of the result; None for that of ``predicted``.
+        method: ``identity`` compares images of the card's scenes with the photos by the model's
+            identity embedder, ``photos`` minimizes the diffusion loss on the photos. None takes
+            the former where the model has an embedder.
+        progress_label: The label of a progress bar; None for no bar.
+        on_step: Called with the number of each step, from 1.
+
+    Returns:
+        The refined LoRAs, batch K.
+
+    Raises:
+        InvalidArgumentError: As ``check_refine_method``.
+    """
     check_refine_method(model, method)
+    config = RefineConfig(
+        num_steps=num_steps, out_rank=out_rank, progress_label=progress_label, on_step=on_step
+    )
     prompt = f"a portrait of {model.trigger_phrase}"
     if model.identity_embedder is None or method == "photos":
-        return refine(
-            base,
-            predicted,
-            photos,
-            num_steps=num_steps,
-            out_rank=out_rank,
-            prompt=prompt,
-            progress_label=progress_label,
-            on_step=on_step,
-        )
-    prompts = [
-        ", ".join(filter(None, (prompt, scene))) for scene in model.card.get("scenes") or [""] * 8
-    ]
+        return refine_lora(base, predicted, photos, config, prompt=prompt)
+    scenes = model.card.scenes or ("",) * _NUM_PLAIN_SCENES
+    prompts = [", ".join(filter(None, (prompt, scene))) for scene in scenes]
     refined_chunks = [
         refine_identity(
-            base,
-            predicted[indices],
-            photos[indices],
-            model.identity_embedder,
-            prompts,
-            num_steps=num_steps,
-            out_rank=out_rank,
-            progress_label=progress_label,
-            on_step=on_step,
+            base, predicted[indices], photos[indices], model.identity_embedder, prompts, config
         )
         for indices in torch.arange(len(photos)).split(_CHUNK_SIZE)
     ]
-    return LoraWeights.unflatten(
-        refined_chunks[0].layout, torch.cat([part.flatten() for part in refined_chunks])
-    )
+    rows = torch.cat([chunk.flatten() for chunk in refined_chunks])  # [K, P]
+    return LoraWeights.unflatten(refined_chunks[0].layout, rows)
 
 
 def check_refine_method(model: ImageToLoraBase, method: str | None) -> None:
-    """Raise ``InvalidArgumentError`` for an unknown way to refine, and for one that needs an identity where there is none."""
+    """Check that a model can be refined by a method.
+
+    Args:
+        model: The model that generates the LoRAs.
+        method: The method; None is always possible.
+
+    Raises:
+        InvalidArgumentError: The method is unknown, or needs an identity embedder that the model
+            does not have.
+    """
     if method is not None and method not in get_args(RefineMethod):
         raise InvalidArgumentError(
-            f"unknown way to refine {method!r}; known: {', '.join(get_args(RefineMethod))}"
+            f"unknown refine method {method!r}; known: {', '.join(get_args(RefineMethod))}"
         )
     if method == "identity" and model.identity_embedder is None:
         raise InvalidArgumentError(
-            "this model cannot recognise anyone (it has no identity.safetensors): refine by photos"
+            "this model cannot recognize anyone (it has no identity.safetensors): refine by photos"
         )

@@ -1,4 +1,4 @@
-"""Of several LoRAs of the same photos, the likest: portraits drawn with each, compared with the photos."""
+"""``IdentityReranker``: rank several LoRAs of the same photos by the identity in their images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,18 @@ from hyperlora.lora.weights import LoraWeights
 
 @dataclass(frozen=True)
 class IdentityReranker:
-    """``prompts`` are drawn on ``base`` in ``num_inference_steps`` steps, with the same noise for every LoRA, so that they differ by
-    the LoRA alone."""
+    """Scores LoRAs by the identity similarity between their images and the photos.
+
+    Every LoRA generates the same prompts from the same noise, so that the images differ by the
+    LoRA alone.
+
+    Attributes:
+        base: The base that generates the images.
+        identity_similarity: The score of an image, given photos.
+        prompts: One image per prompt and LoRA.
+        num_inference_steps: Denoising steps of an image.
+        guidance_scale: Classifier-free guidance of an image.
+    """
 
     base: DiffusionBase
     identity_similarity: IdentitySimilarity
@@ -25,7 +35,15 @@ class IdentityReranker:
     guidance_scale: float = 3.0
 
     def __call__(self, loras: LoraWeights, photos: Tensor) -> Tensor:
-        """How much each of ``measure_lora_throughput`` (batch n) shows who is on ``load_photos`` [views, 3, h, w], [n]."""
+        """Score LoRAs of one subject.
+
+        Args:
+            loras: The candidates, batch n.
+            photos: The photos of the subject, [views, 3, h, w] in [0, 1].
+
+        Returns:
+            The mean identity similarity of each candidate, [n].
+        """
         num_loras, num_prompts = len(loras), len(self.prompts)
         repeated_loras = loras[torch.arange(num_loras).repeat_interleave(num_prompts)]
         images = generate_images(
@@ -37,14 +55,11 @@ class IdentityReranker:
             guidance_scale=self.guidance_scale,
         )
         size = self.identity_similarity.image_size
-        image_tensors = torch.stack([to_tensor(image, size) for image in images])
-        return (
-            self.identity_similarity(photos.cpu(), image_tensors)
-            .view(num_loras, num_prompts)
-            .mean(1)
-        )
+        pixels = torch.stack([to_tensor(image, size) for image in images])
+        similarities = self.identity_similarity(photos.cpu(), pixels)  # [n * prompts]
+        return similarities.view(num_loras, num_prompts).mean(1)
 
 
 def make_scoring_prompts(trigger_phrase: str) -> tuple[str, ...]:
-    """Plain prompts to judge a likeness by."""
+    """Return plain prompts of a subject, whose images show the face well."""
     return (f"a portrait of {trigger_phrase}", f"a portrait of {trigger_phrase}, smiling")

@@ -1,16 +1,17 @@
 """``create_app``: the FastAPI application over an engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Final
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.formparsers import MultiPartParser
 
 from hyperlora.service.api import edits, images, jobs, loras, similarity, system
-from hyperlora.service.engine.base import Engine
+from hyperlora.service.engine.base import EngineFactory
 from hyperlora.service.errors import add_problem_schema, install_handlers
 from hyperlora.service.file_store import FileStore
 from hyperlora.service.jobs import Jobs
@@ -19,30 +20,40 @@ from hyperlora.service.security import ApiKeyAuth, AuthMiddleware, BodyLimitMidd
 from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.state import AppState
 
-BatchCallback = Callable[[str, int], None]
+_ENGINE_CLOSE_TIMEOUT_S: Final = 10.0
 
 
-def create_app(
-    make_engine: Callable[[BatchCallback], Engine], settings: ServiceSettings
-) -> FastAPI:
-    """The app. ``make_engine`` is called when the server starts, with what it should tell of its batches."""
+def create_app(make_engine: EngineFactory, settings: ServiceSettings) -> FastAPI:
+    """Create the application.
+
+    The app holds its ``AppState`` as ``app.state.service`` while the server runs.
+
+    Args:
+        make_engine: Starts the engine when the server starts; it receives the callback for
+            batch sizes.
+        settings: What the operator decides.
+
+    Returns:
+        The ASGI application.
+    """
     MultiPartParser.spool_max_size = settings.max_form_bytes  # photos never touch the disk
+    metrics = Metrics()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state = _build_app_state(make_engine, settings)
+    async def run_lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state = _build_app_state(make_engine, settings, metrics)
         app.state.service = state
         sweep_task = asyncio.create_task(_delete_stale(state))
         yield
         sweep_task.cancel()
         await state.jobs.drain(settings.drain_timeout_s)
-        await asyncio.to_thread(state.engine.close, 10.0)
+        await asyncio.to_thread(state.engine.close, _ENGINE_CLOSE_TIMEOUT_S)
 
-    app = FastAPIOffline(  # /docs with its scripts from here: a page about this server tells no other of its readers
+    app = FastAPIOffline(  # serves the scripts of /docs itself: no other server learns of readers
         title="hyperlora",
         version=version("hyperlora"),
-        summary="A photo, or a picture before and after an edit, goes in; a LoRA comes out.",
-        lifespan=lifespan,
+        summary="A photo, or an image before and after an edit, goes in; a LoRA comes out.",
+        lifespan=run_lifespan,
     )
     for router_module in (loras, images, edits, similarity, jobs, system):
         app.include_router(router_module.router)
@@ -50,36 +61,32 @@ def create_app(
     add_problem_schema(app)
     app.add_middleware(
         BodyLimitMiddleware,
-        form=settings.max_form_bytes,
-        other=settings.max_json_bytes,
-        seconds=settings.body_timeout_s,
+        max_form_bytes=settings.max_form_bytes,
+        max_body_bytes=settings.max_json_bytes,
+        timeout_s=settings.body_timeout_s,
     )
-    app.add_middleware(AuthMiddleware, gate=ApiKeyAuth(settings.key_digests, settings.rate_limit))
-    app.add_middleware(MetricsMiddleware, metrics=lambda: app.state.service.metrics)
+    app.add_middleware(AuthMiddleware, auth=ApiKeyAuth(settings.key_digests, settings.rate_limit))
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
     return app
 
 
 def _build_app_state(
-    make_engine: Callable[[BatchCallback], Engine], settings: ServiceSettings
+    make_engine: EngineFactory, settings: ServiceSettings, metrics: Metrics
 ) -> AppState:
     files = FileStore(settings.state_dir / "files", settings.retention_s)
-    state_ref: list[AppState] = []
-    metrics = Metrics(
-        lambda: state_ref[0].engine.queue_length, lambda: state_ref[0].jobs.num_active
-    )
-    engine = make_engine(lambda work, size: metrics.batch_sizes.labels(work).observe(size))
+    engine = make_engine(metrics.observe_batch)
     jobs = Jobs(
         settings.state_dir / "jobs.sqlite",
         settings.max_jobs,
-        lambda kind, state: metrics.jobs.labels(kind, state).inc(),
+        metrics.count_job_state,
         max_jobs_per_owner=settings.max_jobs_per_owner,
     )
-    state_ref.append(AppState(settings, files, engine, jobs, metrics))
-    return state_ref[0]
+    metrics.connect_gauges(lambda: engine.queue_length, lambda: jobs.num_active)
+    return AppState(settings, files, engine, jobs, metrics)
 
 
 async def _delete_stale(state: AppState) -> None:
-    """Files and finished jobs go when their time is over."""
+    """Delete files and finished jobs whose time is over, again and again."""
     while True:
         await asyncio.to_thread(state.files.delete_stale)
         state.jobs.delete_stale(state.settings.retention_s)

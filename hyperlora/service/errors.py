@@ -8,15 +8,19 @@ from typing import Any, Final
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from hyperlora.errors import HyperloraError, InvalidImageError
 from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
 
+JsonObject = dict[str, Any]
+"""A piece of an OpenAPI document."""
 MEDIA_TYPE: Final = "application/problem+json"
 CLIENT_CLOSED_REQUEST: Final = 499
-"""In logs and metrics, as nginx counts them; nobody receives it."""
+"""Status in logs and metrics, as nginx counts it; nobody receives it."""
+_COMMON_STATUSES: Final = (401, 422, 429)
+_MAX_VALIDATION_ERRORS: Final = 3
 _ROUTER_MESSAGES: Final = {
     "Not Found": "nothing is found at this path: /docs describes what is here",
     "Method Not Allowed": "this path does not take this method: /docs describes what it takes",
@@ -30,43 +34,56 @@ class ClientDisconnectedError(Exception):
 
 
 class Problem(BaseModel):
-    """What went wrong, for people (``detail``) and programs (``show_status``)."""
+    """What went wrong, for people (``detail``) and for programs (``status``)."""
 
     type: str = "about:blank"
     title: str
     status: int
-    detail: str
+    detail: str = Field(description="One sentence: what, expected, found, what to do.")
 
 
 def make_problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """A problem document as a response."""
-    printable_detail = detail.encode(
-        "utf-8", "replace"
-    ).decode()  # it may quote half a surrogate pair out of a file
+    """Make a response that is a problem document.
+
+    Args:
+        status: HTTP status.
+        detail: One sentence.
+        headers: Further headers of the response.
+
+    Returns:
+        The response.
+    """
+    # a message may quote half a surrogate pair out of a file
+    printable_detail = detail.encode("utf-8", "replace").decode()
     body = Problem(title=HTTPStatus(status).phrase, status=status, detail=printable_detail)
     return JSONResponse(body.model_dump(), status, headers, MEDIA_TYPE)
 
 
 def build_problem_responses(
-    *statuses: int, other_responses: Mapping[int | str, dict[str, Any]] | None = None
-) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for the refusals of a route, beside those every route may give, and for what else it answers."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    problem_responses: dict[int | str, dict[str, Any]] = {
-        status: {
-            "description": HTTPStatus(status).phrase,
-            "content": {MEDIA_TYPE: {"schema": schema}},
-        }
-        for status in sorted({401, 422, 429, *statuses})
+    *statuses: int, other_responses: Mapping[int | str, JsonObject] | None = None
+) -> dict[int | str, JsonObject]:
+    """Build the OpenAPI responses of a route.
+
+    Args:
+        statuses: Statuses of problems, besides 401, 422 and 429 that every route may answer.
+        other_responses: Responses that are no problems.
+
+    Returns:
+        OpenAPI responses by status.
+    """
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    problem_responses: dict[int | str, JsonObject] = {
+        status: {"description": HTTPStatus(status).phrase, "content": content}
+        for status in sorted({*_COMMON_STATUSES, *statuses})
     }
     return {**(other_responses or {}), **problem_responses}
 
 
 def add_problem_schema(app: FastAPI) -> None:
-    """Let OpenAPI know the schema that ``build_problem_responses`` refers to."""
+    """Add the schema that ``build_problem_responses`` refers to, to the app's OpenAPI document."""
     default_openapi = app.openapi
 
-    def build_openapi() -> dict[str, Any]:
+    def build_openapi() -> JsonObject:
         schema = default_openapi()
         schemas = schema.setdefault("components", {}).setdefault("schemas", {})
         schemas.setdefault("Problem", Problem.model_json_schema())
@@ -76,7 +93,7 @@ def add_problem_schema(app: FastAPI) -> None:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Every exception becomes a problem document."""
+    """Answer every exception of an app with a problem document."""
 
     @app.exception_handler(HTTPException)
     async def handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -87,9 +104,8 @@ def install_handlers(app: FastAPI) -> None:
     async def handle_validation_error(
         request: Request, error: RequestValidationError
     ) -> JSONResponse:
-        return make_problem(
-            422, "; ".join(_format_validation_error(item) for item in error.errors()[:3])
-        )
+        messages = map(_format_validation_error, error.errors()[:_MAX_VALIDATION_ERRORS])
+        return make_problem(422, "; ".join(messages))
 
     @app.exception_handler(HyperloraError)
     async def handle_hyperlora_error(request: Request, error: HyperloraError) -> JSONResponse:
@@ -113,8 +129,8 @@ def install_handlers(app: FastAPI) -> None:
         return make_problem(500, "the server made a mistake; it is logged")
 
 
-def _format_validation_error(item: dict[str, Any]) -> str:
-    location = ".".join(
-        str(part) for part in item["loc"] if part not in ("body", "query", "path", "header")
-    )
+def _format_validation_error(item: JsonObject) -> str:
+    """Format one error of pydantic as ``field: message``."""
+    sources = ("body", "query", "path", "header")
+    location = ".".join(str(part) for part in item["loc"] if part not in sources)
     return f"{location or 'the request'}: {item['msg'][:1].lower()}{item['msg'][1:]}"

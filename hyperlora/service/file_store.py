@@ -1,4 +1,4 @@
-"""``FileStore``: what callers asked to keep, found by the SHA-256 of its content, for a while."""
+"""``FileStore``: files that callers asked to store, by the SHA-256 of their content."""
 
 import fcntl
 import re
@@ -8,73 +8,114 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
 
+FileKind = Literal["lora", "image"]
+SUFFIXES: Final[dict[FileKind, str]] = {"lora": ".safetensors", "image": ".png"}
 _ID: Final = re.compile(r"[0-9a-f]{64}")
-SUFFIXES: Final = {"lora": ".safetensors", "image": ".png"}
 
 
 @contextmanager
 def lock_directory(folder: Path) -> Iterator[None]:
-    """While open, no other process can own ``folder``. Raises ``InvalidArgumentError`` if one does."""
+    """Own a folder while the context is open; no other process can own it then.
+
+    Args:
+        folder: The folder; made if it is not there.
+
+    Raises:
+        InvalidArgumentError: If another process owns it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InvalidArgumentError(
-                f"another server uses {str(folder)!r} already: stop it, or give another --state"
+                f"another server uses {str(folder)!r} already: stop it, or give another --state-dir"
             ) from error
         yield
 
 
 @dataclass(frozen=True)
 class FileStore:
-    """Content-addressed files below ``folder``, each gone ``retention_s`` after it was last put there.
+    """Content-addressed files that expire.
 
-    A name on disk is made of a digest that has been checked, never of anything else a caller sent.
+    A name on disk is a digest that has been checked, never anything else that a caller sent.
+
+    Attributes:
+        folder: Where the files lie.
+        retention_s: Seconds that a file is kept after it was last stored.
     """
 
     folder: Path
     retention_s: float
 
-    def store_bytes(self, data: bytes, kind: str) -> str:
-        """Keep ``data``, whole or not at all; its id."""
+    def store_bytes(self, data: bytes, kind: FileKind) -> str:
+        """Store a file, whole or not at all.
+
+        Args:
+            data: Content of the file.
+            kind: Kind of the file.
+
+        Returns:
+            The id: 64 hexadecimal digits of the SHA-256.
+        """
         digest = sha256(data).hexdigest()
         write_bytes(data, self._get_path(digest, kind))
         return digest
 
-    def get_bytes(self, id: str, kind: str) -> bytes | None:
-        """The content, or None if nothing of that id is kept (any more)."""
+    def get_bytes(self, id: str, kind: FileKind) -> bytes | None:
+        """Read a stored file.
+
+        Args:
+            id: What ``store_bytes`` returned, or anything else.
+            kind: Kind of the file.
+
+        Returns:
+            The content, or None if no such file is stored (any more).
+        """
         if not _ID.fullmatch(id):
             return None
         path = self._get_path(id, kind)
-        try:
-            return (
-                path.read_bytes() if path.stat().st_mtime + self.retention_s > time.time() else None
-            )
-        except FileNotFoundError:
-            return None
+        with suppress(FileNotFoundError):
+            if not self._is_stale(path):
+                return path.read_bytes()
+        return None
 
-    def delete(self, id: str, kind: str) -> bool:
-        """Whether there was something to delete."""
+    def delete(self, id: str, kind: FileKind) -> bool:
+        """Delete a stored file.
+
+        Args:
+            id: What ``store_bytes`` returned, or anything else.
+            kind: Kind of the file.
+
+        Returns:
+            Whether the file was there.
+        """
         if not _ID.fullmatch(id) or not (path := self._get_path(id, kind)).is_file():
             return False
         path.unlink(missing_ok=True)
         return True
 
     def delete_stale(self) -> int:
-        """Delete what has outlived its time, and halves of a killed write; how many."""
+        """Delete files that have expired, also the halves of a killed write.
+
+        Returns:
+            The number of deleted files.
+        """
         num_deleted = 0
         for path in self.folder.glob("*/*"):
-            with suppress(FileNotFoundError):  # someone else deleted it
-                if path.stat().st_mtime + self.retention_s <= time.time():
+            with suppress(FileNotFoundError):  # a caller deleted it meanwhile
+                if self._is_stale(path):
                     path.unlink()
                     num_deleted += 1
         return num_deleted
 
-    def _get_path(self, id: str, kind: str) -> Path:
+    def _is_stale(self, path: Path) -> bool:
+        return path.stat().st_mtime + self.retention_s <= time.time()
+
+    def _get_path(self, id: str, kind: FileKind) -> Path:
         return self.folder / id[:2] / f"{id}{SUFFIXES[kind]}"

@@ -1,4 +1,4 @@
-"""``Jobs``: accepted work that outlives its request, in a table that outlives the server."""
+"""``Jobs``: accepted work that outlives its request, in a table that outlives the process."""
 
 import asyncio
 import logging
@@ -28,10 +28,19 @@ from sqlalchemy.engine import Engine as Database
 
 from hyperlora.errors import HyperloraError
 from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
+from hyperlora.service.engine.callbacks import ProgressFn
 
+JobKind = Literal["lora", "image"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+JobFn = Callable[[ProgressFn], Awaitable[str]]
+"""Runs a job and returns the id of the stored file."""
 ACTIVE_STATES: Final = ("queued", "running")
 SERVER_STOPPED: Final = "the server stopped before this job was done: send it again"
+_SERVER_KILLED: Final = (
+    "the server stopped before this job was done, and photos live in memory only: send it again"
+)
+_MIN_PROGRESS_STEP: Final = 0.05
+"""Progress is written in steps of at least this: each is a write to the disk."""
 _log = logging.getLogger("hyperlora.service")
 _METADATA = MetaData()
 _JOBS = Table(
@@ -47,17 +56,27 @@ _JOBS = Table(
     Column("result", String),
     Column("error", String),
 )
-ProgressFn = Callable[[float], None]
-"""Told, from any thread, which fraction is done."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row. ``progress`` 0 to 1; ``result`` is the id of a kept file; times are seconds since 1970."""
+    """One row of the job table.
+
+    Attributes:
+        id: 32 hexadecimal digits.
+        owner: Who may see the job.
+        kind: What the job makes.
+        state: Where the job stands.
+        progress: Fraction that is done, 0 to 1.
+        created: Seconds since 1970.
+        finished: Seconds since 1970; None while the job is active.
+        result: Id of the stored file, once there is one.
+        error: Why the job failed, in one sentence.
+    """
 
     id: str
     owner: str
-    kind: str
+    kind: JobKind
     state: JobState
     progress: float
     created: float
@@ -67,11 +86,17 @@ class Job:
 
 
 class Jobs:
-    """Runs accepted work as tasks of the running event loop.
+    """Run accepted work as tasks of the running event loop.
 
-    Opening the table reports what an earlier process accepted and did not finish as failed: photos are kept in memory
-    only, so it cannot be done again. ``max_concurrent`` jobs run together, the others are queued. ``on_state_change`` is told of every
-    change of state.
+    Opening the table reports what an earlier process accepted and did not finish as failed.
+    Photos are in memory only, so such a job cannot run again.
+
+    Args:
+        database_path: SQLite file of the job table.
+        max_jobs: Jobs that may be active.
+        on_state_change: Receives the kind and the new state of a job at every change.
+        max_jobs_per_owner: Active jobs of one owner; None for ``max_jobs``.
+        max_concurrent: Jobs that run together; others are queued.
     """
 
     def __init__(
@@ -92,14 +117,21 @@ class Jobs:
         self._stopping = self._streams_closed = False
         self._state_changed = asyncio.Condition()
         self._database = _open_database(database_path)
-        self._fail_active(
-            "the server stopped before this job was done, and photos live in memory only: send it again"
-        )
+        self._fail_active(_SERVER_KILLED)
 
-    def submit(self, kind: str, owner: str, run_fn: Callable[[ProgressFn], Awaitable[str]]) -> Job:
-        """Start ``run_fn``, which returns the id of a kept file, and return at once. The job is in the table before.
+    def submit(self, kind: JobKind, owner: str, run_fn: JobFn) -> Job:
+        """Start a job and return at once; the job is in the table before it starts.
 
-        Raises ``QueueFullError`` if as many jobs are open as may be, of all callers or of this one.
+        Args:
+            kind: What the job makes.
+            owner: Who may see the job.
+            run_fn: Runs the job; it receives a function that reports progress.
+
+        Returns:
+            The job, queued.
+
+        Raises:
+            QueueFullError: If too many jobs are active, of all owners or of this one.
         """
         if len(self._tasks) >= self.max_jobs:
             raise QueueFullError(f"{self.max_jobs} jobs are open already: ask again in a moment")
@@ -124,29 +156,34 @@ class Jobs:
             del self._jobs_per_owner[job.owner]
 
     def delete_stale(self, retention_s: float) -> None:
-        """Forget jobs that were finished ``seconds`` ago."""
+        """Delete jobs that finished more than ``retention_s`` seconds ago."""
         with self._database.begin() as connection:
             connection.execute(delete(_JOBS).where(_JOBS.c.finished < time.time() - retention_s))
 
     def get(self, id: str, owner: str) -> Job | None:
-        """The job, if it is this owner's."""
+        """Read a job.
+
+        Args:
+            id: Id of the job.
+            owner: Who asks.
+
+        Returns:
+            The job, or None if this owner has no such job.
+        """
+        query = select(_JOBS).where(_JOBS.c.id == id, _JOBS.c.owner == owner)
         with self._database.connect() as connection:
-            row = (
-                connection.execute(select(_JOBS).where(_JOBS.c.id == id, _JOBS.c.owner == owner))
-                .mappings()
-                .first()
-            )
+            row = connection.execute(query).mappings().first()
         return Job(**row) if row else None
 
     async def cancel(self, job: Job) -> Job:
-        """The job after cancelling it; a finished one stays as it is."""
+        """Cancel a job and return it as it is then; a finished job stays as it is."""
         if (task := self._tasks.get(job.id)) is not None:
             task.cancel()
             await asyncio.wait([task])
         return self.get(job.id, job.owner) or job
 
     async def stream(self, job: Job) -> AsyncIterator[Job]:
-        """The job now and after every change, until it is finished or the server stops."""
+        """Yield the job now and after every change, until it is finished or the server stops."""
         while (current := self.get(job.id, job.owner)) is not None:
             yield current
             if current.state not in ACTIVE_STATES:
@@ -158,13 +195,14 @@ class Jobs:
                     await self._state_changed.wait()
 
     async def close_streams(self) -> None:
-        """End every ``stream``: an open stream would hold a server that stops."""
+        """End every ``stream``; an open stream would keep the server from stopping."""
         self._streams_closed = True
         async with self._state_changed:
             self._state_changed.notify_all()
 
     @property
     def num_active(self) -> int:
+        """Number of jobs that are not finished."""
         with self._database.connect() as connection:
             count = connection.scalar(
                 select(func.count()).select_from(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES))
@@ -172,7 +210,7 @@ class Jobs:
         return int(count or 0)
 
     async def drain(self, timeout_s: float) -> None:
-        """Let open jobs finish; after ``seconds``, report those that did not as failed."""
+        """Let active jobs finish; after ``timeout_s`` seconds report the others as failed."""
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
         self._stopping = True
@@ -183,7 +221,7 @@ class Jobs:
         self._fail_active(SERVER_STOPPED)
         self._database.dispose()
 
-    async def _run_job(self, job: Job, run_fn: Callable[[ProgressFn], Awaitable[str]]) -> None:
+    async def _run_job(self, job: Job, run_fn: JobFn) -> None:
         try:
             async with self._run_slots:
                 await self._update_job(job, state="running")
@@ -193,31 +231,25 @@ class Jobs:
             )
         except asyncio.CancelledError:
             if self._stopping:
-                await self._update_job(
-                    job, state="failed", error=SERVER_STOPPED, finished=time.time()
-                )
+                await self._finish_job(job, "failed", SERVER_STOPPED)
             else:
-                await self._update_job(
-                    job, state="cancelled", error="cancelled on request", finished=time.time()
-                )
+                await self._finish_job(job, "cancelled", "cancelled on request")
         except (HyperloraError, QueueFullError, DeadlineExceededError) as error:
-            await self._update_job(job, state="failed", error=str(error), finished=time.time())
+            await self._finish_job(job, "failed", str(error))
         except Exception:
             _log.exception("a job failed unexpectedly")
-            await self._update_job(
-                job,
-                state="failed",
-                error="the server made a mistake; it is logged",
-                finished=time.time(),
-            )
+            await self._finish_job(job, "failed", "the server made a mistake; it is logged")
+
+    async def _finish_job(self, job: Job, state: JobState, error: str) -> None:
+        await self._update_job(job, state=state, error=error, finished=time.time())
 
     def _make_progress_fn(self, job: Job) -> ProgressFn:
-        loop, last = asyncio.get_running_loop(), 0.0
+        loop, last_progress = asyncio.get_running_loop(), 0.0
 
         def report_progress(progress: float) -> None:
-            nonlocal last
-            if progress >= last + 0.05:  # each is a write to the disk
-                last = progress
+            nonlocal last_progress
+            if progress >= last_progress + _MIN_PROGRESS_STEP:
+                last_progress = progress
                 asyncio.run_coroutine_threadsafe(
                     self._update_job(job, state="running", progress=progress), loop
                 )
@@ -226,7 +258,7 @@ class Jobs:
 
     async def _update_job(self, job: Job, **values: object) -> None:
         with self._database.begin() as connection:
-            is_active = _JOBS.c.state.in_(ACTIVE_STATES)  # what is finished stays as it is
+            is_active = _JOBS.c.state.in_(ACTIVE_STATES)  # a finished job stays as it is
             connection.execute(
                 update(_JOBS).where(_JOBS.c.id == job.id, is_active).values(**values)
             )

@@ -1,10 +1,10 @@
-"""Prometheus metrics and one structured log line per request, without a word of anyone's content."""
+"""Prometheus metrics, and one structured log line per request, without content of callers."""
 
 import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,11 +16,9 @@ _log = logging.getLogger("hyperlora.service")
 
 
 class Metrics:
-    """Counters of one app, in a registry of its own."""
+    """Counters, histograms and gauges of one app, in a registry of its own."""
 
-    def __init__(
-        self, get_queue_length: Callable[[], float], get_active_jobs: Callable[[], float]
-    ) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "hyperlora_requests", "Requests", ["method", "route", "status"], registry=self.registry
@@ -30,33 +28,69 @@ class Metrics:
         )
         self.batch_sizes = Histogram(
             "hyperlora_batch_size",
-            "Requests done together",
+            "Requests in one batch",
             ["work"],
             buckets=(1, 2, 4, 8, 16, 32),
             registry=self.registry,
         )
         self.jobs = Counter(
-            "hyperlora_jobs", "Changes of jobs", ["kind", "state"], registry=self.registry
+            "hyperlora_jobs", "State changes of jobs", ["kind", "state"], registry=self.registry
         )
-        Gauge(
-            "hyperlora_queue", "Requests waiting for the model", registry=self.registry
-        ).set_function(get_queue_length)
-        Gauge("hyperlora_open_jobs", "Jobs not yet finished", registry=self.registry).set_function(
-            get_active_jobs
+        self.queue_length = Gauge(
+            "hyperlora_queue_length", "Requests waiting for the model", registry=self.registry
+        )
+        self.active_jobs = Gauge(
+            "hyperlora_active_jobs", "Jobs not yet finished", registry=self.registry
         )
 
+    def observe_batch(self, kind: str, size: int) -> None:
+        """Record one batch.
+
+        Args:
+            kind: Kind of the work.
+            size: Number of requests in the batch.
+        """
+        self.batch_sizes.labels(kind).observe(size)
+
+    def count_job_state(self, kind: str, state: str) -> None:
+        """Count one job that enters a state.
+
+        Args:
+            kind: Kind of the job.
+            state: The state that it enters.
+        """
+        self.jobs.labels(kind, state).inc()
+
+    def connect_gauges(
+        self, get_queue_length: Callable[[], float], get_active_jobs: Callable[[], float]
+    ) -> None:
+        """Let the gauges read their values when they are scraped.
+
+        Args:
+            get_queue_length: Returns the number of requests that wait for the model.
+            get_active_jobs: Returns the number of jobs that are not finished.
+        """
+        self.queue_length.set_function(get_queue_length)
+        self.active_jobs.set_function(get_active_jobs)
+
     def render_text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Render all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
 
 class MetricsMiddleware:
-    """ASGI middleware: counts and logs every request by its route, not its path."""
+    """ASGI middleware that counts and logs every request by its route, not by its path.
 
-    def __init__(self, app: ASGIApp, get_metrics: Callable[[], Metrics]) -> None:
-        self.app, self.get_metrics = app, get_metrics
+    Args:
+        app: The application.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application and record the status and the time of the response."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -74,30 +108,26 @@ class MetricsMiddleware:
             status = 500
             raise
         finally:
-            seconds = time.perf_counter() - start_time
-            route = getattr(scope.get("route"), "path", "unmatched")
-            metrics = self.get_metrics()
-            method = (
-                scope["method"] if scope["method"] in _METHODS else "OTHER"
-            )  # a caller may invent one each time
-            metrics.requests.labels(method, route, status).inc()
-            metrics.request_seconds.labels(route).observe(seconds)
-            owner = scope.get("state", {}).get("owner", "")
-            fields = {
-                "method": method,
-                "route": route,
-                "status": status,
-                "seconds": round(seconds, 4),
-            }
-            _log.info(json.dumps(fields | ({"key": owner} if owner else {})))
+            self._record(scope, status, time.perf_counter() - start_time)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        # a caller may invent methods, and each would become a time series
+        method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+        self.metrics.requests.labels(method, route, status).inc()
+        self.metrics.request_seconds.labels(route).observe(seconds)
+        owner = scope.get("state", {}).get("owner", "")
+        fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
+        _log.info(json.dumps(fields | ({"key": owner} if owner else {})))
 
 
 class JsonLogFormatter(logging.Formatter):
     """Log records as JSON objects."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format a record; a message that is a JSON object is merged into it."""
         text = record.getMessage()
-        fields: dict[str, Any] = json.loads(text) if text.startswith("{") else {"message": text}
+        fields: dict[str, object] = json.loads(text) if text.startswith("{") else {"message": text}
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps(
@@ -106,7 +136,7 @@ class JsonLogFormatter(logging.Formatter):
 
 
 def configure_logging() -> None:
-    """One JSON object a line, on stderr."""
+    """Log one JSON object per line to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLogFormatter())
     for name in ("hyperlora.service", "uvicorn.error"):

@@ -1,23 +1,28 @@
-"""The service on Ray Serve: the models as a deployment of replicas, before them the same app.
+"""The service on Ray Serve: a deployment of replicas holds the models, the same app calls them.
 
-``start_ray_engine`` is what ``main_callback serve --ray`` uses: the app in this process, its own HTTP server, replicas behind it.
-``build_application`` is for ``serve deploy`` and Kubernetes: the app too is a deployment, behind Ray's proxy.
+``start_ray_engine`` is what ``hyperlora serve --ray`` uses: the app runs in this process with its
+own HTTP server. ``build_application`` is for ``serve deploy`` and Kubernetes: the app is a
+deployment too, behind Ray's proxy.
 """
 
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+# Ray reads it when it is imported; without it Ray reports its use to its makers
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 
 from hyperlora.service.app import create_app
 from hyperlora.service.engine.factory import ModelPaths, make_engine_factory
@@ -25,70 +30,100 @@ from hyperlora.service.engine.ray import RayEngine, Replica
 from hyperlora.service.file_store import lock_directory
 from hyperlora.service.settings import ServiceSettings, load_api_keys
 
-os.environ.setdefault(
-    "RAY_USAGE_STATS_ENABLED", "0"
-)  # before Ray is imported: it would tell of its use
 APP_NAME: Final = "hyperlora"
+API_DEPLOYMENT: Final = "Api"
 MODEL_DEPLOYMENT: Final = "Models"
 _QUIET_LOGGING: Final = {"log_level": "WARNING", "enable_access_log": False}
+_OBJECT_STORE_BYTES: Final = 512 << 20
 
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """How many replicas: ``num_replicas`` always, up to ``max_replicas`` as requests wait; ``num_cpus`` and ``num_gpus`` of each."""
+    """Number and size of the replicas.
+
+    Attributes:
+        num_replicas: Replicas that always run.
+        max_replicas: Replicas that run while requests wait; None for ``num_replicas``.
+        num_cpus: CPU cores of each.
+        num_gpus: GPUs of each.
+    """
 
     num_replicas: int = 1
     max_replicas: int | None = None
     num_cpus: float = 1.0
     num_gpus: float = 0.0
 
+    @property
+    def peak_replicas(self) -> int:
+        """Largest number of replicas."""
+        return max(self.num_replicas, self.max_replicas or 0)
+
 
 def build_model_deployment(
     models: ModelPaths, settings: ServiceSettings, scale: ScaleConfig
 ) -> Application:
-    """Replicas that hold the models. A replica is asked for twice what one forward takes, so that a batch is there
-    when the last is done; the others wait at the handle."""
-    max_replicas = max(scale.num_replicas, scale.max_replicas or 0)
-    replica_options: dict[str, Any] = {"num_replicas": scale.num_replicas}
-    if max_replicas > scale.num_replicas:
-        load_target = {"target_ongoing_requests": settings.max_lora_batch / 2}
-        replica_options = {
-            "autoscaling_config": {
-                "min_replicas": scale.num_replicas,
-                "max_replicas": max_replicas,
-                **load_target,
-            }
-        }
+    """Build the deployment of replicas that hold the models.
+
+    A replica takes twice the requests of one forward pass, so that the next batch is there when
+    the last is done. Further requests wait at the handle.
+
+    Args:
+        models: Which models.
+        settings: Sizes of the queue and of batches.
+        scale: Number and size of the replicas.
+
+    Returns:
+        The deployment, bound to its arguments.
+    """
+    autoscaling_config = None
+    if scale.peak_replicas > scale.num_replicas:
+        autoscaling_config = AutoscalingConfig(
+            min_replicas=scale.num_replicas,
+            max_replicas=scale.peak_replicas,
+            target_ongoing_requests=settings.max_lora_batch / 2,
+        )
     deployment = serve.deployment(
         name=MODEL_DEPLOYMENT,
+        num_replicas=scale.num_replicas if autoscaling_config is None else None,
+        autoscaling_config=autoscaling_config,
         max_ongoing_requests=2 * settings.max_lora_batch,
         max_queued_requests=settings.max_queue_size,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
-        **replica_options,
     )(Replica)
-    return deployment.bind(
-        partial(make_engine_factory, models, replace(settings, keys=frozenset()))
-    )
+    replica_settings = replace(settings, key_digests=frozenset())  # replicas need no keys
+    return deployment.bind(partial(make_engine_factory, models, replica_settings))
 
 
 @contextmanager
 def start_ray_engine(
     models: ModelPaths, settings: ServiceSettings, scale: ScaleConfig
 ) -> Iterator[RayEngine]:
-    """An engine over replicas: in the cluster that ``RAY_ADDRESS`` names, or in one on this machine that ends with the
-    context. Raises ``HyperloraError`` for models that cannot be loaded."""
+    """Run an engine over replicas while the context is open.
+
+    The cluster is the one that ``RAY_ADDRESS`` names, or one on this machine that ends with the
+    context.
+
+    Args:
+        models: Which models.
+        settings: Sizes of the queue and of batches.
+        scale: Number and size of the replicas.
+
+    Yields:
+        The engine, whose models are loaded.
+
+    Raises:
+        HyperloraError: If a model cannot be loaded.
+    """
     is_existing_cluster = "RAY_ADDRESS" in os.environ
+    cluster_options = {} if is_existing_cluster else make_local_cluster_options(scale)
     with ExitStack() as stack:
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **{} if is_existing_cluster else make_local_cluster_options(scale),
-        )
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **cluster_options)
         stack.callback(ray.shutdown)
         serve.start(proxy_location="Disabled", logging_config=_QUIET_LOGGING)
-        if is_existing_cluster:  # our own ends as a whole: to take it apart in order may mean to wait for a replica that is starting
+        # a local cluster ends as a whole: an orderly end may wait for a replica that starts
+        if is_existing_cluster:
             stack.callback(serve.delete, APP_NAME)
         deployment = build_model_deployment(models, settings, scale)
         handle = serve.run(
@@ -99,50 +134,68 @@ def start_ray_engine(
         yield engine
 
 
-def build_application(args: dict[str, Any]) -> Application:
-    """For ``serve run main_callback.service.ray_deployment:build_application num_replicas=2``; ``docs/deploy.md`` names the ``args``.
+def build_application(args: Mapping[str, Any]) -> Application:
+    """Build the Serve application: one replica of the app, and the replicas of the models.
 
-    The app is one replica, which owns the jobs and what is kept; the models are as many as asked for.
+    The replica of the app owns the jobs and the stored files.
+
+    Example: ``serve run hyperlora.service.ray_deployment:build_application replicas=2``
+
+    Args:
+        args: ``state``, ``keys`` (a file), ``replicas``, ``max_replicas``, ``cpus``, ``gpus``, and
+            the fields of ``ModelPaths``.
+
+    Returns:
+        The application.
     """
     options = dict(args)
     state_dir = Path(options.pop("state", "hyperlora-state"))
     key_file = Path(options.pop("keys")) if "keys" in options else None
     scale = ScaleConfig(
-        int(options.pop("replicas", 1)),
-        int(options.pop("max_replicas", 0)) or None,
-        float(options.pop("cpus", 1)),
-        float(options.pop("gpus", 0)),
+        num_replicas=int(options.pop("replicas", 1)),
+        max_replicas=int(options.pop("max_replicas", 0)) or None,
+        num_cpus=float(options.pop("cpus", 1)),
+        num_gpus=float(options.pop("gpus", 0)),
     )
     models, settings = ModelPaths(**options), ServiceSettings(state_dir)
-
-    def make_app() -> FastAPI:
-        app_name = serve.get_replica_context().app_name
-        stack = ExitStack()
-        stack.enter_context(lock_directory(state_dir))  # for as long as this process lives
-        engine = RayEngine(
-            serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name), app_name, MODEL_DEPLOYMENT
-        )
-        app = create_app(lambda observe: engine, replace(settings, keys=load_api_keys(key_file)))
-        app.state.held = stack
-        return app
-
-    deployment = serve.deployment(name="Door", num_replicas=1, max_ongoing_requests=1024)(
-        serve.ingress(make_app)()
+    ingress = serve.ingress(lambda: _make_app(settings, key_file))()
+    deployment = serve.deployment(name=API_DEPLOYMENT, num_replicas=1, max_ongoing_requests=1024)(
+        ingress
     )
     return deployment.bind(build_model_deployment(models, settings, scale))
 
 
+def _make_app(settings: ServiceSettings, key_file: Path | None) -> FastAPI:
+    """Create the app in its replica, which owns the state folder as long as its process lives."""
+    app_name = serve.get_replica_context().app_name
+    stack = ExitStack()
+    stack.enter_context(lock_directory(settings.state_dir))
+    handle = serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name)
+    engine = RayEngine(handle, app_name, MODEL_DEPLOYMENT)
+    app_settings = replace(settings, key_digests=load_api_keys(key_file))
+    app = create_app(lambda on_batch: engine, app_settings)
+    app.state.exit_stack = stack
+    return app
+
+
 def make_local_cluster_options(scale: ScaleConfig) -> dict[str, Any]:
-    """A cluster of this machine alone. It listens to other machines too, but only we have the token it asks for; and it
-    never writes to a disk what it is handed."""
+    """Make the options of ``ray.init`` for a cluster of this machine alone.
+
+    The cluster listens to other machines too, but only this process has its token. It never
+    writes to a disk what it is handed.
+
+    Args:
+        scale: Number and size of the replicas.
+
+    Returns:
+        Keyword arguments of ``ray.init``.
+    """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    needed_cpus = round(scale.num_cpus * scale.peak_replicas) + 1
     return {
         "address": "local",
-        "num_cpus": max(
-            os.cpu_count() or 1,
-            round(scale.num_cpus * max(scale.num_replicas, scale.max_replicas or 0)) + 1,
-        ),
+        "num_cpus": max(os.cpu_count() or 1, needed_cpus),
         "include_dashboard": False,
-        "object_store_memory": 512 << 20,
+        "object_store_memory": _OBJECT_STORE_BYTES,
         "_system_config": {"automatic_object_spilling_enabled": False, "worker_niceness": 0},
     }

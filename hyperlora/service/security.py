@@ -1,10 +1,10 @@
-"""Who may call and how often; how large and how slow a request may be."""
+"""API keys and rates of callers; sizes and times of request bodies."""
 
 import asyncio
 import hmac
 import math
 import time
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, Security
@@ -21,6 +21,7 @@ from hyperlora.service.errors import make_problem
 from hyperlora.service.settings import hash_key
 
 LOCAL_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Host names of this machine."""
 _bearer = HTTPBearer(auto_error=False, description="An API key, if the server asks for one.")
 _header = APIKeyHeader(
     name="X-API-Key", auto_error=False, description="The same, for tools without bearer tokens."
@@ -28,14 +29,30 @@ _header = APIKeyHeader(
 
 
 class ApiKeyAuth:
-    """Keys and their rates. ``rate_limit`` is in the words of ``limits``: ``60/minute``."""
+    """API keys, and a rate limit for each.
+
+    Args:
+        key_digests: SHA-256 digests of the keys; without any, every key is accepted.
+        rate_limit: Requests per owner in the notation of the ``limits`` library: ``60/minute``.
+    """
 
     def __init__(self, key_digests: frozenset[bytes], rate_limit: str) -> None:
         self.key_digests, self.rate_limit = key_digests, parse(rate_limit)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def authenticate(self, key: str | None, host: str) -> str:
-        """Whose request this is: a digest of the key, or the host where no key is asked for. Raises 401 and 429."""
+        """Find the owner of a request, and count the request.
+
+        Args:
+            key: The key that was sent; None for none.
+            host: Address of the caller.
+
+        Returns:
+            A digest of the key, or the host if the server has no keys.
+
+        Raises:
+            HTTPException: 401 for an unknown key, 429 above the rate limit.
+        """
         if not self.key_digests:
             owner = f"host {host}"
         else:
@@ -51,12 +68,11 @@ class ApiKeyAuth:
         return owner
 
     def is_valid(self, key: str | None) -> bool:
-        """Whether this is one of the keys; counts nothing."""
+        """Check whether this is one of the keys; it counts no request."""
         key_digest = hash_key(key or "")
-        return (
-            sum(hmac.compare_digest(key_digest, known_digest) for known_digest in self.key_digests)
-            > 0
-        )  # all of them, however early one fits
+        # every digest is compared, however early one matches: the time reveals nothing
+        matches = [hmac.compare_digest(key_digest, known) for known in self.key_digests]
+        return any(matches)
 
     def _check_rate_limit(self, owner: str) -> None:
         if not self._limiter.hit(self.rate_limit, owner):
@@ -72,7 +88,7 @@ async def _get_caller(
     bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
     key: Annotated[str | None, Security(_header)],
 ) -> str:
-    """The guard has let the request in already; the parameters are for OpenAPI to name."""
+    """Return the owner that ``AuthMiddleware`` found; the other parameters are for OpenAPI."""
     owner: str = request.state.owner
     return owner
 
@@ -82,16 +98,22 @@ Caller = Annotated[str, Depends(_get_caller)]
 
 
 class AuthMiddleware:
-    """ASGI middleware, by headers alone: nothing of a body is read before its sender has been let in.
+    """ASGI middleware that checks the headers of a request before any of its body is read.
 
-    Without keys only this machine's own programs may call: pages of other sites (by Origin) and names that were made
-    to point here (by Host) are refused.
+    Without keys only programs of this machine may call: it refuses pages of other sites (by
+    Origin) and host names that were made to point here (by Host).
+
+    Args:
+        app: The application.
+        auth: API keys and rates.
+        path_prefix: Paths that are checked.
     """
 
     def __init__(self, app: ASGIApp, auth: ApiKeyAuth, path_prefix: str = "/v1/") -> None:
         self.app, self.auth, self.path_prefix = app, auth, path_prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application, or answer 401, 403 or 429."""
         if scope["type"] == "http" and scope["path"].startswith(self.path_prefix):
             try:
                 headers = Headers(scope=scope)
@@ -116,7 +138,14 @@ def _parse_key(headers: Headers) -> str | None:
 
 
 def check_local(headers: Headers) -> None:
-    """Raises 403 for a request that another site's page, or a name made to point here, has sent."""
+    """Check that a request comes from a program of this machine.
+
+    Args:
+        headers: The headers of the request.
+
+    Raises:
+        HTTPException: 403 for a request of another site's page or to another host name.
+    """
     for name in ("host", "origin"):
         value = headers.get(name)
         if (
@@ -130,50 +159,66 @@ def check_local(headers: Headers) -> None:
 
 
 class BodyLimitMiddleware:
-    """ASGI middleware: 413 for a form above ``max_form_bytes`` bytes or another body above ``max_body_bytes``, 408 for a body that is not
-    there after ``timeout_s``."""
+    """ASGI middleware that limits the size and the time of request bodies.
+
+    It answers 413 for a body that is too large, 408 for one that is not complete in time.
+
+    Args:
+        app: The application.
+        max_form_bytes: Largest form.
+        max_body_bytes: Largest body of another type.
+        timeout_s: Seconds until the body is complete.
+    """
 
     def __init__(
         self, app: ASGIApp, max_form_bytes: int, max_body_bytes: int, timeout_s: float
     ) -> None:
-        self.app, self.max_form_bytes, self.max_body_bytes, self.timeout_s = (
-            app,
-            max_form_bytes,
-            max_body_bytes,
-            timeout_s,
-        )
+        self.app, self.timeout_s = app, timeout_s
+        self.max_form_bytes, self.max_body_bytes = max_form_bytes, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application over a limited body."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
         max_bytes = self.max_form_bytes if is_form else self.max_body_bytes
-        left, complete, deadline = max_bytes, False, time.monotonic() + self.timeout_s
-        detail = (
-            f"the request is larger than {max_bytes / 2**20:.3g} MiB: send fewer or smaller files"
+        body = _LimitedBody(receive, max_bytes, self.timeout_s, headers.get("content-length", "0"))
+        await self.app(scope, body.receive, send)
+
+
+class _LimitedBody:
+    """The body of one request, read up to a size and a time."""
+
+    def __init__(
+        self, receive: Receive, max_bytes: int, timeout_s: float, content_length: str
+    ) -> None:
+        self._receive, self._timeout_s, self._content_length = receive, timeout_s, content_length
+        self._max_bytes = self._remaining_bytes = max_bytes
+        self._deadline, self._is_complete = time.monotonic() + timeout_s, False
+
+    async def receive(self) -> Message:
+        """Receive the next message; raise 413 or 408 at a limit."""
+        if self._is_complete:
+            return await self._receive()
+        if self._content_length.isdecimal() and int(self._content_length) > self._max_bytes:
+            raise self._make_size_error()
+        remaining_s = max(0.0, self._deadline - time.monotonic())
+        try:
+            message: Message = await asyncio.wait_for(self._receive(), remaining_s)
+        except TimeoutError:
+            raise HTTPException(
+                408, f"the request was not complete after {self._timeout_s:g} s"
+            ) from None
+        self._remaining_bytes -= len(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        if self._remaining_bytes < 0:
+            raise self._make_size_error()
+        return message
+
+    def _make_size_error(self) -> HTTPException:
+        size_mib = self._max_bytes / 2**20
+        return HTTPException(
+            413, f"the request is larger than {size_mib:.3g} MiB: send fewer or smaller files"
         )
-        content_length = headers.get("content-length", "0")
-
-        async def read_with_limit() -> Message:
-            nonlocal left, complete
-            if complete:
-                return await receive()
-            if content_length.isdecimal() and int(content_length) > max_bytes:
-                raise HTTPException(413, detail)
-            try:
-                message: Any = await asyncio.wait_for(
-                    receive(), max(0.0, deadline - time.monotonic())
-                )
-            except TimeoutError:
-                raise HTTPException(
-                    408, f"the request was not complete after {self.timeout_s:g} s"
-                ) from None
-            left -= len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if left < 0:
-                raise HTTPException(413, detail)
-            return message
-
-        await self.app(scope, read_with_limit, send)

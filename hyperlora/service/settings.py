@@ -9,42 +9,84 @@ from typing import Final
 from hyperlora.errors import InvalidArgumentError
 
 API_KEYS_ENV: Final = "HYPERLORA_API_KEYS"
+"""Environment variable of API keys, separated by commas."""
 _MIN_KEY_LENGTH: Final = 16
 
 
 @dataclass(frozen=True)
-class ServiceSettings:
-    """Caps and places. ``key_digests`` are SHA-256 digests of API keys; with none, everyone may call (bind to localhost then).
+class EngineLimits:
+    """Sizes of an engine's queue and of its batches.
 
-    ``state_dir`` holds the job table and kept files, ``lora_dir`` ordinary LoRA files that prompts may name. ``rate_limit`` is per
-    key, in the words of the ``limits`` library.
+    Attributes:
+        max_queue_size: Requests that may wait for the model.
+        max_lora_batch: LoRAs that are predicted in one forward pass.
+        max_image_batch: Images that are denoised in one batch.
+    """
+
+    max_queue_size: int = 256
+    max_lora_batch: int = 32
+    max_image_batch: int = 8
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """Limits, lifetimes and folders of a server.
+
+    Attributes:
+        state_dir: Folder of the job table and of stored files.
+        lora_dir: Folder of LoRA files that prompts may name; None for none.
+        key_digests: SHA-256 digests of API keys. Without any, this machine alone may call.
+        rate_limit: Requests per key in the notation of the ``limits`` library.
+        max_form_bytes: Largest body of a form.
+        max_json_bytes: Largest other body; JSON takes many times its size while it is parsed.
+        max_photos: Photos, images or pairs in one request.
+        body_timeout_s: Seconds until the body of a request is complete.
+        timeout_s: Seconds that a synchronous request may take.
+        max_queue_size: Requests that may wait for the model.
+        max_jobs: Jobs that may be accepted and not finished.
+        max_jobs_per_owner: The same for one caller.
+        max_lora_batch: LoRAs that are predicted in one forward pass.
+        max_image_batch: Images that are denoised in one batch.
+        retention_s: Seconds that stored files and finished jobs are kept.
+        drain_timeout_s: Seconds that accepted jobs get when the server stops.
+        sweep_interval_s: Seconds between two deletions of what is out of date.
     """
 
     state_dir: Path
     lora_dir: Path | None = None
     key_digests: frozenset[bytes] = field(default_factory=frozenset, repr=False)
     rate_limit: str = "600/minute"
-    max_form_bytes: int = 64 << 20  # bytes of a form
-    max_json_bytes: int = (
-        16 << 20
-    )  # bytes of any other body: JSON takes many times its size while it is read
+    max_form_bytes: int = 64 << 20
+    max_json_bytes: int = 16 << 20
     max_photos: int = 8
-    body_timeout_s: float = 60.0  # until a request's body is complete
-    timeout_s: float = 120.0  # seconds a synchronous request may take
-    max_queue_size: int = 256  # requests waiting for the model
-    max_jobs: int = 128  # accepted and not yet finished
+    body_timeout_s: float = 60.0
+    timeout_s: float = 120.0
+    max_queue_size: int = EngineLimits.max_queue_size
+    max_jobs: int = 128
     max_jobs_per_owner: int = 64
-    max_lora_batch: int = 32  # LoRAs made in one forward
-    max_image_batch: int = 8  # pictures denoised in one batch
-    retention_s: float = 24 * 3600.0  # lifetime of what is kept on request
-    drain_timeout_s: float = 60.0  # for accepted jobs when the server stops
-    sweep_interval_s: float = 600.0  # between two looks for what has outlived its time
+    max_lora_batch: int = EngineLimits.max_lora_batch
+    max_image_batch: int = EngineLimits.max_image_batch
+    retention_s: float = 24 * 3600.0
+    drain_timeout_s: float = 60.0
+    sweep_interval_s: float = 600.0
+
+    @property
+    def engine_limits(self) -> EngineLimits:
+        """The limits of the engine."""
+        return EngineLimits(self.max_queue_size, self.max_lora_batch, self.max_image_batch)
 
 
 def load_api_keys(path: Path | None) -> frozenset[bytes]:
-    """Digests of the keys in ``path`` (one a line) and in the environment variable (comma-separated).
+    """Load API keys from a file (one per line) and from the environment (comma-separated).
 
-    Raises ``InvalidArgumentError`` for a file that cannot be read or a key that is too short to be safe.
+    Args:
+        path: The file, or None for the environment alone.
+
+    Returns:
+        The SHA-256 digests of the keys.
+
+    Raises:
+        InvalidArgumentError: If the file cannot be read or holds no key, or a key is too short.
     """
     try:
         lines = path.read_text().splitlines() if path else []
@@ -65,5 +107,5 @@ def load_api_keys(path: Path | None) -> frozenset[bytes]:
 
 
 def hash_key(key: str) -> bytes:
-    """SHA-256."""
+    """Compute the SHA-256 digest of an API key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

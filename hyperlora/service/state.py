@@ -1,3 +1,5 @@
+"""``AppState``: the objects that the routes of one app share."""
+
 from dataclasses import dataclass
 
 from hyperlora.service.engine.base import Engine
@@ -9,7 +11,15 @@ from hyperlora.service.settings import ServiceSettings
 
 @dataclass
 class AppState:
-    """What the routes of one app share."""
+    """The objects that the routes of one app share.
+
+    Attributes:
+        settings: What the operator decides.
+        files: Files that callers asked to store.
+        engine: The models.
+        jobs: Accepted jobs.
+        metrics: Prometheus metrics.
+    """
 
     settings: ServiceSettings
     files: FileStore

@@ -1,6 +1,6 @@
-"""``LatentPreviewLoss``: how far what latents look like is off, seen through a linear preview of the autoencoder."""
+"""Losses beside the denoising loss, on the clean latents that a denoiser predicts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -8,21 +8,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.encoders.attribute_classifier import AttributeClassifier
+from hyperlora.diffusion.losses import AuxLoss
+from hyperlora.encoders.attribute_classifier import AttributeClassifier, AttributePrediction
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.training.modules.attribute_classifier import compute_attribute_loss
 
+IGNORE_INDEX: Final = -100
+"""Label of an attribute that an image does not show: neither trained on nor counted."""
 _KERNEL_SIZE: Final = 3
-"""Latents across that the pixels of one place are made from."""
+"""Side of the square of latent pixels that the image pixels of one latent pixel depend on."""
 
 
 class LatentPreviewLoss(nn.Module):
-    """A small picture of latents [n, ``channels``, h, w], ``upscale`` pixels across for each place: the map to RGB from
-    -1 to 1 that is nearest to what a base decodes, linear in the place and those around it (ComfyUI's latent previews
-    look at the place alone).
+    """Squared error of a linear preview: of the small RGB image that latents stand for.
 
-    The error of latents counts all channels alike, while few of them say which colour a place is. The map is fitted
-    once; it goes into checkpoints, so that training resumes with the same.
+    The preview is a convolution from latents to RGB in [-1, 1], fitted by least squares to the
+    autoencoder's decoder. (ComfyUI's latent previews use a 1x1 kernel.) An error of the latents
+    weights all channels alike, while only a few of them carry the color of a latent pixel. The
+    kernel is fitted once and stored in checkpoints, so a resumed run uses the same one.
+
+    Args:
+        channels: Of the latents.
+        upscale: Image pixels per latent pixel, along each axis.
     """
 
     kernel: Tensor
@@ -36,36 +42,58 @@ class LatentPreviewLoss(nn.Module):
 
     @property
     def has_kernel(self) -> bool:
+        """Whether the kernel is fitted."""
         return bool(self.kernel.any())
 
     @torch.no_grad()
     def fit_kernel(self, base: DiffusionBase, latents: Tensor) -> None:
-        """The least squares of what ``base`` decodes of ``latents`` [n, channels, h, w]; the constant is left out, as
-        differences have none."""
+        """Fit the kernel by least squares to what a base decodes.
+
+        The fit has a constant term, which is then dropped: differences of previews do not need it.
+
+        Args:
+            base: Base diffusion model whose decoder is approximated.
+            latents: Scaled examples, [batch, channels, h, w]; together at least
+                9 * ``channels`` + 1 latent pixels.
+        """
         height, width = (self.upscale * size for size in latents.shape[-2:])
-        pixels = F.adaptive_avg_pool2d(
-            base.decode_latents(latents).float() * 2 - 1, (height, width)
-        )
-        target_pixels = F.pixel_unshuffle(pixels, self.upscale).movedim(1, -1).flatten(0, 2)
-        latent_patches = F.unfold(
-            latents.float(), _KERNEL_SIZE, padding=_KERNEL_SIZE // 2
-        ).mT.flatten(0, 1)
-        design_matrix = F.pad(latent_patches, (0, 1), value=1.0)
-        solution = torch.linalg.lstsq(
-            design_matrix.double().cpu(), target_pixels.double().cpu()
-        ).solution[:-1]
-        self.kernel.copy_(solution.mT.reshape(self.kernel.shape))
+        pixels = base.decode_latents(latents).float() * 2 - 1  # [batch, 3, H, W] in [-1, 1]
+        pixels = F.adaptive_avg_pool2d(pixels, (height, width))  # [batch, 3, h * up, w * up]
+
+        # One row per latent pixel. Y: its up² image pixels; X: the latents around it, and 1.
+        targets = F.pixel_unshuffle(pixels, self.upscale)  # [batch, 3 * up², h, w]
+        targets = targets.movedim(1, -1).flatten(0, 2)  # Y [batch * h * w, 3 * up²]
+        patches = F.unfold(latents.float(), _KERNEL_SIZE, padding=_KERNEL_SIZE // 2)
+        patches = patches.mT.flatten(0, 1)  # [batch * h * w, channels * 9]
+        design_matrix = F.pad(patches, (0, 1), value=1.0)  # X [batch * h * w, channels * 9 + 1]
+
+        # K = argmin |X K - Y|²
+        solution = torch.linalg.lstsq(design_matrix.double().cpu(), targets.double().cpu()).solution
+        self.kernel.copy_(solution[:-1].mT.reshape(self.kernel.shape))
 
     def compute_error(self, latents: Tensor, target_latents: Tensor, weight: Tensor) -> Tensor:
-        """Squared error of the preview per sample [n]; ``weight`` [n, 1, h, w]: how much each place counts."""
-        preview_diff = F.conv2d(
-            latents.float() - target_latents.float(), self.kernel, padding=_KERNEL_SIZE // 2
-        )
-        return (preview_diff.square() * weight).mean((1, 2, 3))
+        """Compute the squared difference of two previews.
+
+        Args:
+            latents: [batch, channels, h, w].
+            target_latents: Of the same shape.
+            weight: Loss weight of each latent pixel, [batch, 1, h, w].
+
+        Returns:
+            Mean squared error per sample, [batch].
+        """
+        difference = latents.float() - target_latents.float()  # [batch, channels, h, w]
+        preview_diff = F.conv2d(difference, self.kernel, padding=_KERNEL_SIZE // 2)
+        return (preview_diff.square() * weight).mean((1, 2, 3))  # over [3 * up², h, w]
 
 
 class AttributeLoss:
-    """``weight`` times what a released reader of latents (a folder; None for no such loss) misreads."""
+    """Cross-entropy of the attributes that a classifier of latents predicts.
+
+    Args:
+        classifier_dir: Folder of a released ``AttributeClassifier`` of latents; None for no loss.
+        weight: Factor of the cross-entropy.
+    """
 
     def __init__(self, classifier_dir: str | None, weight: float) -> None:
         self.classifier = (
@@ -74,19 +102,54 @@ class AttributeLoss:
         self.weight = weight
 
     def to(self, device: torch.device) -> None:
+        """Move the classifier to ``device``."""
         if self.classifier is not None:
             self.classifier.to(device)
 
-    def make_loss_fn(
-        self, labels: Mapping[str, Tensor] | None
-    ) -> Callable[[Tensor], Tensor] | None:
-        """A loss per sample of latents [n, c, h, w], as ``compute_denoising_loss`` takes it. Raises ``InvalidArgumentError`` if there is
-        a reader, but the data do not say what it should read."""
+    def make_aux_loss(
+        self, labels: Mapping[str, Tensor] | None, weight: float | Tensor | None = None
+    ) -> AuxLoss | None:
+        """Make the loss that ``compute_denoising_loss`` adds for a batch.
+
+        Args:
+            labels: {attribute: [batch]}, ``IGNORE_INDEX`` where it is unknown. None if the data
+                have none.
+            weight: ``AuxLoss.weight``, which multiplies this loss' own weight.
+
+        Returns:
+            The loss, or None without a classifier.
+
+        Raises:
+            InvalidArgumentError: If there is a classifier, but no labels.
+        """
         classifier = self.classifier
         if classifier is None:
             return None
         if labels is None:
             raise InvalidArgumentError(
-                "a reader is given, but the data have no labels: leave it out, or use drawn portraits"
+                "an attribute classifier is given, but the data have no labels: "
+                "leave it out, or use drawn portraits"
             )
-        return lambda latents: self.weight * compute_attribute_loss(classifier(latents), labels)
+        return AuxLoss(
+            lambda latents: self.weight * compute_attribute_loss(classifier(latents), labels),
+            weight,
+        )
+
+
+def compute_attribute_loss(prediction: AttributePrediction, labels: Mapping[str, Tensor]) -> Tensor:
+    """Compute the cross-entropy of predicted attributes, summed over the attributes.
+
+    Args:
+        prediction: With ``logits`` [batch, classes] of each attribute.
+        labels: {attribute: class indices [batch]}; ``IGNORE_INDEX`` adds 0.
+
+    Returns:
+        Loss per sample, [batch].
+    """
+    losses = [
+        F.cross_entropy(
+            prediction.logits[name].float(), classes, ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        for name, classes in labels.items()
+    ]
+    return torch.stack(losses).sum(0)

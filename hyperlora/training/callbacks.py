@@ -1,7 +1,6 @@
-"""Randomness that depends on where a training is, not on how it got there."""
+"""Random seeds that depend on the position in a training run, not on its history."""
 
 import os
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -10,39 +9,55 @@ from torch.utils.data import DataLoader, RandomSampler
 
 
 class PerBatchSeed(L.Callback):
-    """Draw each batch's noise from a seed of its own: base seed, and the batch's number among those of all devices.
+    """Seed the noise of each batch by its number among the batches of all devices.
 
-    With one seed at the start alone, all devices would draw the same noise and timesteps for their different samples,
-    and a resumed run would repeat those of its first steps. So n devices equal one that accumulates n batches, and a
-    run resumed where an epoch begins goes on as if it had never stopped (if the data needs no workers).
+    With a single seed at the start, all devices would draw the same noise and timesteps, and a
+    resumed run would repeat those of its first steps. With this callback, n devices equal one
+    device that accumulates n batches. A run resumed at an epoch's start equals one that was never
+    interrupted, provided that the data loader has no workers.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.on_train_epoch_start(trainer, pl_module)  # a resumed run goes on within its epoch
+        """Seed the current epoch: a resumed run starts within one.
+
+        Args:
+            trainer: The running trainer.
+            pl_module: Not used.
+        """
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Seed the global generator and, with generators of their own, the data loaders.
+
+        Args:
+            trainer: The running trainer.
+            pl_module: Not used.
+        """
         seed = _compute_seed(0, trainer.current_epoch, trainer.global_rank)
         torch.manual_seed(seed)
         for loader in (trainer.train_dataloader, trainer.val_dataloaders):
-            if isinstance(
-                loader, DataLoader
-            ):  # what it draws for itself must not come out of the data's stream
+            if isinstance(loader, DataLoader):
+                # a generator of its own: the loader's draws must not advance the global one
                 loader.generator = torch.Generator().manual_seed(seed)
                 if isinstance(loader.sampler, RandomSampler):
                     loader.sampler.generator = torch.Generator().manual_seed(seed)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        torch.manual_seed(
-            _compute_seed(
-                1, trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank
-            )
-        )
+        """Seed the global generator by the batch's number among those of all devices.
+
+        Args:
+            trainer: The running trainer.
+            pl_module: Not used.
+            batch: Not used.
+            batch_idx: Not used: it starts again with every epoch.
+        """
+        batch_number = trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank
+        torch.manual_seed(_compute_seed(1, batch_number))
 
 
 def _compute_seed(*position: int) -> int:
-    base_seed = int(
-        os.environ.get("PL_GLOBAL_SEED", 0)
-    )  # where Lightning's seed_everything keeps it
+    """Hash the run's seed, which ``seed_everything`` keeps in the environment, and ``position``."""
+    base_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
     return int(np.random.SeedSequence([base_seed, *position]).generate_state(1)[0])

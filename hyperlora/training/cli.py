@@ -1,24 +1,79 @@
-"""``main_callback train``: LightningCLI over every LightningModule and DataModule, by class path."""
+"""``hyperlora train``: LightningCLI over every LightningModule and DataModule, by class path."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 
 from hyperlora.cpu import disable_malloc_trim
 from hyperlora.training.callbacks import PerBatchSeed
 
+RUNS_DIR: Final = Path("runs")
+"""Folder of all runs, relative to the working directory."""
+CHECKPOINT_INTERVAL: Final = 250
+"""Default number of steps between checkpoints."""
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with a key ``run_name`` that decides where a run writes.
+
+    ``runs/<run_name>`` receives ``last.ckpt``, written every ``checkpoint.every_n_train_steps``
+    steps, and the metrics as CSV. ``--ckpt_path runs/<run_name>/last.ckpt`` resumes the run.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``run_name`` and the options of the checkpoint callback, ``checkpoint.*``."""
+        parser.add_argument(
+            "--run_name", type=str, required=True, help="Folder of the run below runs/."
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.every_n_train_steps": CHECKPOINT_INTERVAL,
+                "checkpoint.save_last": True,
+                "checkpoint.save_top_k": 0,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Set the folders that the configuration leaves open to ``runs/<run_name>``."""
+        config = self.config[self.subcommand]
+        run_dir = str(RUNS_DIR / config.run_name)
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = run_dir
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = run_dir
+
+    def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
+        """Instantiate the trainer, with a CSV logger unless the configuration has another."""
+        trainer_config = self.config_init[self.subcommand].trainer
+        if trainer_config.logger is None:
+            kwargs["logger"] = CSVLogger(trainer_config.default_root_dir)
+        return super().instantiate_trainer(**kwargs)
+
 
 def train(args: Sequence[str]) -> None:
-    """Run LightningCLI with these command-line arguments, e.g. ``["fit", "--config", "configs/draw_portraits/vae.yaml"]``."""
+    """Run a subcommand of LightningCLI.
+
+    Args:
+        args: Its command-line arguments, e.g. ``["fit", "--config", "configs/avatars/01_vae.yaml"]``.
+    """
     disable_malloc_trim()
-    LightningCLI(
+    TrainingCLI(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=None,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [PerBatchSeed()]},
+        trainer_defaults={
+            "callbacks": [PerBatchSeed()],
+            "check_val_every_n_epoch": None,  # validation by steps, not epochs
+            "gradient_clip_val": 1.0,
+        },
         args=list(args),
     )

@@ -62,12 +62,8 @@ class ImagesToLora:
                 return (client.create_lora(photos, **options | ({"rank": rank} if rank else {})),)
         from hyperlora.data.images import read_image
         from hyperlora.lora.io.save import serialize_lora
-        from hyperlora.pipelines.generate import (
-            GenerationConfig,
-            SubjectPhotos,
-            generate_loras,
-            make_metadata,
-        )
+        from hyperlora.pipelines.config import GenerationConfig
+        from hyperlora.pipelines.generate import SubjectPhotos, generate_loras
 
         pipeline = _load_image_to_lora(model)
         subject = SubjectPhotos.from_images([read_image(photo) for photo in photos], pipeline)
@@ -75,7 +71,7 @@ class ImagesToLora:
         lora_format = "kohya" if "unet" in pipeline.layout.components else "diffusers"
         return (
             serialize_lora(
-                weights, format=lora_format, metadata=make_metadata(pipeline, "LoRA", photos)
+                weights, format=lora_format, metadata=pipeline.make_metadata("LoRA", photos)
             ),
         )
 
@@ -120,17 +116,12 @@ class PairToLora:
 
             with Client(server, os.environ.get(API_KEY_ENV)) as client:
                 return (client.create_edit_lora(pairs, format="kohya"),)
-        from hyperlora.lora.io.save import serialize_lora
-        from hyperlora.pipelines.pair_to_lora import make_edit_metadata
+        from dataclasses import replace
 
         pipeline = _load_pair_to_lora(model)
-        return (
-            serialize_lora(
-                pipeline(pairs),
-                format="kohya",
-                metadata=make_edit_metadata(pipeline, "change", pairs),
-            ),
-        )
+        lora = pipeline(pairs)
+        metadata = pipeline.make_metadata("change", pairs)
+        return (replace(lora, metadata=metadata).serialize(format="kohya"),)
 
 
 class ApplyLora:

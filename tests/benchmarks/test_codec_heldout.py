@@ -21,7 +21,7 @@ from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.merge import compare_deltas, compute_relative_error
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.image_to_lora import ImageToLora
-from hyperlora.pipelines.image_to_lora_base import SamplingConfig
+from hyperlora.pipelines.config import LoraSampling
 from hyperlora.pipelines.lora_codec import LoraCodec
 
 LAYOUT = LoraLayout((TargetModule("unet.a", 24, 40), TargetModule("unet.b", 6, 8)), 2, "tiny")
@@ -90,7 +90,7 @@ def test_codecs_and_models_on_held_out_rows(bundle: Any, tmp_path: Path) -> None
         decoded.identity_retention == decoded.scores.identity.mean / original.scores.identity.mean
     )
     sampled = trial.evaluate_sampler(
-        "one pass", ImageToLora.from_pretrained(str(bundle.model)), original, SamplingConfig(), 2
+        "one pass", ImageToLora.from_pretrained(str(bundle.model)), original, LoraSampling(), 2
     )
     assert (
         sampled.sample_diversity is not None and abs(sampled.sample_diversity) < 1e-4

@@ -20,7 +20,7 @@ from hyperlora.pipelines import generate
 from hyperlora.pipelines.auto import load_image_to_lora
 from hyperlora.pipelines.generate import GenerationConfig, SubjectPhotos
 from hyperlora.pipelines.image_to_lora import ImageToLora
-from hyperlora.pipelines.image_to_lora_base import SamplingConfig
+from hyperlora.pipelines.config import LoraSampling
 from hyperlora.pipelines.input_checks import check_photos
 from hyperlora.pipelines.lora_diffusion import FACE_EMBED_DIM, LoraDiffusion, make_face_analyzer
 
@@ -85,7 +85,7 @@ def test_candidates_come_in_the_order_of_likeness(difflora: Path) -> None:
     model = load_image_to_lora(difflora)
     subjects = [SubjectPhotos(torch.rand(1, 3, 16, 16)) for _ in range(2)]
     features = generate.encode_subjects(model, subjects)
-    made = [model.generate_from_features(features, SamplingConfig(seed)) for seed in range(4)]
+    made = [model.generate_from_features(features, LoraSampling(seed)) for seed in range(4)]
     chooser: Any = lambda loras, photos: loras.flatten().sum(-1)  # noqa: E731
     first, second = generate.generate_candidates(
         model, features, subjects, GenerationConfig(num_candidates=4), 2, chooser
@@ -100,8 +100,8 @@ def test_candidates_come_in_the_order_of_likeness(difflora: Path) -> None:
 def test_samples_depend_on_the_seed_and_not_on_the_batch(difflora: Path) -> None:
     model = load_image_to_lora(difflora)
     photos = torch.rand(3, 1, 3, 16, 16)
-    together = model.forward(photos, SamplingConfig(5))
-    alone = model.forward(photos[1:2], SamplingConfig(5))
+    together = model.forward(photos, LoraSampling(5))
+    alone = model.forward(photos[1:2], LoraSampling(5))
     torch.testing.assert_close(together[1].flatten(), alone[0].flatten(), rtol=1e-4, atol=1e-5)
 
 

@@ -244,4 +244,4 @@ def test_evaluate_edits(run: Any, models: Any, bundle: Any, tmp_path: Path) -> N
         "--base",
         pretrained.base,
     )
-    assert done.code == 2 and "one that edits pictures was expected" in done.err
+    assert done.code == 2 and "one that edits images was expected" in done.err

@@ -1,6 +1,7 @@
 """Arithmetic on LoRA files, as a user does it; and LoRAs named in a prompt."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def shelf(bundle: Any, tmp_path: Path) -> Path:
             architecture="stable-diffusion-v1",
         )
         lora = model(bundle.subjects / f"person-{i}" / "0.png") * 3.0
-        lora.save(tmp_path / "shelf" / f"{name}.safetensors", ("diffusers", "kohya")[i], header)
+        replace(lora, metadata=header).save(
+            tmp_path / "shelf" / f"{name}.safetensors", format=("diffusers", "kohya")[i]
+        )
     return tmp_path / "shelf"
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def pixels(image: Image.Image | Path) -> np.ndarray:
 def loras(bundle: Any, tmp_path: Path) -> list[Path]:
     model = ImageToLora.from_pretrained(str(bundle.model))
     return [
-        model(bundle.subjects / f"person-{i}" / "0.png").save(
-            tmp_path / f"p{i}.safetensors", format, LoraMetadata(title=f"p{i}")
-        )
+        replace(
+            model(bundle.subjects / f"person-{i}" / "0.png"), metadata=LoraMetadata(title=f"p{i}")
+        ).save(tmp_path / f"p{i}.safetensors", format=format)
         for i, format in enumerate(("diffusers", "kohya"))
     ]
 

@@ -11,36 +11,36 @@ from hyperlora.data.images import read_image
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
 
-def picture(color, size=(6, 4)):
+def make_image(color, size=(6, 4)):
     return Image.new("RGB", size, color)
 
 
-def colors(pair):
+def read_colors(pair):
     return tuple(read_image(side).getpixel((0, 0)) for side in (pair.before, pair.after))
 
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def test_a_plain_folder(tmp_path):
+def test_load_edit_pairs_reads_plain_folder(tmp_path):
     for name in ("b_2", "a"):
-        picture(RED).save(tmp_path / f"{name}_before.png")
-        picture(BLUE).save(tmp_path / f"{name}_after.webp", lossless=True)
+        make_image(RED).save(tmp_path / f"{name}_before.png")
+        make_image(BLUE).save(tmp_path / f"{name}_after.webp", lossless=True)
     (tmp_path / "a.txt").write_text("make it blue\n")
-    picture("green").save(tmp_path / "other.png")
-    one, two = load_edit_pairs(tmp_path)
-    assert (one.name, one.instruction, two.name, two.instruction) == (
+    make_image("green").save(tmp_path / "other.png")
+    first_pair, two = load_edit_pairs(tmp_path)
+    assert (first_pair.name, first_pair.instruction, second_pair.name, second_pair.instruction) == (
         "a",
         "make it blue",
         "b_2",
         "",
     )
-    assert colors(one) == (RED, BLUE)
+    assert read_colors(first_pair) == (RED, BLUE)
 
 
-def test_half_a_pair_and_none_are_named(tmp_path):
-    picture(RED).save(tmp_path / "a_before.png")
-    with pytest.raises(InvalidImageError, match=r"a_before\.png' has no picture after beside it"):
+def test_load_edit_pairs_names_incomplete_pair(tmp_path):
+    make_image(RED).save(tmp_path / "a_before.png")
+    with pytest.raises(InvalidImageError, match=r"a_before\.png' has no image after beside it"):
         load_edit_pairs(tmp_path)
     (tmp_path / "a_before.png").rename(tmp_path / "a.png")
     with pytest.raises(
@@ -49,37 +49,37 @@ def test_half_a_pair_and_none_are_named(tmp_path):
         load_edit_pairs(tmp_path)
 
 
-def test_instruct_pix2pix(tmp_path):
-    """As clip-filtered-dataset unpacks."""
+def test_load_edit_pairs_reads_instruct_pix2pix(tmp_path):
+    """The layout of the unpacked clip-filtered-dataset."""
     folder = tmp_path / "0000001"
     folder.mkdir()
     (folder / "prompt.json").write_text(
         json.dumps({"input": "a", "edit": "make it blue", "output": "b"})
     )
     for seed in (11, 12):
-        picture(RED).save(folder / f"{seed}_0.jpg")
-        picture(BLUE).save(folder / f"{seed}_1.jpg")
+        make_image(RED).save(folder / f"{seed}_0.jpg")
+        make_image(BLUE).save(folder / f"{seed}_1.jpg")
     (tmp_path / "seeds.json").write_text(json.dumps([["0000001", ["11", "12"]]]))
-    found = load_edit_pairs(tmp_path)
-    assert [(p.name, p.instruction) for p in found] == [
+    pairs = load_edit_pairs(tmp_path)
+    assert [(p.name, p.instruction) for p in pairs] == [
         ("0000001/11", "make it blue"),
         ("0000001/12", "make it blue"),
     ]
-    before, after = colors(found[1])
+    before, after = read_colors(pairs[1])
     assert before[0] > 200 and after[2] > 200
     (folder / "prompt.json").write_text("{")
     with pytest.raises(InvalidArgumentError, match="fetch the dataset again"):
         load_edit_pairs(tmp_path)
 
 
-def test_seed_data_edit(tmp_path):
+def test_load_edit_pairs_reads_seed_data_edit(tmp_path):
     (tmp_path / "images").mkdir()
-    picture(RED).save(tmp_path / "images" / "1.png")
-    picture(BLUE).save(tmp_path / "images" / "2.png")
+    make_image(RED).save(tmp_path / "images" / "1.png")
+    make_image(BLUE).save(tmp_path / "images" / "2.png")
     row = {"source_image": "images/1.png", "target_image": "images/2.png", "instruction": "blue"}
     (tmp_path / "part1.jsonl").write_text(json.dumps(row) + "\n\n")
     (pair,) = load_edit_pairs(tmp_path)
-    assert colors(pair) == (RED, BLUE) and pair.instruction == "blue"
+    assert read_colors(pair) == (RED, BLUE) and pair.instruction == "blue"
     (tmp_path / "part2.jsonl").write_text('{"source_image": "x.png"}')
     with pytest.raises(
         InvalidArgumentError, match=r"part2\.jsonl', line 1: source_image and target_image expected"
@@ -95,10 +95,14 @@ def test_seed_data_edit(tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["saved", "split", "parquet"])
-def test_hugging_face_datasets(tmp_path, columns, kind):
+def test_load_edit_pairs_reads_hugging_face_datasets(tmp_path, columns, kind):
     """MagicBrush's columns, and those of InstructPix2Pix on the hub."""
     rows = Dataset.from_dict(
-        {columns[0]: [picture(RED)] * 3, columns[1]: [picture(BLUE)] * 3, columns[2]: ["x"] * 3}
+        {
+            columns[0]: [make_image(RED)] * 3,
+            columns[1]: [make_image(BLUE)] * 3,
+            columns[2]: ["x"] * 3,
+        }
     )
     if kind == "saved":
         rows.save_to_disk(str(tmp_path / "d"))
@@ -107,16 +111,16 @@ def test_hugging_face_datasets(tmp_path, columns, kind):
     else:
         (tmp_path / "d" / "data").mkdir(parents=True)
         rows.to_parquet(str(tmp_path / "d" / "data" / "train-00000-of-00001.parquet"))
-    found = load_edit_pairs(tmp_path / "d")
-    assert len(found) == 3 and found[2].instruction == "x"
-    assert colors(found[0]) == (RED, BLUE) and len(found[1:]) == 2
+    pairs = load_edit_pairs(tmp_path / "d")
+    assert len(pairs) == 3 and pairs[2].instruction == "x"
+    assert read_colors(pairs[0]) == (RED, BLUE) and len(pairs[1:]) == 2
     if kind == "split":
         assert len(load_edit_pairs(tmp_path / "d", "dev")) == 1
         with pytest.raises(InvalidArgumentError, match="split 'test'"):
             load_edit_pairs(tmp_path / "d", "test")
 
 
-def test_a_dataset_without_pictures_is_refused(tmp_path):
+def test_load_edit_pairs_refuses_dataset_without_images(tmp_path):
     Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(InvalidArgumentError, match="has the columns text; one of source_img"):
         load_edit_pairs(tmp_path / "d")

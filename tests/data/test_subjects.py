@@ -1,3 +1,5 @@
+"""Subjects in folders of photos."""
+
 from pathlib import Path
 
 import pytest
@@ -6,22 +8,22 @@ from hyperlora.data.subjects import Subject, list_subjects
 from hyperlora.errors import InvalidImageError
 
 
-def touch(*paths: Path) -> None:
+def create_files(*paths: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
 
 
-def test_sub_folders_are_subjects_with_several_photos_and_images_subjects_of_their_own(
+def test_list_subjects_reads_sub_folders_and_single_images(
     tmp_path: Path,
 ) -> None:
-    touch(
+    create_files(
         tmp_path / "zoe/2.png",
         tmp_path / "zoe/1.jpg",
         tmp_path / "adam.webp",
         tmp_path / "notes.md",
     )
-    touch(tmp_path / ".cache/x.png", tmp_path / ".y.png", tmp_path / "zoe/.z.png")
+    create_files(tmp_path / ".cache/x.png", tmp_path / ".y.png", tmp_path / "zoe/.z.png")
     (tmp_path / "zoe/1.txt").write_text("\ufeffa portrait of zoe \nand more", encoding="utf-8")
     (tmp_path / "adam.txt").write_text("\n")
     assert list_subjects(tmp_path) == [
@@ -33,9 +35,9 @@ def test_sub_folders_are_subjects_with_several_photos_and_images_subjects_of_the
     assert list_subjects(str(tmp_path)) == list_subjects(tmp_path)
 
 
-def test_links_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
+def test_list_subjects_follows_links_inside_folder_only(tmp_path: Path) -> None:
     folder, outside = tmp_path / "in", tmp_path / "out"
-    touch(folder / "me/1.png", folder / "shared.png", outside / "secret.png")
+    create_files(folder / "me/1.png", folder / "shared.png", outside / "secret.png")
     (outside / "secret.txt").write_text("secret")
     (folder / "me/2.png").symlink_to(folder / "shared.png")
     (folder / "me/3.png").symlink_to(outside / "secret.png")
@@ -49,30 +51,30 @@ def test_links_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
     assert shared.name == "shared"
 
 
-def test_a_folder_that_is_itself_a_link_is_read(tmp_path: Path) -> None:
-    touch(tmp_path / "real/me.png")
+def test_list_subjects_reads_linked_folder(tmp_path: Path) -> None:
+    create_files(tmp_path / "real/me.png")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert list_subjects(tmp_path / "link")[0].photos == (tmp_path / "link/me.png",)
 
 
-def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path) -> None:
+def test_list_subjects_names_invalid_folders(tmp_path: Path) -> None:
     with pytest.raises(
         InvalidImageError, match="holds no subject: put PNG, JPEG or WEBP images there"
     ):
         list_subjects(tmp_path)
     with pytest.raises(InvalidImageError, match="there is no folder"):
         list_subjects(tmp_path / "missing")
-    touch(tmp_path / "adam.png")
+    create_files(tmp_path / "adam.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidImageError, match="empty' holds no PNG, JPEG or WEBP image"):
         list_subjects(tmp_path)
-    touch(tmp_path / "empty/1.png", tmp_path / "adam.jpg")
+    create_files(tmp_path / "empty/1.png", tmp_path / "adam.jpg")
     with pytest.raises(InvalidImageError, match="two subjects called 'adam'"):
         list_subjects(tmp_path)
 
 
-def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
-    touch(tmp_path / "me.png")
+def test_list_subjects_names_invalid_captions(tmp_path: Path) -> None:
+    create_files(tmp_path / "me.png")
     (tmp_path / "me.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InvalidImageError, match=r"me\.txt' cannot be read as UTF-8 text"):
         list_subjects(tmp_path)

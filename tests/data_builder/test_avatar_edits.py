@@ -8,20 +8,17 @@ import torch
 from torch.nn.functional import one_hot
 
 from data_builder.avatars.benchmarks import HELD_OUT_KINDS_GROUP, write_edit_benchmark
-from data_builder.avatars.edits import (
+from data_builder.avatars.edits import AttributeEdit, make_pair, sample_edit, sample_pairs
+from data_builder.avatars.identity import SPLITS, sample_identity, sample_scene
+from data_builder.avatars.instructions import (
     EDIT_KINDS,
     HELD_OUT_COMBINATIONS,
     HELD_OUT_VALUE,
-    AttributeEdit,
     build_vocabulary,
     compose_instruction,
     compose_instruction_with_undo,
     format_instruction,
-    make_pair,
-    sample_edit,
-    sample_pairs,
 )
-from data_builder.avatars.identity import SPLITS, sample_identity, sample_scene
 from data_builder.avatars.pair_dataset import PairDataset, PairDatasetConfig, draw_pairs
 from data_builder.avatars.rendering import render_portrait
 from data_builder.avatars.vocabulary import BACKGROUND, GARMENT_COLOR, HAIR_COLOR

@@ -22,7 +22,7 @@ from data_builder.avatars.portrait_dataset import (
 from data_builder.avatars.rendering import render_portrait
 from data_builder.datamodules.feature_cache import load_cached_latents
 from data_builder.datamodules.portraits import ATTRIBUTES, make_attribute_labels
-from hyperlora.training.modules.attribute_classifier import IGNORE_INDEX
+from hyperlora.training.auxiliary_losses import IGNORE_INDEX
 
 
 def pixels(person, how, size=128):

@@ -60,11 +60,11 @@ def recipe(bundle: Any, **more: Any) -> Recipe:
     facts = {
         "preset": "attention",
         "rank": 2,
-        "steps": 4,
-        "at_once": 2,
-        "every": 2,
+        "finetune_steps": 4,
+        "subjects_per_batch": 2,
+        "eval_every": 2,
         "lr": 1e-2,
-        "rows": "float32",
+        "storage_dtype": "float32",
     }
     return Recipe(str(bundle.base), **{**facts, **more})
 
@@ -84,7 +84,7 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted((folder / "chunks").iterdir())}
 
 
-def test_a_plan_survives_its_file(bundle: Any, photos: Path) -> None:
+def test_plan_json_round_trip(bundle: Any, photos: Path) -> None:
     plan = make_plan(
         FolderSource(str(photos)),
         recipe(bundle),
@@ -98,7 +98,7 @@ def test_a_plan_survives_its_file(bundle: Any, photos: Path) -> None:
     assert {row.split for row in plan.rows} == {"train", "validation"}
     other = make_plan(
         FolderSource(str(photos)),
-        recipe(bundle, steps=5),
+        recipe(bundle, finetune_steps=5),
         cropper=make_cropper("none"),
         loras_per_subject=2,
         val_fraction=0.5,
@@ -108,7 +108,7 @@ def test_a_plan_survives_its_file(bundle: Any, photos: Path) -> None:
     ]
 
 
-def test_rows_do_not_depend_on_interruptions_or_neighbours(
+def test_run_build_ignores_interruptions_and_batch_size(
     bundle: Any, photos: Path, tmp_path: Path
 ) -> None:
     whole = built(bundle, photos, tmp_path / "whole")
@@ -123,16 +123,16 @@ def test_rows_do_not_depend_on_interruptions_or_neighbours(
     assert run_build(interrupted) == 4
     assert all_bytes(interrupted) == all_bytes(tmp_path / "whole")
     assert run_build(interrupted) == 0
-    one_by_one = built(bundle, photos, tmp_path / "single", at_once=1)
+    one_by_one = built(bundle, photos, tmp_path / "single", subjects_per_batch=1)
     for i in range(6):
         assert near(one_by_one.get_weights(i), whole.get_weights(i))
 
 
-def test_early_stop_ends_subjects_apart_and_keeps_their_best(
+def test_patience_stops_each_subject_at_its_best(
     bundle: Any, photos: Path, tmp_path: Path
 ) -> None:
-    free = built(bundle, photos, tmp_path / "free", steps=12, lr=0.3)
-    early = built(bundle, photos, tmp_path / "early", steps=12, lr=0.3, patience=1)
+    free = built(bundle, photos, tmp_path / "free", finetune_steps=12, lr=0.3)
+    early = built(bundle, photos, tmp_path / "early", finetune_steps=12, lr=0.3, patience=1)
     assert {r.num_steps for r in free.records} == {12}
     assert min(r.num_steps for r in early.records) < 12
     for before, after in zip(early.records, free.records, strict=True):
@@ -140,32 +140,32 @@ def test_early_stop_ends_subjects_apart_and_keeps_their_best(
             before.initial_loss == after.initial_loss and before.best_loss >= after.best_loss - 1e-5
         )  # type: ignore[operator]
         assert before.best_loss <= before.initial_loss  # type: ignore[operator]
-    alone_ = built(bundle, photos, tmp_path / "alone", steps=12, lr=0.3, patience=1, at_once=1)
+    alone_ = built(bundle, photos, tmp_path / "alone", finetune_steps=12, lr=0.3, patience=1, subjects_per_batch=1)
     for i in range(6):
         assert alone_.records[i].num_steps == early.records[i].num_steps
         assert near(alone_.get_weights(i), early.get_weights(i))
 
 
 @pytest.mark.parametrize("space", ["locon", "lidb", "loha", "lokr"])
-def test_every_space_gives_plain_loras_that_lower_the_loss(
+def test_parametrizations_lower_the_loss(
     bundle: Any, photos: Path, tmp_path: Path, space: str
 ) -> None:
-    made = built(bundle, photos, tmp_path, space=space, rank=4, steps=30, at_once=3)
+    made = built(bundle, photos, tmp_path, parametrization=space, rank=4, finetune_steps=30, subjects_per_batch=3)
     assert made.layout.rank == 4 and len(made) == 6
     assert any(s.kernel_size for s in made.layout.targets) == (space == "locon")
     assert all(r.best_loss < r.initial_loss for r in made.records)  # type: ignore[operator]
     assert float(made.get_weights(range(6)).compute_delta_norms().sum(-1).min()) > 0
 
 
-def test_starts(bundle: Any, photos: Path, tmp_path: Path) -> None:
-    plain = built(bundle, photos, tmp_path / "shared", steps=2)
+def test_init_methods_give_expected_codes(bundle: Any, photos: Path, tmp_path: Path) -> None:
+    plain = built(bundle, photos, tmp_path / "shared", finetune_steps=2)
     for start, source in (
         ("zero", ""),
         ("mean", str(tmp_path / "shared")),
         ("network", str(bundle.model)),
     ):
         write_plan(
-            make_plan(FolderSource(str(photos)), recipe(bundle, start=start, start_from=source)),
+            make_plan(FolderSource(str(photos)), recipe(bundle, init=start, init_from=source)),
             tmp_path / start,
         )
     base, plan = load_diffusion_base(bundle.base), read_plan(tmp_path / "mean")
@@ -189,10 +189,10 @@ def test_starts(bundle: Any, photos: Path, tmp_path: Path) -> None:
     assert torch.equal(shared[0], shared[1])
 
 
-def test_a_networks_loras_are_fitted_from_as_they_are(bundle: Any, photos: Path) -> None:
+def test_init_network_keeps_predicted_factors(bundle: Any, photos: Path) -> None:
     """Not only the same ΔW: factors turned by SVD have nothing in common from row to row."""
     plan = make_plan(
-        FolderSource(str(photos)), recipe(bundle, start="network", start_from=str(bundle.model))
+        FolderSource(str(photos)), recipe(bundle, init="network", init_from=str(bundle.model))
     )
     farm = ChunkTrainer(plan, load_diffusion_base(bundle.base))
     assert farm.network is not None
@@ -201,18 +201,18 @@ def test_a_networks_loras_are_fitted_from_as_they_are(bundle: Any, photos: Path)
     torch.testing.assert_close(farm.init_codes(plan.rows, materials), torch.cat(wanted))
 
 
-def test_dreambooth_options(bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_recipe_options_change_examples_and_rows(bundle: Any, photos: Path, tmp_path: Path) -> None:
     from data_builder.build.subject_data import load_subject, make_class_prompts
 
     options = {
-        "prior_images": 3,
-        "templates": ("a photo of {}", "{} at sea"),
-        "variants": 2,
-        "held_out": 1,
+        "num_class_images": 3,
+        "prompt_templates": ("a photo of {}", "{} at sea"),
+        "num_crops": 2,
+        "num_val_photos": 1,
     }
     plan = make_plan(
         FolderSource(str(photos)),
-        recipe(bundle, **options, identifier="ohwx dog", class_name="a dog"),
+        recipe(bundle, **options, identifier="ohwx dog", class_noun="a dog"),
     )
     base = load_diffusion_base(bundle.base)
     assert make_class_prompts(plan.recipe) == [
@@ -238,7 +238,7 @@ def test_dreambooth_options(bundle: Any, photos: Path, tmp_path: Path) -> None:
         bundle,
         photos,
         tmp_path / "without",
-        **{**options, "prior_images": 0},
+        **{**options, "num_class_images": 0},
         identifier="ohwx dog",
     )
     assert not torch.allclose(LoraDataset(tmp_path)[0], without[0])
@@ -249,16 +249,16 @@ def test_dreambooth_options(bundle: Any, photos: Path, tmp_path: Path) -> None:
     assert all(all_bytes(tmp_path)[name] == data for name, data in before.items())
 
 
-def test_bfloat16_and_checkpointing(bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_run_build_supports_bfloat16_and_checkpointing(bundle: Any, photos: Path, tmp_path: Path) -> None:
     plain = built(bundle, photos, tmp_path / "a")
-    saving = built(bundle, photos, tmp_path / "b", checkpointing=True)
-    half = built(bundle, photos, tmp_path / "c", dtype="bfloat16", rows="bfloat16")
+    saving = built(bundle, photos, tmp_path / "b", gradient_checkpointing=True)
+    half = built(bundle, photos, tmp_path / "c", dtype="bfloat16", storage_dtype="bfloat16")
     assert torch.allclose(saving[0], plain[0], atol=1e-4)
     assert half[0].dtype == torch.bfloat16 and torch.allclose(half[0].float(), plain[0], atol=0.05)
     assert half.records[0].best_loss < half.records[0].initial_loss * 1.01  # type: ignore[operator]
 
 
-def test_sdxl_in_bfloat16_with_checkpointing(bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_run_build_supports_sdxl(bundle: Any, photos: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -289,11 +289,11 @@ def test_sdxl_in_bfloat16_with_checkpointing(bundle: Any, photos: Path, tmp_path
         "base": str(tmp_path / "tiny" / "xl"),
         "variant": "fp16",
         "dtype": "bfloat16",
-        "checkpointing": True,
+        "gradient_checkpointing": True,
     }
     plan = make_plan(
         FolderSource(str(photos)),
-        replace(recipe(bundle, steps=8, prior_images=2), **facts),
+        replace(recipe(bundle, finetune_steps=8, num_class_images=2), **facts),
         num_subjects=3,
     )
     write_plan(plan, tmp_path / "build")
@@ -303,7 +303,7 @@ def test_sdxl_in_bfloat16_with_checkpointing(bundle: Any, photos: Path, tmp_path
     assert all(r.best_loss < r.initial_loss for r in made.records)  # type: ignore[operator]
 
 
-def test_bad_photos_are_named_and_the_rest_goes_on(
+def test_plan_and_run_report_invalid_photos(
     bundle: Any, photos: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -321,9 +321,9 @@ def test_bad_photos_are_named_and_the_rest_goes_on(
         out,
         "--base",
         bundle.base,
-        "--steps",
+        "--finetune-steps",
         2,
-        "--at-once",
+        "--subjects-per-batch",
         3,
         "--rank",
         2,
@@ -345,12 +345,12 @@ def test_bad_photos_are_named_and_the_rest_goes_on(
     ]
     shown = CliRunner().invoke(app, ["status", str(out), "--json"])
     found = json.loads(shown.stdout)
-    assert (found["finished"], found["planned"], found["rows"]) == (6, 6, 4)
+    assert (found["num_finished"], found["num_planned"], found["num_rows"]) == (6, 6, 4)
     assert any("another than when the plan was made" in line for line in found["skipped"])
     assert any("person-3.png" in line and "no file" in line for line in found["skipped"])
 
 
-def test_what_cannot_be_is_said(bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_commands_reject_invalid_arguments(bundle: Any, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "build"
     write_plan(make_plan(FolderSource(str(photos)), recipe(bundle)), out)
     base = ["--base", str(bundle.base)]
@@ -362,19 +362,19 @@ def test_what_cannot_be_is_said(bundle: Any, photos: Path, tmp_path: Path) -> No
         ),
         (["plan", str(photos), "-o", str(out), *base], "holds another plan"),
         (
-            ["plan", str(photos), "-o", str(tmp_path / "x"), "--template", "no place"],
+            ["plan", str(photos), "-o", str(tmp_path / "x"), "--prompt-template", "no place"],
             "must name the subject once",
         ),
-        (["plan", str(photos), "-o", str(tmp_path / "x"), "--start", "mean"], "--start-from"),
+        (["plan", str(photos), "-o", str(tmp_path / "x"), "--init", "mean"], "--init-from"),
         (
             [
                 "plan",
                 str(photos),
                 "-o",
                 str(tmp_path / "x"),
-                "--space",
+                "--parametrization",
                 "lidb",
-                "--start",
+                "--init",
                 "network",
             ],
             "lidb fits its",
@@ -390,7 +390,7 @@ def test_what_cannot_be_is_said(bundle: Any, photos: Path, tmp_path: Path) -> No
         run_build(out)
 
 
-def test_as_many_subjects_as_a_gpu_holds() -> None:
+def test_compute_max_batch_size_fills_the_memory() -> None:
     from data_builder.build.batch_size import compute_max_batch_size
 
     gib = 2**30
@@ -403,8 +403,8 @@ def test_as_many_subjects_as_a_gpu_holds() -> None:
     )
 
 
-def test_packing_keeps_rows_and_their_order(bundle: Any, photos: Path, tmp_path: Path) -> None:
-    made = built(bundle, photos, tmp_path / "build", rows="float16")
+def test_pack_keeps_rows_in_order(bundle: Any, photos: Path, tmp_path: Path) -> None:
+    made = built(bundle, photos, tmp_path / "build", storage_dtype="float16")
     done = CliRunner().invoke(
         app, ["pack", str(tmp_path / "build"), "-o", str(tmp_path / "out"), "--rows-per-shard", "4"]
     )
@@ -422,7 +422,7 @@ def test_packing_keeps_rows_and_their_order(bundle: Any, photos: Path, tmp_path:
     assert len(LoraDataset(tmp_path / "out")) == 6
 
 
-def test_sources_survive_the_plan_and_know_their_subjects(photos: Path, tmp_path: Path) -> None:
+def test_sources_round_trip_and_list_subjects(photos: Path, tmp_path: Path) -> None:
     import datasets
 
     rows = {
@@ -434,7 +434,7 @@ def test_sources_survive_the_plan_and_know_their_subjects(photos: Path, tmp_path
     made.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "parquet").mkdir()
     made.to_parquet(str(tmp_path / "parquet" / "train.parquet"))
-    nothing = dict.fromkeys(("image", "subject", "caption"))
+    nothing = dict.fromkeys(("image_column", "subject_column", "caption_column"))
     for where in ("saved", "parquet"):
         source = parse_source(
             str(tmp_path / where),
@@ -468,10 +468,10 @@ def test_sources_survive_the_plan_and_know_their_subjects(photos: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_run_loses_and_repeats_nothing(bundle: Any, photos: Path, tmp_path: Path) -> None:
+def test_killed_run_loses_no_chunk(bundle: Any, photos: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments, the last ones after chunks were finished; then to the end."""
     plan = make_plan(
-        FolderSource(str(photos)), recipe(bundle, steps=6, at_once=1), loras_per_subject=3
+        FolderSource(str(photos)), recipe(bundle, finetune_steps=6, subjects_per_batch=1), loras_per_subject=3
     )
     write_plan(plan, tmp_path / "whole")
     run_build(tmp_path / "whole")

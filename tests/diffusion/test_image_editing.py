@@ -22,6 +22,7 @@ from hyperlora.evaluation.edit_suite import evaluate_edit_suite
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.pair_hypernetwork import PairHypernetwork
 from hyperlora.pipelines.input_checks import check_pair
+from hyperlora.pipelines.model_card import ModelCard
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.prompt_lora import (
     encode_text,
@@ -267,7 +268,7 @@ def speaking(base: Any, model: PairToLora) -> PairToLora:
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     set_instruction_texts(network, base)
-    return PairToLora(model.encoder, network, {"resolution": 16, "steps": 2}).eval()
+    return PairToLora(model.encoder, network, ModelCard(resolution=16, num_inference_steps=2)).eval()
 
 
 def test_a_network_that_says_words_is_saved_whole(

@@ -1,109 +1,119 @@
-"""What is noised can be undone, and the weight of a place counts as it says."""
+"""The denoising loss: what its options add to it."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hyperlora.diffusion.losses import (
-    add_noise,
-    compute_denoising_loss,
-    compute_model_target,
-    compute_noise_level,
-    predict_x0,
-)
+from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
+from hyperlora.diffusion.noise_schedule import NoiseSchedule
 
-SCHEDULES = {
+SCHEDULERS = {
     **{kind: DDPMScheduler(prediction_type=kind) for kind in ("epsilon", "v_prediction", "sample")},
     "flow": FlowMatchEulerDiscreteScheduler(),
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_target_says_what_was_noised(name: str) -> None:
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noise_schedule_undoes_its_own_target(name: str) -> None:
     torch.manual_seed(0)
-    clean, noise = torch.randn(2, 4, 3, 4, 4, dtype=torch.float64)
+    x0, noise = torch.randn(2, 4, 3, 4, 4, dtype=torch.float64)
     timesteps = torch.tensor([10, 400, 900, 500])
-    x, target = add_noise(SCHEDULES[name], clean, noise, timesteps)
-    assert not torch.allclose(x, clean, atol=0.1)
-    torch.testing.assert_close(compute_model_target(SCHEDULES[name], x, clean, timesteps), target)
-    torch.testing.assert_close(predict_x0(SCHEDULES[name], x, target, timesteps), clean)
+    schedule = NoiseSchedule(SCHEDULERS[name])
+    noisy_latents, target = schedule.add_noise(x0, noise, timesteps)
+    assert not torch.allclose(noisy_latents, x0, atol=0.1)
+    torch.testing.assert_close(schedule.compute_target(noisy_latents, x0, timesteps), target)
+    torch.testing.assert_close(schedule.predict_x0(noisy_latents, target, timesteps), x0)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_change_is_wanted_in_proportion_to_the_noise(name: str) -> None:
-    clean, noise, change = torch.randn(3, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    schedule, heard = SCHEDULES[name], []
-
-    def perfect(x: torch.Tensor, timesteps: torch.Tensor, **_: Any) -> Any:
-        wanted = clean + compute_noise_level(schedule, timesteps) * change
-        heard.append(compute_noise_level(schedule, timesteps).flatten())
-        return SimpleNamespace(sample=compute_model_target(schedule, x, wanted, timesteps))
-
-    draw = torch.tensor([0.05, 0.4, 0.6, 0.95]), noise
-    right = compute_denoising_loss(perfect, schedule, clean, noise_sample=draw, x0_offset=change)
-    assert float(right.max()) < 1e-8
-    assert float(compute_denoising_loss(perfect, schedule, clean, noise_sample=draw).min()) > 1e-5
-    assert float(heard[0].min()) >= 0 and float(heard[0].max()) <= 1
+@pytest.mark.parametrize("name", ["epsilon", "v_prediction", "sample"])
+def test_noise_schedule_equals_diffusers(name: str) -> None:
+    x0, noise = torch.randn(2, 4, 3, 4, 4)
+    timesteps = torch.tensor([10, 400, 900, 500])
+    scheduler = SCHEDULERS[name]
+    noisy_latents, target = NoiseSchedule(scheduler).add_noise(x0, noise, timesteps)
+    assert torch.equal(noisy_latents, scheduler.add_noise(x0, noise, timesteps))
+    if name == "v_prediction":
+        assert torch.equal(target, scheduler.get_velocity(x0, noise, timesteps))
 
 
-def test_a_weight_counts_places() -> None:
-    clean, noise = torch.randn(2, 2, 3, 4, 4)
-    draw = torch.tensor([0.3, 0.6]), noise
+def test_noise_schedule_rejects_unknown_prediction_types() -> None:
+    with pytest.raises(ValueError, match="unknown prediction type 'score'; known: epsilon"):
+        NoiseSchedule(DDPMScheduler(prediction_type="score"))
 
-    def silent(x: torch.Tensor, *_: Any, **__: Any) -> Any:
-        return SimpleNamespace(sample=torch.zeros_like(x))
 
-    schedule = SCHEDULES["epsilon"]
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_x0_offset_moves_the_target_in_proportion_to_the_noise(name: str) -> None:
+    x0, noise, offset = torch.randn(3, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    scheduler, noise_levels = SCHEDULERS[name], []
+    schedule = NoiseSchedule(scheduler)
+
+    def predict_offset_x0(
+        noisy_latents: torch.Tensor, timesteps: torch.Tensor, **_: torch.Tensor
+    ) -> SimpleNamespace:
+        noise_level = schedule.compute_noise_level(timesteps)
+        noise_levels.append(noise_level.flatten())
+        offset_x0 = x0 + noise_level * offset
+        return SimpleNamespace(sample=schedule.compute_target(noisy_latents, offset_x0, timesteps))
+
+    noise_sample = torch.tensor([0.05, 0.4, 0.6, 0.95]), noise
+    loss = compute_denoising_loss(
+        predict_offset_x0, scheduler, x0, noise_sample=noise_sample, x0_offset=offset
+    )
+    assert float(loss.max()) < 1e-8
+    loss = compute_denoising_loss(predict_offset_x0, scheduler, x0, noise_sample=noise_sample)
+    assert float(loss.min()) > 1e-5
+    assert float(noise_levels[0].min()) >= 0 and float(noise_levels[0].max()) <= 1
+
+
+def test_weight_scales_the_error_of_each_latent_pixel() -> None:
+    x0, noise = torch.randn(2, 2, 3, 4, 4)
+    noise_sample = torch.tensor([0.3, 0.6]), noise
+
+    def predict_zero(model_input: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(sample=torch.zeros_like(model_input))
+
+    scheduler = SCHEDULERS["epsilon"]
     corner = torch.zeros(4, 4)
     corner[0, 0] = 16.0
-    weighted = compute_denoising_loss(silent, schedule, clean, noise_sample=draw, weight=corner)
+    weighted = compute_denoising_loss(
+        predict_zero, scheduler, x0, noise_sample=noise_sample, weight=corner
+    )
     torch.testing.assert_close(weighted, noise[:, :, 0, 0].square().mean(1))
-    plain = compute_denoising_loss(silent, schedule, clean, noise_sample=draw)
-    torch.testing.assert_close(
-        compute_denoising_loss(silent, schedule, clean, noise_sample=draw, weight=torch.ones(4, 4)),
-        plain,
+    unweighted = compute_denoising_loss(predict_zero, scheduler, x0, noise_sample=noise_sample)
+    uniform = compute_denoising_loss(
+        predict_zero, scheduler, x0, noise_sample=noise_sample, weight=torch.ones(4, 4)
     )
+    torch.testing.assert_close(uniform, unweighted)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_what_is_expected_may_be_judged_too(name: str) -> None:
-    clean, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    schedule, draw = SCHEDULES[name], (torch.tensor([0.3, 0.6]), noise)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_aux_loss_is_added_with_its_weight(name: str) -> None:
+    x0, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    scheduler, noise_sample = SCHEDULERS[name], (torch.tensor([0.3, 0.6]), noise)
+    schedule = NoiseSchedule(scheduler)
 
-    def brighter(x: torch.Tensor, timesteps: torch.Tensor, **_: Any) -> Any:
-        return SimpleNamespace(sample=compute_model_target(schedule, x, clean + 0.5, timesteps))
+    def predict_brighter_x0(
+        noisy_latents: torch.Tensor, timesteps: torch.Tensor, **_: torch.Tensor
+    ) -> SimpleNamespace:
+        output = schedule.compute_target(noisy_latents, x0 + 0.5, timesteps)
+        return SimpleNamespace(sample=output)
 
-    def apart(latents: torch.Tensor) -> torch.Tensor:
-        return (latents - clean).mean((1, 2, 3))
+    def compute_mean_error(pred_x0: torch.Tensor) -> torch.Tensor:
+        return (pred_x0 - x0).mean((1, 2, 3))
 
-    alone = compute_denoising_loss(brighter, schedule, clean, noise_sample=draw)
-    share = compute_noise_level(schedule, torch.tensor([300, 600])).flatten()
-    torch.testing.assert_close(
-        compute_denoising_loss(brighter, schedule, clean, noise_sample=draw, aux_loss_fn=apart)
-        - alone,
-        0.5 * (1 - share),
-        atol=1e-4,
-        rtol=1e-3,
-    )
-    certain = (
-        compute_denoising_loss(
-            brighter, schedule, clean, noise_sample=draw, aux_loss_fn=apart, aux_loss_weight=0.2
+    def compute_loss(aux_loss: AuxLoss | None) -> torch.Tensor:
+        return compute_denoising_loss(
+            predict_brighter_x0, scheduler, x0, noise_sample=noise_sample, aux_loss=aux_loss
         )
-        - alone
-    )
-    torch.testing.assert_close(certain, torch.full((2,), 0.1), atol=1e-4, rtol=1e-3)
-    each = (
-        compute_denoising_loss(
-            brighter,
-            schedule,
-            clean,
-            noise_sample=draw,
-            aux_loss_fn=apart,
-            aux_loss_weight=torch.tensor([0.2, 0.0]),
-        )
-        - alone
-    )
-    torch.testing.assert_close(each, torch.tensor([0.1, 0.0]), atol=1e-4, rtol=1e-3)
+
+    denoising_loss = compute_loss(None)
+    noise_level = schedule.compute_noise_level(torch.tensor([300, 600])).flatten()
+    for weight, expected in (
+        (None, 0.5 * (1 - noise_level)),
+        (0.2, torch.full((2,), 0.1)),
+        (torch.tensor([0.2, 0.0]), torch.tensor([0.1, 0.0])),
+    ):
+        difference = compute_loss(AuxLoss(compute_mean_error, weight)) - denoising_loss
+        torch.testing.assert_close(difference, expected, atol=1e-4, rtol=1e-3)

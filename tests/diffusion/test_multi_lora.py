@@ -1,4 +1,4 @@
-"""Composition against merged weights and against a plain loop with ``set_adapters``, on every class of pipeline."""
+"""Composition against merged weights and ``set_adapters``, on every class of pipeline."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,17 +10,18 @@ from PIL import Image
 from torch import Tensor
 
 from hyperlora.diffusion.denoiser_calls import DenoiserCall, predict_per_lora
-from hyperlora.diffusion.multi_lora import compose_loras
+from hyperlora.diffusion.multi_lora import CompositionConfig, compose_loras
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.merge import merge
 from hyperlora.lora.weights import LoraWeights
 
 KINDS = ("sd", "ip2p", "sdxl", "sd3", "flux")
-CLOSE = {"rtol": 0.0, "atol": 1e-3}
+ONE_STEP = {"num_inference_steps": 1}
+TOLERANCES = {"rtol": 0.0, "atol": 1e-3}
 
 
-def apart(a: Tensor, b: Tensor) -> float:
+def max_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
@@ -61,11 +62,11 @@ def plain_loop(
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("strategy", ["composite", "switch"])
 def test_equals_a_plain_loop_with_set_adapters(
-    tiny: Any, tmp_path: Path, kind: str, strategy: Any
+    make_tiny_pipeline: Any, tmp_path: Path, kind: str, strategy: Any
 ) -> None:
-    t = tiny(kind)
+    tiny = make_tiny_pipeline(kind)
     loras = [
-        t.lora(seed, preset)
+        tiny.make_lora(seed, preset)
         for seed, preset in ((1, "attention"), (2, "attention+mlp"), (3, "attention+conv"))
     ]
     order = [2, 0, 1]
@@ -75,27 +76,27 @@ def test_equals_a_plain_loop_with_set_adapters(
         else (lambda step: [order[step // 2 % 3]])
     )
     expected = plain_loop(t, loras, tmp_path, active)
-    with compose_loras(t.pipe, loras, strategy, every=2, order=order):
-        found = t.latents()
-    torch.testing.assert_close(found, expected, **CLOSE)
-    assert apart(found, t.latents()) > 0.05
+    with compose_loras(tiny.pipe, loras, strategy, every=2, order=order):
+        found = tiny.sample_latents()
+    torch.testing.assert_close(found, expected, **TOLERANCES)
+    assert max_difference(found, tiny.sample_latents()) > 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merge_equals_merged_weights(tiny: Any, kind: str) -> None:
-    t = tiny(kind)
-    a, b = t.lora(1), t.lora(2, "attention", rank=2)
-    with compose_loras(t.pipe, [a, b], "merge", [0.7, -0.4]):
-        found = t.latents()
-    torch.testing.assert_close(found, t.merged(merge([a, b], [0.7, -0.4])).latents(), **CLOSE)
-    assert apart(found, t.latents()) > 0.01
+def test_merge_equals_merged_weights(make_tiny_pipeline: Any, kind: str) -> None:
+    tiny = make_tiny_pipeline(kind)
+    a, b = tiny.make_lora(1), tiny.make_lora(2, "attention", rank=2)
+    with compose_loras(tiny.pipe, [a, b], "merge", [0.7, -0.4]):
+        found = tiny.sample_latents()
+    torch.testing.assert_close(found, tiny.merge_lora(merge([a, b], [0.7, -0.4])).sample_latents(), **TOLERANCES)
+    assert max_difference(found, tiny.sample_latents()) > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_composites_of_one_lora_are_that_lora(tiny: Any, kind: str) -> None:
-    t = tiny(kind)
-    lora, other = t.lora(1), t.lora(2)
-    alone = t.merged(lora).latents()
+def test_composites_of_one_lora_are_that_lora(make_tiny_pipeline: Any, kind: str) -> None:
+    tiny = make_tiny_pipeline(kind)
+    lora, other = tiny.make_lora(1), tiny.make_lora(2)
+    alone = tiny.merge_lora(lora).sample_latents()
     whole = (0.0, 0.0, 1.0, 1.0)
     for options in (
         {"loras": [lora, lora], "strategy": "composite"},
@@ -106,34 +107,33 @@ def test_composites_of_one_lora_are_that_lora(tiny: Any, kind: str) -> None:
         {"loras": [lora], "strategy": "spatial", "regions": [whole]},
         {"loras": [lora], "strategy": "spatial", "regions": [whole], "window": True},
     ):
-        with compose_loras(t.pipe, **options):
-            torch.testing.assert_close(t.latents(), alone, **CLOSE)
-    assert apart(alone, t.latents()) > 0.01
+        with compose_loras(tiny.pipe, **options):
+            torch.testing.assert_close(tiny.sample_latents(), alone, **TOLERANCES)
+    assert max_difference(alone, tiny.sample_latents()) > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_step_in_regions_is_each_lora_in_its_own(tiny: Any, kind: str) -> None:
-    t = tiny(kind)
-    left, right = t.lora(1), t.lora(2)
-    one = {"num_inference_steps": 1}
+def test_one_step_in_regions_is_each_lora_in_its_own(make_tiny_pipeline: Any, kind: str) -> None:
+    tiny = make_tiny_pipeline(kind)
+    left, right = tiny.make_lora(1), tiny.make_lora(2)
     with compose_loras(
-        t.pipe, [left, right], "spatial", regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 0.5)]
+        tiny.pipe, [left, right], "spatial", regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 0.5)]
     ):
-        found = t.latents(**one)
+        found = tiny.sample_latents(**ONE_STEP)
     pictures = [
-        _as_grid(x) for x in (found, t.merged(left).latents(**one), t.merged(right).latents(**one))
+        _as_grid(x) for x in (found, tiny.merge_lora(left).sample_latents(**ONE_STEP), tiny.merge_lora(right).sample_latents(**ONE_STEP))
     ]
-    base = _as_grid(t.latents(**one))
+    base = _as_grid(tiny.sample_latents(**ONE_STEP))
     found, of_left, of_right = pictures
     h, w = found.shape[-2:]
-    torch.testing.assert_close(found[..., : w // 2], of_left[..., : w // 2], **CLOSE)
+    torch.testing.assert_close(found[..., : w // 2], of_left[..., : w // 2], **TOLERANCES)
     torch.testing.assert_close(
-        found[..., : h // 2, w // 2 :], of_right[..., : h // 2, w // 2 :], **CLOSE
+        found[..., : h // 2, w // 2 :], of_right[..., : h // 2, w // 2 :], **TOLERANCES
     )
     torch.testing.assert_close(
-        found[..., h // 2 :, w // 2 :], base[..., h // 2 :, w // 2 :], **CLOSE
+        found[..., h // 2 :, w // 2 :], base[..., h // 2 :, w // 2 :], **TOLERANCES
     )
-    assert apart(of_left, of_right) > 0.01
+    assert max_difference(of_left, of_right) > 0.01
 
 
 def _as_grid(latents: Tensor) -> Tensor:
@@ -144,50 +144,49 @@ def _as_grid(latents: Tensor) -> Tensor:
     return latents.mT.unflatten(-1, (side, side))
 
 
-def test_windows_are_pictures_of_their_own(tiny: Any) -> None:
-    t = tiny("sd")
-    a, b = t.lora(1), t.lora(2)
+def test_windows_are_pictures_of_their_own(make_tiny_pipeline: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    a, b = tiny.make_lora(1), tiny.make_lora(2)
     wide = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(3))
     boxes = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
-    with compose_loras(t.pipe, [a, b], "spatial", regions=boxes, window=True):
-        found = t.latents(latents=wide, width=16)
+    with compose_loras(tiny.pipe, [a, b], "spatial", regions=boxes, window=True):
+        found = tiny.sample_latents(latents=wide, width=16)
     halves = [
-        t.merged(lora).latents(latents=half.clone())
+        tiny.merge_lora(lora).sample_latents(latents=half.clone())
         for lora, half in zip((a, b), wide.chunk(2, 3), strict=True)
     ]
-    torch.testing.assert_close(found, torch.cat(halves, 3), **CLOSE)
+    torch.testing.assert_close(found, torch.cat(halves, 3), **TOLERANCES)
 
 
-def test_masks_share_their_edge(tiny: Any) -> None:
-    t = tiny("sd")
-    a, b = t.lora(1), t.lora(2)
+def test_masks_share_their_edge(make_tiny_pipeline: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    a, b = tiny.make_lora(1), tiny.make_lora(2)
     half = torch.full((16, 16), 0.5)
     as_picture = Image.fromarray(half.mul(255).byte().numpy())
-    one = {"num_inference_steps": 1}
-    with compose_loras(t.pipe, [a, b], "spatial", regions=[half, half]):
-        found = t.latents(**one)
-    with compose_loras(t.pipe, [a, b], "composite"):
-        torch.testing.assert_close(found, t.latents(**one), **CLOSE)
-    with compose_loras(t.pipe, [a], "spatial", regions=[as_picture]):
-        mixed = t.latents(**one)
-    expected = (t.merged(a).latents(**one) * 127 + t.latents(**one) * 128) / 255
-    torch.testing.assert_close(mixed, expected, **CLOSE)
+    with compose_loras(tiny.pipe, [a, b], "spatial", regions=[half, half]):
+        found = tiny.sample_latents(**ONE_STEP)
+    with compose_loras(tiny.pipe, [a, b], "composite"):
+        torch.testing.assert_close(found, tiny.sample_latents(**ONE_STEP), **TOLERANCES)
+    with compose_loras(tiny.pipe, [a], "spatial", regions=[as_picture]):
+        mixed = tiny.sample_latents(**ONE_STEP)
+    expected = (tiny.merge_lora(a).sample_latents(**ONE_STEP) * 127 + tiny.sample_latents(**ONE_STEP) * 128) / 255
+    torch.testing.assert_close(mixed, expected, **TOLERANCES)
 
 
-def test_a_schedule_sees_every_step_once_and_starts_again(tiny: Any) -> None:
-    t = tiny("sd")
+def test_a_schedule_sees_every_step_once_and_starts_again(make_tiny_pipeline: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
     seen: list[tuple[int, int]] = []
 
     def schedule(step: int, steps: int) -> list[float]:
         seen.append((step, steps))
         return [1.0 if step < 2 else 0.0]
 
-    with compose_loras(t.pipe, [t.lora(1)], schedule=schedule):
-        first = t.latents()
-        second = t.latents()
+    with compose_loras(tiny.pipe, [tiny.make_lora(1)], schedule=schedule):
+        first = tiny.sample_latents()
+        second = tiny.sample_latents()
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)] * 2
     assert torch.equal(first, second)
-    assert apart(first, t.latents()) > 0.01
+    assert max_difference(first, tiny.sample_latents()) > 0.01
 
 
 def test_text_encoder_parts_are_added(pipe: Any, bundle: Any) -> None:
@@ -213,12 +212,12 @@ def test_text_encoder_parts_are_added(pipe: Any, bundle: Any) -> None:
         both = encoded()
     with compose_loras(base.pipeline, [merge([a, b], [1.0, 0.5])]):
         torch.testing.assert_close(encoded(), both)
-    assert apart(both, plain) > 0.01
+    assert max_difference(both, plain) > 0.01
 
 
-def test_falls_back_to_smaller_forwards_when_memory_runs_out(tiny: Any) -> None:
-    t = tiny("sd")
-    loras = LoraWeights.stack([t.lora(s) for s in range(5)])
+def test_falls_back_to_smaller_forwards_when_memory_runs_out(make_tiny_pipeline: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    loras = LoraWeights.stack([tiny.make_lora(s) for s in range(5)])
     sizes: list[int] = []
 
     def limited(sample: Tensor, *rest: Any, **more: Any) -> Any:
@@ -227,21 +226,21 @@ def test_falls_back_to_smaller_forwards_when_memory_runs_out(tiny: Any) -> None:
             raise torch.OutOfMemoryError("as a GPU would")
         return forward(sample, *rest, **more)
 
-    forward = t.denoiser.forward
+    forward = tiny.denoiser.forward
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 16))
-    found = predict_per_lora(DenoiserCall(limited, inputs, {}), {"unet": t.denoiser}, loras)
-    expected = predict_per_lora(DenoiserCall(forward, inputs, {}), {"unet": t.denoiser}, loras)
+    found = predict_per_lora(DenoiserCall(limited, inputs, {}), {"unet": tiny.denoiser}, loras)
+    expected = predict_per_lora(DenoiserCall(forward, inputs, {}), {"unet": tiny.denoiser}, loras)
     assert sizes == [10, 6, 4, 4, 2]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_leaves_the_pipeline_as_it_was(tiny: Any) -> None:
-    t = tiny("sd")
-    before = t.latents()
-    with pytest.raises(RuntimeError), compose_loras(t.pipe, [t.lora(1)] * 2, "composite"):
+def test_leaves_the_pipeline_as_it_was(make_tiny_pipeline: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    before = tiny.sample_latents()
+    with pytest.raises(RuntimeError), compose_loras(tiny.pipe, [tiny.make_lora(1)] * 2, "composite"):
         raise RuntimeError
-    assert "forward" not in vars(t.denoiser)
-    assert torch.equal(t.latents(), before)
+    assert "forward" not in vars(tiny.denoiser)
+    assert torch.equal(tiny.sample_latents(), before)
 
 
 @pytest.mark.parametrize(
@@ -267,22 +266,22 @@ def test_leaves_the_pipeline_as_it_was(tiny: Any) -> None:
         ),
     ],
 )
-def test_says_what_is_wrong(tiny: Any, options: dict[str, Any], sentence: str) -> None:
-    t = tiny("sd")
+def test_says_what_is_wrong(make_tiny_pipeline: Any, options: dict[str, Any], sentence: str) -> None:
+    tiny = make_tiny_pipeline("sd")
     with (
         pytest.raises(InvalidArgumentError, match=sentence.replace("(", r"\(")),
-        compose_loras(t.pipe, [t.lora(1), t.lora(2)], **options),
+        compose_loras(tiny.pipe, [tiny.make_lora(1), tiny.make_lora(2)], **options),
     ):
-        t.latents()
+        tiny.sample_latents()
 
 
-def test_refuses_a_lora_of_another_base(tiny: Any) -> None:
+def test_refuses_a_lora_of_another_base(make_tiny_pipeline: Any) -> None:
     sd, sdxl = tiny("sd"), tiny("sdxl")
     with (
         pytest.raises(LayoutMismatchError),
         compose_loras(sd.pipe, [sd.lora(1), sdxl.lora(1)], "composite"),
     ):
-        sd.latents()
+        sd.sample_latents()
     with (
         pytest.raises(LayoutMismatchError, match="which StableDiffusion3Pipeline lacks"),
         compose_loras(tiny("sd3").pipe, [sd.lora(1)]),

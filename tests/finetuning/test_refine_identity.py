@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from data_builder.cli import app
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.diffusion.lora_injection import inject_lora
-from hyperlora.diffusion.losses import add_noise, predict_x0
+from hyperlora.diffusion.noise_schedule import NoiseSchedule
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.encoders.identity_embedder import IDENTITY_EMBEDDER_FILE, IdentityEmbedder
 from hyperlora.errors import InvalidArgumentError, ModelLoadError
@@ -67,13 +67,10 @@ def likeness(
     side = base.encode_images(photos[:, 0])
     for step in (300, 600, 800):
         timesteps = torch.full((K,), step)
-        x, _ = add_noise(
-            base.noise_scheduler, side, torch.randn(side.shape, generator=generator), timesteps
-        )
+        schedule = NoiseSchedule(base.noise_scheduler)
+        x, _ = schedule.add_noise(side, torch.randn(side.shape, generator=generator), timesteps)
         with inject_lora(base.denoiser, lora), torch.no_grad():
-            clean = predict_x0(
-                base.noise_scheduler, x, base.denoiser(x, timesteps, **text).sample, timesteps
-            )
+            clean = schedule.predict_x0(x, base.denoiser(x, timesteps, **text).sample, timesteps)
             total += (identity(base.decode_latents(clean)) * who).sum(-1)
     return total / 3
 
@@ -153,7 +150,7 @@ def test_an_identity_of_another_encoder_or_a_damaged_one_is_refused(
     with torch.no_grad():
         next(model.encoder.parameters()).add_(1.0)
     model.identity_embedder.save(tmp_path)
-    with pytest.raises(ModelLoadError, match=r"another photo encoder.*data_builder identity"):
+    with pytest.raises(ModelLoadError, match=r"another photo encoder.*data_builder export-identity"):
         ImageToLora.from_pretrained(tmp_path)
     (tmp_path / IDENTITY_EMBEDDER_FILE).write_bytes(b"nothing")
     with pytest.raises(ModelLoadError, match="damaged"):

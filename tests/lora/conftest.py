@@ -1,4 +1,4 @@
-"""Property tests here count tensors, not milliseconds."""
+"""Hypothesis without deadline."""
 
 from hypothesis import settings
 

@@ -1,4 +1,4 @@
-"""Merging against PEFT's ``add_weighted_adapter`` and against ΔW itself; blocks of a LoRA."""
+"""``merge`` against PEFT's ``add_weighted_adapter`` and against ΔW; blocks of a LoRA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from hyperlora.lora.weights import LoraWeights
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-class Two(nn.Module):
+class TwoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(12, 9), nn.Linear(9, 7)
@@ -27,42 +27,44 @@ class Two(nn.Module):
         return self.second(self.first(x))
 
 
-def lora(seed: int, rank: int = 2, sites: str = "", base: str = "b") -> LoraWeights:
-    layout = LoraLayout.from_module(Two(), "unet", lambda path: path.startswith(sites), rank, base)
+def make_lora(seed: int, rank: int = 2, prefix: str = "", base: str = "b") -> LoraWeights:
+    layout = LoraLayout.from_module(
+        TwoLayers(), "unet", lambda path: path.startswith(prefix), rank, base
+    )
     return LoraWeights.unflatten(
         layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed))
     )
 
 
-def in_peft(
-    loras: list[LoraWeights], weights: list[float], kind: str, rank: int
+def merge_with_peft(
+    loras: list[LoraWeights], weights: list[float], peft_method: str, rank: int
 ) -> dict[str, Tensor]:
-    """ΔW by site of PEFT's ``add_weighted_adapter``."""
+    """ΔW by path of PEFT's ``add_weighted_adapter``."""
     from peft import LoraConfig, get_peft_model
 
     names = [f"l{i}" for i in range(len(loras))]
     config = LoraConfig(
         r=loras[0].layout.rank, lora_alpha=loras[0].layout.rank, target_modules=["first", "second"]
     )
-    model = get_peft_model(Two(), config, adapter_name=names[0])
+    model = get_peft_model(TwoLayers(), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
-    for name, one in zip(names, loras, strict=True):
-        for site, down, up in zip(one.layout.targets, one.down, one.up, strict=True):
-            layer = model.base_model.model.get_submodule(site.path)
+    for name, lora in zip(names, loras, strict=True):
+        for target, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
+            layer = model.base_model.model.get_submodule(target.path)
             layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = (
                 down.clone(),
                 up.clone(),
             )
     model.add_weighted_adapter(
-        names, weights, "made", combination_type=kind, svd_rank=rank, density=0.5
+        names, weights, "merged", combination_type=peft_method, svd_rank=rank, density=0.5
     )
     layers = {path: model.base_model.model.get_submodule(path) for path in ("first", "second")}
-    return {path: layer.get_delta_weight("made").detach() for path, layer in layers.items()}
+    return {path: layer.get_delta_weight("merged").detach() for path, layer in layers.items()}
 
 
 @pytest.mark.parametrize(
-    ("how", "kind"),
+    ("method", "peft_method"),
     [
         ("concat", "cat"),
         ("svd", "svd"),
@@ -73,70 +75,73 @@ def in_peft(
         ("dare_ties", "dare_ties_svd"),
     ],
 )
-def test_equals_peft(how: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # PEFT draws initial weights before it prunes: the same numbers must be dropped whatever was drawn before
+def test_merge_equals_peft(method: str, peft_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PEFT draws initial weights before it prunes, so the dropped numbers must not depend on them
     monkeypatch.setattr(
         torch, "bernoulli", lambda p: (torch.arange(p.numel()) % 3 > 0).view(p.shape).to(p)
     )
-    loras, weights = [lora(0), lora(1), lora(2)], [0.7, -0.4, 1.2]
-    found = merge(
-        loras, weights, how, rank=None if how in ("concat", "linear") else 3, density=0.5, seed=4
-    )
-    expected = in_peft(loras, weights, kind, 3)
-    for site, delta in zip(found.layout.targets, found.get_delta_weights(), strict=True):
-        torch.testing.assert_close(delta, expected[site.path], **CLOSE)
+    loras, weights = [make_lora(0), make_lora(1), make_lora(2)], [0.7, -0.4, 1.2]
+    rank = None if method in ("concat", "linear") else 3
+    merged = merge(loras, weights, method, rank=rank, density=0.5, seed=4)
+    expected = merge_with_peft(loras, weights, peft_method, 3)
+    for target, delta in zip(merged.layout.targets, merged.get_delta_weights(), strict=True):
+        torch.testing.assert_close(delta, expected[target.path], **CLOSE)
 
 
 @given(st.lists(st.floats(-3, 3, width=16), min_size=1, max_size=4), st.integers(0, 99))
-def test_concat_is_the_weighted_sum_of_deltas(weights: list[float], seed: int) -> None:
+def test_merge_concat_is_the_weighted_sum_of_deltas(weights: list[float], seed: int) -> None:
     ranks = [1 + (seed + i) % 3 for i in range(len(weights))]
-    loras = [lora(seed + i, rank, ("", "first", "second")[i % 3]) for i, rank in enumerate(ranks)]
-    found = merge(loras, weights)
-    assert found.layout.rank == sum(ranks)
-    for site, delta in zip(found.layout.targets, found.get_delta_weights(), strict=True):
-        expected = torch.zeros(site.out_features, site.in_features)
-        for given_lora, weight in zip(loras, weights, strict=True):
-            for theirs, change in zip(
-                given_lora.layout.targets, given_lora.get_delta_weights(), strict=True
+    loras = [
+        make_lora(seed + i, rank, ("", "first", "second")[i % 3]) for i, rank in enumerate(ranks)
+    ]
+    merged = merge(loras, weights)
+    assert merged.layout.rank == sum(ranks)
+    for target, delta in zip(merged.layout.targets, merged.get_delta_weights(), strict=True):
+        expected = torch.zeros(target.out_features, target.in_features)
+        for lora, weight in zip(loras, weights, strict=True):
+            for lora_target, lora_delta in zip(
+                lora.layout.targets, lora.get_delta_weights(), strict=True
             ):
-                expected += weight * change if theirs == site else 0
+                expected += weight * lora_delta if lora_target == target else 0
         torch.testing.assert_close(delta, expected, **CLOSE)
-    exact = compute_relative_error(found.resize(found.layout.rank), found)
-    assert exact < 1e-5
-    assert compute_relative_error(found * 0.9, found) == pytest.approx(
-        0.1 if found.compute_delta_norms().sum() > 1e-12 else 0, abs=1e-5
+    error = compute_relative_error(merged.resize(merged.layout.rank), merged)
+    assert error < 1e-5
+    assert compute_relative_error(merged * 0.9, merged) == pytest.approx(
+        0.1 if merged.compute_delta_norms().sum() > 1e-12 else 0, abs=1e-5
     )
 
 
-def test_align_keeps_every_delta() -> None:
-    loras = [lora(0, 1, "first"), lora(1, 3), lora(2, 2, "second")]
+def test_pad_and_stack_keeps_every_delta() -> None:
+    loras = [make_lora(0, 1, "first"), make_lora(1, 3), make_lora(2, 2, "second")]
     batch = pad_and_stack(loras)
     assert len(batch) == 3
     assert batch.layout.rank == 3
-    for i, one in enumerate(loras):
-        assert compute_relative_error(batch[i], one) < 1e-6
+    for i, lora in enumerate(loras):
+        assert compute_relative_error(batch[i], lora) < 1e-6
 
 
-@pytest.mark.parametrize("how", MERGE_METHODS)
-def test_one_lora_merged_at_full_density_is_itself(how: str) -> None:
-    one = lora(3)
-    assert compute_relative_error(merge([one], method=how, density=1.0), one) < 1e-4
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_merge_of_one_lora_at_full_density_keeps_it(method: str) -> None:
+    lora = make_lora(3)
+    assert compute_relative_error(merge([lora], method=method, density=1.0), lora) < 1e-4
 
 
-def test_blocks() -> None:
-    one = lora(0)
-    assert [s.path for s in select_blocks(one, ["unet.second"]).layout.targets] == ["second"]
-    weighed = scale_blocks(one, {"unet": 0.5, "unet.first": -1.0})
+def test_scale_and_select_blocks_act_on_named_blocks() -> None:
+    lora = make_lora(0)
+    selected = select_blocks(lora, ["unet.second"])
+    assert [target.path for target in selected.layout.targets] == ["second"]
+    scaled = scale_blocks(lora, {"unet": 0.5, "unet.first": -1.0})
+    paths = [target.path for target in lora.layout.targets]
     for path, factor in (("first", -1.0), ("second", 0.5)):
-        there = [s.path for s in one.layout.targets].index(path)
+        index = paths.index(path)
         torch.testing.assert_close(
-            weighed.get_delta_weights()[there], factor * one.get_delta_weights()[there]
+            scaled.get_delta_weights()[index], factor * lora.get_delta_weights()[index]
         )
     with pytest.raises(InvalidArgumentError, match=r"did you mean 'unet\.first'"):
-        select_blocks(one, ["unet.fist"])
+        select_blocks(lora, ["unet.fist"])
     assert (
-        select_blocks(one, ["unet"]) == one
-        or compute_relative_error(select_blocks(one, ["unet"]), one) == 0
+        select_blocks(lora, ["unet"]) == lora
+        or compute_relative_error(select_blocks(lora, ["unet"]), lora) == 0
     )
 
 
@@ -144,27 +149,37 @@ def test_blocks() -> None:
     ("call", "error", "sentence"),
     [
         (
-            lambda: merge([lora(0)], method="slerp"),
+            lambda: merge([make_lora(0)], method="slerp"),
             InvalidArgumentError,
-            "unknown way to merge 'slerp'; known: concat, svd",
+            "unknown merge method 'slerp'; known: concat, svd",
         ),
         (lambda: merge([]), InvalidArgumentError, "at least one LoRA expected"),
         (
-            lambda: merge([lora(0)], [1.0, 2.0]),
+            lambda: merge([make_lora(0)], [1.0, 2.0]),
             InvalidArgumentError,
             "1 LoRAs need as many weights, got 2",
         ),
-        (lambda: merge([lora(0)], [float("inf")]), InvalidArgumentError, "finite numbers, got inf"),
-        (lambda: merge([lora(0)], density=0.0), InvalidArgumentError, "density above 0"),
-        (lambda: merge([lora(0)], rank=0), InvalidArgumentError, "rank must be at least 1"),
-        (lambda: merge([lora(0), lora(1, base="c")]), LayoutMismatchError, "for base 'c'"),
         (
-            lambda: merge([lora(0), LoraWeights.stack([lora(1)])]),
+            lambda: merge([make_lora(0)], [float("inf")]),
+            InvalidArgumentError,
+            "finite numbers, got inf",
+        ),
+        (lambda: merge([make_lora(0)], density=0.0), InvalidArgumentError, "density above 0"),
+        (lambda: merge([make_lora(0)], rank=0), InvalidArgumentError, "rank must be at least 1"),
+        (
+            lambda: merge([make_lora(0), make_lora(1, base="c")]),
+            LayoutMismatchError,
+            "for base 'c'",
+        ),
+        (
+            lambda: merge([make_lora(0), LoraWeights.stack([make_lora(1)])]),
             InvalidArgumentError,
             "a batch of",
         ),
     ],
 )
-def test_says_what_is_wrong(call: Callable[[], Any], error: type[Exception], sentence: str) -> None:
+def test_merge_refuses_bad_arguments(
+    call: Callable[[], Any], error: type[Exception], sentence: str
+) -> None:
     with pytest.raises(error, match=sentence):
         call()

@@ -28,21 +28,21 @@ def random_lora(seed: int, batch: tuple[int, ...] = (), layout: LoraLayout = LAY
 
 
 def assert_same_delta(
-    one: LoraWeights, deltas: list[torch.Tensor], tolerance: float = 1e-5
+    lora: LoraWeights, expected_deltas: list[torch.Tensor], tolerance: float = 1e-5
 ) -> None:
-    for mine, other in zip(one.get_delta_weights(), deltas, strict=True):
-        torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
+    for delta, expected in zip(lora.get_delta_weights(), expected_deltas, strict=True):
+        torch.testing.assert_close(delta, expected, atol=tolerance, rtol=tolerance)
 
 
 @given(SEEDS, BATCHES)
-def test_unflatten_undoes_flatten(seed: int, batch: tuple[int, ...]) -> None:
+def test_unflatten_inverts_flatten(seed: int, batch: tuple[int, ...]) -> None:
     lora = random_lora(seed, batch)
-    again = LoraWeights.unflatten(LAYOUT, lora.flatten())
-    assert again.batch_shape == batch
-    assert all(map(torch.equal, (*again.down, *again.up), (*lora.down, *lora.up)))
+    restored = LoraWeights.unflatten(LAYOUT, lora.flatten())
+    assert restored.batch_shape == batch
+    assert all(map(torch.equal, (*restored.down, *restored.up), (*lora.down, *lora.up)))
 
 
-def test_flatten_order_is_layout_order_down_then_up() -> None:
+def test_flatten_follows_layout_order_down_then_up() -> None:
     flat = torch.arange(LAYOUT.numel, dtype=torch.float32)
     lora = LoraWeights.unflatten(LAYOUT, flat)
     assert torch.equal(lora.down[0], flat[:14].reshape(2, 7))
@@ -51,7 +51,7 @@ def test_flatten_order_is_layout_order_down_then_up() -> None:
 
 
 @given(SEEDS, st.integers(1, 4))
-def test_iterating_undoes_stack(seed: int, n: int) -> None:
+def test_iteration_inverts_stack(seed: int, n: int) -> None:
     loras = [random_lora(seed + i) for i in range(n)]
     stacked = LoraWeights.stack(loras)
     assert len(stacked) == n
@@ -59,9 +59,7 @@ def test_iterating_undoes_stack(seed: int, n: int) -> None:
 
 
 @given(SEEDS, BATCHES, st.floats(-3, 3))
-def test_sum_difference_and_multiple_are_those_of_delta(
-    seed: int, batch: tuple[int, ...], k: float
-) -> None:
+def test_operators_act_on_delta_weights(seed: int, batch: tuple[int, ...], k: float) -> None:
     a, b = random_lora(seed, batch), random_lora(seed + 1, batch)
     result = k * a + b - 2 * b
     assert result.layout.rank == 6
@@ -72,7 +70,7 @@ def test_sum_difference_and_multiple_are_those_of_delta(
     )
 
 
-def test_one_strength_per_lora_of_a_batch() -> None:
+def test_mul_scales_each_lora_of_a_batch() -> None:
     lora = random_lora(0, (3,))
     strengths = torch.tensor([0.0, 1.0, -2.0])
     assert_same_delta(
@@ -81,7 +79,7 @@ def test_one_strength_per_lora_of_a_batch() -> None:
 
 
 @given(SEEDS, BATCHES)
-def test_norms_are_frobenius_norms_of_delta(seed: int, batch: tuple[int, ...]) -> None:
+def test_compute_delta_norms_equals_frobenius_norms(seed: int, batch: tuple[int, ...]) -> None:
     lora = random_lora(seed, batch)
     expected = torch.stack([torch.linalg.matrix_norm(d) for d in lora.get_delta_weights()], -1)
     torch.testing.assert_close(lora.compute_delta_norms(), expected, rtol=1e-4, atol=1e-5)
@@ -100,18 +98,18 @@ def test_resize_is_the_best_approximation(seed: int, batch: tuple[int, ...], ran
 
 
 @given(SEEDS)
-def test_balanced_factors_share_their_singular_values_and_forget_the_gauge(seed: int) -> None:
+def test_canonicalize_gives_equal_singular_values_for_any_gauge(seed: int) -> None:
     lora = random_lora(seed)
-    balanced = lora.canonicalize()
-    assert_same_delta(balanced, list(lora.get_delta_weights()), 1e-4)
-    for down, up in zip(balanced.down, balanced.up, strict=True):
+    canonical = lora.canonicalize()
+    assert_same_delta(canonical, list(lora.get_delta_weights()), 1e-4)
+    for down, up in zip(canonical.down, canonical.up, strict=True):
         torch.testing.assert_close(down @ down.mT, up.mT @ up, atol=1e-3, rtol=1e-3)
     gauge = torch.tensor([[2.0, 1.0], [0.5, -1.0]])
-    turned = LoraWeights(
+    rotated = LoraWeights(
         LAYOUT, tuple(gauge @ d for d in lora.down), tuple(u @ gauge.inverse() for u in lora.up)
     )
-    for one, other in zip(turned.canonicalize().down, balanced.down, strict=True):
-        torch.testing.assert_close(one.abs(), other.abs(), atol=2e-2, rtol=2e-2)
+    for down, expected in zip(rotated.canonicalize().down, canonical.down, strict=True):
+        torch.testing.assert_close(down.abs(), expected.abs(), atol=2e-2, rtol=2e-2)
 
 
 def test_mean_is_the_best_rank_r_of_the_mean_delta() -> None:
@@ -121,26 +119,34 @@ def test_mean_is_the_best_rank_r_of_the_mean_delta() -> None:
         u, s, vh = torch.linalg.svd(delta.mean(0))
         best.append(u[:, :2] @ torch.diag(s[:2]) @ vh[:2])
     assert_same_delta(loras.mean(), best, 1e-4)
-    one = random_lora(5)
+    lora = random_lora(5)
     assert_same_delta(
-        LoraWeights.stack([one, one, one]).mean(), list(one.get_delta_weights()), 1e-4
+        LoraWeights.stack([lora, lora, lora]).mean(), list(lora.get_delta_weights()), 1e-4
     )
 
 
-def test_zeros_change_nothing_and_std_lets_gradients_flow() -> None:
+def test_zeros_have_zero_delta_and_random_down() -> None:
     zeros = LoraWeights.zeros(LAYOUT, (2,), std=1.0)
     assert zeros.compute_delta_norms().eq(0).all()
     assert all(d.abs().sum() > 0 for d in zeros.down)
     assert LoraWeights.zeros(LAYOUT).flatten().eq(0).all()
 
 
-def test_wrong_numbers_are_refused_in_one_sentence() -> None:
+def test_init_batch_repeats_one_seeded_start() -> None:
+    batch = LoraWeights.init_batch(LAYOUT, 3, seed=7)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(7)
+        expected = LoraWeights.zeros(LAYOUT, (), LAYOUT.init_std).flatten()
+    assert torch.equal(batch.flatten(), expected.expand(3, -1))
+
+
+def test_constructors_refuse_wrong_shapes() -> None:
     lora = random_lora(0)
     with pytest.raises(
         LayoutMismatchError, match=f"3 numbers given, the layout has {LAYOUT.numel}"
     ):
         LoraWeights.unflatten(LAYOUT, torch.zeros(3))
-    with pytest.raises(LayoutMismatchError, match="2 sites given, the layout has 3"):
+    with pytest.raises(LayoutMismatchError, match="2 targets given, the layout has 3"):
         LoraWeights(LAYOUT, lora.down[:2], lora.up[:2])
     with pytest.raises(LayoutMismatchError, match=r"unet\.a: down"):
         LoraWeights(LAYOUT, lora.up, lora.down)

@@ -1,4 +1,4 @@
-"""Hypernetworks and the parametrisations they write."""
+"""Hypernetworks and the heads that expand their codes."""
 
 import pytest
 import torch
@@ -20,82 +20,85 @@ LAYOUT = LoraLayout(
 )
 HEADS = [
     ("basis", {"size": 5}, 1),
-    ("basis", {"size": 5, "per_rank": True}, 1),
+    ("basis", {"size": 5, "coefficients_per_rank": True}, 1),
     ("lidb", {"a": 10, "b": 7, "seed": 3}, 1),
     ("lidb", {"a": 10, "b": 7}, 4),
 ]
 
 
-def network(head, options, iterations):
+def make_network(head: str, head_options: dict[str, int | bool], iterations: int) -> Hypernetwork:
     torch.manual_seed(0)
     return Hypernetwork(
-        LAYOUT, 12, width=16, num_heads=2, head=head, head_options=options, iterations=iterations
+        LAYOUT,
+        12,
+        width=16,
+        num_heads=2,
+        head=head,
+        head_options=head_options,
+        iterations=iterations,
     )
 
 
-def features(batch=3, views=2, tokens=5):
+def make_features(batch=3, views=2, tokens=5) -> ImageFeatures:
     return ImageFeatures(torch.randn(batch, views, tokens, 12))
 
 
-@pytest.mark.parametrize(("head", "options", "iterations"), HEADS)
-def test_zero_at_start_but_gradients_reach_the_head(head, options, iterations):
-    model = network(head, options, iterations)
-    weights = model(features())
-    assert weights.batch == (3,) and weights.layout == LAYOUT
-    assert weights.norms().max() == 0
-    sum((d - 1).square().sum() for d in weights.delta()).backward()
-    sites = len(LAYOUT.targets)
-    assert model.code_proj.grad[sites:].abs().sum() > 0, "the up codes must be able to leave zero"
+@pytest.mark.parametrize(("head", "head_options", "iterations"), HEADS)
+def test_hypernetwork_starts_at_zero_with_gradients(head, head_options, iterations) -> None:
+    network = make_network(head, head_options, iterations)
+    weights = network(make_features())
+    assert weights.batch_shape == (3,) and weights.layout == LAYOUT
+    assert weights.compute_delta_norms().max() == 0
+    sum((d - 1).square().sum() for d in weights.get_delta_weights()).backward()
+    num_targets = len(LAYOUT.targets)
+    up_gradients = network.code_proj.grad[num_targets:]
+    assert up_gradients.abs().sum() > 0, "the up codes must be able to leave zero"
 
 
-@pytest.mark.parametrize(("head", "options", "iterations"), HEADS)
-def test_subjects_do_not_mix_and_views_matter(head, options, iterations):
-    model = network(head, options, iterations)
-    torch.nn.init.normal_(model.code_proj, std=0.3)
-    torch.nn.init.normal_(model.init_codes, std=0.3)
-    seen = features()
-    together = model(seen).flatten()
-    alone = model(ImageFeatures(seen.tokens[1:2])).flatten()
-    assert torch.allclose(together[1:2], alone, atol=1e-5)
-    swapped = ImageFeatures(seen.tokens.flip(1))
-    assert torch.allclose(model(swapped).flatten(), together, atol=1e-5), "photos are a set"
-    one = model(ImageFeatures(seen.tokens[:, :1])).flatten()
-    assert not torch.allclose(one, together, atol=1e-4)
+@pytest.mark.parametrize(("head", "head_options", "iterations"), HEADS)
+def test_hypernetwork_separates_subjects_and_uses_all_views(head, head_options, iterations) -> None:
+    network = make_network(head, head_options, iterations)
+    torch.nn.init.normal_(network.code_proj, std=0.3)
+    torch.nn.init.normal_(network.init_codes, std=0.3)
+    features = make_features()
+    batched = network(features).flatten()
+    alone = network(ImageFeatures(features.tokens[1:2])).flatten()
+    assert torch.allclose(batched[1:2], alone, atol=1e-5)
+    flipped = network(ImageFeatures(features.tokens.flip(1))).flatten()
+    assert torch.allclose(flipped, batched, atol=1e-5), "photos are a set"
+    one_view = network(ImageFeatures(features.tokens[:, :1])).flatten()
+    assert not torch.allclose(one_view, batched, atol=1e-4)
 
 
-def test_a_basis_mixed_per_rank_holds_the_whole_mix_and_more():
+def test_coefficients_per_rank_extend_the_low_rank_basis() -> None:
     torch.manual_seed(0)
-    whole, split = (
-        LowRankBasisHead(LAYOUT, 5),
-        LowRankBasisHead(LAYOUT, 5, coefficients_per_rank=True),
-    )
-    split.load_state_dict(whole.state_dict())
+    head = LowRankBasisHead(LAYOUT, 5)
+    per_rank_head = LowRankBasisHead(LAYOUT, 5, coefficients_per_rank=True)
+    per_rank_head.load_state_dict(head.state_dict())
     down, up = torch.randn(2, 4, 3, 5)
-    same = split(*(code.repeat_interleave(2, -1) for code in (down, up)))
-    torch.testing.assert_close(same.flatten(), whole(down, up).flatten())
+    same = per_rank_head(*(code.repeat_interleave(2, -1) for code in (down, up)))
+    torch.testing.assert_close(same.flatten(), head(down, up).flatten())
     codes = torch.zeros(1, 3, 10)
     codes[..., 4 * 2 + 1] = 1
-    (factor, *_) = split(codes, codes).up
-    torch.testing.assert_close(factor[0, :, 1], whole.up_basis[0][4].unflatten(-1, (40, 2))[:, 1])
-    assert not factor[0, :, 0].any(), (
-        "the other vector of the direction has a coefficient of its own"
-    )
+    (factor, *_) = per_rank_head(codes, codes).up
+    torch.testing.assert_close(factor[0, :, 1], head.up_basis[0][4].unflatten(-1, (40, 2))[:, 1])
+    assert not factor[0, :, 0].any(), "the direction's other vector has its own coefficient"
 
 
-def test_iterations_refine_the_same_guess():
-    once, four = network("lidb", {"a": 10, "b": 7}, 1), network("lidb", {"a": 10, "b": 7}, 4)
-    for model in (once, four):
-        torch.nn.init.normal_(model.code_proj, std=0.3)
-    seen = features()
-    assert once.predict_codes(seen).shape == four.predict_codes(seen).shape == (3, 6, 20)
-    assert not torch.allclose(once.predict_codes(seen), four.predict_codes(seen))
+def test_iterations_change_codes_of_the_same_shape() -> None:
+    once = make_network("lidb", {"a": 10, "b": 7}, 1)
+    four_times = make_network("lidb", {"a": 10, "b": 7}, 4)
+    for network in (once, four_times):
+        torch.nn.init.normal_(network.code_proj, std=0.3)
+    features = make_features()
+    codes, refined_codes = once.predict_codes(features), four_times.predict_codes(features)
+    assert codes.shape == refined_codes.shape == (3, 6, 20)
+    assert not torch.allclose(codes, refined_codes)
 
 
-def test_lidb_is_the_papers_product_with_orthonormal_fixed_factors():
+def test_lidb_multiplies_orthonormal_auxiliary_matrices() -> None:
     lidb = LiDB(LAYOUT, a=10, b=7, seed=3)
-    assert not list(lidb.parameters()) and not lidb.state_dict(), (
-        "rebuilt from the seed, never stored"
-    )
+    assert not list(lidb.parameters()) and not lidb.state_dict(), "rebuilt from the seed"
     assert torch.equal(lidb.a0, LiDB(LAYOUT, a=10, b=7, seed=3).a0)
     assert not torch.equal(lidb.a0, LiDB(LAYOUT, a=10, b=7, seed=4).a0)
     assert torch.allclose(lidb.a0.mT @ lidb.a0, torch.eye(10), atol=1e-5)
@@ -103,12 +106,13 @@ def test_lidb_is_the_papers_product_with_orthonormal_fixed_factors():
     down, up = torch.randn(3, 20), torch.randn(3, 20)
     weights = lidb(down, up)
     a_train, b_train = up[0].view(10, 2), down[0, :14].view(2, 7)
-    assert torch.allclose(weights.delta()[0], lidb.a0 @ a_train @ b_train @ lidb.b0, atol=1e-5)
+    delta = weights.get_delta_weights()[0]
+    assert torch.allclose(delta, lidb.a0 @ a_train @ b_train @ lidb.b0, atol=1e-5)
     assert isinstance(weights, LoraWeights)
 
 
-def test_lidb_of_the_paper_has_about_30_thousand_numbers_for_stable_diffusion():
-    sites = tuple(TargetModule(f"unet.{i}", 768, 320) for i in range(128 + 48))
-    lidb = LiDB(LoraLayout(sites, 1, "sd"), a=100, b=50)
-    assert 25_000 < len(sites) * (100 + 50) < 35_000
-    assert lidb.init_codes().shape == (2 * len(sites), 100)
+def test_lidb_has_about_30_thousand_numbers_for_stable_diffusion() -> None:
+    targets = tuple(TargetModule(f"unet.{i}", 768, 320) for i in range(128 + 48))
+    lidb = LiDB(LoraLayout(targets, 1, "sd"), a=100, b=50)
+    assert 25_000 < len(targets) * (100 + 50) < 35_000
+    assert lidb.init_codes().shape == (2 * len(targets), 100)

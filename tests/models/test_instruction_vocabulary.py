@@ -1,4 +1,4 @@
-"""``InstructionVocabulary``: what instructions mean, what a network says, and that both are the same language."""
+"""``InstructionVocabulary``: instructions, logits and targets mean the same."""
 
 import pytest
 import torch
@@ -7,98 +7,111 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.models.instruction_vocabulary import InstructionVocabulary
 from hyperlora.prompt_blending import format_blend
 
-MIXED = [
+SKY_PROMPTS = [
     format_blend({"red sky": 0.2, "blue sky": 0.3, "gray sky": 0.5}),
     format_blend({"red sky": 1.2, "blue sky": -0.1, "gray sky": -0.1}),
     format_blend({"red sky": -0.2, "blue sky": 1.0, "gray sky": 0.2}),
 ]
-"""A corner, and where the edges from it lead."""
-WORDS = InstructionVocabulary(
-    {"hair": ["a bob", "a bun"], "glasses": ["no glasses", "wearing glasses"]}, {"sky": MIXED}
+"""The origin of a color space and the ends of its axes."""
+VOCABULARY = InstructionVocabulary(
+    {"hair": ["a bob", "a bun"], "glasses": ["no glasses", "wearing glasses"]},
+    {"sky": SKY_PROMPTS},
 )
 
 
-def sky(x: float, y: float, more: dict[str, float] | None = None) -> str:
+def blend_sky(x: float, y: float, other_prompts: dict[str, float] | None = None) -> str:
+    """The instruction with the sky's color at (x, y)."""
     corners = torch.tensor([[0.2, 0.3, 0.5], [1.2, -0.1, -0.1], [-0.2, 1.0, 0.2]])
     weights = corners[0] + x * (corners[1] - corners[0]) + y * (corners[2] - corners[0])
-    return format_blend(
-        dict(zip(("red sky", "blue sky", "gray sky"), weights.tolist(), strict=True)) | (more or {})
+    sky = dict(zip(("red sky", "blue sky", "gray sky"), weights.tolist(), strict=True))
+    return format_blend(sky | (other_prompts or {}))
+
+
+def make_logits(hair: int, glasses: int, point: list[float] | None) -> torch.Tensor:
+    """Logits of an instruction, [1, 9]."""
+    category_logits = [10.0 * (i == hair) for i in range(3)]
+    category_logits += [10.0 * (i == glasses) for i in range(3)]
+    return torch.tensor(
+        [category_logits + ([-10.0, 0.4, 0.4] if point is None else [10.0, *point])]
     )
 
 
-def saying(hair: int, glasses: int, point: list[float] | None) -> torch.Tensor:
-    """Numbers that say so, [1, 9]."""
-    named = [10.0 * (i == hair) for i in range(3)] + [10.0 * (i == glasses) for i in range(3)]
-    return torch.tensor([named + ([-10.0, 0.4, 0.4] if point is None else [10.0, *point])])
-
-
-def test_instructions_are_read() -> None:
-    sum_of_two = format_blend({"a bun": 1.0, "no glasses": 1.0, "": -1.0})
-    meant = WORDS.encode(["", "a bob", sum_of_two, sky(0.25, 0.5), "something else"])
-    assert meant.categories.tolist() == [[0, 0], [1, 0], [2, 1], [0, 0], [0, 0]]
-    (points,) = meant.points
+def test_encode_reads_categories_and_colors() -> None:
+    two_prompts = format_blend({"a bun": 1.0, "no glasses": 1.0, "": -1.0})
+    targets = VOCABULARY.encode(["", "a bob", two_prompts, blend_sky(0.25, 0.5), "something else"])
+    assert targets.categories.tolist() == [[0, 0], [1, 0], [2, 1], [0, 0], [0, 0]]
+    (points,) = targets.points
     assert points[[0, 1, 2, 4]].isnan().all()
     torch.testing.assert_close(points[3], torch.tensor([0.25, 0.5]), atol=1e-3, rtol=0)
 
 
-def test_a_mixture_beside_other_changes_is_read() -> None:
-    meant = WORDS.encode([sky(0.75, 0.1, {"a bun": 1.0, "": -1.0})])
-    assert meant.categories.tolist() == [[2, 0]]
-    torch.testing.assert_close(meant.points[0], torch.tensor([[0.75, 0.1]]), atol=1e-3, rtol=0)
+def test_encode_reads_a_color_beside_a_category() -> None:
+    targets = VOCABULARY.encode([blend_sky(0.75, 0.1, {"a bun": 1.0, "": -1.0})])
+    assert targets.categories.tolist() == [[2, 0]]
+    torch.testing.assert_close(targets.points[0], torch.tensor([[0.75, 0.1]]), atol=1e-3, rtol=0)
 
 
-def test_what_is_said_is_read_as_meant() -> None:
-    said = saying(2, 0, [0.25, 0.5])
-    prompts = dict(zip(WORDS.prompts, WORDS.compute_prompt_weights(said)[0].tolist(), strict=True))
-    assert prompts == pytest.approx(
+def test_compute_prompt_weights_of_logits_match_their_targets() -> None:
+    logits = make_logits(2, 0, [0.25, 0.5])
+    weights = VOCABULARY.compute_prompt_weights(logits)[0].tolist()
+    assert dict(zip(VOCABULARY.prompts, weights, strict=True)) == pytest.approx(
         {
             "a bob": 0,
             "a bun": 1,
             "no glasses": 0,
             "wearing glasses": 0,
-            MIXED[0]: 0.25,
-            MIXED[1]: 0.25,
-            MIXED[2]: 0.5,
+            SKY_PROMPTS[0]: 0.25,
+            SKY_PROMPTS[1]: 0.25,
+            SKY_PROMPTS[2]: 0.5,
         }
     )
-    meant = WORDS.encode([sky(0.25, 0.5, {"a bun": 1.0, "": -1.0})])
-    assert WORDS.is_correct(said, meant).tolist() == [True]
-    assert float(WORDS.compute_loss(said, meant)) < 0.01
+    targets = VOCABULARY.encode([blend_sky(0.25, 0.5, {"a bun": 1.0, "": -1.0})])
+    assert VOCABULARY.is_correct(logits, targets).tolist() == [True]
+    assert float(VOCABULARY.compute_loss(logits, targets)) < 0.01
 
 
-def test_nothing_is_said_by_equal_numbers() -> None:
-    assert WORDS.compute_prompt_weights(torch.zeros(3, sum(WORDS.logit_sizes))).abs().max() == 0
+def test_compute_prompt_weights_are_zero_for_equal_logits() -> None:
+    logits = torch.zeros(3, sum(VOCABULARY.logit_sizes))
+    assert VOCABULARY.compute_prompt_weights(logits).abs().max() == 0
 
 
 @pytest.mark.parametrize(
-    "said",
+    "logits",
     [
-        saying(1, 0, [0.25, 0.5]),
-        saying(2, 1, [0.25, 0.5]),
-        saying(2, 0, None),
-        saying(2, 0, [0.9, 0.5]),
+        make_logits(1, 0, [0.25, 0.5]),
+        make_logits(2, 1, [0.25, 0.5]),
+        make_logits(2, 0, None),
+        make_logits(2, 0, [0.9, 0.5]),
     ],
     ids=str,
 )
-def test_what_is_not_meant_costs(said: torch.Tensor) -> None:
-    meant = WORDS.encode([sky(0.25, 0.5, {"a bun": 1.0, "": -1.0})])
-    assert float(WORDS.compute_loss(said, meant)) > 5
-    near = bool(said[0, 6] > 0) and float(said[0, 7]) > 0.5  # only the point is elsewhere
-    assert bool(WORDS.is_correct(said, meant)) == near
+def test_compute_loss_is_large_for_wrong_logits(logits: torch.Tensor) -> None:
+    targets = VOCABULARY.encode([blend_sky(0.25, 0.5, {"a bun": 1.0, "": -1.0})])
+    assert float(VOCABULARY.compute_loss(logits, targets)) > 5
+    only_point_differs = bool(logits[0, 6] > 0) and float(logits[0, 7]) > 0.5
+    assert bool(VOCABULARY.is_correct(logits, targets)) == only_point_differs
 
 
-def test_a_point_that_is_not_there_does_not_count() -> None:
-    meant = WORDS.encode(["a bob"])
-    here, there = saying(1, 0, None), saying(1, 0, None)
-    there[0, 7:] += 1
-    assert float(WORDS.compute_loss(here, meant)) == float(WORDS.compute_loss(there, meant))
+def test_compute_loss_ignores_the_point_of_an_absent_color() -> None:
+    targets = VOCABULARY.encode(["a bob"])
+    logits, shifted_logits = make_logits(1, 0, None), make_logits(1, 0, None)
+    shifted_logits[0, 7:] += 1
+    loss = VOCABULARY.compute_loss(logits, targets)
+    assert float(loss) == float(VOCABULARY.compute_loss(shifted_logits, targets))
+
+
+def test_from_config_undoes_to_config() -> None:
+    vocabulary = InstructionVocabulary(
+        {"hair": ["a bob"]}, {"sky": SKY_PROMPTS}, "back to {}", ["wearing a hat"]
+    )
+    assert InstructionVocabulary.from_config(vocabulary.to_config()) == vocabulary
 
 
 @pytest.mark.parametrize(
-    "given",
-    [{}, {"choices": {"hair": []}}, {"mixtures": {"sky": ["red"]}}],
-    ids=["empty", "choice", "mixture"],
+    "config",
+    [{}, {"categories": {"hair": []}}, {"color_axes": {"sky": ["red"]}}],
+    ids=["empty", "category", "color_axis"],
 )
-def test_too_few_prompts_are_refused(given: dict[str, dict[str, list[str]]]) -> None:
+def test_from_config_rejects_too_few_prompts(config: dict[str, dict[str, list[str]]]) -> None:
     with pytest.raises(InvalidArgumentError, match="a vocabulary needs a prompt"):
-        InstructionVocabulary.from_config(given)
+        InstructionVocabulary.from_config(config)

@@ -1,4 +1,4 @@
-"""The network from pairs to LoRAs: zero at start, antisymmetric where asked, and pairs do not mix."""
+"""The network from pairs to LoRAs: zero at start, antisymmetric if wanted, and pairs do not mix."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.layout import LoraLayout, TargetModule
+from hyperlora.models.instruction_head import InstructionHeadConfig
 from hyperlora.models.pair_hypernetwork import PairHypernetwork
 
 LAYOUT = LoraLayout(
@@ -18,157 +19,185 @@ LAYOUT = LoraLayout(
     base="tiny",
 )
 VOCABULARY = {
-    "choices": {"hair": ["a bob", "a bun"], "eyes": ["closed"]},
-    "mixtures": {"sky": ["black", "red", "blue"]},
+    "categories": {"hair": ["a bob", "a bun"], "eyes": ["closed"]},
+    "color_axes": {"sky": ["black", "red", "blue"]},
 }
-WORDS = {"tokens": 4, "width": 6, "hidden": 24, "vocabulary": VOCABULARY}
-SHAPES = [
-    {"join": "concat"},
-    {"join": "difference"},
-    {"join": "both", "antisymmetric": True},
+UNDO_VOCABULARY = VOCABULARY | {"undo_template": "not {}"}
+INSTRUCTION_HEAD = {
+    "num_text_tokens": 4,
+    "cross_attention_dim": 6,
+    "hidden_size": 24,
+    "vocabulary": VOCABULARY,
+}
+OPTIONS = [
+    {"fusion": "concat"},
+    {"fusion": "difference"},
+    {"fusion": "both", "antisymmetric": True},
     {"head": "softmax", "head_options": {"size": 5}},
-    {"head": "full", "head_options": {}},
-    {"words": WORDS},
-    {"join": "difference", "antisymmetric": True, "words": WORDS | {"rest": 1}},
-    {"words": WORDS | {"vocabulary": VOCABULARY | {"back": "not {}"}}},
+    {"head": "direct", "head_options": {}},
+    {"instruction_head": INSTRUCTION_HEAD},
+    {
+        "fusion": "difference",
+        "antisymmetric": True,
+        "instruction_head": INSTRUCTION_HEAD | {"other_rank": 1},
+    },
+    {"instruction_head": INSTRUCTION_HEAD | {"vocabulary": UNDO_VOCABULARY}},
 ]
 
 
-def network(**options):
+def make_network(**options) -> PairHypernetwork:
     torch.manual_seed(0)
-    made = PairHypernetwork(
-        LAYOUT, 12, **{"width": 16, "heads": 2, "head_options": {"size": 5}} | options
+    network = PairHypernetwork(
+        LAYOUT, 12, **{"width": 16, "num_heads": 2, "head_options": {"size": 5}} | options
     )
-    if made.text_substitution is not None:
-        basis = made.instruction_head.set_text_embeddings(
-            torch.randn(len(made.instruction_head.text_a), 4, 6)
+    if network.text_substitution is not None:
+        basis = network.instruction_head.set_text_embeddings(
+            torch.randn(len(network.instruction_head.text_a), 4, 6)
         )
-        made.text_substitution.set_base(torch.randn(4, 6), [torch.randn(10, 6)], basis)
-    return made.eval()
+        network.text_substitution.set_base(torch.randn(4, 6), [torch.randn(10, 6)], basis)
+    return network.eval()
 
 
-def stirred(**options):
-    """As after some training: no part is zero."""
-    model = network(**options)
+def make_random_network(**options) -> PairHypernetwork:
+    """As after some training: no parameter is zero."""
+    network = make_network(**options)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return network
 
 
-def pair(batch=3, pairs=1, tokens=5):
-    return ImageFeatures(torch.randn(batch, pairs, tokens, 12)), ImageFeatures(
-        torch.randn(batch, pairs, tokens, 12)
+def make_pair(batch=3, pairs=1, tokens=5) -> tuple[ImageFeatures, ImageFeatures]:
+    before = ImageFeatures(torch.randn(batch, pairs, tokens, 12))
+    return before, ImageFeatures(torch.randn(batch, pairs, tokens, 12))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_pair_hypernetwork_starts_at_zero_with_gradients(options) -> None:
+    network = make_network(**options)
+    weights = network(*make_pair())
+    assert weights.batch_shape == (3,) and weights.layout == LAYOUT
+    assert weights.compute_delta_norms().max() == 0
+    sum((d - 1).square().sum() for d in weights.get_delta_weights()).backward()
+    assert sum(float(p.grad.abs().sum()) for p in network.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_pair_hypernetwork_separates_the_batch_and_sees_the_order(options) -> None:
+    network = make_random_network(**options)
+    before, after = make_pair()
+    batched = network(before, after).flatten()
+    alone = network(ImageFeatures(before.tokens[1:2]), ImageFeatures(after.tokens[1:2])).flatten()
+    torch.testing.assert_close(batched[1:2], alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(network(after, before).flatten(), batched, atol=1e-3)
+
+
+def test_antisymmetric_negates_deltas_of_swapped_pairs() -> None:
+    network = make_random_network(fusion="both", antisymmetric=True)
+    before, after = make_pair()
+    forward, backward = network(before, after), network(after, before)
+    deltas = zip(forward.get_delta_weights(), backward.get_delta_weights(), strict=True)
+    for forward_delta, backward_delta in deltas:
+        torch.testing.assert_close(forward_delta, -backward_delta, atol=1e-5, rtol=1e-4)
+    assert forward.compute_delta_norms().min() > 0
+    assert network(before, before).compute_delta_norms().max() < 1e-6
+
+
+def test_antisymmetric_excludes_text_projections() -> None:
+    network = make_random_network(antisymmetric=True, instruction_head=INSTRUCTION_HEAD)
+    before, after = make_pair()
+    forward, backward = network(before, after), network(after, before)
+    (text_index,) = network.text_substitution.target_indices
+    deltas = zip(forward.get_delta_weights(), backward.get_delta_weights(), strict=True)
+    for i, (forward_delta, backward_delta) in enumerate(deltas):
+        is_negated = torch.allclose(forward_delta, -backward_delta, atol=1e-5, rtol=1e-4)
+        assert is_negated == (i != text_index)
+    assert network(before, before).compute_delta_norms().max() < 1e-6
+
+
+def test_undo_template_subtracts_the_instruction_of_the_swapped_pair() -> None:
+    network = make_random_network(
+        instruction_head=INSTRUCTION_HEAD | {"vocabulary": UNDO_VOCABULARY, "text_rank": 4}
     )
-
-
-@pytest.mark.parametrize("options", SHAPES, ids=str)
-def test_zero_at_start_and_gradients_flow(options):
-    model = network(**options)
-    weights = model(*pair())
-    assert weights.batch == (3,) and weights.layout == LAYOUT
-    assert weights.norms().max() == 0
-    sum((d - 1).square().sum() for d in weights.delta()).backward()
-    assert sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None) > 0
-
-
-@pytest.mark.parametrize("options", SHAPES, ids=str)
-def test_pairs_of_a_batch_do_not_mix_and_order_matters(options):
-    model = stirred(**options)
-    before, after = pair()
-    together = model(before, after).flatten()
-    alone = model(ImageFeatures(before.tokens[1:2]), ImageFeatures(after.tokens[1:2])).flatten()
-    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(model(after, before).flatten(), together, atol=1e-3)
-
-
-def test_antisymmetric_by_construction():
-    model = stirred(join="both", antisymmetric=True)
-    before, after = pair()
-    forward, backward = model(before, after), model(after, before)
-    for one, other in zip(forward.delta(), backward.delta(), strict=True):
-        torch.testing.assert_close(one, -other, atol=1e-5, rtol=1e-4)
-    assert forward.norms().min() > 0
-    assert model(before, before).norms().max() < 1e-6
-
-
-def test_words_for_a_change_are_not_the_opposite_of_those_for_the_way_back():
-    model = stirred(antisymmetric=True, words=WORDS)
-    before, after = pair()
-    forward, backward = model(before, after), model(after, before)
-    (place,) = model.text_substitution.target_indices
-    for i, (one, other) in enumerate(zip(forward.delta(), backward.delta(), strict=True)):
-        assert torch.allclose(one, -other, atol=1e-5, rtol=1e-4) == (i != place)
-    assert model(before, before).norms().max() < 1e-6
-
-
-def test_with_words_for_the_way_back_the_negative_says_what_was_before():
-    model = stirred(words=WORDS | {"vocabulary": VOCABULARY | {"back": "not {}"}, "text_rank": 4})
+    head = network.instruction_head
     texts = torch.randn(12, 4, 6)
-    basis = model.instruction_head.set_text_embeddings(texts)
-    model.instruction_head.rank = 4  # nothing is lost
-    before, after = pair()
-    a, b = model.predict_prompt_factors(before, after)
-    (do, undo), (forward, backward) = (
-        texts.split(6),
-        (
-            model.instruction_head.vocabulary.compute_prompt_weights(
-                model.instruction_head.forward_logits(model.fuse_pair(one, other))
-            )
-            - model.instruction_head.vocabulary.compute_prompt_weights(
-                model.instruction_head.forward_logits(model.fuse_pair(one, one))
-            )
-            for one, other in ((before, after), (after, before))
-        ),
-    )
+    basis = head.set_text_embeddings(texts)
+    head.rank = 4  # full rank: the factors are exact
+    before, after = make_pair()
+    a, b = network.predict_prompt_factors(before, after)
+
+    def predict_weights(first: ImageFeatures, second: ImageFeatures) -> torch.Tensor:
+        pair_logits = head.forward_logits(network.fuse_pair(first, second))
+        unchanged_logits = head.forward_logits(network.fuse_pair(first, first))
+        pair_weights = head.vocabulary.compute_prompt_weights(pair_logits)
+        return pair_weights - head.vocabulary.compute_prompt_weights(unchanged_logits)
+
+    forward, backward = predict_weights(before, after), predict_weights(after, before)
     assert forward.abs().max() > 0 and backward.abs().max() > 0
-    wanted = torch.einsum("np,ptw->ntw", forward, do) - torch.einsum("np,ptw->ntw", backward, undo)
-    torch.testing.assert_close(a @ b @ basis, wanted, atol=1e-4, rtol=1e-4)
+    prompts, undo_prompts = texts.split(6)
+    expected = torch.einsum("np,ptw->ntw", forward, prompts)
+    expected = expected - torch.einsum("np,ptw->ntw", backward, undo_prompts)
+    torch.testing.assert_close(a @ b @ basis, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_texts_are_kept_in_a_common_basis():
-    """Of six directions three, in which there is most to say."""
-    model = network(words=WORDS | {"text_rank": 3, "text_basis": 3})
-    said, whispered = torch.randn(6, 4, 3) @ torch.randn(3, 6), 1e-3 * torch.randn(6, 4, 6)
-    basis = model.instruction_head.set_text_embeddings(said + whispered)
-    kept = model.instruction_head.text_a @ model.instruction_head.text_b @ basis
-    torch.testing.assert_close(kept, said, atol=0.02, rtol=0)
+def test_set_text_embeddings_keeps_the_main_directions() -> None:
+    """Of six directions, the three with most variance."""
+    network = make_network(
+        instruction_head=INSTRUCTION_HEAD | {"text_rank": 3, "text_basis_size": 3}
+    )
+    head = network.instruction_head
+    low_rank_texts = torch.randn(6, 4, 3) @ torch.randn(3, 6)
+    basis = head.set_text_embeddings(low_rank_texts + 1e-3 * torch.randn(6, 4, 6))
+    stored_texts = head.text_a @ head.text_b @ basis
+    torch.testing.assert_close(stored_texts, low_rank_texts, atol=0.02, rtol=0)
 
 
-def test_words_come_from_pairs_of_any_number_of_tokens():
-    model = stirred(words=WORDS | {"places": 3})
+def test_predict_prompt_factors_pools_any_number_of_tokens() -> None:
+    network = make_random_network(instruction_head=INSTRUCTION_HEAD | {"num_patches": 3})
     for tokens in (3, 7):
-        a, b = model.predict_prompt_factors(*pair(tokens=tokens))
+        a, b = network.predict_prompt_factors(*make_pair(tokens=tokens))
         assert a.shape == (3, 4, 2) and b.shape == (3, 2, 6)
-    with pytest.raises(InvalidArgumentError, match="build it with words"):
-        network().predict_prompt_factors(*pair())
+    with pytest.raises(InvalidArgumentError, match="build it with instruction_head"):
+        make_network().predict_prompt_factors(*make_pair())
 
 
-@pytest.mark.parametrize("words", [None, WORDS], ids=str)
-def test_further_pairs_are_a_set(words):
-    model = stirred(words=words)
-    before, after = pair(pairs=3)
-    turned = [ImageFeatures(x.tokens.flip(1)) for x in (before, after)]
+@pytest.mark.parametrize("instruction_head", [None, INSTRUCTION_HEAD], ids=str)
+def test_pair_hypernetwork_ignores_the_order_of_pairs(instruction_head) -> None:
+    network = make_random_network(instruction_head=instruction_head)
+    before, after = make_pair(pairs=3)
+    flipped = [ImageFeatures(features.tokens.flip(1)) for features in (before, after)]
     torch.testing.assert_close(
-        model(*turned).flatten(), model(before, after).flatten(), atol=1e-5, rtol=1e-4
+        network(*flipped).flatten(), network(before, after).flatten(), atol=1e-5, rtol=1e-4
     )
 
 
-def test_what_cannot_be_is_refused():
+def test_config_rebuilds_the_network() -> None:
+    network = make_random_network(
+        fusion="both", instruction_head=INSTRUCTION_HEAD | {"other_rank": 1, "noise_std": 0.3}
+    )
+    rebuilt = PairHypernetwork(LAYOUT, **network.config).eval()
+    rebuilt.load_state_dict(network.state_dict())
+    pair = make_pair()
+    assert torch.equal(rebuilt(*pair).flatten(), network(*pair).flatten())
+    config = InstructionHeadConfig.from_config(network.config["instruction_head"])
+    assert config == network.instruction_head.config
+
+
+def test_pair_hypernetwork_rejects_unknown_options() -> None:
     with pytest.raises(InvalidArgumentError, match="known: concat, difference, both"):
-        network(join="sideways")
+        make_network(fusion="sideways")
     with pytest.raises(InvalidArgumentError, match="softmax"):
-        network(antisymmetric=True, head="softmax")
-    with pytest.raises(InvalidArgumentError, match="known: lidb, basis, softmax, full"):
-        network(head="nonsense")
+        make_network(antisymmetric=True, head="softmax")
+    with pytest.raises(InvalidArgumentError, match="known: lidb, basis, softmax, direct"):
+        make_network(head="nonsense")
 
 
-def test_shares_of_a_softmax_basis_are_a_mix():
-    model = stirred(head="softmax")
-    codes = model.predict_codes(*pair())
-    down, _ = codes.chunk(2, -2)
-    first = model.hypernetwork.decode_codes(codes).down[0]
-    shares = down[..., 0, :].softmax(-1)
-    basis = model.hypernetwork.head
-    expected = (shares @ basis.down_basis[0]).unflatten(-1, (2, 24)) + basis.down_bias[0]
-    torch.testing.assert_close(first, expected)
+def test_softmax_head_mixes_its_basis() -> None:
+    network = make_random_network(head="softmax")
+    codes = network.predict_codes(*make_pair())
+    down_codes, _ = codes.chunk(2, -2)
+    down = network.hypernetwork.decode_codes(codes).down[0]
+    mixing_weights = down_codes[..., 0, :].softmax(-1)
+    head = network.hypernetwork.head
+    mixed_basis = (mixing_weights @ head.down_basis[0]).unflatten(-1, (2, 24))
+    torch.testing.assert_close(down, mixed_basis + head.down_bias[0])

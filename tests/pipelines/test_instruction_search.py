@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_builder.avatars.edits import build_vocabulary
+from data_builder.avatars.instructions import build_vocabulary
 from hyperlora import pretrained
 from hyperlora.data.images import read_image
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base

@@ -8,93 +8,106 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.service.app import create_app
+from hyperlora.service.engine.callbacks import BatchCallback
 from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.local import LocalEngine
 from hyperlora.service.settings import ServiceSettings
+from tests.conftest import Bundle
+
+StartClient = Callable[..., TestClient]
+
+
+class Models(NamedTuple):
+    """The model from photos of the tiny bundle, and its base."""
+
+    model: ImageToLora
+    base: DiffusionBase
 
 
 @pytest.fixture(scope="session")
-def models(bundle: Any) -> tuple[Any, Any]:
+def models(bundle: Bundle) -> Models:
     base = load_diffusion_base(bundle.base)
-    return ImageToLora.from_pretrained(bundle.model, base=base), base
+    return Models(ImageToLora.from_pretrained(bundle.model, base=base), base)
 
 
 @pytest.fixture(scope="session")
-def changes(bundle: Any) -> EditEngine:
+def edit_engine(bundle: Bundle) -> EditEngine:
     base = load_diffusion_base(bundle.edit_base)
     return EditEngine(PairToLora.from_pretrained(bundle.pair_model, base=base), base)
 
 
 @pytest.fixture(scope="session")
-def likeness(bundle: Any) -> IdentitySimilarity:
+def identity_similarity(bundle: Bundle) -> IdentitySimilarity:
     return IdentitySimilarity.from_pretrained(bundle.evaluator)
 
 
 @pytest.fixture(scope="session")
-def sampler(difflora: Path) -> LoraDiffusion:
+def lora_diffusion(difflora: Path) -> LoraDiffusion:
     return LoraDiffusion.from_pretrained(difflora)
 
 
 @pytest.fixture
-def serving(
-    models: tuple[Any, Any],
-    changes: EditEngine,
-    likeness: IdentitySimilarity,
-    sampler: LoraDiffusion,
+def start_client(
+    models: Models,
+    edit_engine: EditEngine,
+    identity_similarity: IdentitySimilarity,
+    lora_diffusion: LoraDiffusion,
     tmp_path: Path,
-) -> Iterator[Callable[..., TestClient]]:
-    """Starts a server with these settings, and the page if wanted; all are stopped at the end."""
-    running: list[TestClient] = []
+) -> Iterator[StartClient]:
+    """Start servers with the given settings, with the page if wanted; all stop at the end."""
+    clients: list[TestClient] = []
 
-    def start(page: bool = False, **settings: Any) -> TestClient:
-        given = ServiceSettings(**{"state": tmp_path / "state", "rate": "100000/minute"} | settings)
+    def start(with_ui: bool = False, **options: Any) -> TestClient:
+        defaults = {"state_dir": tmp_path / "state", "rate_limit": "100000/minute"}
+        settings = ServiceSettings(**defaults | options)
 
-        def engine(observe: Any) -> LocalEngine:
+        def make_engine(on_batch: BatchCallback) -> LocalEngine:
             return LocalEngine(
-                *models,
-                given.lora_dir,
-                max_queue_size=given.max_queue_size,
-                max_lora_batch=given.max_lora_batch,
-                on_batch=observe,
-                edit_engine=changes,
-                identity_similarity=likeness,
-                extra_models=[sampler],
+                models.model,
+                models.base,
+                settings.lora_dir,
+                limits=settings.engine_limits,
+                on_batch=on_batch,
+                edit_engine=edit_engine,
+                identity_similarity=identity_similarity,
+                extra_models=[lora_diffusion],
             )
 
-        app = create_app(engine, given)
-        if page:
+        app = create_app(make_engine, settings)
+        if with_ui:
             from hyperlora.service.ui import add_ui
 
-            add_ui(app, given)
+            add_ui(app, settings)
         client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
         client.__enter__()
-        running.append(client)
+        clients.append(client)
         return client
 
     yield start
-    for client in running:
+    for client in clients:
         client.__exit__(None, None, None)
 
 
 @pytest.fixture
-def client(serving: Callable[..., TestClient]) -> TestClient:
-    return serving()
+def client(start_client: StartClient) -> TestClient:
+    return start_client()
 
 
-def photo(shade: int = 100, size: int = 20, format: str = "PNG") -> bytes:
+def make_photo(shade: int = 100, size: int = 20, format: str = "PNG") -> bytes:
+    """Make an image file with a gradient."""
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((size, size)).convert("RGB").point(
         lambda v: (v + shade) % 256
@@ -102,64 +115,67 @@ def photo(shade: int = 100, size: int = 20, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def send(
-    client: TestClient, *photos: bytes, headers: dict[str, str] | None = None, **fields: Any
-) -> Any:
+def post_photos(
+    client: TestClient, *photos: bytes, headers: dict[str, str] | None = None, **fields: object
+) -> httpx.Response:
+    """Ask for the LoRA of photos (of one photo if none are given)."""
     files = [
-        ("photos", (f"{i}.png", data, "image/png")) for i, data in enumerate(photos or (photo(),))
+        ("photos", (f"{i}.png", data, "image/png"))
+        for i, data in enumerate(photos or (make_photo(),))
     ]
     return client.post(
         "/v1/loras", files=files, data={k: str(v) for k, v in fields.items()}, headers=headers or {}
     )
 
 
+def assert_problem(response: httpx.Response, status: int, sentence: str) -> None:
+    """Check that a response is a problem document whose detail holds a sentence."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == status
+    assert sentence in body["detail"], body["detail"]
+
+
 @contextmanager
-def process(
-    bundle: Any, state: Path, *options: str, seconds: float = 600
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server process as users start it, on the tiny bundle and a free port: its address, once it is ready. What it
-    logs is in ``state``/log."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    models = [
-        "--model",
-        str(bundle.model),
-        "--base",
-        str(bundle.base),
-        "--no-edits",
-        "--state",
-        str(state),
-    ]
-    code = "from hyperlora.cli import main; main()"
+def run_server(
+    bundle: Bundle, state_dir: Path, *options: str, timeout_s: float = 600
+) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """Run a server process as users start it, on the tiny bundle and a free port.
+
+    Yields its address, once it is ready, and the process. It logs to ``state_dir``/log.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     command = [
-        sys.executable,
-        "-c",
-        code,
-        "serve",
-        "--port",
-        str(port),
-        "--rate",
-        "100000/minute",
-        *models,
+        *(sys.executable, "-c", "from hyperlora.cli import main; main()", "serve"),
+        *("--port", str(port)),
+        *("--rate-limit", "100000/minute"),
+        *("--model", str(bundle.model)),
+        *("--base", str(bundle.base)),
+        "--no-edits",
+        *("--state-dir", str(state_dir)),
         *options,
     ]
-    state.mkdir(exist_ok=True)
+    state_dir.mkdir(exist_ok=True)
     with (
-        (state / "log").open("a") as log,
-        subprocess.Popen(command, stderr=log, stdout=log) as running,
+        (state_dir / "log").open("a") as log,
+        subprocess.Popen(command, stderr=log, stdout=log) as server,
     ):
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait(url, running, state / "log", time.monotonic() + seconds)
-            yield url, running
+            _wait_until_ready(url, server, state_dir / "log", time.monotonic() + timeout_s)
+            yield url, server
         finally:
-            running.terminate()
-            running.wait(120)
+            server.terminate()
+            server.wait(120)
 
 
-def _wait(url: str, running: "subprocess.Popen[bytes]", log: Path, until: float) -> None:
+def _wait_until_ready(
+    url: str, server: "subprocess.Popen[bytes]", log: Path, deadline: float
+) -> None:
     with httpx.Client(base_url=url) as client:
-        while time.monotonic() < until and running.poll() is None:
+        while time.monotonic() < deadline and server.poll() is None:
             with suppress(httpx.TransportError):
                 if client.get("/readyz").status_code == 200:
                     return

@@ -1,6 +1,6 @@
-"""The page in a real browser, on the shipped bundle: what a visitor does, sees and takes home.
+"""The page in a real browser, on the bundled models.
 
-PAGE_PICTURES=docs/images pytest tests/service/test_browser.py    # also writes the pictures of the documentation
+UI_SCREENSHOTS=docs/images pytest tests/service/test_browser.py    # writes the images of the docs
 """
 
 import os
@@ -28,9 +28,9 @@ from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.ui import add_ui
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PATIENCE = 300_000  # milliseconds, for a machine that does other things too
-PICTURES = os.environ.get("PAGE_PICTURES")
-STEPS = "20" if PICTURES else "4"
+TIMEOUT_MS = 300_000  # for a machine that does other things too
+SCREENSHOT_DIR = os.environ.get("UI_SCREENSHOTS")
+NUM_STEPS = "20" if SCREENSHOT_DIR else "4"
 PHOTO = pretrained.BENCHMARK_DIR / "subjects" / "person-1100002" / "0.webp"
 EDIT = pretrained.EDIT_BENCHMARK_DIR / "000-glasses"
 
@@ -47,16 +47,20 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         load_diffusion_base(pretrained.EDIT_BASE_DIR),
     )
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
-    changes = EditEngine(
+    edit_engine = EditEngine(
         PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=edit_base), edit_base
     )
-    likeness = IdentitySimilarity.from_pretrained(pretrained.EVALUATOR_DIR)
+    identity_similarity = IdentitySimilarity.from_pretrained(pretrained.EVALUATOR_DIR)
     settings = ServiceSettings(
-        state_dir=tmp_path_factory.mktemp("state"), timeout_s=PATIENCE / 1000
+        state_dir=tmp_path_factory.mktemp("state"), timeout_s=TIMEOUT_MS / 1000
     )
     app = create_app(
-        lambda observe: LocalEngine(
-            model, base, on_batch=observe, edit_engine=changes, identity_similarity=likeness
+        lambda on_batch: LocalEngine(
+            model,
+            base,
+            on_batch=on_batch,
+            edit_engine=edit_engine,
+            identity_similarity=identity_similarity,
         ),
         settings,
     )
@@ -79,49 +83,52 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any, address: str) -> Iterator[Any]:
-    """Opens the page in a window of this size; at the end no request has left this machine, and nothing has failed."""
-    seen: list[str] = []
-    wrong: list[str] = []
+def open_window(browser: Any, address: str) -> Iterator[Any]:
+    """Open the page in a window; no request may leave this machine, and nothing may fail."""
+    urls: list[str] = []
+    errors: list[str] = []
     windows: list[Any] = []
 
-    def opened(width: int, height: int) -> Any:
+    def open_page(width: int, height: int) -> Any:
         windows.append(browser.new_context(viewport={"width": width, "height": height}))
         page = windows[-1].new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("request", lambda request: seen.append(request.url))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+        page.set_default_timeout(TIMEOUT_MS)
+        page.on("request", lambda request: urls.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "console",
+            lambda message: errors.append(message.text) if message.type == "error" else None,
+        )
         page.goto(address)
         page.wait_for_function("document.querySelector('textarea')?.value.includes('sks person')")
         page.locator("#more-photos button").first.click()
-        page.locator("#steps-photos input[type=number]").fill(STEPS)
+        page.locator("#steps-photos input[type=number]").fill(NUM_STEPS)
         page.locator("#more-photos button").first.click()
         return page
 
-    yield opened
+    yield open_page
     for window in windows:
         window.close()
-    assert seen and not [url for url in seen if not url.startswith((address, "data:", "blob:"))]
-    assert not wrong
+    assert urls and not [url for url in urls if not url.startswith((address, "data:", "blob:"))]
+    assert not errors
 
 
-def make(page: Any, photo: Path) -> None:
+def create_lora(page: Any, photo: Path) -> None:
     page.set_input_files("#photos input[type=file]", photo)
     page.wait_for_selector("#photos img")
     page.click("#make")
     page.wait_for_function("document.querySelectorAll('#portraits img').length == 8")
-    page.wait_for_selector("#said progress", state="detached")
+    page.wait_for_selector("#status progress", state="detached")
 
 
-def pictured(page: Any, name: str) -> None:
-    """Kept for the documentation, if asked for."""
-    if PICTURES:
+def take_screenshot(page: Any, name: str) -> None:
+    """Write an image for the documentation, if asked for."""
+    if SCREENSHOT_DIR:
         page.mouse.move(0, 0)
-        page.screenshot(path=Path(PICTURES, f"{name}.png"), full_page=True)
+        page.screenshot(path=Path(SCREENSHOT_DIR, f"{name}.png"), full_page=True)
 
 
-def fits(page: Any) -> bool:
+def fits_window(page: Any) -> bool:
     return bool(
         page.evaluate(
             "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
@@ -129,15 +136,15 @@ def fits(page: Any) -> bool:
     )
 
 
-def test_photos_to_portraits_to_a_file_to_a_composition(visit: Any, tmp_path: Path) -> None:
-    page = visit(1280, 900)
-    make(page, PHOTO)
+def test_ui_makes_portraits_files_and_compositions(open_window: Any, tmp_path: Path) -> None:
+    page = open_window(1280, 900)
+    create_lora(page, PHOTO)
     assert page.locator(".notice").count() == 0
-    with_it, without = (
-        float(chip.get_attribute("data-likeness")) for chip in page.locator(".chip").all()
+    with_lora, without_lora = (
+        float(chip.get_attribute("data-similarity")) for chip in page.locator(".chip").all()
     )
-    assert with_it > without + 0.2
-    pictured(page, "page")
+    assert with_lora > without_lora + 0.2
+    take_screenshot(page, "page")
     assert (
         'pipe.load_lora_weights("me.safetensors")' in page.locator(".cm-content").first.inner_text()
     )
@@ -155,26 +162,26 @@ def test_photos_to_portraits_to_a_file_to_a_composition(visit: Any, tmp_path: Pa
     page.get_by_text("Weight of kohya").wait_for()
     page.locator("#more-compose button").first.click()
     page.locator("#steps-compose input[type=number]").fill("4")
-    page.click("#draw")
-    page.wait_for_function("document.querySelectorAll('#composed img').length == 4")
+    page.click("#generate")
+    page.wait_for_function("document.querySelectorAll('#composition img').length == 4")
 
 
-def test_on_a_phone_an_unknown_picture_is_told_and_drawn(visit: Any, tmp_path: Path) -> None:
-    page = visit(390, 844)
-    assert fits(page) and page.get_by_role("tab", name="Compose").is_visible()
+def test_ui_warns_of_unknown_photos_on_a_phone(open_window: Any, tmp_path: Path) -> None:
+    page = open_window(390, 844)
+    assert fits_window(page) and page.get_by_role("tab", name="Compose").is_visible()
     Image.linear_gradient("L").convert("RGB").save(tmp_path / "gradient.png")
-    make(page, tmp_path / "gradient.png")
+    create_lora(page, tmp_path / "gradient.png")
     assert "does not look like the avatars this model knows" in page.locator(".notice").inner_text()
     assert page.locator(".chip").count() == 0  # the evaluator does not know such pictures either
-    if PICTURES:
-        page = visit(390, 844)
-        make(page, PHOTO)
-        pictured(page, "page-phone")
-    assert fits(page)
+    if SCREENSHOT_DIR:
+        page = open_window(390, 844)
+        create_lora(page, PHOTO)
+        take_screenshot(page, "page-phone")
+    assert fits_window(page)
 
 
-def test_a_refusal_is_one_sentence(visit: Any, tmp_path: Path) -> None:
-    page = visit(390, 844)
+def test_ui_shows_refusals_as_one_sentence(open_window: Any, tmp_path: Path) -> None:
+    page = open_window(390, 844)
     page.click("#make")
     page.get_by_text("there is no photo yet").first.wait_for()
     (tmp_path / "broken.png").write_bytes(PHOTO.read_bytes()[:200])
@@ -182,23 +189,23 @@ def test_a_refusal_is_one_sentence(visit: Any, tmp_path: Path) -> None:
     page.wait_for_selector("#photos img", state="attached")
     page.click("#make")
     page.get_by_text("is damaged or cut off").first.wait_for()
-    page.wait_for_selector("#said progress", state="detached")
+    page.wait_for_selector("#status progress", state="detached")
 
 
-def test_a_pair_to_the_same_change_elsewhere(visit: Any) -> None:
-    page = visit(390, 844)
+def test_ui_edits_other_images_as_a_pair_shows(open_window: Any) -> None:
+    page = open_window(390, 844)
     page.get_by_role("tab", name="From a pair").click()
     for side in ("before", "after"):
         page.set_input_files(f"#{side} input[type=file]", EDIT / f"shown-0_{side}.webp")
         page.wait_for_selector(f"#{side} img")
     page.set_input_files("#others input[type=file]", PHOTO)
     page.wait_for_selector("#others img")
-    page.click("#change")
+    page.click("#make-edit")
     page.wait_for_function("document.querySelectorAll('#edited img').length == 2")
-    assert fits(page)
+    assert fits_window(page)
 
 
-def test_the_api_describes_itself(visit: Any) -> None:
-    page = visit(1280, 900)
+def test_ui_links_to_the_api_docs(open_window: Any) -> None:
+    page = open_window(1280, 900)
     page.get_by_role("link", name="API").click()
-    page.get_by_text("/v1/likeness", exact=True).wait_for()
+    page.get_by_text("/v1/identity-similarity", exact=True).wait_for()

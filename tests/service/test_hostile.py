@@ -5,7 +5,6 @@ import base64
 import io
 import json
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,28 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from hyperlora.lora.io.save import serialize_lora
 from hyperlora.service.app import create_app
 from hyperlora.service.engine.local import LocalEngine
 from hyperlora.service.settings import ServiceSettings, hash_key
-from tests.service.conftest import photo, send
+from tests.conftest import Bundle
+from tests.service.conftest import Models, StartClient, make_photo, post_photos
 
 
 @pytest.fixture(scope="module")
-def api(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def api(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.pipelines.image_to_lora import ImageToLora
 
     base = load_diffusion_base(bundle.base)
     model = ImageToLora.from_pretrained(bundle.model, base=base)
     keys = frozenset({hash_key(KEY)})
-    given = ServiceSettings(
+    settings = ServiceSettings(
         state_dir=tmp_path_factory.mktemp("state"),
         rate_limit="1000000/minute",
         timeout_s=20.0,
         key_digests=keys,
     )
-    app = create_app(lambda observe: LocalEngine(model, base, on_batch=observe), given)
+    app = create_app(lambda on_batch: LocalEngine(model, base, on_batch=on_batch), settings)
     with TestClient(app, raise_server_exceptions=False):
         yield schemathesis.openapi.from_asgi("/openapi.json", app)
 
@@ -49,8 +48,11 @@ KEY = "a-long-enough-key"
 
 
 @pytest.mark.slow
-def test_the_api_does_what_it_documents(api: Any) -> None:
-    """No server error, no answer that OpenAPI does not announce. (That random bytes are no photo, no schema says.)"""
+def test_openapi_describes_every_answer(api: Any) -> None:
+    """There is no server error, and no answer that OpenAPI does not announce.
+
+    Schemas cannot say that random bytes are no photo.
+    """
     operations = [result.ok() for result in api.get_all_operations()]
     assert len(operations) >= 11
     for operation in operations:
@@ -67,10 +69,14 @@ def _fuzz(operation: Any) -> None:
         database=None,
     )
     def holds(case: Any) -> None:
-        if isinstance(case.body, dict) and "refine" in case.body:
-            case.body["refine"] = 0
-        if isinstance(case.body, dict) and isinstance(case.body.get("steps"), int):
-            case.body |= {"steps": min(case.body["steps"], 2), "width": 64, "height": 64}
+        if isinstance(case.body, dict) and "refine_steps" in case.body:
+            case.body["refine_steps"] = 0
+        if isinstance(case.body, dict) and isinstance(case.body.get("num_inference_steps"), int):
+            case.body |= {
+                "num_inference_steps": min(case.body["num_inference_steps"], 2),
+                "width": 64,
+                "height": 64,
+            }
         case.call_and_validate(
             headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance]
         )
@@ -78,10 +84,10 @@ def _fuzz(operation: Any) -> None:
     holds()
 
 
-def mutated(random: np.random.Generator) -> bytes:
+def mutate_photo(random: np.random.Generator) -> bytes:
     """A photo of some format with bytes changed, cut off, repeated or put in front."""
     data = bytearray(
-        photo(int(random.integers(255)), 24, str(random.choice(["PNG", "JPEG", "WEBP"])))
+        make_photo(int(random.integers(255)), 24, str(random.choice(["PNG", "JPEG", "WEBP"])))
     )
     match int(random.integers(5)):
         case 0:
@@ -99,7 +105,7 @@ def mutated(random: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def bomb() -> bytes:
+def make_bomb() -> bytes:
     """A PNG of a few bytes that claims 60000x60000 pixels."""
     header = b"IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
 
@@ -110,17 +116,17 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(header) + pixels + chunk(b"IEND")
 
 
-def test_mutated_photos_are_read_or_refused(client: TestClient) -> None:
+def test_create_lora_reads_or_refuses_mutated_photos(client: TestClient) -> None:
     random = np.random.default_rng(0)
-    answers = [send(client, mutated(random)) for _ in range(200)]
+    answers = [post_photos(client, mutate_photo(random)) for _ in range(200)]
     assert {a.status_code for a in answers} == {200, 415}
     for answer in answers:
         if answer.status_code == 415:
             assert len(answer.json()["detail"].split()) > 5
 
 
-def test_bombs_cost_nothing(client: TestClient) -> None:
-    answer = send(client, bomb())
+def test_create_lora_refuses_decompression_bombs(client: TestClient) -> None:
+    answer = post_photos(client, make_bomb())
     assert answer.status_code == 415
     assert "60000×60000" in answer.json()["detail"]
 
@@ -136,7 +142,7 @@ def test_bombs_cost_nothing(client: TestClient) -> None:
         b"\xff\xfe\x00" * 50,
     ],
 )
-def test_broken_multipart(client: TestClient, body: bytes) -> None:
+def test_create_lora_refuses_broken_multipart(client: TestClient, body: bytes) -> None:
     answer = client.post(
         "/v1/loras", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
     )
@@ -154,17 +160,17 @@ def test_broken_multipart(client: TestClient, body: bytes) -> None:
         ({"Host": "made-to-point-here.example"}, 403),
     ],
 )
-def test_pages_of_other_sites_cannot_use_a_server_without_keys(
+def test_auth_refuses_other_sites_without_keys(
     client: TestClient, headers: dict[str, str], status: int
 ) -> None:
     assert client.get("/v1/models", headers=headers).status_code == status
 
 
-def test_nothing_of_a_body_is_read_before_its_sender_is_let_in(
-    serving: Callable[..., TestClient],
+def test_auth_reads_no_body_of_an_unknown_sender(
+    start_client: StartClient,
 ) -> None:
     read: list[bool] = []
-    app = serving(keys=frozenset({hash_key(KEY)})).app
+    app = start_client(key_digests=frozenset({hash_key(KEY)})).app
 
     async def call(key: str) -> int:
         statuses: list[int] = []
@@ -200,25 +206,29 @@ def test_nothing_of_a_body_is_read_before_its_sender_is_let_in(
     assert read
 
 
-def test_a_lora_cannot_unfold_to_more_than_was_agreed(client: TestClient, models: Any) -> None:
-    """Few bytes at a huge rank on one site make every site as wide."""
-    wide = {}
-    for site in models[0].layout.sites:
-        rank = 30_000 if not wide else 1
-        stem = f"unet.{site.path}"
-        wide[f"{stem}.lora_A.weight"] = torch.zeros(rank, site.fan_in, dtype=torch.float16)
-        wide[f"{stem}.lora_B.weight"] = torch.zeros(site.fan_out, rank, dtype=torch.float16)
-    wide = {k: v for k, v in wide.items() if v.ndim == 2}
-    content = base64.b64encode(safetensors.torch.save(wide)).decode()
-    bloated = {"prompt": "a", "loras": [{"content": content}] * 8}
-    answer = client.post("/v1/images", json=bloated)
+def test_generate_image_limits_padded_loras(client: TestClient, models: Models) -> None:
+    """A few bytes of a huge rank on one target pad every target to that rank."""
+    tensors = {}
+    for target in models.model.layout.targets:
+        rank = 30_000 if not tensors else 1
+        stem = f"unet.{target.path}"
+        tensors[f"{stem}.lora_A.weight"] = torch.zeros(
+            rank, target.in_features, dtype=torch.float16
+        )
+        tensors[f"{stem}.lora_B.weight"] = torch.zeros(
+            target.out_features, rank, dtype=torch.float16
+        )
+    tensors = {k: v for k, v in tensors.items() if v.ndim == 2}
+    content = base64.b64encode(safetensors.torch.save(tensors)).decode()
+    request = {"prompt": "a", "loras": [{"content": content}] * 8}
+    answer = client.post("/v1/images", json=request)
     assert answer.status_code == 400
     assert "would unfold to" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("header", [{"unet.r": 10**400}, {"unet.use_dora": "\ud800"}])
-def test_odd_headers_of_loras_are_refused(
-    client: TestClient, models: Any, header: dict[str, Any]
+def test_generate_image_refuses_odd_lora_metadata(
+    client: TestClient, models: Models, header: dict[str, Any]
 ) -> None:
     metadata = {"lora_adapter_metadata": json.dumps(header)}
     file = safetensors.torch.save({"unet.x.lora_A.weight": torch.zeros(1, 1)}, metadata)
@@ -228,35 +238,35 @@ def test_odd_headers_of_loras_are_refused(
     assert answer.status_code == 400
 
 
-def test_a_window_at_the_edge(client: TestClient, models: Any) -> None:
-    lora = base64.b64encode(serialize_lora(models[0]([photo()]))).decode()
-    wanted = {
+def test_generate_image_takes_a_window_at_the_edge(client: TestClient, models: Models) -> None:
+    lora = base64.b64encode(models.model([make_photo()]).serialize()).decode()
+    request = {
         "prompt": "a",
-        "steps": 2,
+        "num_inference_steps": 2,
         "width": 64,
         "height": 64,
         "strategy": "spatial",
-        "window": True,
+        "windowed": True,
     }
     answer = client.post(
-        "/v1/images", json=wanted | {"loras": [{"content": lora}], "regions": [[0.99, 0, 1, 1]]}
+        "/v1/images", json=request | {"loras": [{"content": lora}], "regions": [[0.99, 0, 1, 1]]}
     )
     assert answer.status_code == 200
 
 
-def test_uploads_never_touch_the_disk(
-    serving: Callable[..., TestClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_create_lora_keeps_uploads_off_the_disk(
+    start_client: StartClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A body above the size at which form parsers spool to files; temporary files are made to fail."""
 
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("a temporary file was opened")
 
-    client = serving()
+    client = start_client()
     monkeypatch.setattr("tempfile.TemporaryFile", forbidden)
     monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", forbidden)
     noise = np.random.default_rng(0).integers(0, 255, (1000, 1000, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
     assert len(buffer.getvalue()) > 2 << 20
-    assert send(client, buffer.getvalue()).status_code == 200
+    assert post_photos(client, buffer.getvalue()).status_code == 200

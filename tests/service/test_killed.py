@@ -2,39 +2,41 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.service.conftest import photo, process
+from tests.conftest import Bundle
+from tests.service.conftest import make_photo, run_server
 
-JOBS = 20
+NUM_JOBS = 20
 
 
 @pytest.mark.heavy
-def test_every_accepted_job_is_done_or_reported_after_a_kill(bundle: Any, tmp_path: Path) -> None:
-    """Photos live in memory only, so what was not done cannot be: it is reported, and nothing vanishes."""
+def test_server_reports_every_accepted_job_after_a_kill(bundle: Bundle, tmp_path: Path) -> None:
+    """Photos are in memory only, so an unfinished job cannot run again: it must be reported."""
     with (
-        process(bundle, tmp_path) as (url, server),
+        run_server(bundle, tmp_path) as (url, server),
         httpx.Client(base_url=url, timeout=60) as client,
     ):
-        places = []
-        for i in range(JOBS):
-            files = {"photos": ("a.png", photo(i))}
-            fields = {"refine": str(0 if i < 4 else 500), "title": f"job {i}"}
+        locations = []
+        for i in range(NUM_JOBS):
+            files = {"photos": ("a.png", make_photo(i))}
+            fields = {"refine_steps": str(0 if i < 4 else 500), "title": f"job {i}"}
             accepted = client.post(
                 "/v1/loras", files=files, data=fields, headers={"Prefer": "respond-async"}
             )
             assert accepted.status_code == 202
-            places.append(accepted.headers["location"])
-        until = time.monotonic() + 20
-        while client.get(places[0]).json()["state"] != "succeeded" and time.monotonic() < until:
+            locations.append(accepted.headers["location"])
+        deadline = time.monotonic() + 20
+        while (
+            client.get(locations[0]).json()["state"] != "succeeded" and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         server.kill()
 
-    with process(bundle, tmp_path) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
-        jobs = [client.get(place).json() for place in places]
+    with run_server(bundle, tmp_path) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
+        jobs = [client.get(location).json() for location in locations]
         states = [job["state"] for job in jobs]
         assert set(states) == {"succeeded", "failed"}, states
         for job in jobs:
@@ -43,5 +45,5 @@ def test_every_accepted_job_is_done_or_reported_after_a_kill(bundle: Any, tmp_pa
             else:
                 assert "send it again" in job["error"]
                 assert job["finished"] >= job["created"]
-        files = {"photos": ("a.png", photo())}
+        files = {"photos": ("a.png", make_photo())}
         assert client.post("/v1/loras", files=files).status_code == 200

@@ -5,8 +5,11 @@ import torch
 
 from hyperlora.encoders.attribute_classifier import AttributeClassifier, load_image_encoder
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.training.auxiliary_losses import AttributeLoss
-from hyperlora.training.modules.attribute_classifier import IGNORE_INDEX, compute_attribute_loss
+from hyperlora.training.auxiliary_losses import (
+    IGNORE_INDEX,
+    AttributeLoss,
+    compute_attribute_loss,
+)
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def test_what_cannot_be_seen_counts_nothing(folder):
 
 def test_descending_the_loss_makes_latents_that_are_read_as_labelled(folder):
     labels = {"hair": torch.tensor([0, 1]), "hat": torch.tensor([1, 0])}
-    loss = AttributeLoss(folder, 0.5).make_loss_fn(labels)
+    loss = AttributeLoss(folder, 0.5).make_aux_loss(labels).fn
     latents = torch.randn(2, 4, 8, 8, requires_grad=True)
     optimizer = torch.optim.Adam([latents], 0.05)
     for _ in range(60):
@@ -52,6 +55,6 @@ def test_descending_the_loss_makes_latents_that_are_read_as_labelled(folder):
 
 
 def test_a_reader_needs_labels(folder):
-    assert AttributeLoss(None, 1.0).make_loss_fn(None) is None
+    assert AttributeLoss(None, 1.0).make_aux_loss(None) is None
     with pytest.raises(InvalidArgumentError, match="no labels"):
-        AttributeLoss(folder, 1.0).make_loss_fn(None)
+        AttributeLoss(folder, 1.0).make_aux_loss(None)

@@ -16,6 +16,7 @@ from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
 from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.model_card import ModelCard
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
@@ -61,7 +62,7 @@ def test_photo_to_a_file_that_the_real_unet_takes(tmp_path: Path) -> None:
     encoder = TimmEncoder(config["encoder"], config["encoder_options"]["image_size"])
     network = Hypernetwork(layout, encoder.width, **config["hypernetwork"])
     nn.init.normal_(network.code_proj, std=0.02)  # zero before training: ΔW = 0
-    model = ImageToLora(encoder, network, config["card"]).eval().requires_grad_(False)
+    model = ImageToLora(encoder, network, ModelCard.from_dict(config["card"])).eval().requires_grad_(False)
     weights = model.forward(torch.rand(1, 2, 3, 224, 224))[0]
     assert weights.compute_delta_norms().min() > 0
     file = save_lora(weights, tmp_path / "lora.safetensors")

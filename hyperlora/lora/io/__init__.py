@@ -1,4 +1,4 @@
-"""LoRA files: written so that every tool loads them, read as untrusted input.
+"""LoRA files: written for every common tool, read as untrusted input.
 
-LoraWeights ── save ──▶ .safetensors (diffusers, kohya or sgm keys, metadata) ── load ──▶ LoraFile
+Lora ── save ──▶ .safetensors (diffusers, kohya or sgm keys, metadata) ── load_lora ──▶ LoraFile
 """

@@ -1,4 +1,4 @@
-"""A folder of LoRA files, found by name as galleries do: the file's name, else the title in its header."""
+"""Find a LoRA file in a folder by its name or by the title in its metadata."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -9,12 +9,21 @@ from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.safetensors_file import read_metadata
 
+_MAX_SUGGESTIONS = 3
+
 
 def find_lora(folder: str | PathLike[str], name: str) -> Path:
-    """The ``.safetensors`` file in ``folder`` or below it that is called ``name`` (with or without suffix, or with its
-    sub-folder), else the one whose header has that title.
+    """Find a LoRA file by its file name, else by the title in its metadata.
 
-    Raises ``InvalidArgumentError`` if there is none (with the nearest names) or more than one.
+    Args:
+        folder: The folder, which is searched with its sub-folders.
+        name: The file name, with or without suffix and sub-folder, or the title.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InvalidArgumentError: No file or more than one has that name or title.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -30,9 +39,8 @@ def find_lora(folder: str | PathLike[str], name: str) -> Path:
     titles = list(_read_titles(files, unreadable))
     if title_matches := [f for f, title in titles if title == name]:
         return _select_single_match(title_matches, name)
-    suggestions = get_close_matches(
-        name, [*(f.stem for f in files), *(t for _, t in titles if t)], 3
-    )
+    known_names = [*(f.stem for f in files), *(title for _, title in titles if title)]
+    suggestions = get_close_matches(name, known_names, _MAX_SUGGESTIONS)
     hint = (
         f"did you mean {' or '.join(map(repr, suggestions))}?"
         if suggestions
@@ -43,14 +51,17 @@ def find_lora(folder: str | PathLike[str], name: str) -> Path:
 
 
 def _select_single_match(matches: list[Path], name: str) -> Path:
+    """The only match; raises ``InvalidArgumentError`` if there are more."""
     if len(matches) > 1:
         raise InvalidArgumentError(
-            f"{len(matches)} LoRAs are called {name!r}: {', '.join(map(str, matches))}; name its sub-folder"
+            f"{len(matches)} LoRAs are called {name!r}: {', '.join(map(str, matches))}; "
+            f"name its sub-folder"
         )
     return matches[0]
 
 
 def _read_titles(files: list[Path], unreadable: list[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the title of every file; appends the errors of the others to ``unreadable``."""
     for file in files:
         try:
             yield file, LoraMetadata.from_safetensors_metadata(read_metadata(file)).title

@@ -1,4 +1,4 @@
-"""``inspect_lora``: what a LoRA file is, for ``main_callback inspect`` and the service."""
+"""``inspect_lora``: a summary of a LoRA file, for ``hyperlora inspect`` and the service."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,15 +9,30 @@ from typing import Any
 
 from torch import nn
 
+from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
-from hyperlora.lora.io.state_dict import LoraFormat
 from hyperlora.lora.layout import LoraLayout
 
 
 @dataclass(frozen=True)
 class LoraInfo:
-    """``rank_counts`` counts sites per rank; ``component_norms`` is ‖ΔW‖ (Frobenius) per component and ``norm`` of all together."""
+    """Summary of a LoRA file.
+
+    Attributes:
+        name: The file name.
+        format: The key names of the file.
+        size_bytes: The size of the file.
+        base: The id of the base model.
+        fingerprint: The fingerprint of the layout.
+        components: Components of the base model that the LoRA adapts.
+        num_targets: Number of adapted modules.
+        num_parameters: Numbers of the LoRA at its largest rank.
+        rank_counts: Number of targets per rank, before padding.
+        norm: Frobenius norm of ΔW over all targets.
+        component_norms: The same per component.
+        metadata: The metadata of the file.
+    """
 
     name: str
     format: LoraFormat
@@ -33,6 +48,7 @@ class LoraInfo:
     metadata: LoraMetadata
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert to a dictionary for JSON."""
         return asdict(self)
 
 
@@ -41,7 +57,20 @@ def inspect_lora(
     layout: LoraLayout | None = None,
     modules: Mapping[str, nn.Module] | None = None,
 ) -> LoraInfo:
-    """Read ``generate_invalid_path`` as ``load_lora`` does (same errors) and sum it up."""
+    """Read and summarize a LoRA file.
+
+    Args:
+        path: The ``.safetensors`` file.
+        layout: See ``load_lora``.
+        modules: See ``load_lora``.
+
+    Returns:
+        The summary.
+
+    Raises:
+        InvalidLoraFileError: The file cannot be trusted or understood.
+        LayoutMismatchError: The file is not for this base.
+    """
     file = load_lora(path, layout, modules)
     file_layout = file.weights.layout
     squared_norms = dict.fromkeys(file_layout.components, 0.0)

@@ -1,19 +1,23 @@
-"""Keys in files <-> names of sites, through diffusers' own converters.
+"""Keys in files <-> names of targets, through diffusers' own converters.
 
-    site                  text_encoder.encoder.layers.0.self_attn.q_proj
+    target                text_encoder.encoder.layers.0.self_attn.q_proj
     diffusers (PEFT)      text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight
     kohya                 lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight
 
-transformers 5.6 flattened ``CLIPTextModel``; files keep the older ``text_model.``, which every loader understands.
+transformers 5.6 flattened ``CLIPTextModel``; files keep the older ``text_model.``, which every
+loader understands.
 """
 
 import re
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Final, Literal, get_args
 
 from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 
+LoraFormat = Literal["diffusers", "kohya", "sgm"]
+"""The key names of a LoRA file; see ``save_lora``."""
+LORA_FORMATS: Final[tuple[LoraFormat, ...]] = get_args(LoraFormat)
 KOHYA_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {
     "unet": ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
@@ -37,8 +41,8 @@ _ROOT_MODULES: Final = frozenset(
         "time_embedding",
         "add_embedding",
         "text_model",
+        "text_projection",
     }
-    | {"text_projection"}
 )
 _CHILD_MODULES: Final = frozenset(
     {
@@ -51,8 +55,6 @@ _CHILD_MODULES: Final = frozenset(
         "attn2",
         "to_q",
         "to_k",
-    }
-    | {
         "to_v",
         "to_out",
         "ff",
@@ -64,8 +66,6 @@ _CHILD_MODULES: Final = frozenset(
         "conv1",
         "conv2",
         "conv_shortcut",
-    }
-    | {
         "time_emb_proj",
         "linear_1",
         "linear_2",
@@ -75,21 +75,24 @@ _CHILD_MODULES: Final = frozenset(
         "q_proj",
         "k_proj",
         "v_proj",
+        "out_proj",
+        "mlp",
+        "fc1",
+        "fc2",
     }
-    | {"out_proj", "mlp", "fc1", "fc2"}
 )
-"""The only names in a UNet or CLIP path, to recognise a kohya name whose dots cannot be restored without the base."""
+"""All names in paths of UNets and CLIP. Others mean that the dots of a kohya key were lost."""
 
 
 def format_file_key(target_name: str) -> str:
-    """The site's name in files: ``text_model.`` inserted where transformers flattened a CLIP text encoder."""
+    """Convert a target's name to its name in files, with ``text_model.`` in CLIP text encoders."""
     component, path = target_name.split(".", 1)
     is_flat = component.startswith("text_encoder") and path.startswith("encoder.layers.")
     return f"{component}.text_model.{path}" if is_flat else target_name
 
 
 def convert_key_to_peft(key: str) -> str:
-    """A diffusers key of any age in today's (PEFT) spelling, ``<component>.<path>.lora_A.weight``."""
+    """Convert a diffusers key of any version to PEFT's, ``<component>.<path>.lora_A.weight``."""
     from diffusers.utils.state_dict_utils import (
         StateDictType,
         convert_state_dict_to_peft,
@@ -103,20 +106,28 @@ def convert_key_to_peft(key: str) -> str:
 
 
 def list_kohya_stems(target_name: str) -> tuple[str, ...]:
-    """Every stem under which kohya files may hold a site; empty for components that kohya's format does not know."""
+    """List the stems under which kohya files may hold a target; none for unknown components."""
     component, path = format_file_key(target_name).split(".", 1)
     return tuple(prefix + path.replace(".", "_") for prefix in KOHYA_PREFIXES.get(component, ()))
 
 
 def parse_kohya_stem(stem: str, layers_per_block: int = 2) -> str:
-    """The site of a kohya stem by diffusers' converter, which also knows Stability's block numbering of SDXL files.
+    """Convert a kohya stem to a target's name, also with Stability's block names of SDXL files.
 
-    ``layers_per_block`` is the UNet's (2 in SD and SDXL). Raises ``InvalidLoraFileError`` if the name cannot be understood.
+    Args:
+        stem: The key without ``.lora_down.weight``.
+        layers_per_block: ``layers_per_block`` of the UNet, 2 in SD and SDXL.
+
+    Returns:
+        The name of the target, e.g. ``unet.mid_block.resnets.0.conv1``.
+
+    Raises:
+        InvalidLoraFileError: The stem cannot be understood without the base.
     """
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
-    state_dict: dict[str, Any] = {f"{stem}.lora_down.weight": None, f"{stem}.lora_up.weight": None}
-    config: Any = SimpleNamespace(layers_per_block=layers_per_block)
+    state_dict = {f"{stem}.lora_down.weight": None, f"{stem}.lora_up.weight": None}
+    config = SimpleNamespace(layers_per_block=layers_per_block)
     try:
         converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
             state_dict, unet_config=config
@@ -124,7 +135,7 @@ def parse_kohya_stem(stem: str, layers_per_block: int = 2) -> str:
         name = next(convert_key_to_peft(key) for key in converted if key.endswith(".down.weight"))
     except (ValueError, KeyError, IndexError, StopIteration) as error:
         raise InvalidLoraFileError(
-            f"kohya key {stem!r} names no site of a Stable Diffusion model"
+            f"kohya key {stem!r} names no target of a Stable Diffusion model"
         ) from error
     name = name.removesuffix(".lora_A.weight")
     _, root, *children = name.split(".")
@@ -154,10 +165,13 @@ _SGM_TOP_LEVEL_PATHS: Final = {
 
 
 def convert_path_to_sgm(path: str) -> str:
-    """A module of diffusers' SDXL UNet as Stability's code and most SDXL LoRA files name it.
+    """Convert a path in diffusers' SDXL UNet to Stability's, as in most SDXL LoRA files.
 
-    The numbering is diffusers' ``convert_ldm_unet_checkpoint`` read backwards: two layers per down block, three per up
-    block. Raises ``InvalidArgumentError`` for a module that SDXL does not have.
+    This inverts diffusers' ``convert_ldm_unet_checkpoint``: two layers per down block, three per
+    up block.
+
+    Raises:
+        InvalidArgumentError: SDXL has no such module.
     """
     if path in _SGM_TOP_LEVEL_PATHS:
         return _SGM_TOP_LEVEL_PATHS[path]
@@ -176,12 +190,7 @@ def convert_path_to_sgm(path: str) -> str:
             return f"output_blocks.{3 * int(block) + int(layer)}.0.{_SGM_RESNET_PATHS[part]}"
         case ["up_blocks", block, "attentions", layer, *suffix]:
             return ".".join([f"output_blocks.{3 * int(block) + int(layer)}.1", *suffix])
-        case [
-            "up_blocks",
-            ("0" | "1") as block,
-            "upsamplers",
-            "0",
-            "conv",
-        ]:  # after a resnet and an attention
+        case ["up_blocks", ("0" | "1") as block, "upsamplers", "0", "conv"]:
+            # after a resnet and an attention
             return f"output_blocks.{2 + 3 * int(block)}.2.conv"
     raise InvalidArgumentError(f"SDXL has no module {path}: sgm names are for SDXL LoRAs only")

@@ -1,4 +1,4 @@
-"""``load_lora``: a LoRA file of any tool into ``LoraWeights``, or one sentence why not."""
+"""``load_lora``: read a LoRA file of any tool, or raise an error of one sentence."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -7,29 +7,44 @@ from pathlib import Path
 from typing import Final
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError, LayoutMismatchError
-from hyperlora.lora.io.keys import list_kohya_stems, parse_kohya_stem
+from hyperlora.lora.factors import pad_factors
+from hyperlora.lora.io.keys import LoraFormat, list_kohya_stems, parse_kohya_stem
+from hyperlora.lora.io.lora import Lora
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.safetensors_file import read_tensors
-from hyperlora.lora.io.state_dict import LoraFactors, LoraFormat, detect_format, parse_state_dict
+from hyperlora.lora.io.state_dict import LoraFactors, detect_format, parse_state_dict
 from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout
 from hyperlora.lora.weights import LoraWeights
 
 MAX_PARAMETERS: Final = 2 << 30
+"""Numbers that a file may have after padding to its largest rank."""
+_DEFAULT_LAYERS_PER_BLOCK: Final = 2
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a file held: ``weights`` (float32, alpha folded, no batch axis), ``metadata``, ``format`` of its keys, the
-    rank of each site before padding (layout order), and its size in bytes."""
+    """Content of a LoRA file.
+
+    Attributes:
+        weights: One LoRA in float32, alpha folded in, without batch axis.
+        metadata: The metadata of the file.
+        format: The key names of the file.
+        ranks: The rank of each target before padding, in layout order.
+        size_bytes: The size of the file.
+    """
 
     weights: LoraWeights
     metadata: LoraMetadata
     format: LoraFormat
     ranks: tuple[int, ...]
     size_bytes: int
+
+    @property
+    def lora(self) -> Lora:
+        """Weights and metadata without the facts of the file."""
+        return Lora(self.weights, self.metadata)
 
 
 def load_lora(
@@ -38,20 +53,31 @@ def load_lora(
     modules: Mapping[str, nn.Module] | None = None,
     max_parameters: int = MAX_PARAMETERS,
 ) -> LoraFile:
-    """Read a diffusers- or kohya-keyed ``.safetensors`` file, or its bytes; sites of smaller rank are zero-padded to
-    the largest.
+    """Read a ``.safetensors`` file with keys of diffusers or kohya.
 
-    With ``layout``, the file must cover exactly its sites (at any rank). With ``modules`` (``{"unet": unet, ...}``), it
-    may cover any part of the live base but nothing outside it. With neither, sites and shapes are the file's own, CLIP
-    text encoders under ``text_model.``, and the base is what the header claims or ``"compute_rejection_rate"``. A file that would
-    unfold to more than ``max_parameters`` (all sites at the largest rank) is refused before it does.
+    Targets of smaller rank are zero-padded to the largest. With neither ``layout`` nor ``modules``,
+    targets and shapes are those of the file (CLIP text encoders under ``text_model.``), and the
+    base is what the metadata says or ``UNKNOWN_BASE``.
 
-    Raises ``InvalidLoraFileError`` for a file that cannot be trusted or understood, ``LayoutMismatchError`` if it is not for this
-    base.
+    Args:
+        source: The path of the file, or its bytes.
+        layout: The file must have exactly these targets, at any rank.
+        modules: The modules of the loaded base by component, e.g. ``{"unet": unet}``. The file may
+            adapt any part of them and nothing else.
+        max_parameters: Numbers that the LoRA may have at its largest rank; checked before padding.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        InvalidLoraFileError: The file cannot be trusted or understood.
+        LayoutMismatchError: The file is not for this base.
+        InvalidArgumentError: Both ``layout`` and ``modules`` are given.
     """
     if layout is not None and modules is not None:
         raise InvalidArgumentError(
-            "pass layout (a file for exactly these sites) or modules (any part of this base), not both"
+            "pass layout (a file for exactly these targets) or modules (any part of this base), "
+            "not both"
         )
     file = source if isinstance(source, bytes) else Path(source)
     file_name = "the LoRA" if isinstance(file, bytes) else file.name
@@ -87,7 +113,8 @@ def load_lora(
     expected.check_compatible(file_layout, ignore_rank=True)
     if file_layout.numel > max_parameters:
         raise InvalidLoraFileError(
-            f"{file_name} would unfold to {file_layout.numel:,} numbers at rank {file_layout.rank}: too many"
+            f"{file_name} would unfold to {file_layout.numel:,} numbers at rank "
+            f"{file_layout.rank}: too many"
         )
     weights = _pad_to_rank(ordered_factors, file_layout)
     size_bytes = len(file) if isinstance(file, bytes) else file.stat().st_size
@@ -95,7 +122,7 @@ def load_lora(
         weights,
         lora_metadata,
         detect_format(tensors),
-        tuple(p.rank for p in ordered_factors),
+        tuple(factors.rank for factors in ordered_factors),
         size_bytes,
     )
 
@@ -103,7 +130,7 @@ def load_lora(
 def _list_target_names(
     layout: LoraLayout | None, modules: Mapping[str, nn.Module] | None
 ) -> frozenset[str]:
-    """Site names the file may use; empty if nothing is known of the base."""
+    """Target names that the file may use; empty if nothing is known of the base."""
     if layout is not None:
         return frozenset(target.name for target in layout.targets)
     return frozenset(
@@ -117,16 +144,16 @@ def _list_target_names(
 def _make_name_resolver(
     format: LoraFormat, known_names: Collection[str], modules: Mapping[str, nn.Module] | None
 ) -> Callable[[str], str]:
-    """Stem of a file key -> site name as the base spells it."""
+    """Function from the stem of a file key to the target's name in the base."""
     stems = {stem: name for name in known_names for stem in list_kohya_stems(name)}
     config = getattr((modules or {}).get("unet"), "config", None)
-    layers_per_block = getattr(config, "layers_per_block", 2)
+    layers_per_block = getattr(config, "layers_per_block", None)
+    if not isinstance(layers_per_block, int):
+        layers_per_block = _DEFAULT_LAYERS_PER_BLOCK
 
     def resolve_name(stem: str) -> str:
         if format == "kohya":
-            stem = stems.get(stem) or parse_kohya_stem(
-                stem, layers_per_block if isinstance(layers_per_block, int) else 2
-            )
+            stem = stems.get(stem) or parse_kohya_stem(stem, layers_per_block)
         component, path = stem.split(".", 1)
         flat_path = path.removeprefix("text_model.")
         spellings = (stem, f"{component}.{flat_path}", f"{component}.text_model.{flat_path}")
@@ -138,43 +165,49 @@ def _make_name_resolver(
 def _check_same_targets(
     names: Collection[str], layout: LoraLayout, claimed_base: str, file_name: str
 ) -> None:
+    """Raise ``LayoutMismatchError`` unless the file has exactly the targets of the layout."""
     expected = {target.name for target in layout.targets}
     missing, unknown = expected - set(names), set(names) - expected
     if not missing and not unknown:
         return
     source = f"base {claimed_base!r}" if claimed_base else "an unnamed base"
-    coverage = f"{len(expected) - len(missing)} of the {len(expected)} sites expected for base {layout.base!r}"
+    num_covered = len(expected) - len(missing)
     raise LayoutMismatchError(
-        f"{file_name} ({source}, {len(names)} sites) has {coverage} and {len(unknown)} others, "
-        f"e.g. {min(unknown or missing)}: use a LoRA made for this layout"
+        f"{file_name} ({source}, {len(names)} targets) has {num_covered} of the {len(expected)} "
+        f"targets expected for base {layout.base!r} and {len(unknown)} others, e.g. "
+        f"{min(unknown or missing)}: use a LoRA made for this layout"
     )
 
 
 def _select_layout(
     modules: Mapping[str, nn.Module], names: Collection[str], base: str, file_name: str
 ) -> LoraLayout:
-    """The layout of the sites ``names`` of the live base, in its own order; shapes are the base's."""
+    """The layout of the named modules of the loaded base, in its order and with its shapes."""
     known_names = _list_target_names(None, modules)
     if unknown := sorted(set(names) - known_names):
         raise LayoutMismatchError(
-            f"{file_name} (base {base!r}, {len(names)} sites) has {len(unknown)} sites that this base lacks, e.g. "
-            f"{unknown[0]} ({len(known_names)} sites possible in {', '.join(modules)}): use the base it was made for"
+            f"{file_name} (base {base!r}, {len(names)} targets) has {len(unknown)} targets that "
+            f"this base lacks, e.g. {unknown[0]} ({len(known_names)} targets possible in "
+            f"{', '.join(modules)}): use the base it was made for"
         )
-    layouts = [
-        LoraLayout.from_module(
-            module, component, lambda path, c=component: f"{c}.{path}" in names, 1, base
-        )  # type: ignore[misc]
-        for component, module in modules.items()
-        if any(name.startswith(f"{component}.") for name in names)
-    ]
+    layouts = []
+    for component, module in modules.items():
+        paths = {
+            name.removeprefix(f"{component}.") for name in names if name.startswith(f"{component}.")
+        }
+        if paths:
+            layouts.append(LoraLayout.from_module(module, component, paths.__contains__, 1, base))
     return LoraLayout(tuple(target for layout in layouts for target in layout.targets), 1, base)
 
 
 def _pad_to_rank(factors_list: list[LoraFactors], layout: LoraLayout) -> LoraWeights:
-    down: list[Tensor] = []
-    up: list[Tensor] = []
+    """Factors as matrices, zero-padded to the rank of the layout."""
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
     for factors in factors_list:
-        num_pad = layout.rank - factors.rank
-        down.append(F.pad(factors.down.flatten(1), (0, 0, 0, num_pad)))
-        up.append(F.pad(factors.up.flatten(1), (0, num_pad)))
-    return LoraWeights(layout, tuple(down), tuple(up))
+        flat_down = factors.down.flatten(1)  # [rank, in · kh · kw]
+        flat_up = factors.up.flatten(1)  # [out, rank]
+        down, up = pad_factors(flat_down, flat_up, layout.rank)
+        downs.append(down)
+        ups.append(up)
+    return LoraWeights(layout, tuple(downs), tuple(ups))

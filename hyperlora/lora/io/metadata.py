@@ -1,4 +1,7 @@
-"""``LoraMetadata``: what a LoRA file says about itself, for galleries (``modelspec``), kohya's tools (``ss_``) and us."""
+"""``LoraMetadata``: the metadata of a LoRA file.
+
+Keys begin with ``modelspec.`` (for galleries), ``ss_`` (for kohya's tools) or ``hyperlora.``.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +10,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from math import isfinite
-from typing import Any, Final
+from typing import Final
 
 from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 from hyperlora.lora.layout import LoraLayout
@@ -21,7 +24,7 @@ KOHYA_BASE_VERSIONS: Final[Mapping[str, str]] = {
     "stable-diffusion-3": "sd3",
     "flux-1-dev": "flux1",
 }
-"""modelspec architecture -> kohya's ``ss_base_model_version``; any other architecture is written as it is."""
+"""Architecture of modelspec -> kohya's ``ss_base_model_version``; others are written unchanged."""
 _TEXT_KEYS: Final[Mapping[str, str]] = {
     "title": "modelspec.title",
     "trigger_phrase": "modelspec.trigger_phrase",
@@ -36,21 +39,20 @@ _TEXT_KEYS: Final[Mapping[str, str]] = {
 }
 _RESERVED_KEYS: Final = frozenset(
     {
-        *(
-            "format",
-            "lora_adapter_metadata",
-            "modelspec.sai_model_spec",
-            "modelspec.implementation",
-        ),
-        *(
-            "modelspec.architecture",
-            "modelspec.resolution",
-            "ss_v2",
-            "ss_base_model_version",
-            "ss_network_module",
-        ),
-        *("ss_network_dim", "ss_network_alpha", "ss_network_args"),
-        *("hyperlora.reference_sha256", "hyperlora.recommended_strength"),
+        "format",
+        "lora_adapter_metadata",
+        "modelspec.sai_model_spec",
+        "modelspec.implementation",
+        "modelspec.architecture",
+        "modelspec.resolution",
+        "ss_v2",
+        "ss_base_model_version",
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "ss_network_args",
+        "hyperlora.reference_sha256",
+        "hyperlora.recommended_strength",
     }
 )
 """Keys computed from the weights or from fields that are not plain text."""
@@ -63,11 +65,24 @@ def _get_version() -> str:
 
 @dataclass(frozen=True)
 class LoraMetadata:
-    """Who made a LoRA, from what, for which base, and how to use it. Empty fields are unknown.
+    """Origin, base and use of a LoRA. Empty fields are unknown.
 
-    ``architecture`` is modelspec's (``stable-diffusion-v1``), ``resolution`` (width, height), ``reference_sha256`` the
-    digests of the photos, ``extra`` any other key of the file (e.g. ``modelspec.author``, ``ss_tag_frequency``).
-    ``base_model``, ``layout_fingerprint`` and ``date`` are filled in by ``save_lora``.
+    Attributes:
+        title: The name shown in galleries; ``save_lora`` fills in a default.
+        base_model: The id of the base model, set by ``save_lora``.
+        architecture: modelspec's name of the base, e.g. ``stable-diffusion-v1``.
+        resolution: Width and height of images, in pixels.
+        trigger_phrase: The words of a prompt that call up the subject.
+        license: SPDX id or name of the license.
+        date: Date of creation, ISO 8601; today's (UTC) by default in ``save_lora``.
+        generator: The program or model that made the LoRA.
+        generator_version: Its version.
+        layout_fingerprint: ``LoraLayout.fingerprint``, set by ``save_lora``.
+        encoder: The image encoder of the photos.
+        encoder_license: Its license.
+        reference_sha256: SHA-256 of the photos.
+        recommended_strength: Factor of ΔW at which the LoRA works best.
+        extra: Any other keys, e.g. ``modelspec.author`` or ``ss_tag_frequency``.
     """
 
     title: str = ""
@@ -87,7 +102,7 @@ class LoraMetadata:
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def with_defaults(self, layout: LoraLayout) -> "LoraMetadata":
-        """With base and fingerprint of ``layout`` and, where missing, a title and today's date (UTC)."""
+        """Set base, fingerprint and, where missing, a title and today's date (UTC)."""
         today = datetime.now(UTC).date().isoformat()
         return replace(
             self,
@@ -98,14 +113,23 @@ class LoraMetadata:
         )
 
     def to_safetensors_metadata(self, layout: LoraLayout) -> dict[str, str]:
-        """The safetensors metadata of a file with these ``layout`` and header; strings only.
+        """Convert to the metadata of a safetensors file.
 
-        Sources: ModelSpec 1.0.1; kohya-ss/sd-scripts ``train_network.py`` (``ss_`` keys). Raises ``InvalidArgumentError`` if
-        ``extra`` claims a key that a field owns.
+        Sources: ModelSpec 1.0.1; ``train_network.py`` of kohya-ss/sd-scripts (``ss_`` keys).
+
+        Args:
+            layout: The layout of the LoRA in the file.
+
+        Returns:
+            Strings by key.
+
+        Raises:
+            InvalidArgumentError: ``extra`` has a key that belongs to a field.
         """
         if reserved := sorted(self.extra.keys() & (_RESERVED_KEYS | set(_TEXT_KEYS.values()))):
             raise InvalidArgumentError(
-                f"the extra header key {reserved[0]!r} is reserved: use the field of LoraHeader instead"
+                f"the extra metadata key {reserved[0]!r} is reserved: "
+                f"use the field of LoraMetadata instead"
             )
         rank, has_conv = layout.rank, any(target.kernel_size for target in layout.targets)
         optional = {
@@ -135,9 +159,18 @@ class LoraMetadata:
 
     @classmethod
     def from_safetensors_metadata(cls, metadata: Mapping[str, str]) -> "LoraMetadata":
-        """Inverse of ``to_safetensors_metadata``; for files of other tools, what of it they say (base by ``ss_sd_model_name``).
+        """Parse the metadata of a safetensors file; the inverse of ``to_safetensors_metadata``.
 
-        Raises ``InvalidLoraFileError`` if our own fields are malformed; odd fields of other tools are ignored.
+        In files of other tools, missing fields stay empty and malformed ones are ignored.
+
+        Args:
+            metadata: Strings by key.
+
+        Returns:
+            The metadata; the base of kohya's files is their ``ss_sd_model_name``.
+
+        Raises:
+            InvalidLoraFileError: A ``hyperlora.`` key is malformed.
         """
         text_fields = {name: metadata.get(key, "") for name, key in _TEXT_KEYS.items()}
         text_fields["base_model"] = text_fields["base_model"] or metadata.get(
@@ -148,32 +181,39 @@ class LoraMetadata:
             strength = float(metadata.get("hyperlora.recommended_strength", "1.0"))
         except (ValueError, RecursionError) as error:
             raise InvalidLoraFileError(
-                f"the file's own hyperlora header is malformed: {error}"
+                f"the file's own hyperlora metadata is malformed: {error}"
             ) from error
         if not isfinite(strength):
             raise InvalidLoraFileError(
-                f"the file's own hyperlora header is malformed: recommended_strength {strength}"
+                f"the file's own hyperlora metadata is malformed: recommended_strength {strength}"
             )
         if not isinstance(sha256, list) or not all(isinstance(digest, str) for digest in sha256):
             raise InvalidLoraFileError(
-                "the file's own hyperlora header is malformed: reference_sha256 is no list of texts"
+                "the file's own hyperlora metadata is malformed: "
+                "reference_sha256 is no list of texts"
             )
-        fields: dict[str, Any] = {
-            **text_fields,
-            "architecture": _parse_architecture(metadata),
-            "resolution": _parse_resolution(metadata.get("modelspec.resolution", "")),
-            "reference_sha256": tuple(sha256),
-            "recommended_strength": strength,
-            "extra": {
-                k: v
-                for k, v in metadata.items()
-                if k not in _RESERVED_KEYS and k not in set(_TEXT_KEYS.values())
-            },
-        }
-        return cls(**fields)
+        own_keys = _RESERVED_KEYS | set(_TEXT_KEYS.values())
+        return cls(
+            title=text_fields["title"],
+            base_model=text_fields["base_model"],
+            trigger_phrase=text_fields["trigger_phrase"],
+            license=text_fields["license"],
+            date=text_fields["date"],
+            generator=text_fields["generator"],
+            generator_version=text_fields["generator_version"],
+            layout_fingerprint=text_fields["layout_fingerprint"],
+            encoder=text_fields["encoder"],
+            encoder_license=text_fields["encoder_license"],
+            architecture=_parse_architecture(metadata),
+            resolution=_parse_resolution(metadata.get("modelspec.resolution", "")),
+            reference_sha256=tuple(sha256),
+            recommended_strength=strength,
+            extra={key: value for key, value in metadata.items() if key not in own_keys},
+        )
 
 
 def _parse_architecture(metadata: Mapping[str, str]) -> str:
+    """modelspec's name, or what stands for it in kohya's files."""
     if spec := metadata.get("modelspec.architecture", "").removesuffix("/lora"):
         return "" if spec == "unknown" else spec
     base_version = metadata.get("ss_base_model_version", "")
@@ -184,6 +224,7 @@ def _parse_architecture(metadata: Mapping[str, str]) -> str:
 
 
 def _parse_resolution(text: str) -> tuple[int, int] | None:
+    """``512x768`` to (512, 768), None for anything else."""
     width, _, height = text.partition("x")
     is_valid = all(side.isdecimal() and len(side) <= 5 for side in (width, height))
     return (int(width), int(height)) if is_valid else None

@@ -1,41 +1,56 @@
-"""``save_lora``: one file that the tools of its format take, alpha folded so that alpha = rank."""
+"""``save_lora``: write a LoRA file that the tools of its format load; alpha is the rank."""
 
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.io.keys import COMPONENTS, KOHYA_PREFIXES, convert_path_to_sgm, format_file_key
+from hyperlora.lora.io.keys import (
+    COMPONENTS,
+    KOHYA_PREFIXES,
+    LORA_FORMATS,
+    LoraFormat,
+    convert_path_to_sgm,
+    format_file_key,
+)
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.safetensors_file import find_non_finite, serialize_tensors, write_bytes
-from hyperlora.lora.io.state_dict import LoraFormat
-from hyperlora.lora.layout import LoraLayout, TargetModule
+from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 
-LORA_FORMATS: Final = ("diffusers", "kohya", "sgm")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_lora(
     weights: LoraWeights,
     path: str | PathLike[str],
     *,
-    format: LoraFormat | Literal["sgm"] = "diffusers",
+    format: LoraFormat = "diffusers",
     metadata: LoraMetadata | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write one LoRA (no batch axis) to a ``.safetensors`` file, whole or not at all; undone by ``load_lora``.
+    """Write one LoRA to a ``.safetensors`` file, whole or not at all; ``load_lora`` is the inverse.
 
-    ``diffusers`` keys (``unet.….lora_A.weight``) serve diffusers and, for ``transformer``, ComfyUI; ``kohya`` keys
-    serve A1111, Forge and ComfyUI for Stable Diffusion 1, 2 and XL; ``use_sgm_names`` are kohya's with Stability's block names,
-    as kohya's own trainer writes them for SDXL.
+    Args:
+        weights: One LoRA, without batch axis.
+        path: The file; missing folders are made.
+        format: The key names. ``diffusers`` (``unet.….lora_A.weight``) is for diffusers and, for
+            transformers, ComfyUI. ``kohya`` is for A1111, Forge and ComfyUI with Stable Diffusion
+            1, 2 and XL. ``sgm`` is ``kohya`` with Stability's block names, as kohya's trainer
+            writes SDXL LoRAs.
+        metadata: What the file says about the LoRA, by default only what the weights determine.
+        dtype: float32, float16 or bfloat16.
 
-    Raises ``InvalidArgumentError`` for a batch, NaN or infinity (also after rounding to ``dtype``), an unknown component or
-    dtype, a text encoder LoRA that loaders refuse, or another suffix.
+    Returns:
+        The path of the file.
+
+    Raises:
+        InvalidArgumentError: The weights are a batch or hold NaN or infinity (also after rounding
+            to ``dtype``), loaders would refuse them, or an argument is not allowed.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -47,17 +62,31 @@ def save_lora(
 def serialize_lora(
     weights: LoraWeights,
     *,
-    format: LoraFormat | Literal["sgm"] = "diffusers",
+    format: LoraFormat = "diffusers",
     metadata: LoraMetadata | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> bytes:
-    """The file that ``save_lora`` writes, in memory; undone by ``load_lora``."""
+    """Compute the bytes of the file that ``save_lora`` writes.
+
+    Args:
+        weights: See ``save_lora``.
+        format: See ``save_lora``.
+        metadata: See ``save_lora``.
+        dtype: See ``save_lora``.
+
+    Returns:
+        A whole safetensors file, which ``load_lora`` reads.
+
+    Raises:
+        InvalidArgumentError: See ``save_lora``.
+    """
     metadata = metadata or LoraMetadata()
     _validate_weights(weights, format, dtype)
     tensors = _convert_to_peft(weights, dtype, use_sgm_names=format == "sgm")
     if non_finite_key := find_non_finite(tensors):
         raise InvalidArgumentError(
-            f"{non_finite_key} holds NaN or infinity as {dtype}: the LoRA is broken or needs float32"
+            f"{non_finite_key} holds NaN or infinity as {dtype}: "
+            f"the LoRA is broken or needs float32"
         )
     metadata = metadata.with_defaults(weights.layout)
     file_metadata = metadata.to_safetensors_metadata(weights.layout)
@@ -76,6 +105,7 @@ def serialize_lora(
 
 
 def _validate_weights(weights: LoraWeights, format: str, dtype: torch.dtype) -> None:
+    """Raise ``InvalidArgumentError`` for what the tools of a format cannot load."""
     if format not in LORA_FORMATS:
         raise InvalidArgumentError(
             f"unknown LoRA format {format!r}; known: {', '.join(LORA_FORMATS)}"
@@ -100,13 +130,15 @@ def _validate_weights(weights: LoraWeights, format: str, dtype: torch.dtype) -> 
         ]
         if targets and not any(name.endswith(required_suffixes) for name in targets):
             raise InvalidArgumentError(
-                f"diffusers cannot load a {component} LoRA without {required_suffixes[-1]} sites: adapt these too"
+                f"diffusers cannot load a {component} LoRA without "
+                f"{required_suffixes[-1]} targets: adapt these too"
             )
 
 
 def _convert_to_peft(
     weights: LoraWeights, dtype: torch.dtype, use_sgm_names: bool
 ) -> dict[str, Tensor]:
+    """Tensors by keys of diffusers; the paths of the UNet may be Stability's."""
     from diffusers.loaders.lora_base import LoraBaseMixin
 
     tensors: dict[str, Tensor] = {}
@@ -116,31 +148,25 @@ def _convert_to_peft(
             if target.component == component:
                 path = format_file_key(target.name).split(".", 1)[1]
                 path = convert_path_to_sgm(path) if use_sgm_names and component == "unet" else path
-                component_tensors[f"{path}.lora_A.weight"] = _unflatten_kernel(target, down).to(
-                    dtype
-                )
-                component_tensors[f"{path}.lora_B.weight"] = (
-                    up[..., None, None] if target.kernel_size else up
-                ).to(dtype)
+                if target.kernel_size:
+                    down = down.reshape(len(down), -1, *target.kernel_size)  # [rank, in, kh, kw]
+                    up = up[..., None, None]  # [out, rank, 1, 1]
+                component_tensors[f"{path}.lora_A.weight"] = down.to(dtype)
+                component_tensors[f"{path}.lora_B.weight"] = up.to(dtype)
         tensors |= LoraBaseMixin.pack_weights(component_tensors, component)
     return tensors
 
 
-def _unflatten_kernel(target: TargetModule, down: Tensor) -> Tensor:
-    return down.reshape(len(down), -1, *target.kernel_size) if target.kernel_size else down
-
-
 def _convert_to_kohya(tensors: dict[str, Tensor], is_sdxl: bool) -> dict[str, Tensor]:
+    """Tensors by keys of kohya, with an alpha for each pair."""
     from diffusers.utils import convert_state_dict_to_kohya
 
     converted = convert_state_dict_to_kohya(tensors)
     if len(converted) != len(tensors) // 2 * 3:
         raise InvalidArgumentError(
-            "two sites of this LoRA have one name in kohya's format: save it as diffusers"
+            "two targets of this LoRA have one name in kohya's format: save it as diffusers"
         )
-    if (
-        not is_sdxl
-    ):  # Stable Diffusion 1 and 2 have one text encoder, which kohya's tools do not number
+    if not is_sdxl:  # the only text encoder of Stable Diffusion 1 and 2 has no number
         converted = {
             key.replace("lora_te1_", "lora_te_", 1): tensor for key, tensor in converted.items()
         }
@@ -150,16 +176,20 @@ def _convert_to_kohya(tensors: dict[str, Tensor], is_sdxl: bool) -> dict[str, Te
     }
 
 
-def _build_adapter_config(layout: LoraLayout) -> dict[str, object]:
-    """What diffusers needs to rebuild the PEFT config. Text encoder paths go without ``text_model.``: PEFT matches
-    suffixes, so they fit flattened and nested CLIP models alike."""
-    config: dict[str, object] = {}
+def _build_adapter_config(layout: LoraLayout) -> dict[str, int | list[str]]:
+    """The fields from which diffusers rebuilds a PEFT ``LoraConfig``.
+
+    Paths of text encoders go without ``text_model.``: PEFT matches suffixes, so they fit flattened
+    and nested CLIP models alike.
+    """
+    config: dict[str, int | list[str]] = {}
     for component in layout.components:
         paths = [
             target.path.removeprefix("text_model.")
             for target in layout.targets
             if target.component == component
         ]
-        config |= {f"{component}.r": layout.rank, f"{component}.lora_alpha": layout.rank}
+        config[f"{component}.r"] = layout.rank
+        config[f"{component}.lora_alpha"] = layout.rank
         config[f"{component}.target_modules"] = sorted(paths)
     return config

@@ -1,88 +1,66 @@
-"""/v1/edits: the change that a pair shows (or a LoRA holds) made on another picture."""
+"""/v1/edits: an image, edited as pairs show, by a LoRA, or by an instruction."""
 
-import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, File, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Response
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.service.api.forms import Call, EditForm, read_pairs
 from hyperlora.service.api.responses import (
-    Prefer,
-    encode_png,
-    get_state,
+    ACCEPTED_RESPONSE,
+    FileContent,
+    encode_png_result,
     get_stored_lora,
     make_binary_schema,
-    make_png_response,
-    read_pairs,
+    make_file_response,
     run_or_enqueue,
 )
-from hyperlora.service.api.schemas import FileId, JobInfo, Weight
+from hyperlora.service.engine.callbacks import ProgressFn
 from hyperlora.service.engine.requests import EditImageRequest, EngineResult
 from hyperlora.service.errors import build_problem_responses
-from hyperlora.service.jobs import ProgressFn
-from hyperlora.service.security import Caller
+from hyperlora.service.state import AppState
 
 router = APIRouter(prefix="/v1/edits", tags=["Edits"])
-_FILE = make_binary_schema("image/png", "The edited picture; its SHA-256 is the ETag")
-_ACCEPTED = {"model": JobInfo, "description": "Accepted"}
+_FILE = make_binary_schema("image/png", "The edited image; its SHA-256 is the ETag")
 
 
 @router.post(
     "",
     response_class=Response,
     responses=build_problem_responses(
-        400, 403, 404, 408, 413, 415, 503, 504, other_responses={200: _FILE, 202: _ACCEPTED}
+        400, 403, 404, 408, 413, 415, 503, 504, other_responses={200: _FILE, 202: ACCEPTED_RESPONSE}
     ),
 )
-async def edit_image(
-    request: Request,
-    owner: Caller,
-    image: Annotated[UploadFile, File(description="The picture to edit_image.")],
-    before: Annotated[
-        list[UploadFile] | None, File(description="Pictures before the edit_image.")
-    ] = None,
-    after: Annotated[
-        list[UploadFile] | None, File(description="The same pictures after it.")
-    ] = None,
-    lora: Annotated[
-        UploadFile | None, File(description="Or the LoRA of a change, a .safetensors file.")
-    ] = None,
-    lora_id: Annotated[FileId | None, Form(description="Or the id of a kept one.")] = None,
-    strength: Annotated[Weight, Form(description="Of a pair, below 0 undoes the change.")] = 1.0,
-    instruction: Annotated[
-        str, Form(max_length=1000, description="Words besides, or instead.")
-    ] = "",
-    seed: Annotated[int, Form(ge=0, le=2**63 - 1)] = 0,
-    num_inference_steps: Annotated[
-        int | None, Form(ge=1, le=50, description="The model's own if not given.")
-    ] = None,
-    repaint: Annotated[bool, Form(description="Repaint what the change leaves alone too.")] = False,
-    prefer: Prefer = "",
-) -> Response:
-    """One picture edited as the pair shows. Edits of equal steps are made in one batch, each with its own LoRA."""
-    state = get_state(request)
-    pairs = await read_pairs(before, after, state.settings.max_photos)
-    if sum((bool(pairs), lora is not None, lora_id is not None)) > 1:
+async def edit_image(call: Call, form: Annotated[EditForm, Depends()]) -> Response:
+    """Edit one image. Edits of equal steps share a batch, each with its own LoRA."""
+    engine, edit_request = call.state.engine, await _read_request(form, call.state)
+
+    async def run_fn(timeout_s: float, on_progress: ProgressFn | None) -> EngineResult[bytes]:
+        return await encode_png_result(engine.edit_image(edit_request, timeout_s))
+
+    result = await run_or_enqueue(call, "image", run_fn)
+    if isinstance(result, Response):
+        return result
+    return make_file_response(call.request, FileContent.from_png(result))
+
+
+async def _read_request(form: EditForm, state: AppState) -> EditImageRequest:
+    """Read the uploads of a form into the engine's request."""
+    pairs = await read_pairs(form.before, form.after, state.settings.max_photos)
+    if sum((bool(pairs), form.lora is not None, form.lora_id is not None)) > 1:
         raise InvalidArgumentError(
-            "send before and after, or a LoRA, or the id of a kept one: only one of these"
+            "send before and after, or a LoRA, or the id of a stored one: only one of these"
         )
-    lora_data = await lora.read() if lora is not None else None
-    if lora_id is not None:
-        lora_data = get_stored_lora(state.files, lora_id)
-    edit_request = EditImageRequest(
-        await image.read(),
-        pairs,
-        lora_data,
-        strength,
-        instruction,
-        seed,
-        num_inference_steps,
-        repaint,
+    lora = await form.lora.read() if form.lora is not None else None
+    if form.lora_id is not None:
+        lora = get_stored_lora(state.files, form.lora_id)
+    return EditImageRequest(
+        image=await form.image.read(),
+        pairs=pairs,
+        lora=lora,
+        strength=form.strength,
+        instruction=form.instruction,
+        seed=form.seed,
+        num_inference_steps=form.num_inference_steps,
+        preserve_unedited=form.preserve_unedited,
     )
-
-    async def run_edit(timeout_s: float, on_progress: ProgressFn | None) -> EngineResult:
-        result = await state.engine.edit_image(edit_request, timeout_s)
-        return EngineResult(await asyncio.to_thread(encode_png, result.value), result.warnings)
-
-    result = await run_or_enqueue(request, owner, prefer, "image", run_edit)
-    return result if isinstance(result, Response) else make_png_response(request, result)

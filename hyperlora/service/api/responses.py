@@ -1,60 +1,56 @@
-"""How every route answers: now or later, as the file itself or as JSON, and not at all once the caller has gone."""
+"""Answers of the routes: at once or by a job, as a file or as JSON."""
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Final, TypeVar
 from urllib.parse import quote
 
-from fastapi import Header, Request, Response, UploadFile
+from fastapi import Request, Response
 from PIL import Image
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from hyperlora.errors import InvalidArgumentError
+from hyperlora.service.api.forms import CallContext
 from hyperlora.service.api.schemas import JobInfo
 from hyperlora.service.engine.batcher import DeadlineExceededError
+from hyperlora.service.engine.callbacks import ProgressFn
 from hyperlora.service.engine.requests import EngineResult
-from hyperlora.service.errors import ClientDisconnectedError
-from hyperlora.service.file_store import FileStore
-from hyperlora.service.jobs import Job, ProgressFn
+from hyperlora.service.errors import ClientDisconnectedError, JsonObject
+from hyperlora.service.file_store import FileKind, FileStore
+from hyperlora.service.jobs import Job
 
-if TYPE_CHECKING:
-    from hyperlora.service.state import AppState
+ValueT = TypeVar("ValueT")
 
-T = TypeVar("T")
-Prefer = Annotated[
-    str,
-    Header(
-        description="`respond-async`: 202 and a job at once, instead of waiting.", max_length=200
-    ),
-]
-Accept = Annotated[
-    str, Header(description="`application/json`: JSON instead of the file itself.", max_length=1000)
-]
-
-
-def get_state(request: Request) -> "AppState":
-    """What the app's routes share."""
-    state: AppState = request.app.state.service
-    return state
-
-
-def wants_json(accept: str) -> bool:
-    """Whether JSON was asked for by name."""
-    return "application/json" in accept.lower()
-
-
-def wants_job(prefer: str) -> bool:
-    """RFC 7240's respond-async."""
-    return "respond-async" in prefer.lower()
+RunFn = Callable[[float, ProgressFn | None], Awaitable[EngineResult[bytes]]]
+"""Makes a file within some seconds, and reports its progress."""
+ACCEPTED_RESPONSE: Final[JsonObject] = {"model": JobInfo, "description": "Accepted"}
+NOT_MODIFIED_RESPONSE: Final[JsonObject] = {"description": "The caller has this file"}
+_DISCONNECT_POLL_S: Final = 0.1
+_RESULT_PATHS: Final = {"lora": "/v1/loras/", "image": "/v1/images/"}
 
 
 async def run_with_timeout(
-    request: Request, coroutine: Coroutine[Any, Any, T], timeout_s: float
-) -> T:
-    """The result of ``work``; it is cancelled when the caller leaves. Raises ``DeadlineExceededError`` after ``timeout_s``."""
-    task = asyncio.create_task(coroutine)
+    request: Request, awaitable: Awaitable[ValueT], timeout_s: float
+) -> ValueT:
+    """Wait for a result; cancel the work when the caller leaves.
+
+    Args:
+        request: The HTTP request.
+        awaitable: The work.
+        timeout_s: Seconds that the work may take.
+
+    Returns:
+        The result of the work.
+
+    Raises:
+        DeadlineExceededError: After ``timeout_s`` seconds.
+        ClientDisconnectedError: If the caller leaves.
+    """
+    task = asyncio.ensure_future(awaitable)
     disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:
         await asyncio.wait(
@@ -74,112 +70,162 @@ async def run_with_timeout(
 
 async def _wait_for_disconnect(request: Request) -> None:
     while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
-
-
-RunFn = Callable[[float, ProgressFn | None], Coroutine[Any, Any, EngineResult]]
-"""Makes a file (bytes) within some seconds, and reports on the way."""
+        await asyncio.sleep(_DISCONNECT_POLL_S)
 
 
 async def run_or_enqueue(
-    request: Request, owner: str, prefer: str, kind: Literal["lora", "image"], run_fn: RunFn
-) -> EngineResult | Response:
-    """What ``run_fn`` makes, within the server's deadline; 202 with a job that keeps it, if that is preferred."""
-    state = get_state(request)
+    call: CallContext, kind: FileKind, run_fn: RunFn
+) -> EngineResult[bytes] | Response:
+    """Make a file within the server's time limit, or accept a job that stores it.
+
+    Args:
+        call: The request and its preferences.
+        kind: Kind of the file.
+        run_fn: Makes the file.
+
+    Returns:
+        The file, or 202 with the job if the caller prefers one.
+    """
+    state = call.state
+    if not call.wants_job:
+        timeout_s = state.settings.timeout_s
+        return await run_with_timeout(call.request, run_fn(timeout_s, None), timeout_s)
 
     async def run_job(on_progress: ProgressFn) -> str:
         result = await run_fn(float("inf"), on_progress)
         return await asyncio.to_thread(state.files.store_bytes, result.value, kind)
 
-    if wants_job(prefer):
-        return submit_job(request, kind, owner, run_job)
-    return await run_with_timeout(
-        request, run_fn(state.settings.timeout_s, None), state.settings.timeout_s
-    )
-
-
-def submit_job(
-    request: Request, kind: str, owner: str, run_fn: Callable[[ProgressFn], Awaitable[str]]
-) -> Response:
-    """202 with the accepted job."""
-    job = get_state(request).jobs.submit(kind, owner, run_fn)
+    job = state.jobs.submit(kind, call.owner, run_job)
     headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
     return Response(make_job_info(job).model_dump_json(), 202, headers, "application/json")
 
 
 def make_job_info(job: Job) -> JobInfo:
-    """A job as callers see it."""
-    paths = {"lora": "/v1/loras/", "image": "/v1/images/"}
-    fields = {k: v for k, v in job.__dict__.items() if k != "owner"}
-    return JobInfo(**fields | {"result": paths[job.kind] + job.result if job.result else None})
+    """Make the JSON of a job as its owner sees it."""
+    return JobInfo(
+        id=job.id,
+        kind=job.kind,
+        state=job.state,
+        progress=job.progress,
+        created=job.created,
+        finished=job.finished,
+        result=_RESULT_PATHS[job.kind] + job.result if job.result else None,
+        error=job.error,
+    )
 
 
 def get_stored_lora(file_store: FileStore, id: str) -> bytes:
-    """The file of a kept LoRA. Raises 404."""
+    """Read a stored LoRA.
+
+    Args:
+        file_store: The stored files.
+        id: SHA-256 of the file.
+
+    Returns:
+        The ``.safetensors`` file.
+
+    Raises:
+        HTTPException: 404 if it is not stored (any more).
+    """
     if (data := file_store.get_bytes(id, "lora")) is None:
         raise HTTPException(
-            404, f"no LoRA {id} is kept here (any more): make it again with keep=true"
+            404, f"no LoRA {id} is stored here (any more): make it again with store=true"
         )
     return data
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+async def encode_png_result(image: Awaitable[EngineResult[Image.Image]]) -> EngineResult[bytes]:
+    """Await an image and encode it as a PNG file, in another thread."""
+    result = await image
+    return EngineResult(await asyncio.to_thread(_encode_png, result.value), result.warnings)
+
+
+def _encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def make_png_response(request: Request, result: EngineResult) -> Response:
-    """A picture's file, named after its digest."""
-    digest = sha256(result.value).hexdigest()
-    return make_file_response(
-        request, result.value, digest, "image/png", f"{digest[:12]}.png", result.warnings
-    )
+def encode_base64(data: bytes) -> str:
+    """Encode bytes as base64 text."""
+    return b64encode(data).decode()
 
 
-def make_warning_headers(warnings: Sequence[str]) -> dict[str, str]:
-    """``Hyperlora-Notice``, if there is something to say about the input."""
-    return {"Hyperlora-Notice": "; ".join(warnings)} if warnings else {}
+@dataclass(frozen=True)
+class FileContent:
+    """A file that a route answers.
+
+    Attributes:
+        data: Content of the file.
+        digest: SHA-256 of the content, for the ETag.
+        media_type: Type of the content.
+        name: Name of the file for the caller.
+        warnings: What may be wrong with the input, one sentence each.
+    """
+
+    data: bytes
+    digest: str
+    media_type: str
+    name: str
+    warnings: Sequence[str] = ()
+
+    @classmethod
+    def from_png(cls, result: EngineResult[bytes]) -> "FileContent":
+        """Describe a PNG, named after its digest."""
+        digest = sha256(result.value).hexdigest()
+        return cls(result.value, digest, "image/png", f"{digest[:12]}.png", result.warnings)
 
 
-async def read_pairs(
-    before: list[UploadFile] | None, after: list[UploadFile] | None, max_pairs: int
-) -> list[tuple[bytes, bytes]]:
-    """The pairs of two lists of uploads. Raises ``InvalidArgumentError`` if they are not equally long, ``HTTPException`` 413 for
-    more than ``max_pairs``."""
-    before_files, after_files = before or [], after or []
-    if len(before_files) != len(after_files):
-        raise InvalidArgumentError(
-            f"{len(before_files)} pictures before and {len(after_files)} after sent: one after for each before expected"
-        )
-    if len(before_files) > max_pairs:
-        raise HTTPException(413, f"{len(before_files)} pairs sent, at most {max_pairs} are taken")
-    return [
-        (await a.read(), await b.read()) for a, b in zip(before_files, after_files, strict=True)
-    ]
+def make_file_response(request: Request, file: FileContent) -> Response:
+    """Answer a file with its digest as ETag.
 
+    Args:
+        request: The HTTP request.
+        file: The file.
 
-def make_file_response(
-    request: Request,
-    data: bytes,
-    digest: str,
-    media_type: str,
-    name: str,
-    warnings: Sequence[str] = (),
-) -> Response:
-    """The file with its digest as ETag; 304 if the caller has it."""
+    Returns:
+        200 with the file, or 304 for a GET by a caller that has it.
+    """
     headers = {
-        "ETag": f'"{digest}"',
-        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}",
-        **make_warning_headers(warnings),
+        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.name, safe='')}",
+        **_make_headers(file.digest, file.warnings),
     }
-    if request.method == "GET" and request.headers.get("if-none-match", "").strip(' W/"') == digest:
+    known_digest = request.headers.get("if-none-match", "").strip(' W/"')
+    if request.method == "GET" and known_digest == file.digest:
         return Response(status_code=304, headers=headers)
-    return Response(data, 200, headers, media_type)
+    return Response(file.data, 200, headers, file.media_type)
 
 
-def make_binary_schema(media_type: str, description: str) -> dict[str, Any]:
-    """OpenAPI entry for a 200 that is a file."""
+def make_json_response(body: BaseModel, digest: str, warnings: Sequence[str] = ()) -> Response:
+    """Answer JSON with the digest of the file in it as ETag.
+
+    Args:
+        body: The JSON.
+        digest: SHA-256 of the file.
+        warnings: What may be wrong with the input, one sentence each.
+
+    Returns:
+        200 with the JSON.
+    """
+    headers = _make_headers(digest, warnings)
+    return Response(body.model_dump_json(), media_type="application/json", headers=headers)
+
+
+def _make_headers(digest: str, warnings: Sequence[str]) -> dict[str, str]:
+    """Make the ETag, and ``Hyperlora-Warning`` if there are warnings."""
+    etag = {"ETag": f'"{digest}"'}
+    return etag | ({"Hyperlora-Warning": "; ".join(warnings)} if warnings else {})
+
+
+def make_binary_schema(media_type: str, description: str) -> JsonObject:
+    """Make the OpenAPI entry of a 200 that is a file.
+
+    Args:
+        media_type: Type of the file.
+        description: What the file is.
+
+    Returns:
+        An OpenAPI response.
+    """
     content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
     return {"description": description, "content": content}

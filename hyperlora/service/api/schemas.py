@@ -1,14 +1,21 @@
-"""What goes over the wire, as OpenAPI shows it."""
+"""JSON bodies of requests and responses, as OpenAPI shows them."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, StringConstraints
 
+from hyperlora.diffusion.multi_lora import Strategy
+from hyperlora.lora.io.keys import LoraFormat
+from hyperlora.service.jobs import JobKind, JobState
+
 FileId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-"""SHA-256 of a kept file."""
+"""SHA-256 of a stored file."""
 JobId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+"""Id of a job."""
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""A number from 0 to 1."""
 Weight = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
+"""A factor of a LoRA."""
 
 
 class LoraResponse(BaseModel):
@@ -16,13 +23,13 @@ class LoraResponse(BaseModel):
 
     sha256: FileId
     size: int = Field(description="Bytes of the file.")
-    format: Literal["diffusers", "kohya", "sgm"]
+    format: LoraFormat
     stored: bool = Field(description="Whether GET /v1/loras/{sha256} finds it.")
     content: str = Field(description="The .safetensors file, base64.")
 
 
 class LoraRef(BaseModel):
-    """A LoRA to draw with: the id of a kept one, or a file's content."""
+    """A LoRA of an image: the id of a stored one, or a file's content."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,7 +39,7 @@ class LoraRef(BaseModel):
 
 
 class ImageRequestBody(BaseModel):
-    """What to draw."""
+    """What to generate."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,14 +48,14 @@ class ImageRequestBody(BaseModel):
         examples=["a portrait of sks person, smiling"],
     )
     loras: list[LoraRef] = Field(default_factory=list, max_length=8)
-    strategy: Literal["merge", "switch", "composite", "spatial"] = "merge"
+    strategy: Strategy = "merge"
     gamma: Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)] | None = Field(
         None, description="AutoLoRA guidance: 0 is the base, 1 the LoRA, more goes beyond."
     )
     regions: list[tuple[Fraction, Fraction, Fraction, Fraction]] | None = Field(
         None, max_length=8, description="Left, top, right, bottom for each LoRA (strategy spatial)."
     )
-    windowed: bool = Field(False, description="Draw each region as a picture of its own.")
+    windowed: bool = Field(False, description="Denoise each region as an image of its own.")
     negative_prompt: Annotated[str, StringConstraints(max_length=1000)] = ""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     num_inference_steps: int = Field(20, ge=1, le=50)
@@ -58,7 +65,7 @@ class ImageRequestBody(BaseModel):
 
 
 class ImageResponse(BaseModel):
-    """A picture, as JSON."""
+    """An image, as JSON."""
 
     sha256: FileId
     seed: int
@@ -66,22 +73,22 @@ class ImageResponse(BaseModel):
 
 
 class SimilarityResponse(BaseModel):
-    """How much pictures show the person of the photos: 0 is anyone, 1 another real photo of the same person."""
+    """Identity similarity to the photos: 0 for anyone, 1 for another photo of the subject."""
 
-    mean_similarity: float = Field(description="The mean of all pictures.")
-    similarities: list[float] = Field(description="Of each picture, in the order sent.")
+    mean_similarity: float = Field(description="The mean over the images.")
+    similarities: list[float] = Field(description="One for each image, in the order sent.")
 
 
 class JobInfo(BaseModel):
     """Work accepted with ``Prefer: respond-async``."""
 
     id: JobId
-    kind: Literal["lora", "image"]
-    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    kind: JobKind
+    state: JobState
     progress: float
     created: float = Field(description="Seconds since 1970.")
     finished: float | None
-    result: str | None = Field(description="Path of what was made, once it is there.")
+    result: str | None = Field(description="Path of the stored file, once it is there.")
     error: str | None
 
 

@@ -1,4 +1,4 @@
-"""``DynamicBatcher``: one thread owns the model and does together what waits together."""
+"""``DynamicBatcher``: one thread owns the models and runs waiting requests in batches."""
 
 import threading
 import time
@@ -6,57 +6,82 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
+
+from hyperlora.service.engine.callbacks import BatchCallback
+
+PayloadT = TypeVar("PayloadT")
+ResultT = TypeVar("ResultT")
 
 LOW_PRIORITY_MAX_WAIT_S: Final = 10.0
+"""A payload of low priority that has waited longer than this is served by its age."""
+_MAX_BATCH_WAITS: Final = 5
+"""A batch stays open for at most so many times its spec's ``batch_timeout_s``."""
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may wait."""
+    """The queue holds as many requests as it may."""
 
 
 class DeadlineExceededError(Exception):
-    """A request's deadline passed before its turn came."""
+    """The deadline of a request passed before its turn came."""
 
 
 @dataclass(frozen=True)
-class BatchSpec:
-    """A kind of work: payloads submitted under equal ``generate_invalid_key`` may go through ``run_build`` together, ``max_batch_size`` at a time.
-    What is ``low_priority`` lets the others go first for ``LOW_PRIORITY_MAX_WAIT_S`` seconds. While nothing else waits, a batch stays open
-    for ``batch_timeout_s`` seconds after its last payload came, and five times as long after its first."""
+class BatchSpec(Generic[PayloadT, ResultT]):
+    """How payloads of one kind of work run on the model thread.
 
-    key: Hashable
-    run: Callable[[list[Any]], Sequence[Any]] = field(compare=False)
+    Payloads that are submitted under equal specs may share a batch; ``run`` is not compared.
+
+    Attributes:
+        kind: Name of the work in metrics.
+        run: Maps the payloads of one batch to as many results, in the same order.
+        key: Settings that two payloads must have in common to share a batch.
+        max_batch_size: Largest number of payloads in one batch.
+        low_priority: Whether other work goes first, for ``LOW_PRIORITY_MAX_WAIT_S`` seconds.
+        batch_timeout_s: Seconds that a batch waits for another payload while nothing else is
+            queued. It waits at most five times as long in all.
+    """
+
+    kind: str
+    run: Callable[[list[PayloadT]], Sequence[ResultT]] = field(compare=False)
+    key: Hashable = None
     max_batch_size: int = 1
     low_priority: bool = False
     batch_timeout_s: float = 0.0
 
 
 @dataclass(frozen=True)
-class _QueuedItem:
-    spec: BatchSpec
-    payload: Any
-    future: "Future[Any]"
+class _QueuedItem(Generic[PayloadT, ResultT]):
+    """One payload in the queue; times are seconds of the monotonic clock."""
+
+    spec: BatchSpec[PayloadT, ResultT]
+    payload: PayloadT
+    future: "Future[ResultT]"
     enqueued_at: float
     deadline: float
 
     @property
     def is_urgent(self) -> bool:
-        return (
-            not self.spec.low_priority
-            or time.monotonic() > self.enqueued_at + LOW_PRIORITY_MAX_WAIT_S
-        )
+        """Whether the item is served by its age."""
+        waited_s = time.monotonic() - self.enqueued_at
+        return not self.spec.low_priority or waited_s > LOW_PRIORITY_MAX_WAIT_S
+
+
+_AnyItem = _QueuedItem[Any, Any]  # one queue holds items of all kinds
 
 
 class DynamicBatcher:
-    """At most ``max_queue_size`` patient and as many other payloads wait. ``on_batch`` is told the kind's key and size of
-    every batch."""
+    """Run payloads on one thread, several of equal specs in one batch.
 
-    def __init__(
-        self, max_queue_size: int, on_batch: Callable[[Hashable, int], None] | None = None
-    ) -> None:
-        self.max_queue_size, self._on_batch = max_queue_size, on_batch or (lambda key, size: None)
-        self._queue: deque[_QueuedItem] = deque()
+    Args:
+        max_queue_size: Payloads of normal priority that may wait, and as many of low priority.
+        on_batch: Called on the model thread with the kind and size of every batch.
+    """
+
+    def __init__(self, max_queue_size: int, on_batch: BatchCallback | None = None) -> None:
+        self.max_queue_size, self._on_batch = max_queue_size, on_batch or (lambda kind, size: None)
+        self._queue: deque[_AnyItem] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run_loop, name="hyperlora-model", daemon=True)
@@ -64,25 +89,39 @@ class DynamicBatcher:
 
     @property
     def queue_length(self) -> int:
-        return sum(not w.future.cancelled() for w in list(self._queue))
+        """Number of payloads that wait and are not cancelled."""
+        return sum(not item.future.cancelled() for item in list(self._queue))
 
     @property
     def is_alive(self) -> bool:
+        """Whether the thread runs and takes payloads."""
         return self._thread.is_alive() and not self._closed
 
-    def submit(self, spec: BatchSpec, payload: Any, timeout_s: float = 120.0) -> "Future[Any]":
-        """The result, later. Cancelling the future before its turn takes it out of the queue; after ``timeout_s`` in
-        the queue it fails with ``DeadlineExceededError``. Raises ``QueueFullError`` at once if too many wait."""
-        future: Future[Any] = Future()
+    def submit(
+        self, spec: BatchSpec[PayloadT, ResultT], payload: PayloadT, timeout_s: float = 120.0
+    ) -> "Future[ResultT]":
+        """Queue one payload.
+
+        Args:
+            spec: The kind of work; payloads of equal specs may run together.
+            payload: What ``spec.run`` takes one of.
+            timeout_s: Seconds the payload may wait in the queue. Later it fails with
+                ``DeadlineExceededError``.
+
+        Returns:
+            The future result. Cancelling it before its turn takes the payload out of the queue.
+
+        Raises:
+            QueueFullError: If too many payloads wait, or the batcher is closed.
+        """
+        future: Future[ResultT] = Future()
         now = time.monotonic()
         with self._changed:
             if self._closed:
                 raise QueueFullError("the server is stopping: ask again in a moment")
-            self._queue = deque(w for w in self._queue if not w.future.cancelled())
-            if (
-                sum(w.spec.low_priority == spec.low_priority for w in self._queue)
-                >= self.max_queue_size
-            ):
+            self._queue = deque(item for item in self._queue if not item.future.cancelled())
+            num_waiting = sum(item.spec.low_priority == spec.low_priority for item in self._queue)
+            if num_waiting >= self.max_queue_size:
                 raise QueueFullError(
                     f"{self.max_queue_size} requests are waiting already: ask again in a moment"
                 )
@@ -91,7 +130,12 @@ class DynamicBatcher:
         return future
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Take nothing more, finish what waits and end the thread; after ``timeout_s``, cancel what waits and leave."""
+        """Refuse new payloads, finish those that wait, and end the thread.
+
+        Args:
+            timeout_s: Seconds to wait for the thread; what still waits then is cancelled.
+                None waits until the queue is empty.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -102,59 +146,55 @@ class DynamicBatcher:
 
     def _run_loop(self) -> None:
         while batch := self._get_next_batch():
-            self._on_batch(batch[0].spec.key, len(batch))
+            self._on_batch(batch[0].spec.kind, len(batch))
             _run_batch(batch)
 
-    def _get_next_batch(self) -> list[_QueuedItem]:
-        """The oldest that is not patient (if all are, the oldest) and those that can go with it; none at the end."""
+    def _get_next_batch(self) -> list[_AnyItem]:
+        """Take the oldest urgent item (or the oldest) and those that fit; empty when closed."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return []
-                oldest = next((w for w in self._queue if w.is_urgent), self._queue[0])
-                candidates = [w for w in self._queue if w.spec == oldest.spec][
-                    : oldest.spec.max_batch_size
-                ]
+                oldest = next((item for item in self._queue if item.is_urgent), self._queue[0])
+                candidates = [item for item in self._queue if item.spec == oldest.spec]
+                candidates = candidates[: oldest.spec.max_batch_size]
                 if (wait_s := self._compute_wait(candidates)) > 0:
                     self._changed.wait(wait_s)
                     continue
                 candidate_ids = set(map(id, candidates))
-                self._queue = deque(w for w in self._queue if id(w) not in candidate_ids)
-            if batch := [w for w in candidates if _start_item(w)]:
+                self._queue = deque(item for item in self._queue if id(item) not in candidate_ids)
+            if batch := [item for item in candidates if _start_item(item)]:
                 return batch
 
-    def _compute_wait(self, batch: list[_QueuedItem]) -> float:
-        """For how many more seconds a batch may wait for others."""
+    def _compute_wait(self, batch: list[_AnyItem]) -> float:
+        """Seconds that a batch may still wait for more payloads."""
         spec = batch[0].spec
         if self._closed or len(batch) == spec.max_batch_size or len(batch) < len(self._queue):
             return 0.0
-        return (
-            min(
-                batch[-1].enqueued_at + spec.batch_timeout_s,
-                batch[0].enqueued_at + 5 * spec.batch_timeout_s,
-            )
-            - time.monotonic()
+        close_time = min(
+            batch[-1].enqueued_at + spec.batch_timeout_s,
+            batch[0].enqueued_at + _MAX_BATCH_WAITS * spec.batch_timeout_s,
         )
+        return close_time - time.monotonic()
 
 
-def _start_item(item: _QueuedItem) -> bool:
+def _start_item(item: _AnyItem) -> bool:
+    """Mark an item as running, unless it is cancelled or late."""
     if not item.future.set_running_or_notify_cancel():
         return False
     if time.monotonic() > item.deadline:
-        item.future.set_exception(
-            DeadlineExceededError(
-                "the request waited longer than its deadline: ask again in a moment"
-            )
-        )
+        error = "the request waited longer than its deadline: ask again in a moment"
+        item.future.set_exception(DeadlineExceededError(error))
         return False
     return True
 
 
-def _run_batch(batch: list[_QueuedItem]) -> None:
-    """Set every future. Where one payload makes a batch fail, the others are done without it."""
+def _run_batch(batch: list[_AnyItem]) -> None:
+    """Set every future; if the batch fails, run each remaining item alone."""
     try:
-        for item, result in zip(batch, batch[0].spec.run([w.payload for w in batch]), strict=True):
+        results = batch[0].spec.run([item.payload for item in batch])
+        for item, result in zip(batch, results, strict=True):
             item.future.set_result(result)
     except Exception as error:
         if len(batch) == 1:

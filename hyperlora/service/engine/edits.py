@@ -1,9 +1,8 @@
-"""LoRAs from before/after pairs, and pictures edited with them, by the thread that owns the models."""
+"""``EditEngine``: LoRAs from before/after pairs, and edited images, by the model thread."""
 
 import asyncio
-import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,175 +14,196 @@ from hyperlora.data.images import read_image, to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.image_editing import check_edit_base, edit_images
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.io.load import load_lora
-from hyperlora.lora.io.save import serialize_lora
-from hyperlora.lora.merge import pad_and_stack
+from hyperlora.lora.io.lora import Lora
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.input_checks import check_pair
-from hyperlora.pipelines.instruction_search import search_pair_lora
-from hyperlora.pipelines.pair_to_lora import PairToLora, make_edit_metadata
-from hyperlora.service.engine.base import SubmitFn
+from hyperlora.pipelines.instruction_search import InstructionSearch
+from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.service.engine.batcher import BatchSpec
+from hyperlora.service.engine.lora_files import (
+    load_request_lora,
+    make_consent_metadata,
+    serialize_result,
+    stack_optional_loras,
+)
 from hyperlora.service.engine.requests import EditImageRequest, EditLoraRequest, EngineResult
+from hyperlora.service.engine.worker import ModelWorker
+from hyperlora.service.settings import EngineLimits
+
+
+@dataclass(frozen=True)
+class DecodedPairs:
+    """Decoded before/after pairs of one edit.
+
+    Attributes:
+        pixels: [pairs, 2, 3, size, size] in [0, 1]; before, then after.
+        warnings: What may be wrong with the pairs, one sentence each.
+    """
+
+    pixels: Tensor
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EditSampling:
+    """Settings that all edited images of one batch share."""
+
+    num_inference_steps: int
+    preserve_unedited: bool
+
+
+@dataclass(frozen=True)
+class EditItem:
+    """One image of a batch: ``image`` [3, resolution, resolution] in [0, 1]."""
+
+    image: Tensor
+    lora: LoraWeights | None
+    instruction: str
+    seed: int
 
 
 class EditEngine:
-    """A ``PairToLora`` and its base of edits; ``decoder_slots`` limits how many pictures are unfolded at a time."""
+    """A model from pairs and its InstructPix2Pix base.
+
+    A model with zero-shot prompts searches an instruction for every pair with its base. It then
+    predicts one LoRA at a time.
+
+    Args:
+        model: The model from pairs.
+        base: The base that its LoRAs are for.
+        limits: Batch sizes.
+
+    Raises:
+        InvalidArgumentError: If the base is no InstructPix2Pix pipeline.
+        LayoutMismatchError: If the model is for another base.
+    """
 
     def __init__(
-        self,
-        model: PairToLora,
-        base: DiffusionBase,
-        *,
-        max_lora_batch: int = 32,
-        max_image_batch: int = 8,
+        self, model: PairToLora, base: DiffusionBase, limits: EngineLimits | None = None
     ) -> None:
         model.layout.check_base(base.id)
         check_edit_base(base)
-        self.model, self.base, self.max_image_batch, self.uses_search = (
-            model,
-            base,
-            max_image_batch,
-            bool(model.zero_shot_prompts),
-        )
-        self.max_lora_batch = (
-            1 if self.uses_search else max_lora_batch
-        )  # words are tried for one edit at a time
-
-    @property
-    def _pair_size(self) -> int | None:
-        """Of pictures of pairs; where words are tried the base sees them too."""
-        return (
-            max(self.base.resolution, self.model.encoder.image_size) if self.uses_search else None
-        )
+        limits = limits or EngineLimits()
+        self.model, self.base = model, base
+        self.search = InstructionSearch(base) if model.zero_shot_prompts else None
+        self.max_lora_batch = 1 if self.search else limits.max_lora_batch
+        self.max_image_batch = limits.max_image_batch
 
     async def create_lora(
-        self,
-        request: EditLoraRequest,
-        timeout_s: float,
-        submit: SubmitFn,
-        decoder_slots: threading.Semaphore,
-    ) -> EngineResult:
-        """A ``.safetensors`` file."""
+        self, request: EditLoraRequest, worker: ModelWorker, timeout_s: float
+    ) -> EngineResult[bytes]:
+        """Create the LoRA of an edit.
+
+        Args:
+            request: Before/after pairs and settings.
+            worker: Runs the model and the decoders.
+            timeout_s: Seconds that the request may wait in the queue.
+
+        Returns:
+            The bytes of a ``.safetensors`` file.
+
+        Raises:
+            InvalidArgumentError: If there is no pair.
+        """
         if not request.pairs:
             raise InvalidArgumentError(
-                "no pair given: at least one picture before and one after are needed"
+                "no pair given: at least one image before and one after are needed"
             )
-        pair_pixels, warnings = await asyncio.to_thread(
-            self._decode_pairs, request.pairs, decoder_slots
-        )
-        weights = await self._predict_lora(pair_pixels, request.strength, timeout_s, submit)
-        return EngineResult(
-            await asyncio.to_thread(self._serialize_lora, weights, request), warnings
-        )
+        pairs = await self._decode_pairs(request.pairs, worker)
+        weights = await self._predict_lora(pairs, request.strength, worker, timeout_s)
+        data = await asyncio.to_thread(self._serialize_lora, weights, request)
+        return EngineResult(data, pairs.warnings)
 
     async def edit_image(
-        self,
-        request: EditImageRequest,
-        timeout_s: float,
-        submit: SubmitFn,
-        decoder_slots: threading.Semaphore,
-        max_parameters: int,
-    ) -> EngineResult:
-        """The edited picture; ``max_parameters`` numbers are read from a LoRA file."""
-        warnings: tuple[str, ...] = ()
-        image = await asyncio.to_thread(self._decode_image, request.image, decoder_slots)
+        self, request: EditImageRequest, worker: ModelWorker, timeout_s: float
+    ) -> EngineResult[Image.Image]:
+        """Edit an image as pairs show, by a LoRA file, or by an instruction.
+
+        Args:
+            request: The image, and what the edit is.
+            worker: Runs the model, its base and the decoders.
+            timeout_s: Seconds that each stage may wait in the queue.
+
+        Returns:
+            The edited image.
+
+        Raises:
+            InvalidArgumentError: If nothing says what to edit.
+        """
+        (image,) = await worker.decode_all(self._decode_image, [request.image])
         lora: LoraWeights | None = None
+        warnings: tuple[str, ...] = ()
         if request.pairs:
-            pair_pixels, warnings = await asyncio.to_thread(
-                self._decode_pairs, request.pairs, decoder_slots
-            )
-            lora = await self._predict_lora(pair_pixels, request.strength, timeout_s, submit)
+            pairs = await self._decode_pairs(request.pairs, worker)
+            lora = await self._predict_lora(pairs, request.strength, worker, timeout_s)
+            warnings = pairs.warnings
         elif request.lora is not None:
-            lora_file = await asyncio.to_thread(
-                partial(
-                    load_lora,
-                    request.lora,
-                    modules=self.base.modules,
-                    max_parameters=max_parameters,
-                )
-            )
-            lora = (
-                replace(
-                    lora_file.weights, layout=replace(lora_file.weights.layout, base=self.base.id)
-                )
-                * request.strength
-            )
+            lora = await asyncio.to_thread(load_request_lora, request.lora, self.base)
+            lora = lora * request.strength
         elif not request.instruction:
             raise InvalidArgumentError(
                 "nothing says what to change: send before and after, a LoRA, or an instruction"
             )
         num_inference_steps = request.num_inference_steps or self.model.num_inference_steps
+        sampling = EditSampling(num_inference_steps, request.preserve_unedited)
         spec = BatchSpec(
-            ("edit", num_inference_steps, request.repaint),
-            partial(self._edit_batch, num_inference_steps, request.repaint),
-            self.max_image_batch,
+            "edit",
+            partial(self._edit_batch, sampling),
+            key=sampling,
+            max_batch_size=self.max_image_batch,
         )
-        edited_image = await submit(
-            spec, (image, lora, request.instruction, request.seed), timeout_s
+        item = EditItem(image, lora, request.instruction, request.seed)
+        return EngineResult(await worker.run_batched(spec, item, timeout_s), warnings)
+
+    async def _decode_pairs(
+        self, pairs: Sequence[tuple[bytes, bytes]], worker: ModelWorker
+    ) -> DecodedPairs:
+        decoded = await worker.decode_all(self._decode_pair, pairs)
+        return DecodedPairs(
+            torch.cat([pair.pixels for pair in decoded]),
+            tuple(warning for pair in decoded for warning in pair.warnings),
         )
-        return EngineResult(edited_image, warnings)
+
+    def _decode_pair(self, pair: tuple[bytes, bytes]) -> DecodedPairs:
+        images = read_image_pair(*pair)
+        pixels = self.model.stack_pairs([images], self.model.get_pair_size(self.search))
+        return DecodedPairs(pixels, tuple(check_pair(*images)))
+
+    def _decode_image(self, data: bytes) -> Tensor:
+        return to_tensor(read_image(data), self.base.resolution)  # [3, resolution, resolution]
 
     async def _predict_lora(
-        self, pair_pixels: Tensor, strength: float, timeout_s: float, submit: SubmitFn
+        self, pairs: DecodedPairs, strength: float, worker: ModelWorker, timeout_s: float
     ) -> LoraWeights:
-        """Below 0 of the pairs turned round, as ``PairToLora`` does."""
-        ordered_pixels = pair_pixels if strength >= 0 else pair_pixels.flip(1)
-        weights: LoraWeights = await submit(
-            BatchSpec(("change", len(pair_pixels)), self._predict_batch, self.max_lora_batch),
-            ordered_pixels,
-            timeout_s,
+        """Predict one LoRA; a negative strength swaps before and after, as ``PairToLora`` does."""
+        pixels = pairs.pixels if strength >= 0 else pairs.pixels.flip(1)
+        spec = BatchSpec(
+            "edit-lora",
+            self._predict_batch,
+            key=len(pixels),
+            max_batch_size=self.max_lora_batch,
         )
-        return weights * abs(strength)
-
-    def _decode_pairs(
-        self, pairs: Sequence[tuple[bytes, bytes]], decoder_slots: threading.Semaphore
-    ) -> tuple[Tensor, tuple[str, ...]]:
-        pixels, warnings = [], []
-        for pair in pairs:
-            with decoder_slots:
-                images = read_image_pair(*pair)
-                pixels.append(self.model.stack_pairs([images], self._pair_size))
-                warnings += check_pair(*images)
-        return torch.cat(pixels), tuple(warnings)
-
-    def _decode_image(self, data: bytes, decoder_slots: threading.Semaphore) -> Tensor:
-        with decoder_slots:
-            return to_tensor(read_image(data), self.base.resolution)
+        return await worker.run_batched(spec, pixels, timeout_s) * abs(strength)
 
     @torch.no_grad()
     def _predict_batch(self, pairs: list[Tensor]) -> list[LoraWeights]:
-        if self.uses_search:
-            return [search_pair_lora(self.model, self.base, pair) for pair in pairs]
-        return list(self.model.forward(torch.stack(pairs)))  # type: ignore[call-overload]
+        """Predict one LoRA for each [pairs, 2, 3, size, size]."""
+        loras = self.model.generate(torch.stack(pairs), self.search)
+        return [loras[i] for i in range(len(pairs))]
 
-    def _edit_batch(
-        self,
-        num_inference_steps: int,
-        repaint: bool,
-        items: list[tuple[Tensor, LoraWeights | None, str, int]],
-    ) -> list[Image.Image]:
-        """Several people's edits in one denoising batch."""
-        images, item_loras, instructions, seeds = zip(*items, strict=True)
-        first_lora = next((lora for lora in item_loras if lora is not None), None)
-        loras = None
-        if first_lora is not None:
-            loras = pad_and_stack(
-                [lora if lora is not None else first_lora * 0.0 for lora in item_loras]
-            )
+    def _edit_batch(self, sampling: EditSampling, items: list[EditItem]) -> list[Image.Image]:
+        """Edit the images of several requests in one batch, each with its own LoRA."""
         return edit_images(
             self.base,
-            torch.stack(images),
-            loras,
-            seeds=seeds,
-            instructions=list(instructions),
-            num_inference_steps=num_inference_steps,
-            preserve_unedited=not repaint,
+            torch.stack([item.image for item in items]),
+            stack_optional_loras([item.lora for item in items]),
+            seeds=[item.seed for item in items],
+            instructions=[item.instruction for item in items],
+            num_inference_steps=sampling.num_inference_steps,
+            preserve_unedited=sampling.preserve_unedited,
         )
 
     def _serialize_lora(self, weights: LoraWeights, request: EditLoraRequest) -> bytes:
-        extra = {"hyperlora.consent": "given"} if request.consent else {}
-        metadata = make_edit_metadata(self.model, request.title, request.pairs, **extra)
-        return serialize_lora(
-            weights.apply(torch.Tensor.contiguous), format=request.format, metadata=metadata
-        )
+        extra = make_consent_metadata(request.consent)
+        metadata = self.model.make_metadata(request.title, request.pairs, **extra)
+        return serialize_result(Lora(weights, metadata), request.format)

@@ -1,6 +1,5 @@
-"""``make_engine_factory``: which models a server holds, loaded; the same call in one process and in every replica."""
+"""``make_engine_factory``: load the models of a server, in one process or in every replica."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hyperlora import pretrained
@@ -9,18 +8,26 @@ from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.pipelines.auto import load_image_to_lora
 from hyperlora.pipelines.pair_to_lora import PairToLora
+from hyperlora.service.engine.base import EngineFactory
+from hyperlora.service.engine.callbacks import BatchCallback
 from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.local import LocalEngine
 from hyperlora.service.settings import ServiceSettings
 
-BatchCallback = Callable[[str, int], None]
-
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """Folders or hub ids of the models of one server; ``extra_models`` are models from photos of other methods. Without
-    ``enable_edits`` before/after pairs are refused; without an ``evaluator`` (the folder of a reader) the likeness of
-    portraits is."""
+    """Folders or hub ids of the models of one server.
+
+    Attributes:
+        model: Model from photos that serves requests without a method.
+        base: Base of the models from photos.
+        pair_model: Model from before/after pairs.
+        edit_base: InstructPix2Pix base of the model from pairs.
+        enable_edits: Whether the server takes before/after pairs.
+        evaluator: Attribute classifier for identity similarity; None refuses such requests.
+        extra_models: Models from photos of other methods.
+    """
 
     model: str = str(pretrained.IMAGE_TO_LORA_DIR)
     base: str = str(pretrained.BASE_DIR)
@@ -31,30 +38,31 @@ class ModelPaths:
     extra_models: tuple[str, ...] = ()
 
 
-def make_engine_factory(
-    models: ModelPaths, settings: ServiceSettings
-) -> Callable[[BatchCallback], LocalEngine]:
-    """Load the models; what comes back starts an engine over them, and tells its argument of every batch.
+def make_engine_factory(paths: ModelPaths, settings: ServiceSettings) -> EngineFactory:
+    """Load the models of a server.
 
-    Raises ``HyperloraError`` for what cannot be loaded.
+    Args:
+        paths: Which models.
+        settings: Sizes of the queue and of batches, and the folder of LoRA files.
+
+    Returns:
+        A function that starts an engine over the models.
+
+    Raises:
+        HyperloraError: If a model cannot be loaded.
     """
     disable_malloc_trim()
-    base = load_diffusion_base(models.base)
-    photo_model, *extra_models = (
-        load_image_to_lora(name, base=base) for name in (models.model, *models.extra_models)
-    )
+    limits = settings.engine_limits
+    base = load_diffusion_base(paths.base)
+    model_names = (paths.model, *paths.extra_models)
+    photo_model, *extra_models = (load_image_to_lora(name, base=base) for name in model_names)
     edit_engine = None
-    if models.enable_edits:
-        edit_base = load_diffusion_base(models.edit_base)
-        edit_engine = EditEngine(
-            PairToLora.from_pretrained(models.pair_model, base=edit_base),
-            edit_base,
-            max_lora_batch=settings.max_lora_batch,
-            max_image_batch=settings.max_image_batch,
-        )
-
+    if paths.enable_edits:
+        edit_base = load_diffusion_base(paths.edit_base)
+        pair_model = PairToLora.from_pretrained(paths.pair_model, base=edit_base)
+        edit_engine = EditEngine(pair_model, edit_base, limits)
     identity_similarity = (
-        IdentitySimilarity.from_pretrained(models.evaluator) if models.evaluator else None
+        IdentitySimilarity.from_pretrained(paths.evaluator) if paths.evaluator else None
     )
 
     def make_engine(on_batch: BatchCallback) -> LocalEngine:
@@ -62,9 +70,7 @@ def make_engine_factory(
             photo_model,
             base,
             settings.lora_dir,
-            max_queue_size=settings.max_queue_size,
-            max_lora_batch=settings.max_lora_batch,
-            max_image_batch=settings.max_image_batch,
+            limits=limits,
             on_batch=on_batch,
             edit_engine=edit_engine,
             identity_similarity=identity_similarity,

@@ -1,13 +1,16 @@
-"""``RayEngine``: an ``Engine`` whose work is done by replicas in other processes, and done again where one dies.
+"""``RayEngine``: an ``Engine`` whose work replicas in other processes do.
 
-route ── RayEngine ── Serve handle ──▶ Replica (LocalEngine, its own micro-batching)  × replicas
+A request whose replica dies goes to another one.
+
+route ── RayEngine ── Serve handle ──▶ Replica (LocalEngine, its own batches)  × replicas
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 from PIL import Image
 from ray import serve
@@ -17,12 +20,15 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.metrics import Histogram
 
 from hyperlora.errors import HyperloraError
-from hyperlora.service.engine.base import ProgressFn
+from hyperlora.service.engine.base import Engine, EngineFactory, run_request
 from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
-from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.engine.callbacks import ProgressFn
 from hyperlora.service.engine.requests import (
+    AnyRequest,
+    AnyResult,
     EditImageRequest,
     EditLoraRequest,
+    EngineRequest,
     EngineResult,
     ImageRequest,
     LoraRequest,
@@ -30,60 +36,83 @@ from hyperlora.service.engine.requests import (
     SimilarityRequest,
 )
 
+ValueT = TypeVar("ValueT")
+
 MAX_ATTEMPTS: Final = 3
 """Replicas that may die over one request before it is refused: it may be what kills them."""
 USER_ERRORS: Final = (HyperloraError, QueueFullError, DeadlineExceededError)
+"""Errors whose message is for the caller."""
 _log = logging.getLogger("hyperlora.service")
 
 
-class Replica:
-    """A ``LocalEngine`` as Serve runs it. ``make_engine_factory`` loads the models and returns what starts the engine.
+@dataclass(frozen=True)
+class RequestOutcome:
+    """The end of a replica's stream: a result, or the error that refuses the request."""
 
-    Refusals are returned, not raised: Ray would log them, and what they quote is a caller's.
+    result: AnyResult | None = None
+    error: Exception | None = None
+
+
+class Replica:
+    """A ``LocalEngine`` as Ray Serve runs it.
+
+    Refusals are returned, not raised: Ray logs what is raised, and messages may quote callers.
+
+    Args:
+        load_engine: Loads the models and returns the function that starts the engine.
     """
 
-    def __init__(
-        self, make_engine_factory: Callable[[], Callable[[Callable[[str, int], None]], LocalEngine]]
-    ) -> None:
+    def __init__(self, load_engine: Callable[[], EngineFactory]) -> None:
         batch_sizes = Histogram(
             "hyperlora_batch_size",
-            "Requests done together",
+            "Requests in one batch",
             boundaries=[1, 2, 4, 8, 16, 32],
             tag_keys=("work",),
         )
-        self._engine: LocalEngine | HyperloraError
+        self._engine: Engine | HyperloraError
         try:
-            self._engine = make_engine_factory()(
-                lambda work, size: batch_sizes.observe(size, {"work": work})
+            self._engine = load_engine()(
+                lambda kind, size: batch_sizes.observe(size, {"work": kind})
             )
-        except (
-            HyperloraError
-        ) as error:  # told to whoever asks for facts: Serve would only try again and again
+        except HyperloraError as error:  # list_models reports it; Serve would restart for ever
             self._engine = error
 
     def check_health(self) -> None:
-        """For Serve, which replaces a replica that raises."""
-        if isinstance(self._engine, LocalEngine) and not self._engine.is_ready:
-            raise RuntimeError("the model's thread has stopped")
+        """Check the model thread; Serve replaces a replica that raises.
+
+        Raises:
+            RuntimeError: If the thread has stopped.
+        """
+        if not isinstance(self._engine, HyperloraError) and not self._engine.is_ready:
+            raise RuntimeError("the model thread has stopped")
 
     def list_models(self) -> list[ModelInfo] | HyperloraError:
-        """The models, or why they cannot be loaded."""
-        return self._engine.list_models() if isinstance(self._engine, LocalEngine) else self._engine
+        """List the models, or return why they cannot be loaded."""
+        if isinstance(self._engine, HyperloraError):
+            return self._engine
+        return self._engine.list_models()
 
-    async def run_request(self, method: str, request: Any, timeout_s: float) -> AsyncIterator[Any]:
-        """Progress as it is made (floats), at last a tuple: result and refusal, one of them None."""
-        if not isinstance(self._engine, LocalEngine):
-            yield None, self._engine
+    async def run_request(
+        self, request: AnyRequest, timeout_s: float
+    ) -> AsyncIterator[float | RequestOutcome]:
+        """Run a request of any class.
+
+        Args:
+            request: The request.
+            timeout_s: Seconds that each stage may wait in the queue.
+
+        Yields:
+            Fractions that are done, then the outcome.
+        """
+        if isinstance(self._engine, HyperloraError):
+            yield RequestOutcome(error=self._engine)
             return
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        progress_args = (
-            (lambda done: loop.call_soon_threadsafe(events.put_nowait, done),)
-            if method == "lora"
-            else ()
-        )
-        task = asyncio.ensure_future(
-            getattr(self._engine, method)(request, timeout_s, *progress_args)
-        )
+
+        def report_progress(progress: float) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, progress)
+
+        task = asyncio.ensure_future(run_request(self._engine, request, timeout_s, report_progress))
         task.add_done_callback(events.put_nowait)
         try:
             while (event := await events.get()) is not task:
@@ -93,38 +122,51 @@ class Replica:
             task.cancel()
 
 
-def _get_outcome(task: "asyncio.Future[Any]") -> tuple[Any, Exception | None]:
+def _get_outcome(task: "asyncio.Future[AnyResult]") -> RequestOutcome:
     try:
-        return task.result(), None
+        return RequestOutcome(result=task.result())
     except USER_ERRORS as error:
-        return None, error.with_traceback(None)
+        return RequestOutcome(error=error.with_traceback(None))
 
 
 class RayEngine:
-    """Asks the replicas behind ``handle``, which is of the deployment ``deployment_name`` in the application ``app_name``."""
+    """An ``Engine`` that sends requests to replicas.
+
+    Args:
+        handle: Serve's handle of the replicas.
+        app_name: Name of the Serve application.
+        deployment_name: Name of the deployment of the replicas.
+    """
 
     def __init__(self, handle: DeploymentHandle, app_name: str, deployment_name: str) -> None:
         self._handle, self._app_name, self._deployment_name = handle, app_name, deployment_name
-        self._stream = handle.options(method_name="do", stream=True)
+        self._stream = handle.options(method_name="run_request", stream=True)
         self._model_infos: list[ModelInfo] | None = None
         self._num_active = 0
 
     @property
     def is_ready(self) -> bool:
-        """Whether a replica runs. Asks Serve's controller, so not to be called on an event loop."""
+        """Whether a replica runs. It asks Serve's controller, so never call it on an event loop."""
         application = serve.status().applications.get(self._app_name)
         deployment = application.deployments.get(self._deployment_name) if application else None
-        return deployment is not None and deployment.replica_states.get("RUNNING", 0) > 0  # type: ignore[call-overload]
+        if deployment is None:
+            return False
+        num_running: int = deployment.replica_states.get("RUNNING", 0)  # type: ignore[call-overload]
+        return num_running > 0
 
     @property
     def queue_length(self) -> int:
+        """Number of requests that are not answered yet."""
         return self._num_active
 
     def list_models(self) -> list[ModelInfo]:
-        """Asked of a replica once, so not to be called on an event loop. Raises ``HyperloraError`` if they cannot be
-        loaded."""
+        """List the models of a replica; it blocks once, so never call it on an event loop.
+
+        Raises:
+            HyperloraError: If the models cannot be loaded.
+        """
         if self._model_infos is None:
-            model_infos = self._handle.facts.remote().result()
+            model_infos = self._handle.list_models.remote().result()
             if isinstance(model_infos, HyperloraError):
                 raise model_infos
             self._model_infos = model_infos
@@ -132,48 +174,57 @@ class RayEngine:
 
     async def create_lora(
         self, request: LoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult:
-        result: EngineResult = await self._run_with_retries("lora", request, timeout_s, on_progress)
-        return result
+    ) -> EngineResult[bytes]:
+        """Create a LoRA from photos; see ``Engine.create_lora``."""
+        return await self._run_with_retries(request, timeout_s, on_progress)
 
-    async def compute_similarity(self, request: SimilarityRequest, timeout_s: float) -> list[float]:
-        similarities: list[float] = await self._run_with_retries("likeness", request, timeout_s)
-        return similarities
+    async def create_edit_lora(
+        self, request: EditLoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
+    ) -> EngineResult[bytes]:
+        """Create the LoRA of an edit; see ``Engine.create_edit_lora``."""
+        return await self._run_with_retries(request, timeout_s, on_progress)
 
-    async def generate_image(self, request: ImageRequest, timeout_s: float) -> Image.Image:
-        image: Image.Image = await self._run_with_retries("picture", request, timeout_s)
-        return image
+    async def generate_image(
+        self, request: ImageRequest, timeout_s: float, on_progress: ProgressFn | None = None
+    ) -> EngineResult[Image.Image]:
+        """Generate an image of a prompt; see ``Engine.generate_image``."""
+        return await self._run_with_retries(request, timeout_s, on_progress)
 
-    async def create_edit_lora(self, request: EditLoraRequest, timeout_s: float) -> EngineResult:
-        result: EngineResult = await self._run_with_retries("change", request, timeout_s)
-        return result
+    async def edit_image(
+        self, request: EditImageRequest, timeout_s: float, on_progress: ProgressFn | None = None
+    ) -> EngineResult[Image.Image]:
+        """Edit an image; see ``Engine.edit_image``."""
+        return await self._run_with_retries(request, timeout_s, on_progress)
 
-    async def edit_image(self, request: EditImageRequest, timeout_s: float) -> EngineResult:
-        result: EngineResult = await self._run_with_retries("edited", request, timeout_s)
-        return result
+    async def compute_similarity(
+        self, request: SimilarityRequest, timeout_s: float, on_progress: ProgressFn | None = None
+    ) -> EngineResult[list[float]]:
+        """Compute identity similarities; see ``Engine.compute_similarity``."""
+        return await self._run_with_retries(request, timeout_s, on_progress)
 
     def close(self, timeout_s: float) -> None:
-        """The replicas are Serve's to stop."""
+        """Do nothing: Serve stops the replicas."""
 
     async def _run_with_retries(
-        self, method: str, request: Any, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> Any:
-        """What a replica answers. An order is a pure function of its content, so another replica may do it again."""
+        self, request: EngineRequest[ValueT], timeout_s: float, on_progress: ProgressFn | None
+    ) -> EngineResult[ValueT]:
+        """Run a request, again if its replica dies: it is a pure function of its content."""
         deadline = time.monotonic() + timeout_s
         self._num_active += 1
         try:
             for attempt in range(MAX_ATTEMPTS):
                 try:
-                    return await self._stream_result(
-                        method, request, deadline - time.monotonic(), on_progress
-                    )
+                    remaining_s = deadline - time.monotonic()
+                    return await self._stream_result(request, remaining_s, on_progress)
                 except RayTaskError:
                     raise  # a mistake in the replica, which lives
                 except RayError as error:
-                    _log.warning("a replica died over a %s: %s", method, type(error).__name__)
+                    kind, reason = type(request).__name__, type(error).__name__
+                    _log.warning("a replica died over a %s: %s", kind, reason)
                     await asyncio.sleep(0.1 * 4**attempt)
             raise QueueFullError(
-                f"{MAX_ATTEMPTS} replicas died over this request: ask again in a moment, or for less"
+                f"{MAX_ATTEMPTS} replicas died over this request: "
+                "ask again in a moment, or for less"
             )
         except BackPressureError as error:
             raise QueueFullError("as many requests wait as may: ask again in a moment") from error
@@ -181,18 +232,20 @@ class RayEngine:
             self._num_active -= 1
 
     async def _stream_result(
-        self, method: str, request: Any, timeout_s: float, on_progress: ProgressFn | None
-    ) -> Any:
-        responses = self._stream.remote(method, request, timeout_s)
+        self, request: EngineRequest[ValueT], timeout_s: float, on_progress: ProgressFn | None
+    ) -> EngineResult[ValueT]:
+        responses = self._stream.remote(request, timeout_s)
         assert isinstance(responses, DeploymentResponseGenerator)
         try:
             async for event in responses:
-                if not isinstance(event, float):
-                    result, error = event
-                    if error is not None:
-                        raise error
-                    return result
-                if on_progress is not None:
-                    on_progress(event)
+                if isinstance(event, float):
+                    if on_progress is not None:
+                        on_progress(event)
+                    continue
+                result: EngineResult[ValueT] | None = event.result
+                if result is None:
+                    raise event.error
+                return result
+            raise RuntimeError("the replica ended its stream without an outcome")
         finally:
             responses.cancel()

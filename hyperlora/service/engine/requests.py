@@ -1,17 +1,65 @@
-"""``ModelInfo``: what the server tells of each of its models."""
+"""What routes ask of an engine, what they get back, and what an engine says of its models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar
 
-from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.pipelines.generate import GenerationConfig, LoraFormat
-from hyperlora.pipelines.pretrained_model import PretrainedModel
+from PIL import Image
+
+from hyperlora.diffusion.multi_lora import Strategy
+from hyperlora.lora.io.keys import LoraFormat
+from hyperlora.pipelines.config import GenerationConfig
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
-class EditLoraRequest:
-    """Pairs that show one edit (file bytes: before, after), and how the LoRA of it is made and written."""
+class EngineResult(Generic[ValueT]):
+    """The result of one request.
+
+    Attributes:
+        value: A file as bytes, an image, or scores.
+        warnings: What may be wrong with the input, one sentence each.
+    """
+
+    value: ValueT
+    warnings: tuple[str, ...] = ()
+
+
+class EngineRequest(Generic[ValueT]):
+    """A request to an engine; the type parameter is the type of its result."""
+
+
+@dataclass(frozen=True)
+class LoraRequest(EngineRequest[bytes]):
+    """A LoRA file from photos of one subject.
+
+    Attributes:
+        photos: PNG, JPEG or WEBP files.
+        config: How the LoRA is generated and written.
+        title: Title in the metadata of the file.
+        consent: Whether the metadata records that the subject agrees.
+        method: Method of the model; None for the first model of the server.
+    """
+
+    photos: Sequence[bytes]
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    title: str = "LoRA"
+    consent: bool = False
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class EditLoraRequest(EngineRequest[bytes]):
+    """A LoRA file of the edit that before/after pairs show.
+
+    Attributes:
+        pairs: Image files before and after the edit.
+        strength: Factor of the LoRA; below 0 it undoes the edit.
+        format: Key names of the file.
+        title: Title in the metadata of the file.
+        consent: Whether the metadata records that the subject agrees.
+    """
 
     pairs: Sequence[tuple[bytes, bytes]]
     strength: float = 1.0
@@ -21,8 +69,63 @@ class EditLoraRequest:
 
 
 @dataclass(frozen=True)
-class EditImageRequest:
-    """A picture to edit, by the change that ``pairs`` show or by a LoRA file (bytes)."""
+class ImageSampling:
+    """Settings of the sampler that all images of one batch share.
+
+    Attributes:
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance scale.
+        negative_prompt: Prompt of the unconditional branch.
+        width: Pixels; None for the base's resolution.
+        height: Pixels; None for the base's resolution.
+    """
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageRequest(EngineRequest[Image.Image]):
+    """An image of a prompt, with any number of LoRAs.
+
+    Attributes:
+        prompt: May hold ``<lora:NAME:WEIGHT>`` for files in the server's folder.
+        loras: LoRA files with their weights.
+        strategy: How several LoRAs are combined.
+        gamma: Scale of AutoLoRA guidance; None for none.
+        regions: Left, top, right and bottom of each LoRA's box, as fractions of the image.
+        windowed: Whether each box is denoised as an image of its own.
+        seed: Seed of the starting noise.
+        sampling: Settings of the sampler.
+    """
+
+    prompt: str
+    loras: Sequence[tuple[bytes, float]] = ()
+    strategy: Strategy = "merge"
+    gamma: float | None = None
+    regions: Sequence[tuple[float, float, float, float]] | None = None
+    windowed: bool = False
+    seed: int = 0
+    sampling: ImageSampling = field(default_factory=ImageSampling)
+
+
+@dataclass(frozen=True)
+class EditImageRequest(EngineRequest[Image.Image]):
+    """An image, edited as pairs show, by a LoRA file, or by an instruction.
+
+    Attributes:
+        image: The image file to edit.
+        pairs: Image files before and after the edit.
+        lora: A LoRA file instead of pairs.
+        strength: Factor of the LoRA; of pairs, below 0 undoes the edit.
+        instruction: Edit prompt, besides the LoRA or instead of one.
+        seed: Seed of the starting noise.
+        num_inference_steps: Denoising steps; None for the model's own.
+        preserve_unedited: Whether pixels outside the edit stay as they are.
+    """
 
     image: bytes
     pairs: Sequence[tuple[bytes, bytes]] = ()
@@ -31,30 +134,47 @@ class EditImageRequest:
     instruction: str = ""
     seed: int = 0
     num_inference_steps: int | None = None
-    """The model's own if not given."""
-    repaint: bool = False
-    """What the change leaves alone too."""
+    preserve_unedited: bool = True
 
 
 @dataclass(frozen=True)
-class EngineResult:
-    """What was made (file bytes, or a picture), and what may be wrong with it, a sentence each."""
+class SimilarityRequest(EngineRequest[list[float]]):
+    """The identity similarity of images to photos of one subject.
 
-    value: Any
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class SimilarityRequest:
-    """Photos of one person and pictures to compare with them (file bytes), at least one of each."""
+    Attributes:
+        photos: Image files of the subject, at least one.
+        images: Image files to compare, at least one.
+    """
 
     photos: Sequence[bytes]
     images: Sequence[bytes]
 
 
+AnyRequest = LoraRequest | EditLoraRequest | ImageRequest | EditImageRequest | SimilarityRequest
+"""A request of any class."""
+AnyResult = EngineResult[bytes] | EngineResult[Image.Image] | EngineResult[list[float]]
+"""The result of a request of any class."""
+
+
 @dataclass(frozen=True)
 class ModelInfo:
-    """One model that the engine holds."""
+    """One model that the engine holds.
+
+    Attributes:
+        id: Name of the model in requests.
+        kind: Kind of the model: image-to-lora, difflora or pair-to-lora.
+        base: Id of the base its LoRAs are for.
+        rank: Rank of its LoRAs.
+        num_targets: Number of modules that its LoRAs adapt.
+        fingerprint: Digest of the layout of its LoRAs.
+        trigger_phrase: Phrase for the subject in a prompt; may be empty.
+        license: License of the model.
+        resolution: Pixels per side of images of the base.
+        lora_format: What A1111, Forge and ComfyUI read for this base: kohya keys for UNets,
+            diffusers keys for transformers.
+        supports_identity_similarity: Whether /v1/identity-similarity compares its images.
+        domain: Photos the model is trained on, e.g. avatars; empty if it does not know.
+    """
 
     id: str
     kind: str
@@ -66,59 +186,5 @@ class ModelInfo:
     license: str
     resolution: int
     lora_format: str
-    """What A1111, Forge and ComfyUI read for this base: kohya for UNets, diffusers for transformers."""
     supports_identity_similarity: bool = False
-    """Whether /v1/likeness knows how to compare what it draws."""
-
-
-def describe_model(
-    kind: str,
-    model: PretrainedModel,
-    base: DiffusionBase,
-    supports_identity_similarity: bool = False,
-) -> ModelInfo:
-    """Of a model and its base."""
-    layout, card = model.layout, model.card
-    return ModelInfo(
-        kind,
-        kind,
-        layout.base,
-        layout.rank,
-        len(layout.targets),
-        layout.fingerprint,
-        str(card.get("trigger_phrase", "")),
-        str(card.get("license", "")),
-        base.resolution,
-        "kohya" if "unet" in layout.components else "diffusers",
-        supports_identity_similarity,
-    )
-
-
-@dataclass(frozen=True)
-class LoraRequest:
-    """Photos of one subject (file bytes), and how their LoRA is made and written."""
-
-    photos: Sequence[bytes]
-    config: GenerationConfig = field(default_factory=GenerationConfig)
-    title: str = "LoRA"
-    consent: bool = False
-    method: str | None = None
-    """Of the model that makes it; None for the server's first."""
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """A prompt (may hold ``<lora:...>``), LoRA files (bytes) with their weights, and how to draw."""
-
-    prompt: str
-    loras: Sequence[tuple[bytes, float]] = ()
-    strategy: str = "merge"
-    gamma: float | None = None
-    regions: Sequence[tuple[float, float, float, float]] | None = None
-    windowed: bool = False
-    negative_prompt: str = ""
-    seed: int = 0
-    num_inference_steps: int = 20
-    guidance_scale: float = 3.0
-    width: int | None = None
-    height: int | None = None
+    domain: str = ""

@@ -1,41 +1,58 @@
-"""How much drawn portraits show the person of given photos, by the thread that owns the models."""
+"""Identity similarity of images to photos, by the thread that owns the models."""
 
-import asyncio
-import threading
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
-from hyperlora.service.engine.base import SubmitFn
 from hyperlora.service.engine.batcher import BatchSpec
-from hyperlora.service.engine.requests import SimilarityRequest
+from hyperlora.service.engine.requests import EngineResult, SimilarityRequest
+from hyperlora.service.engine.worker import ModelWorker
+
+
+@dataclass(frozen=True)
+class SimilarityItem:
+    """Pixels to compare: ``photos`` and ``images``, each [n, 3, size, size] in [0, 1]."""
+
+    photos: Tensor
+    images: Tensor
 
 
 async def compute_similarity(
     identity_similarity: IdentitySimilarity,
     request: SimilarityRequest,
+    worker: ModelWorker,
     timeout_s: float,
-    submit: SubmitFn,
-    decoder_slots: threading.Semaphore,
-) -> list[float]:
-    """The likeness of each picture."""
+) -> EngineResult[list[float]]:
+    """Compute the identity similarity of images to photos of one subject.
 
-    def decode_images(files: Sequence[bytes]) -> Tensor:
-        tensors = []
-        for file in files:
-            with decoder_slots:
-                tensors.append(to_tensor(read_image(file), identity_similarity.image_size))
-        return torch.stack(tensors)
+    Args:
+        identity_similarity: The evaluator.
+        request: Photos and images.
+        worker: Runs the evaluator and the decoders.
+        timeout_s: Seconds that the request may wait in the queue.
 
-    def compute_batch(items: list[tuple[Tensor, Tensor]]) -> list[list[float]]:
-        return [identity_similarity(*item).tolist() for item in items]
-
-    photos = await asyncio.to_thread(decode_images, request.photos)
-    images = await asyncio.to_thread(decode_images, request.images)
-    similarities: list[float] = await submit(
-        BatchSpec(("likeness",), compute_batch, 8), (photos, images), timeout_s
+    Returns:
+        One score per image: 0 for anyone, 1 for another photo of the subject.
+    """
+    decode = partial(_decode_image, identity_similarity.image_size)
+    photos = torch.stack(await worker.decode_all(decode, request.photos))
+    images = torch.stack(await worker.decode_all(decode, request.images))
+    spec = BatchSpec(
+        "identity-similarity", partial(_compute_batch, identity_similarity), max_batch_size=8
     )
-    return similarities
+    item = SimilarityItem(photos, images)
+    return EngineResult(await worker.run_batched(spec, item, timeout_s))
+
+
+def _decode_image(size: int, data: bytes) -> Tensor:
+    return to_tensor(read_image(data), size)  # [3, size, size]
+
+
+def _compute_batch(
+    identity_similarity: IdentitySimilarity, items: list[SimilarityItem]
+) -> list[list[float]]:
+    return [identity_similarity(item.photos, item.images).tolist() for item in items]

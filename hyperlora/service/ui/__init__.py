@@ -1,16 +1,17 @@
 """The page at ``/``: Gradio on the same server, a client of the API like any other.
 
-visitor ── Door (key, or this machine only) ──▶ Gradio ── asking ──▶ /v1 of the same app, in process
+visitor ── UiAuthMiddleware (key, or this machine only) ──▶ Gradio ── Api ──▶ /v1 of the same app
 """
 
 import os
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import gradio as gr
 from fastapi import FastAPI
 from starlette.routing import Match, Mount
+from starlette.types import Scope
 
 from hyperlora.service.errors import install_handlers
 from hyperlora.service.security import ApiKeyAuth
@@ -23,7 +24,7 @@ from hyperlora.service.ui.pair_tab import build_pair_tab
 from hyperlora.service.ui.photo_tab import build_photo_tab
 from hyperlora.service.ui.text import HEADER
 
-__all__ = ["add_page"]
+__all__ = ["add_ui"]
 _FONT: Final = (
     "ui-sans-serif",
     "system-ui",
@@ -36,21 +37,27 @@ _FONT: Final = (
 _MONO: Final = ("ui-monospace", "SF Mono", "Consolas", "Liberation Mono", "monospace")
 _UPLOAD_TEXTS: Final = {
     "drop_gallery": "Drop photos here",
-    "drop_image": "Drop a picture",
+    "drop_image": "Drop an image",
     "drop_file": "Drop files here",
     "click_to_upload": "choose from this device",
 }
 _RETENTION_S: Final = 3600
-"""What visitors drop and make lies in a folder of the server's own for so long, and is gone when the server stops."""
+"""Seconds that uploads and results of visitors lie in the server's folder."""
+_DELETE_INTERVAL_S: Final = 600
+"""Seconds between two deletions of what is out of date."""
 
 
 def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
-    """Mount the page on ``app``, whose API stays as it is. Nothing of it asks another server for anything."""
-    _prepare_upload_dir(settings.state_dir / "page")
-    blocks = _build_blocks(Api(app))
+    """Mount the page on an app, whose API stays as it is; nothing of it asks another server.
+
+    Args:
+        app: The app that ``create_app`` made.
+        settings: What the operator decides.
+    """
+    _prepare_upload_dir(settings.state_dir / "ui")
     gr.mount_gradio_app(
         app,
-        blocks,
+        _build_blocks(Api(app)),
         path="/",
         footer_links=[],
         run_history=False,
@@ -64,18 +71,19 @@ def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
         i18n=gr.I18n(en={f"upload_text.{key}": text for key, text in _UPLOAD_TEXTS.items()}),
         css_paths=Path(__file__).with_name("style.css"),
     )
-    mount: Any = app.router.routes.pop()
+    mount = app.router.routes.pop()
+    assert isinstance(mount, Mount)
+    assert isinstance(mount.app, FastAPI)
     install_handlers(mount.app)
-    app.router.routes.append(
-        _NonApiMount(
-            "/", UiAuthMiddleware(mount.app, ApiKeyAuth(settings.key_digests, settings.rate_limit))
-        )
-    )
+    auth = ApiKeyAuth(settings.key_digests, settings.rate_limit)
+    app.router.routes.append(_NonApiMount("/", UiAuthMiddleware(mount.app, auth)))
 
 
 def _prepare_upload_dir(folder: Path) -> None:
-    """Gradio's files go to ``folder``, which others on this machine cannot read, unless the operator has named another;
-    what a killed server left there is deleted."""
+    """Let Gradio keep its files in a folder that other users of this machine cannot read.
+
+    An operator may have named another one. Files that a killed server left there are deleted.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ.setdefault("GRADIO_TEMP_DIR", str(folder))
     for path in folder.rglob("*"):
@@ -84,15 +92,18 @@ def _prepare_upload_dir(folder: Path) -> None:
 
 
 class _NonApiMount(Mount):
-    """Every path but the API's, which keeps its own answers to what it does not know."""
+    """Every path but the API's, which answers unknown paths itself."""
 
-    def matches(self, scope: Any) -> Any:
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match every path outside /v1/."""
         return (Match.NONE, {}) if scope["path"].startswith("/v1/") else super().matches(scope)
 
 
 def _build_blocks(api: Api) -> gr.Blocks:
     with gr.Blocks(
-        title="hyperlora", analytics_enabled=False, delete_cache=(600, _RETENTION_S)
+        title="hyperlora",
+        analytics_enabled=False,
+        delete_cache=(_DELETE_INTERVAL_S, _RETENTION_S),
     ) as blocks:
         gr.HTML(HEADER)
         tray = make_tray_state(_RETENTION_S)

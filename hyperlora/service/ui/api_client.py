@@ -1,10 +1,9 @@
-"""The page's way to the API: as the visitor, in process, with the API's own sentences as errors and notices."""
+"""The page's client of the API: in process, with the key of the visitor."""
 
 import html
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import httpx
@@ -12,57 +11,101 @@ from fastapi import FastAPI
 
 from hyperlora.client import AsyncClient
 from hyperlora.errors import HyperloraError
+from hyperlora.service.engine.requests import ModelInfo
 from hyperlora.service.ui.auth import decode_key_cookie
+
+Upload = str | tuple[str, str | None]
+"""An uploaded file of Gradio: its path, in a gallery with a caption."""
 
 
 class RecordingClient(AsyncClient):
-    """A client that remembers the ``warnings`` of the answers it got."""
+    """A client that remembers the warnings of the API's answers.
+
+    Args:
+        app: The app whose API it calls.
+        key: API key of the visitor; None for none.
+        host: Address of the visitor.
+    """
 
     def __init__(self, app: FastAPI, key: str | None, host: str) -> None:
         self.warnings: list[str] = []
-
-        async def record_warning(response: httpx.Response) -> None:
-            if warning := response.headers.get("Hyperlora-Notice"):
-                self.warnings.append(warning)
-
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(host, 0))
-        super().__init__(
-            "http://127.0.0.1", key, transport=transport, event_hooks={"response": [record_warning]}
-        )
+        hooks = {"response": [self._record_warning]}
+        super().__init__("http://127.0.0.1", key, transport=transport, event_hooks=hooks)
+
+    async def _record_warning(self, response: httpx.Response) -> None:
+        if warning := response.headers.get("Hyperlora-Warning"):
+            self.warnings.append(warning)
+
+    @property
+    def unique_warnings(self) -> list[str]:
+        """The warnings in order, each once."""
+        return list(dict.fromkeys(self.warnings))
+
+    async def load_model_infos(self) -> list[ModelInfo]:
+        """Load what the API says of its models, the default one first."""
+        return [ModelInfo(**fields) for fields in await self.list_models()]
+
+    async def load_model_info(self, kind: str) -> ModelInfo:
+        """Load what the API says of its model of one kind, e.g. ``pair-to-lora``."""
+        return next(info for info in await self.load_model_infos() if info.kind == kind)
 
 
 class Api:
-    """The API of ``app`` for one visitor at a time."""
+    """The API of an app, for one visitor at a time.
+
+    Args:
+        app: The app.
+    """
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app
 
     @asynccontextmanager
     async def open_client(self, visitor: gr.Request) -> AsyncIterator[RecordingClient]:
-        """Calls with the visitor's key and from the visitor's address. What the API refuses is shown as it says it."""
+        """Open a client with the key and the address of a visitor.
+
+        Args:
+            visitor: The visitor's request.
+
+        Yields:
+            The client.
+
+        Raises:
+            gr.Error: If the API refuses a request, with its own sentence.
+        """
+        key = decode_key_cookie(dict(visitor.cookies))
         try:
-            async with RecordingClient(
-                self.app, decode_key_cookie(dict(visitor.cookies)), visitor.client.host
-            ) as client:
+            async with RecordingClient(self.app, key, visitor.client.host) as client:
                 yield client
         except HyperloraError as error:
             raise make_ui_error(str(error)) from error
 
 
 def make_ui_error(detail: str) -> gr.Error:
-    """One sentence for the visitor, and nothing in the log."""
+    """Make an error that shows one sentence to the visitor and logs nothing."""
     message = html.escape(f"{detail[:1].upper()}{detail[1:]}", quote=False)
     return gr.Error(message, title="That did not work", print_exception=False)
 
 
-def read_uploads(paths: Any) -> list[bytes]:
-    """The uploads of a gallery, which come as (path, caption), or of a list of files."""
+def read_uploads(uploads: Sequence[Upload] | None) -> list[bytes]:
+    """Read the uploads of a gallery or of a list of files.
+
+    Args:
+        uploads: Uploaded files; None for none.
+
+    Returns:
+        The content of each file.
+
+    Raises:
+        gr.Error: If a file is no longer on the server.
+    """
     try:
         return [
-            Path(item[0] if isinstance(item, tuple | list) else item).read_bytes()
-            for item in paths or []
+            Path(upload if isinstance(upload, str) else upload[0]).read_bytes()
+            for upload in uploads or []
         ]
     except FileNotFoundError as error:
         raise make_ui_error(
-            "what was dropped here is no longer kept on the server: drop it again"
+            "what was dropped here is no longer on the server: drop it again"
         ) from error

@@ -1,4 +1,7 @@
-"""``UiAuthMiddleware``: who may see the page. With API keys it asks for one; without, only this machine may come in."""
+"""``UiAuthMiddleware``: who may see the page.
+
+A server with API keys asks for one; a server without any shows the page to this machine only.
+"""
 
 import html
 from base64 import urlsafe_b64decode, urlsafe_b64encode
@@ -17,15 +20,18 @@ from hyperlora.service.security import ApiKeyAuth, check_local
 from hyperlora.service.ui.text import SIGN_IN
 
 COOKIE_NAME: Final = "hyperlora_key"
+_MAX_SIGN_IN_BYTES: Final = 10_000
 _SECURITY_HEADERS: Final = {
-    "Content-Security-Policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
+    ),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
 
 def decode_key_cookie(cookies: Mapping[str, str]) -> str | None:
-    """The API key that a visitor gave."""
+    """Decode the API key of a visitor; None if there is none."""
     try:
         return urlsafe_b64decode(cookies.get(COOKIE_NAME, "")).decode() or None
     except ValueError:
@@ -33,22 +39,31 @@ def decode_key_cookie(cookies: Mapping[str, str]) -> str | None:
 
 
 class UiAuthMiddleware:
-    """ASGI middleware around the page, also around its uploads. The key stays in a cookie that scripts cannot read and
-    other sites cannot send; the page hands it on to the API, which checks it again."""
+    """ASGI middleware around the page and its uploads.
+
+    The key stays in a cookie that scripts cannot read and other sites cannot send. The page
+    sends it to the API, which checks it again.
+
+    Args:
+        app: The page.
+        auth: API keys and rates.
+    """
 
     def __init__(self, app: ASGIApp, auth: ApiKeyAuth) -> None:
         self.app, self.auth = app, auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "http"
-            and (response := await self._check_access(scope, receive)) is not None
-        ):
+        """Run the page, or answer with the sign-in form or a problem."""
+        response = None
+        if scope["type"] == "http":
+            response = await self._check_access(scope, receive)
+        if response is not None:
             await response(scope, receive, send)
         elif scope["type"] != "websocket":
             await self.app(scope, receive, _add_security_headers(send))
 
     async def _check_access(self, scope: Scope, receive: Receive) -> Response | None:
+        """Return the answer to a visitor who may not see the page, None for others."""
         headers = Headers(scope=scope)
         host = scope["client"][0] if scope.get("client") else "unknown"
         try:
@@ -69,17 +84,15 @@ class UiAuthMiddleware:
         return None
 
     async def _sign_in(self, request: Request, host: str) -> Response:
-        if int(request.headers.get("content-length", "0") or 0) > 10_000:
+        """Set the cookie of a visitor who sends a valid key; else show the form again."""
+        if int(request.headers.get("content-length", "0") or 0) > _MAX_SIGN_IN_BYTES:
             raise HTTPException(413, "an API key is shorter than that")
         key = str((await request.form()).get("key", "")).strip()
         try:
             self.auth.authenticate(key, host)
         except HTTPException as error:
-            message = (
-                "this is no API key of this server"
-                if error.status_code == 401
-                else str(error.detail)
-            )
+            is_unknown_key = error.status_code == 401
+            message = "this is no API key of this server" if is_unknown_key else str(error.detail)
             return _render_sign_in(message, error.status_code)
         response = RedirectResponse("/", 303, _SECURITY_HEADERS)
         value = urlsafe_b64encode(key.encode()).decode()

@@ -1,13 +1,15 @@
-"""Pictures, notices and downloads as the page shows them."""
+"""Images, warnings and downloads as the page shows them."""
 
 import html
 import io
 import re
 from base64 import b64encode
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Final, Literal, TypedDict
 
 import gradio as gr
+from gradio.blocks import Block
+from gradio.data_classes import ImageData
 from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image, ImageOps
 
@@ -15,54 +17,131 @@ from hyperlora.data.images import read_image
 from hyperlora.service.ui.text import format_score, get_similarity_label
 
 UploadSource = Literal["upload", "webcam", "clipboard"]
+Updates = dict[Block, object]
+"""New values of components, as an event handler yields them."""
+_MAX_NAME_LENGTH: Final = 60
 
 
-def make_image_input(label: str, sources: list[UploadSource], **options: Any) -> gr.Image:
-    """A place for a picture; what it gives is the path of the bytes as they came: the API decides what a picture is."""
-    image_input = gr.Image(label=label, sources=sources, buttons=[], **options)
-    image_input.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+class EventOptions(TypedDict):
+    """Options of all events of the page."""
+
+    show_progress: Literal["hidden"]
+    api_visibility: Literal["private"]
+
+
+EVENT_OPTIONS: Final[EventOptions] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def make_image_input(
+    label: str,
+    sources: list[UploadSource],
+    *,
+    height: int,
+    min_width: int = 160,
+    elem_id: str | None = None,
+) -> gr.Image:
+    """Make an input for one image; its value is the path of the uploaded bytes.
+
+    Args:
+        label: What the visitor reads.
+        sources: Where an image may come from.
+        height: Pixels.
+        min_width: Pixels.
+        elem_id: Id of the HTML element.
+
+    Returns:
+        The component.
+    """
+    image_input = gr.Image(
+        label=label,
+        sources=sources,
+        buttons=[],
+        height=height,
+        min_width=min_width,
+        elem_id=elem_id,
+    )
+    # Gradio would decode the image itself; the API decides what an image is
+    image_input.preprocess = _get_upload_path  # type: ignore[method-assign]
     return image_input
+
+
+def _get_upload_path(payload: ImageData | None) -> str | None:
+    return payload.path if payload is not None else None
 
 
 def render_section(
     title: str, badge: str, images: Sequence[Image.Image | None], captions: Sequence[str] = ()
 ) -> str:
-    """A titled row of pictures; None is one that is not there yet."""
+    """Render a titled row of images.
+
+    Args:
+        title: Title of the row.
+        badge: HTML beside the title; may be empty.
+        images: The images; None for one that is not there yet.
+        captions: One per image, or none at all.
+
+    Returns:
+        HTML.
+    """
     captions = captions or [""] * len(images)
-    cells = "".join(_render_figure(p, c) for p, c in zip(images, captions, strict=True))
-    return f'<section class="row"><h3>{html.escape(title)}{badge}</h3><div class="cells">{cells}</div></section>'
+    cells = "".join(map(_render_figure, images, captions))
+    heading = f"<h3>{html.escape(title)}{badge}</h3>"
+    return f'<section class="row">{heading}<div class="cells">{cells}</div></section>'
 
 
 def render_similarity(similarities: Sequence[float], with_label: bool = True) -> str:
-    """The mean likeness of a row, beside its title."""
+    """Render the mean identity similarity of a row of images.
+
+    Args:
+        similarities: One score per image.
+        with_label: Whether the score is also said in plain words.
+
+    Returns:
+        HTML.
+    """
     mean = sum(similarities) / len(similarities)
-    text = f"likeness {format_score(mean)}" + (
-        f" – {get_similarity_label(mean)}" if with_label else ""
-    )
-    return f'<span class="chip" data-likeness="{mean:.4f}">{text}</span>'
+    label = f" – {get_similarity_label(mean)}" if with_label else ""
+    text = f"similarity {format_score(mean)}{label}"
+    return f'<span class="chip" data-similarity="{mean:.4f}">{text}</span>'
 
 
 def render_warnings(warnings: Sequence[str]) -> str:
-    """What may be wrong with the input, in a box; nothing if nothing is."""
-    text = " ".join(f"{s[:1].upper()}{s[1:]}." for s in warnings)
-    return (
-        f'<div class="notice" role="alert">{html.escape(text, quote=False)}</div>' if text else ""
-    )
+    """Render warnings in a box; empty without any."""
+    if not warnings:
+        return ""
+    text = " ".join(f"{warning[:1].upper()}{warning[1:]}." for warning in warnings)
+    return f'<div class="notice" role="alert">{html.escape(text, quote=False)}</div>'
 
 
 def render_status(text: str, progress: float | None = None) -> str:
-    """What is being done, with a bar up to ``progress`` (of 1) while it lasts."""
+    """Render what the server does.
+
+    Args:
+        text: What it does.
+        progress: Fraction that is done, for a bar; None for no bar.
+
+    Returns:
+        HTML.
+    """
     bar = "" if progress is None else f'<progress max="1" value="{progress:.3f}"></progress>'
     return f'<div class="status" role="status"><span>{html.escape(text)}</span>{bar}</div>'
 
 
 def make_thumbnail(data: bytes, size: int = 256) -> Image.Image:
-    """The centre square of a picture file."""
+    """Make a thumbnail of an image file.
+
+    Args:
+        data: A PNG, JPEG or WEBP file.
+        size: Pixels per side.
+
+    Returns:
+        The center square.
+    """
     return ImageOps.fit(read_image(data), (size, size))
 
 
 def make_code_block() -> gr.Code:
-    """A program to copy."""
+    """Make a block for a program to copy."""
     return gr.Code(
         language="python",
         label="In diffusers",
@@ -73,25 +152,36 @@ def make_code_block() -> gr.Code:
     )
 
 
-def update_download(button: gr.DownloadButton, data: bytes, name: str, kohya: bool = False) -> Any:
-    """The button with the file behind it."""
-    download_name = f"{make_file_name(name)}{'-kohya' if kohya else ''}.safetensors"
-    path = save_bytes_to_cache(data, download_name, button.GRADIO_CACHE)
+def update_download(
+    button: gr.DownloadButton, data: bytes, name: str, kohya: bool = False
+) -> gr.DownloadButton:
+    """Put a LoRA file behind a button.
+
+    Args:
+        button: The button.
+        data: The ``.safetensors`` file.
+        name: What the visitor calls the LoRA.
+        kohya: Whether the file has kohya's keys; its name then ends in ``-kohya``.
+
+    Returns:
+        The update of the button.
+    """
+    file_name = f"{make_file_name(name)}{'-kohya' if kohya else ''}.safetensors"
+    path = save_bytes_to_cache(data, file_name, button.GRADIO_CACHE)
     return gr.DownloadButton(value=path, interactive=True)
 
 
 def make_file_name(name: str) -> str:
-    """What every file system takes."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:60] or "lora"
+    """Turn any text into a file name (without suffix) that every file system takes."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:_MAX_NAME_LENGTH] or "lora"
 
 
 def _render_figure(image: Image.Image | None, caption: str) -> str:
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    figcaption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     if image is None:
-        return f'<figure><div class="waiting"></div>{below}</figure>'
+        return f'<figure><div class="waiting"></div>{figcaption}</figure>'
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     source = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
-    return (
-        f'<figure><img src="{source}" alt="{html.escape(caption) or "portrait"}">{below}</figure>'
-    )
+    alt = html.escape(caption) or "portrait"
+    return f'<figure><img src="{source}" alt="{alt}">{figcaption}</figure>'

@@ -1,14 +1,16 @@
-"""From a pair: the LoRA of an edit, and the same edit on other pictures."""
+"""From a pair: the LoRA of an edit, and the same edit on other images."""
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 from PIL import Image
 
 from hyperlora.errors import InvalidImageError
-from hyperlora.service.ui.api_client import Api, make_ui_error, read_uploads
+from hyperlora.service.ui.api_client import Api, Upload, make_ui_error, read_uploads
 from hyperlora.service.ui.components import (
+    EVENT_OPTIONS,
+    Updates,
     make_code_block,
     make_image_input,
     make_thumbnail,
@@ -22,13 +24,13 @@ from hyperlora.service.ui.text import EMPTY_EDITS, make_edit_snippet
 
 
 def build_pair_tab(api: Api) -> None:
-    """Lay the tab out and connect it."""
+    """Lay out the tab and connect its events to the API."""
     with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=4, min_width=300):
             with gr.Row():
                 before, after = (_make_side_input(side) for side in ("Before", "After"))
             other_images = gr.Gallery(
-                label="Make the same change on",
+                label="Make the same edit on",
                 sources=["upload", "clipboard"],
                 file_types=["image"],
                 columns=3,
@@ -39,10 +41,10 @@ def build_pair_tab(api: Api) -> None:
                 elem_id="others",
                 buttons=[],
             )
-            strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the change")
-            reverse = gr.Checkbox(label="Undo the change instead")
+            strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the edit")
+            reverse = gr.Checkbox(label="Undo the edit instead")
             create_button = gr.Button(
-                "Make the change", variant="primary", size="lg", elem_id="change"
+                "Make the edit", variant="primary", size="lg", elem_id="make-edit"
             )
         with gr.Column(scale=7, min_width=300):
             status_html = gr.HTML(visible=False)
@@ -56,33 +58,31 @@ def build_pair_tab(api: Api) -> None:
     async def create_lora(
         before: str | None,
         after: str | None,
-        other_images: Any,
+        other_images: list[Upload] | None,
         strength: float,
         reverse: bool,
         visitor: gr.Request,
-    ) -> AsyncIterator[dict[Any, Any]]:
+    ) -> AsyncIterator[Updates]:
         if not before or not after:
-            raise make_ui_error("a picture before and the same picture after the edit are needed")
+            raise make_ui_error("an image before and the same image after the edit are needed")
         pair = (read_uploads([before])[0], read_uploads([after])[0])
         pair = pair[::-1] if reverse else pair
         images = read_uploads(other_images) or [pair[0]]
         async with api.open_client(visitor) as client:
-            yield {
-                status_html: gr.HTML(
-                    render_status("Making the LoRA of the change …", 0), visible=True
-                )
-            }
-            options = {"title": "change", "strength": strength}
-            lora = await client.create_edit_lora([pair], **options)
-            kohya_lora = await client.create_edit_lora([pair], **options, format="kohya")
-            model_info = (await client.list_models())[-1]
+            first_status = render_status("Making the LoRA of the edit …", 0)
+            yield {status_html: gr.HTML(first_status, visible=True)}
+            lora = await client.create_edit_lora([pair], title="change", strength=strength)
+            kohya_lora = await client.create_edit_lora(
+                [pair], title="change", strength=strength, format="kohya"
+            )
+            model_info = await client.load_model_info("pair-to-lora")
             yield {
                 diffusers: update_download(diffusers, lora, "change"),
                 kohya: update_download(kohya, kohya_lora, "change", kohya=True),
-                code_block: gr.Code(make_edit_snippet(model_info["base"], "change.safetensors")),
+                code_block: gr.Code(make_edit_snippet(model_info.base, "change.safetensors")),
                 result: gr.Column(visible=True),
             }
-            warnings_html = render_warnings(list(dict.fromkeys(client.warnings)))
+            warnings_html = render_warnings(client.unique_warnings)
             edited_images: list[Image.Image | None] = [None] * len(images)
             async with run_tasks(client.edit_image(image, lora=lora) for image in images) as tasks:
                 for i, task in enumerate(tasks):
@@ -96,11 +96,10 @@ def build_pair_tab(api: Api) -> None:
                 edited_html: _render_images(images, edited_images),
             }
 
-    inputs: list[Any] = [before, after, other_images, strength, reverse]
-    outputs: list[Any] = [status_html, edited_html, diffusers, kohya, code_block, result]
-    event_options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    create_event = create_button.click(create_lora, inputs, outputs, **event_options)
-    create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **event_options)
+    inputs: list[Block] = [before, after, other_images, strength, reverse]
+    outputs: list[Block] = [status_html, edited_html, diffusers, kohya, code_block, result]
+    create_event = create_button.click(create_lora, inputs, outputs, **EVENT_OPTIONS)
+    create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **EVENT_OPTIONS)
 
 
 def _make_side_input(side: str) -> gr.Image:
@@ -110,10 +109,10 @@ def _make_side_input(side: str) -> gr.Image:
 
 
 def _render_images(files: list[bytes], edited_images: list[Image.Image | None]) -> str:
+    """Render the edited images above the originals."""
     try:
-        thumbnails: list[Image.Image | None] = [make_thumbnail(file) for file in files]
+        thumbnails = [make_thumbnail(file) for file in files]
     except InvalidImageError as error:
         raise make_ui_error(str(error)) from error
-    return render_section("Changed", "", edited_images) + render_section(
-        "As they were", "", thumbnails
-    )
+    edited_section = render_section("Edited", "", edited_images)
+    return edited_section + render_section("As they were", "", thumbnails)

@@ -1,13 +1,21 @@
-"""From photos: a LoRA of a person, portraits with and without it, and how alike they are."""
+"""From photos: a LoRA of a person, portraits with and without it, and their similarity."""
 
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 
-from hyperlora.service.ui.api_client import Api, RecordingClient, make_ui_error, read_uploads
+from hyperlora.service.ui.api_client import (
+    Api,
+    RecordingClient,
+    Upload,
+    make_ui_error,
+    read_uploads,
+)
 from hyperlora.service.ui.components import (
+    EVENT_OPTIONS,
+    Updates,
     make_code_block,
     make_file_name,
     make_image_input,
@@ -19,17 +27,29 @@ from hyperlora.service.ui.components import (
 )
 from hyperlora.service.ui.lora_tray import TrayItem, add_item
 from hyperlora.service.ui.sampling import (
+    GridRequest,
     ImageRow,
     build_prompt_box,
     build_sampling_options,
     compute_progress,
     sample_grid,
 )
-from hyperlora.service.ui.text import EMPTY_PORTRAITS, get_prompt_presets, make_snippet
+from hyperlora.service.ui.text import (
+    EMPTY_PORTRAITS,
+    SIMILARITY_NOTE,
+    get_prompt_presets,
+    make_snippet,
+)
 
 
 def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
-    """Lay the tab out and connect it."""
+    """Lay out the tab and connect its events.
+
+    Args:
+        api: The API.
+        blocks: The page.
+        tray: The LoRAs of the visitor.
+    """
     with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=4, min_width=300):
             photos = gr.Gallery(
@@ -50,10 +70,10 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the LoRA")
             with gr.Accordion("More", open=False, elem_id="more-photos"):
                 name = gr.Textbox("me", label="Name of the file", max_length=60)
-                steps, seed = build_sampling_options("photos")
+                num_steps, seed = build_sampling_options("photos")
             create_button = gr.Button("Make the LoRA", variant="primary", size="lg", elem_id="make")
         with gr.Column(scale=7, min_width=300):
-            status_html = gr.HTML(visible=False, elem_id="said")
+            status_html = gr.HTML(visible=False, elem_id="status")
             portraits_html = gr.HTML(EMPTY_PORTRAITS, elem_id="portraits")
             with gr.Column(visible=False) as result:
                 with gr.Row():
@@ -66,15 +86,15 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
                 code_block = make_code_block()
 
     async def create_lora(
-        photos: Any,
+        photos: list[Upload] | None,
         prompt: str,
         strength: float,
         name: str,
-        steps: int,
+        num_steps: int,
         seed: float | None,
         tray_items: list[TrayItem],
         visitor: gr.Request,
-    ) -> AsyncIterator[dict[Any, Any]]:
+    ) -> AsyncIterator[Updates]:
         files = read_uploads(photos)
         if not files:
             raise make_ui_error("there is no photo yet: drop one, paste one, or use the camera")
@@ -82,57 +102,65 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
             yield {status_html: gr.HTML(render_status("Making the LoRA …", 0), visible=True)}
             start_time = time.perf_counter()
             lora = await client.create_lora(files, title=name, strength=strength)
-            elapsed_s = time.perf_counter() - start_time
+            elapsed_text = f"The LoRA took {time.perf_counter() - start_time:.1f} s"
             kohya_lora = await client.create_lora(
                 files, title=name, strength=strength, format="kohya"
             )
-            (model_info, *_), warnings = (
-                await client.list_models(),
-                list(dict.fromkeys(client.warnings)),
-            )
+            model_info, warnings = (await client.load_model_infos())[0], client.unique_warnings
             prompt = prompt.strip() or next(iter(get_prompt_presets(model_info).values()))
+            snippet = make_snippet(model_info.base, f"{make_file_name(name)}.safetensors", prompt)
             yield {
                 diffusers: update_download(diffusers, lora, name),
                 kohya: update_download(kohya, kohya_lora, name, kohya=True),
-                code_block: gr.Code(
-                    make_snippet(model_info["base"], f"{make_file_name(name)}.safetensors", prompt)
-                ),
+                code_block: gr.Code(snippet),
                 result: gr.Column(visible=True),
                 tray: add_item(tray_items, name, lora),
             }
-            elapsed_text = f"The LoRA took {elapsed_s:.1f} s"
-            async for grid in sample_grid(client, prompt, [[lora], []], seed, steps=int(steps)):
+            request = GridRequest(prompt, [[lora], []], seed, int(num_steps))
+            async for grid in sample_grid(client, request):
                 progress_html = render_status(
-                    f"{elapsed_text}; drawing portraits …", compute_progress(grid)
+                    f"{elapsed_text}; generating portraits …", compute_progress(grid)
                 )
                 yield {
                     status_html: render_warnings(warnings) + progress_html,
                     portraits_html: _render_portraits(grid),
                 }
-            similarities = (
-                await _compute_similarities(client, files, grid)
-                if model_info["likeness"] and not warnings
-                else None
-            )
+            similarities = None
+            if model_info.supports_identity_similarity and not warnings:
+                similarities = await _compute_similarities(client, files, grid)
             yield {
                 status_html: render_warnings(warnings) + render_status(f"{elapsed_text}."),
                 portraits_html: _render_portraits(grid, similarities),
             }
 
-    def add_camera_photo(camera_photo: str | None, photos: Any) -> Any:
-        return [*(photos or []), (camera_photo, None)] if camera_photo else photos, None
+    inputs: list[Block] = [photos, prompt, strength, name, num_steps, seed, tray]
+    outputs: list[Block] = [
+        status_html,
+        portraits_html,
+        diffusers,
+        kohya,
+        code_block,
+        result,
+        tray,
+    ]
+    create_event = create_button.click(create_lora, inputs, outputs, **EVENT_OPTIONS)
+    create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **EVENT_OPTIONS)
+    camera.input(_add_camera_photo, [camera, photos], [photos, camera], **EVENT_OPTIONS)
 
-    inputs = [photos, prompt, strength, name, steps, seed, tray]
-    outputs: list[Any] = [status_html, portraits_html, diffusers, kohya, code_block, result, tray]
-    event_options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    create_event = create_button.click(create_lora, inputs, outputs, **event_options)
-    create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **event_options)
-    camera.input(add_camera_photo, [camera, photos], [photos, camera], **event_options)
+
+def _add_camera_photo(
+    camera_photo: str | None, photos: list[Upload] | None
+) -> tuple[list[Upload] | None, None]:
+    """Move a photo of the camera to the gallery, and empty the camera field."""
+    if camera_photo is None:
+        return photos, None
+    return [*(photos or []), (camera_photo, None)], None
 
 
 async def _compute_similarities(
     client: RecordingClient, files: list[bytes], grid: list[ImageRow]
 ) -> list[list[float]]:
+    """Compute the identity similarity of each image of a grid, [rows][images]."""
     return [
         await client.compute_identity_similarity(files, [p for p in row if p is not None])
         for row in grid
@@ -140,15 +168,13 @@ async def _compute_similarities(
 
 
 def _render_portraits(grid: list[ImageRow], similarities: list[list[float]] | None = None) -> str:
+    """Render the row with the LoRA above the row without it."""
     titles = ("With your LoRA", "Same prompt and seeds, without it")
-    badges = (
-        [render_similarity(similarities[0]), render_similarity(similarities[1], with_label=False)]
-        if similarities
-        else ["", ""]
-    )
-    parts = [
-        render_section(title, aside, row)
-        for title, aside, row in zip(titles, badges, grid, strict=True)
-    ]
-    scale_note = "Likeness is read by a separate network: 0 is anyone, 1 another real picture of the same person."
-    return "".join(parts) + (f'<p class="aside">{scale_note}</p>' if similarities else "")
+    badges = ["", ""]
+    if similarities:
+        badges = [
+            render_similarity(similarities[0]),
+            render_similarity(similarities[1], with_label=False),
+        ]
+    sections = "".join(map(render_section, titles, badges, grid))
+    return sections + (f'<p class="aside">{SIMILARITY_NOTE}</p>' if similarities else "")

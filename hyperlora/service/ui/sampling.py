@@ -1,40 +1,70 @@
-"""Drawing several pictures through the API, and the inputs that all tabs share."""
+"""Grids of images through the API, and the inputs that all tabs share."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
 import gradio as gr
 from PIL import Image
 
 from hyperlora.service.ui.api_client import Api, RecordingClient
-from hyperlora.service.ui.text import get_prompt_presets
+from hyperlora.service.ui.components import EVENT_OPTIONS
+from hyperlora.service.ui.text import PRESET_LABELS, get_prompt_presets
 
-T = TypeVar("T")
+ResultT = TypeVar("ResultT")
 IMAGES_PER_ROW: Final = 4
-"""In each row."""
 ImageRow = list[Image.Image | None]
+"""A row of images; None for one that is not there yet."""
+
+
+@dataclass(frozen=True)
+class GridRequest:
+    """A grid of images of one prompt, one row per combination of LoRAs.
+
+    Attributes:
+        prompt: The prompt of all images.
+        lora_rows: LoRA files of each row.
+        seed: Seed of the first image of each row; an emptied field is None.
+        num_inference_steps: Denoising steps.
+        strategy: How the LoRAs of a row are combined.
+        lora_weights: One weight per LoRA of each row; None for 1.
+    """
+
+    prompt: str
+    lora_rows: Sequence[Sequence[bytes]]
+    seed: float | None
+    num_inference_steps: int
+    strategy: str = "merge"
+    lora_weights: Sequence[float] | None = None
 
 
 async def sample_grid(
-    client: RecordingClient,
-    prompt: str,
-    lora_rows: Sequence[Sequence[bytes]],
-    seed: float | None,
-    **options: Any,
+    client: RecordingClient, request: GridRequest
 ) -> AsyncIterator[list[ImageRow]]:
-    """Rows of ``IMAGES_PER_ROW`` with the LoRAs of each row and the same seeds, told again whenever one more is there. A row
-    is drawn in one batch."""
-    grid: list[ImageRow] = [[None] * IMAGES_PER_ROW for _ in lora_rows]
-    first_seed = int(seed or 0)  # an emptied field is None
+    """Generate a grid row by row; the images of a row share a batch.
 
-    async def generate_cell(row: int, i: int) -> None:
-        grid[row][i] = await client.generate_image(
-            prompt, lora_rows[row], seed=first_seed + i, **options
+    Args:
+        client: The client of the visitor.
+        request: What to generate.
+
+    Yields:
+        The same grid, again whenever one more image is there.
+    """
+    grid: list[ImageRow] = [[None] * IMAGES_PER_ROW for _ in request.lora_rows]
+
+    async def generate_cell(row: int, column: int) -> None:
+        grid[row][column] = await client.generate_image(
+            request.prompt,
+            request.lora_rows[row],
+            seed=int(request.seed or 0) + column,
+            num_inference_steps=request.num_inference_steps,
+            strategy=request.strategy,
+            weights=request.lora_weights,
         )
 
-    for row in range(len(lora_rows)):
+    for row in range(len(request.lora_rows)):
         yield grid
         async with run_tasks(generate_cell(row, i) for i in range(IMAGES_PER_ROW)) as tasks:
             for task in asyncio.as_completed(tasks):
@@ -44,9 +74,16 @@ async def sample_grid(
 
 @asynccontextmanager
 async def run_tasks(
-    coroutines: Iterable[Coroutine[Any, Any, T]],
-) -> AsyncIterator[list["asyncio.Task[T]"]]:
-    """Tasks that end with the block: after an error, or when the visitor leaves, nobody waits for the others."""
+    coroutines: Iterable[Coroutine[object, object, ResultT]],
+) -> AsyncIterator[list["asyncio.Task[ResultT]"]]:
+    """Run coroutines as tasks that end with the context, also after an error.
+
+    Args:
+        coroutines: What to run.
+
+    Yields:
+        One task per coroutine.
+    """
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         yield tasks
@@ -57,44 +94,49 @@ async def run_tasks(
 
 
 def compute_progress(grid: list[ImageRow]) -> float:
-    """How many of the pictures are there."""
+    """Compute the fraction of a grid's images that are there."""
     cells = [cell for row in grid for cell in row]
     return sum(cell is not None for cell in cells) / len(cells)
 
 
 def build_prompt_box(api: Api, blocks: gr.Blocks) -> gr.Textbox:
-    """A prompt with chips of examples in the words that the server's model knows."""
+    """Build a prompt box with chips of examples for the server's model.
+
+    Args:
+        api: The API, which knows the model.
+        blocks: The page.
+
+    Returns:
+        The text box.
+    """
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=4)
-    labels = list(get_prompt_presets({"trigger_phrase": "", "base": ""}))
     chips = gr.Dataset(
         components=[gr.Textbox(visible=False)],
-        samples=[[""]] * len(labels),
-        sample_labels=labels,
+        samples=[[""]] * len(PRESET_LABELS),
+        sample_labels=list(PRESET_LABELS),
         type="index",
         show_label=False,
         elem_classes="chips",
     )
 
-    async def load_presets(visitor: gr.Request) -> Any:
+    async def load_presets(visitor: gr.Request) -> tuple[str, gr.Dataset]:
         async with api.open_client(visitor) as client:
-            presets_by_label = get_prompt_presets((await client.list_models())[0])
-        return next(iter(presets_by_label.values())), gr.Dataset(
-            samples=[[p] for p in presets_by_label.values()], sample_labels=list(presets_by_label)
-        )
+            presets = get_prompt_presets((await client.load_model_infos())[0])
+        samples = [[preset] for preset in presets.values()]
+        return samples[0][0], gr.Dataset(samples=samples, sample_labels=list(presets))
 
     async def get_preset(index: int, visitor: gr.Request) -> str:
         async with api.open_client(visitor) as client:
-            return list(get_prompt_presets((await client.list_models())[0]).values())[index]
+            presets = get_prompt_presets((await client.load_model_infos())[0])
+        return list(presets.values())[index]
 
-    blocks.load(
-        load_presets, None, [prompt, chips], show_progress="hidden", api_visibility="private"
-    )
-    chips.click(get_preset, chips, prompt, show_progress="hidden", api_visibility="private")
+    blocks.load(load_presets, None, [prompt, chips], **EVENT_OPTIONS)
+    chips.click(get_preset, chips, prompt, **EVENT_OPTIONS)
     return prompt
 
 
 def build_sampling_options(tab: str) -> tuple[gr.Slider, gr.Number]:
-    """Denoising steps and the seed of the first picture."""
+    """Build the inputs for denoising steps and for the seed of the first image."""
     with gr.Row():
         return (
             gr.Slider(4, 50, 20, step=1, label="Steps", min_width=140, elem_id=f"steps-{tab}"),

@@ -1,35 +1,47 @@
-"""What the page says."""
+"""Texts of the page: HTML, example prompts and programs to copy."""
 
 import json
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
+
+from hyperlora.service.engine.requests import ModelInfo
 
 HEADER: Final = """<header class="masthead"><div><h1>hyperlora</h1>
-<p>A photo goes in, a LoRA comes out: an ordinary file for diffusers, ComfyUI, A1111 and kohya’s tools.</p></div>
+<p>A photo goes in, a LoRA comes out: an ordinary file for diffusers, ComfyUI, A1111 and kohya’s
+tools.</p></div>
 <a href="/docs">API</a></header>"""
 SIGN_IN: Final = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hyperlora</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; font: 17px/1.5 ui-sans-serif, system-ui, sans-serif }
 form { max-width: 22rem; margin: 18vh auto; padding: 0 1.5rem; display: grid; gap: .75rem }
-h1 { margin: 0; font-size: 1.6rem } p { margin: 0 } input, button { font: inherit; padding: .6rem .8rem }
-button { border: 0; border-radius: .5rem; background: #4f46e5; color: white } input { border-radius: .5rem }
+h1 { margin: 0; font-size: 1.6rem } p { margin: 0 }
+input, button { font: inherit; padding: .6rem .8rem }
+button { border: 0; border-radius: .5rem; background: #4f46e5; color: white }
+input { border-radius: .5rem }
 .wrong { color: #dc2626 }</style>
-<form method="post" action="/sign-in"><h1>hyperlora</h1><label for="key">This server asks for an API key.</label>
+<form method="post" action="/sign-in"><h1>hyperlora</h1>
+<label for="key">This server asks for an API key.</label>
 <input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
 <p class="wrong" role="alert">SENTENCE</p><button>Come in</button></form></html>"""
 EMPTY_PORTRAITS: Final = """<div class="empty"><b>Portraits appear here</b>
-<p>Add one or more photos of the same person, choose a prompt, and press the button. The LoRA takes a moment, the
-portraits a few seconds.</p></div>"""
-EMPTY_EDITS: Final = """<div class="empty"><b>Edited pictures appear here</b>
-<p>Give the same picture before and after an edit. The LoRA of the change does the same to other pictures.</p></div>"""
-EMPTY_COMPOSITION: Final = """<div class="empty"><b>Pictures appear here</b>
-<p>LoRAs made in this window are there already; add files of your own, up to six in all.</p></div>"""
+<p>Add one or more photos of the same person, choose a prompt, and press the button.
+The LoRA takes a moment, the portraits a few seconds.</p></div>"""
+EMPTY_EDITS: Final = """<div class="empty"><b>Edited images appear here</b>
+<p>Give the same image before and after an edit.
+The LoRA of the edit does the same to other images.</p></div>"""
+EMPTY_COMPOSITION: Final = """<div class="empty"><b>Images appear here</b>
+<p>LoRAs made in this window are there already. Add files of your own, up to six in all.</p></div>"""
 EMPTY_TRAY: Final = "<p class='aside'>No LoRA yet: make one from photos, or add a file.</p>"
 STRATEGIES: Final = [
     ("Merge: all at once, in one LoRA", "merge"),
     ("Switch: one after another, step by step", "switch"),
-    ("Composite: each draws, the results are averaged", "composite"),
+    ("Composite: each predicts, the predictions are averaged", "composite"),
 ]
-_AVATAR_PROMPTS: Final = {
+SIMILARITY_NOTE: Final = (
+    "Identity similarity is computed by a separate network: "
+    "0 is anyone, 1 another real photo of the same person."
+)
+_AVATAR_SCENES: Final = {
     "Red hoodie": "smiling, open eyes, wearing a red hoodie, sky background",
     "Sunglasses": "serious, open eyes, wearing a black t-shirt, sunglasses, orange background",
     "White tuxedo": "laughing, happy eyes, wearing a white tuxedo, gray background",
@@ -37,55 +49,75 @@ _AVATAR_PROMPTS: Final = {
     "Blue overall": "screaming, surprised eyes, wearing a blue overall, white background",
     "Spacesuit": "grimacing, side eyes, wearing a spacesuit, glasses, blue background",
 }
-_GENERIC_PROMPTS: Final = {
+_GENERIC_SCENES: Final = {
     "Portrait": "",
     "Smiling": "smiling",
     "Outdoors": "outdoors, soft light",
     "Drawing": "pencil drawing",
 }
+_SCENES_BY_DOMAIN: Final[Mapping[str, Mapping[str, str]]] = {"avatars": _AVATAR_SCENES}
+"""Example scenes by the domain of a model (``ModelInfo.domain``)."""
+PRESET_LABELS: Final = tuple(_GENERIC_SCENES)
+"""Labels of the example prompts until the model is known."""
+_SIMILARITY_LABELS: Final = (
+    (0.8, "very alike"),
+    (0.55, "clearly alike"),
+    (0.3, "somewhat alike"),
+    (0.1, "hardly alike"),
+)
+"""Smallest score of each label."""
 
 
-def get_prompt_presets(model_info: dict[str, Any]) -> dict[str, str]:
-    """Prompts in the words that a model's base knows, by the label of their chip."""
-    subject_phrase = f"a portrait of {model_info['trigger_phrase'] or 'a person'}"
-    prompts_by_label = (
-        _AVATAR_PROMPTS if model_info["base"].endswith("avatars/base") else _GENERIC_PROMPTS
-    )
-    return {
-        label: ", ".join(filter(None, (subject_phrase, ending)))
-        for label, ending in prompts_by_label.items()
-    }
+def get_prompt_presets(model_info: ModelInfo) -> dict[str, str]:
+    """Return example prompts by their label, in phrases that the model's base knows."""
+    scenes = _SCENES_BY_DOMAIN.get(model_info.domain, _GENERIC_SCENES)
+    subject = f"a portrait of {model_info.trigger_phrase or 'a person'}"
+    return {label: ", ".join(filter(None, (subject, scene))) for label, scene in scenes.items()}
 
 
 def get_similarity_label(similarity: float) -> str:
-    """A likeness in plain words."""
-    labels = (
-        (0.8, "very alike"),
-        (0.55, "clearly alike"),
-        (0.3, "somewhat alike"),
-        (0.1, "hardly alike"),
+    """Return an identity similarity in plain words."""
+    return next(
+        (label for minimum, label in _SIMILARITY_LABELS if similarity >= minimum),
+        "could be anyone",
     )
-    return next((said for least, said in labels if similarity >= least), "could be anyone")
 
 
 def format_score(score: float) -> str:
-    """Two decimals, with a real minus sign."""
+    """Format a score with two decimals and a real minus sign."""
     return f"{score + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def make_snippet(base: str, file: str, prompt: str) -> str:
-    """A program that draws with the file in plain diffusers."""
+    """Make a program that generates an image with a LoRA file in plain diffusers.
+
+    Args:
+        base: Id of the base.
+        file: Name of the LoRA file.
+        prompt: The prompt.
+
+    Returns:
+        Python source.
+    """
     return f'''from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}")  # its folder or hub id
 pipe.load_lora_weights("{file}")
-picture = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]
-picture.save("portrait.png")
+image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]
+image.save("portrait.png")
 '''
 
 
 def make_edit_snippet(base: str, file: str) -> str:
-    """A program that makes the change on a picture in plain diffusers."""
+    """Make a program that edits an image with a LoRA file in plain diffusers.
+
+    Args:
+        base: Id of the InstructPix2Pix base.
+        file: Name of the LoRA file.
+
+    Returns:
+        Python source.
+    """
     return f'''from diffusers import DiffusionPipeline
 from PIL import Image
 

@@ -1,47 +1,66 @@
-"""What data modules over a user's own folders share: how batches are loaded, and what too small a folder is told."""
+"""``FolderDataModule``: what data modules over a user's own folders have in common."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.training.batches import Batch
+
+Sample = Mapping[str, object]
+"""Fields of one sample, as ``collate_fn`` takes them."""
 
 
 class FolderDataModule(L.LightningDataModule):
-    """Subclasses have ``folder``, ``batch_size`` and ``workers`` among their hyperparameters, say what a sample is, and
-    make the two datasets. Raises ``InvalidArgumentError`` for fewer samples than one training step takes."""
+    """A data module whose hyperparameters are a folder, a batch size and a number of workers.
 
-    sample_noun = "samples"
-    collate_fn: Callable[[list[Any]], Any] | None = None
+    Subclasses save ``folder``, ``batch_size`` and ``num_workers`` as hyperparameters, and define
+    ``make_dataset`` and ``collate_fn``.
 
-    def make_dataset(self, training: bool) -> Dataset[dict[str, Any]]:
-        """Of training, or of validation."""
+    Attributes:
+        sample_noun: What a sample is called in error messages, in the plural.
+        collate_fn: Samples to a batch.
+    """
+
+    sample_noun: ClassVar[str] = "samples"
+    collate_fn: ClassVar[Callable[..., Batch]]
+
+    def make_dataset(self, training: bool) -> Dataset[Sample]:
+        """Make the dataset of training, or else of validation."""
         raise NotImplementedError
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        data, h = self.make_dataset(True), self.hparams
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Make the loader of shuffled training batches, without an incomplete last one.
+
+        Raises:
+            InvalidArgumentError: The folder has fewer samples than one step takes.
+        """
+        data, h = self.make_dataset(training=True), self.hparams
         num_samples = len(data)  # type: ignore[arg-type]
         samples_per_step = h["batch_size"] * (self.trainer.world_size if self.trainer else 1)
         if num_samples < samples_per_step:
             raise InvalidArgumentError(
-                f"{h['folder']!r} holds {num_samples} {self.sample_noun}, one step takes {samples_per_step}: add {self.sample_noun}, or lower "
-                f"batch_size ({h['batch_size']} per device)"
+                f"{h['folder']!r} holds {num_samples} {self.sample_noun}, one step takes "
+                f"{samples_per_step}: add {self.sample_noun}, or lower batch_size "
+                f"({h['batch_size']} per device)"
             )
-        return self._make_loader(data, shuffle=True, drop_last=True)
+        return self._make_loader(data, training=True)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._make_loader(self.make_dataset(False))
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Make the loader of validation batches, always in the same order."""
+        return self._make_loader(self.make_dataset(training=False), training=False)
 
-    def _make_loader(
-        self, data: Dataset[dict[str, Any]], **loader_kwargs: Any
-    ) -> DataLoader[dict[str, Any]]:
-        batch_size, num_workers = self.hparams["batch_size"], self.hparams["workers"]
-        if num_workers:
-            loader_kwargs |= {
-                "num_workers": num_workers,
-                "persistent_workers": True,
-                "pin_memory": True,
-            }
-        return DataLoader(data, batch_size, collate_fn=type(self).collate_fn, **loader_kwargs)
+    def _make_loader(self, data: Dataset[Sample], training: bool) -> DataLoader[Sample]:
+        has_workers = self.hparams["num_workers"] > 0
+        return DataLoader(
+            data,
+            self.hparams["batch_size"],
+            shuffle=training,
+            drop_last=training,
+            num_workers=self.hparams["num_workers"],
+            persistent_workers=has_workers,
+            pin_memory=has_workers,
+            collate_fn=type(self).collate_fn,
+        )

@@ -1,27 +1,46 @@
-"""Before/after pairs, from folders and public datasets: what a pair network for a real base is trained on."""
+"""``EditPairDataModule``: before/after pairs from folders and public datasets."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hyperlora.data.edit_pairs import ImagePair, load_edit_pairs
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.errors import InvalidImageError
+from hyperlora.training.batches import PairBatch
 from hyperlora.training.datamodules.base import FolderDataModule
+
+_MAX_ATTEMPTS = 8
+"""Pairs that are tried in turn before an unreadable image is an error."""
 
 
 class EditPairDataModule(FolderDataModule):
-    """Pairs (``main_callback.data.edit_pairs.load_edit_pairs``) as ``PairHypernetworkTraining`` takes them: ``pairs`` at ``encoder_size``, and as the
-    edit to make ``images`` at ``resolution`` (the base's), the same pair mirrored (2411.19156, §3.3); ``instructions``.
+    """Load pairs (A, A') as examples, with the mirrored pair as the edit to make.
 
-    ``folder`` and ``validation`` are folders or Hugging Face ids, whose ``split`` and ``validation_split`` are taken.
-    A pair that cannot be read is left out for another: large sets hold some.
-    Raises ``InvalidImageError`` for folders without pairs, ``InvalidArgumentError`` for fewer pairs than one step takes.
+    The mirrored target is that of LoRA of Change (2411.19156, §3.3). A pair that cannot be read is
+    replaced by the next one, since large datasets hold some.
+
+    Args:
+        folder: Folder or Hugging Face id of training pairs (see ``load_edit_pairs``).
+        validation: Folder or Hugging Face id of validation pairs.
+        resolution: Side of target images in pixels, the base's.
+        encoder_size: Side of example images in pixels, the encoder's.
+        split: Split of ``folder``, if it is a dataset.
+        validation_split: Split of ``validation``, if it is a dataset.
+        batch_size: Pairs per device and step.
+        num_workers: Processes that load images.
+
+    Raises:
+        InvalidImageError: A folder has no pairs.
+        InvalidArgumentError: There are fewer pairs than one step takes.
     """
 
     sample_noun = "pairs"
+    collate_fn = PairBatch.collate
 
     def __init__(
         self,
@@ -38,6 +57,7 @@ class EditPairDataModule(FolderDataModule):
         self.save_hyperparameters(logger=False)
 
     def make_dataset(self, training: bool) -> "_EditPairDataset":
+        """Make the dataset of training, or else of validation."""
         h = self.hparams
         source, split = (
             (h["folder"], h["split"]) if training else (h["validation"], h["validation_split"])
@@ -45,31 +65,39 @@ class EditPairDataModule(FolderDataModule):
         return _EditPairDataset(load_edit_pairs(source, split), h["encoder_size"], h["resolution"])
 
 
-class _EditPairDataset(Dataset[dict[str, Any]]):
-    def __init__(self, pairs: Any, encoder_size: int, resolution: int) -> None:
+class _PairSample(TypedDict):
+    """Fields as in ``PairBatch``, without batch axis."""
+
+    pairs: Tensor
+    """[1, 2, 3, encoder_size, encoder_size] in [0, 1]."""
+    images: Tensor
+    """[2, 3, resolution, resolution] in [0, 1]."""
+    instructions: str
+
+
+class _EditPairDataset(Dataset[_PairSample]):
+    def __init__(self, pairs: Sequence[ImagePair], encoder_size: int, resolution: int) -> None:
         self.pairs, self.encoder_size, self.resolution = pairs, encoder_size, resolution
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        for attempt in range(8):
-            pair: ImagePair = self.pairs[(index + attempt) % len(self)]
+    def __getitem__(self, index: int) -> _PairSample:
+        for attempt in range(_MAX_ATTEMPTS):
+            pair = self.pairs[(index + attempt) % len(self)]
             try:
                 images = [read_image(side) for side in (pair.before, pair.after)]
             except InvalidImageError as error:
                 last_error = error
                 continue
-            encoder_pixels, base_pixels = (
-                self._stack_images(images, size) for size in (self.encoder_size, self.resolution)
-            )
             return {
-                "pairs": encoder_pixels[None],
-                "images": base_pixels.flip(-1),
+                "pairs": _stack_images(images, self.encoder_size)[None],
+                "images": _stack_images(images, self.resolution).flip(-1),
                 "instructions": pair.instruction,
             }
         raise last_error
 
-    @staticmethod
-    def _stack_images(images: list[Any], size: int) -> Tensor:
-        return torch.stack([to_tensor(side, size) for side in images])
+
+def _stack_images(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Resize images and stack them to [n, 3, size, size]."""
+    return torch.stack([to_tensor(image, size) for image in images])

@@ -1,8 +1,8 @@
-"""Photos of subjects, from folders: what a hypernetwork for a real base is trained on."""
+"""``PhotoFolderDataModule``: photos of subjects from folders, for a hypernetwork over a real base."""
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Dataset
@@ -10,22 +10,33 @@ from torch.utils.data import Dataset
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.data.subjects import Subject, list_subjects
 from hyperlora.training.datamodules.base import FolderDataModule
-from hyperlora.training.datamodules.collate import collate_subjects
+from hyperlora.training.datamodules.collate import SubjectSample, collate_subjects
 
 
 class PhotoFolderDataModule(FolderDataModule):
-    """Reference photos and other photos of the same subjects (``main_callback.data.subjects.list_subjects``), with captions.
+    """Load reference photos and other photos of the same subjects, with captions.
 
-    Batches are what ``HypernetworkTraining`` takes: ``load_photos`` at ``encoder_size``, target ``images`` at ``resolution``
-    (the base's), ``captions``, and ``subject``, the number of the subject in order of names. Of a subject with too few
-    photos some come twice; a target is never one of the references unless the subject has a single photo. Validation
-    shows the same photos every time, one target each.
+    Of a subject with too few photos some come twice. A target is never one of the references,
+    unless the subject has a single photo. Validation uses the same photos every time, with one
+    target each. A subject's id is its index in the order of names.
 
-    A photo's own caption (its ``.txt``) has the class noun made personal ("a person in the rain": "sks person in the
-    rain"); other photos get ``prompt_template``.
+    Args:
+        folder: Folder with one folder of photos per training subject (see ``list_subjects``).
+        validation: The same for validation subjects.
+        resolution: Side of target images in pixels, the base's.
+        encoder_size: Side of reference photos in pixels, the encoder's.
+        batch_size: Subjects per device and step.
+        num_views: Reference photos per subject.
+        num_targets: Target photos per subject.
+        class_noun: What a caption calls any such subject.
+        identifier: What is put before the class noun for the subject itself: "a person in the
+            rain" becomes "sks person in the rain".
+        prompt_template: Caption of photos that have none, with ``{identifier} {class_noun}``.
+        num_workers: Processes that load photos.
 
-    Raises ``InvalidImageError`` for folders without subjects and photos that cannot be read, ``InvalidArgumentError`` if there are fewer
-    training subjects than one step takes.
+    Raises:
+        InvalidImageError: A folder has no subjects, or a photo cannot be read.
+        InvalidArgumentError: There are fewer training subjects than one step takes.
     """
 
     sample_noun = "subjects"
@@ -46,80 +57,109 @@ class PhotoFolderDataModule(FolderDataModule):
         num_workers: int = 4,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(
-            logger=False
-        )  # `targets` means another thing in HypernetworkTraining
+        self.save_hyperparameters(logger=False)
 
     def make_dataset(self, training: bool) -> "_PhotoDataset":
+        """Make the dataset of training, or else of validation."""
         h = self.hparams
-        folder, num_targets = (h["folder"], h["num_targets"]) if training else (h["validation"], 1)
         template = h["prompt_template"].format(
             identifier=h["identifier"], class_noun=h["class_noun"]
         )
         return _PhotoDataset(
-            list_subjects(folder),
-            (h["encoder_size"], h["resolution"]),
-            (h["num_views"], num_targets),
-            (h["identifier"], h["class_noun"], template),
-            deterministic=not training,
+            list_subjects(h["folder"] if training else h["validation"]),
+            _PhotoDatasetConfig(
+                encoder_size=h["encoder_size"],
+                resolution=h["resolution"],
+                num_views=h["num_views"],
+                num_targets=h["num_targets"] if training else 1,
+                identifier=h["identifier"],
+                class_noun=h["class_noun"],
+                template=template,
+                deterministic=not training,
+            ),
         )
 
 
-class _PhotoDataset(Dataset[dict[str, Any]]):
-    """One subject: references and targets drawn at random, or always the same ones if ``deterministic``."""
+@dataclass(frozen=True)
+class _PhotoDatasetConfig:
+    """Settings of ``PhotoFolderDataModule`` for one of its datasets."""
 
-    def __init__(
-        self,
-        subjects: Sequence[Subject],
-        image_sizes: tuple[int, int],
-        counts: tuple[int, int],
-        caption_args: tuple[str, str, str],
-        deterministic: bool,
-    ) -> None:
-        self.subjects, self.caption_args, self.deterministic = subjects, caption_args, deterministic
-        self.encoder_size, self.resolution = image_sizes
-        self.num_views, self.num_targets = counts
+    encoder_size: int
+    resolution: int
+    num_views: int
+    num_targets: int
+    identifier: str
+    class_noun: str
+    template: str
+    """Caption of photos that have none."""
+    deterministic: bool
+    """Whether a subject's references and targets are the same every time."""
+
+
+class _PhotoDataset(Dataset[SubjectSample]):
+    """References and targets of one subject per sample."""
+
+    def __init__(self, subjects: Sequence[Subject], config: _PhotoDatasetConfig) -> None:
+        self.subjects, self.config = subjects, config
 
     def __len__(self) -> int:
         return len(self.subjects)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        subject = self.subjects[index]
-        generator = torch.Generator().manual_seed(index) if self.deterministic else None
+    def __getitem__(self, index: int) -> SubjectSample:
+        subject, config = self.subjects[index], self.config
+        generator = torch.Generator().manual_seed(index) if config.deterministic else None
         order = torch.randperm(len(subject.photos), generator=generator).tolist()
-        references, targets = split_references(order, self.num_views, self.num_targets)
-        images_by_index = {
-            i: read_image(subject.photos[i]) for i in {*references, *targets}
-        }  # each is decoded once
+        references, targets = split_references(order, config.num_views, config.num_targets)
+        # each photo is decoded once
+        images = {i: read_image(subject.photos[i]) for i in {*references, *targets}}
         return {
-            "photos": torch.stack(
-                [to_tensor(images_by_index[i], self.encoder_size) for i in references]
-            ),
-            "images": torch.stack(
-                [to_tensor(images_by_index[i], self.resolution) for i in targets]
-            ),
+            "photos": torch.stack([to_tensor(images[i], config.encoder_size) for i in references]),
+            "images": torch.stack([to_tensor(images[i], config.resolution) for i in targets]),
             "captions": [
-                personalize_caption(subject.captions[i], *self.caption_args) for i in targets
+                personalize_caption(
+                    subject.captions[i], config.identifier, config.class_noun, config.template
+                )
+                for i in targets
             ],
-            "subject": index,
+            "subject_id": index,
         }
 
 
 def split_references(
     photos: Sequence[int], num_views: int, num_targets: int
 ) -> tuple[list[int], list[int]]:
-    """``num_views`` references and ``num_targets`` others of one subject's photos: the first are references, all but one at
-    most, and the rest targets, each repeated in turn where they are too few. A single photo is both."""
+    """Split the photos of one subject into references and targets.
+
+    The first photos are references, but at least one photo is left for the targets. Where there
+    are too few, they are repeated in turn. A single photo is both.
+
+    Args:
+        photos: Indices of the subject's photos, at least one.
+        num_views: Number of references.
+        num_targets: Number of targets.
+
+    Returns:
+        References and targets.
+    """
     references = list(photos[: min(num_views, max(1, len(photos) - 1))])
-    target_photos = list(photos[len(references) :]) or references
-    return (references * num_views)[:num_views], (target_photos * num_targets)[:num_targets]
+    targets = list(photos[len(references) :]) or references
+    return (references * num_views)[:num_views], (targets * num_targets)[:num_targets]
 
 
 def personalize_caption(
     caption: str | None, identifier: str, class_noun: str, template: str
 ) -> str:
-    """A photo's caption about this very subject: the first class noun, with its article, becomes "identifier noun".
-    Without a caption it is ``template``, and before a caption that does not name the class ``template`` is put."""
+    """Turn the caption of a photo into a caption of this very subject.
+
+    Args:
+        caption: The photo's own caption; None if it has none.
+        identifier: What is put before the class noun. A caption that has it already stays.
+        class_noun: Its first occurrence, with its article, becomes "identifier noun".
+        template: Used without a caption, and put before one that lacks the class noun.
+
+    Returns:
+        The caption.
+    """
     if caption is None:
         return template
     if re.search(rf"\b{re.escape(identifier)}\b", caption):

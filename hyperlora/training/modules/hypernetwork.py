@@ -1,37 +1,65 @@
-"""Train a hypernetwork through the frozen base with one LoRA per sample."""
+"""Train a hypernetwork through the frozen base, with one LoRA per subject."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Final
 
-import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from hyperlora.diffusion.diffusion_base import load_diffusion_base, make_unet_encoder
 from hyperlora.diffusion.lora_injection import inject_lora
-from hyperlora.diffusion.losses import compute_denoising_loss
+from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.features import ImageFeatures
 from hyperlora.models.hypernetwork import Hypernetwork
-from hyperlora.pipelines.image_to_lora import Encoder, ImageToLora
+from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.image_to_lora_base import ImageEncoder
+from hyperlora.pipelines.model_card import ModelCard
 from hyperlora.training.auxiliary_losses import AttributeLoss
+from hyperlora.training.batches import SubjectBatch
+from hyperlora.training.modules.frozen_base import FrozenBaseTraining
+from hyperlora.training.modules.options import Options
 from hyperlora.training.optimizers import make_adamw_cosine
 
+UNET_ENCODER: Final = "unet"
+"""Name of the encoder that takes features of the base's own UNet."""
 
-class HypernetworkTraining(L.LightningModule):
-    """L = ‖denoising‖² + ``code_loss_weight`` ‖θ̂ - θ‖² + ``delta_l2_weight`` ‖θ̂‖²     (2307.06949, eq. 3; 2506.06105 for the last)
 
-    Batches: ``load_photos`` [batch, views, 3, h, w] in [0, 1] (or ``tokens`` [batch, views, tokens, width], what the encoder
-    says about them), ``captions`` and ``latents`` [targets * batch, c, h, w] (or ``images`` in [0, 1], encoded here),
-    target j of subject i at j * batch + i, ``subject`` [batch]. ``encoder`` is ``denoiser`` (the base itself), a
-    released reader's folder, or a timm id, with ``encoder_options``; it is frozen. ``code_targets`` is a file of codes
-    fitted beforehand (``python -m data_builder code_targets``) to the first so many subjects, for the weight loss. ``attribute_classifier``
-    and ``attribute_loss_weight`` are ``TextToImageTraining``'s; all that a target shows is known, by its prompt or by the photos.
-    ``start_from`` is the folder of a released ``ImageToLora`` whose hypernetwork training goes on from. Every
-    validation logs the denoising loss of unseen subjects without LoRA, with their own photo's and with another's:
-    own < base < shuffled is the sign of learning.
+class HypernetworkTraining(FrozenBaseTraining):
+    """Train on denoising images of a subject with the LoRA predicted from its photos.
+
+    L = ‖ε̂ - ε‖² + ``code_loss_weight`` ‖θ̂ - θ‖² + ``delta_l2_weight`` ‖ΔW‖²
+    (2307.06949, eq. 3; 2506.06105 for the last term), θ the codes fitted beforehand.
+
+    Validation logs the denoising loss of unseen subjects without LoRA (``val/loss_base``), with
+    their own (``val/loss_own``) and with another subject's (``val/loss_shuffled``). A network
+    that learns has own < base < shuffled.
+
+    Args:
+        base: Folder or hub id of the pipeline that stays frozen.
+        encoder: ``unet`` (features of the base's UNet), the folder of a released
+            ``AttributeClassifier``, or a timm id. It stays frozen.
+        output_dir: Folder that receives the ``ImageToLora`` when training ends.
+        preset: Target modules: ``attention``, ``attention+mlp`` or ``attention+conv``.
+        rank: Of the LoRAs.
+        hypernetwork: Arguments of ``Hypernetwork``.
+        encoder_options: Arguments of the encoder.
+        base_options: Arguments of ``load_diffusion_base``.
+        gradient_checkpointing: Whether the denoiser recomputes activations to save memory.
+        code_targets: File with ``codes`` [num_subjects, ...] fitted to the first subjects
+            (``data-builder fit-lidb-targets``); None for no regression.
+        code_loss_weight: Weight of the regression to them.
+        delta_l2_weight: Weight of the mean squared norm of ΔW.
+        attribute_classifier: Folder of a classifier of latents for the auxiliary loss. Prompt and
+            photos determine all attributes of a target.
+        attribute_loss_weight: Weight of its cross-entropy with the labels of the batch.
+        start_from: Folder of an ``ImageToLora`` whose hypernetwork training continues.
+        max_views: Largest number of reference photos in a step, which is drawn at random.
+        lr: Peak learning rate of AdamW.
+        card: Fields of the released ``ModelCard``.
     """
 
     def __init__(
@@ -41,9 +69,9 @@ class HypernetworkTraining(L.LightningModule):
         output_dir: str,
         preset: str = "attention",
         rank: int = 4,
-        hypernetwork: dict[str, Any] | None = None,
-        encoder_options: dict[str, Any] | None = None,
-        base_options: dict[str, Any] | None = None,
+        hypernetwork: Options | None = None,
+        encoder_options: Options | None = None,
+        base_options: Options | None = None,
         gradient_checkpointing: bool = False,
         code_targets: str | None = None,
         code_loss_weight: float = 0.0,
@@ -53,114 +81,125 @@ class HypernetworkTraining(L.LightningModule):
         start_from: str | None = None,
         max_views: int = 8,
         lr: float = 3e-4,
-        card: dict[str, Any] | None = None,
+        card: Options | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        # a plain attribute in a tuple: the frozen base is no part of the checkpoint
-        self._base = (load_diffusion_base(base, **(base_options or {})),)
+        self.base = load_diffusion_base(base, **(base_options or {}))
         layout = make_layout({self.denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
-        if encoder == "denoiser":
-            image_encoder: Encoder = make_unet_encoder(self.base, **(encoder_options or {}))
+        image_encoder: ImageEncoder
+        if encoder == UNET_ENCODER:
+            image_encoder = make_unet_encoder(self.base, **(encoder_options or {}))
         else:
             image_encoder = load_image_encoder(encoder, encoder_options)
         if start_from is None:
             network = Hypernetwork(layout, image_encoder.width, **(hypernetwork or {}))
         else:
-            network = ImageToLora.from_pretrained(
-                start_from, base=self.base
-            ).hypernetwork.requires_grad_(True)
+            pretrained = ImageToLora.from_pretrained(start_from, base=self.base)
+            network = pretrained.hypernetwork.requires_grad_(True)
             network.layout.check_compatible(layout)
-        self.model = ImageToLora(image_encoder.requires_grad_(False), network, card)
+        self.model = ImageToLora(
+            image_encoder.requires_grad_(False), network, ModelCard.from_dict(card or {})
+        )
         self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
         self.code_targets = load_file(code_targets)["codes"] if code_targets else None
         if gradient_checkpointing:
-            self.base.denoiser.enable_gradient_checkpointing()
+            self.enable_gradient_checkpointing()
 
-    @property
-    def base(self) -> Any:
-        return self._base[0]
+    def training_step(self, batch: SubjectBatch, batch_idx: int) -> Tensor:
+        """Compute the loss with a LoRA from a random number of reference photos.
 
-    @property
-    def denoiser_name(self) -> str:
-        return next(iter(self.base.modules))
+        Args:
+            batch: Photos and targets of n subjects.
+            batch_idx: Not used.
 
-    def on_fit_start(self) -> None:
-        self.base.pipeline.to(self.device)
-        self.attribute_loss.to(self.device)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        Returns:
+            Loss, a scalar.
+        """
         self.model.encoder.eval()
-        features = self._encode_photos(batch)
-        num_views = int(
-            torch.randint(1, min(features.tokens.shape[1], self.hparams["max_views"]) + 1, ())
-        )
+        features = self._encode_photos(batch)  # tokens [n, num_views, num_tokens, width]
+        max_views = min(features.tokens.shape[1], self.hparams["max_views"])
+        num_views = int(torch.randint(1, max_views + 1, ()))
         codes = self.model.hypernetwork.predict_codes(ImageFeatures(features.tokens[:, :num_views]))
         weights = self.model.hypernetwork.decode_codes(codes)
         with inject_lora(self.base.denoiser, weights):
-            diffusion_loss = self._compute_denoising_loss(
-                batch, self.attribute_loss.make_loss_fn(batch.get("labels"))
+            denoising_loss = self._compute_denoising_loss(
+                batch, self.attribute_loss.make_aux_loss(batch.labels)
             )
         delta_l2 = weights.compute_mean_squared_norm()
-        loss = diffusion_loss + self.hparams["delta_l2_weight"] * delta_l2
-        self.log_dict(
-            {"train/loss": diffusion_loss, "train/delta": delta_l2.detach().sqrt()}, prog_bar=True
-        )
+        loss = denoising_loss + self.hparams["delta_l2_weight"] * delta_l2
+        metrics = {"train/loss": denoising_loss, "train/delta_norm": delta_l2.detach().sqrt()}
+        self.log_dict(metrics, prog_bar=True)
         if self.code_targets is not None and self.hparams["code_loss_weight"] > 0:
-            has_target = batch["subject"] < len(self.code_targets)
-            target_codes = self.code_targets.to(codes)[batch["subject"][has_target]]
-            code_loss = torch.nn.functional.mse_loss(
-                codes[has_target], target_codes, reduction="sum"
-            ) / len(codes)
-            self.log("train/weights", code_loss)
+            code_loss = self._compute_code_loss(codes, self.code_targets, batch.subject_ids)
+            self.log("train/code_loss", code_loss)
             loss = loss + self.hparams["code_loss_weight"] * code_loss
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        own_loras = self.model.hypernetwork(ImageFeatures(self._encode_photos(batch).tokens[:, :1]))
-        shuffled_loras = own_loras[torch.arange(len(own_loras), device=self.device).roll(1)]
-        devices = [self.device] if self.device.type == "cuda" else []
-        for name, weights in (
-            ("base", own_loras * 0.0),
-            ("own", own_loras),
-            ("shuffled", shuffled_loras),
-        ):
-            with torch.random.fork_rng(devices), inject_lora(self.base.denoiser, weights):
-                torch.manual_seed(batch_idx)  # the same noise for all three, and every time
-                self.log(
-                    f"val/{name}",
-                    self._compute_denoising_loss(batch),
-                    prog_bar=True,
-                    batch_size=len(own_loras),
-                    sync_dist=True,
-                )
+    def _compute_code_loss(
+        self, codes: Tensor, code_targets: Tensor, subject_ids: Tensor
+    ) -> Tensor:
+        """Compute the squared error of the codes of subjects that have targets, per subject."""
+        has_target = subject_ids < len(code_targets)  # [n]
+        target_codes = code_targets.to(codes)[subject_ids[has_target]]
+        squared_error = F.mse_loss(codes[has_target], target_codes, reduction="sum")
+        return squared_error / len(codes)
 
-    def _encode_photos(self, batch: dict[str, Any]) -> ImageFeatures:
-        return (
-            ImageFeatures(batch["tokens"])
-            if "tokens" in batch
-            else self.model.encode_photos(batch["photos"])
-        )
+    def validation_step(self, batch: SubjectBatch, batch_idx: int) -> None:
+        """Log the denoising loss of one photo's LoRA and of its controls, with the same noise.
+
+        Args:
+            batch: Photos and targets of n subjects.
+            batch_idx: Seed of the noise.
+        """
+        features = ImageFeatures(self._encode_photos(batch).tokens[:, :1])
+        own_loras = self.model.hypernetwork(features)
+        controls = {
+            "base": own_loras * 0.0,
+            "own": own_loras,
+            "shuffled": own_loras.shuffle_batch(),
+        }
+        devices = [self.device] if self.device.type == "cuda" else []
+        for name, weights in controls.items():
+            with torch.random.fork_rng(devices), inject_lora(self.base.denoiser, weights):
+                torch.manual_seed(batch_idx)
+                loss = self._compute_denoising_loss(batch)
+            self.log(
+                f"val/loss_{name}",
+                loss,
+                prog_bar=True,
+                batch_size=len(own_loras),
+                sync_dist=True,
+            )
+
+    def _encode_photos(self, batch: SubjectBatch) -> ImageFeatures:
+        """Return the features of all photos, tokens [n, num_views, num_tokens, width]."""
+        if batch.tokens is not None:
+            return ImageFeatures(batch.tokens)
+        assert batch.photos is not None, "a SubjectBatch needs photos or tokens"
+        return self.model.encode_photos(batch.photos).image
 
     def _compute_denoising_loss(
-        self, batch: dict[str, Any], aux_loss_fn: Callable[[Tensor], Tensor] | None = None
+        self, batch: SubjectBatch, aux_loss: AuxLoss | None = None
     ) -> Tensor:
-        latents = (
-            batch["latents"] if "latents" in batch else self.base.encode_images(batch["images"])
-        )
-        conditions = self.base.encode_prompts(batch["captions"])
-        # in float32: bfloat16 would round away the little noise of early timesteps
+        """Compute the mean loss of the targets; the denoiser has its LoRAs already."""
+        latents = batch.latents
+        if latents is None:
+            assert batch.images is not None, "a SubjectBatch needs latents or images"
+            latents = self.base.encode_images(batch.images)  # [t * n, c, h, w]
         return compute_denoising_loss(
             self.base.denoiser,
-            self.base.noise_schedule,
-            latents.float(),
-            aux_loss_fn=aux_loss_fn,
-            **conditions,
+            self.base.noise_scheduler,
+            latents.float(),  # bfloat16 would round away the little noise of early timesteps
+            aux_loss=aux_loss,
+            **self.base.encode_prompts(batch.captions),
         ).mean()
 
     def on_train_end(self) -> None:
+        """Write the model."""
         if self.trainer.is_global_zero:
             self.model.save_pretrained(self.hparams["output_dir"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make AdamW for the hypernetwork, with one cosine cycle."""
         return make_adamw_cosine(self, self.model.hypernetwork.parameters(), self.hparams["lr"])

@@ -1,11 +1,9 @@
-"""Train the base of edits: an InstructPix2Pix UNet (2211.09800) over the autoencoder and text encoder of a base."""
+"""Train an InstructPix2Pix UNet (2211.09800) over the autoencoder and text encoder of a base."""
 
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -14,35 +12,54 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
 )
 from diffusers import UNet2DConditionModel as UNet
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from hyperlora.diffusion.diffusion_base import PromptCache, load_diffusion_base
-from hyperlora.diffusion.losses import compute_denoising_loss, compute_edit_region_weights
+from hyperlora.diffusion.losses import (
+    AuxLoss,
+    compute_denoising_loss,
+    compute_edit_region_weights,
+)
 from hyperlora.training.auxiliary_losses import AttributeLoss, LatentPreviewLoss
+from hyperlora.training.batches import EditBatch
+from hyperlora.training.modules.frozen_base import FrozenBaseTraining
+from hyperlora.training.modules.options import Options
 from hyperlora.training.optimizers import make_muon_cosine, split_muon_params
 from hyperlora.training.weight_surgery import prune_unet
 
 
-class InstructPix2PixTraining(L.LightningModule):
-    """A UNet that reads the picture before beside the noise, and the instruction as text.
+class InstructPix2PixTraining(FrozenBaseTraining):
+    """Train a UNet that takes the image before the edit as further channels, and an instruction.
 
-    Batches: ``before`` and ``after`` [n, c, h, w] scaled latents, ``instructions`` n strings. ``base_dir`` is the pipeline
-    whose autoencoder, text encoder and (as far as it fits) UNet are taken; ``unet`` changes its UNet's configuration.
-    Places that the edit changes count up to ``edit_region_weight`` times more than the rest: an edit is few latents. With
-    probability ``cond_dropout_prob`` the picture before and the instruction are left out together, for guidance.
-    ``prediction_type`` is what the UNet says: of an edit nearly all of the sample is known, and saying it is copying what is
-    seen, while velocity is a difference of what is seen that changes with every step. ``start_from`` is an edit base
-    that training goes on from. ``attribute_classifier`` and ``attribute_loss_weight`` are ``TextToImageTraining``'s, on the picture after, which
-    the picture before and the instruction tell behind any noise; ``preview_loss_weight`` counts how far its ``LatentPreviewLoss`` of
-    ``preview_upscale`` is off. When training ends, ``output_dir`` holds a
-    ``StableDiffusionInstructPix2PixPipeline``, fp16, without the parts it shares with ``base_dir``: these are links to it.
+    When training ends, a ``StableDiffusionInstructPix2PixPipeline`` is written in fp16. The
+    components that it shares with the base are links to it.
+
+    Args:
+        base: Folder of the pipeline whose autoencoder, text encoder and (pruned) UNet are used.
+        output_dir: Folder that receives the pipeline.
+        unet: Changes of the base's UNet configuration: a narrower deepest level.
+        lr: Peak learning rate of Muon.
+        timestep_shift: s of ``compute_denoising_loss``: above 1, noisier timesteps come more often.
+        edit_region_weight: Loss weight that is added where the edit changes the latents, since an
+            edit is few latents.
+        cond_dropout_prob: Probability of dropping image and instruction together, for guidance.
+        prediction_type: ``v_prediction`` or ``sample``. An edit keeps nearly all of its input, so
+            predicting the sample is mostly copying.
+        start_from: Folder of an edit pipeline to continue from, instead of the pruned base.
+        attribute_classifier: Folder of a classifier of latents for the auxiliary loss. It has its
+            full weight at every noise level: the input image and the instruction determine the
+            result even where there is only noise.
+        attribute_loss_weight: Weight of its cross-entropy with the labels after the edit.
+        preview_loss_weight: Weight of ``LatentPreviewLoss``; 0 for none.
+        preview_upscale: Its image pixels per latent pixel, along each axis.
     """
 
     def __init__(
         self,
         base: str,
         output_dir: str,
-        unet: dict[str, Any] | None = None,
+        unet: Options | None = None,
         lr: float = 5e-4,
         timestep_shift: float = 1.0,
         edit_region_weight: float = 4.0,
@@ -56,13 +73,12 @@ class InstructPix2PixTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self._base = (
-            load_diffusion_base(base),
-        )  # a plain attribute in a tuple: the frozen base is no part of the checkpoint
-        base_config = dict(self.base.denoiser.config)
-        self.unet = UNet.from_config(
-            base_config | {"in_channels": 2 * base_config["in_channels"]} | (unet or {})
-        )
+        self.base = load_diffusion_base(base)
+        base_unet: UNet = self.base.denoiser
+        base_config = dict(base_unet.config)
+        # noisy latents and, as further channels, those of the image before the edit
+        in_channels = 2 * base_config["in_channels"]
+        self.unet = UNet.from_config(base_config | {"in_channels": in_channels} | (unet or {}))
         self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
         self.preview_loss = (
             LatentPreviewLoss(base_config["out_channels"], preview_upscale)
@@ -71,94 +87,96 @@ class InstructPix2PixTraining(L.LightningModule):
         )
         self.prompt_cache: PromptCache = {}
         self.noise_scheduler = DDPMScheduler.from_config(
-            self.base.noise_schedule.config, prediction_type=prediction_type
+            self.base.noise_scheduler.config, prediction_type=prediction_type
         )
         if start_from is None:
-            prune_unet(self.base.denoiser, self.unet)
+            prune_unet(base_unet, self.unet)
         else:
-            pretrained = load_diffusion_base(start_from)
-            self.unet.load_state_dict(pretrained.denoiser.state_dict())
-            if (pretrained.noise_scheduler.config.prediction_type, prediction_type) == (
-                "v_prediction",
-                "sample",
-            ):
-                for parameter in self.unet.conv_out.parameters():
-                    parameter.data.neg_()  # v is minus the sample where all is noise
+            self._load_unet(start_from, prediction_type)
 
-    @property
-    def base(self) -> Any:
-        return self._base[0]
+    def _load_unet(self, start_from: str, prediction_type: str) -> None:
+        pretrained = load_diffusion_base(start_from)
+        self.unet.load_state_dict(pretrained.denoiser.state_dict())
+        old_prediction_type = pretrained.noise_scheduler.config.prediction_type
+        if (old_prediction_type, prediction_type) == ("v_prediction", "sample"):
+            # v = α ε - σ x₀ is -x₀ where all is noise (α = 0, σ = 1): the nearest start
+            for parameter in self.unet.conv_out.parameters():
+                parameter.data.neg_()
 
-    def on_fit_start(self) -> None:
-        self.base.pipeline.to(self.device)
-        self.attribute_loss.to(self.device)
+    def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
+        """Compute the denoising loss with random condition dropout.
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        Args:
+            batch: Latents before and after an edit with its instruction.
+            batch_idx: Not used.
+
+        Returns:
+            Loss, a scalar.
+        """
         drop_mask = (
-            torch.rand(len(batch["before"]), device=self.device) < self.hparams["cond_dropout_prob"]
-        )
+            torch.rand(len(batch.before), device=self.device) < self.hparams["cond_dropout_prob"]
+        )  # [n]
         instructions = [
-            "" if drop else text
-            for drop, text in zip(drop_mask.tolist(), batch["instructions"], strict=True)
+            "" if drop else instruction
+            for drop, instruction in zip(drop_mask.tolist(), batch.instructions, strict=True)
         ]
-        loss = self._compute_loss(
-            batch | {"instructions": instructions}, drop_mask, self._make_aux_loss_fn(batch)
-        )
+        aux_loss = self._make_aux_loss(batch, (~drop_mask).float())
+        loss = self._compute_loss(replace(batch, instructions=instructions), drop_mask, aux_loss)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        no_drop = torch.zeros(len(batch["before"]), dtype=torch.bool, device=self.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(batch_idx)  # the same noise every time
-            self.log(
-                "val/loss",
-                self._compute_loss(batch, no_drop),
-                prog_bar=True,
-                batch_size=len(no_drop),
-            )
+    def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Log the denoising loss with the same noise in every validation.
 
-    def _make_aux_loss_fn(self, batch: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
-        """What else counts than the latents' error, as ``compute_denoising_loss`` takes it."""
-        attribute_loss_fn, preview_loss = (
-            self.attribute_loss.make_loss_fn(batch.get("labels")),
-            self.preview_loss,
-        )
+        Args:
+            batch: Latents before and after an edit with its instruction.
+            batch_idx: Seed of the noise.
+        """
+        no_drop = torch.zeros(len(batch.before), dtype=torch.bool, device=self.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(batch_idx)
+            loss = self._compute_loss(batch, no_drop)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(no_drop))
+
+    def _make_aux_loss(self, batch: EditBatch, sample_weights: Tensor) -> AuxLoss | None:
+        """Make the sum of attribute loss and preview loss, weighted per sample [n]."""
+        attribute_loss = self.attribute_loss.make_aux_loss(batch.labels, weight=sample_weights)
+        preview_loss = self.preview_loss
         if preview_loss is None:
-            return attribute_loss_fn
-        before, after = batch["before"].float(), batch["after"].float()
+            return attribute_loss
+        before, after = batch.before.float(), batch.after.float()
         if not preview_loss.has_kernel:
             preview_loss.fit_kernel(self.base, after)
         region_weights = self.hparams["preview_loss_weight"] * compute_edit_region_weights(
             before, after, self.hparams["edit_region_weight"]
-        )
-        return lambda latents: (
-            preview_loss.compute_error(latents, after, region_weights)
-            + (attribute_loss_fn(latents) if attribute_loss_fn else 0.0)
-        )
+        )  # [n, 1, h, w]
+
+        def compute_sum(latents: Tensor) -> Tensor:
+            loss = preview_loss.compute_error(latents, after, region_weights)  # [n]
+            return loss + (attribute_loss.fn(latents) if attribute_loss else 0.0)
+
+        return AuxLoss(compute_sum, sample_weights)
 
     def _compute_loss(
-        self,
-        batch: dict[str, Any],
-        drop_mask: Tensor,
-        aux_loss_fn: Callable[[Tensor], Tensor] | None = None,
+        self, batch: EditBatch, drop_mask: Tensor, aux_loss: AuxLoss | None = None
     ) -> Tensor:
-        before, after = batch["before"].float(), batch["after"].float()
-        # diffusers' pipeline shows the UNet latents that are not scaled
+        """Compute the loss; the image before the edit is dropped where ``drop_mask`` [n] is set."""
+        before, after = batch.before.float(), batch.after.float()  # [n, c, h, w]
+        # diffusers' pipeline conditions the UNet on unscaled latents
         cond_latents = before / self.base.pipeline.vae.config.scaling_factor
         return compute_denoising_loss(
             self.unet,
             self.noise_scheduler,
             after,
-            cond_latents=cond_latents * ~drop_mask[:, None, None, None],
             shift=self.hparams["timestep_shift"],
             weight=compute_edit_region_weights(before, after, self.hparams["edit_region_weight"]),
-            aux_loss_fn=aux_loss_fn,
-            aux_loss_weight=(~drop_mask).float(),
-            **self.base.encode_prompts(batch["instructions"], self.prompt_cache),
+            cond_latents=cond_latents * ~drop_mask[:, None, None, None],
+            aux_loss=aux_loss,
+            **self.base.encode_prompts(batch.instructions, self.prompt_cache),
         ).mean()
 
     def on_train_end(self) -> None:
+        """Write the pipeline."""
         if self.trainer.is_global_zero:
             save_edit_pipeline(
                 Path(self.hparams["output_dir"]),
@@ -167,7 +185,8 @@ class InstructPix2PixTraining(L.LightningModule):
                 self.noise_scheduler,
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make Muon for the UNet's hidden matrices and AdamW for all else, with one cosine cycle."""
         matrices, other_params = split_muon_params(
             self.unet.named_parameters(), ("conv_in", "conv_out")
         )
@@ -177,17 +196,22 @@ class InstructPix2PixTraining(L.LightningModule):
 def save_edit_pipeline(
     output_dir: Path, base_dir: Path, unet: UNet, noise_scheduler: DDPMScheduler | None = None
 ) -> None:
-    """``output_dir`` as a pipeline folder; autoencoder, text encoder and tokenizer are relative links to those of ``base_dir``,
-    whose ``noise_scheduler`` is kept unless given."""
+    """Write an InstructPix2Pix pipeline whose other components are links to a base.
+
+    Args:
+        output_dir: Folder to write.
+        base_dir: Pipeline whose autoencoder, text encoder and tokenizer get relative links.
+        unet: The UNet, which is converted to fp16 in place.
+        noise_scheduler: Schedule and prediction type; None for those of the base.
+    """
     base_pipeline = load_diffusion_base(base_dir).pipeline
+    scheduler_config = noise_scheduler.config if noise_scheduler else base_pipeline.scheduler.config
     pipeline = StableDiffusionInstructPix2PixPipeline(
         vae=AutoencoderKL.from_pretrained(base_dir / "vae"),
         text_encoder=base_pipeline.text_encoder,
         tokenizer=base_pipeline.tokenizer,
         unet=unet.half(),
-        scheduler=DPMSolverMultistepScheduler.from_config(
-            noise_scheduler.config if noise_scheduler else base_pipeline.scheduler.config
-        ),
+        scheduler=DPMSolverMultistepScheduler.from_config(scheduler_config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -198,8 +222,6 @@ def save_edit_pipeline(
     pipeline.scheduler.save_pretrained(output_dir / "scheduler")
     for component in ("vae", "text_encoder", "tokenizer"):
         link = output_dir / component
+        target = os.path.relpath((base_dir / component).resolve(), output_dir.resolve())
         link.unlink(missing_ok=True)
-        link.symlink_to(
-            os.path.relpath((base_dir / component).resolve(), output_dir.resolve()),
-            target_is_directory=True,
-        )
+        link.symlink_to(target, target_is_directory=True)

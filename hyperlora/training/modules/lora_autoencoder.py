@@ -1,8 +1,7 @@
 """Train the autoencoder of LoRAs (LAE) on a dataset of them."""
 
-from typing import Any
-
 import lightning as L
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from hyperlora.data.lora_dataset import LoraDataset
@@ -10,21 +9,33 @@ from hyperlora.lora.merge import compare_deltas
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.lora_autoencoder import LoraAutoencoder, compute_weight_preserved_loss
 from hyperlora.pipelines.lora_codec import LoraCodec
+from hyperlora.training.modules.options import Options
 from hyperlora.training.optimizers import make_adamw_cosine
 
 
 class LoraAutoencoderTraining(L.LightningModule):
-    """L = mean((1 + λ |w| / max |w|) (w - ŵ)²) + ``kl_weight`` KL, over normalised rows; λ = ``magnitude_weight``.
+    """Train on the weight-preserved loss and a KL divergence, over normalized LoRAs.
 
-    Batches: rows [n, P] of the dataset ``folder``, whose statistics (z-score, ``canonicalize`` by SVD first or not) travel
-    in what is released. Every validation logs the relative error and the cosine of ΔW.
+    L = mean((1 + λ |w| / max |w|) (w - ŵ)²) + ``kl_weight`` KL, with λ = ``magnitude_weight``.
+
+    Batches are flat LoRAs [n, P]. Validation logs the relative error and the cosine of ΔW.
+
+    Args:
+        folder: Dataset whose training split gives layout and normalization, both stored in the
+            released codec.
+        output_dir: Folder that receives the ``LoraCodec`` when training ends.
+        autoencoder: Arguments of ``LoraAutoencoder``.
+        canonicalize: Whether each LoRA is brought to a canonical form by SVD first.
+        magnitude_weight: λ; large weights count up to 1 + λ times as much as small ones.
+        kl_weight: Weight of the KL divergence to a unit Gaussian.
+        lr: Peak learning rate of AdamW.
     """
 
     def __init__(
         self,
         folder: str,
         output_dir: str,
-        autoencoder: dict[str, Any] | None = None,
+        autoencoder: Options | None = None,
         canonicalize: bool = False,
         magnitude_weight: float = 1.0,
         kl_weight: float = 0.0,
@@ -37,29 +48,49 @@ class LoraAutoencoderTraining(L.LightningModule):
             data.fit_normalizer(canonicalize), LoraAutoencoder(data.layout, **(autoencoder or {}))
         )
 
-    def training_step(self, rows: Tensor, batch_idx: int) -> Tensor:
-        normalized_rows = self.model.normalizer.normalize(rows)
-        reconstruction, kl = self.model.autoencoder(normalized_rows)
+    def training_step(self, flat_loras: Tensor, batch_idx: int) -> Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            flat_loras: [n, P].
+            batch_idx: Not used.
+
+        Returns:
+            Loss, a scalar.
+        """
+        normalized = self.model.normalizer.normalize(flat_loras)  # [n, P]
+        reconstruction, kl = self.model.autoencoder(normalized)  # [n, P], [n]
         loss = compute_weight_preserved_loss(
-            reconstruction, normalized_rows, self.hparams["magnitude_weight"]
+            reconstruction, normalized, self.hparams["magnitude_weight"]
         )
         self.log("train/loss", loss, prog_bar=True)
         return loss + self.hparams["kl_weight"] * kl.mean()
 
-    def validation_step(self, rows: Tensor, batch_idx: int) -> None:
-        target_loras = LoraWeights.unflatten(self.model.layout, rows.float())
-        error, cosine = compare_deltas(
-            target_loras, self.model.decode(self.model.encode_flat(rows))
+    def validation_step(self, flat_loras: Tensor, batch_idx: int) -> None:
+        """Log the relative error and the cosine of ΔW of decoded LoRAs.
+
+        Args:
+            flat_loras: [n, P].
+            batch_idx: Not used.
+        """
+        targets = LoraWeights.unflatten(self.model.layout, flat_loras.float())
+        decoded = self.model.decode(self.model.encode_flat(flat_loras))
+        relative_error, cosine = compare_deltas(targets, decoded)  # [n], [n]
+        self.log_dict(
+            {"val/relative_error": relative_error.mean(), "val/cosine": cosine.mean()},
+            prog_bar=True,
+            batch_size=len(flat_loras),
+            sync_dist=True,
         )
-        metrics = {"val/error": error.mean(), "val/cosine": cosine.mean()}
-        self.log_dict(metrics, prog_bar=True, batch_size=len(rows), sync_dist=True)
 
     def on_train_end(self) -> None:
+        """Calibrate the latents on at most 256 training LoRAs and write the codec."""
         if self.trainer.is_global_zero:
             self.model.eval()
-            rows = LoraDataset(self.hparams["folder"], "train")
-            self.model.calibrate(rows[: min(256, len(rows))].to(self.device))
+            data = LoraDataset(self.hparams["folder"], "train")
+            self.model.calibrate(data[: min(256, len(data))].to(self.device))
             self.model.save_pretrained(self.hparams["output_dir"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make AdamW with one cosine cycle."""
         return make_adamw_cosine(self, self.parameters(), self.hparams["lr"])

@@ -1,48 +1,93 @@
-"""Train a network that makes LoRAs from before/after pairs, through the frozen edit base."""
+"""Train a network from before/after pairs to LoRAs, through the frozen edit base."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from hyperlora.diffusion.diffusion_base import PromptCache, load_diffusion_base
 from hyperlora.diffusion.lora_injection import inject_lora
-from hyperlora.diffusion.losses import compute_denoising_loss, compute_edit_region_weights
+from hyperlora.diffusion.losses import (
+    AuxLoss,
+    compute_denoising_loss,
+    compute_edit_region_weights,
+)
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.pair_hypernetwork import PairHypernetwork
+from hyperlora.pipelines.model_card import ModelCard
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.prompt_lora import set_instruction_texts
 from hyperlora.training.auxiliary_losses import AttributeLoss
+from hyperlora.training.batches import AttributeLabels, PairBatch
+from hyperlora.training.modules.frozen_base import FrozenBaseTraining
+from hyperlora.training.modules.options import Options
 from hyperlora.training.optimizers import make_adamw_cosine, make_muon_cosine
 
 
-class PairHypernetworkTraining(L.LightningModule):
-    """L = ‖G(+Δ; B) - B'‖² + ``reverse_weight`` ‖G(-Δ; B') - B‖² + ``delta_l2_weight`` ‖Δ‖² + ``instruction_loss_weight`` C(words)
+@dataclass(frozen=True)
+class _EditTarget:
+    """One direction of an edit: latents to start from and to reach, with labels of the latter."""
 
-    with Δ = H(A, A') (2411.19156, §3.3). The first norms are the edit base's denoising loss, with what it is shown
-    beside the noise before the semicolon; ``use_denoising_loss`` false leaves them out. The last one is ``InstructionVocabulary.loss``: of
-    a network with ``words``, which learns from the instructions what a change is called.
+    input_latents: Tensor
+    """[n, c, h, w]."""
+    target_latents: Tensor
+    """[n, c, h, w]."""
+    aux_loss: AuxLoss | None = None
 
-    Batches: ``pairs`` [batch, views, 2, 3, h, w] in [0, 1], A and A' of each, or what the frozen encoder says about
-    them, ``tokens`` [batch, views, 2, tokens, width]; ``before`` and ``after`` [batch, c, h, w], latents of B and B'
-    (or ``images`` [batch, 2, 3, h, w] in [0, 1], encoded here); ``instructions``, batch strings, shown to the base with
-    probability ``instruction_prob`` and else left empty, and, if known, ``undoing``, those of the way back.
-    With probability ``swap_prob`` a sample's two sides change places (random exchange). ``encoder`` is a released
-    reader's folder or a timm id with ``encoder_options``; it learns too unless ``freeze_encoder``.
-    Places that the edit changes count up to ``edit_region_weight`` times more than the rest. ``start_from`` is the folder of
-    a released ``PairToLora`` that training goes on from (the second of the paper's two stages).
-    ``network["words"]["build_vocabulary"]`` may be a JSON file. With ``freeze_instruction_head`` the part that finds words stays as it
-    is. ``attribute_classifier`` and ``attribute_loss_weight`` are ``TextToImageTraining``'s; ``labels`` of a batch are then those before and after.
-    With ``use_muon`` the words' hidden matrices learn by ``Muon``.
-    Every validation logs the loss with the pair's own LoRA, with another pair's and with none, and of undoing.
+
+class PairHypernetworkTraining(FrozenBaseTraining):
+    """Train a LoRA Δ = H(A, A') of a pair on making the same edit elsewhere, B to B'.
+
+    L = ‖G(Δ; B) - B'‖² + ``reverse_weight`` ‖G(-Δ; B') - B‖² + ``delta_l2_weight`` ‖ΔW‖²
+    + ``instruction_loss_weight`` C (LoRA of Change, 2411.19156, §3.3). G(Δ; B) is the edit base with
+    the LoRA Δ and the input image B; the first two norms are its denoising losses. C is
+    ``InstructionVocabulary.compute_loss`` of the instruction head: which instruction the pair shows.
+
+    Validation logs the denoising loss without LoRA (``val/loss_base``), with the pair's own
+    (``val/loss_own``), with another pair's (``val/loss_shuffled``) and of undoing
+    (``val/loss_reverse``); with an instruction loss also its value and the accuracy.
+
+    Args:
+        base: Folder or hub id of the InstructPix2Pix pipeline that stays frozen.
+        encoder: Folder of a released ``AttributeClassifier``, or a timm id.
+        output_dir: Folder that receives the ``PairToLora`` when training ends.
+        preset: Target modules: ``attention``, ``attention+mlp`` or ``attention+conv``.
+        rank: Of the LoRAs.
+        network: Arguments of ``PairHypernetwork``. ``instruction_head.vocabulary`` may be the
+            path of a JSON file.
+        encoder_options: Arguments of the encoder.
+        base_options: Arguments of ``load_diffusion_base``.
+        freeze_encoder: Whether the encoder stays as it is.
+        freeze_instruction_head: Whether the instruction head stays as it is.
+        gradient_checkpointing: Whether the denoiser recomputes activations to save memory.
+        start_from: Folder of a ``PairToLora`` to continue from (the paper's second stage).
+        reverse_weight: Weight of undoing the edit with -Δ.
+        swap_prob: Probability of swapping the two sides of a sample (the paper's exchange).
+        instruction_prob: Probability of giving the base the instruction as well; it is empty else.
+        edit_region_weight: Loss weight that is added where the edit changes the latents.
+        timestep_shift: s of ``compute_denoising_loss``: above 1, noisier timesteps come more often.
+        delta_l2_weight: Weight of the mean squared norm of ΔW.
+        use_denoising_loss: Whether the base is used at all; without it the instruction head is
+            trained alone.
+        instruction_loss_weight: Weight of C.
+        attribute_classifier: Folder of a classifier of latents for the auxiliary loss.
+        attribute_loss_weight: Weight of its cross-entropy with the labels of B', at every noise
+            level.
+        max_views: Largest number of example pairs in a step, which is drawn at random.
+        lr: Peak learning rate.
+        use_muon: Whether the hidden matrices of the instruction head are trained by ``Muon``.
+        card: Fields of the released ``ModelCard``.
+
+    Raises:
+        InvalidArgumentError: There is no loss, or the vocabulary file cannot be read.
     """
 
     def __init__(
@@ -52,9 +97,9 @@ class PairHypernetworkTraining(L.LightningModule):
         output_dir: str,
         preset: str = "attention+mlp",
         rank: int = 4,
-        network: dict[str, Any] | None = None,
-        encoder_options: dict[str, Any] | None = None,
-        base_options: dict[str, Any] | None = None,
+        network: Options | None = None,
+        encoder_options: Options | None = None,
+        base_options: Options | None = None,
         freeze_encoder: bool = False,
         freeze_instruction_head: bool = False,
         gradient_checkpointing: bool = False,
@@ -72,27 +117,28 @@ class PairHypernetworkTraining(L.LightningModule):
         max_views: int = 4,
         lr: float = 6e-4,
         use_muon: bool = False,
-        card: dict[str, Any] | None = None,
+        card: Options | None = None,
     ) -> None:
         super().__init__()
         if not use_denoising_loss and not instruction_loss_weight:
             raise InvalidArgumentError(
-                "nothing to learn from: denoising is off and telling is 0; give one of them"
+                "use_denoising_loss is false and instruction_loss_weight is 0: there is no loss to "
+                "train on; give one of them"
             )
         self.save_hyperparameters()
-        # a plain attribute in a tuple: the frozen base is no part of the checkpoint
-        self._base = (load_diffusion_base(base, **(base_options or {})),)
+        self.base = load_diffusion_base(base, **(base_options or {}))
         self.prompt_cache: PromptCache = {}
         if start_from is not None:
             self.model = PairToLora.from_pretrained(start_from, base=self.base).requires_grad_(True)
         else:
-            denoiser_name = next(iter(self.base.modules))
-            layout = make_layout({denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
+            denoisers = {self.denoiser_name: self.base.denoiser}
+            layout = make_layout(denoisers, preset, rank, self.base.id)
             image_encoder = load_image_encoder(encoder, encoder_options)
+            options = _load_vocabulary(network or {})
             self.model = PairToLora(
                 image_encoder,
-                PairHypernetwork(layout, image_encoder.width, **_load_vocabulary(network or {})),
-                card,
+                PairHypernetwork(layout, image_encoder.width, **options),
+                ModelCard.from_dict(card or {}),
             )
         self.model.encoder.requires_grad_(not freeze_encoder)
         if self.model.network.instruction_head is not None:
@@ -100,35 +146,41 @@ class PairHypernetworkTraining(L.LightningModule):
         set_instruction_texts(self.model.network, self.base)
         self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
         if gradient_checkpointing:
-            self.base.denoiser.enable_gradient_checkpointing()
-
-    @property
-    def base(self) -> Any:
-        return self._base[0]
+            self.enable_gradient_checkpointing()
 
     def on_fit_start(self) -> None:
-        self.base.pipeline.to(self.device)
-        self.attribute_loss.to(self.device)
-        set_instruction_texts(
-            self.model.network, self.base
-        )  # again: a checkpoint holds those of the base it was trained with
+        """Move the base to the device and take the text embeddings from it.
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        self.model.encoder.eval()  # statistics of batch norms stay as they were learned
-        batch_size, num_pairs = batch["tokens" if "tokens" in batch else "pairs"].shape[:2]
-        swap_mask = torch.rand(batch_size, device=self.device) < self.hparams["swap_prob"]
+        A checkpoint that was loaded holds those of the base it was trained with.
+        """
+        super().on_fit_start()
+        set_instruction_texts(self.model.network, self.base)
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Compute the loss with a random number of example pairs, some with their sides swapped.
+
+        Args:
+            batch: Example pairs and target pairs of n edits.
+            batch_idx: Not used.
+
+        Returns:
+            Loss, a scalar.
+        """
+        self.model.encoder.eval()  # frozen statistics of batch norms
+        n, num_pairs = batch.encoder_input.shape[:2]
+        swap_mask = torch.rand(n, device=self.device) < self.hparams["swap_prob"]  # [n]
         num_views = int(torch.randint(1, min(num_pairs, self.hparams["max_views"]) + 1, ()))
         pair_features = _swap_features(*self._encode_pairs(batch, num_views), swap_mask)
-        if (
-            self.model.network.instruction_head is not None
-        ):  # what is usual is learned with words alone, in large batches
+        if self.model.network.instruction_head is not None:
+            # input statistics are only learned where batches are large: without the base
             self.model.network.instruction_head.input_norm.train(
                 not self.hparams["use_denoising_loss"]
             )
         loss = torch.zeros((), device=self.device)
         if instruction_loss_weight := self.hparams["instruction_loss_weight"]:
             instruction_losses, _ = self._compute_instruction_loss(batch, swap_mask, *pair_features)
-            self.log("train/words", instruction_loss := instruction_losses.mean(), prog_bar=True)
+            instruction_loss = instruction_losses.mean()
+            self.log("train/instruction_loss", instruction_loss, prog_bar=True)
             loss = loss + instruction_loss_weight * instruction_loss
         if self.hparams["use_denoising_loss"]:
             weights = self.model.generate_from_features(*pair_features)
@@ -137,157 +189,166 @@ class PairHypernetworkTraining(L.LightningModule):
         return loss
 
     def _compute_edit_loss(
-        self, batch: dict[str, Any], swap_mask: Tensor, weights: LoraWeights
+        self, batch: PairBatch, swap_mask: Tensor, weights: LoraWeights
     ) -> Tensor:
-        """Both directions' denoising losses."""
+        """Compute the denoising losses of making the edit and of undoing it."""
         before, after = self._get_edit_latents(batch)
-        swap_latents = swap_mask.view(-1, 1, 1, 1)
+        swap_latents = swap_mask.view(-1, 1, 1, 1)  # [n, 1, 1, 1]
         before, after = (
             torch.where(swap_latents, after, before),
             torch.where(swap_latents, before, after),
         )
+        labels_before, labels_after = _swap_labels(batch, swap_mask)
         use_instruction = (torch.rand(len(swap_mask)) < self.hparams["instruction_prob"]).tolist()
-        instruction_flags = zip(
-            batch["instructions"], use_instruction, swap_mask.tolist(), strict=True
+        instructions = [
+            instruction if is_used and not is_swapped else ""
+            for instruction, is_used, is_swapped in zip(
+                batch.instructions, use_instruction, swap_mask.tolist(), strict=True
+            )
+        ]
+        forward = _EditTarget(
+            before, after, self.attribute_loss.make_aux_loss(labels_after, weight=1.0)
         )
-        instructions = [w if keep and not s else "" for w, keep, s in instruction_flags]
-        labels_before, labels_after = _swap_labels(batch.get("labels"), swap_mask)
-        loss = self._compute_denoising_loss(
-            weights, before, after, instructions, self.attribute_loss.make_loss_fn(labels_after)
-        )
+        loss = self._compute_denoising_loss(weights, forward, instructions)
         self.log("train/loss", loss, prog_bar=True)
         if self.hparams["reverse_weight"]:
-            reverse_loss = self._compute_denoising_loss(
-                -weights,
-                after,
-                before,
-                [""] * len(instructions),
-                self.attribute_loss.make_loss_fn(labels_before),
+            reverse = _EditTarget(
+                after, before, self.attribute_loss.make_aux_loss(labels_before, weight=1.0)
             )
-            self.log("train/reverse", reverse_loss, prog_bar=True)
+            reverse_loss = self._compute_denoising_loss(-weights, reverse, [""] * len(instructions))
+            self.log("train/reverse_loss", reverse_loss, prog_bar=True)
             loss = loss + self.hparams["reverse_weight"] * reverse_loss
         return loss
 
     def _compute_instruction_loss(
-        self, batch: dict[str, Any], swap_mask: Tensor, before: ImageFeatures, after: ImageFeatures
+        self, batch: PairBatch, swap_mask: Tensor, before: ImageFeatures, after: ImageFeatures
     ) -> tuple[Tensor, Tensor]:
-        """The loss of what is said of each change, and whether it is right, [n]; 0 of the way back where the words for
-        it are not known."""
-        undo_instructions = batch.get("undoing")
-        instruction_pairs = zip(
-            batch["instructions"],
-            undo_instructions or batch["instructions"],
-            swap_mask.tolist(),
-            strict=True,
-        )
-        instruction_head = self.model.network.instruction_head
-        assert instruction_head is not None
-        target = instruction_head.vocabulary.encode(
-            [undo if turned else do for do, undo, turned in instruction_pairs]
-        ).to(self.device)
-        logits = instruction_head.forward_logits(
-            self.model.network.fuse_pair(before, after)
-        ).float()
-        is_known = torch.ones_like(swap_mask) if undo_instructions is not None else ~swap_mask
-        return instruction_head.vocabulary.compute_loss(
-            logits, target
-        ) * is_known, instruction_head.vocabulary.is_correct(logits, target) & is_known
+        """Compute loss and correctness of the predicted instructions.
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        pair_features = self._encode_pairs(batch, 1)
+        Args:
+            batch: Where ``undo_instructions`` are not known, swapped samples have no loss.
+            swap_mask: Samples whose sides are swapped, [n].
+            before: Features of A (A' where swapped).
+            after: Features of A' (A where swapped).
+
+        Returns:
+            Loss [n] and whether the prediction is right [n].
+        """
+        instructions = [
+            undo_instruction if is_swapped else instruction
+            for instruction, undo_instruction, is_swapped in zip(
+                batch.instructions,
+                batch.undo_instructions or batch.instructions,
+                swap_mask.tolist(),
+                strict=True,
+            )
+        ]
+        network = self.model.network
+        assert network.instruction_head is not None
+        vocabulary = network.instruction_head.vocabulary
+        targets = vocabulary.encode(instructions).to(self.device)
+        pair_features = network.fuse_pair(before, after)
+        logits = network.instruction_head.forward_logits(pair_features).float()  # [n, num_logits]
+        is_known = (
+            ~swap_mask if batch.undo_instructions is None else torch.ones_like(swap_mask)
+        )  # [n]
+        loss = vocabulary.compute_loss(logits, targets) * is_known
+        return loss, vocabulary.is_correct(logits, targets) & is_known
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Log the losses of one pair's LoRA and of its controls, with the same noise.
+
+        Args:
+            batch: Example pairs and target pairs of n edits.
+            batch_idx: Seed of the noise.
+        """
+        pair_features, n = self._encode_pairs(batch, 1), len(batch.instructions)
         if self.hparams["instruction_loss_weight"]:
-            no_swap = torch.zeros(
-                batch_size := len(batch["instructions"]), dtype=torch.bool, device=self.device
-            )
-            instruction_losses, is_correct = self._compute_instruction_loss(
-                batch, no_swap, *pair_features
-            )
-            self.log("val/words", instruction_losses.mean(), prog_bar=True, batch_size=batch_size)
-            self.log("val/said", is_correct.float().mean(), prog_bar=True, batch_size=batch_size)
+            no_swap = torch.zeros(n, dtype=torch.bool, device=self.device)
+            losses, is_correct = self._compute_instruction_loss(batch, no_swap, *pair_features)
+            metrics = {
+                "val/instruction_loss": losses.mean(),
+                "val/instruction_acc": is_correct.float().mean(),
+            }
+            self.log_dict(metrics, prog_bar=True, batch_size=n)
         if not self.hparams["use_denoising_loss"]:
             return
         own_loras = self.model.generate_from_features(*pair_features)
         before, after = self._get_edit_latents(batch)
-        shuffled_loras = own_loras[torch.arange(len(own_loras), device=self.device).roll(1)]
+        forward, reverse = _EditTarget(before, after), _EditTarget(after, before)
         cases = {
-            "base": (own_loras * 0.0, before, after),
-            "own": (own_loras, before, after),
-            "shuffled": (shuffled_loras, before, after),
-            "reverse": (-own_loras, after, before),
+            "base": (own_loras * 0.0, forward),
+            "own": (own_loras, forward),
+            "shuffled": (own_loras.shuffle_batch(), forward),
+            "reverse": (-own_loras, reverse),
         }
         devices = [self.device] if self.device.type == "cuda" else []
-        for name, (weights, input_latents, target_latents) in cases.items():
+        for name, (weights, target) in cases.items():
             with torch.random.fork_rng(devices):
-                torch.manual_seed(batch_idx)  # the same noise for all, and every time
-                loss = self._compute_denoising_loss(
-                    weights, input_latents, target_latents, [""] * len(own_loras)
-                )
-            self.log(f"val/{name}", loss, prog_bar=True, batch_size=len(own_loras), sync_dist=True)
+                torch.manual_seed(batch_idx)
+                loss = self._compute_denoising_loss(weights, target, [""] * n)
+            self.log(f"val/loss_{name}", loss, prog_bar=True, batch_size=n, sync_dist=True)
 
     def _encode_pairs(
-        self, batch: dict[str, Any], num_views: int
+        self, batch: PairBatch, num_views: int
     ) -> tuple[ImageFeatures, ImageFeatures]:
-        """Of the first ``num_views`` pairs, the pictures before and after."""
-        if "tokens" in batch:
-            before, after = batch["tokens"][:, :num_views].float().unbind(2)
-            return ImageFeatures(before), ImageFeatures(after)
-        before, after = batch["pairs"][:, :num_views].unbind(2)
+        """Encode both sides of the first pairs, tokens [n, num_views, num_tokens, width] each."""
+        before, after = batch.encoder_input[:, :num_views].unbind(2)
+        if batch.tokens is not None:
+            return ImageFeatures(before.float()), ImageFeatures(after.float())
         return self.model.encoder(before), self.model.encoder(after)
 
-    def _get_edit_latents(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Latents of B and B'."""
-        if "before" in batch:
-            return batch["before"].float(), batch["after"].float()
-        # in float32: bfloat16 would round away the little noise of early timesteps
-        before, after = (self.base.encode_images(batch["images"][:, i]).float() for i in (0, 1))
-        return before, after
+    def _get_edit_latents(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Return the latents of B and B', [n, c, h, w] each.
+
+        They are float32: bfloat16 would round away the little noise of early timesteps.
+        """
+        if batch.before is not None and batch.after is not None:
+            return batch.before.float(), batch.after.float()
+        assert batch.images is not None, "a PairBatch needs latents or images"
+        before, after = batch.images.unbind(1)
+        return self.base.encode_images(before).float(), self.base.encode_images(after).float()
 
     def _compute_denoising_loss(
-        self,
-        weights: LoraWeights,
-        input_latents: Tensor,
-        target_latents: Tensor,
-        instructions: list[str],
-        aux_loss_fn: Callable[[Tensor], Tensor] | None = None,
+        self, weights: LoraWeights, target: _EditTarget, instructions: list[str]
     ) -> Tensor:
+        """Compute the mean loss of one direction with LoRAs ``weights``."""
+        scaling_factor = self.base.pipeline.vae.config.scaling_factor
         with inject_lora(self.base.denoiser, weights):
             return compute_denoising_loss(
                 self.base.denoiser,
-                self.base.noise_schedule,
-                target_latents,
+                self.base.noise_scheduler,
+                target.target_latents,
                 shift=self.hparams["timestep_shift"],
-                cond_latents=input_latents / self.base.pipeline.vae.config.scaling_factor,
                 weight=compute_edit_region_weights(
-                    input_latents, target_latents, self.hparams["edit_region_weight"]
+                    target.input_latents, target.target_latents, self.hparams["edit_region_weight"]
                 ),
-                aux_loss_fn=aux_loss_fn,
-                aux_loss_weight=1.0,
+                # diffusers' pipeline conditions the UNet on unscaled latents
+                cond_latents=target.input_latents / scaling_factor,
+                aux_loss=target.aux_loss,
                 **self.base.encode_prompts(instructions, self.prompt_cache),
             ).mean()
 
     def on_train_end(self) -> None:
+        """Write the model."""
         if self.trainer.is_global_zero:
             self.model.save_pretrained(self.hparams["output_dir"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make AdamW, or Muon for the instruction head's hidden matrices, with one cosine cycle."""
+        parameters = list(self.model.parameters())
         if not self.hparams["use_muon"]:
-            return make_adamw_cosine(self, self.model.parameters(), self.hparams["lr"])
-        matrices = (
-            self.model.network.instruction_head.get_hidden_matrices()
-            if self.model.network.instruction_head
-            else []
-        )
+            return make_adamw_cosine(self, parameters, self.hparams["lr"])
+        head = self.model.network.instruction_head
+        matrices = head.list_hidden_matrices() if head else []
         matrix_ids = {id(parameter) for parameter in matrices}
-        other_params = [
-            parameter for parameter in self.model.parameters() if id(parameter) not in matrix_ids
-        ]
+        other_params = [p for p in parameters if id(p) not in matrix_ids]
         return make_muon_cosine(self, matrices, other_params, self.hparams["lr"])
 
 
-def _load_vocabulary(network: dict[str, Any]) -> dict[str, Any]:
-    """``network`` with the vocabulary of its words read, if that is a file. Raises ``InvalidArgumentError`` for one that is not
-    there or holds something else."""
-    head_options = network.get("words") or {}
+def _load_vocabulary(network: Options) -> Options:
+    """Replace the path of the instruction head's vocabulary by the content of the file."""
+    head_options = network.get("instruction_head") or {}
     path = head_options.get("vocabulary")
     if not isinstance(path, str):
         return network
@@ -295,32 +356,35 @@ def _load_vocabulary(network: dict[str, Any]) -> dict[str, Any]:
         vocabulary = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(
-            f"vocabulary {path!r} is no JSON file with choices and mixtures of prompts: `python -m data_builder edits` "
-            "writes one beside its pictures"
+            f"vocabulary {path!r} is no JSON file with categories and color axes of prompts: "
+            "`python -m data_builder draw-pairs` writes one beside its images"
         ) from error
-    return network | {"words": head_options | {"vocabulary": vocabulary}}
+    return network | {"instruction_head": head_options | {"vocabulary": vocabulary}}
 
 
 def _swap_features(
     before: ImageFeatures, after: ImageFeatures, swap_mask: Tensor
 ) -> tuple[ImageFeatures, ImageFeatures]:
-    """The samples ``swap_mask`` [n] with their sides changed."""
-    swap_tokens = swap_mask.view(-1, 1, 1, 1)
-    tokens_before, tokens_after = before.tokens, after.tokens
-    return ImageFeatures(torch.where(swap_tokens, tokens_after, tokens_before)), ImageFeatures(
-        torch.where(swap_tokens, tokens_before, tokens_after)
+    """Swap the sides of the samples ``swap_mask`` [n]."""
+    swap_tokens = swap_mask.view(-1, 1, 1, 1)  # [n, 1, 1, 1], of [n, views, tokens, width]
+    return (
+        ImageFeatures(torch.where(swap_tokens, after.tokens, before.tokens)),
+        ImageFeatures(torch.where(swap_tokens, before.tokens, after.tokens)),
     )
 
 
-AttributeLabels = dict[str, Tensor]
-
-
 def _swap_labels(
-    labels: Sequence[AttributeLabels] | None, swap_mask: Tensor
+    batch: PairBatch, swap_mask: Tensor
 ) -> tuple[AttributeLabels | None, AttributeLabels | None]:
-    """Labels before and after, if there are any, the samples ``swap_mask`` [n] having changed places."""
-    if labels is None:
+    """Swap the labels of the samples ``swap_mask`` [n], if there are any."""
+    before, after = batch.labels_before, batch.labels_after
+    if before is None or after is None:
         return None, None
-    before, after = labels
-    labels_before = {k: torch.where(swap_mask, after[k], before[k]) for k in before}
-    return labels_before, {k: torch.where(swap_mask, before[k], after[k]) for k in before}
+    return _select_labels(swap_mask, after, before), _select_labels(swap_mask, before, after)
+
+
+def _select_labels(
+    mask: Tensor, labels: Mapping[str, Tensor], other_labels: Mapping[str, Tensor]
+) -> AttributeLabels:
+    """Take ``labels`` where ``mask`` [n] is set and ``other_labels`` elsewhere."""
+    return {k: torch.where(mask, labels[k], other_labels[k]) for k in labels}

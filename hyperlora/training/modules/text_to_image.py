@@ -1,8 +1,7 @@
-"""Train a small text-to-image base (UNet and text encoder) over a given autoencoder, for the embedded world."""
+"""Train a small text-to-image base (UNet and text encoder) over a given image autoencoder."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import lightning as L
 import torch
@@ -13,15 +12,18 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers import UNet2DConditionModel as UNet
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from hyperlora.diffusion.losses import compute_denoising_loss
+from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
 from hyperlora.training.auxiliary_losses import AttributeLoss
+from hyperlora.training.batches import CaptionedLatentBatch
+from hyperlora.training.modules.options import Options
 from hyperlora.training.optimizers import make_adamw_cosine
 from hyperlora.training.weight_surgery import widen_unet
 
-NOISE_SCHEDULE = {
+NOISE_SCHEDULE: Final = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -30,18 +32,30 @@ NOISE_SCHEDULE = {
     "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
+"""Stable Diffusion's schedule with zero terminal SNR, as arguments of a diffusers scheduler."""
 
 
 class TextToImageTraining(L.LightningModule):
-    """v-prediction with zero terminal SNR (2305.08891), so that plain backgrounds come out plain.
+    """Train a UNet and a CLIP text encoder on v-prediction with zero terminal SNR (2305.08891).
 
-    Batches: ``latents`` [n, c, h, w], ``captions`` n strings (some empty, for classifier-free guidance). When training
-    ends, ``output_dir`` holds a complete ``StableDiffusionPipeline``, fp16. ``start_from`` is the folder of such a pipeline
-    whose UNet and text encoder training begins with; the first level of the new UNet may be wider. ``focus_box`` (top,
-    left, bottom, right) is a box in fractions of the picture that counts ``focus_weight`` times as much as the rest: a
-    face's small parts are few latents. ``attribute_classifier`` is the folder of a released reader of latents; what it reads in the
-    clean latents that the UNet expects then counts ``attribute_loss_weight`` times its cross-entropy with the batch's
-    ``labels`` ({attribute: [n]}, ``HELD_OUT_KINDS_GROUP`` for what the caption does not name).
+    Zero terminal SNR lets plain backgrounds be generated plain. When training ends, a complete
+    ``StableDiffusionPipeline`` is written in fp16.
+
+    Args:
+        vae: Folder of the ``AutoencoderKL`` of the latents.
+        tokenizer: Folder of a CLIP tokenizer.
+        output_dir: Folder that receives the pipeline.
+        unet: Arguments of ``UNet2DConditionModel``.
+        text_encoder: Arguments of ``CLIPTextConfig``; the vocabulary is the tokenizer's.
+        lr: Peak learning rate of AdamW.
+        timestep_shift: s of ``compute_denoising_loss``: above 1, noisier timesteps come more often.
+        start_from: Folder of a pipeline whose UNet and text encoder training begins with. The new
+            UNet may be wider at its first level.
+        focus_box: Top, left, bottom, right in fractions of the image: the box whose latents have
+            the loss weight ``focus_weight``. A face's details are few latents.
+        focus_weight: Loss weight of the box relative to all other latents.
+        attribute_classifier: Folder of a classifier of latents for the auxiliary loss.
+        attribute_loss_weight: Weight of its cross-entropy with the labels of the batch.
     """
 
     def __init__(
@@ -49,8 +63,8 @@ class TextToImageTraining(L.LightningModule):
         vae: str,
         tokenizer: str,
         output_dir: str,
-        unet: dict[str, Any],
-        text_encoder: dict[str, Any],
+        unet: Options,
+        text_encoder: Options,
         lr: float = 1e-3,
         timestep_shift: float = 1.0,
         start_from: str | None = None,
@@ -80,57 +94,69 @@ class TextToImageTraining(L.LightningModule):
         self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
 
     def on_fit_start(self) -> None:
+        """Move the attribute classifier, which is no submodule, to the device of the training."""
         self.attribute_loss.to(self.device)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self._compute_loss(batch, self.attribute_loss.make_loss_fn(batch.get("labels")))
+    def training_step(self, batch: CaptionedLatentBatch, batch_idx: int) -> Tensor:
+        """Compute the denoising loss, with the attribute loss where there is one.
+
+        Args:
+            batch: Latents with captions.
+            batch_idx: Not used.
+
+        Returns:
+            Loss, a scalar.
+        """
+        loss = self._compute_loss(batch, self.attribute_loss.make_aux_loss(batch.labels))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(batch_idx)  # the same noise every time
-            self.log(
-                "val/loss",
-                self._compute_loss(batch),
-                prog_bar=True,
-                batch_size=len(batch["captions"]),
-            )
+    def validation_step(self, batch: CaptionedLatentBatch, batch_idx: int) -> None:
+        """Log the denoising loss with the same noise in every validation.
 
-    def _compute_loss(
-        self, batch: dict[str, Any], aux_loss_fn: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+        Args:
+            batch: Latents with captions.
+            batch_idx: Seed of the noise.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(batch_idx)
+            loss = self._compute_loss(batch)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.captions))
+
+    def _compute_loss(self, batch: CaptionedLatentBatch, aux_loss: AuxLoss | None = None) -> Tensor:
         input_ids = self.tokenizer(
-            batch["captions"],
+            batch.captions,
             padding="max_length",
             truncation=True,
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
-        ).input_ids.to(self.device)
-        prompt_embeds = self.text_encoder(input_ids)[0]
+        ).input_ids.to(self.device)  # [n, tokens]
+        prompt_embeds = self.text_encoder(input_ids)[0]  # [n, tokens, width]
         return compute_denoising_loss(
             self.unet,
             self.scheduler,
-            batch["latents"],
-            encoder_hidden_states=prompt_embeds,
+            batch.latents,
             shift=self.hparams["timestep_shift"],
-            weight=self._make_focus_weights(batch["latents"]),
-            aux_loss_fn=aux_loss_fn,
+            weight=self._make_focus_weights(batch.latents),
+            aux_loss=aux_loss,
+            encoder_hidden_states=prompt_embeds,
         ).mean()
 
     def _make_focus_weights(self, latents: Tensor) -> Tensor | None:
-        """[h, w] with a mean of 1."""
+        """Make loss weights [h, w] with a mean of 1, larger in the focus box."""
         if self.hparams["focus_box"] is None:
             return None
         h, w = latents.shape[-2:]
         top, left, bottom, right = (
-            round(x * n) for x, n in zip(self.hparams["focus_box"], (h, w, h, w), strict=True)
+            round(fraction * size)
+            for fraction, size in zip(self.hparams["focus_box"], (h, w, h, w), strict=True)
         )
         weights = latents.new_ones(h, w)
         weights[top:bottom, left:right] = self.hparams["focus_weight"]
         return weights / weights.mean()
 
     def on_train_end(self) -> None:
+        """Write the pipeline in fp16."""
         if not self.trainer.is_global_zero:
             return
         pipeline = StableDiffusionPipeline(
@@ -144,9 +170,11 @@ class TextToImageTraining(L.LightningModule):
             requires_safety_checker=False,
         )
         pipeline.to(torch.float16)
-        # plain from_pretrained gives diffusers parts in float32, but transformers ones as stored
+        # from_pretrained without dtype loads diffusers models as float32, but transformers models
+        # as stored: a float16 text encoder would not match
         pipeline.text_encoder.float()
         pipeline.save_pretrained(Path(self.hparams["output_dir"]), max_shard_size="16MB")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make AdamW with one cosine cycle."""
         return make_adamw_cosine(self, self.parameters(), self.hparams["lr"])

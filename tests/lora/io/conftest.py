@@ -1,4 +1,4 @@
-"""LoRAs for the tiny models; property tests count tensors, not time."""
+"""LoRAs for the tiny models; hypothesis without deadline."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Files load in real diffusers pipelines, completely and silently, and act there as ``inject_lora`` acts here."""
+"""LoRA files load in diffusers pipelines without warnings and act as ``inject_lora`` does."""
 
 import json
 import logging
@@ -19,27 +19,27 @@ from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
 
 Make = Callable[..., LoraWeights]
-SEEING = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 TOKENS = torch.tensor([[0, 7, 8, 1, 1, 1]])
 
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """Calling it gives what diffusers, transformers or peft complained about so far."""
+    """Function that returns the warnings of diffusers, transformers and peft so far."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
-    before = [(logger.propagate, logger.level) for logger in loggers]
+    levels = [(logger.propagate, logger.level) for logger in loggers]
     for logger in loggers:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
     yield lambda: [
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
     ]
-    for logger, (propagate, level) in zip(loggers, before, strict=True):
+    for logger, (propagate, level) in zip(loggers, levels, strict=True):
         logger.propagate = propagate
         logger.setLevel(level)
 
 
-def outputs(pipe: Any) -> dict[str, Tensor]:
+def run_pipeline(pipe: Any) -> dict[str, Tensor]:
     """Text states, one denoiser call, and a whole image with guidance."""
     with torch.no_grad():
         text = pipe.text_encoder(TOKENS).last_hidden_state
@@ -55,15 +55,15 @@ def outputs(pipe: Any) -> dict[str, Tensor]:
     return {"text": text, "noise": noise, "image": image}
 
 
-def assert_all_taken(module: nn.Module, lora: LoraWeights, component: str) -> None:
-    """Exactly the sites of ``component`` carry an adapter, with the LoRA's own numbers."""
+def assert_all_loaded(module: nn.Module, lora: LoraWeights, component: str) -> None:
+    """Exactly the targets of ``component`` have an adapter, with the numbers of the LoRA."""
     adapted = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     assert set(adapted) == {
-        site.path for site in lora.layout.targets if site.component == component
+        target.path for target in lora.layout.targets if target.component == component
     }
-    for site, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
-        if site.component == component:
-            layer = adapted[site.path]
+    for target, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
+        if target.component == component:
+            layer = adapted[target.path]
             (adapter,) = layer.lora_A
             assert torch.equal(layer.lora_A[adapter].weight.flatten(1), down)
             assert torch.equal(layer.lora_B[adapter].weight.flatten(1), up)
@@ -72,7 +72,7 @@ def assert_all_taken(module: nn.Module, lora: LoraWeights, component: str) -> No
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 @pytest.mark.parametrize("preset", ["attention", "attention+mlp", "attention+conv"])
-def test_a_pipeline_takes_every_key_and_acts_alike(
+def test_pipeline_loads_every_key_with_equal_outputs(
     pipe: Any,
     modules: dict[str, nn.Module],
     random_lora: Make,
@@ -82,26 +82,26 @@ def test_a_pipeline_takes_every_key_and_acts_alike(
     preset: str,
 ) -> None:
     lora = random_lora(modules, preset)
-    plain = outputs(pipe)
+    base_outputs = run_pipeline(pipe)
     with inject_lora(modules, lora):
-        mine = outputs(pipe)
+        outputs = run_pipeline(pipe)
     path = save_lora(
         lora, tmp_path / "x.safetensors", format=format, metadata=LoraMetadata(title="Ada")
     )
-    complaints = len(warnings())
+    num_warnings = len(warnings())
     pipe.load_lora_weights(str(path))
-    assert warnings()[complaints:] == []
+    assert warnings()[num_warnings:] == []
     for component, module in modules.items():
-        assert_all_taken(module, lora, component)
-    theirs = outputs(pipe)
-    for name, value in mine.items():
+        assert_all_loaded(module, lora, component)
+    expected = run_pipeline(pipe)
+    for name, value in outputs.items():
         torch.testing.assert_close(
-            value, theirs[name], **SEEING, msg=lambda text, name=name: f"{name}: {text}"
+            value, expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
         )
-        assert (value - plain[name]).abs().max() > 1e-3, name
+        assert (value - base_outputs[name]).abs().max() > 1e-3, name
 
 
-def test_a_dit_takes_every_key_and_acts_alike(
+def test_transformer_loads_every_key_with_equal_outputs(
     transformer: nn.Module, random_lora: Make, tmp_path: Path, warnings: Callable[[], list[str]]
 ) -> None:
     lora = random_lora({"transformer": transformer}, "attention+mlp")
@@ -113,17 +113,17 @@ def test_a_dit_takes_every_key_and_acts_alike(
         "timestep": torch.tensor([10.0, 500.0]),
     }
     with torch.no_grad(), inject_lora(transformer, lora):
-        mine = transformer(**inputs).sample
+        output = transformer(**inputs).sample
     path = save_lora(lora, tmp_path / "x.safetensors")
-    complaints = len(warnings())
+    num_warnings = len(warnings())
     transformer.load_lora_adapter(str(path), prefix="transformer")  # type: ignore[operator]
-    assert warnings()[complaints:] == []
-    assert_all_taken(transformer, lora, "transformer")
+    assert warnings()[num_warnings:] == []
+    assert_all_loaded(transformer, lora, "transformer")
     with torch.no_grad():
-        torch.testing.assert_close(transformer(**inputs).sample, mine, **SEEING)
+        torch.testing.assert_close(transformer(**inputs).sample, output, **CLOSE)
 
 
-def test_sdxl_file_maps_both_text_encoders_by_diffusers_own_reader(
+def test_sdxl_file_keeps_both_text_encoders_in_diffusers(
     modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path
 ) -> None:
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
@@ -142,13 +142,13 @@ def test_sdxl_file_maps_both_text_encoders_by_diffusers_own_reader(
     counts = {
         component: sum(key.startswith(f"{component}.") for key in state) for component in modules
     }
-    sites = [site.component for site in lora.layout.targets]
-    assert counts == {component: 2 * sites.count(component) for component in modules}
+    components = [target.component for target in lora.layout.targets]
+    assert counts == {component: 2 * components.count(component) for component in modules}
     assert set(alphas.values()) == {3.0}
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
-def test_alpha_other_than_rank_reads_as_diffusers_reads_it(
+def test_load_lora_scales_by_alpha_as_diffusers(
     pipe: Any, modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, format: Any
 ) -> None:
     lora = random_lora({"unet": modules["unet"]}, "attention", rank=4)
@@ -160,21 +160,21 @@ def test_alpha_other_than_rank_reads_as_diffusers_reads_it(
             for key, tensor in tensors.items()
         }
     else:
-        names = [site.path for site in lora.layout.targets]
+        names = [target.path for target in lora.layout.targets]
         config = {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": names}
         metadata = {"lora_adapter_metadata": json.dumps(config)}
     save_file(tensors, path, metadata=metadata)
-    read = load_lora(path, modules=modules).weights
-    with inject_lora({"unet": pipe.unet}, read):
-        mine = outputs(pipe)
+    loaded = load_lora(path, modules=modules).weights
+    with inject_lora({"unet": pipe.unet}, loaded):
+        outputs = run_pipeline(pipe)
     pipe.load_lora_weights(str(path))
-    torch.testing.assert_close(outputs(pipe)["noise"], mine["noise"], **SEEING)
-    for delta, full in zip(read.get_delta_weights(), lora.get_delta_weights(), strict=True):
-        torch.testing.assert_close(delta, full / 2)
+    torch.testing.assert_close(run_pipeline(pipe)["noise"], outputs["noise"], **CLOSE)
+    for delta, full_delta in zip(loaded.get_delta_weights(), lora.get_delta_weights(), strict=True):
+        torch.testing.assert_close(delta, full_delta / 2)
 
 
 @pytest.mark.parametrize("preset", ["attention", "attention+conv"])
-def test_files_written_by_diffusers_are_read(
+def test_load_lora_reads_files_of_diffusers(
     pipe: Any, modules: dict[str, nn.Module], tmp_path: Path, preset: str
 ) -> None:
     from diffusers.utils import convert_state_dict_to_diffusers
@@ -184,7 +184,7 @@ def test_files_written_by_diffusers_are_read(
     layout = make_layout(modules, preset, 4, "tiny/base")
     layers, configs = {}, {}
     for component, module in modules.items():
-        paths = [site.path for site in layout.targets if site.component == component]
+        paths = [target.path for target in layout.targets if target.component == component]
         config = LoraConfig(r=4, lora_alpha=6, target_modules=paths, init_lora_weights=False)
         module.add_adapter(config)  # type: ignore[operator]
         layers[component] = (
@@ -195,7 +195,7 @@ def test_files_written_by_diffusers_are_read(
             else get_peft_model_state_dict(module, adapter_name="default")
         )
         configs[component] = config.to_dict()
-    theirs = outputs(pipe)
+    expected = run_pipeline(pipe)
     type(pipe).save_lora_weights(
         tmp_path,
         unet_lora_layers=layers["unet"],
@@ -207,6 +207,6 @@ def test_files_written_by_diffusers_are_read(
     lora = load_lora(tmp_path / "pytorch_lora_weights.safetensors", modules=modules).weights
     assert len(lora.layout.targets) == len(layout.targets)
     with inject_lora(modules, lora):
-        mine = outputs(pipe)
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, **SEEING)
+        outputs = run_pipeline(pipe)
+    for name, value in expected.items():
+        torch.testing.assert_close(outputs[name], value, **CLOSE)

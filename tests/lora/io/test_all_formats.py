@@ -1,10 +1,11 @@
-"""Format x base x reader: which of our files which tool takes whole.
+"""Format x base x tool: which tool loads which file completely.
 
-diffusers is asked itself. kohya's and ComfyUI's rules are rewritten here as tables, from the names they build:
-* kohya-ss/sd-scripts, ``networks/lora.py`` (``lora_unet``/``lora_te`` + module path with ``_``) over its own UNets:
-  diffusers' names for SD 1.x, Stability's (``input_blocks``...) for SDXL;
-* comfyanonymous/ComfyUI, ``comfy/lora.py`` (``model_lora_keys_unet``, ``model_lora_keys_clip``) and ``comfy/utils.py``
-  (``unet_to_diffusers``, ``mmdit_to_diffusers``, ``flux_to_diffusers``, ``z_image_to_diffusers``).
+diffusers is called itself. The key names of kohya and ComfyUI are written here as tables:
+* kohya-ss/sd-scripts, ``networks/lora.py`` (``lora_unet``/``lora_te`` + module path with ``_``)
+  over its own UNets: diffusers' names for SD 1.x, Stability's (``input_blocks``...) for SDXL;
+* comfyanonymous/ComfyUI, ``comfy/lora.py`` (``model_lora_keys_unet``, ``model_lora_keys_clip``)
+  and ``comfy/utils.py`` (``unet_to_diffusers``, ``mmdit_to_diffusers``, ``flux_to_diffusers``,
+  ``z_image_to_diffusers``).
 """
 
 import re
@@ -38,7 +39,7 @@ def sd15() -> dict[str, nn.Module]:
 
     return {
         "unet": UNet2DConditionModel(block_out_channels=(4, 4, 4, 4), **SMALL),
-        **text("text_encoder"),
+        **make_text_encoder("text_encoder"),
     }
 
 
@@ -57,10 +58,14 @@ def sdxl() -> dict[str, nn.Module]:
         projection_class_embeddings_input_dim=8,
         **SMALL,
     )
-    return {"unet": unet, **text("text_encoder"), **text("text_encoder_2")}
+    return {
+        "unet": unet,
+        **make_text_encoder("text_encoder"),
+        **make_text_encoder("text_encoder_2"),
+    }
 
 
-def text(name: str) -> dict[str, nn.Module]:
+def make_text_encoder(name: str) -> dict[str, nn.Module]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     sizes = {
@@ -86,17 +91,13 @@ def sd3() -> dict[str, nn.Module]:
         "attention_head_dim": 8,
         "num_attention_heads": 1,
         "joint_attention_dim": 8,
-    }
-    more = {
         "caption_projection_dim": 8,
         "pooled_projection_dim": 8,
         "pos_embed_max_size": 8,
         "dual_attention_layers": (0,),
     }
     return {
-        "transformer": SD3Transformer2DModel(
-            sample_size=8, in_channels=4, out_channels=4, **sizes, **more
-        )
+        "transformer": SD3Transformer2DModel(sample_size=8, in_channels=4, out_channels=4, **sizes)
     }
 
 
@@ -108,14 +109,12 @@ def flux() -> dict[str, nn.Module]:
         "num_single_layers": 2,
         "attention_head_dim": 16,
         "num_attention_heads": 1,
-    }
-    more = {
         "joint_attention_dim": 8,
         "pooled_projection_dim": 8,
         "in_channels": 4,
         "axes_dims_rope": (4, 6, 6),
     }
-    return {"transformer": FluxTransformer2DModel(**sizes, **more)}
+    return {"transformer": FluxTransformer2DModel(**sizes)}
 
 
 def qwen_image() -> dict[str, nn.Module]:
@@ -164,7 +163,7 @@ CASES = [
     Case("sd15", "attention", "kohya", True, True),
     Case("sd15", "attention+mlp", "kohya", True, True),
     Case("sd15", "attention+conv", "kohya", True, True),
-    Case("sd15", "attention", "diffusers", False, False),  # the table in the README says so
+    Case("sd15", "attention", "diffusers", False, False),
     Case("sdxl", "attention", "kohya", False, True),
     Case("sdxl", "attention+mlp", "sgm", True, True),
     Case("sdxl", "attention+conv", "sgm", True, True),
@@ -178,9 +177,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.base}-{c.preset}-{c.format}")
-def test_who_takes_the_whole_file(case: Case, tmp_path: Path) -> None:
+def test_save_lora_is_loaded_completely_by_the_tools_of_its_format(
+    case: Case, tmp_path: Path
+) -> None:
     modules = BASES[case.base]()
-    lora = random_lora(modules, case.preset, seed=1)
+    lora = make_random_lora(modules, case.preset, seed=1)
     path = save_lora(
         lora, tmp_path / "x.safetensors", format=case.format, metadata=LoraMetadata(title="matrix")
     )
@@ -189,20 +190,21 @@ def test_who_takes_the_whole_file(case: Case, tmp_path: Path) -> None:
     assert file.metadata.title == "matrix"
     stems = {re.sub(r"\.(lora_(A|B|down|up)\.weight|alpha)$", "", key) for key in load_file(path)}
     assert len(stems) == len(lora.layout.targets)
-    assert in_diffusers(case.base, modules, path) == {s.name for s in lora.layout.targets}
-    assert (stems <= kohya_stems(case.base, modules)) == case.kohya
-    assert (stems <= comfyui_stems(case.base, modules)) == case.comfyui
+    targets = {target.name for target in lora.layout.targets}
+    assert load_in_diffusers(case.base, modules, path) == targets
+    assert (stems <= list_kohya_keys(case.base, modules)) == case.kohya
+    assert (stems <= list_comfyui_keys(case.base, modules)) == case.comfyui
 
 
-def random_lora(modules: Mapping[str, nn.Module], preset: str, seed: int) -> LoraWeights:
+def make_random_lora(modules: Mapping[str, nn.Module], preset: str, seed: int) -> LoraWeights:
     layout = make_layout(modules, preset, 2, "tiny/base")
     return LoraWeights.unflatten(
         layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed))
     )
 
 
-def in_diffusers(base: str, modules: Mapping[str, nn.Module], path: Path) -> set[str]:
-    """Sites that carry an adapter after diffusers' own loaders have read the file."""
+def load_in_diffusers(base: str, modules: Mapping[str, nn.Module], path: Path) -> set[str]:
+    """Names of modules with an adapter after diffusers has loaded the file."""
     from diffusers import loaders
 
     if base in ("sd15", "sdxl"):
@@ -231,8 +233,8 @@ def in_diffusers(base: str, modules: Mapping[str, nn.Module], path: Path) -> set
     }
 
 
-def layers(module: nn.Module) -> Iterator[str]:
-    """Paths of everything a LoRA could act on; also of layers that already carry one."""
+def list_layers(module: nn.Module) -> Iterator[str]:
+    """Paths of all layers that a LoRA can adapt, with or without an adapter."""
     for name, layer in module.named_modules():
         if hasattr(layer, "base_layer") or (
             isinstance(layer, nn.Linear | nn.Conv2d) and "lora_" not in name
@@ -240,17 +242,17 @@ def layers(module: nn.Module) -> Iterator[str]:
             yield name.removesuffix(".base_layer")
 
 
-def kohya_stems(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
+def list_kohya_keys(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
     if base not in ("sd15", "sdxl"):
         return set()
-    out = set()
-    for name in layers(modules["unet"]):
-        path = sgm_by_table(name) if base == "sdxl" else name
-        out.add("lora_unet_" + path.replace(".", "_"))
-    return out | clip_stems(base, modules)
+    keys = set()
+    for name in list_layers(modules["unet"]):
+        path = look_up_sgm_path(name) if base == "sdxl" else name
+        keys.add("lora_unet_" + path.replace(".", "_"))
+    return keys | list_clip_keys(base, modules)
 
 
-def clip_stems(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
+def list_clip_keys(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
     prefixes = {
         "text_encoder": "lora_te1_" if base == "sdxl" else "lora_te_",
         "text_encoder_2": "lora_te2_",
@@ -263,25 +265,28 @@ def clip_stems(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
     }
 
 
-def comfyui_stems(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
+def list_comfyui_keys(base: str, modules: Mapping[str, nn.Module]) -> set[str]:
     if base in ("sd15", "sdxl"):
-        out = clip_stems(base, modules)
-        for name in layers(modules["unet"]):
+        keys = list_clip_keys(base, modules)
+        for name in list_layers(modules["unet"]):
             if base == "sdxl":
-                out.add("lora_unet_" + sgm_by_table(name).replace(".", "_"))
-            out |= {
+                keys.add("lora_unet_" + look_up_sgm_path(name).replace(".", "_"))
+            keys |= {
                 "lora_unet_" + name.replace(".", "_"),
                 "unet." + name.replace(".to_", ".processor.to_").removesuffix(".0"),
             }
-        return out
+        return keys
     return {
         f"transformer.{name}"
-        for name in layers(modules["transformer"])
+        for name in list_layers(modules["transformer"])
         if re.fullmatch(COMFYUI_DITS[base], name)
     }
 
 
-_JOINT = r"attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear"
+_JOINT = (
+    r"attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
+    r"|norm1(_context)?\.linear"
+)
 _SINGLE = r"norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out"
 _Z_BLOCK = r"attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0"
 COMFYUI_DITS = {
@@ -292,7 +297,7 @@ COMFYUI_DITS = {
 }
 
 
-def sgm_by_table(path: str) -> str:
+def look_up_sgm_path(path: str) -> str:
     """ComfyUI's ``unet_to_diffusers`` for SDXL, written out block by block."""
     resnet = {
         "conv1": "in_layers.2",
@@ -342,24 +347,24 @@ def sgm_by_table(path: str) -> str:
     if path in ends:
         return ends[path]
     block = next(b for b in blocks if path == b or path.startswith(f"{b}."))
-    rest = path[len(block) + 1 :]
-    return ".".join(p for p in (blocks[block], resnet.get(rest, rest)) if p)
+    suffix = path[len(block) + 1 :]
+    return ".".join(p for p in (blocks[block], resnet.get(suffix, suffix)) if p)
 
 
 KINDS = ((0, "resnets"), (1, "attentions"))
 
 
-def test_every_module_of_sdxl_has_an_sgm_name() -> None:
-    names = list(layers(sdxl()["unet"]))
+def test_convert_path_to_sgm_covers_every_sdxl_module() -> None:
+    names = list(list_layers(sdxl()["unet"]))
     assert {name: convert_path_to_sgm(name) for name in names} == {
-        name: sgm_by_table(name) for name in names
+        name: look_up_sgm_path(name) for name in names
     }
     assert len({convert_path_to_sgm(name) for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("base", ["sd3", "sd15"])
-def test_formats_that_cannot_hold_a_base_say_so(base: str, tmp_path: Path) -> None:
-    lora = random_lora(BASES[base](), "attention+conv" if base == "sd15" else "attention", 0)
+def test_save_lora_refuses_sgm_for_other_bases(base: str, tmp_path: Path) -> None:
+    lora = make_random_lora(BASES[base](), "attention+conv" if base == "sd15" else "attention", 0)
     with pytest.raises(InvalidArgumentError, match=r"SDXL has no module|use another format"):
         save_lora(lora, tmp_path / "x.safetensors", format="sgm")
     assert not list(tmp_path.iterdir())
@@ -371,11 +376,11 @@ def test_formats_that_cannot_hold_a_base_say_so(base: str, tmp_path: Path) -> No
     st.sampled_from([c for c in CASES if c.format != "diffusers"]),
     st.sampled_from([1, 3]),
 )
-def test_numbers_survive_every_change_of_format(
+def test_conversion_between_formats_keeps_numbers(
     tmp_path_factory: Any, seed: int, case: Case, rank: int
 ) -> None:
     folder = tmp_path_factory.mktemp("trip")
-    modules = MADE.setdefault(case.base, BASES[case.base]())
+    modules = _MODULES_BY_BASE.setdefault(case.base, BASES[case.base]())
     layout = make_layout(modules, case.preset, rank, "tiny/base")
     lora = LoraWeights.unflatten(
         layout, torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed))
@@ -387,4 +392,4 @@ def test_numbers_survive_every_change_of_format(
     assert torch.equal(current.flatten(), lora.flatten())
 
 
-MADE: dict[str, dict[str, nn.Module]] = {}
+_MODULES_BY_BASE: dict[str, dict[str, nn.Module]] = {}

@@ -1,4 +1,4 @@
-"""Every file or request that cannot be trusted ends in one sentence, and nothing is written."""
+"""Bad files and arguments raise errors of one sentence, and nothing is written."""
 
 import json
 import os
@@ -32,7 +32,7 @@ Q, K = "unet.mid_block.attentions.0.to_q", "unet.mid_block.attentions.0.to_k"
 STEM = "lora_unet_mid_block_attentions_0_proj_in"
 
 
-def pair(
+def make_pair(
     name: str = Q, rank: int = 2, suffixes: tuple[str, str] = ("lora_A", "lora_B")
 ) -> dict[str, Tensor]:
     down, up = suffixes
@@ -42,48 +42,48 @@ def pair(
     }
 
 
-def kohya_pair(stem: str = STEM) -> dict[str, Tensor]:
-    return pair(stem, suffixes=("lora_down", "lora_up"))
+def make_kohya_pair(stem: str = STEM) -> dict[str, Tensor]:
+    return make_pair(stem, suffixes=("lora_down", "lora_up"))
 
 
-def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+def drop_keys(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if part not in key}
 
 
 BAD_STATES: dict[str, tuple[dict[str, Tensor], str]] = {
     "nan": (
-        pair() | {f"{Q}.lora_B.weight": torch.full((4, 2), torch.nan)},
+        make_pair() | {f"{Q}.lora_B.weight": torch.full((4, 2), torch.nan)},
         rf"{Q}\.lora_B\.weight .* holds NaN",
     ),
     "infinity": (
-        pair() | {f"{Q}.lora_A.weight": torch.full((2, 3), torch.inf)},
+        make_pair() | {f"{Q}.lora_A.weight": torch.full((2, 3), torch.inf)},
         "holds NaN or infinity",
     ),
-    "climbing name": (pair("../../etc/passwd"), r"'\.\./\.\./etc/passwd.* no module path"),
-    "empty name part": (pair("unet..x"), "no module path"),
-    "endless name": (pair("unet." + "a" * 400), "no module path"),
+    "climbing name": (make_pair("../../etc/passwd"), r"'\.\./\.\./etc/passwd.* no module path"),
+    "empty name part": (make_pair("unet..x"), "no module path"),
+    "endless name": (make_pair("unet." + "a" * 400), "no module path"),
     "integer weights": (
-        pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.int8)},
+        make_pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.int8)},
         "has dtype I8",
     ),
     "double weights": (
-        pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.float64)},
+        make_pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.float64)},
         "has dtype F64",
     ),
-    "down without up": (without(pair(), "lora_B") | pair(K), rf"down of {Q} but no up"),
-    "up without down": (without(pair(), "lora_A") | pair(K), rf"up of {Q} but no down"),
+    "down without up": (drop_keys(make_pair(), "lora_B") | make_pair(K), rf"down of {Q} but no up"),
+    "up without down": (drop_keys(make_pair(), "lora_A") | make_pair(K), rf"up of {Q} but no down"),
     "alpha alone": (
-        kohya_pair() | {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
+        make_kohya_pair() | {"lora_unet_conv_in.alpha": torch.tensor(1.0)},
         "alpha of lora_unet_conv_in but no down",
     ),
     "ranks differ": (
-        pair() | {f"{Q}.lora_B.weight": torch.ones(4, 5)},
+        make_pair() | {f"{Q}.lora_B.weight": torch.ones(4, 5)},
         "ranks 2 and 5 differ inside the pair",
     ),
-    "a vector": (pair() | {f"{Q}.lora_B.weight": torch.ones(4)}, "no Linear or convolution"),
-    "no numbers": (pair(rank=0), "no Linear or convolution"),
+    "a vector": (make_pair() | {f"{Q}.lora_B.weight": torch.ones(4)}, "no Linear or convolution"),
+    "no numbers": (make_pair(rank=0), "no Linear or convolution"),
     "conv with linear": (
-        pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, 3, 3)},
+        make_pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, 3, 3)},
         "no Linear or convolution",
     ),
     "wide up kernel": (
@@ -94,41 +94,47 @@ BAD_STATES: dict[str, tuple[dict[str, Tensor], str]] = {
         "no Linear or convolution",
     ),
     "unknown key": (
-        pair() | {"unet.conv_in.weight": torch.ones(2)},
+        make_pair() | {"unet.conv_in.weight": torch.ones(2)},
         "unet.conv_in.weight, which belongs to no LoRA",
     ),
-    "bias": (pair() | {f"{Q}.lora_B.bias": torch.ones(4)}, "belongs to no LoRA pair"),
+    "bias": (make_pair() | {f"{Q}.lora_B.bias": torch.ones(4)}, "belongs to no LoRA pair"),
     "unknown component": (
-        pair("vae.decoder.x"),
+        make_pair("vae.decoder.x"),
         "vae.decoder.x.* expected it to start with one of unet.",
     ),
-    "peft's own file": (pair("base_model.model.x"), "expected it to start with"),
-    "one site twice": (
-        pair("unet.mid_block.attn1.to_q") | pair("unet.mid_block.attn1.processor.to_q"),
+    "peft's own file": (make_pair("base_model.model.x"), "expected it to start with"),
+    "one target twice": (
+        make_pair("unet.mid_block.attn1.to_q") | make_pair("unet.mid_block.attn1.processor.to_q"),
         "two keys for down of unet.mid_block.attn1.to_q",
     ),
-    "DoRA": (pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)}, "is DoRA"),
+    "DoRA": (make_pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)}, "is DoRA"),
     "LoHa": ({f"{STEM}.hada_w1_a": torch.ones(2, 2)}, "is LoHa .* convert it first"),
     "LoKr": ({f"{STEM}.lokr_w1": torch.ones(2, 2)}, "is LoKr"),
-    "kohya without up": (without(kohya_pair(), "lora_up"), "down of lora_unet.* but no up"),
+    "kohya without up": (drop_keys(make_kohya_pair(), "lora_up"), "down of lora_unet.* but no up"),
     "kohya of another model": (
-        kohya_pair("lora_unet_double_blocks_0_img_attn_proj"),
+        make_kohya_pair("lora_unet_double_blocks_0_img_attn_proj"),
         "double_blocks_0.* base",
     ),
-    "kohya key among diffusers'": (pair() | kohya_pair(), "expected it to start with"),
-    "kohya bad block number": (kohya_pair("lora_unet_input_blocks_x_1_proj_in"), "names no site"),
-    "one kohya site twice": (
-        kohya_pair("lora_te_text_model_encoder_layers_0_mlp_fc1")
-        | kohya_pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"),
-        "two LoRAs for site text_encoder.text_model",
+    "kohya key among diffusers'": (make_pair() | make_kohya_pair(), "expected it to start with"),
+    "kohya bad block number": (
+        make_kohya_pair("lora_unet_input_blocks_x_1_proj_in"),
+        "names no target",
     ),
-    "alpha of many numbers": (kohya_pair() | {f"{STEM}.alpha": torch.ones(2)}, "not one number"),
-    "alpha is NaN": (kohya_pair() | {f"{STEM}.alpha": torch.tensor(torch.nan)}, "holds NaN"),
+    "one kohya target twice": (
+        make_kohya_pair("lora_te_text_model_encoder_layers_0_mlp_fc1")
+        | make_kohya_pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        "two LoRAs for target text_encoder.text_model",
+    ),
+    "alpha of many numbers": (
+        make_kohya_pair() | {f"{STEM}.alpha": torch.ones(2)},
+        "not one number",
+    ),
+    "alpha is NaN": (make_kohya_pair() | {f"{STEM}.alpha": torch.tensor(torch.nan)}, "holds NaN"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
-def test_bad_states(case: str, tmp_path: Path) -> None:
+def test_load_lora_refuses_bad_tensors(case: str, tmp_path: Path) -> None:
     state, sentence = BAD_STATES[case]
     save_file(state, tmp_path / "bad.safetensors")
     for read in (load_lora, inspect_lora):
@@ -137,8 +143,12 @@ def test_bad_states(case: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_the_good_states_behind_the_bad_ones_load(tmp_path: Path) -> None:
-    for state in (pair(), kohya_pair(), kohya_pair() | {f"{STEM}.alpha": torch.tensor(1.0)}):
+def test_load_lora_accepts_the_states_behind_the_bad_ones(tmp_path: Path) -> None:
+    for state in (
+        make_pair(),
+        make_kohya_pair(),
+        make_kohya_pair() | {f"{STEM}.alpha": torch.tensor(1.0)},
+    ):
         save_file(state, tmp_path / "good.safetensors")
         assert load_lora(tmp_path / "good.safetensors").weights.layout.base == "unknown"
 
@@ -149,7 +159,7 @@ BAD_CONFIGS = {
     "DoRA": ({"unet.r": 2, "unet.lora_alpha": 2, "unet.use_dora": True}, "is DoRA"),
     "another rank": (
         {"unet.r": 8, "unet.lora_alpha": 8},
-        "has rank 2, its lora_adapter_metadata header says 8",
+        "has rank 2, its lora_adapter_metadata says 8",
     ),
     "alpha is text": ({"unet.r": 2, "unet.lora_alpha": "two"}, "no sound lora_alpha"),
     "alpha is infinite": ({"unet.r": 2, "unet.lora_alpha": 1e999}, "no sound lora_alpha"),
@@ -166,15 +176,15 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_bad_adapter_headers(case: str, tmp_path: Path) -> None:
+def test_load_lora_refuses_bad_adapter_metadata(case: str, tmp_path: Path) -> None:
     config, sentence = BAD_CONFIGS[case]
     text = config if isinstance(config, str) else json.dumps(config)
-    save_file(pair(), tmp_path / "bad.safetensors", metadata={"lora_adapter_metadata": text})
+    save_file(make_pair(), tmp_path / "bad.safetensors", metadata={"lora_adapter_metadata": text})
     with pytest.raises(InvalidLoraFileError, match=sentence):
         load_lora(tmp_path / "bad.safetensors")
 
 
-def raw_file(header: bytes, data: bytes = b"") -> bytes:
+def make_file(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
@@ -183,40 +193,42 @@ BAD_BYTES = {
     "empty": (b"", "not a safetensors file"),
     "pickle": (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00", "not a safetensors file"),
     "header longer than the file": (struct.pack("<Q", 1 << 40) + b"{}", "header claims"),
-    "no JSON": (raw_file(b"nonsense"), "no JSON"),
-    "deep JSON": (raw_file(b"[" * 100_000), "no JSON"),
-    "a list": (raw_file(b"[1, 2]"), "no table"),
-    "no tensors": (raw_file(b"{}"), "holds 0 tensors"),
+    "no JSON": (make_file(b"nonsense"), "no JSON"),
+    "deep JSON": (make_file(b"[" * 100_000), "no JSON"),
+    "a list": (make_file(b"[1, 2]"), "no table"),
+    "no tensors": (make_file(b"{}"), "holds 0 tensors"),
     "a key twice": (
-        raw_file(f'{{"a.alpha":{ENTRY},"a.alpha":{ENTRY}}}'.encode(), b"\0" * 4),
+        make_file(f'{{"a.alpha":{ENTRY},"a.alpha":{ENTRY}}}'.encode(), b"\0" * 4),
         "key 'a.alpha' twice",
     ),
     "offsets outside": (
-        raw_file(f'{{"a.alpha":{ENTRY}}}'.encode()),
+        make_file(f'{{"a.alpha":{ENTRY}}}'.encode()),
         "not a sound safetensors file",
     ),
-    "metadata of numbers": (raw_file(b'{"__metadata__":{"a":1}}'), "table of strings"),
+    "metadata of numbers": (make_file(b'{"__metadata__":{"a":1}}'), "table of strings"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_BYTES)
-def test_bad_bytes(case: str, tmp_path: Path) -> None:
+def test_load_lora_refuses_bad_bytes(case: str, tmp_path: Path) -> None:
     content, sentence = BAD_BYTES[case]
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(InvalidLoraFileError, match=sentence):
         load_lora(tmp_path / "bad.safetensors")
 
 
-def test_other_suffixes_are_never_opened(tmp_path: Path) -> None:
-    torch.save(pair(), tmp_path / "evil.bin")
+def test_load_lora_refuses_other_suffixes(tmp_path: Path) -> None:
+    torch.save(make_pair(), tmp_path / "evil.bin")
     with pytest.raises(InvalidLoraFileError, match="never opened"):
         load_lora(tmp_path / "evil.bin")
     with pytest.raises(InvalidLoraFileError, match="there is no file"):
         load_lora(tmp_path / "none.safetensors")
 
 
-def test_caps_on_size_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_file(pair() | pair(K), tmp_path / "x.safetensors")
+def test_load_lora_limits_size_and_number_of_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(make_pair() | make_pair(K), tmp_path / "x.safetensors")
     monkeypatch.setattr(safetensors_file, "MAX_TENSORS", 3)
     with pytest.raises(InvalidLoraFileError, match="holds 4 tensors, expected 1 to 3"):
         load_lora(tmp_path / "x.safetensors")
@@ -225,45 +237,49 @@ def test_caps_on_size_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_lora(tmp_path / "x.safetensors")
 
 
-def test_padding_may_not_explode(tmp_path: Path) -> None:
-    save_file(pair(rank=50), tmp_path / "x.safetensors")
+def test_load_lora_limits_padded_size(tmp_path: Path) -> None:
+    save_file(make_pair(rank=50), tmp_path / "x.safetensors")
     with pytest.raises(InvalidLoraFileError, match="350 numbers at rank 50: too many"):
         load_lora(tmp_path / "x.safetensors", max_parameters=349)
     assert load_lora(tmp_path / "x.safetensors", max_parameters=350).weights.layout.rank == 50
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
-def test_a_file_for_another_layout_is_refused_with_both_counts(
+def test_load_lora_refuses_another_layout_with_both_counts(
     modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, format: Any
 ) -> None:
     lora = random_lora({"unet": modules["unet"]}, "attention")
     n, path = len(lora.layout.targets), save_lora(lora, tmp_path / "x.safetensors", format=format)
-    whole = random_lora(modules, "attention").layout
-    sentence = rf"base 'tiny/base', {n} sites\) has {n} of the {n + 8} sites expected for base 'tiny/base' and 0 others"
+    larger_layout = random_lora(modules, "attention").layout
+    sentence = (
+        rf"base 'tiny/base', {n} targets\) has {n} of the {n + 8} targets expected "
+        rf"for base 'tiny/base' and 0 others"
+    )
     with pytest.raises(LayoutMismatchError, match=sentence):
-        load_lora(path, whole)
-    nothing = LoraLayout((TargetModule("unet.elsewhere", 3, 4),), 2, "other/base")
+        load_lora(path, larger_layout)
+    foreign_layout = LoraLayout((TargetModule("unet.elsewhere", 3, 4),), 2, "other/base")
     with pytest.raises(
         LayoutMismatchError,
-        match=rf"has 0 of the 1 sites expected for base 'other/base' and {n} others",
+        match=rf"has 0 of the 1 targets expected for base 'other/base' and {n} others",
     ):
-        load_lora(path, nothing)
+        load_lora(path, foreign_layout)
     with pytest.raises(
         LayoutMismatchError, match="for base 'tiny/base', this base is 'other/base'"
     ):
         load_lora(path, replace(lora.layout, base="other/base"))
-    wider = replace(lora.layout.targets[0], fan_in=99)
+    wider = replace(lora.layout.targets[0], in_features=99)
     with pytest.raises(LayoutMismatchError, match="99→8 expected"):
-        load_lora(path, replace(lora.layout, sites=(wider, *lora.layout.targets[1:])))
+        load_lora(path, replace(lora.layout, targets=(wider, *lora.layout.targets[1:])))
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
-def test_a_file_for_other_modules_is_refused(
+def test_load_lora_refuses_other_modules(
     pipe: Any, modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, format: Any
 ) -> None:
     path = save_lora(random_lora(modules, "attention"), tmp_path / "x.safetensors", format=format)
     with pytest.raises(
-        LayoutMismatchError, match=r"has 8 sites that this base lacks, e\.g\. text_encoder\..*unet"
+        LayoutMismatchError,
+        match=r"has 8 targets that this base lacks, e\.g\. text_encoder\..*unet",
     ):
         load_lora(path, modules={"unet": pipe.unet})
     pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q = nn.Linear(16, 24)
@@ -275,22 +291,22 @@ def test_a_file_for_other_modules_is_refused(
         load_lora(path, random_lora(modules).layout, modules)
 
 
-def broken(lora: LoraWeights, value: float) -> LoraWeights:
+def fill_first_down(lora: LoraWeights, value: float) -> LoraWeights:
     return LoraWeights(lora.layout, (torch.full_like(lora.down[0], value), *lora.down[1:]), lora.up)
 
 
-def test_bad_saves_write_nothing(
+def test_save_lora_refuses_bad_arguments_and_writes_nothing(
     modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path
 ) -> None:
     lora = random_lora(modules, "attention")
-    q_only = LoraLayout(tuple(s for s in lora.layout.targets if s.name.endswith("q_proj")), 3, "b")
+    q_only = LoraLayout(tuple(t for t in lora.layout.targets if t.name.endswith("q_proj")), 3, "b")
     mlp_only = LoraLayout((TargetModule("text_encoder.encoder.layers.0.mlp.fc1", 2, 2),), 3, "b")
     transformer = LoraLayout((TargetModule("transformer.x", 2, 2),), 3, "b")
     clash = LoraLayout((TargetModule("unet.a.b_c", 2, 2), TargetModule("unet.a_b.c", 2, 2)), 3, "b")
     cases: list[tuple[LoraWeights, dict[str, Any], str]] = [
         (LoraWeights.stack([lora, lora]), {}, r"a batch of \[2\]"),
-        (broken(lora, torch.nan), {}, "holds NaN or infinity as torch.float32"),
-        (broken(lora, 1e6), {"dtype": torch.float16}, "or needs float32"),
+        (fill_first_down(lora, torch.nan), {}, "holds NaN or infinity as torch.float32"),
+        (fill_first_down(lora, 1e6), {"dtype": torch.float16}, "or needs float32"),
         (lora, {"dtype": torch.float64}, "not torch.float64"),
         (lora, {"format": "onnx"}, "unknown LoRA format 'onnx'"),
         (
@@ -302,7 +318,7 @@ def test_bad_saves_write_nothing(
         (LoraWeights.zeros(clash), {"format": "kohya"}, "one name in kohya's format"),
         (LoraWeights.zeros(q_only), {"format": "kohya"}, "without out_proj"),
         (LoraWeights.zeros(mlp_only), {}, "without out_proj"),
-        (lora, {"header": LoraMetadata(extra={"ss_v2": "x"})}, "'ss_v2' is reserved"),
+        (lora, {"metadata": LoraMetadata(extra={"ss_v2": "x"})}, "'ss_v2' is reserved"),
     ]
     for weights, arguments, sentence in cases:
         with pytest.raises(HyperloraError, match=sentence):
@@ -312,7 +328,7 @@ def test_bad_saves_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_old_file(
+def test_save_lora_keeps_the_old_file_if_writing_fails(
     modules: dict[str, nn.Module],
     random_lora: Make,
     tmp_path: Path,
@@ -321,11 +337,11 @@ def test_a_failed_write_leaves_the_old_file(
     old, new = (random_lora(modules, seed=seed) for seed in (0, 1))
     path = save_lora(old, tmp_path / "x.safetensors")
 
-    def full(descriptor: int) -> None:
+    def fail_with_full_disk(descriptor: int) -> None:
         os.truncate(descriptor, 100)
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail_with_full_disk)
     with pytest.raises(OSError, match="disk full"):
         save_lora(new, path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]

@@ -1,4 +1,4 @@
-"""The header says everything to galleries, to kohya's tools and to us, and comes back."""
+"""``LoraMetadata`` for galleries, kohya's tools and hyperlora, and back."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ FULL = LoraMetadata(
 TEXTS = st.text(max_size=20)
 
 
-def test_a_saved_header_comes_back_and_names_base_and_fingerprint(tmp_path: Path) -> None:
+def test_save_lora_keeps_metadata_and_sets_base_and_fingerprint(tmp_path: Path) -> None:
     path = save_lora(LoraWeights.zeros(LAYOUT), tmp_path / "x.safetensors", metadata=FULL)
     assert load_lora(path).metadata == FULL
     bare = load_lora(save_lora(LoraWeights.zeros(LAYOUT), tmp_path / "y.safetensors")).metadata
@@ -45,7 +45,7 @@ def test_a_saved_header_comes_back_and_names_base_and_fingerprint(tmp_path: Path
     assert bare.generator_version
 
 
-def test_metadata_is_complete_for_every_reader() -> None:
+def test_to_safetensors_metadata_has_keys_of_every_tool() -> None:
     metadata = FULL.to_safetensors_metadata(LAYOUT)
     assert all(isinstance(value, str) for value in metadata.values())
     assert metadata["modelspec.sai_model_spec"] == "1.0.1"
@@ -93,11 +93,14 @@ def test_metadata_is_complete_for_every_reader() -> None:
         extra=st.dictionaries(st.text("abc.", min_size=1), TEXTS),
     )
 )
-def test_from_metadata_undoes_to_metadata(header: LoraMetadata) -> None:
-    assert LoraMetadata.from_safetensors_metadata(header.to_safetensors_metadata(LAYOUT)) == header
+def test_from_safetensors_metadata_inverts_to_safetensors_metadata(
+    metadata: LoraMetadata,
+) -> None:
+    strings = metadata.to_safetensors_metadata(LAYOUT)
+    assert LoraMetadata.from_safetensors_metadata(strings) == metadata
 
 
-def test_other_tools_headers_are_read_for_what_they_say() -> None:
+def test_from_safetensors_metadata_reads_other_tools() -> None:
     foreign = LoraMetadata.from_safetensors_metadata(
         {
             "ss_base_model_version": "sdxl_base_v1-0",
@@ -111,7 +114,7 @@ def test_other_tools_headers_are_read_for_what_they_say() -> None:
     assert LoraMetadata.from_safetensors_metadata({}).title == ""
 
 
-def test_reserved_and_malformed_fields_are_refused() -> None:
+def test_metadata_refuses_reserved_and_malformed_keys() -> None:
     with pytest.raises(InvalidArgumentError, match=r"'modelspec\.title' is reserved"):
         LoraMetadata(extra={"modelspec.title": "x"}).to_safetensors_metadata(LAYOUT)
     for key, value in {

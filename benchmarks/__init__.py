@@ -1,0 +1,1 @@
+"""Programs that measure speed, quality and robustness, and the ablations; each prints its figures."""

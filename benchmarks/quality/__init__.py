@@ -1,0 +1,1 @@
+"""Scores of the released models on subjects that no training saw."""

@@ -1,0 +1,238 @@
+"""How well LoRAs live together on the avatar base: regions, strategies, AutoLoRA; tables and pictures.
+
+python benchmarks/composition_quality.py regions|strategies|autolora [--people 16] [-o docs/composition]
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from concepts import World
+from PIL import Image
+
+from hyperlora.cpu import disable_malloc_trim
+from hyperlora.data.images import stack_images, to_image
+from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
+from hyperlora.diffusion.multi_lora import CompositionConfig, compose_loras
+from hyperlora.diffusion.text_to_image import generate_images
+from hyperlora.evaluation.metrics import Score
+from hyperlora.evaluation.report import draw_contact_sheet
+
+CONCEPTS = {
+    "garment": ("garment", "spacesuit"),
+    "background": ("background", "red"),
+    "glasses": ("glasses", "sunglasses"),
+    "style": ("style", "sepia"),
+}
+CONCEPT_REGIONS = {
+    "person": (0.0, 0.0, 1.0, 0.75),
+    "garment": (0.0, 0.75, 1.0, 1.0),
+    "background": (0.0, 0.0, 1.0, 0.25),
+    "glasses": (0.25, 0.3, 0.75, 0.55),
+    "style": (0.0, 0.0, 1.0, 1.0),
+}
+"""Left, top, right, bottom of where a portrait shows each of them, for the spatial strategy."""
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "merge": {},
+    "switch": {"switch_every": 1},
+    "composite": {},
+    "spatial": {},
+}
+GAMMAS = {0.0: "o", 0.5: "s", 1.0: "^", 1.5: "D", 2.0: "*"}
+
+
+def evaluate_regions(evaluation: World, output_dir: Path) -> None:
+    """Two people side by side, each in a window of its own; the windows overlap by a quarter of their width."""
+    n = len(evaluation.subject_loras)
+    size = evaluation.base.resolution
+    width = 2 * size - size // 8 * 2
+    boxes = [(0.0, 0.0, size / width, 1.0), (1 - size / width, 0.0, 1.0, 1.0)]
+    prompt = "a portrait of sks person, smiling, open eyes, wearing a blue hoodie, gray background"
+    alone, left, right, crosstalk = [], [], [], []
+    sheet = []
+    for i in range(n):
+        j = (i + 1) % n
+        (single,) = generate_images(
+            evaluation.base,
+            [prompt],
+            evaluation.subject_loras[i],
+            seeds=[50 + i],
+            num_inference_steps=evaluation.steps,
+        )
+        with compose_loras(
+            evaluation.base.pipeline,
+            [evaluation.subject_loras[i], evaluation.subject_loras[j]],
+            "spatial",
+            config=CompositionConfig(regions=boxes, windowed=True),
+        ):
+            (both,) = generate_images(
+                evaluation.base,
+                [prompt],
+                None,
+                seeds=[50 + i],
+                num_inference_steps=evaluation.steps,
+                width=width,
+                height=size,
+            )
+        halves = [both.crop((0, 0, size, size)), both.crop((width - size, 0, width, size))]
+        alone.append(evaluation.score_identity([single], [i])[0])
+        left.append(evaluation.score_identity([halves[0]], [i])[0])
+        right.append(evaluation.score_identity([halves[1]], [j])[0])
+        crosstalk += [
+            evaluation.score_identity([halves[0]], [j])[0],
+            evaluation.score_identity([halves[1]], [i])[0],
+        ]
+        photos = [to_image(evaluation.evaluator.benchmark.photos[person, 0]) for person in (i, j)]
+        sheet.append(_combine_with_photos(photos[0], both, photos[1]))
+    rows = {"alone": alone, "left region": left, "right region": right, "cross-talk": crosstalk}
+    for name, values in rows.items():
+        print(f"| {name} | {Score.from_samples(torch.stack(values))} |")
+    ratio = float(torch.stack(left + right).mean() / torch.stack(alone).mean())
+    print(f"regions keep {ratio:.2f} of the single-person score")
+    _make_image_grid([sheet[i : i + 2] for i in range(0, min(n, 8), 2)], gap=12).save(
+        output_dir / "regions.png"
+    )
+
+
+def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
+    """A person and 1 to 4 concepts: what each strategy keeps of all of them."""
+    concepts = {name: evaluation.fit_concept_lora(*what) for name, what in CONCEPTS.items()}
+    prompt = "a portrait of sks person"
+    print("| LoRAs | strategy | identity | concepts kept |\n|---|---|---|---|")
+    images = {}
+    n = len(evaluation.subject_loras)
+    for k in range(1, len(concepts) + 1):
+        names = list(concepts)[:k]
+        region_options = {
+            "regions": [CONCEPT_REGIONS["person"], *(CONCEPT_REGIONS[name] for name in names)]
+        }
+        for strategy, options in STRATEGIES.items():
+            config = CompositionConfig(
+                **options | (region_options if strategy == "spatial" else {})
+            )
+            person_images = []
+            for i in range(n):
+                loras = [evaluation.subject_loras[i], *(concepts[name] for name in names)]
+                with compose_loras(  # type: ignore[arg-type]
+                    evaluation.base.pipeline, loras, strategy, config=config
+                ):
+                    person_images += generate_images(
+                        evaluation.base,
+                        [prompt],
+                        None,
+                        seeds=[70 + i],
+                        num_inference_steps=evaluation.steps,
+                    )
+            concept_accuracy = torch.tensor(
+                [
+                    [
+                        v == CONCEPTS[name][1]
+                        for v in evaluation.predict_labels(person_images, CONCEPTS[name][0])
+                    ]
+                    for name in names
+                ]
+            ).float()
+            identity_score = Score.from_samples(evaluation.score_identity(person_images, range(n)))
+            print(
+                f"| person + {' + '.join(names)} | {strategy} | {identity_score} | {Score.from_samples(concept_accuracy.mean(0))} |",
+                flush=True,
+            )
+            images[k, strategy] = person_images[:2]
+    counts = range(1, len(concepts) + 1)
+    grid = [[images[k, s][i] for i in range(2) for s in STRATEGIES] for k in counts]
+    labels = ["person + " + " + ".join(list(concepts)[:k]) for k in counts]
+    draw_contact_sheet([*STRATEGIES, *STRATEGIES], grid, row_labels=labels).save(
+        output_dir / "strategies.png"
+    )
+
+
+def evaluate_autolora(evaluation: World, output_dir: Path) -> None:
+    """Identity against diversity (mean distance of pictures of one person with different seeds) over γ and w."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    prompt, seeds, n = "a portrait of sks person", range(4), len(evaluation.subject_loras)
+    print("| w | γ | identity | diversity |\n|---|---|---|---|")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for w in (1.5, 3.0, 5.0):
+        curve = []
+        for gamma in GAMMAS:
+            identity_scores, distances = [], []
+            for i in range(n):
+                with apply_autolora_guidance(
+                    evaluation.base.pipeline, evaluation.subject_loras[i], gamma
+                ):
+                    images = generate_images(
+                        evaluation.base,
+                        [prompt] * len(seeds),
+                        None,
+                        seeds=seeds,
+                        num_inference_steps=evaluation.steps,
+                        guidance_scale=w,
+                    )
+                pixels = stack_images(images).flatten(1)
+                identity_scores.append(evaluation.score_identity(images, [i] * len(seeds)).mean())
+                distances.append(torch.pdist(pixels).mean() / pixels.shape[1] ** 0.5)
+            identity, diversity = (
+                Score.from_samples(torch.stack(identity_scores)),
+                Score.from_samples(torch.stack(distances)),
+            )
+            print(f"| {w:g} | {gamma:g} | {identity} | {diversity} |", flush=True)
+            curve.append((diversity.mean, identity.mean, gamma))
+        (line,) = axes.plot([c[0] for c in curve], [c[1] for c in curve], label=f"guidance {w:g}")
+        for x, y, gamma in curve:
+            axes.plot(x, y, GAMMAS[gamma], color=line.get_color(), markersize=7)
+    for gamma, marker in GAMMAS.items():
+        axes.plot([], [], marker, color="gray", label=f"γ {gamma:g}")
+    axes.set_xlabel("diversity (RMS difference between seeds)")
+    axes.set_ylabel("identity score I")
+    axes.set_title("AutoLoRA: γ along each curve")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(output_dir / "autolora.png", dpi=110)
+
+
+def _make_image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 0) -> Image.Image:
+    """Pictures of one size in rows, unlabelled, ``gap`` pixels of white between them."""
+    width, height = (n + gap for n in rows[0][0].size)
+    sheet = Image.new("RGB", (max(map(len, rows)) * width - gap, len(rows) * height - gap), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * width, y * height))
+    return sheet
+
+
+def _combine_with_photos(left: Image.Image, image: Image.Image, right: Image.Image) -> Image.Image:
+    """``image`` with square photos of its height on both sides."""
+    height = image.height
+    strip = Image.new("RGB", (image.width + 2 * height, height))
+    strip.paste(left.resize((height, height)), (0, 0))
+    strip.paste(image, (height, 0))
+    strip.paste(right.resize((height, height)), (image.width + height, 0))
+    return strip
+
+
+def main() -> None:
+    tasks: dict[str, Any] = {
+        "regions": evaluate_regions,
+        "strategies": evaluate_strategies,
+        "autolora": evaluate_autolora,
+    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=tasks)
+    parser.add_argument("--people", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("-o", "--out", type=Path, default=Path("docs/composition"))
+    arguments = parser.parse_args()
+    disable_malloc_trim()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    evaluation = World(arguments.people, arguments.steps)
+    tasks[arguments.part](evaluation, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Behaviour under malformed requests, crashes and images outside the training data."""

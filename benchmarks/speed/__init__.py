@@ -1,0 +1,1 @@
+"""Seconds, rates and memory, against a reference in the same run."""

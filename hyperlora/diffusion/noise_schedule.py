@@ -1,0 +1,152 @@
+"""``NoiseSchedule``: how much of the latents is signal and how much noise, for any scheduler.
+
+    x_t = α_t x_0 + σ_t ε
+
+DDPM (2006.11239):            α_t² + σ_t² = 1,  α_t² = alphas_cumprod[t]
+flow matching (2403.03206):   α_t + σ_t = 1,    σ_t = sigmas[t]
+
+What a denoiser predicts is a linear function of x_0 and ε, its *prediction type*.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+_LinearMap = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _PredictionType:
+    """What a denoiser predicts, and how its prediction gives x_0 back.
+
+    Attributes:
+        compute_target: (α, σ, x_0, ε) to the output of a perfect denoiser.
+        compute_x0: (α, σ, x_t, output) to x_0.
+    """
+
+    compute_target: _LinearMap
+    compute_x0: _LinearMap
+
+
+_PREDICTION_TYPES: Final[Mapping[str, _PredictionType]] = {
+    "epsilon": _PredictionType(
+        lambda alpha, sigma, x0, noise: noise,
+        lambda alpha, sigma, x_t, output: (x_t - sigma * output) / alpha,
+    ),
+    "v_prediction": _PredictionType(  # 2202.00512, appendix D; needs α² + σ² = 1
+        lambda alpha, sigma, x0, noise: alpha * noise - sigma * x0,
+        lambda alpha, sigma, x_t, output: alpha * x_t - sigma * output,
+    ),
+    "sample": _PredictionType(
+        lambda alpha, sigma, x0, noise: x0,
+        lambda alpha, sigma, x_t, output: output,
+    ),
+    "flow": _PredictionType(  # dx_t/dσ, 2403.03206, eq. 12; needs α + σ = 1
+        lambda alpha, sigma, x0, noise: noise - x0,
+        lambda alpha, sigma, x_t, output: x_t - sigma * output,
+    ),
+}
+
+
+class NoiseSchedule:
+    """The α_t, σ_t and prediction type of a scheduler's training timesteps.
+
+    Args:
+        scheduler: Any scheduler of diffusers with ``alphas_cumprod`` (DDPM and its samplers) or
+            ``sigmas`` (flow matching). Its prediction type must be ``epsilon``, ``v_prediction``
+            or ``sample``; flow matching has one of its own.
+
+    Raises:
+        ValueError: If the scheduler has another prediction type.
+    """
+
+    def __init__(self, scheduler: "SchedulerMixin") -> None:
+        self._is_flow_matching = not hasattr(scheduler, "alphas_cumprod")
+        self._values: Tensor = (
+            scheduler.sigmas if self._is_flow_matching else scheduler.alphas_cumprod
+        )  # [num_train_timesteps]
+        name = "flow" if self._is_flow_matching else scheduler.config.prediction_type
+        if name not in _PREDICTION_TYPES:
+            known = ", ".join(_PREDICTION_TYPES)
+            raise ValueError(f"unknown prediction type {name!r}; known: {known}")
+        self._prediction_type = _PREDICTION_TYPES[name]
+        self.num_train_timesteps: int = scheduler.config.num_train_timesteps
+
+    def compute_alpha_sigma(
+        self, timesteps: Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Look up α_t and σ_t.
+
+        Args:
+            timesteps: Indices into the training schedule, [batch].
+            dtype: Of the result; None for the scheduler's own (float32).
+
+        Returns:
+            α_t and σ_t, each [batch, 1, 1, 1].
+        """
+        values = self._values.to(timesteps.device, dtype)[timesteps].view(-1, 1, 1, 1)
+        if self._is_flow_matching:
+            return 1 - values, values
+        return values.sqrt(), (1 - values).sqrt()
+
+    def compute_noise_level(self, timesteps: Tensor) -> Tensor:
+        """Compute the share of noise, σ_t / (α_t + σ_t): the σ of flow matching, for any schedule.
+
+        Args:
+            timesteps: Indices into the training schedule, [batch].
+
+        Returns:
+            From 0 (clean) to 1 (noise alone), [batch, 1, 1, 1].
+        """
+        alpha, sigma = self.compute_alpha_sigma(timesteps)
+        return sigma / (alpha + sigma)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Make a denoiser's input and the target of its output.
+
+        Args:
+            x0: Clean latents, [batch, channels, h, w].
+            noise: Standard normal, shaped like ``x0``.
+            timesteps: Indices into the training schedule, [batch].
+
+        Returns:
+            Noisy latents and target, both shaped like ``x0``.
+        """
+        alpha, sigma = self.compute_alpha_sigma(timesteps, x0.dtype)
+        noisy_latents = alpha * x0 + sigma * noise  # [batch, channels, h, w]
+        return noisy_latents, self._prediction_type.compute_target(alpha, sigma, x0, noise)
+
+    def compute_target(self, noisy_latents: Tensor, x0: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute the output of a denoiser that sees ``noisy_latents`` and predicts ``x0``.
+
+        Args:
+            noisy_latents: [batch, channels, h, w].
+            x0: Clean latents to be predicted, which need not be those that were noised.
+            timesteps: Indices into the training schedule, [batch].
+
+        Returns:
+            The output, shaped like ``x0``.
+        """
+        alpha, sigma = self.compute_alpha_sigma(timesteps, noisy_latents.dtype)
+        noise = (noisy_latents - alpha * x0) / sigma  # ε = (x_t - α x_0) / σ
+        return self._prediction_type.compute_target(alpha, sigma, x0, noise)
+
+    def predict_x0(self, noisy_latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute the clean latents that a denoiser predicts; the inverse of ``compute_target``.
+
+        Args:
+            noisy_latents: The denoiser's input, [batch, channels, h, w].
+            model_output: The denoiser's output, of the same shape.
+            timesteps: Indices into the training schedule, [batch].
+
+        Returns:
+            Predicted clean latents, of the same shape.
+        """
+        alpha, sigma = self.compute_alpha_sigma(timesteps, noisy_latents.dtype)
+        return self._prediction_type.compute_x0(alpha, sigma, noisy_latents, model_output)

@@ -1,0 +1,79 @@
+"""Inputs of a sampling run on a base: what image generation and image editing share."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
+
+import torch
+
+from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
+from hyperlora.lora.weights import LoraWeights
+
+MAX_GUIDANCE_SCALE: Final = 100.0
+
+
+def check_sampling_inputs(
+    base: DiffusionBase,
+    num_samples: int,
+    lora: LoraWeights | None,
+    seeds: Sequence[int],
+    guidance_scales: Sequence[float],
+    sample_noun: str = "prompt",
+) -> None:
+    """Check that the arguments of one sampling run fit together and fit the base.
+
+    Args:
+        base: The base that samples.
+        num_samples: Prompts, or images to edit.
+        lora: One LoRA for all samples, or a batch of one for each.
+        seeds: One seed for each sample.
+        guidance_scales: Guidance scales, each in [0, 100].
+        sample_noun: What a sample is called in error messages.
+
+    Raises:
+        InvalidArgumentError: The numbers of seeds or LoRAs differ from ``num_samples``, or a
+            guidance scale is out of range.
+        LayoutMismatchError: The LoRA changes a component that the base lacks.
+    """
+    if len(seeds) != num_samples:
+        raise InvalidArgumentError(
+            f"{num_samples} {sample_noun}s need as many seeds, got {len(seeds)}"
+        )
+    if lora is not None and lora.batch_shape and len(lora) != num_samples:
+        raise InvalidArgumentError(
+            f"{num_samples} {sample_noun}s and {len(lora)} LoRAs given: "
+            f"one for each {sample_noun}, or one for all"
+        )
+    if not all(0 <= scale <= MAX_GUIDANCE_SCALE for scale in guidance_scales):  # refuses NaN too
+        raise InvalidArgumentError(
+            f"guidance between 0 and {MAX_GUIDANCE_SCALE:g} expected, "
+            f"got {' and '.join(map(str, guidance_scales))}"
+        )
+    for component in lora.layout.components if lora is not None else ():
+        if component not in base.modules:
+            raise LayoutMismatchError(
+                f"the LoRA changes {component}, which base {base.id!r} lacks: "
+                "use the base it is for"
+            )
+
+
+def inject_base_lora(base: DiffusionBase, lora: LoraWeights | None) -> AbstractContextManager[None]:
+    """Inject a LoRA into the components of a base that it changes, within a ``with`` block.
+
+    Args:
+        base: The base.
+        lora: One LoRA for all samples, a batch of one for each, or None for no change.
+
+    Returns:
+        A context manager.
+    """
+    if lora is None:
+        return nullcontext()
+    return inject_lora({name: base.modules[name] for name in lora.layout.components}, lora)
+
+
+def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Make one CPU generator per sample, so its noise depends on neither batch nor device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

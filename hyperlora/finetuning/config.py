@@ -1,0 +1,127 @@
+"""Settings of fine-tuning and of refinement, checked when they are made."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.progress import track
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """Settings of ``fine_tune_loras``.
+
+    Attributes:
+        num_steps: Optimizer steps, 0 or more.
+        lr: Learning rate of Adam.
+        batch_size: Random examples of each subject per step.
+        prior_loss_weight: Weight of the prior-preservation loss (DreamBooth, 2208.12242, eq. 2).
+        snapshot_steps: Steps after which a copy of the LoRAs is kept in the result.
+        num_paired_groups: With t > 1 the K subjects form t groups of K/t. Subjects i, i + K/t,
+            i + 2K/t, ... see the same examples, timesteps and noise. Not together with ``seeds``.
+        shift: Timestep shift of the loss; above 1, noisier timesteps are drawn more often.
+        seeds: One seed per subject. Each subject then has a random stream of its own, and its LoRA
+            does not depend on the other subjects. None: torch's global generator for all.
+        progress_label: Label of a progress bar over the steps; None: no bar.
+        on_step: Called with the step number (from 1) before each step. It may raise to stop.
+
+    Raises:
+        InvalidArgumentError: A number is out of range, or ``seeds`` and paired groups are given.
+    """
+
+    num_steps: int
+    lr: float
+    batch_size: int = 1
+    prior_loss_weight: float = 1.0
+    snapshot_steps: Collection[int] = ()
+    num_paired_groups: int = 1
+    shift: float = 1.0
+    seeds: Sequence[int] | None = None
+    progress_label: str | None = None
+    on_step: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_optimizer_settings(self.num_steps, self.lr, self.batch_size)
+        if self.num_paired_groups < 1:
+            raise InvalidArgumentError(
+                f"num_paired_groups must be at least 1, got {self.num_paired_groups}"
+            )
+        if self.seeds is not None and self.num_paired_groups > 1:
+            raise InvalidArgumentError(
+                "num_paired_groups and seeds exclude each other: give one of them"
+            )
+
+    def iterate_steps(self) -> Iterator[int]:
+        """Yield step numbers from 1, with the progress bar, and call ``on_step`` before each."""
+        steps = range(1, self.num_steps + 1)
+        label = self.progress_label
+        for step in track(steps, label, "steps", self.num_steps) if label else steps:
+            if self.on_step is not None:
+                self.on_step(step)
+            yield step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineConfig:
+    """Settings of ``refine_lora`` and ``refine_identity``: fit a LoRA on top of a predicted one.
+
+    Attributes:
+        num_steps: Optimizer steps, 0 or more.
+        lr: Learning rate of Adam.
+        batch_size: Examples of each subject per step.
+        rank: Rank of the LoRA on top. None: 8 for ``refine_lora``, the predicted rank for
+            ``refine_identity``.
+        out_rank: Rank of the result, to which the sum is cut by SVD. None: the predicted rank.
+        seed: Seed of the start, the noise and the sampled images.
+        progress_label: Label of a progress bar over the steps; None: no bar.
+        on_step: Called with the step number (from 1) before each step. It may raise to stop.
+
+    Raises:
+        InvalidArgumentError: A number is out of its range.
+    """
+
+    num_steps: int = 40
+    lr: float = 1e-3
+    batch_size: int = 4
+    rank: int | None = None
+    out_rank: int | None = None
+    seed: int = 0
+    progress_label: str | None = None
+    on_step: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_optimizer_settings(self.num_steps, self.lr, self.batch_size)
+        for name, rank in (("rank", self.rank), ("out_rank", self.out_rank)):
+            if rank is not None and rank < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1, got {rank}")
+
+    @property
+    def fine_tune(self) -> FineTuneConfig:
+        """Settings of the optimization itself."""
+        return FineTuneConfig(
+            num_steps=self.num_steps,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            progress_label=self.progress_label,
+            on_step=self.on_step,
+        )
+
+
+def check_optimizer_settings(num_steps: int, lr: float, batch_size: int) -> None:
+    """Check the settings that every optimization has.
+
+    Args:
+        num_steps: Optimizer steps, 0 or more.
+        lr: Learning rate, 0 or more and finite.
+        batch_size: Examples per step, at least 1.
+
+    Raises:
+        InvalidArgumentError: A number is out of its range.
+    """
+    if num_steps < 0:
+        raise InvalidArgumentError(f"num_steps must be 0 or more, got {num_steps}")
+    if not (isfinite(lr) and lr >= 0):
+        raise InvalidArgumentError(f"lr must be 0 or more and finite, got {lr}")
+    if batch_size < 1:
+        raise InvalidArgumentError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,0 +1,55 @@
+"""Factors of a matrix of low rank: truncation by SVD, and zero-padding to a rank.
+
+M ≈ U_k diag(s_k) V_kᵀ = (U_k diag(√s_k)) (diag(√s_k) V_kᵀ)
+
+is the nearest matrix of rank k (Eckart and Young).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def compute_truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the ``rank`` largest singular triplets.
+
+    Args:
+        matrix: [*batch, m, n].
+        rank: The number of triplets; at most min(m, n) are returned.
+
+    Returns:
+        U [*batch, m, k], the *square roots* of the singular values [*batch, k] and
+        Vᵀ [*batch, k, n], with k = min(rank, m, n).
+    """
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)  # [m, min], [min], [min, n]
+    return u[..., :rank], s[..., :rank].sqrt(), vh[..., :rank, :]
+
+
+def compute_low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Compute the two factors whose product is the nearest matrix of a rank.
+
+    Args:
+        matrix: [*batch, m, n].
+        rank: The inner dimension; where it exceeds min(m, n), zeros fill the factors.
+
+    Returns:
+        Factors of equal singular values, [*batch, m, rank] and [*batch, rank, n].
+    """
+    u, root, vh = compute_truncated_svd(matrix, rank)
+    right, left = pad_factors(root[..., :, None] * vh, u * root[..., None, :], rank)
+    return left, right
+
+
+def pad_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Pad the factors of ΔW = up @ down with zeros, which leaves ΔW as it is.
+
+    Args:
+        down: [*batch, k, in_features].
+        up: [*batch, out_features, k].
+        rank: The rank after padding, at least k.
+
+    Returns:
+        ``down`` [*batch, rank, in_features] and ``up`` [*batch, out_features, rank].
+    """
+    num_pad = rank - down.shape[-2]
+    return F.pad(down, (0, 0, 0, num_pad)), F.pad(up, (0, num_pad))

@@ -1,0 +1,202 @@
+"""``ImageEngine``: images of prompts with LoRAs, by the thread that owns the base."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+
+from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
+from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.diffusion.lora_prompt_syntax import (
+    LoraTag,
+    compute_tag_scales,
+    load_tagged_loras,
+    parse_lora_tags,
+)
+from hyperlora.diffusion.multi_lora import CompositionConfig, Schedule, compose_loras
+from hyperlora.diffusion.text_to_image import generate_images
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.merge import merge
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.service.engine.batcher import BatchSpec
+from hyperlora.service.engine.lora_files import (
+    MAX_PARAMETERS,
+    assign_base,
+    load_request_lora,
+    stack_optional_loras,
+)
+from hyperlora.service.engine.requests import EngineResult, ImageRequest, ImageSampling
+from hyperlora.service.engine.worker import ModelWorker
+
+BATCH_TIMEOUT_S: Final = 0.03
+"""Seconds between images that still share a batch; short beside the time of one image."""
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image of a batch: ``lora`` (no batch axis) is the sum of all LoRAs of its request."""
+
+    prompt: str
+    seed: int
+    lora: LoraWeights | None
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One image that needs a batch of its own.
+
+    Attributes:
+        request: The request.
+        prompt: Its prompt without LoRA tags.
+        loras: The LoRAs, those of tags last.
+        lora_weights: One weight per LoRA.
+        schedule: Scales of the LoRAs by denoising step; None if they are constant.
+    """
+
+    request: ImageRequest
+    prompt: str
+    loras: Sequence[LoraWeights]
+    lora_weights: Sequence[float]
+    schedule: Schedule | None
+
+    def apply(self, base: DiffusionBase) -> AbstractContextManager[None]:
+        """Apply the LoRAs to the base's pipeline while the context is open.
+
+        Raises:
+            InvalidArgumentError: If there is no LoRA, or the settings exclude each other.
+        """
+        request = self.request
+        if not self.loras:
+            raise InvalidArgumentError(
+                f"the strategy {request.strategy!r} needs at least one LoRA, none was given"
+            )
+        if request.gamma is not None:
+            merged_lora = merge(self.loras, self.lora_weights)
+            return apply_autolora_guidance(base.pipeline, merged_lora, request.gamma)
+        return compose_loras(
+            base.pipeline,
+            self.loras,
+            request.strategy,
+            self.lora_weights,
+            schedule=self.schedule,
+            config=CompositionConfig(regions=request.regions, windowed=request.windowed),
+        )
+
+
+class ImageEngine:
+    """A base, and the folder of LoRA files that prompts may name.
+
+    Args:
+        base: The base that generates images.
+        lora_dir: Folder of LoRA files; None for none.
+        max_batch_size: Images that are denoised in one batch.
+    """
+
+    def __init__(self, base: DiffusionBase, lora_dir: Path | None, max_batch_size: int) -> None:
+        self.base, self.lora_dir, self.max_batch_size = base, lora_dir, max_batch_size
+
+    async def generate_image(
+        self, request: ImageRequest, worker: ModelWorker, timeout_s: float
+    ) -> EngineResult[Image.Image]:
+        """Generate an image of a prompt; constant sums of LoRAs share batches.
+
+        Args:
+            request: Prompt, LoRAs and settings.
+            worker: Runs the base and the decoders.
+            timeout_s: Seconds that the request may wait in the queue.
+
+        Returns:
+            The image.
+
+        Raises:
+            InvalidArgumentError: If the settings exclude each other.
+        """
+        prompt, tags = parse_lora_tags(request.prompt)
+        if tags and self.lora_dir is None:
+            raise InvalidArgumentError(
+                "this server has no folder of LoRAs to name: "
+                "send the file, or the id of a stored LoRA"
+            )
+        loras = await asyncio.to_thread(self._load_loras, request, tags, worker)
+        lora_weights = [weight for _, weight in request.loras] + [1.0] * len(tags)
+        is_constant = all(tag.is_constant for tag in tags)
+        if request.gamma is not None and (request.strategy != "merge" or not is_constant):
+            raise InvalidArgumentError(
+                "gamma guides the sum of all LoRAs: "
+                "use it with the strategy merge and without steps"
+            )
+        if request.strategy == "merge" and request.gamma is None and is_constant:
+            lora = await asyncio.to_thread(merge, loras, lora_weights) if loras else None
+            image_spec = BatchSpec(
+                "image",
+                partial(self._generate_batch, request.sampling),
+                key=request.sampling,
+                max_batch_size=self.max_batch_size,
+                batch_timeout_s=BATCH_TIMEOUT_S,
+            )
+            item = ImageItem(prompt, request.seed, lora)
+            return EngineResult(await worker.run_batched(image_spec, item, timeout_s))
+        schedule = partial(compute_tag_scales, tags, num_constant=len(request.loras))
+        composition = Composition(
+            request, prompt, loras, lora_weights, None if is_constant else schedule
+        )
+        spec = BatchSpec("composition", self._compose_batch)
+        return EngineResult(await worker.run_batched(spec, composition, timeout_s))
+
+    def _load_loras(
+        self, request: ImageRequest, tags: Sequence[LoraTag], worker: ModelWorker
+    ) -> list[LoraWeights]:
+        """Load the files that were sent, then those that the prompt names."""
+        remaining_parameters, loras = MAX_PARAMETERS, []
+        for data, _ in request.loras:
+            with worker.decoder_slots:
+                loras.append(load_request_lora(data, self.base, remaining_parameters))
+            remaining_parameters -= loras[-1].layout.numel
+        if self.lora_dir is None or not tags:
+            return loras
+        try:
+            tagged_loras = load_tagged_loras(tags, self.lora_dir, self.base.modules)
+        except InvalidArgumentError as error:  # callers need not know the path
+            message = str(error).replace(str(self.lora_dir), "the server's folder")
+            raise InvalidArgumentError(message) from error
+        return [*loras, *(assign_base(lora, self.base) for lora in tagged_loras)]
+
+    def _generate_batch(self, sampling: ImageSampling, items: list[ImageItem]) -> list[Image.Image]:
+        """Denoise the images of several requests in one batch, each with its own LoRA."""
+        loras = stack_optional_loras([item.lora for item in items])
+        prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
+        return _sample(self.base, prompts, seeds, loras, sampling)
+
+    def _compose_batch(self, compositions: list[Composition]) -> list[Image.Image]:
+        """Generate each image of a batch of one with its own composition."""
+        images = []
+        for composition in compositions:
+            prompt, request = composition.prompt, composition.request
+            with composition.apply(self.base):
+                images += _sample(self.base, [prompt], [request.seed], None, request.sampling)
+        return images
+
+
+def _sample(
+    base: DiffusionBase,
+    prompts: list[str],
+    seeds: list[int],
+    loras: LoraWeights | None,
+    sampling: ImageSampling,
+) -> list[Image.Image]:
+    return generate_images(
+        base,
+        prompts,
+        loras,
+        seeds=seeds,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        negative_prompt=sampling.negative_prompt,
+        width=sampling.width,
+        height=sampling.height,
+    )

@@ -1,0 +1,37 @@
+"""``FrozenBaseTraining``: what trainings through a frozen base model have in common."""
+
+import lightning as L
+from diffusers import ModelMixin
+
+from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.training.auxiliary_losses import AttributeLoss
+
+
+class FrozenBaseTraining(L.LightningModule):
+    """A LightningModule that trains through a frozen base, with an optional attribute loss.
+
+    Neither the ``DiffusionBase`` nor the ``AttributeLoss`` is an ``nn.Module``. So they are no
+    submodules: no checkpoint and no optimizer holds them, and they are moved to the device here.
+
+    Attributes:
+        base: The frozen base, set by the constructor of the subclass.
+        attribute_loss: The auxiliary loss, set by the constructor of the subclass.
+    """
+
+    base: DiffusionBase
+    attribute_loss: AttributeLoss
+
+    @property
+    def denoiser_name(self) -> str:
+        """The base's component that is trained through: ``unet`` or ``transformer``."""
+        return next(iter(self.base.modules))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Let the denoiser recompute its activations in the backward pass, to save memory."""
+        denoiser: ModelMixin = self.base.denoiser
+        denoiser.enable_gradient_checkpointing()
+
+    def on_fit_start(self) -> None:
+        """Move the base and the attribute classifier to the device of the training."""
+        self.base.pipeline.to(self.device)
+        self.attribute_loss.to(self.device)

@@ -1,0 +1,51 @@
+"""Stored files and the folder that one server owns; API keys."""
+
+from pathlib import Path
+
+import pytest
+
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.service.file_store import FileStore, lock_directory
+from hyperlora.service.settings import API_KEYS_ENV, load_api_keys
+
+
+def test_lock_directory_admits_one_owner(tmp_path: Path) -> None:
+    with (
+        lock_directory(tmp_path),
+        pytest.raises(InvalidArgumentError, match="another server uses"),
+        lock_directory(tmp_path),
+    ):
+        pass
+    with lock_directory(tmp_path):
+        pass
+
+
+def test_file_store_finds_files_by_content_only(tmp_path: Path) -> None:
+    files = FileStore(tmp_path / "files", 100)
+    id = files.store_bytes(b"abc", "lora")
+    assert files.get_bytes(id, "lora") == b"abc"
+    assert files.get_bytes(id, "image") is None
+    (tmp_path / "secret.safetensors").write_bytes(b"secret")
+    for hostile_id in ("../secret", "../../secret", id.upper(), "", id + "\n", "."):
+        assert files.get_bytes(hostile_id, "lora") is None
+        assert not files.delete(hostile_id, "lora")
+    assert files.delete(id, "lora")
+    assert files.get_bytes(id, "lora") is None
+
+
+def test_load_api_keys_reads_file_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("first-key-123456\n\n  second-key-12345 \n")
+    monkeypatch.setenv(API_KEYS_ENV, "third-key-1234567,")
+    assert len(load_api_keys(path)) == 3
+    path.write_text("short\n")
+    with pytest.raises(InvalidArgumentError, match="shorter than 16"):
+        load_api_keys(path)
+    path.write_text("\n")
+    monkeypatch.delenv(API_KEYS_ENV)
+    with pytest.raises(InvalidArgumentError, match="holds no key"):
+        load_api_keys(path)
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        load_api_keys(tmp_path / "none")

@@ -1,0 +1,89 @@
+"""Every program of ``examples/`` runs and prints what its first lines promise."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.docs_fixtures import make_reader_dir, server_url  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ("photo_to_lora", "edit_from_pair", "compose_two_people", "train_tiny", "http_client")
+
+
+def run_example(name: str, folder: Path, *arguments: str) -> str:
+    """Run a program like a reader; return what it prints."""
+    result = subprocess.run(
+        [sys.executable, f"examples/{name}.py", *arguments],
+        cwd=make_reader_dir(folder),
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def read_expected_output(name: str) -> list[str]:
+    """Read the lines of output that the docstring of a program promises."""
+    text = (ROOT / "examples" / f"{name}.py").read_text().split('"""')[1]
+    lines = text.split("Expected output", 1)[1].splitlines()[1:]
+    return [line.strip() for line in lines if line.startswith("    ")]
+
+
+def remove_numbers(line: str) -> str:
+    """Replace the numbers that differ between machines."""
+    return re.sub(r"-?\d+(?:\.\d+)?", "N", line)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_is_short(name: str) -> None:
+    num_lines = len((ROOT / "examples" / f"{name}.py").read_text().splitlines())
+    assert 15 <= num_lines <= 70
+
+
+@pytest.mark.parametrize("name", ["photo_to_lora", "edit_from_pair", "compose_two_people"])
+def test_example_prints_expected_output(name: str, tmp_path: Path) -> None:
+    printed = run_example(name, tmp_path).splitlines()
+    assert list(map(remove_numbers, printed)) == list(
+        map(remove_numbers, read_expected_output(name))
+    )
+
+
+def test_edit_example_undoes_part_of_the_edit(tmp_path: Path) -> None:
+    output = run_example("edit_from_pair", tmp_path)
+    edited, undone = map(float, re.findall(r"(?:edited|undone) (\d\.\d+)", output))
+    assert 0 < undone < edited
+
+
+def test_train_example_lowers_the_loss_of_unseen_people(tmp_path: Path) -> None:
+    lines = run_example("train_tiny", tmp_path, "2").splitlines()
+    assert lines[0].startswith("step   0")
+
+
+def test_client_example_prints_expected_output(
+    tmp_path: Path,
+    server_url: str,  # noqa: F811
+) -> None:
+    printed = run_example("http_client", tmp_path, server_url).splitlines()
+    expected = read_expected_output("http_client")
+    assert list(map(remove_numbers, printed)) == list(map(remove_numbers, expected))
+
+
+def test_notebook_runs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "examples/toy_example.ipynb", make_reader_dir(tmp_path) / "toy.ipynb")
+    notebook = nbformat.read(tmp_path / "toy.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    images = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(images) == 4
