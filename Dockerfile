@@ -1,7 +1,7 @@
 # The service. `docker build .` is for CPUs; for a GPU's torch: `docker build --build-arg TORCH=cu128 .`
 FROM python:3.12-slim-bookworm
 
-# Which build of torch, in uv's words: cpu, cu128, cu130, rocm6.4, ...
+# Which build of torch, as uv names it: cpu, cu128, cu130, rocm6.4, ...
 ARG TORCH=cpu
 # Extras of the package: `serve,scale` for replicas by Ray, `serve,ui` for the web page.
 ARG EXTRAS=serve
@@ -27,4 +27,4 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=90s \
 
 # Keys are needed on every address but 127.0.0.1: mount a file at /run/secrets/keys, or give other arguments.
 ENTRYPOINT ["hyperlora", "serve"]
-CMD ["--host", "0.0.0.0", "--state", "/state", "--keys", "/run/secrets/keys"]
+CMD ["--host", "0.0.0.0", "--state-dir", "/state", "--api-key-file", "/run/secrets/keys"]

@@ -18,6 +18,7 @@ loras = [model([photo]).weights for photo in photos]
 pipe = DiffusionPipeline.from_pretrained("checkpoints/avatars/base")
 regions = [(0, 0, 0.53, 1), (0.47, 0, 1, 1)]  # left, top, right, bottom
 with compose_loras(pipe, loras, strategy="spatial", regions=regions, windowed=True):
-    image = pipe("a portrait of sks person, smiling", width=240, height=128).images[0]
+    prompt = "a portrait of sks person, smiling"
+    image = pipe(prompt, width=240, height=128, num_inference_steps=20, guidance_scale=3).images[0]
 image.save("two.png")
 print(f"two.png: {image.size}")

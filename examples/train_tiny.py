@@ -13,6 +13,7 @@ from data_builder.avatars.captions import build_prompt
 from data_builder.avatars.identity import sample_identity, sample_scene
 from data_builder.avatars.rendering import render_portrait
 from hyperlora import ImageToLora, generate_images, inject_lora, load_diffusion_base, make_layout
+from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.images import stack_images
 from hyperlora.diffusion.losses import compute_denoising_loss
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
@@ -20,6 +21,7 @@ from hyperlora.models.hypernetwork import Hypernetwork
 
 NUM_STEPS, EVAL_EVERY, BATCH_SIZE = int((sys.argv[1:] or ["200"])[0]), 50, 8
 torch.manual_seed(0)
+disable_malloc_trim()  # half of the time of a small network on a CPU is freed memory
 base = load_diffusion_base("checkpoints/avatars/base")
 encoder = ImageToLora.from_pretrained("checkpoints/avatars/image-to-lora").encoder
 evaluator = IdentitySimilarity.from_pretrained("checkpoints/avatars/evaluator")
@@ -34,7 +36,8 @@ def draw(seeds, index):
     )
 
 
-def measure_identity(seeds=range(1_100_000, 1_100_004)):
+@torch.no_grad()
+def measure_identity(seeds=range(1_100_000, 1_100_006)):
     loras = network(encoder(draw(seeds, 0)[:, None]))  # one photo: [subjects, 1, 3, 128, 128]
     prompts = ["a portrait of sks person, smiling, wearing a red hoodie"] * len(seeds)
     images = generate_images(base, prompts, loras, seeds=seeds, num_inference_steps=8)

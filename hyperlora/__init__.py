@@ -1,7 +1,9 @@
 """A photo goes in, a LoRA comes out in one forward pass.
 
 from hyperlora import ImageToLora
-ImageToLora.from_pretrained("checkpoints/avatars/image-to-lora")(["me.png"]).save("me.safetensors")
+
+model = ImageToLora.from_pretrained("checkpoints/avatars/image-to-lora")
+model(["me.png"]).save("me.safetensors")
 """
 
 from importlib import import_module
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from hyperlora.errors import HyperloraError
     from hyperlora.finetuning.refine import refine_lora
     from hyperlora.lora.io.load import load_lora
+    from hyperlora.lora.io.lora import Lora
     from hyperlora.lora.io.metadata import LoraMetadata
     from hyperlora.lora.io.save import save_lora
     from hyperlora.lora.layout import LoraLayout
@@ -30,18 +33,19 @@ _MODULES = {
     "Client": "client",
     "HyperloraError": "errors",
     "ImageToLora": "pipelines.image_to_lora",
-    "LoraMetadata": "lora.io.metadata",
+    "Lora": "lora.io.lora",
     "LoraLayout": "lora.layout",
+    "LoraMetadata": "lora.io.metadata",
     "LoraWeights": "lora.weights",
     "PairToLora": "pipelines.pair_to_lora",
     "apply_autolora_guidance": "diffusion.autolora_guidance",
     "compose_loras": "diffusion.multi_lora",
+    "generate_images": "diffusion.text_to_image",
     "inject_lora": "diffusion.lora_injection",
-    "make_layout": "diffusion.target_modules",
     "load_diffusion_base": "diffusion.diffusion_base",
     "load_lora": "lora.io.load",
+    "make_layout": "diffusion.target_modules",
     "refine_lora": "finetuning.refine",
-    "generate_images": "diffusion.text_to_image",
     "save_lora": "lora.io.save",
 }
 
@@ -50,24 +54,25 @@ __all__ = [
     "Client",
     "HyperloraError",
     "ImageToLora",
-    "LoraMetadata",
+    "Lora",
     "LoraLayout",
+    "LoraMetadata",
     "LoraWeights",
     "PairToLora",
     "apply_autolora_guidance",
     "compose_loras",
+    "generate_images",
     "inject_lora",
-    "make_layout",
     "load_diffusion_base",
     "load_lora",
+    "make_layout",
     "refine_lora",
-    "generate_images",
     "save_lora",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name when the name is first used, so that ``import main_callback`` costs nothing."""
+    """Import the module of a public name at its first use, so that ``import hyperlora`` is fast."""
     if name in _MODULES:
         return getattr(import_module(f"hyperlora.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'hyperlora' has no attribute {name!r}")

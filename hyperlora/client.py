@@ -1,18 +1,18 @@
-"""``Client`` and ``AsyncClient``: a hyperlora server from Python.
+"""``Client`` and ``AsyncClient``: call a hyperlora server from Python.
 
-    with Client("http://127.0.0.1:8000") as server:
-        lora = server.make_lora(["me.png"])
-        server.draw("a portrait of sks person, smiling", loras=[lora]).save("out.png")
+    with Client("http://127.0.0.1:8000") as client:
+        lora = client.create_lora(["me.png"])
+        client.generate_image("a portrait of sks person, smiling", loras=[lora]).save("out.png")
 
-Both raise ``ApiError`` with the server's own sentence.
+Errors of the server are raised as ``ApiError`` with its message.
 """
 
 import io
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, NotRequired, Self, TypedDict
 
 import httpx
 from PIL import Image
@@ -20,12 +20,28 @@ from PIL import Image
 from hyperlora.errors import HyperloraError
 
 ImageInput = str | PathLike[str] | bytes | Image.Image
+"""A path, the bytes of an image file, or an image."""
 ImageInputPair = tuple[ImageInput, ImageInput]
-_PAIR_FIELDS = ("before", "after")
+"""An image before and after an edit."""
+FormValue = str | int | float | bool
+"""A value of a form field."""
+_PAIR_FIELDS: Final = ("before", "after")
+_TIMEOUT_S: Final = 150.0
+_File = tuple[str, tuple[str, bytes]]  # form field, (file name, content)
+
+
+class _Form(TypedDict):
+    files: list[_File]
+    data: NotRequired[dict[str, str]]
 
 
 class ApiError(HyperloraError):
-    """The server's answer was no; ``status_code`` is HTTP's."""
+    """The server refused a request.
+
+    Args:
+        status_code: The HTTP status.
+        detail: The message of the server.
+    """
 
     def __init__(self, status_code: int, detail: str) -> None:
         super().__init__(detail)
@@ -33,7 +49,13 @@ class ApiError(HyperloraError):
 
 
 class Client:
-    """One connection pool; ``api_key`` is an API key where the server asks for one."""
+    """A connection pool to one server.
+
+    Args:
+        base_url: The address of the server.
+        api_key: The API key, if the server needs one.
+        **httpx_options: Further arguments of ``httpx.Client``, e.g. ``timeout``.
+    """
 
     def __init__(
         self,
@@ -43,59 +65,115 @@ class Client:
     ) -> None:
         self._http = httpx.Client(**_make_httpx_options(base_url, api_key, httpx_options))
 
-    def create_lora(self, photos: Sequence[ImageInput], **options: Any) -> bytes:
-        """A ``.safetensors`` file from photos of one subject; ``httpx_options`` are the form's: format, rank, strength..."""
-        return _check_response(
-            self._http.post("/v1/loras", **_build_photo_form(photos, options))
-        ).content
+    def create_lora(self, photos: Sequence[ImageInput], **options: FormValue) -> bytes:
+        """Generate a LoRA from photos.
 
-    def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: Any) -> bytes:
-        """A ``.safetensors`` file of the edit that pairs (before, after) show."""
-        return _check_response(
-            self._http.post("/v1/loras", **_build_pair_form(pairs, options))
-        ).content
+        Args:
+            photos: Photos of one subject.
+            **options: Further form fields, e.g. ``format``, ``rank``, ``strength``.
+
+        Returns:
+            A ``.safetensors`` file.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        form = _build_photo_form(photos, options)
+        return _check_response(self._http.post("/v1/loras", **form)).content
+
+    def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: FormValue) -> bytes:
+        """Generate a LoRA of the edit between the images of pairs.
+
+        Args:
+            pairs: Images before and after the edit.
+            **options: Further form fields, e.g. ``format``, ``strength``, ``instruction``.
+
+        Returns:
+            A ``.safetensors`` file.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        form = _build_pair_form(pairs, options)
+        return _check_response(self._http.post("/v1/loras", **form)).content
 
     def edit_image(
         self,
         image: ImageInput,
         pairs: Sequence[ImageInputPair] = (),
         lora: bytes | None = None,
-        **options: Any,
+        **options: FormValue,
     ) -> Image.Image:
-        """The picture after the edit that pairs show, or a LoRA of a change holds; ``httpx_options``: strength, seed..."""
-        return _decode_image(
-            _check_response(
-                self._http.post("/v1/edits", **_build_edit_form(image, pairs, lora, options))
-            )
-        )
+        """Apply an edit to an image.
+
+        Args:
+            image: The image.
+            pairs: Images before and after the edit; empty if ``lora`` is given.
+            lora: The file of a LoRA of the edit, instead of pairs.
+            **options: Further form fields, e.g. ``strength``, ``seed``, ``preserve_unedited``.
+
+        Returns:
+            The edited image.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        form = _build_edit_form(image, pairs, lora, options)
+        return _decode_image(_check_response(self._http.post("/v1/edits", **form)))
 
     def generate_image(
-        self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any
+        self,
+        prompt: str,
+        loras: Sequence[bytes | str] = (),
+        weights: Sequence[float] | None = None,
+        **options: object,
     ) -> Image.Image:
-        """A picture, with LoRA files or ids of kept ones; ``httpx_options`` are the request's: seed, steps, strategy..."""
-        return _decode_image(
-            _check_response(
-                self._http.post("/v1/images", json=_build_image_request(prompt, loras, options))
-            )
-        )
+        """Generate an image with LoRAs.
+
+        Args:
+            prompt: The prompt.
+            loras: Files of LoRAs, or ids of LoRAs that the server stores.
+            weights: The factor of each LoRA, 1 by default.
+            **options: Further fields, e.g. ``seed``, ``num_inference_steps``, ``strategy``.
+
+        Returns:
+            The image.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        body = _build_image_request(prompt, loras, weights, options)
+        return _decode_image(_check_response(self._http.post("/v1/images", json=body)))
 
     def compute_identity_similarity(
         self, photos: Sequence[ImageInput], images: Sequence[ImageInput]
     ) -> list[float]:
-        """How much each picture shows the person of the photos: 0 anyone, 1 another real photo of the same person."""
-        return list(
-            _check_response(
-                self._http.post(
-                    "/v1/identity-similarity", files=_build_similarity_files(photos, images)
-                )
-            ).json()["similarities"]
-        )
+        """Score images against photos of one subject.
+
+        Args:
+            photos: Photos of the subject.
+            images: Images that should show the subject.
+
+        Returns:
+            Per image, 0 for a stranger and 1 for another real photo of the subject.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        form = _build_similarity_form(photos, images)
+        response = _check_response(self._http.post("/v1/identity-similarity", **form))
+        return list(response.json()["similarities"])
 
     def list_models(self) -> list[dict[str, Any]]:
-        """What the server has."""
+        """List the models of the server, as JSON.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
         return list(_check_response(self._http.get("/v1/models")).json())
 
     def __enter__(self) -> Self:
+        """Return the client; leaving the context closes its connections."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,7 +181,13 @@ class Client:
 
 
 class AsyncClient:
-    """``Client`` for asyncio."""
+    """``Client`` for asyncio.
+
+    Args:
+        base_url: The address of the server.
+        api_key: The API key, if the server needs one.
+        **httpx_options: Further arguments of ``httpx.AsyncClient``, e.g. ``timeout``.
+    """
 
     def __init__(
         self,
@@ -113,58 +197,117 @@ class AsyncClient:
     ) -> None:
         self._http = httpx.AsyncClient(**_make_httpx_options(base_url, api_key, httpx_options))
 
-    async def create_lora(self, photos: Sequence[ImageInput], **options: Any) -> bytes:
-        """As ``Client.create_lora``."""
-        return _check_response(
-            await self._http.post("/v1/loras", **_build_photo_form(photos, options))
-        ).content
+    async def create_lora(self, photos: Sequence[ImageInput], **options: FormValue) -> bytes:
+        """Generate a LoRA from photos.
 
-    async def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: Any) -> bytes:
-        """As ``Client.create_edit_lora``."""
-        return _check_response(
-            await self._http.post("/v1/loras", **_build_pair_form(pairs, options))
-        ).content
+        Args:
+            photos: See ``Client.create_lora``.
+            **options: See ``Client.create_lora``.
+
+        Returns:
+            A ``.safetensors`` file.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        form = _build_photo_form(photos, options)
+        return _check_response(await self._http.post("/v1/loras", **form)).content
+
+    async def create_edit_lora(
+        self, pairs: Sequence[ImageInputPair], **options: FormValue
+    ) -> bytes:
+        """Generate a LoRA of the edit between the images of pairs.
+
+        Args:
+            pairs: See ``Client.create_edit_lora``.
+            **options: See ``Client.create_edit_lora``.
+
+        Returns:
+            A ``.safetensors`` file.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        form = _build_pair_form(pairs, options)
+        return _check_response(await self._http.post("/v1/loras", **form)).content
 
     async def edit_image(
         self,
         image: ImageInput,
         pairs: Sequence[ImageInputPair] = (),
         lora: bytes | None = None,
-        **options: Any,
+        **options: FormValue,
     ) -> Image.Image:
-        """As ``Client.edit_image``."""
-        return _decode_image(
-            _check_response(
-                await self._http.post("/v1/edits", **_build_edit_form(image, pairs, lora, options))
-            )
-        )
+        """Apply an edit to an image.
+
+        Args:
+            image: See ``Client.edit_image``.
+            pairs: See ``Client.edit_image``.
+            lora: See ``Client.edit_image``.
+            **options: See ``Client.edit_image``.
+
+        Returns:
+            The edited image.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        form = _build_edit_form(image, pairs, lora, options)
+        return _decode_image(_check_response(await self._http.post("/v1/edits", **form)))
 
     async def generate_image(
-        self, prompt: str, loras: Sequence[bytes | str] = (), **options: Any
+        self,
+        prompt: str,
+        loras: Sequence[bytes | str] = (),
+        weights: Sequence[float] | None = None,
+        **options: object,
     ) -> Image.Image:
-        """As ``Client.generate_image``."""
-        return _decode_image(
-            _check_response(
-                await self._http.post(
-                    "/v1/images", json=_build_image_request(prompt, loras, options)
-                )
-            )
-        )
+        """Generate an image with LoRAs.
+
+        Args:
+            prompt: See ``Client.generate_image``.
+            loras: See ``Client.generate_image``.
+            weights: See ``Client.generate_image``.
+            **options: See ``Client.generate_image``.
+
+        Returns:
+            The image.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        body = _build_image_request(prompt, loras, weights, options)
+        return _decode_image(_check_response(await self._http.post("/v1/images", json=body)))
 
     async def compute_identity_similarity(
         self, photos: Sequence[ImageInput], images: Sequence[ImageInput]
     ) -> list[float]:
-        """As ``Client.compute_identity_similarity``."""
-        response = await self._http.post(
-            "/v1/identity-similarity", files=_build_similarity_files(photos, images)
-        )
-        return list(_check_response(response).json()["similarities"])
+        """Score images against photos of one subject.
+
+        Args:
+            photos: See ``Client.compute_identity_similarity``.
+            images: See ``Client.compute_identity_similarity``.
+
+        Returns:
+            Per image, 0 for a stranger and 1 for another real photo of the subject.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        form = _build_similarity_form(photos, images)
+        response = _check_response(await self._http.post("/v1/identity-similarity", **form))
+        return list(response.json()["similarities"])
 
     async def list_models(self) -> list[dict[str, Any]]:
-        """As ``Client.list_models``."""
+        """List the models of the server, as JSON.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
         return list(_check_response(await self._http.get("/v1/models")).json())
 
     async def __aenter__(self) -> Self:
+        """Return the client; leaving the context closes its connections."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -174,60 +317,68 @@ class AsyncClient:
 def _make_httpx_options(
     base_url: str, api_key: str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
+    """Arguments of httpx's clients, with a timeout above the server's."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return {"base_url": base_url, "headers": headers, "timeout": 150.0} | options
+    return {"base_url": base_url, "headers": headers, "timeout": _TIMEOUT_S} | options
 
 
-def _build_photo_form(photos: Sequence[ImageInput], options: dict[str, Any]) -> dict[str, Any]:
-    files = [("photos", (f"{i}", _read_image_bytes(photo))) for i, photo in enumerate(photos)]
-    return {"files": files, "data": {name: str(value) for name, value in options.items()}}
+def _build_photo_form(photos: Sequence[ImageInput], options: Mapping[str, FormValue]) -> _Form:
+    return {"files": _build_files("photos", photos), "data": _format_options(options)}
 
 
-def _build_pair_form(pairs: Sequence[ImageInputPair], options: dict[str, Any]) -> dict[str, Any]:
+def _build_pair_form(pairs: Sequence[ImageInputPair], options: Mapping[str, FormValue]) -> _Form:
     files = [
         (side, (f"{i}", _read_image_bytes(image)))
         for i, pair in enumerate(pairs)
         for side, image in zip(_PAIR_FIELDS, pair, strict=True)
     ]
-    return {"files": files, "data": {name: str(value) for name, value in options.items()}}
+    return {"files": files, "data": _format_options(options)}
 
 
 def _build_edit_form(
-    image: ImageInput, pairs: Sequence[ImageInputPair], lora: bytes | None, options: dict[str, Any]
-) -> dict[str, Any]:
+    image: ImageInput,
+    pairs: Sequence[ImageInputPair],
+    lora: bytes | None,
+    options: Mapping[str, FormValue],
+) -> _Form:
     form = _build_pair_form(pairs, options)
-    form["files"] += [
-        ("image", ("image", _read_image_bytes(image))),
-        *([("lora", ("lora", lora))] if lora else []),
-    ]
+    form["files"].append(("image", ("image", _read_image_bytes(image))))
+    if lora:
+        form["files"].append(("lora", ("lora", lora)))
     return form
 
 
-def _build_similarity_files(
-    photos: Sequence[ImageInput], images: Sequence[ImageInput]
-) -> list[tuple[str, tuple[str, bytes]]]:
-    fields = {"photos": photos, "images": images}
-    return [
-        (name, (f"{i}", _read_image_bytes(image)))
-        for name, field_images in fields.items()
-        for i, image in enumerate(field_images)
-    ]
+def _build_similarity_form(photos: Sequence[ImageInput], images: Sequence[ImageInput]) -> _Form:
+    return {"files": _build_files("photos", photos) + _build_files("images", images)}
+
+
+def _build_files(field: str, images: Sequence[ImageInput]) -> list[_File]:
+    """Files of one form field, with their index as names."""
+    return [(field, (f"{i}", _read_image_bytes(image))) for i, image in enumerate(images)]
+
+
+def _format_options(options: Mapping[str, FormValue]) -> dict[str, str]:
+    return {name: str(value) for name, value in options.items()}
 
 
 def _build_image_request(
-    prompt: str, loras: Sequence[bytes | str], options: dict[str, Any]
-) -> dict[str, Any]:
-    weights = options.pop("weights", None) or [1.0] * len(loras)
+    prompt: str,
+    loras: Sequence[bytes | str],
+    weights: Sequence[float] | None,
+    options: Mapping[str, object],
+) -> dict[str, object]:
+    """The JSON body of ``POST /v1/images``."""
     lora_refs = [
         {"id": lora, "weight": weight}
         if isinstance(lora, str)
         else {"content": b64encode(lora).decode(), "weight": weight}
-        for lora, weight in zip(loras, weights, strict=True)
+        for lora, weight in zip(loras, weights or [1.0] * len(loras), strict=True)
     ]
     return {"prompt": prompt, "loras": lora_refs, **options}
 
 
 def _read_image_bytes(image: ImageInput) -> bytes:
+    """The bytes of an image file; images are encoded as PNG."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, Image.Image):
@@ -244,6 +395,7 @@ def _decode_image(response: httpx.Response) -> Image.Image:
 
 
 def _check_response(response: httpx.Response) -> httpx.Response:
+    """The response; raises ``ApiError`` for an error status."""
     if response.is_error:
         try:
             detail = str(response.json()["detail"])

@@ -1,28 +1,31 @@
-"""What can go wrong, each in one sentence: what, expected, found, what to do. The CLI exits 2 on any of these."""
+"""Errors that a user can cause and repair; the CLI exits with status 2 on any of them.
+
+Each message is one sentence: what failed, what was expected, what was found, what to do.
+"""
 
 
 class HyperloraError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base class of all errors of this package."""
 
 
 class LayoutMismatchError(HyperloraError):
-    """LoRA weights and a base model (or another LoRA) do not belong together."""
+    """LoRA weights do not fit a base model or other LoRA weights."""
 
 
 class InvalidImageError(HyperloraError):
-    """A picture that cannot or must not be read."""
+    """An image cannot or must not be read."""
 
 
 class InvalidLoraFileError(HyperloraError):
-    """A LoRA file that cannot be trusted or understood."""
+    """A LoRA file cannot be trusted or understood."""
 
 
 class ModelLoadError(HyperloraError):
-    """A folder or hub id that does not hold what was expected."""
+    """A folder or hub id does not hold the expected model."""
 
 
 class InvalidArgumentError(HyperloraError):
-    """Arguments that make no sense together."""
+    """Arguments are out of range or contradict each other."""
 
 
 def format_reason(error: BaseException, max_length: int = 200) -> str:

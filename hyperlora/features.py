@@ -1,4 +1,4 @@
-"""``ImageFeatures``: what an encoder says about the photos of each subject."""
+"""``ImageFeatures``: the output of an image encoder for photos of subjects."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """``tokens`` [batch, views, tokens, width]; views are several photos of one subject, batch is subjects."""
+    """Tokens of photos; the batch axis is subjects, views are several photos of one subject.
+
+    Attributes:
+        tokens: [batch, views, tokens, width].
+
+    Raises:
+        ValueError: The tensor has another number of axes.
+    """
 
     tokens: Tensor
 
@@ -19,8 +26,13 @@ class ImageFeatures:
 
     @property
     def width(self) -> int:
+        """Numbers per token."""
         return self.tokens.shape[-1]
 
     def flatten_views(self) -> Tensor:
-        """All views' tokens in one sequence, [batch, views * tokens, width]."""
+        """Concatenate the tokens of all views.
+
+        Returns:
+            [batch, views * tokens, width].
+        """
         return self.tokens.flatten(1, 2)

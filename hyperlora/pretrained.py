@@ -1,4 +1,4 @@
-"""Where the embedded *avatars* bundle lies: the models every verb uses unless told otherwise."""
+"""Folders of the bundled *avatars* models, the defaults of every command."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ MODEL_DIR_BY_METHOD: Final[Mapping[str, Path]] = {
     "hypernetwork": IMAGE_TO_LORA_DIR,
     "difflora": DIFFLORA_DIR,
 }
-"""By the method's name, as ``--method`` takes it."""
+"""Folder by the value of ``--method``."""
 EDIT_BASE_DIR: Final = AVATARS_DIR / "edit-base"
 PAIR_TO_LORA_DIR: Final = AVATARS_DIR / "pair-to-lora"
 FACE_PACK_DIR: Final = AVATARS_DIR / "face-pack"

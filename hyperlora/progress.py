@@ -1,4 +1,4 @@
-"""The one progress bar: what, how many, at what rate, time left."""
+"""The progress bar of all commands: description, count, rate, time left."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -19,11 +19,14 @@ T = TypeVar("T")
 
 
 class _RateColumn(ProgressColumn):
+    """Units per second or hour."""
+
     def __init__(self, unit: str, time_unit: str) -> None:
         super().__init__()
         self.seconds_per_unit, self.unit = {"s": 1, "hour": 3600}[time_unit], f"{unit}/{time_unit}"
 
     def render(self, task: Task) -> Text:
+        """Format the rate of a task."""
         speed = task.finished_speed or task.speed
         return Text(
             f"{speed * self.seconds_per_unit:.1f} {self.unit}" if speed else f"– {self.unit}"
@@ -39,8 +42,20 @@ def track(
     time_unit: str = "s",
     completed: int = 0,
 ) -> Iterator[T]:
-    """Iterate with a bar on stderr; each item counts for ``units_per_item`` units of ``total``, of which ``completed`` were there
-    before. The rate is ``time_unit`` s or hour."""
+    """Iterate over items with a progress bar on stderr.
+
+    Args:
+        items: The items.
+        description: The text before the bar.
+        unit: The plural name of what is counted, e.g. ``LoRAs``.
+        total: Number of units at the end; unknown if None.
+        units_per_item: Units that each item counts for.
+        time_unit: The unit of the rate, ``s`` or ``hour``.
+        completed: Units that were done before.
+
+    Yields:
+        The items.
+    """
     rate = _RateColumn(unit, time_unit)
     columns = (
         TextColumn("{task.description}"),

@@ -1,11 +1,23 @@
+"""Connection to a Ray cluster."""
+
 import os
-from typing import Any
+from types import ModuleType
 
-from hyperlora.errors import InvalidArgumentError
+from hyperlora.errors import InvalidArgumentError, format_reason
 
 
-def connect_ray(address: str) -> Any:
-    """The ``ray`` module, connected. Raises ``InvalidArgumentError`` if it is not installed or nobody answers."""
+def connect_ray(address: str) -> ModuleType:
+    """Import ``ray`` and connect to a cluster.
+
+    Args:
+        address: The address of a cluster, or ``local`` to start one in this process.
+
+    Returns:
+        The module ``ray``.
+
+    Raises:
+        InvalidArgumentError: Ray is not installed, or no cluster answers.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -20,8 +32,8 @@ def connect_ray(address: str) -> Any:
             else:
                 ray.init(address, log_to_driver=False)
         except (ConnectionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise InvalidArgumentError(
-                f"no Ray cluster answers at {address!r} ({reason}): start one, or leave --ray"
+                f"no Ray cluster answers at {address!r} ({format_reason(error)}): "
+                f"start one, or leave --ray"
             ) from error
     return ray

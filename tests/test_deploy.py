@@ -1,4 +1,4 @@
-"""Dockerfile and compose file fit each other and the command line. (`hadolint Dockerfile` is run where it is there.)"""
+"""The Dockerfile fits the command line, and the compose file fits the Dockerfile."""
 
 import json
 import re
@@ -18,49 +18,52 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 
-def instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) of every line, continued lines joined, comments left out."""
+def list_instructions() -> list[tuple[str, str]]:
+    """List the instructions of the Dockerfile with their arguments, continued lines joined."""
     text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ")
     return [
         (line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()
     ]
 
 
-def test_what_is_copied_is_there_and_not_ignored() -> None:
-    kept = {
+def test_dockerfile_copies_what_dockerignore_keeps() -> None:
+    unignored = {
         line[1:]
         for line in (ROOT / ".dockerignore").read_text().splitlines()
         if line.startswith("!")
     }
-    copied = {
-        source for name, rest in instructions() if name == "COPY" for source in rest.split()[:-1]
+    sources = {
+        source
+        for name, args in list_instructions()
+        if name == "COPY"
+        for source in args.split()[:-1]
     }
-    assert copied == kept
-    assert all((ROOT / source).exists() for source in copied)
+    assert sources == unignored
+    assert all((ROOT / source).exists() for source in sources)
 
 
-def test_the_command_is_one_and_asks_for_keys() -> None:
-    found = dict(instructions())
-    command = [*json.loads(found["ENTRYPOINT"]), *json.loads(found["CMD"])]
+def test_dockerfile_command_requires_keys() -> None:
+    instructions = dict(list_instructions())
+    command = [*json.loads(instructions["ENTRYPOINT"]), *json.loads(instructions["CMD"])]
     serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
     parsed = serve.make_context("serve", command[2:], resilient_parsing=True).params
     assert command[:2] == ["hyperlora", "serve"]
     assert parsed["host"] == "0.0.0.0"
-    assert str(parsed["state"]) == found["VOLUME"]
+    assert str(parsed["state_dir"]) == instructions["VOLUME"]
     secret = COMPOSE["services"]["hyperlora"]["secrets"][0]
-    assert str(parsed["keys"]) == f"/run/secrets/{secret}" and secret in COMPOSE["secrets"]
+    assert str(parsed["api_key_file"]) == f"/run/secrets/{secret}" and secret in COMPOSE["secrets"]
 
 
-def test_it_does_not_run_as_root() -> None:
-    users = [rest for name, rest in instructions() if name == "USER"]
+def test_dockerfile_runs_as_another_user_than_root() -> None:
+    users = [args for name, args in list_instructions() if name == "USER"]
     assert users and users[-1] not in ("root", "0")
 
 
-def test_compose_gives_arguments_that_the_dockerfile_has() -> None:
-    names = {rest.split("=")[0] for name, rest in instructions() if name == "ARG"}
+def test_compose_matches_the_dockerfile() -> None:
+    names = {args.split("=")[0] for name, args in list_instructions() if name == "ARG"}
     assert set(COMPOSE["services"]["hyperlora"]["build"]["args"]) == names
     assert COMPOSE["services"]["hyperlora"]["ports"] == ["127.0.0.1:8000:8000"], (
-        "only the proxy is open to others"
+        "only the proxy is reachable from other machines"
     )
     volumes = {
         v.split(":")[0] for service in COMPOSE["services"].values() for v in service["volumes"]
@@ -69,6 +72,6 @@ def test_compose_gives_arguments_that_the_dockerfile_has() -> None:
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
-def test_hadolint() -> None:
-    found = subprocess.run(["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
+def test_dockerfile_passes_hadolint() -> None:
+    result = subprocess.run(["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -5,11 +5,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from data_builder.cli import app as data_builder_app
@@ -21,6 +23,12 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs/get-started").glob("*.md")),
     *sorted((ROOT / "docs/guides").glob("*.md")),
+]
+ALL_PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(p for p in (ROOT / "docs").rglob("*.md") if "lab-notes" not in p.parts),
+    *sorted((ROOT / "checkpoints").rglob("README.md")),
 ]
 BLOCK = re.compile(
     r"(?:^ *<!-- (?P<note>[^\n]*) -->\n)?^(?P<indent> *)```(?P<language>\w+)\n(?P<body>.*?)^(?P=indent)```",
@@ -72,7 +80,7 @@ def run_cli(command: str) -> None:
 def run_bash(script: str) -> None:
     """Run lines of a shell; the first failure ends them."""
     result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=300
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, f"{script}\n{result.stderr[-2000:]}"
 
@@ -82,7 +90,7 @@ def run_block(block: Block, url: str) -> None:
     body = block.body.replace(DEFAULT_URL, url)
     if block.language == "python":
         result = subprocess.run(
-            [sys.executable, "-c", body], capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", body], capture_output=True, text=True, timeout=900
         )
         assert result.returncode == 0, f"{body}\n{result.stderr[-2000:]}"
     elif block.needs_server:
@@ -169,6 +177,23 @@ def test_page_sentences_are_short(page: Path) -> None:
     assert sum(lengths) <= 17 * len(lengths)
 
 
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_names_existing_options(page: Path) -> None:
+    """Also commands that are too long to run name files and options that exist."""
+    for command in _iter_commands(page):
+        program, *arguments = shlex.split(command, comments=True)
+        names = [a for a in arguments if a.startswith("--")]
+        if program in APPS:
+            known = _list_options(program, arguments[0])
+            assert known is None or set(names) <= known, command
+        elif program == "python" and arguments[0].startswith(("benchmarks/", "docs/")):
+            source = (ROOT / arguments[0]).read_text()
+            assert all(f'"{name}"' in source for name in names), command
+        assert all(
+            (ROOT / a).exists() for a in arguments if re.fullmatch(r"configs/\S+\.yaml", a)
+        ), command
+
+
 @pytest.mark.heavy
 def test_demo_writes_images_and_loras(tmp_path: Path) -> None:
     hyperlora = str(Path(sys.executable).with_name("hyperlora"))
@@ -176,6 +201,21 @@ def test_demo_writes_images_and_loras(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"demo.png", "edits.png"} <= names
     assert len([name for name in names if name.endswith(".safetensors")]) == 4
+
+
+def _iter_commands(page: Path) -> Iterator[str]:
+    for block in parse_blocks(page):
+        if block.language == "bash":
+            for line in block.body.replace("\\\n", " ").splitlines():
+                yield from [line.removeprefix("uv run ")] if line.strip() else []
+
+
+def _list_options(program: str, command: str) -> set[str] | None:
+    """List the options of a command; None for one that passes them on."""
+    parameters = get_command(APPS[program]).commands[command].params  # type: ignore[attr-defined]
+    if command == "train":
+        return None
+    return {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
 
 
 def _count_words_per_sentence(text: str) -> list[int]:

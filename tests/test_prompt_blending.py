@@ -1,4 +1,4 @@
-"""Blends of prompts: what is written is read again, and what cannot be read is said."""
+"""Blends of prompts: format, parse, and errors."""
 
 import pytest
 from hypothesis import given
@@ -11,19 +11,21 @@ WEIGHTS = st.floats(-2, 2).filter(lambda w: abs(w) > 1e-3)
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=20), WEIGHTS, min_size=2, max_size=5))
-def test_what_is_written_is_read_again(parts: dict[str, float]) -> None:
-    assert parse_blend(format_blend(parts)) == pytest.approx(parts, abs=1e-4)
+def test_parse_blend_inverts_format_blend(prompt_weights: dict[str, float]) -> None:
+    assert parse_blend(format_blend(prompt_weights)) == pytest.approx(prompt_weights, abs=1e-4)
 
 
-def test_every_part_that_says_something_is_reworded() -> None:
+def test_apply_prompt_template_changes_every_nonempty_prompt() -> None:
     assert apply_prompt_template("red clothes", "back to {}") == "back to red clothes"
-    parts = parse_blend(apply_prompt_template('("", "red {", "sad").blend(-1, 1.5, 0.5)', "no {}!"))
-    assert parts == {"": -1, "no red {!": 1.5, "no sad!": 0.5}
+    prompt_weights = parse_blend(
+        apply_prompt_template('("", "red {", "sad").blend(-1, 1.5, 0.5)', "no {}!")
+    )
+    assert prompt_weights == {"": -1, "no red {!": 1.5, "no sad!": 0.5}
     with pytest.raises(InvalidArgumentError, match="no place for a prompt"):
         apply_prompt_template("red clothes", "back to")
 
 
-def test_as_compel_writes_it() -> None:
+def test_parse_blend_reads_compel_syntax() -> None:
     assert parse_blend('("blue clothes", "red clothes").blend(0.3, 0.7)') == {
         "blue clothes": 0.3,
         "red clothes": 0.7,
@@ -33,21 +35,21 @@ def test_as_compel_writes_it() -> None:
 @pytest.mark.parametrize(
     "prompt", ["", "blue clothes", "(a blue hat)", "a (very) blue blend (0.3)", "(a).blend"]
 )
-def test_a_plain_prompt_is_itself(prompt: str) -> None:
+def test_plain_prompt_is_unchanged(prompt: str) -> None:
     assert parse_blend(prompt) == {prompt: 1.0}
     assert format_blend({prompt: 1.0}) == prompt
 
 
-def test_parts_that_weigh_nothing_are_left_out() -> None:
+def test_format_blend_leaves_out_zero_weights() -> None:
     assert format_blend({"blue clothes": 1.0, "red clothes": 0.0}) == "blue clothes"
 
 
-def test_a_part_that_is_named_twice_counts_twice() -> None:
+def test_parse_blend_adds_weights_of_equal_prompts() -> None:
     assert parse_blend('("blue clothes", "blue clothes").blend(0.3, 0.5)') == {"blue clothes": 0.8}
 
 
 @pytest.mark.parametrize(
-    "shares",
+    "weights",
     [
         "1e999, 0",
         "nan, 1",
@@ -60,6 +62,6 @@ def test_a_part_that_is_named_twice_counts_twice() -> None:
         "__import__('os')",
     ],
 )
-def test_a_blend_that_cannot_be_read_is_refused_in_one_sentence(shares: str) -> None:
+def test_parse_blend_refuses_malformed_blends(weights: str) -> None:
     with pytest.raises(InvalidArgumentError, match="cannot be read: write"):
-        parse_blend(f'("blue clothes", "red clothes").blend({shares})')
+        parse_blend(f'("blue clothes", "red clothes").blend({weights})')

@@ -1,45 +1,42 @@
-"""Which number of steps and learning rate suit LoRAs fitted per subject, on validation people.
+"""Learning rate and number of steps of per-subject fine-tuning, on validation subjects.
 
-python -m data_builder benchmark -o runs/data/benchmark-validation --split validation --people 16
-python benchmarks/sweep_fitting.py runs/data/benchmark-validation [--people 8]
+data-builder write-benchmark -o runs/data/benchmark-validation --split validation --num-subjects 16
+python -m benchmarks.ablations.finetuning_hyperparameters runs/data/benchmark-validation
+    [--num-subjects 8]
 """
 
 import argparse
 from pathlib import Path
 
+from benchmarks.avatar_evaluator import load_subject_evaluator
 from hyperlora import pretrained
 from hyperlora.cpu import disable_malloc_trim
-from hyperlora.diffusion.diffusion_base import load_diffusion_base
-from hyperlora.encoders.attribute_classifier import AttributeClassifier
-from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.evaluation.report import format_markdown
-from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
 from hyperlora.evaluation.subject_suite import FineTuneBaseline, fit_subject_loras
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def main() -> None:
+    """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", type=Path)
-    parser.add_argument("--people", type=int, default=8)
+    parser.add_argument("--num-subjects", type=int, default=8)
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 350, 500])
     arguments = parser.parse_args()
     disable_malloc_trim()
-    base = load_diffusion_base(pretrained.BASE_DIR)
-    model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=base)
-    benchmark = load_benchmark(arguments.benchmark, base.resolution, arguments.people)
-    judge = SubjectEvaluator(
-        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark
-    )
-    rows = []
+    evaluator = load_subject_evaluator(arguments.benchmark, arguments.num_subjects)
+    model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR, base=evaluator.base)
+    photos = evaluator.benchmark.photos[:, :1]
+    results = []
     for lr in arguments.lr:
-        settings = FineTuneBaseline(num_steps=max(arguments.steps), lr=lr)
-        loras_by_step = fit_subject_loras(
-            judge, model, benchmark.photos[:, :1], settings, arguments.steps
-        )
-        rows += [judge.evaluate(f"lr {lr:g}, {n} steps", lora) for n, lora in loras_by_step.items()]
-    print(format_markdown(rows))
+        baseline = FineTuneBaseline(num_steps=max(arguments.steps), lr=lr)
+        loras_by_step = fit_subject_loras(evaluator, model, photos, baseline, arguments.steps)
+        results += [
+            evaluator.evaluate(f"lr {lr:g}, {num_steps} steps", loras)
+            for num_steps, loras in loras_by_step.items()
+        ]
+    print(format_markdown(results))
 
 
 if __name__ == "__main__":

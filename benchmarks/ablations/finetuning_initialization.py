@@ -1,10 +1,13 @@
-"""Where a fit starts, ablated: own random factors (zero), the same for all (shared), or a network's prediction.
+"""Initialization of per-subject fine-tuning: own random factors (zero), shared ones, or a network's
+prediction.
 
-    python benchmarks/starts.py [--people 8] [--steps 60] [--starts zero shared network]
+    python -m benchmarks.ablations.finetuning_initialization [--num-subjects 8] [--steps 60]
+        [--inits zero shared network]
 
-Each person of the avatar world is fitted twice, by different seeds. Printed for each start: the loss on fixed draws
-before and after, the loss of the *midpoint* of a person's two rows (in a smooth weight space as low), the cosine of
-the two rows' deviations from the mean, and the share of all variance that the first principal components hold.
+Each avatar is fitted twice, with different seeds. For each initialization the program prints the
+loss on fixed timesteps and noise before and after, the loss of the *midpoint* of both LoRAs (as low
+in a smooth weight space), the cosine of their deviations from the mean, and the variance of the
+first principal components.
 """
 
 import argparse
@@ -21,37 +24,95 @@ from data_builder.build.trainer import ChunkTrainer, load_recipe_base
 from data_builder.sources.sources import AvatarSource
 from hyperlora import pretrained
 from hyperlora.cpu import disable_malloc_trim
+from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import TrainingExamples, ValidationProbe
 from hyperlora.finetuning.trainer import fine_tune_loras
 
 
 def compute_loss(
-    farm: ChunkTrainer, rows: Tensor, planned_loras: list[PlannedLora], subjects: list[SubjectData]
+    trainer: ChunkTrainer,
+    codes: Tensor,
+    planned_loras: list[PlannedLora],
+    subjects: list[SubjectData],
 ) -> float:
-    """Mean loss on each subject's fixed draws, of LoRAs written as rows."""
-    val_examples = TrainingExamples.pad_and_cat([m.val_examples for m in subjects])
-    probe = ValidationProbe.from_examples(val_examples, [p.seed for p in planned_loras])
+    """Compute the mean loss of LoRAs on the fixed timesteps and noise of each subject.
+
+    Args:
+        trainer: Base model and parametrization.
+        codes: Codes of the LoRAs [K, P].
+        planned_loras: Planned LoRA of each subject, with its seed.
+        subjects: Training data of each subject.
+
+    Returns:
+        Mean over subjects.
+    """
+    val_examples = TrainingExamples.pad_and_cat([subject.val_examples for subject in subjects])
+    probe = ValidationProbe.from_examples(val_examples, [lora.seed for lora in planned_loras])
     result = fine_tune_loras(
-        farm.base.denoiser,
-        farm.base.noise_scheduler,
+        trainer.base.denoiser,
+        trainer.base.noise_scheduler,
         val_examples,
-        rows,
-        farm.parametrization,
-        FineTuneConfig(num_steps=0, lr=0),
+        codes,
+        trainer.parametrization,
+        FineTuneConfig(num_steps=0, lr=1.0),
         probe=probe,
     )
     return float(result.val_losses[0].mean())
 
 
+def evaluate_init(init: str, recipe: Recipe, source: AvatarSource, base: DiffusionBase) -> str:
+    """Fit every avatar twice from one initialization.
+
+    Args:
+        init: Initialization, see ``Recipe``.
+        recipe: Recipe of the fit.
+        source: Avatars.
+        base: Base model of the recipe.
+
+    Returns:
+        A line of figures.
+    """
+    plan = make_plan(source, replace(recipe, init=init), loras_per_subject=2)
+    trainer = ChunkTrainer(plan, base)
+    # the first LoRAs of all subjects, then the second ones
+    planned_loras = sorted(plan.rows, key=lambda row: row.repetition)
+    subjects = [load_subject(row, trainer.source, base, recipe) for row in planned_loras]
+    start_time = time.perf_counter()
+    result = trainer.fit_subjects(planned_loras, subjects)
+    seconds = (time.perf_counter() - start_time) / len(planned_loras)
+    codes = result.weights.flatten()  # [2 * subjects, P]
+    first_codes, second_codes = codes.chunk(2)
+    num_subjects = len(first_codes)
+    midpoint_loss = compute_loss(
+        trainer,
+        (first_codes + second_codes) / 2,
+        planned_loras[:num_subjects],
+        subjects[:num_subjects],
+    )
+    deviations = codes - codes.mean(0)
+    cosine = torch.cosine_similarity(*deviations.chunk(2), dim=-1).mean()
+    variances = torch.linalg.svdvals(deviations).square()
+    half = num_subjects // 2
+    explained = variances[:half].sum() / variances.sum()
+    best_losses = result.val_losses.nan_to_num(torch.inf).amin(0)
+    return (
+        f"{init:8s} loss {float(result.val_losses[0].mean()):.4f} -> "
+        f"{float(best_losses.mean()):.4f}, midpoint {midpoint_loss:.4f}, "
+        f"cosine of two fits {float(cosine):.2f}, "
+        f"first {half} of {len(codes)} components {float(explained):.0%}, {seconds:.1f} s/LoRA"
+    )
+
+
 def main() -> None:
+    """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--people", type=int, default=8)
+    parser.add_argument("--num-subjects", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument(
-        "--first", type=int, default=1_000_000, help="Seed of the first person (validation)."
+        "--first-seed", type=int, default=1_000_000, help="Seed of the first avatar (validation)."
     )
-    parser.add_argument("--starts", nargs="+", default=["zero", "shared", "network"])
+    parser.add_argument("--inits", nargs="+", default=["zero", "shared", "network"])
     arguments = parser.parse_args()
     disable_malloc_trim()
     recipe = Recipe(
@@ -60,39 +121,11 @@ def main() -> None:
         eval_every=max(1, arguments.steps // 4),
         storage_dtype="float32",
     )
-    people = AvatarSource(
-        arguments.first, arguments.first + arguments.people, portraits_per_identity=4
-    )
+    end_seed = arguments.first_seed + arguments.num_subjects
+    source = AvatarSource(arguments.first_seed, end_seed, portraits_per_identity=4)
     base = load_recipe_base(recipe)
-    for start in arguments.starts:
-        plan = make_plan(people, replace(recipe, start=start), loras_per_subject=2)
-        farm = ChunkTrainer(plan, base)
-        planned = sorted(
-            plan.rows, key=lambda row: row.repetition
-        )  # all first views, then all second ones
-        materials = [load_subject(row, farm.source, base, recipe) for row in planned]
-        start_time = time.perf_counter()
-        result = farm.fit_subjects(planned, materials)
-        seconds = (time.perf_counter() - start_time) / len(planned)
-        first_fits, second_fits = result.weights.flatten().chunk(2)
-        midpoint_loss = compute_loss(
-            farm,
-            (first_fits + second_fits) / 2,
-            planned[: len(first_fits)],
-            materials[: len(first_fits)],
-        )
-        rows = torch.cat([first_fits, second_fits])
-        deviations = rows - rows.mean(0)
-        cosine = torch.cosine_similarity(*deviations.chunk(2), dim=-1).mean()
-        variances = torch.linalg.svdvals(deviations).square()
-        half = arguments.people // 2
-        best = result.val_losses.nan_to_num(torch.inf).amin(0)
-        print(
-            f"{start:8s} loss {float(result.val_losses[0].mean()):.4f} -> {float(best.mean()):.4f}"
-            f", midpoint {midpoint_loss:.4f}, cosine of two fits {float(cosine):.2f}, "
-            f"first {half} of {len(rows)} components {float(variances[:half].sum() / variances.sum()):.0%}, "
-            f"{seconds:.1f} s/LoRA"
-        )
+    for init in arguments.inits:
+        print(evaluate_init(init, recipe, source, base))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Which strength a hypernetwork's LoRAs should have, on validation people: its ``card["strength"]``.
+"""Strength of a hypernetwork's LoRAs (``ModelCard.strength``), on validation subjects.
 
-python -m data_builder benchmark -o runs/data/benchmark-validation --split validation --people 16
-python benchmarks/choose_strength.py runs/data/benchmark-validation [--model DIR] [--people 12]
+data-builder write-benchmark -o runs/data/benchmark-validation --split validation --num-subjects 16
+python -m benchmarks.ablations.lora_strength runs/data/benchmark-validation [--model DIR]
+    [--num-subjects 12]
 """
 
 import argparse
@@ -9,41 +10,33 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.avatar_evaluator import load_subject_evaluator
 from hyperlora import pretrained
 from hyperlora.cpu import disable_malloc_trim
-from hyperlora.diffusion.diffusion_base import load_diffusion_base
-from hyperlora.encoders.attribute_classifier import AttributeClassifier
-from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.evaluation.report import format_markdown
-from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def main() -> None:
+    """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", type=Path)
     parser.add_argument("--model", default=pretrained.IMAGE_TO_LORA_DIR)
-    parser.add_argument("--people", type=int, default=12)
+    parser.add_argument("--num-subjects", type=int, default=12)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 1.25, 1.5, 1.75])
     arguments = parser.parse_args()
     disable_malloc_trim()
-    base = load_diffusion_base(pretrained.BASE_DIR)
-    model = ImageToLora.from_pretrained(arguments.model, base=base)
-    benchmark = load_benchmark(arguments.benchmark, base.resolution, arguments.people)
-    judge = SubjectEvaluator(
-        base,
-        AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR),
-        benchmark,
-        num_inference_steps=arguments.steps,
-    )
+    evaluator = load_subject_evaluator(arguments.benchmark, arguments.num_subjects, arguments.steps)
+    model = ImageToLora.from_pretrained(arguments.model, base=evaluator.base)
     with torch.no_grad():
-        loras = model.forward(benchmark.photos[:, :1]) * (
-            1 / model.card.strength
-        )
-    rows = [judge.evaluate("no LoRA", loras * 0.0)]
-    rows += [judge.evaluate(f"strength {s:g}", loras * s) for s in arguments.strengths]
-    print(format_markdown(rows))
+        loras = model.forward(evaluator.benchmark.photos[:, :1]) * (1 / model.card.strength)
+    results = [evaluator.evaluate("no LoRA", loras * 0.0)]
+    results += [
+        evaluator.evaluate(f"strength {strength:g}", loras * strength)
+        for strength in arguments.strengths
+    ]
+    print(format_markdown(results))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""What each part of the pair network's training brings: variants trained for equally many steps, side by side.
+"""Parts of the training of a pair hypernetwork: variants trained for equally many steps, side by
+side.
 
-    python benchmarks/edit_variants.py runs/data/edits-validation-benchmark [--steps 200] [--batch 10] [--only NAME...]
+    python -m benchmarks.ablations.pair_hypernetwork_training runs/data/edits-validation-benchmark
+        [--steps 200] [--batch-size 10] [--variants NAME ...]
 
-All begin with the encoder of the bundle's pair network, those that say words with its words, and an untrained decoder;
-they are compared on validation people: the denoising loss with a pair's own LoRA, with another pair's and of undoing,
-and the edits that are made.
+All variants start from the encoder of the released network and an untrained decoder; those with an
+instruction head start from the released head. They are compared on validation identities, by the
+denoising loss with a pair's own LoRA, with another pair's, and of the reversed edit, and by their
+edits.
 """
 
 import argparse
@@ -31,106 +34,118 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
 
-OUTPUT_DIR: Final = Path("runs/edit-variants")
-NO_INSTRUCTION_HEAD: Final[dict[str, Any]] = {"telling": 0.0, "network": {"words": None}}
-PAPER: Final[dict[str, Any]] = {
-    "telling": 0.0,
-    "reverse": 1.0,
-    "exchange": 0.5,
-    "network": {"words": None, "antisymmetric": False},
+Options = dict[str, Any]
+OUTPUT_DIR: Final = Path("runs/pair-hypernetwork-variants")
+GROUP: Final = "seen kinds"
+NO_INSTRUCTION_HEAD: Final[Options] = {
+    "instruction_loss_weight": 0.0,
+    "network": {"instruction_head": None},
 }
-VARIANTS: Final[dict[str, dict[str, Any]]] = {
-    "as in the bundle": {},
-    "no reverse": {"reverse": 0.0},
-    "no exchange": {"exchange": 0.0},
-    "no words": NO_INSTRUCTION_HEAD,
-    "the pair itself, mirrored": {"target": "mirrored"},
-    "no words, difference of tokens": {
+PAPER: Final[Options] = {
+    "instruction_loss_weight": 0.0,
+    "reverse_weight": 1.0,
+    "swap_prob": 0.5,
+    "network": {"instruction_head": None, "antisymmetric": False},
+}
+VARIANTS: Final[dict[str, Options]] = {
+    "released": {},
+    "no reverse loss": {"reverse_weight": 0.0},
+    "no swap": {"swap_prob": 0.0},
+    "no instruction head": NO_INSTRUCTION_HEAD,
+    "mirrored target": {"target_pair": "mirrored"},
+    "no instruction head, difference fusion": {
         **NO_INSTRUCTION_HEAD,
-        "network": {"words": None, "join": "difference"},
+        "network": {"instruction_head": None, "fusion": "difference"},
     },
-    "as published": PAPER,
-    "as published, no reverse": {**PAPER, "reverse": 0.0},
-    "as published, no exchange": {**PAPER, "exchange": 0.0},
-    "as published, softmax basis": {
+    "LoRA of Change": PAPER,
+    "LoRA of Change, no reverse loss": {**PAPER, "reverse_weight": 0.0},
+    "LoRA of Change, no swap": {**PAPER, "swap_prob": 0.0},
+    "LoRA of Change, softmax basis": {
         **PAPER,
         "network": {**PAPER["network"], "head": "softmax", "head_options": {"size": 12}},
     },
 }
+"""Options of ``PairHypernetworkTraining`` that differ from the config, and ``target_pair`` of the
+data.
+
+"LoRA of Change" is the training of the paper (2411.19156).
+"""
+COLUMNS: Final = (
+    "variant",
+    "loss (own pair)",
+    "loss (shuffled pair)",
+    "loss (reverse)",
+    "accuracy",
+    "edit progress",
+    "leakage",
+    "reversal error",
+)
 
 
 def main() -> None:
+    """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="Edits of validation people to make.")
-    parser.add_argument("--config", default="configs/avatars/pair_to_lora.yaml")
+    parser.add_argument("folder", help="Edit benchmark of validation identities.")
+    parser.add_argument("--config", default="configs/avatars/16_pair_hypernetwork.yaml")
     parser.add_argument(
-        "--network",
-        default="configs/avatars/pair_to_lora_words.yaml",
-        help="Config of its network.",
+        "--network-config",
+        default="configs/avatars/15_pair_instructions.yaml",
+        help="Config whose network options are used.",
     )
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument(
-        "--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME"
+        "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME"
     )
     arguments = parser.parse_args()
     disable_malloc_trim()
     config = yaml.safe_load(Path(arguments.config).read_text())
-    config["data"]["init_args"]["batch_size"] = arguments.batch
-    network = yaml.safe_load(Path(arguments.network).read_text())["model"]["init_args"]["network"]
-    network["words"] = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR).network.config[
-        "words"
-    ]
+    config["data"]["init_args"]["batch_size"] = arguments.batch_size
+    network_config = yaml.safe_load(Path(arguments.network_config).read_text())
+    network = network_config["model"]["init_args"]["network"]
+    released = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR)
+    network["instruction_head"] = released.network.config["instruction_head"]
     config["model"]["init_args"] |= {"network": network, "start_from": None}
-    print("| variant | own | another's | undoing | accuracy | made | leakage | undone to |")
-    print("|---" * 8 + "|")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
     reversed_images: dict[str, list[Image.Image]] = {}
-    for name in arguments.only:
-        cells, reversed_images[name] = _train_variant(
+    for name in arguments.variants:
+        cells, reversed_images[name] = train_variant(
             config, name, arguments.steps, arguments.folder
         )
-        print(f"| {name} |", *cells, sep=" ", flush=True)
+        print(f"| {' | '.join([name, *cells])} |", flush=True)
     base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
-    sheet = _make_contact_sheet(
-        load_edit_benchmark(arguments.folder, base.resolution), reversed_images
-    )
-    sheet.save(OUTPUT_DIR / "undone.png")
-    print(f"what the negatives make of the answers: {OUTPUT_DIR / 'undone.png'}")
+    benchmark = load_edit_benchmark(arguments.folder, base.resolution)
+    sheet_path = OUTPUT_DIR / "reversal.png"
+    _make_contact_sheet(benchmark, reversed_images).save(sheet_path)
+    print(f"targets after the negated LoRAs: {sheet_path}")
 
 
-def _train_variant(
-    config: dict[str, Any], name: str, steps: int, folder: str
+def train_variant(
+    config: Options, name: str, num_steps: int, folder: str
 ) -> tuple[list[str], list[Image.Image]]:
-    """The cells of one variant's line, and what the negatives of its LoRAs make of the answers."""
+    """Train one variant and evaluate it.
+
+    Args:
+        config: Training config of the released network.
+        name: One of ``VARIANTS``.
+        num_steps: Optimizer steps.
+        folder: Edit benchmark.
+
+    Returns:
+        Cells of its row, and the first target of each edit after the negated LoRA.
+    """
     L.seed_everything(0, verbose=False)
-    base_options, data = config["model"]["init_args"], dict(config["data"]["init_args"])
-    overrides = dict(VARIANTS[name])
-    data["target"] = overrides.pop("target", "other")
-    network = {**base_options["network"], **overrides.pop("network", {})}
-    out = OUTPUT_DIR / "-".join(name.replace(",", "").split())
     released = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR)
-    vision = released.encoder.config
-    options = {
-        **base_options,
-        **overrides,
-        "network": network,
-        "encoder": vision["name"],
-        "out": str(out),
-    }
-    if (
-        data["target"] == "mirrored"
-    ):  # nothing is known of what these show, and they are mirrored anew each time
-        options |= {"reader": None, "reading_weight": 0.0}
-        data |= {"encoder": None, "encoder_options": None}
-    options["encoder_options"] = {k: v for k, v in vision.items() if k not in ("name", "licence")}
-    model = PairHypernetworkTraining(**options)
-    model.model.encoder.load_state_dict(released.encoder.state_dict())
-    if (
-        wording := model.model.network.instruction_head
-    ) is not None and released.network.instruction_head is not None:
-        wording.load_state_dict(released.network.instruction_head.state_dict())
+    model_options, data_options = _make_options(config, name, released)
+    module = PairHypernetworkTraining(**model_options)
+    module.model.encoder.load_state_dict(released.encoder.state_dict())
+    instruction_head = module.model.network.instruction_head
+    released_head = released.network.instruction_head
+    if instruction_head is not None and released_head is not None:
+        instruction_head.load_state_dict(released_head.state_dict())
     trainer = L.Trainer(
-        max_steps=steps,
+        max_steps=num_steps,
         precision="bf16-mixed",
         gradient_clip_val=1.0,
         logger=False,
@@ -138,63 +153,94 @@ def _train_variant(
         limit_val_batches=0,
         enable_model_summary=False,
     )
-    trainer.fit(model, datamodule=PairDataModule(**data))
-    losses = _compute_losses(model, data)
-    base = model.base
-    benchmark = load_edit_benchmark(folder, base.resolution)
-    judge = EditEvaluator(
-        base,
+    trainer.fit(module, datamodule=PairDataModule(**data_options))
+    losses = _compute_losses(module, data_options)
+    evaluator = EditEvaluator(
+        module.base,
         AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR),
-        benchmark,
+        load_edit_benchmark(folder, module.base.resolution),
         released.num_inference_steps,
     )
-    loras = generate_pair_loras(model.model.eval(), benchmark, 1)[0]
-    row = judge.evaluate("one pair", loras)
+    loras, _ = generate_pair_loras(module.model.eval(), evaluator.benchmark, 1)
+    result = evaluator.evaluate("one pair", loras)
     scores = [
-        f"{row.compute_score(metric, 'seen kinds')}" for metric in ("accuracy", "made", "leakage")
+        str(result.compute_score(metric, GROUP))
+        for metric in ("accuracy", "edit_progress", "leakage")
     ]
-    reversal = evaluate_reversal(judge, model.model)
-    return [f"{cell} |" for cell in (*losses, *scores, reversal.negated_lora)], generate_reversals(
-        judge, loras
-    )
+    reversal = evaluate_reversal(evaluator, module.model)
+    cells = [*losses, *scores, str(reversal.negated_lora)]
+    return cells, generate_reversals(evaluator, loras)
 
 
-def generate_reversals(judge: EditEvaluator, loras: LoraWeights) -> list[Image.Image]:
-    """What the negative of each edit's LoRA makes of its first answer."""
-    answers = torch.stack([edit.test_pairs[0, 1] for edit in judge.benchmark.edits])
+def generate_reversals(evaluator: EditEvaluator, loras: LoraWeights) -> list[Image.Image]:
+    """Apply the negated LoRA of each edit to its first target.
+
+    Args:
+        evaluator: Benchmark and edit base.
+        loras: One LoRA per edit.
+
+    Returns:
+        One image per edit.
+    """
+    targets = torch.stack([edit.test_pairs[0, 1] for edit in evaluator.benchmark.edits])
     return edit_images(
-        judge.base,
-        answers,
+        evaluator.base,
+        targets,
         -loras,
-        seeds=[0] * len(answers),
-        num_inference_steps=judge.num_inference_steps,
+        seeds=[0] * len(targets),
+        num_inference_steps=evaluator.num_inference_steps,
     )
+
+
+def _make_options(config: Options, name: str, released: PairToLora) -> tuple[Options, Options]:
+    """Options of the module and of the data module for a variant."""
+    base_options, data_options = config["model"]["init_args"], dict(config["data"]["init_args"])
+    overrides = dict(VARIANTS[name])
+    data_options["target_pair"] = overrides.pop("target_pair", "other_identity")
+    network = {**base_options["network"], **overrides.pop("network", {})}
+    encoder_config = released.encoder.config
+    model_options = {
+        **base_options,
+        **overrides,
+        "network": network,
+        "encoder": encoder_config["name"],
+        "encoder_options": {
+            key: value for key, value in encoder_config.items() if key not in ("name", "license")
+        },
+        "output_dir": str(OUTPUT_DIR / "-".join(name.replace(",", "").split())),
+    }
+    if data_options["target_pair"] == "mirrored":
+        # mirrored images have no labels, and their features are not cached
+        model_options |= {"attribute_classifier": None, "attribute_loss_weight": 0.0}
+        data_options |= {"encoder": None, "encoder_options": None}
+    return model_options, data_options
 
 
 def _make_contact_sheet(
-    benchmark: EditBenchmark, reversed_images: dict[str, list[Image.Image]], rows: int = 8
+    benchmark: EditBenchmark, reversed_images: dict[str, list[Image.Image]], num_rows: int = 8
 ) -> Image.Image:
-    """The first edits of different kinds: the picture before, the answer, and what each variant undoes it to."""
+    """Draw input, target and reversals of the first edits of different kinds."""
     kinds = [edit.kind for edit in benchmark.edits]
-    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:rows]
-    pairs = [[to_image(benchmark.edits[i].test_pairs[0, side]) for side in (0, 1)] for i in chosen]
+    selected = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:num_rows]
     grid = [
-        [*pair, *(made[i] for made in reversed_images.values())]
-        for pair, i in zip(pairs, chosen, strict=True)
+        [
+            *(to_image(image) for image in benchmark.edits[i].test_pairs[0]),
+            *(images[i] for images in reversed_images.values()),
+        ]
+        for i in selected
     ]
-    titles = ["before", "the answer", *(f"undone: {name}" for name in reversed_images)]
-    return draw_contact_sheet(titles, grid, row_labels=[kinds[i] for i in chosen])
+    titles = ["input", "target", *(f"reversal: {name}" for name in reversed_images)]
+    return draw_contact_sheet(titles, grid, row_labels=[kinds[i] for i in selected])
 
 
-def _compute_losses(model: PairHypernetworkTraining, data: dict[str, Any]) -> list[str]:
-    """Denoising losses of validation people: with the own pair's LoRA, another's, and of undoing."""
+def _compute_losses(module: PairHypernetworkTraining, data_options: Options) -> list[str]:
+    """Denoising losses on validation identities: own pair, shuffled pair, reversed edit."""
     trainer = L.Trainer(
         logger=False, enable_checkpointing=False, precision="bf16-mixed", enable_model_summary=False
     )
-    (logged,) = trainer.validate(
-        model, datamodule=PairDataModule(**{**data, "target": "other"}), verbose=False
-    )
-    return [f"{logged[f'val/{case}']:.3f}" for case in ("own", "shuffled", "reverse")]
+    datamodule = PairDataModule(**{**data_options, "target_pair": "other_identity"})
+    (metrics,) = trainer.validate(module, datamodule=datamodule, verbose=False)
+    return [f"{metrics[f'val/loss_{case}']:.3f}" for case in ("own", "shuffled", "reverse")]
 
 
 if __name__ == "__main__":

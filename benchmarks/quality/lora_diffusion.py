@@ -1,16 +1,16 @@
-"""What codecs keep of held-out LoRAs, and what a diffusion model over LoRAs makes of one photo of held-out people.
+"""Codecs on held-out LoRAs, and LoRAs that models generate from one photo of held-out subjects.
 
     data-builder run runs/avatars/build; data-builder run runs/avatars/build-validation
-    data-builder components runs/avatars/build -o runs/avatars/lora-components
-    hyperlora train fit --config configs/avatars/lora_codec.yaml
-    hyperlora train fit --config configs/avatars/difflora.yaml
-    python benchmarks/difflora.py runs/avatars/build runs/avatars/build-validation \
-        --codecs runs/avatars/lora-components runs/avatars/lora-codec --components 128 \
-        --model runs/avatars/difflora/model [--sampling-steps 1 4 10 50] [--people 16]
+    data-builder fit-pca runs/avatars/build -o runs/avatars/lora-components
+    hyperlora train fit --config configs/avatars/12_lora_diffusion.yaml
+    python -m benchmarks.quality.lora_diffusion runs/avatars/build runs/avatars/build-validation
+        --codecs runs/avatars/lora-components runs/avatars/lora-codec --num-components 128
+        --model runs/avatars/difflora/model [--sampling-steps 1 4 10 50] [--num-subjects 16]
 
-I *of the fitted* is the share of the I that the LoRAs have as they were fitted. *Nearest of training* is the mean
-cosine of each LoRA's numbers (normalised by the training set) to the nearest training LoRA's: samples nearer than
-held-out fitted LoRAs would be copies. *Spread* is 1 - the mean cosine between samples of one photo.
+*Identity retention* is the identity score relative to that of the fine-tuned LoRAs. *Max train
+cosine* is the mean cosine of each LoRA (normalized by the training set) to the nearest training
+LoRA: samples nearer than held-out fine-tuned LoRAs would be copies. *Sample diversity* is 1 - the
+mean cosine between samples of one photo.
 """
 
 import argparse
@@ -35,76 +35,84 @@ from hyperlora.pipelines.lora_codec import LoraCodec
 
 
 def main() -> None:
+    """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "dataset", type=Path, help="Build or pack that codecs and model were trained on."
-    )
-    parser.add_argument("held_out", type=Path, help="Build of other people.")
-    parser.add_argument("--split", default="validation", help="Of the held-out build.")
+    parser.add_argument("dataset", type=Path, help="Build or pack that all were trained on.")
+    parser.add_argument("held_out", type=Path, help="Build of other subjects.")
+    parser.add_argument("--split", default="validation", help="Split of the held-out build.")
     parser.add_argument("--codecs", nargs="*", default=[])
     parser.add_argument(
-        "--components", type=int, nargs="*", default=[], help="Also plain ones, so many."
+        "--num-components", type=int, nargs="*", default=[], help="Also PCA with so many."
     )
-    parser.add_argument("--model", nargs="*", default=[], help="Models from photos, of any method.")
+    parser.add_argument("--model", nargs="*", default=[], help="Models from photos to LoRAs.")
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[1, 4, 10, 50])
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--people", type=int, default=16)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10, help="Of drawing.")
+    parser.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--num-subjects", type=int, default=16)
+    parser.add_argument("--num-prompts", type=int, default=4)
+    parser.add_argument("--num-inference-steps", type=int, default=10, help="Of an image.")
     arguments = parser.parse_args()
     disable_malloc_trim()
     base = load_diffusion_base(pretrained.BASE_DIR)
-    reader = AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR)
-    prompts = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, 1).prompts[
-        : arguments.prompts
-    ]
+    classifier = AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR)
+    benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, 1)
 
     def make_evaluator(benchmark: Benchmark) -> SubjectEvaluator:
-        return SubjectEvaluator(base, reader, benchmark, arguments.steps)
+        return SubjectEvaluator(base, classifier, benchmark, arguments.num_inference_steps)
 
     evaluation = make_held_out_evaluation(
         arguments.dataset,
         arguments.held_out,
         make_evaluator,
-        prompts,
+        benchmark.prompts[: arguments.num_prompts],
         base.resolution,
-        arguments.people,
+        arguments.num_subjects,
         arguments.split,
     )
-    baseline = evaluation.evaluate_original()
-    rows = [baseline]
-    for name in arguments.codecs:
-        rows.append(
-            evaluation.evaluate_codec(Path(name).name, LoraCodec.from_pretrained(name), baseline)
-        )
-    for count in arguments.components:
-        codec = LoraCodec.fit_pca(LoraDataset(arguments.dataset, "train"), 1, count)
-        rows.append(evaluation.evaluate_codec(f"{count} principal components", codec, baseline))
-    rows += [
-        row
-        for name in arguments.model
-        for row in _sample_loras(evaluation, name, baseline, arguments)
-    ]
-    print(*format_table(rows), sep="\n")
+    original = evaluation.evaluate_original()
+    results = [original]
+    for folder in arguments.codecs:
+        codec = LoraCodec.from_pretrained(folder)
+        results.append(evaluation.evaluate_codec(Path(folder).name, codec, original))
+    for num_components in arguments.num_components:
+        codec = LoraCodec.fit_pca(LoraDataset(arguments.dataset, "train"), 1, num_components)
+        name = f"{num_components} principal components"
+        results.append(evaluation.evaluate_codec(name, codec, original))
+    for folder in arguments.model:
+        results += evaluate_model(evaluation, folder, original, arguments)
+    print(*format_table(results), sep="\n")
 
 
-def _sample_loras(
-    evaluation: HeldOutEvaluation, name: str, baseline: CodecResult, arguments: argparse.Namespace
+def evaluate_model(
+    evaluation: HeldOutEvaluation,
+    folder: str,
+    original: CodecResult,
+    arguments: argparse.Namespace,
 ) -> list[CodecResult]:
-    model = load_image_to_lora(name, base=evaluation.evaluator.base)
+    """Evaluate the LoRAs of a model from one photo, at all sampling steps and guidance scales.
+
+    Args:
+        evaluation: Held-out subjects.
+        folder: Folder of the model.
+        original: Result of the fine-tuned LoRAs.
+        arguments: Arguments of the command line.
+
+    Returns:
+        One result per setting; a single one if the model is deterministic.
+    """
+    model = load_image_to_lora(folder, base=evaluation.evaluator.base)
     if not model.is_generative:
         return [
-            evaluation.evaluate_sampler(f"{name}, one photo", model, baseline, LoraSampling(), 1)
+            evaluation.evaluate_sampler(f"{folder}, one photo", model, original, LoraSampling(), 1)
         ]
     return [
         evaluation.evaluate_sampler(
-            f"{name}, one photo, {n} steps, guidance {g:g}",
+            f"{folder}, one photo, {num_steps} steps, guidance {guidance_scale:g}",
             model,
-            baseline,
-            LoraSampling(0, n, g),
+            original,
+            LoraSampling(0, num_steps, guidance_scale),
         )
-        for n in arguments.sampling_steps
-        for g in arguments.guidance
+        for num_steps in arguments.sampling_steps
+        for guidance_scale in arguments.guidance_scale
     ]
 
 

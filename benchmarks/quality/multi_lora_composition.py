@@ -1,17 +1,18 @@
-"""How well LoRAs live together on the avatar base: regions, strategies, AutoLoRA; tables and pictures.
+"""Several LoRAs in one image on the avatar base: regions, composition strategies, AutoLoRA.
 
-python benchmarks/composition_quality.py regions|strategies|autolora [--people 16] [-o docs/composition]
+python -m benchmarks.quality.multi_lora_composition regions|strategies|autolora
+    [--num-subjects 16] [-o docs/composition]
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from concepts import World
 from PIL import Image
 
+from benchmarks.quality.concept_loras import AvatarEvaluation
 from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.images import stack_images, to_image
 from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
@@ -33,33 +34,41 @@ CONCEPT_REGIONS = {
     "glasses": (0.25, 0.3, 0.75, 0.55),
     "style": (0.0, 0.0, 1.0, 1.0),
 }
-"""Left, top, right, bottom of where a portrait shows each of them, for the spatial strategy."""
+"""Left, top, right, bottom of each concept in a portrait, 0 to 1, for the spatial strategy."""
 STRATEGIES: dict[str, dict[str, Any]] = {
     "merge": {},
     "switch": {"switch_every": 1},
     "composite": {},
     "spatial": {},
 }
+"""Options of ``compose_loras`` by strategy."""
 GAMMAS = {0.0: "o", 0.5: "s", 1.0: "^", 1.5: "D", 2.0: "*"}
+"""Markers of the plot by AutoLoRA scale γ."""
 
 
-def evaluate_regions(evaluation: World, output_dir: Path) -> None:
-    """Two people side by side, each in a window of its own; the windows overlap by a quarter of their width."""
-    n = len(evaluation.subject_loras)
+def evaluate_regions(evaluation: AvatarEvaluation, output_dir: Path) -> None:
+    """Evaluate two subjects side by side, each in a window; the windows overlap by a quarter of
+    their width.
+
+    Args:
+        evaluation: Base model and subjects.
+        output_dir: Folder of ``regions.png``.
+    """
+    num_subjects = len(evaluation.subject_loras)
     size = evaluation.base.resolution
     width = 2 * size - size // 8 * 2
     boxes = [(0.0, 0.0, size / width, 1.0), (1 - size / width, 0.0, 1.0, 1.0)]
     prompt = "a portrait of sks person, smiling, open eyes, wearing a blue hoodie, gray background"
     alone, left, right, crosstalk = [], [], [], []
     sheet = []
-    for i in range(n):
-        j = (i + 1) % n
+    for i in range(num_subjects):
+        j = (i + 1) % num_subjects
         (single,) = generate_images(
             evaluation.base,
             [prompt],
             evaluation.subject_loras[i],
             seeds=[50 + i],
-            num_inference_steps=evaluation.steps,
+            num_inference_steps=evaluation.num_inference_steps,
         )
         with compose_loras(
             evaluation.base.pipeline,
@@ -72,7 +81,7 @@ def evaluate_regions(evaluation: World, output_dir: Path) -> None:
                 [prompt],
                 None,
                 seeds=[50 + i],
-                num_inference_steps=evaluation.steps,
+                num_inference_steps=evaluation.num_inference_steps,
                 width=width,
                 height=size,
             )
@@ -84,25 +93,30 @@ def evaluate_regions(evaluation: World, output_dir: Path) -> None:
             evaluation.score_identity([halves[0]], [j])[0],
             evaluation.score_identity([halves[1]], [i])[0],
         ]
-        photos = [to_image(evaluation.evaluator.benchmark.photos[person, 0]) for person in (i, j)]
-        sheet.append(_combine_with_photos(photos[0], both, photos[1]))
-    rows = {"alone": alone, "left region": left, "right region": right, "cross-talk": crosstalk}
-    for name, values in rows.items():
+        photos = evaluation.evaluator.benchmark.photos
+        left_photo, right_photo = (to_image(photos[subject, 0]) for subject in (i, j))
+        sheet.append(_combine_with_photos(left_photo, both, right_photo))
+    scores = {"alone": alone, "left region": left, "right region": right, "cross-talk": crosstalk}
+    for name, values in scores.items():
         print(f"| {name} | {Score.from_samples(torch.stack(values))} |")
     ratio = float(torch.stack(left + right).mean() / torch.stack(alone).mean())
-    print(f"regions keep {ratio:.2f} of the single-person score")
-    _make_image_grid([sheet[i : i + 2] for i in range(0, min(n, 8), 2)], gap=12).save(
-        output_dir / "regions.png"
-    )
+    print(f"identity in regions relative to alone: {ratio:.2f}")
+    rows = [sheet[i : i + 2] for i in range(0, min(num_subjects, 8), 2)]
+    _make_image_grid(rows, gap=12).save(output_dir / "regions.png")
 
 
-def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
-    """A person and 1 to 4 concepts: what each strategy keeps of all of them."""
-    concepts = {name: evaluation.fit_concept_lora(*what) for name, what in CONCEPTS.items()}
+def evaluate_strategies(evaluation: AvatarEvaluation, output_dir: Path) -> None:
+    """Evaluate a subject with 1 to 4 concepts under each composition strategy.
+
+    Args:
+        evaluation: Base model and subjects.
+        output_dir: Folder of ``strategies.png``.
+    """
+    concepts = {name: evaluation.fit_concept_lora(*concept) for name, concept in CONCEPTS.items()}
     prompt = "a portrait of sks person"
-    print("| LoRAs | strategy | identity | concepts kept |\n|---|---|---|---|")
+    print("| LoRAs | strategy | identity | concept accuracy |\n|---|---|---|---|")
     images = {}
-    n = len(evaluation.subject_loras)
+    num_subjects = len(evaluation.subject_loras)
     for k in range(1, len(concepts) + 1):
         names = list(concepts)[:k]
         region_options = {
@@ -112,34 +126,28 @@ def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
             config = CompositionConfig(
                 **options | (region_options if strategy == "spatial" else {})
             )
-            person_images = []
-            for i in range(n):
+            subject_images = []
+            for i in range(num_subjects):
                 loras = [evaluation.subject_loras[i], *(concepts[name] for name in names)]
                 with compose_loras(  # type: ignore[arg-type]
                     evaluation.base.pipeline, loras, strategy, config=config
                 ):
-                    person_images += generate_images(
+                    subject_images += generate_images(
                         evaluation.base,
                         [prompt],
                         None,
                         seeds=[70 + i],
-                        num_inference_steps=evaluation.steps,
+                        num_inference_steps=evaluation.num_inference_steps,
                     )
-            concept_accuracy = torch.tensor(
-                [
-                    [
-                        v == CONCEPTS[name][1]
-                        for v in evaluation.predict_labels(person_images, CONCEPTS[name][0])
-                    ]
-                    for name in names
-                ]
-            ).float()
-            identity_score = Score.from_samples(evaluation.score_identity(person_images, range(n)))
-            print(
-                f"| person + {' + '.join(names)} | {strategy} | {identity_score} | {Score.from_samples(concept_accuracy.mean(0))} |",
-                flush=True,
-            )
-            images[k, strategy] = person_images[:2]
+            is_correct = []
+            for attribute, value in (CONCEPTS[name] for name in names):
+                labels = evaluation.predict_labels(subject_images, attribute)
+                is_correct.append([label == value for label in labels])
+            concept_accuracy = torch.tensor(is_correct).float().mean(0)  # [subjects]
+            identity = evaluation.score_identity(subject_images, range(num_subjects))
+            scores = f"{Score.from_samples(identity)} | {Score.from_samples(concept_accuracy)}"
+            print(f"| person + {' + '.join(names)} | {strategy} | {scores} |", flush=True)
+            images[k, strategy] = subject_images[:2]
     counts = range(1, len(concepts) + 1)
     grid = [[images[k, s][i] for i in range(2) for s in STRATEGIES] for k in counts]
     labels = ["person + " + " + ".join(list(concepts)[:k]) for k in counts]
@@ -148,21 +156,32 @@ def evaluate_strategies(evaluation: World, output_dir: Path) -> None:
     )
 
 
-def evaluate_autolora(evaluation: World, output_dir: Path) -> None:
-    """Identity against diversity (mean distance of pictures of one person with different seeds) over γ and w."""
+def evaluate_autolora(evaluation: AvatarEvaluation, output_dir: Path) -> None:
+    """Evaluate identity against diversity over the scales of AutoLoRA and of the guidance.
+
+    Diversity is the mean RMS difference between images of one subject with different seeds.
+
+    Args:
+        evaluation: Base model and subjects.
+        output_dir: Folder of ``autolora.png``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    prompt, seeds, n = "a portrait of sks person", range(4), len(evaluation.subject_loras)
+    prompt, seeds, num_subjects = (
+        "a portrait of sks person",
+        range(4),
+        len(evaluation.subject_loras),
+    )
     print("| w | γ | identity | diversity |\n|---|---|---|---|")
     figure, axes = plt.subplots(figsize=(6, 4))
     for w in (1.5, 3.0, 5.0):
         curve = []
         for gamma in GAMMAS:
             identity_scores, distances = [], []
-            for i in range(n):
+            for i in range(num_subjects):
                 with apply_autolora_guidance(
                     evaluation.base.pipeline, evaluation.subject_loras[i], gamma
                 ):
@@ -171,25 +190,24 @@ def evaluate_autolora(evaluation: World, output_dir: Path) -> None:
                         [prompt] * len(seeds),
                         None,
                         seeds=seeds,
-                        num_inference_steps=evaluation.steps,
+                        num_inference_steps=evaluation.num_inference_steps,
                         guidance_scale=w,
                     )
                 pixels = stack_images(images).flatten(1)
                 identity_scores.append(evaluation.score_identity(images, [i] * len(seeds)).mean())
                 distances.append(torch.pdist(pixels).mean() / pixels.shape[1] ** 0.5)
-            identity, diversity = (
-                Score.from_samples(torch.stack(identity_scores)),
-                Score.from_samples(torch.stack(distances)),
-            )
+            identity = Score.from_samples(torch.stack(identity_scores))
+            diversity = Score.from_samples(torch.stack(distances))
             print(f"| {w:g} | {gamma:g} | {identity} | {diversity} |", flush=True)
             curve.append((diversity.mean, identity.mean, gamma))
-        (line,) = axes.plot([c[0] for c in curve], [c[1] for c in curve], label=f"guidance {w:g}")
+        diversities, identities, _ = zip(*curve, strict=True)
+        (line,) = axes.plot(diversities, identities, label=f"guidance {w:g}")
         for x, y, gamma in curve:
             axes.plot(x, y, GAMMAS[gamma], color=line.get_color(), markersize=7)
     for gamma, marker in GAMMAS.items():
         axes.plot([], [], marker, color="gray", label=f"γ {gamma:g}")
     axes.set_xlabel("diversity (RMS difference between seeds)")
-    axes.set_ylabel("identity score I")
+    axes.set_ylabel("identity")
     axes.set_title("AutoLoRA: γ along each curve")
     axes.legend()
     figure.tight_layout()
@@ -197,17 +215,17 @@ def evaluate_autolora(evaluation: World, output_dir: Path) -> None:
 
 
 def _make_image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 0) -> Image.Image:
-    """Pictures of one size in rows, unlabelled, ``gap`` pixels of white between them."""
+    """Draw images of one size in rows, with ``gap`` white pixels between them."""
     width, height = (n + gap for n in rows[0][0].size)
     sheet = Image.new("RGB", (max(map(len, rows)) * width - gap, len(rows) * height - gap), "white")
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * width, y * height))
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * width, y * height))
     return sheet
 
 
 def _combine_with_photos(left: Image.Image, image: Image.Image, right: Image.Image) -> Image.Image:
-    """``image`` with square photos of its height on both sides."""
+    """Put square photos of the same height on both sides of an image."""
     height = image.height
     strip = Image.new("RGB", (image.width + 2 * height, height))
     strip.paste(left.resize((height, height)), (0, 0))
@@ -217,21 +235,22 @@ def _combine_with_photos(left: Image.Image, image: Image.Image, right: Image.Ima
 
 
 def main() -> None:
-    tasks: dict[str, Any] = {
+    """Parse the command line and print the figures."""
+    tasks: dict[str, Callable[[AvatarEvaluation, Path], None]] = {
         "regions": evaluate_regions,
         "strategies": evaluate_strategies,
         "autolora": evaluate_autolora,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=tasks)
-    parser.add_argument("--people", type=int, default=16)
+    parser.add_argument("--num-subjects", type=int, default=16)
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("-o", "--out", type=Path, default=Path("docs/composition"))
+    parser.add_argument("-o", "--output-dir", type=Path, default=Path("docs/composition"))
     arguments = parser.parse_args()
     disable_malloc_trim()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    evaluation = World(arguments.people, arguments.steps)
-    tasks[arguments.part](evaluation, arguments.out)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    evaluation = AvatarEvaluation(arguments.num_subjects, arguments.steps)
+    tasks[arguments.part](evaluation, arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Kill a build again and again (SIGKILL, at random moments): is anything lost, done twice, or different in the end?
+"""SIGKILL at random moments of a dataset build: rows lost, duplicated, or different in the end.
 
-    python benchmarks/killing.py [--subjects 208] [--kills 20] [--folder FOLDER] [--fork]
+    python -m benchmarks.robustness.build_crash_recovery [--num-subjects 208] [--num-kills 20]
+        [--folder FOLDER] [--fork]
 
-Builds the same plan twice on a tiny Stable Diffusion, once undisturbed and once killed, each in processes of their own,
-and compares the chunks byte for byte and the rows one by one. The base is random: what is tested is the bookkeeping.
-With ``--fork`` the processes begin with everything imported, so that kills hit work and not Python's imports.
+Builds the same plan twice on a tiny Stable Diffusion, once undisturbed and once with kills, each in
+processes of its own, and compares the chunks byte by byte and the rows one by one. The base model
+is random, since only the bookkeeping is tested. With ``--fork`` processes start with everything
+imported, so that kills hit work and not imports.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from hyperlora.data.lora_dataset import LoraDataset
 
 
 def build_tiny_base(folder: Path) -> Path:
-    """A Stable Diffusion 1 pipeline of the real classes: 8x8 latents, 16x16 pixels."""
+    """Save a tiny Stable Diffusion 1 pipeline of the real classes (8x8 latents) in ``folder``."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -85,7 +87,15 @@ def build_tiny_base(folder: Path) -> Path:
 
 
 def start_build(build: Path, fork: bool) -> BaseProcess:
-    """A process that runs the build, with its output thrown away."""
+    """Start a process that runs the build, without its output.
+
+    Args:
+        build: Folder of the build.
+        fork: Whether to fork this process, or else to start a new interpreter.
+
+    Returns:
+        The process.
+    """
     process = get_context("fork" if fork else "spawn").Process(
         target=_run_build_silently, args=(build,)
     )
@@ -99,45 +109,89 @@ def _run_build_silently(build: Path) -> None:
 
 
 def run_with_kills(
-    plan: Plan, build: Path, kills: int, max_pause_s: float, fork: bool
+    plan: Plan, build: Path, max_kills: int, max_pause_s: float, fork: bool
 ) -> tuple[int, list[int]]:
-    """How many kills hit a living run, and the chunks that were finished at each; each kill comes up to ``max_pause_s``
-    seconds after a random chunk."""
-    rng, chunks, finished, num_kills = random.Random(0), ChunkStore(plan, build), list[int](), 0
-    share = max(1, plan.num_chunks // (kills + 1))
-    while num_kills < kills:
-        child, target_chunks = (
-            start_build(build, fork),
-            min(
-                len(chunks.list_finished_chunks()) + rng.randint(0, 2 * share), plan.num_chunks - 1
-            ),
-        )
-        while child.is_alive() and len(chunks.list_finished_chunks()) < target_chunks:
+    """Start a build again and again, and kill each run some time after a random chunk.
+
+    Args:
+        plan: Plan of the build.
+        build: Folder of the build.
+        max_kills: Kills of living runs after which to stop.
+        max_pause_s: Largest pause between the chunk and the kill in seconds.
+        fork: Whether to fork this process, or else to start a new interpreter.
+
+    Returns:
+        Number of kills that hit a living run, and the finished chunks at each.
+    """
+    rng, store = random.Random(0), ChunkStore(plan, build)
+    num_finished, num_kills = list[int](), 0
+    chunks_per_run = max(1, plan.num_chunks // (max_kills + 1))
+    while num_kills < max_kills:
+        process = start_build(build, fork)
+        num_target = len(store.list_finished_chunks()) + rng.randint(0, 2 * chunks_per_run)
+        num_target = min(num_target, plan.num_chunks - 1)
+        while process.is_alive() and len(store.list_finished_chunks()) < num_target:
             time.sleep(0.01)
-        time.sleep(
-            rng.uniform(0, max_pause_s)
-        )  # in the middle of whatever comes next: loading, fitting, writing
-        if child.is_alive() and child.pid:
-            os.kill(child.pid, signal.SIGKILL)
+        time.sleep(rng.uniform(0, max_pause_s))  # in the middle of loading, fitting or writing
+        if process.is_alive() and process.pid:
+            os.kill(process.pid, signal.SIGKILL)
             num_kills += 1
-        child.join()
-        finished.append(len(chunks.list_finished_chunks()))
-        if not chunks.list_pending_chunks():
+        process.join()
+        num_finished.append(len(store.list_finished_chunks()))
+        if not store.list_pending_chunks():
             break
-    return num_kills, finished
+    return num_kills, num_finished
 
 
 def run_to_completion(build: Path, fork: bool) -> None:
-    child = start_build(build, fork)
-    child.join()
-    if child.exitcode:
+    """Run a build to its end.
+
+    Args:
+        build: Folder of the build.
+        fork: Whether to fork this process, or else to start a new interpreter.
+
+    Raises:
+        SystemExit: If the build fails.
+    """
+    process = start_build(build, fork)
+    process.join()
+    if process.exitcode:
         raise SystemExit(f"the build in {build} failed")
 
 
+def compare_builds(whole: Path, killed: Path) -> str:
+    """Compare two builds of the same plan.
+
+    Args:
+        whole: Build that ran undisturbed.
+        killed: Build that was killed.
+
+    Returns:
+        A line of figures.
+    """
+    expected, actual = LoraDataset(whole), LoraDataset(killed)
+    counts = Counter((record.subject, record.repetition) for record in actual.records)
+    num_duplicates = sum(count > 1 for count in counts.values())
+    subjects = [{record.subject for record in data.records} for data in (expected, actual)]
+    num_lost = len(subjects[0] ^ subjects[1])
+    num_identical = sum(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    chunk_files = list((whole / "chunks").glob("*.safetensors"))
+    num_identical_files = sum(
+        (killed / "chunks" / file.name).read_bytes() == file.read_bytes() for file in chunk_files
+    )
+    num_partial_files = len(list((killed / "chunks").glob(".*")))
+    return (
+        f"lost {num_lost}, duplicates {num_duplicates}, half-written files {num_partial_files}, "
+        f"identical rows {num_identical} of {len(expected)}, "
+        f"identical chunk files {num_identical_files} of {len(chunk_files)}"
+    )
+
+
 def main() -> None:
+    """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subjects", type=int, default=208)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--num-subjects", type=int, default=208)
+    parser.add_argument("--num-kills", type=int, default=20)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--fork", action="store_true")
     arguments = parser.parse_args()
@@ -151,36 +205,22 @@ def main() -> None:
         eval_every=4,
     )
     plan = make_plan(
-        AvatarSource(0, arguments.subjects, portraits_per_identity=1, resolution=16), recipe
+        AvatarSource(0, arguments.num_subjects, portraits_per_identity=1, resolution=16), recipe
     )
-    for name in ("whole", "killed"):
-        write_plan(plan, folder / name)
+    whole, killed = folder / "whole", folder / "killed"
+    for build in (whole, killed):
+        write_plan(plan, build)
     start_time = time.perf_counter()
-    run_to_completion(folder / "whole", arguments.fork)
+    run_to_completion(whole, arguments.fork)
     seconds = time.perf_counter() - start_time
     print(f"undisturbed: {len(plan.rows)} LoRAs in {seconds:.0f} s")
-    num_kills, finished = run_with_kills(
-        plan, folder / "killed", arguments.kills, 1.5 * seconds / plan.num_chunks, arguments.fork
+    max_pause_s = 1.5 * seconds / plan.num_chunks
+    num_kills, num_finished = run_with_kills(
+        plan, killed, arguments.num_kills, max_pause_s, arguments.fork
     )
-    print(f"{num_kills} kills, chunks finished at each (of {plan.num_chunks}): {finished}")
-    run_to_completion(folder / "killed", arguments.fork)
-    expected, actual = (LoraDataset(folder / name) for name in ("whole", "killed"))
-    duplicates = [
-        who
-        for who, n in Counter((r.subject, r.repetition) for r in actual.records).items()
-        if n > 1
-    ]
-    lost = {r.subject for r in expected.records} ^ {r.subject for r in actual.records}
-    num_identical = sum(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
-    num_identical_files = sum(
-        (folder / "killed" / "chunks" / f.name).read_bytes() == f.read_bytes()
-        for f in (folder / "whole" / "chunks").glob("*.safetensors")
-    )
-    partial_files = list((folder / "killed" / "chunks").glob(".*"))
-    print(
-        f"lost {len(lost)}, twice {len(duplicates)}, half-written files left {len(partial_files)}, rows identical {num_identical} of "
-        f"{len(expected)}, chunk files identical byte for byte {num_identical_files} of {plan.num_chunks}"
-    )
+    print(f"{num_kills} kills, finished chunks at each (of {plan.num_chunks}): {num_finished}")
+    run_to_completion(killed, arguments.fork)
+    print(compare_builds(whole, killed))
 
 
 if __name__ == "__main__":

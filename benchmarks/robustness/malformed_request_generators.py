@@ -1,4 +1,4 @@
-"""Bad requests by class, as bytes for a socket: each function makes one out of a random generator."""
+"""Generators of malformed HTTP requests by class, as bytes for a socket."""
 
 import base64
 import io
@@ -22,35 +22,51 @@ FORM: Final = "multipart/form-data; boundary=b"
 def build_request(
     path: str, body: bytes = b"", content_type: str = FORM, method: str = "POST", **headers: str
 ) -> bytes:
-    """An HTTP/1.1 request; ``headers`` are added, or put in place of the usual ones (``_`` for ``-``)."""
+    """Build an HTTP/1.1 request.
+
+    Args:
+        path: Path and query.
+        body: Bytes of the body.
+        content_type: Content type of the body.
+        method: HTTP method.
+        headers: Headers to add or to replace, with ``_`` for ``-``.
+
+    Returns:
+        Bytes of the request.
+    """
     usual = {
         "host": HOST,
         "content-type": content_type,
         "content-length": str(len(body)),
         "connection": "close",
     }
-    lines = [
-        f"{k}: {v}"
-        for k, v in (usual | {k.replace("_", "-"): v for k, v in headers.items()}).items()
-    ]
+    all_headers = usual | {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{name}: {value}" for name, value in all_headers.items()]
     return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1") + body
 
 
 def build_form(*parts: tuple[str, bytes | str]) -> bytes:
-    """A multipart body; bytes are files, strings are fields."""
-    out = b""
+    """Build a multipart body; bytes become files, strings become fields."""
+    body = b""
     for name, value in parts:
-        file = "" if isinstance(value, str) else '; filename="a.png"'
+        filename = "" if isinstance(value, str) else '; filename="a.png"'
+        header = f'--b\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n\r\n'
         data = value.encode() if isinstance(value, str) else value
-        out += (
-            f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
-            + data
-            + b"\r\n"
-        )
-    return out + b"--b--\r\n"
+        body += header.encode() + data + b"\r\n"
+    return body + b"--b--\r\n"
 
 
 def generate_photo(random: Random, format: str = "", size: int = 48) -> bytes:
+    """Generate a valid image.
+
+    Args:
+        random: Random generator.
+        format: PNG, JPEG or WEBP; empty: a random one.
+        size: Side in pixels.
+
+    Returns:
+        Encoded image.
+    """
     buffer, formats = io.BytesIO(), ["PNG", "JPEG", "WEBP"]
     pixels = random.integers(0, 256, (4, 4, 3), np.uint8)
     image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
@@ -59,11 +75,22 @@ def generate_photo(random: Random, format: str = "", size: int = 48) -> bytes:
 
 
 def build_photo_request(data: bytes, *fields: tuple[str, bytes | str]) -> bytes:
+    """Build a request for a LoRA from one photo.
+
+    Args:
+        data: Encoded photo.
+        fields: Further fields of the form.
+
+    Returns:
+        Bytes of the request.
+    """
     return build_request("/v1/loras", build_form(("photos", data), *fields))
 
 
 def generate_mutated_photo(random: Random) -> bytes:
-    """Bytes of a picture changed, put in or taken out: some still decode, and a LoRA is the right answer to those."""
+    """Change, insert or delete bytes of an image; some still decode, and a LoRA is the right answer
+    then.
+    """
     data = bytearray(generate_photo(random))
     for _ in range(random.integers(1, 20)):
         position = int(random.integers(len(data)))
@@ -78,16 +105,26 @@ def generate_mutated_photo(random: Random) -> bytes:
 
 
 def generate_truncated_photo(random: Random) -> bytes:
+    """Cut an image off."""
     data = generate_photo(random)
     return build_photo_request(data[: int(random.integers(1, len(data) * 3 // 4))])
 
 
 def build_png_chunk(kind: bytes, body: bytes) -> bytes:
+    """Build a chunk of a PNG file.
+
+    Args:
+        kind: Four letters.
+        body: Bytes of the chunk.
+
+    Returns:
+        The chunk with length and checksum.
+    """
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def generate_decompression_bomb(random: Random) -> bytes:
-    """Small files that claim, or hold, a lot: pixels, compressed text, a colour profile."""
+    """Generate a small file that declares or holds a lot: pixels, compressed text, a color profile."""
     side = int(random.choice([5100, 9000, 60000, 2**31 - 1]))
     header = build_png_chunk(b"IHDR", struct.pack(">II", side, side) + b"\x08\x02\0\0\0")
     zeros = zlib.compress(bytes(int(random.integers(1, 40)) << 20))
@@ -106,12 +143,13 @@ def generate_decompression_bomb(random: Random) -> bytes:
 
 
 def generate_wrong_file_type(random: Random) -> bytes:
+    """Send a file of another type as photo."""
     buffer = io.BytesIO()
     Image.linear_gradient("L").save(
         buffer, ["GIF", "TIFF", "BMP", "ICO", "PPM", "PDF"][random.integers(6)]
     )
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
-    others = [
+    other_files = [
         svg,
         pickle.dumps({"a": 1}),
         b"PK\3\4" + random.bytes(90),
@@ -119,13 +157,12 @@ def generate_wrong_file_type(random: Random) -> bytes:
         b"<html>",
         b"",
     ]
-    return build_photo_request(
-        [buffer.getvalue(), *others, random.bytes(500)][random.integers(len(others) + 2)]
-    )
+    files = [buffer.getvalue(), *other_files, random.bytes(500)]
+    return build_photo_request(files[random.integers(len(files))])
 
 
 def generate_malformed_lora(random: Random) -> bytes:
-    """Files that are no LoRA, or one that must not be loaded, sent along with a prompt or a picture."""
+    """Send a file that is no LoRA, or one that must not be loaded, with a prompt or an image."""
     down, up = torch.zeros(2, 64), torch.zeros(64, 2)
     stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
@@ -152,17 +189,18 @@ def generate_malformed_lora(random: Random) -> bytes:
     file = files[random.integers(len(files))]()
     if random.integers(2):
         return build_request(
-            "/v1/edits", build_form(("picture", generate_photo(random, "PNG")), ("lora", file))
+            "/v1/edits", build_form(("image", generate_photo(random, "PNG")), ("lora", file))
         )
     image_request = {
         "prompt": "a",
-        "steps": 1,
+        "num_inference_steps": 1,
         "loras": [{"content": base64.b64encode(file).decode()}],
     }
     return build_request("/v1/images", json.dumps(image_request).encode(), "application/json")
 
 
 def generate_invalid_field(random: Random) -> bytes:
+    """Send a form field out of its range."""
     invalid_fields = [
         ("rank", "0"),
         ("rank", "-1"),
@@ -173,15 +211,15 @@ def generate_invalid_field(random: Random) -> bytes:
     ]
     invalid_fields += [
         ("strength", "1e999"),
-        ("refine", "501"),
-        ("refine", "1.5"),
+        ("refine_steps", "501"),
+        ("refine_steps", "1.5"),
         ("format", "ckpt"),
-        ("keep", "perhaps"),
+        ("store", "perhaps"),
     ]
     invalid_fields += [
         ("strength", "\u0661\ud7ff"),
         ("rank", "129"),
-        ("refine", "-0.5"),
+        ("refine_steps", "-0.5"),
         ("before", "text"),
         ("consent", "\0"),
     ]
@@ -191,12 +229,12 @@ def generate_invalid_field(random: Random) -> bytes:
 
 
 def generate_invalid_json(random: Random) -> bytes:
-    """JSON that is none, or not what is asked for."""
-    valid = {"prompt": "a", "steps": 1}
+    """Send broken JSON, or JSON that breaks the schema."""
+    valid = {"prompt": "a", "num_inference_steps": 1}
     invalid_values = [
         {"prompt": 1},
-        {"steps": 0},
-        {"steps": "x"},
+        {"num_inference_steps": 0},
+        {"num_inference_steps": "x"},
         {"seed": -1},
         {"seed": 2**70},
         {"width": 63},
@@ -214,7 +252,7 @@ def generate_invalid_json(random: Random) -> bytes:
         {"strategy": "composite"},
         {"loras": [{"content": "%%%"}]},
     ]
-    texts = [json.dumps(valid | each).encode() for each in invalid_values]
+    texts = [json.dumps(valid | invalid).encode() for invalid in invalid_values]
     texts += [
         b"",
         b"{",
@@ -226,15 +264,15 @@ def generate_invalid_json(random: Random) -> bytes:
         b"1" * 5000,
     ]
     texts += [
-        b'{"prompt": "a", "guidance": NaN}',
-        b'{"prompt": "a", "guidance": 1e999}',
+        b'{"prompt": "a", "guidance_scale": NaN}',
+        b'{"prompt": "a", "guidance_scale": 1e999}',
         random.bytes(300),
     ]
     return build_request("/v1/images", texts[random.integers(len(texts))], "application/json")
 
 
 def generate_invalid_multipart(random: Random) -> bytes:
-    """Forms that are broken, cut off, or too many."""
+    """Send a form that is broken, cut off, or has too many parts."""
     whole = build_form(("photos", generate_photo(random, "PNG")))
     many = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n' * 3000 + b"--b--\r\n"
     long = (
@@ -256,7 +294,7 @@ def generate_invalid_multipart(random: Random) -> bytes:
         whole.replace(b"photos", b"photo"),
         whole.replace(b"\r\n", b"\n"),
     ]
-    kinds = [
+    content_types = [
         FORM,
         FORM,
         FORM,
@@ -264,49 +302,50 @@ def generate_invalid_multipart(random: Random) -> bytes:
         "multipart/form-data; boundary=" + "b" * 5000,
         "text/plain",
     ]
-    kinds += [
+    content_types += [
         "multipart/form-data; boundary=other",
         "multipart/mixed; boundary=b",
         "application/json",
         "a/\xff; boundary=\xfe",
     ]
     data = bodies[random.integers(len(bodies))]
-    return build_request("/v1/loras", data, kinds[random.integers(len(kinds))])
+    return build_request("/v1/loras", data, content_types[random.integers(len(content_types))])
 
 
 def generate_invalid_header(random: Random) -> bytes:
-    """Heads that no server should take: huge, contradictory, or not HTTP at all."""
+    """Send headers that no server should accept: huge, contradictory, or not HTTP at all."""
     data = build_form(("photos", b"x"))
     whole = build_request("/v1/loras", data)
-    heads = [build_request("/v1/loras", data, x_long="x" * size) for size in (65_000, 200_000)]
-    heads += [build_request("/v1/loras", data, **{f"x_{i}": "y" * 1000 for i in range(100)})]
-    heads += [
+    requests = [build_request("/v1/loras", data, x_long="x" * size) for size in (65_000, 200_000)]
+    requests += [build_request("/v1/loras", data, **{f"x_{i}": "y" * 1000 for i in range(100)})]
+    requests += [
         build_request("/v1/loras", data, content_length=size)
         for size in ("-1", "x", "1, 2", "9" * 30, "10000000000000")
     ]
-    heads += [
+    requests += [
         build_request("/v1/loras", b"zz\r\n" + data, transfer_encoding="chunked"),
         build_request("/v1/loras" + "/x" * 40_000),
     ]
-    heads += [
+    requests += [
         whole.replace(b"host:", b"ho st:"),
         whole.replace(b"host:", b"ho\0st:"),
         whole.replace(b"HTTP/1.1", b"HTTP/9.9"),
     ]
-    heads += [
+    requests += [
         whole.replace(b"host: 127.0.0.1", b"x: y"),
         whole.replace(b"POST", b"P\xffST"),
         b"\x16\3\1\2\0\1\0\1\xfc\3\3" * 9 + b"\r\n\r\n",
     ]
-    heads += [
+    requests += [
         build_request("/v1/loras/%00%ff", method="GET"),
         build_request("/v1/loras", method="BREW"),
         random.bytes(300) + b"\r\n\r\n",
     ]
-    return heads[random.integers(len(heads))]
+    return requests[random.integers(len(requests))]
 
 
 def generate_invalid_path(random: Random) -> bytes:
+    """Request a path that does not exist or leads out of the server's folders."""
     paths = [
         "/v1/loras/../../etc/passwd",
         "/v1/loras/..%2F..%2Fetc%2Fpasswd",
@@ -328,7 +367,7 @@ def generate_invalid_path(random: Random) -> bytes:
 
 
 def generate_foreign_origin(random: Random) -> bytes:
-    """To a server without keys, from pages or under names of others."""
+    """Send a request of a foreign page or host name to a server without keys."""
     hosts = [
         "evil.example",
         "127.0.0.1.evil.example",
@@ -345,8 +384,8 @@ def generate_foreign_origin(random: Random) -> bytes:
 
 
 def generate_invalid_key(random: Random) -> bytes:
-    """To a server with keys."""
-    wrong = [
+    """Send a wrong API key to a server with keys."""
+    invalid_keys = [
         "Bearer wrong",
         "Bearer " + "x" * 8000,
         "Basic YTpi",
@@ -355,24 +394,24 @@ def generate_invalid_key(random: Random) -> bytes:
         "Bearer a-right-key-0123456 x",
     ]
     data = build_form(("photos", generate_photo(random, "PNG")))
-    choice = int(random.integers(len(wrong) + 2))
-    if choice == len(wrong):
+    choice = int(random.integers(len(invalid_keys) + 2))
+    if choice == len(invalid_keys):
         return build_request("/v1/loras", data)
-    if choice > len(wrong):
+    if choice > len(invalid_keys):
         return build_request("/v1/loras", data, x_api_key=str(random.bytes(20).hex()))
-    return build_request("/v1/loras", data, authorization=wrong[choice])
+    return build_request("/v1/loras", data, authorization=invalid_keys[choice])
 
 
 UNAUTHENTICATED_ATTACKS: Final[dict[str, Callable[[Random], bytes]]] = {
-    "mutated pictures": generate_mutated_photo,
-    "truncated pictures": generate_truncated_photo,
-    "bombs": generate_decompression_bomb,
-    "other kinds of file": generate_wrong_file_type,
+    "mutated images": generate_mutated_photo,
+    "truncated images": generate_truncated_photo,
+    "decompression bombs": generate_decompression_bomb,
+    "wrong file types": generate_wrong_file_type,
     "LoRA files": generate_malformed_lora,
     "form fields": generate_invalid_field,
     "JSON": generate_invalid_json,
     "multipart": generate_invalid_multipart,
-    "heads": generate_invalid_header,
+    "headers": generate_invalid_header,
     "paths": generate_invalid_path,
     "hosts and origins": generate_foreign_origin,
 }

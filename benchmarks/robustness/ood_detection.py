@@ -1,8 +1,10 @@
-"""How often pictures count as unknown to the bundle's model: drawn test portraits, and others of all kinds.
+"""Out-of-distribution detector of the bundled model: false alarms on test portraits, detection of
+other images.
 
-python benchmarks/domain.py [FOLDER OF PICTURES ...]
+    python -m benchmarks.robustness.ood_detection [FOLDER_OF_IMAGES ...]
 
-Photographs are those that scikit-image brings, and its faces of `lfw_subset`, if it is installed (`hyperlora[face]`).
+Photographs are those of scikit-image, and its faces of `lfw_subset`, if it is installed
+(`hyperlora[face]`).
 """
 
 import sys
@@ -23,34 +25,43 @@ SIZE = 128
 
 
 def load_test_portraits() -> list[Image.Image]:
-    """All photos of the bundle's test people."""
+    """Load all photos of the bundled test subjects."""
     subject_dirs = sorted((pretrained.BENCHMARK_DIR / "subjects").iterdir())
-    return [read_image(photo) for person in subject_dirs for photo in list_image_files(person)]
+    return [read_image(photo) for folder in subject_dirs for photo in list_image_files(folder)]
 
 
 def generate_unnatural_images(
-    random: np.random.Generator, n: int = 50
+    rng: np.random.Generator, num_images: int = 50
 ) -> Iterator[tuple[str, list[Image.Image]]]:
-    """Pictures that nobody draws as a portrait."""
+    """Generate images that are no portraits.
 
-    def resize_noise(cells: int, how: Image.Resampling) -> list[Image.Image]:
-        small = random.integers(0, 256, (n, cells, cells, 3), dtype=np.uint8)
-        return [Image.fromarray(x).resize((SIZE, SIZE), how) for x in small]
+    Args:
+        rng: Random generator.
+        num_images: Images of each kind.
+
+    Yields:
+        Name of the kind, and its images.
+    """
+
+    def resize_noise(num_cells: int, resampling: Image.Resampling) -> list[Image.Image]:
+        shape = (num_images, num_cells, num_cells, 3)
+        noise = rng.integers(0, 256, shape, dtype=np.uint8)
+        return [Image.fromarray(pixels).resize((SIZE, SIZE), resampling) for pixels in noise]
 
     yield "noise", resize_noise(SIZE, Image.Resampling.NEAREST)
-    yield "coloured tiles", resize_noise(8, Image.Resampling.NEAREST)
+    yield "colored tiles", resize_noise(8, Image.Resampling.NEAREST)
     yield "gradients", resize_noise(2, Image.Resampling.BILINEAR)
-    yield "one colour", resize_noise(1, Image.Resampling.NEAREST)
-    yield "pages of text", [_render_text_page(random) for _ in range(n)]
+    yield "one color", resize_noise(1, Image.Resampling.NEAREST)
+    yield "pages of text", [_render_text_page(rng) for _ in range(num_images)]
 
 
 def load_photographs() -> Iterator[tuple[str, list[Image.Image]]]:
-    """What scikit-image brings in its wheel."""
+    """Load the photographs of scikit-image, if it is installed, by kind."""
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         return
     folder = Path(spec.origin).parent / "data"
-    yield "pictures of scikit-image", [read_image(p) for p in list_image_files(folder)]
+    yield "images of scikit-image", [read_image(p) for p in list_image_files(folder)]
     patches = np.load(folder / "lfw_subset.npy")
     images = [
         Image.fromarray((x * 255).astype(np.uint8)).convert("RGB").resize((SIZE, SIZE))
@@ -61,14 +72,25 @@ def load_photographs() -> Iterator[tuple[str, list[Image.Image]]]:
 
 
 def compute_rejection_rate(model: ImageToLora, images: Sequence[Image.Image]) -> float:
-    """The fraction that the model does not know."""
+    """Compute the fraction of images that the model calls out of domain.
+
+    Args:
+        model: Model with an out-of-distribution detector.
+        images: Images.
+
+    Returns:
+        Fraction, 0 to 1.
+    """
     assert model.ood_detector is not None
     photos = torch.stack([to_tensor(p, model.encoder.image_size) for p in images])
-    tokens = torch.cat([model.encode_photos(part[:, None]).image.tokens for part in photos.split(64)])
+    tokens = torch.cat(
+        [model.encode_photos(part[:, None]).image.tokens for part in photos.split(64)]
+    )
     return float((~model.ood_detector.is_in_domain(ImageFeatures(tokens))).float().mean())
 
 
 def main() -> None:
+    """Parse the command line and print the figures."""
     torch.set_num_threads(1)
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR)
     portraits = load_test_portraits()
@@ -80,18 +102,16 @@ def main() -> None:
         *load_photographs(),
         *((folder, [read_image(p) for p in list_image_files(folder)]) for folder in sys.argv[1:]),
     ]
-    for name, pictures in kinds:
-        print(
-            f"{name:38s} {compute_rejection_rate(model, pictures):6.1%} of {len(pictures)} unknown",
-            flush=True,
-        )
+    for name, images in kinds:
+        rate = compute_rejection_rate(model, images)
+        print(f"{name:38s} {rate:6.1%} of {len(images)} out of domain", flush=True)
 
 
-def _render_text_page(random: np.random.Generator) -> Image.Image:
+def _render_text_page(rng: np.random.Generator) -> Image.Image:
     page = Image.new("RGB", (SIZE, SIZE), "white")
     for y in range(4, SIZE - 8, 11):
-        words = "".join(random.choice(list("etaoin shrdlu cmfwyp vbgkjq"), 20))
-        ImageDraw.Draw(page).text((4, y), words, fill="black")
+        text = "".join(rng.choice(list("etaoin shrdlu cmfwyp vbgkjq"), 20))
+        ImageDraw.Draw(page).text((4, y), text, fill="black")
     return page
 
 

@@ -1,13 +1,13 @@
-"""schemathesis over the whole OpenAPI of a real server process, all its checks.
+"""Schemathesis over the whole OpenAPI of a real server process, with all its checks.
 
-    python benchmarks/fuzzing.py [--cases 2000] [--seed 0]
+    python -m benchmarks.robustness.openapi_fuzzing [--num-cases 2000] [--seed 0]
 
-Prints a table by operation (cases, answers) and every failure by its check, and exits 1 if there is one. One check is
-left out, positive_data_acceptance: that random bytes are no photo, no schema says.
+Prints a table by operation (cases, answers) and every failure by its check, and exits 1 after a
+failure. The check positive_data_acceptance is left out, since a schema cannot express that random
+bytes are no photo.
 """
 
 import argparse
-import tempfile
 from collections import Counter
 from typing import Any
 
@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from serving import server
 
-KEY = "a-right-key-0123456"
-CASES_PER_PASS = 25  # cases of one operation at a time: some have few parameters, and so few cases
+from benchmarks.service_process import API_KEY, start_server, write_key_file
+
+CASES_PER_PASS = 25
+"""Cases of one operation at a time; an operation with few parameters has fewer."""
 
 
 class FuzzReport:
@@ -33,11 +34,17 @@ class FuzzReport:
 
     @property
     def num_cases(self) -> int:
+        """Number of cases that were sent."""
         return sum(counter.total() for counter in self.answers.values())
 
     def run_case(self, name: str, case: Any) -> None:
-        """Send a case and run every check on its answer."""
-        headers = {"Authorization": f"Bearer {KEY}"}
+        """Send a case and run every check on its answer.
+
+        Args:
+            name: Name of the operation.
+            case: Case of Schemathesis.
+        """
+        headers = {"Authorization": f"Bearer {API_KEY}"}
         _limit_cost(case.body)
         response = case.call(headers=headers, timeout=180)
         self.answers.setdefault(name, Counter())[response.status_code] += 1
@@ -52,16 +59,23 @@ class FuzzReport:
 
 
 def _limit_cost(body: Any) -> None:
-    """What takes long and is no news: steps of refining and of drawing."""
+    """Limit the steps of refinement and sampling, which take long."""
     if isinstance(body, dict):
-        if "refine" in body:
-            body["refine"] = 0
-        if isinstance(body.get("steps"), int | float):
-            body |= {"steps": min(body["steps"], 2), "width": 64, "height": 64}
+        if "refine_steps" in body:
+            body["refine_steps"] = 0
+        num_steps = body.get("num_inference_steps")
+        if isinstance(num_steps, int | float):
+            body |= {"num_inference_steps": min(num_steps, 2), "width": 64, "height": 64}
 
 
 def fuzz_operation(report: FuzzReport, operation: Any, rng_seed: int) -> None:
-    """``CASES_PER_PASS`` cases of an operation, or as many as it has."""
+    """Run ``CASES_PER_PASS`` cases of an operation, or as many as it has.
+
+    Args:
+        report: Receives the answers.
+        operation: Operation of the schema.
+        rng_seed: Seed of the cases.
+    """
 
     @seed(rng_seed)
     @settings(
@@ -79,32 +93,33 @@ def fuzz_operation(report: FuzzReport, operation: Any, rng_seed: int) -> None:
 
 
 def main() -> None:
+    """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--num-cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     report, rng_seed = FuzzReport(), arguments.seed
-    with tempfile.NamedTemporaryFile("w") as keys:
-        keys.write(KEY)
-        keys.flush()
-        with server("--keys", keys.name) as (url, _):
-            api = schemathesis.openapi.from_url(url + "/openapi.json")
-            operations = [result.ok() for result in api.get_all_operations()]
-            while report.num_cases < arguments.cases:
-                for operation in operations:
-                    fuzz_operation(report, operation, rng_seed)
-                rng_seed += 1
+    with write_key_file() as key_file, start_server("--api-key-file", key_file) as (url, _):
+        schema = schemathesis.openapi.from_url(url + "/openapi.json")
+        operations = [result.ok() for result in schema.get_all_operations()]
+        while report.num_cases < arguments.num_cases:
+            for operation in operations:
+                fuzz_operation(report, operation, rng_seed)
+            rng_seed += 1
     table = Table("operation", "cases", "answers")
     for name, answers in report.answers.items():
-        table.add_row(
-            name, str(answers.total()), ", ".join(f"{k}: {n}" for k, n in sorted(answers.items()))
-        )
+        counts = ", ".join(f"{status}: {count}" for status, count in sorted(answers.items()))
+        table.add_row(name, str(answers.total()), counts)
     Console(width=120).print(table)
-    errors = sum(
-        n for counter in report.answers.values() for status, n in counter.items() if status >= 500
+    num_errors = sum(
+        count
+        for answers in report.answers.values()
+        for status, count in answers.items()
+        if status >= 500
     )
     print(
-        f"{report.num_cases} cases, {errors} server errors, {report.failures.total()} failures {dict(report.failures)}"
+        f"{report.num_cases} cases, {num_errors} server errors, "
+        f"{report.failures.total()} failed checks {dict(report.failures)}"
     )
     for example in report.examples.values():
         print(example)

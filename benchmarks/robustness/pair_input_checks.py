@@ -1,30 +1,29 @@
-"""How often `hyperlora edit` takes a real pair for an unrelated one, and two different avatars for a pair.
+"""Check for unrelated before/after images: false alarms on real pairs, detection rate on shuffled
+pairs.
 
-python -m data_builder edits -o runs/data/edits-validation --split validation --groups 160
-python benchmarks/doubts.py [runs/data/edits-validation]
+data-builder draw-pairs -o runs/data/edits-validation --split validation --num-edits 160
+python -m benchmarks.robustness.pair_input_checks [runs/data/edits-validation]
 """
 
 import sys
 
-import numpy as np
-import torch
-
 from data_builder.avatars.pair_dataset import PairDataset
+from hyperlora.data.images import array_to_tensor
 from hyperlora.pipelines.input_checks import SIMILARITY_THRESHOLD, compute_structural_similarity
 
 
 def main() -> None:
+    """Parse the command line and print the figures."""
     dataset = PairDataset(sys.argv[1] if len(sys.argv) > 1 else "runs/data/edits-validation")
-    images = torch.from_numpy(np.array(dataset.images)).permute(0, 3, 1, 2).float() / 255
+    images = array_to_tensor(dataset.images)  # [2 * pairs, 3, h, w]
     before, after = images[0::2], images[1::2]
-    for name, others in (("own", after), ("another person's", after.roll(2, 0))):
+    for name, others in (("own pair", after), ("shuffled pair", after.roll(2, 0))):
         is_rejected = [
-            compute_structural_similarity(a, b) < SIMILARITY_THRESHOLD
-            for a, b in zip(before, others, strict=True)
+            compute_structural_similarity(first, second) < SIMILARITY_THRESHOLD
+            for first, second in zip(before, others, strict=True)
         ]
-        print(
-            f"{name} picture after: {sum(is_rejected) / len(is_rejected):.1%} of {len(is_rejected)} called unrelated"
-        )
+        rate = sum(is_rejected) / len(is_rejected)
+        print(f"{name}: {rate:.1%} of {len(is_rejected)} rejected as unrelated")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""K LoRAs fitted at once against one after the other with PEFT and diffusers: same base, data, steps, Adam and noise.
+"""K LoRAs fine-tuned together against one after another with PEFT: same base, data, steps,
+optimizer and noise.
 
-    python benchmarks/fitting.py [--k 32] [--steps 30] [--batch 1]
+    python -m benchmarks.speed.multi_lora_finetuning [--num-loras 32] [--steps 30] [--batch-size 1]
 
 Prints seconds per subject of both, their ratio, and both final losses.
 """
@@ -27,55 +28,90 @@ from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 
 LR = 1e-3
+NUM_FINAL_STEPS = 10
+"""Last steps whose mean loss is the final loss."""
 
 
 def fit_multi_lora(
-    base: DiffusionBase, examples: TrainingExamples, start: LoraWeights, steps: int, batch_size: int
+    base: DiffusionBase,
+    examples: TrainingExamples,
+    init_loras: LoraWeights,
+    num_steps: int,
+    batch_size: int,
 ) -> tuple[float, float]:
-    """Seconds per subject and the mean loss of the last ten steps."""
+    """Fine-tune all LoRAs together.
+
+    Args:
+        base: Frozen base model.
+        examples: Examples of the K subjects.
+        init_loras: LoRAs to start from, a batch [K].
+        num_steps: Optimizer steps.
+        batch_size: Examples of each subject per step.
+
+    Returns:
+        Seconds per subject and the final loss.
+    """
     start_time = time.perf_counter()
-    unflatten_codes = partial(LoraWeights.unflatten, start.layout)
     result = fine_tune_loras(
         base.denoiser,
         base.noise_scheduler,
         examples,
-        start.flatten(),
-        unflatten_codes,
+        init_loras.flatten(),
+        partial(LoraWeights.unflatten, init_loras.layout),
         FineTuneConfig(
-            num_steps=steps, lr=LR, batch_size=batch_size, seeds=range(len(start))
+            num_steps=num_steps, lr=LR, batch_size=batch_size, seeds=range(len(init_loras))
         ),
     )
-    return (time.perf_counter() - start_time) / len(start), float(result.losses[-10:].mean())
+    seconds = (time.perf_counter() - start_time) / len(init_loras)
+    return seconds, float(result.losses[-NUM_FINAL_STEPS:].mean())
 
 
 def fit_with_peft(
     base: DiffusionBase,
     examples: TrainingExamples,
-    start: LoraWeights,
-    steps: int,
+    init_loras: LoraWeights,
+    num_steps: int,
     batch_size: int,
     encode_fn: Callable[[int], TrainingExamples] | None = None,
 ) -> tuple[float, float]:
-    """The same with ``unet.add_adapter`` per subject, as DreamBooth-LoRA scripts do it; with ``encode_fn``, a
-    subject's examples are made anew for every step."""
-    unet, losses = base.denoiser, []
+    """Fine-tune one LoRA after another with ``unet.add_adapter``, as DreamBooth-LoRA scripts do.
+
+    Args:
+        base: Frozen base model.
+        examples: Examples of the K subjects.
+        init_loras: LoRAs to start from, a batch [K].
+        num_steps: Optimizer steps.
+        batch_size: Examples of each subject per step.
+        encode_fn: Encodes the examples of a subject anew at every step; None: ``examples`` are
+            used.
+
+    Returns:
+        Seconds per subject and the final loss.
+    """
+    unet, layout = base.denoiser, init_loras.layout
+    lora_config = LoraConfig(
+        r=layout.rank,
+        lora_alpha=layout.rank,
+        target_modules=[target.path for target in layout.targets],
+    )
+    losses = []
     start_time = time.perf_counter()
-    for i in range(len(start)):
-        targets = [site.path for site in start.layout.targets]
-        unet.add_adapter(
-            LoraConfig(r=start.layout.rank, lora_alpha=start.layout.rank, target_modules=targets)
-        )
+    for i in range(len(init_loras)):
+        unet.add_adapter(lora_config)
         parameters = dict(unet.named_parameters())
         with torch.no_grad():
-            for site, down, up in zip(start.layout.targets, start.down, start.up, strict=True):
-                parameters[f"{site.path}.lora_A.default.weight"].copy_(down[i])
-                parameters[f"{site.path}.lora_B.default.weight"].copy_(up[i])
+            for target, down, up in zip(
+                layout.targets, init_loras.down, init_loras.up, strict=True
+            ):
+                parameters[f"{target.path}.lora_A.default.weight"].copy_(down[i])
+                parameters[f"{target.path}.lora_B.default.weight"].copy_(up[i])
         optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], LR)
-        rng = SubjectRng([i])  # the timesteps and noise that it has among all
+        rng = SubjectRng([i])  # the timesteps and noise of subject i among all
         subject_examples = TrainingExamples(
-            examples.latents[i : i + 1], map_tensors(lambda t, i=i: t[i : i + 1], examples.conditions)
+            examples.latents[i : i + 1],
+            map_tensors(lambda value, i=i: value[i : i + 1], examples.conditions),
         )
-        for step in range(steps):
+        for step in range(num_steps):
             if encode_fn is not None:
                 subject_examples = encode_fn(i)
             indices, noise_sample = rng.sample_batch(
@@ -88,33 +124,34 @@ def fit_with_peft(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step >= steps - 10:
+            if step >= num_steps - NUM_FINAL_STEPS:
                 losses.append(loss.item())
         unet.unload_lora()
-    return (time.perf_counter() - start_time) / len(start), sum(losses) / len(losses)
+    return (time.perf_counter() - start_time) / len(init_loras), sum(losses) / len(losses)
 
 
 def main() -> None:
+    """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--num-loras", type=int, default=32)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4])
     arguments = parser.parse_args()
     disable_malloc_trim()
     torch.manual_seed(0)
     base = load_diffusion_base(pretrained.BASE_DIR)
     layout = make_layout({"unet": base.denoiser}, "attention+mlp", 4, base.id)
-    photos = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.k).photos
-    examples = make_photo_examples(base, photos, "a portrait of sks person")
-    start = LoraWeights.zeros(layout, (arguments.k,), 0.05)
-    for batch in arguments.batch:
-        multi_lora_time_s, multi_lora_loss = fit_multi_lora(
-            base, examples, start, arguments.steps, batch
-        )
-        peft_time_s, peft_loss = fit_with_peft(base, examples, start, arguments.steps, batch)
+    benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.num_loras)
+    examples = make_photo_examples(base, benchmark.photos, "a portrait of sks person")
+    init_loras = LoraWeights.zeros(layout, (arguments.num_loras,), 0.05)
+    for batch_size in arguments.batch_size:
+        options = (base, examples, init_loras, arguments.steps, batch_size)
+        multi_time_s, multi_loss = fit_multi_lora(*options)
+        peft_time_s, peft_loss = fit_with_peft(*options)
         print(
-            f"batch {batch}: at once {multi_lora_time_s:.3f} s, one by one {peft_time_s:.3f} s per subject, ratio {peft_time_s / multi_lora_time_s:.2f}; "
-            f"final loss {multi_lora_loss:.4f} and {peft_loss:.4f}"
+            f"batch {batch_size}: together {multi_time_s:.3f} s, PEFT {peft_time_s:.3f} s "
+            f"per subject, ratio {peft_time_s / multi_time_s:.2f}; "
+            f"final loss {multi_loss:.4f} and {peft_loss:.4f}"
         )
 
 

@@ -1,6 +1,7 @@
-"""A hypernetwork of Stable Diffusion 1.5's size, randomly initialised: seconds from photo to rank-4 file, and memory.
+"""Seconds and memory from photo to rank-4 LoRA file, for a random hypernetwork of Stable Diffusion
+1.5's size.
 
-python benchmarks/real_size.py
+python -m benchmarks.speed.sd15_inference
 """
 
 import resource
@@ -14,16 +15,14 @@ from PIL import Image
 
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.timm_encoder import TimmEncoder
-from hyperlora.lora.io.save import save_lora
 from hyperlora.models.hypernetwork import Hypernetwork
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
 
 def main() -> None:
+    """Parse the command line and print the figures."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            cross_attention_dim=768
-        )  # the defaults are Stable Diffusion 1's
+        unet = UNet2DConditionModel(cross_attention_dim=768)  # else Stable Diffusion 1's defaults
     layout = make_layout({"unet": unet}, "attention", 4, "sd15")
     encoder = TimmEncoder("vit_base_patch16_224")
     network = Hypernetwork(
@@ -35,11 +34,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(4):
             start_time = time.perf_counter()
-            save_lora(model(photo), Path(folder) / "lora.safetensors")
+            model(photo).save(Path(folder) / "lora.safetensors")
             times.append(time.perf_counter() - start_time)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"{len(layout.targets)} sites, {layout.numel:,} numbers; warm {min(times[1:]):.2f} s, peak {peak:.2f} GB"
+        f"{len(layout.targets)} target modules, {layout.numel:,} parameters; "
+        f"warm {min(times[1:]):.2f} s, peak {peak_gib:.2f} GiB"
     )
 
 

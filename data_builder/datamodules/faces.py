@@ -60,7 +60,7 @@ class _FaceSceneSample(TypedDict):
 
 
 class _FaceSceneDataset(Dataset[_FaceSceneSample]):
-    """Random scenes of ``size`` pixels, one per portrait; the same every time if ``deterministic``."""
+    """Random scenes, one per portrait; the same every time if ``deterministic``."""
 
     def __init__(self, folder: str, size: int, deterministic: bool) -> None:
         self.portraits, self.size, self.deterministic = PortraitDataset(folder), size, deterministic
@@ -188,7 +188,7 @@ class _AlignedFaceSample(TypedDict):
 
 
 class _AlignedFaceDataset(Dataset[_AlignedFaceSample]):
-    """Faces aligned by keypoints with noise of ``keypoint_noise`` sides of the face, as detected."""
+    """Faces aligned by noisy keypoints; ``keypoint_noise`` is in sides of the face."""
 
     def __init__(self, folder: str, keypoint_noise: float) -> None:
         self.portraits, self.keypoint_noise = PortraitDataset(folder), keypoint_noise

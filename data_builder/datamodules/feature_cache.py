@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -38,18 +39,8 @@ def load_cached_latents(folder: str | Path, vae: str | Path) -> np.ndarray:
         ValueError: ``vae`` holds no autoencoder.
     """
     images = np.load(Path(folder) / "images.npy", mmap_mode="r")
-
-    def make_encode() -> Encode:
-        model = AutoencoderKL.from_pretrained(vae).eval()
-
-        def encode(start: int, stop: int) -> Tensor:
-            pixels = torch.from_numpy(np.array(images[start:stop])).permute(0, 3, 1, 2)
-            pixels = pixels.float().div_(127.5).sub_(1)  # [n, 3, size, size] in [-1, 1]
-            return model.encode(pixels).latent_dist.mean * model.config.scaling_factor
-
-        return encode
-
     name = f"latents-{_compute_vae_encoder_hash(vae)}"
+    make_encode = partial(_make_latent_encode, images, vae)
     return _load_or_compute(Path(folder), name, len(images), make_encode)
 
 
@@ -65,15 +56,9 @@ def load_cached_unet_features(folder: str | Path, vae: str | Path, base: str | P
         float16 [n, num_tokens, width], memory-mapped.
     """
     latents = load_cached_latents(folder, vae)
-
-    def make_encode() -> Encode:
-        model = make_unet_encoder(load_diffusion_base(base))
-        return lambda start, stop: model.encode_latents(
-            torch.from_numpy(np.array(latents[start:stop])).float()
-        )
-
     unet_hash = _compute_weights_hash(Path(base) / "unet")
     name = f"tokens-{_compute_vae_encoder_hash(vae)}-{unet_hash}"
+    make_encode = partial(_make_unet_encode, latents, base)
     return _load_or_compute(Path(folder), name, len(latents), make_encode)
 
 
@@ -91,18 +76,47 @@ def load_cached_features(
         float16 [n, num_tokens, width], memory-mapped.
     """
     images = np.load(Path(folder) / "images.npy", mmap_mode="r")
-
-    def make_encode() -> Encode:
-        model = load_image_encoder(encoder, encoder_options).eval()
-
-        def encode(start: int, stop: int) -> Tensor:
-            pixels = array_to_tensor(images[start:stop])  # [n, 3, size, size] in [0, 1]
-            return model(pixels[:, None]).tokens[:, 0]
-
-        return encode
-
     name = f"features-{_compute_weights_hash(encoder)}{_format_options(encoder_options)}"
+    make_encode = partial(_make_feature_encode, images, encoder, encoder_options)
     return _load_or_compute(Path(folder), name, len(images), make_encode)
+
+
+def _make_latent_encode(images: np.ndarray, vae: str | Path) -> Encode:
+    """Load an autoencoder; return the encoding of ``images`` uint8 [n, size, size, 3]."""
+    model = AutoencoderKL.from_pretrained(vae).eval()
+
+    def encode(start: int, stop: int) -> Tensor:
+        """Encode images to scaled latents [stop - start, c, h, w]."""
+        pixels = torch.from_numpy(np.array(images[start:stop])).permute(0, 3, 1, 2)
+        pixels = pixels.float().div_(127.5).sub_(1)  # [n, 3, size, size] in [-1, 1]
+        return model.encode(pixels).latent_dist.mean * model.config.scaling_factor
+
+    return encode
+
+
+def _make_unet_encode(latents: np.ndarray, base: str | Path) -> Encode:
+    """Load a base; return the encoding of ``latents`` [n, c, h, w] by its UNet."""
+    model = make_unet_encoder(load_diffusion_base(base))
+
+    def encode(start: int, stop: int) -> Tensor:
+        """Encode latents to features [stop - start, num_tokens, width]."""
+        return model.encode_latents(torch.from_numpy(np.array(latents[start:stop])).float())
+
+    return encode
+
+
+def _make_feature_encode(
+    images: np.ndarray, encoder: str, encoder_options: Options | None
+) -> Encode:
+    """Load an image encoder; return the encoding of ``images`` uint8 [n, size, size, 3]."""
+    model = load_image_encoder(encoder, encoder_options).eval()
+
+    def encode(start: int, stop: int) -> Tensor:
+        """Encode images to features [stop - start, num_tokens, width]."""
+        pixels = array_to_tensor(images[start:stop])  # [n, 3, size, size] in [0, 1]
+        return model(pixels[:, None]).tokens[:, 0]
+
+    return encode
 
 
 @torch.no_grad()

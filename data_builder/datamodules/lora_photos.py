@@ -1,4 +1,4 @@
-"""Data module over LoRAs of a build with the photos they were fitted to, for a diffusion over LoRAs."""
+"""Data module over LoRAs with the photos they were fitted to, for a diffusion over LoRAs."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -109,7 +109,7 @@ class LoraPhotoDataModule(L.LightningDataModule):
         self.save_hyperparameters()
 
     def train_dataloader(self) -> DataLoader[LoraPhotoSample]:
-        """Encode all photos; make the loader of shuffled batches, without an incomplete last one."""
+        """Encode all photos; make the loader of shuffled batches, all of the same size."""
         h = self.hparams
         data = LoraPhotoDataset(
             h["build_dir"], "train", self._model, h["num_views"], deterministic=False

@@ -149,7 +149,7 @@ class _CaptionedLatentSample(TypedDict):
 
 
 class _CaptionedLatentDataset(Dataset[_CaptionedLatentSample]):
-    """Latents with random captions that name the identity's attributes, and labels of those named."""
+    """Latents with random captions, and labels of the attributes that they name."""
 
     def __init__(self, folder: str, vae: str, proportion_empty_prompts: float) -> None:
         self.portraits = PortraitDataset(folder)

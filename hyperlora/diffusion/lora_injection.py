@@ -8,7 +8,7 @@ copy of W.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_CHECKPOINT_ATTRIBUTE: Final = "_gradient_checkpointing_func"
+"""Where blocks of diffusers and transformers keep their checkpoint function."""
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
@@ -127,6 +129,7 @@ def _make_hook(target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:
     """Make the hook that adds up (down x) to the output of one layer."""
 
     def forward_hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add up (down x); ``inputs`` starts with x."""
         x = inputs[0]
         x_down, x_up = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
         # The tokens of a prompt differ by little: bfloat16 would round the differences away.
@@ -185,14 +188,16 @@ def _apply_conv_lora(
     kernel_height, kernel_width = target.kernel_size
     in_channels = target.in_features // (kernel_height * kernel_width)
     kernel = down.reshape(-1, in_channels, kernel_height, kernel_width)  # [(n *) rank, in, kh, kw]
-    geometry = layer.stride, layer.padding, layer.dilation
     if down.ndim == 2:
-        hidden = F.conv2d(x, kernel, None, *geometry)  # [samples, rank, h_out, w_out]
+        # [samples, rank, h_out, w_out]
+        hidden = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
         return F.conv2d(hidden, up[..., None, None])
     num_repeats, num_loras = _split_batch(x, len(down))
     # the n LoRAs become n channel groups of one convolution
     grouped_x = x.reshape(num_repeats, num_loras * x.shape[1], *x.shape[2:])
-    hidden = F.conv2d(grouped_x, kernel, None, *geometry, groups=num_loras)
+    hidden = F.conv2d(
+        grouped_x, kernel, None, layer.stride, layer.padding, layer.dilation, groups=num_loras
+    )
     height, width = hidden.shape[-2:]  # hidden [repeats, n * rank, h_out, w_out]
     hidden = hidden.reshape(num_repeats, num_loras, -1, height * width)
     output = up @ hidden  # [n, out, rank] @ [repeats, n, rank, positions]
@@ -213,15 +218,15 @@ def _intercept_checkpointing(module: nn.Module, injection: _LoraInjection) -> It
     """Make gradient checkpointing run its blocks with the hooks, also when backward reruns them."""
     original_functions: list[tuple[nn.Module, _CheckpointFunction]] = []
     for block in module.modules():
-        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        checkpoint = getattr(block, _CHECKPOINT_ATTRIBUTE, None)
         if getattr(block, "gradient_checkpointing", False) and callable(checkpoint):
             original_functions.append((block, checkpoint))
-            block._gradient_checkpointing_func = _wrap_checkpoint_fn(checkpoint, injection)  # type: ignore[assignment]
+            setattr(block, _CHECKPOINT_ATTRIBUTE, _wrap_checkpoint_fn(checkpoint, injection))
     try:
         yield
     finally:
         for block, checkpoint in original_functions:
-            block._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
+            setattr(block, _CHECKPOINT_ATTRIBUTE, checkpoint)
 
 
 def _wrap_checkpoint_fn(
@@ -230,7 +235,10 @@ def _wrap_checkpoint_fn(
     """Wrap a checkpoint function so that its block runs with the hooks registered."""
 
     def run_checkpoint(block: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run the block through the original function."""
+
         def run_block(*block_args: _P.args, **block_kwargs: _P.kwargs) -> _T:
+            """Run the block with the hooks registered."""
             with injection.register_hooks():
                 return block(*block_args, **block_kwargs)
 

@@ -130,6 +130,6 @@ def compute_edit_region_weights(before: Tensor, after: Tensor, max_extra_weight:
 
 
 def _select_attention_kernel(denoiser: Denoiser, latents: Tensor) -> AbstractContextManager[object]:
-    """Choose the attention kernel; checkpointed blocks must recompute with the one they ran with."""
+    """Choose a fast attention kernel; none if checkpointed blocks rerun outside of its context."""
     is_checkpointing = getattr(denoiser, "is_gradient_checkpointing", False)
     return nullcontext() if is_checkpointing else select_sdpa_kernel(latents, latents[0, 0].numel())

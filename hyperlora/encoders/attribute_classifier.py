@@ -244,6 +244,7 @@ class _ResidualBlock(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add two convolutions to the input [n, width, h, w]."""
         h = x  # [n, width, h, w]
         for norm, conv in zip(self.norms, self.convs, strict=True):
             h = conv(F.silu(norm(h)))  # [n, width, h, w]

@@ -182,6 +182,7 @@ class _ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add two convolutions to the input [n, width, h, w]."""
         return x + self.convs(x)
 
 

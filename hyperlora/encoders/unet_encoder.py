@@ -109,13 +109,13 @@ class UNetFeatureEncoder(nn.Module):
         _, unet, noise_scheduler = self._base_components
         block_outputs: list[Tensor] = []
 
-        def save_output(
+        def _save_output(
             module: nn.Module, inputs: tuple[object, ...], output: Tensor | tuple[Tensor, ...]
         ) -> None:
             block_outputs.append(output[0] if isinstance(output, tuple) else output)
 
         blocks = (unet.mid_block, *unet.up_blocks)
-        handles = [block.register_forward_hook(save_output) for block in blocks]
+        handles = [block.register_forward_hook(_save_output) for block in blocks]
         try:
             timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
             noise = self.noise.expand_as(latents)  # [n, c, h, w]

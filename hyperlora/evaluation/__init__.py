@@ -1,1 +1,1 @@
-"""Identity, prompt and edit scores on held-out subjects, with their controls; tables and reports."""
+"""Identity, prompt and edit scores on held-out subjects, with controls; tables and reports."""

@@ -1,7 +1,10 @@
-"""A benchmark on disk: folders of photos, one per subject, and prompts with the truth they ask for.
+"""Subject benchmarks on disk: a folder of photos per subject, and prompts with their true
+attributes.
 
-subjects/NAME/*.png|jpg|webp     sorted; the first half is for conditioning, the rest is for comparison
-prompts.json                     [{"prompt": "...", "truth": {attribute: class}}, ...]; truth may be missing
+subjects/NAME/*.png|jpg|webp  sorted; the first half is for conditioning, the second for comparison
+prompts.json                  [{"prompt": "...", "truth": {attribute: class}}, ...]
+
+The truth of a prompt may be missing.
 """
 
 import json
@@ -27,13 +30,27 @@ DEFAULT_PROMPTS = (
 
 @dataclass(frozen=True)
 class Prompt:
+    """A prompt of a benchmark.
+
+    Attributes:
+        prompt: Text of the prompt.
+        truth: Class of each attribute that the prompt asks for; empty if unknown.
+    """
+
     prompt: str
     truth: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``load_photos`` [subjects, conditioning views, 3, size, size] and ``comparison_photos`` [subjects, views, 3, size, size]."""
+    """Photos of subjects and prompts.
+
+    Attributes:
+        names: Name of each subject.
+        photos: Photos for conditioning [subjects, views, 3, size, size] in [0, 1].
+        comparison_photos: Photos to compare identities with [subjects, views, 3, size, size].
+        prompts: Prompts, the same for all subjects.
+    """
 
     names: tuple[str, ...]
     photos: Tensor
@@ -42,33 +59,46 @@ class Benchmark:
 
     @property
     def has_truth(self) -> bool:
-        return all(p.truth for p in self.prompts)
+        """Whether every prompt has a truth."""
+        return all(prompt.truth for prompt in self.prompts)
 
 
 def load_benchmark(
     folder: str | os.PathLike[str], image_size: int, max_subjects: int | None = None
 ) -> Benchmark:
-    """Read a benchmark, or any folder of subjects with at least two photos each (its prompts are then general ones).
+    """Load a benchmark, or any folder of subjects, which then gets general prompts.
 
-    Raises ``InvalidArgumentError`` if a subject has a single photo: half are for conditioning, the others for comparison.
+    Args:
+        folder: Folder of ``subjects/`` and ``prompts.json``, or of subjects.
+        image_size: Side of the photos in pixels.
+        max_subjects: Number of subjects, the first by name; None: all.
+
+    Returns:
+        The benchmark; every subject has as many photos as the one with fewest.
+
+    Raises:
+        InvalidArgumentError: If a subject has one photo only, or ``prompts.json`` is malformed.
     """
     folder = Path(folder)
     subjects_dir = folder / "subjects"
     subjects = list_subjects(subjects_dir if subjects_dir.is_dir() else folder)[:max_subjects]
-    smallest_subject = min(subjects, key=lambda s: len(s.photos))
+    smallest_subject = min(subjects, key=lambda subject: len(subject.photos))
     num_photos = len(smallest_subject.photos)
     if num_photos < 2:
         raise InvalidArgumentError(
-            f"subject {smallest_subject.name!r} has one photo, at least 2 expected: to condition on and to compare"
+            f"subject {smallest_subject.name!r} has one photo, at least 2 expected: "
+            "one to condition on and one to compare with"
         )
     pixels = torch.stack(
         [
-            torch.stack([to_tensor(read_image(p), image_size) for p in s.photos[:num_photos]])
-            for s in subjects
+            torch.stack(
+                [to_tensor(read_image(path), image_size) for path in subject.photos[:num_photos]]
+            )
+            for subject in subjects
         ]
-    )
+    )  # [subjects, photos, 3, size, size]
     return Benchmark(
-        tuple(s.name for s in subjects),
+        tuple(subject.name for subject in subjects),
         pixels[:, : num_photos // 2],
         pixels[:, num_photos // 2 :],
         _load_prompts(folder / "prompts.json"),

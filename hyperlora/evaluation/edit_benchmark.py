@@ -1,13 +1,14 @@
-"""A benchmark of edits on disk: for each edit a pair that shows it, and other pictures with the drawn answer.
+"""Edit benchmarks on disk: example pairs of each edit, and test pairs of input and target.
 
-edits.json                             [{"name", "kind", "group", "instruction", "truth": {attribute: class},
-                                         "blend": words for what none names, as ``main_callback.prompt_blending``}, ...]
-                                        of two changes at once, "kind" is "one + other"
-NAME/shown-K_before.*  shown-K_after.*    pairs that show the edit (the first is used unless told otherwise)
-NAME/other-K_before.*  other-K_after.*    pictures to edit, and the exact answers
+edits.json                              list of {"name", "kind", "group", "instruction",
+                                        "truth": {attribute: class}, "blend"}
+NAME/shown-K_before.*  shown-K_after.*  example pairs; the first is used unless stated otherwise
+NAME/other-K_before.*  other-K_after.*  test pairs: image to edit, and exact result
 
-Any folder of ``NAME_before.png`` and ``NAME_after.png`` is one too: every pair is then its own edit, made again on its
-own picture; attributes and groups are left out.
+The kind of a double edit is "one + other". The blend is a prompt blend for an edit without a name.
+
+Any folder of ``NAME_before.png`` and ``NAME_after.png`` is a benchmark too. Every pair is then an
+edit of its own, tested on its own image, without attributes and groups.
 """
 
 import json
@@ -26,8 +27,18 @@ from hyperlora.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Edit:
-    """``example_pairs`` [pairs, 2, 3, size, size] and ``test_pairs`` [pictures, 2, 3, size, size], of each before and after;
-    ``truth`` is what an evaluator should read in the answers."""
+    """One edit of a benchmark.
+
+    Attributes:
+        name: Name of the edit.
+        example_pairs: Images before and after [pairs, 2, 3, size, size] in [0, 1].
+        test_pairs: Inputs and targets [images, 2, 3, size, size] in [0, 1].
+        kind: Kind of the edit; of a double edit "one + other".
+        group: Group in the report.
+        instruction: Edit prompt; empty if there is none.
+        blend: Prompt blend for an edit that no single prompt names; empty if not needed.
+        truth: Class of each edited attribute in the targets.
+    """
 
     name: str
     example_pairs: Tensor
@@ -40,25 +51,44 @@ class Edit:
 
     @property
     def has_complete_truth(self) -> bool:
-        """Whether ``truth`` names all that changes: of a ``kind`` of two, "garment + tone", both."""
+        """Whether ``truth`` names all edited attributes: for a double edit "garment + tone", both.
+        """
         return len(self.truth) > self.kind.count(" + ")
 
 
 @dataclass(frozen=True)
 class EditBenchmark:
+    """Edits of a benchmark.
+
+    Attributes:
+        edits: The edits in order.
+    """
+
     edits: tuple[Edit, ...]
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """In order of appearance."""
+        """Groups in order of appearance."""
         return tuple(dict.fromkeys(edit.group for edit in self.edits))
 
 
 def load_edit_benchmark(
     folder: str | os.PathLike[str], image_size: int, max_edits_per_group: int | None = None
 ) -> EditBenchmark:
-    """Read a benchmark; ``max_edits_per_group`` takes the first so many edits of every group. Raises ``InvalidArgumentError`` for an
-    ``edits.json`` that is none, ``InvalidImageError`` if there is no pair."""
+    """Load an edit benchmark, or any folder of pairs.
+
+    Args:
+        folder: Folder of ``edits.json``, or of pairs.
+        image_size: Side of the images in pixels.
+        max_edits_per_group: Edits of each group, the first ones; None: all.
+
+    Returns:
+        The benchmark.
+
+    Raises:
+        InvalidArgumentError: If ``edits.json`` is malformed or an edit lacks pairs.
+        InvalidImageError: If the folder holds no pair.
+    """
     folder = Path(folder)
     path = folder / "edits.json"
     if not path.is_file():
@@ -69,12 +99,12 @@ def load_edit_benchmark(
     try:
         entries = [dict(item) for item in json.loads(path.read_text())]
         selected = [
-            f
-            for i, f in enumerate(entries)
+            entry
+            for i, entry in enumerate(entries)
             if max_edits_per_group is None
             or _count_earlier_in_group(entries, i) < max_edits_per_group
         ]
-        edits = [_load_edit(folder / str(f["name"]), f, image_size) for f in selected]
+        edits = [_load_edit(folder / str(entry["name"]), entry, image_size) for entry in selected]
     except (ValueError, TypeError, KeyError) as error:
         raise InvalidArgumentError(
             f'{str(path)!r} is no list of {{"name": ..., "kind": ...}}: draw it again'
@@ -85,13 +115,16 @@ def load_edit_benchmark(
 
 
 def _count_earlier_in_group(entries: list[dict[str, object]], index: int) -> int:
-    return sum(f.get("group") == entries[index].get("group") for f in entries[:index])
+    """Count the earlier entries of the same group."""
+    group = entries[index].get("group")
+    return sum(entry.get("group") == group for entry in entries[:index])
 
 
 def _load_edit(folder: Path, entry: Mapping[str, object], image_size: int) -> Edit:
+    """Load the pairs of an entry of ``edits.json``."""
     pairs = list_named_pairs(folder)
     example_pairs, test_pairs = (
-        [p for p in pairs if p.name.startswith(kind)] for kind in ("shown-", "other-")
+        [pair for pair in pairs if pair.name.startswith(prefix)] for prefix in ("shown-", "other-")
     )
     truth = entry.get("truth") or {}
     if not example_pairs or not test_pairs or not isinstance(truth, Mapping):
@@ -106,14 +139,17 @@ def _load_edit(folder: Path, entry: Mapping[str, object], image_size: int) -> Ed
         str(entry["group"]),
         str(entry["instruction"]),
         str(entry.get("blend", "")),
-        {str(k): str(v) for k, v in truth.items()},
+        {str(name): str(value) for name, value in truth.items()},
     )
 
 
 def _stack_pairs(pairs: Sequence[ImagePair], image_size: int) -> Tensor:
+    """Stack pairs to a tensor [pairs, 2, 3, size, size]."""
     return torch.stack(
         [
-            torch.stack([to_tensor(read_image(s), image_size) for s in (p.before, p.after)])
-            for p in pairs
+            torch.stack(
+                [to_tensor(read_image(side), image_size) for side in (pair.before, pair.after)]
+            )
+            for pair in pairs
         ]
     )

@@ -1,4 +1,5 @@
-"""Run edits over pictures of unseen people and score what comes out against the drawn answers."""
+"""Evaluation of edits: apply them to images of unseen subjects and compare with the exact targets.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,20 +21,19 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
 
 CHANGE_THRESHOLD: Final = 0.04
-"""A pixel with a colour that changes by more than this, of 1, belongs to the edited region."""
+"""Least change of a color channel, of 1, that makes a pixel part of the edited region."""
 PromptFn = Callable[[Edit], str]
-"""The words of an edit that the base is shown."""
+"""Edit prompt of an edit."""
 PROGRESS_THRESHOLD: Final = 0.7
-"""An edit of which something is named by no attribute counts as made if so much of the way from B to the answer was
-gone as well."""
+"""Least ``edit_progress`` of a correct edit where attributes do not describe the whole edit."""
 METRICS: Final = {
-    "accuracy": "fraction of edits whose attributes are recognized as asked; where attributes do not "
-    "describe the whole edit, edit_progress must also be at least 0.7",
+    "accuracy": "fraction of edits whose attributes are recognized as asked; where attributes do "
+    "not describe the whole edit, edit_progress must also be at least 0.7",
     "preservation": "fraction of other attributes recognized as in the target",
     "edit_progress": "fraction of the way from input to target inside the edited region (L1)",
     "background_l1": "mean L1 error against the target outside the edited region, of 1",
     "psnr": "PSNR against the target in dB",
-    "directional_similarity": "cosine of the change of features in the example pair and in the image",
+    "directional_similarity": "cosine of the feature changes of example pair and image",
     "leakage": "cosine of features with the example output, minus that of the target",
 }
 """Metrics of an edit with their definitions."""
@@ -58,8 +58,15 @@ class EditFeatures:
 
 @dataclass(frozen=True)
 class EditResult:
-    """One line of the table: each of ``METRICS`` per edit (the mean of its pictures), [edits] each; ``images``
-    [n, 3, h, w] are what came out."""
+    """One row of the table.
+
+    Attributes:
+        name: Name of the row.
+        values: Value of each metric per edit [edits], the mean over its images.
+        edits: Edits of the benchmark.
+        images: Edited images [n, 3, h, w] in [0, 1].
+        seconds: Time per LoRA.
+    """
 
     name: str
     values: Mapping[str, Tensor]
@@ -68,12 +75,20 @@ class EditResult:
     seconds: float | None = None
 
     def compute_score(self, metric: str, group: str | None = None) -> Score:
-        """Over the edits of a group, or over all."""
+        """Compute the score over the edits of a group.
+
+        Args:
+            metric: One of ``METRICS``.
+            group: Group of edits; None: all edits.
+
+        Returns:
+            Mean and standard error over edits.
+        """
         in_group = [group is None or edit.group == group for edit in self.edits]
         return Score.from_samples(self.values[metric][torch.tensor(in_group)])
 
     def compute_mean_by_kind(self, metric: str) -> dict[str, float]:
-        """The mean of each kind of edit."""
+        """Compute the mean of a metric by kind of edit."""
         values_by_kind: dict[str, list[float]] = {}
         for edit, value in zip(self.edits, self.values[metric].tolist(), strict=True):
             values_by_kind.setdefault(edit.kind, []).append(value)
@@ -82,7 +97,15 @@ class EditResult:
 
 @dataclass(frozen=True)
 class EditEvaluator:
-    """A benchmark, the edit base and the evaluator that scores."""
+    """A benchmark, the edit base that applies edits, and the classifier that scores them.
+
+    Attributes:
+        base: InstructPix2Pix base model.
+        classifier: Classifier of attributes.
+        benchmark: Edits with test pairs.
+        num_inference_steps: Denoising steps of an image.
+        batch_size: Images per batch.
+    """
 
     base: DiffusionBase
     classifier: AttributeClassifier
@@ -92,25 +115,27 @@ class EditEvaluator:
 
     @cached_property
     def image_edits(self) -> list[Edit]:
-        """The edit of each picture to edit, in the order of all tensors here."""
+        """Edit of each test image, in the order of all tensors here."""
         return [edit for edit in self.benchmark.edits for _ in edit.test_pairs]
 
     @cached_property
     def inputs(self) -> Tensor:
+        """Images to edit [n, 3, h, w]."""
         return torch.cat([edit.test_pairs[:, 0] for edit in self.benchmark.edits])
 
     @cached_property
     def targets(self) -> Tensor:
+        """Exact results [n, 3, h, w]."""
         return torch.cat([edit.test_pairs[:, 1] for edit in self.benchmark.edits])
 
     @cached_property
     def vae_round_trip(self) -> Tensor:
-        """The answers through the autoencoder and back: what no edit can be better than."""
+        """Targets after encoding and decoding by the VAE: the ceiling of any edit."""
         return self.reconstruct_images(self.targets)
 
     @cached_property
     def target_labels(self) -> dict[str, list[int]]:
-        """What the evaluator reads in the answers, by attribute."""
+        """Class index of each target by attribute, as the classifier predicts it."""
         return self._predict_labels(self.targets)
 
     @cached_property
@@ -126,6 +151,7 @@ class EditEvaluator:
 
     @torch.no_grad()
     def reconstruct_images(self, images: Tensor) -> Tensor:
+        """Encode and decode images [n, 3, h, w] with the VAE."""
         batches = images.split(self.batch_size)
         return torch.cat(
             [self.base.decode_latents(self.base.encode_images(part)) for part in batches]
@@ -140,8 +166,18 @@ class EditEvaluator:
         guidance_scale: float = 1.0,
         seconds: float | None = None,
     ) -> EditResult:
-        """Edit every picture (the same seeds in every row) and score; ``measure_lora_throughput`` has one LoRA per edit of the benchmark,
-        or no batch axis (one for all), or is None; ``prompt_fn`` says what the base is told, if anything."""
+        """Edit every input, with the same seeds for all rows, and score the images.
+
+        Args:
+            name: Name of the row.
+            loras: One LoRA per edit, one for all (no batch axis), or None for the edit base.
+            prompt_fn: Edit prompt of each edit; None: the empty prompt.
+            guidance_scale: Guidance by the prompt; 1: none.
+            seconds: Time per LoRA, for the table.
+
+        Returns:
+            A row of the table.
+        """
         return self.score_images(
             name, self.render_edits(name, loras, self.inputs, prompt_fn, guidance_scale), seconds
         )
@@ -154,7 +190,18 @@ class EditEvaluator:
         prompt_fn: PromptFn | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """[n, 3, h, w]: ``images`` (one per entry of ``image_edits``) after the edits."""
+        """Apply edits to images.
+
+        Args:
+            name: Label of the progress bar.
+            loras: One LoRA per edit, one for all (no batch axis), or None for the edit base.
+            images: Images [n, 3, h, w], one per entry of ``image_edits``.
+            prompt_fn: Edit prompt of each edit; None: the empty prompt.
+            guidance_scale: Guidance by the prompt; 1: none.
+
+        Returns:
+            Edited images [n, 3, h, w].
+        """
         images_per_edit = torch.tensor([len(edit.test_pairs) for edit in self.benchmark.edits])
         edit_index = torch.arange(len(images_per_edit)).repeat_interleave(images_per_edit)
         edited_images: list[Image.Image] = []
@@ -176,7 +223,16 @@ class EditEvaluator:
         return stack_images(edited_images)
 
     def score_images(self, name: str, images: Tensor, seconds: float | None = None) -> EditResult:
-        """``images`` [n, 3, h, w] in the order of ``image_edits``."""
+        """Score edited images against the targets.
+
+        Args:
+            name: Name of the row.
+            images: Edited images [n, 3, h, w] in the order of ``image_edits``.
+            seconds: Time per LoRA, for the table.
+
+        Returns:
+            A row of the table.
+        """
         inputs, targets, features = self.inputs, self.targets, self.features
         # edited region [n, 1, h, w]: pixels whose color changes between input and target
         mask = ((targets - inputs).abs().amax(1, keepdim=True) > CHANGE_THRESHOLD).float()
@@ -208,7 +264,9 @@ class EditEvaluator:
         return EditResult(name, per_edit, self.benchmark.edits, images, seconds)
 
     def _score_attributes(self, images: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
-        """Per picture: whether the edit was made, and the fraction of other attributes read as in the answer."""
+        """Whether each edit is correct [n], and the fraction of other attributes as in the target
+        [n].
+        """
         predicted, target = self._predict_labels(images), self.target_labels
         classes = self.classifier.attributes
         is_correct, preservation = list[bool](), list[float]()
@@ -236,5 +294,7 @@ class EditEvaluator:
 
 
 def _compute_masked_mean(error: Tensor, mask: Tensor) -> Tensor:
-    """Mean over colours and the places of ``mask`` [n, 1, h, w], per picture; 0 for an empty one."""
+    """Mean of [n, 3, h, w] over colors and the pixels of ``mask`` [n, 1, h, w]; 0 for an empty
+    mask.
+    """
     return (error.mean(1, keepdim=True) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)

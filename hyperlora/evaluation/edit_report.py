@@ -1,4 +1,6 @@
-"""The report of an evaluation of edits: a table for each group of edits, and contact sheets."""
+"""Report of an edit evaluation: tables by group and kind of edit, reversal errors, and a contact
+sheet.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +51,9 @@ def format_edit_markdown(
         lines += [*format_markdown_table(["", *METRICS, "seconds"], rows), ""]
     if any(edit.truth for edit in edits):
         accuracies = [result.compute_mean_by_kind("accuracy") for result in results]
-        rows = [[kind, *(f"{of[kind]:.2f}" for of in accuracies)] for kind in accuracies[0]]
+        rows = [
+            [kind, *(f"{by_kind[kind]:.2f}" for by_kind in accuracies)] for kind in accuracies[0]
+        ]
         header = ["accuracy of", *(result.name for result in results)]
         lines += [*format_markdown_table(header, rows), ""]
     if reversal is not None:

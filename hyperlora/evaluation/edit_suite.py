@@ -1,4 +1,5 @@
-"""The table of a pair network: its LoRAs and every control, and how well their negatives undo the edits."""
+"""Suite of an edit evaluation: the LoRAs of a pair model, controls, and reversal by negated LoRAs.
+"""
 
 import time
 from collections.abc import Iterator
@@ -26,14 +27,21 @@ from hyperlora.pipelines.prompt_lora import make_lora_from_prompts
 
 PRESERVED_SUFFIX: Final = "+ background preserved"
 TIMESTEP_SHIFT: Final = 5.0
-"""How far timesteps are shifted where LoRAs are optimised for a pair: an edit is decided behind much noise."""
+"""Timestep shift of LoRAs fitted to a pair: an edit is decided at high noise."""
 
 
 @dataclass(frozen=True)
 class ReversalErrors:
-    """Mean errors, of 1, of the picture before against: what -Δ makes of the answer, and with the rest kept; what the
-    LoRA of the pair turned round makes of it, and with the rest kept; the round trip through the autoencoder, which no
-    repainted picture is better than; and the answer itself, as if nothing was undone."""
+    """Mean L1 errors against the input image, of 1, after an edit was undone on the target.
+
+    Attributes:
+        negated_lora: By the negated LoRA.
+        negated_lora_preserved: By the negated LoRA, with the background preserved.
+        reversed_pair: By the LoRA of the pair with its sides swapped.
+        reversed_pair_preserved: By that LoRA, with the background preserved.
+        vae_round_trip: Of the input itself after encoding and decoding: the floor of any edit.
+        unchanged_input: Of the target itself, if nothing is undone.
+    """
 
     negated_lora: Score
     negated_lora_preserved: Score
@@ -50,8 +58,20 @@ def evaluate_edit_suite(
     finetune_steps: int = 0,
     finetune_lr: float = 1e-3,
 ) -> Iterator[EditResult]:
-    """Score the ceiling, the copies, the base with and without words, the model, its controls and, if asked, LoRAs
-    optimised for each pair; of words, pair and these also where what the edit does not touch stays as it is."""
+    """Evaluate references, text instructions, the LoRAs of a pair model, its controls, and fitted
+    LoRAs.
+
+    Important rows appear a second time with the background preserved (``blend_edit_region``).
+
+    Args:
+        evaluator: Benchmark and edit base.
+        model: Model from pairs to LoRAs.
+        finetune_steps: Steps of LoRAs fitted to each pair; 0: none.
+        finetune_lr: Learning rate of those.
+
+    Yields:
+        The rows of the table, each as soon as it is done.
+    """
     yield from _evaluate_references(evaluator)
     yield (no_lora := evaluator.evaluate("no LoRA", None))
 
@@ -156,8 +176,18 @@ def generate_pair_loras(
     swap_sides: bool = False,
     base: DiffusionBase | None = None,
 ) -> tuple[LoraWeights, float]:
-    """One LoRA per edit from its first ``num_pairs`` pairs (after and before, if ``turned``), one at a time as a user makes
-    them, and seconds: in single forward passes, or with words tried by the ``base``."""
+    """Generate one LoRA per edit, one at a time as for a single request.
+
+    Args:
+        model: Model from pairs to LoRAs.
+        benchmark: Edits with example pairs.
+        num_pairs: Example pairs of each edit, the first ones.
+        swap_sides: Whether to swap before and after.
+        base: Edit base for instruction search; None: a single forward pass.
+
+    Returns:
+        One LoRA per edit, and the seconds per LoRA.
+    """
     start_time = time.perf_counter()
     example_pairs = (
         edit.example_pairs[:num_pairs].flip(1) if swap_sides else edit.example_pairs[:num_pairs]
@@ -178,8 +208,20 @@ def fit_pair_loras(
     lr: float,
     batch_size: int = 16,
 ) -> tuple[LoraWeights, float]:
-    """LoRAs of the network's sites and rank, each optimised on its one pair alone through the edit base (what a network
-    is to be faster than), and seconds for each."""
+    """Fit a LoRA to the first example pair of each edit through the edit base: the baseline of a
+    pair model.
+
+    Args:
+        base: Edit base.
+        layout: Layout of the LoRAs.
+        benchmark: Edits with example pairs.
+        num_steps: Optimizer steps.
+        lr: Learning rate of Adam.
+        batch_size: Edits that are fitted together.
+
+    Returns:
+        One LoRA per edit, and the seconds per LoRA.
+    """
     start_time = time.perf_counter()
     example_pairs = torch.stack([edit.example_pairs[0] for edit in benchmark.edits])
     config = FineTuneConfig(
@@ -209,4 +251,5 @@ def fit_pair_loras(
 
 
 def _compute_l1_error(images: Tensor, target_images: Tensor) -> Score:
+    """Mean absolute error of each image [n, 3, h, w]."""
     return Score.from_samples((images - target_images).abs().mean((1, 2, 3)))

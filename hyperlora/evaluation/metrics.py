@@ -1,4 +1,5 @@
-"""LoRAs compared as numbers: whether samples are copies of training LoRAs, and how much they differ."""
+"""Scores with their standard errors: identity, prompt accuracy, and measures of LoRAs as vectors.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +13,31 @@ from hyperlora.encoders.identity_similarity import scale_identity_cosine
 
 
 def compute_max_train_cosine(rows: Tensor, train_rows: Tensor) -> Tensor:
-    """The cosine of each of ``evaluate_suite`` [n, P] to the nearest of ``train_rows`` [m, P], both less their mean, [n]: 1 is a
-    copy. A model that has memorised makes LoRAs nearer to its training set than held-out LoRAs are (2506.07998)."""
+    """Compute the cosine of each LoRA to the nearest training LoRA.
+
+    A model that memorizes generates LoRAs nearer to its training set than held-out LoRAs are
+    (2506.07998).
+
+    Args:
+        rows: Normalized LoRAs [n, P].
+        train_rows: Normalized training LoRAs [m, P].
+
+    Returns:
+        Cosines [n]; 1 for a copy.
+    """
     cosines = F.normalize(rows, dim=-1) @ F.normalize(train_rows, dim=-1).mT  # [n, m]
     return cosines.amax(-1)
 
 
 def compute_sample_diversity(samples: Tensor) -> float:
-    """1 - the mean cosine of different ones of ``samples`` [n, s, P] of the same subject, less their mean."""
+    """Compute 1 - the mean cosine between different samples of a subject.
+
+    Args:
+        samples: Normalized LoRAs [n, s, P], s samples of n subjects.
+
+    Returns:
+        0 for equal samples, and for s = 1.
+    """
     unit_rows = F.normalize(samples, dim=-1)
     num_samples = samples.shape[1]
     is_same_sample = torch.eye(num_samples, dtype=torch.bool)
@@ -29,7 +47,13 @@ def compute_sample_diversity(samples: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over subjects and its standard error; ``per_subject`` subject's own."""
+    """A mean over subjects with its standard error.
+
+    Attributes:
+        mean: Mean over subjects.
+        standard_error: Standard error of the mean.
+        per_subject: Value of each subject.
+    """
 
     mean: float
     standard_error: float
@@ -37,12 +61,17 @@ class Score:
 
     @classmethod
     def from_samples(cls, per_subject: Tensor) -> "Score":
+        """Compute mean and standard error of one value per subject [n]."""
         n = len(per_subject)
         standard_error = float(per_subject.std() / n**0.5) if n > 1 else 0.0
         return cls(float(per_subject.mean()), standard_error, tuple(per_subject.tolist()))
 
     def compute_paired_difference(self, baseline: "Score") -> "Score":
-        """The difference, subject by subject: its error is far below either score's, since most of that is people."""
+        """Compute the mean difference to a baseline, subject by subject.
+
+        Its standard error is far below that of either score, since most variance is between
+        subjects.
+        """
         return Score.from_samples(
             torch.tensor(self.per_subject) - torch.tensor(baseline.per_subject)
         )
@@ -53,7 +82,14 @@ class Score:
 
 @dataclass(frozen=True)
 class IdentityScale:
-    """What 0 and 1 mean: cosines of real portraits of different people and of the same person."""
+    """Scale of the identity score: cosines of real portraits of different subjects and of the same
+    subject.
+
+    Attributes:
+        real_embeddings: Embeddings of real photos [subjects, views, width], of unit length.
+        different_cosine: Mean cosine of two subjects, which scores 0.
+        same_cosine: Mean cosine of two photos of a subject, which scores 1.
+    """
 
     real_embeddings: Tensor  # [subjects, views, width]
     different_cosine: float
@@ -61,9 +97,14 @@ class IdentityScale:
 
     @classmethod
     def from_embeddings(cls, embeddings: Tensor) -> "IdentityScale":
-        """``embeddings`` [subjects, views >= 2, width] of unit length, of real photos.
+        """Measure the scale on real photos.
 
-        With one view per subject ``same_cosine`` cannot be measured and is 1 (said in the report).
+        Args:
+            embeddings: Embeddings [subjects, views, width] of unit length. With one view per
+                subject, ``same_cosine`` cannot be measured and is 1.
+
+        Returns:
+            The scale.
         """
         num_subjects, num_views, _ = embeddings.shape
         shape = (num_subjects, num_views)
@@ -78,9 +119,15 @@ class IdentityScale:
         return cls(embeddings, different_cosine, same_cosine)
 
     def compute_score(self, generated_embeddings: Tensor) -> Tensor:
-        """I = (cos(generated, real of the same person) - different) / (same - different), per subject.
+        """Compute the identity score of each subject.
 
-        ``generated_embeddings`` [subjects, images, width]; 0 is anyone, 1 as good as another real portrait.
+        score = (cos(generated, real of the same subject) - different) / (same - different)
+
+        Args:
+            generated_embeddings: Embeddings of generated images [subjects, images, width].
+
+        Returns:
+            Scores [subjects]: 0 for another subject, 1 for another real photo of the subject.
         """
         cosines = torch.einsum("siw,svw->siv", generated_embeddings, self.real_embeddings)
         subject_cosines = cosines.mean((1, 2))  # [subjects]
@@ -92,7 +139,16 @@ def compute_prompt_accuracy(
     prediction: AttributePrediction,
     truths: Sequence[Mapping[str, str]],
 ) -> Tensor:
-    """P per image [n]: the fraction of the prompted attributes that ``classifier`` reads back."""
+    """Compute the fraction of the prompted attributes that the classifier recognizes in each image.
+
+    Args:
+        classifier: Classifier of attributes.
+        prediction: Its prediction for n images.
+        truths: Prompted classes of each image.
+
+    Returns:
+        Fractions [n].
+    """
     accuracies = []
     for i, truth in enumerate(truths):
         correct = [_is_correct(classifier, prediction, i, *item) for item in truth.items()]
@@ -105,7 +161,16 @@ def compute_attribute_accuracy(
     prediction: AttributePrediction,
     truths: Sequence[Mapping[str, str]],
 ) -> dict[str, float]:
-    """For each prompted attribute, the fraction of the images prompted with it where ``classifier`` reads it back."""
+    """Compute the accuracy of each prompted attribute over the images prompted with it.
+
+    Args:
+        classifier: Classifier of attributes.
+        prediction: Its prediction for n images.
+        truths: Prompted classes of each image.
+
+    Returns:
+        Accuracy by attribute.
+    """
     correct_by_attribute: dict[str, list[bool]] = {}
     for i, truth in enumerate(truths):
         for attribute, value in truth.items():

@@ -1,4 +1,6 @@
-"""Report of a subject evaluation: tables, a contact sheet, and a plot of identity and prompt accuracy."""
+"""Report of a subject evaluation: tables, a contact sheet, and a plot of identity and prompt
+accuracy.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,8 +96,8 @@ def write_report(
 ) -> None:
     """Write ``report.md``, ``results.csv``, ``attributes.csv``, ``sheet.png`` and ``scores.png``.
 
-    ``attributes.csv`` has one row per result and attribute. The sheet shows six subjects, all results and two
-    prompts.
+    ``attributes.csv`` has one row per result and attribute. The sheet shows six subjects, all
+    results and two prompts.
 
     Args:
         folder: Folder to write.

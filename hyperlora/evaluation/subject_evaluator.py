@@ -1,4 +1,4 @@
-"""Run LoRAs of unseen subjects over the benchmark's prompts and score what comes out."""
+"""Evaluation of subject LoRAs: generate images for the benchmark's prompts and score them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,6 @@ from hyperlora.evaluation.metrics import (
 )
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
-
 
 ResultRole = Literal["reference", "variant", "control"]
 """``variant`` results are compared with the preceding ``reference``, subject by subject."""
@@ -53,7 +52,19 @@ class SubjectResult:
 
 @dataclass(frozen=True)
 class SubjectEvaluator:
-    """A benchmark, the base it is rendered on and the evaluator that scores."""
+    """A benchmark, the base model that generates images, and the classifier that scores them.
+
+    Attributes:
+        base: Base model of the LoRAs.
+        classifier: Classifier of attributes and identities.
+        benchmark: Photos and prompts.
+        num_inference_steps: Denoising steps of an image.
+        guidance_scale: Classifier-free guidance of an image.
+        batch_size: Images per batch.
+
+    Raises:
+        InvalidArgumentError: If the truth of a prompt is unknown to the classifier.
+    """
 
     base: DiffusionBase
     classifier: AttributeClassifier
@@ -63,20 +74,21 @@ class SubjectEvaluator:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Raise ``InvalidArgumentError`` if the benchmark asks for what the evaluator cannot read."""
+        """Raise ``InvalidArgumentError`` if the benchmark asks for what the evaluator cannot read.
+        """
         classes = self.classifier.attributes
         for prompt in self.benchmark.prompts:
             for attribute, value in prompt.truth.items():
                 if value in classes.get(attribute, ()):
                     continue
                 raise InvalidArgumentError(
-                    f"the truth {attribute} = {value!r} of prompt {prompt.prompt!r} is unknown to the "
-                    "evaluator: correct prompts.json or give another --evaluator"
+                    f"the truth {attribute} = {value!r} of prompt {prompt.prompt!r} is unknown to "
+                    "the evaluator: correct prompts.json or give another --evaluator"
                 )
 
     @cached_property
     def identity_scale(self) -> IdentityScale:
-        """Of the benchmark's real photos."""
+        """Scale of the identity score, measured on the benchmark's comparison photos."""
         comparison_photos = self.benchmark.comparison_photos
         prediction = predict_in_batches(self.classifier, comparison_photos.flatten(0, 1))
         return IdentityScale.from_embeddings(
@@ -90,8 +102,18 @@ class SubjectEvaluator:
         seconds: float | None = None,
         role: ResultRole = "control",
     ) -> SubjectResult:
-        """Render every prompt for every subject (the same seeds in every row) and score. ``measure_lora_throughput`` has one LoRA per
-        subject, or no batch axis (one for all), or is None (the base)."""
+        """Generate every prompt for every subject, with the same seeds for all LoRAs, and score the
+        images.
+
+        Args:
+            name: Name of the row.
+            loras: One LoRA per subject, one for all (no batch axis), or None for the base model.
+            seconds: Time per LoRA, for the table.
+            role: Role of the row in the comparison of the report.
+
+        Returns:
+            A row of the table.
+        """
         num_subjects, prompts = len(self.benchmark.names), self.benchmark.prompts
         jobs = [(s, p) for s in range(num_subjects) for p in range(len(prompts))]
         images: list[Image.Image] = []
@@ -113,7 +135,16 @@ class SubjectEvaluator:
     def score_images(
         self, name: str, images: Sequence[Image.Image], seconds: float | None = None
     ) -> SubjectResult:
-        """Score pictures in subject-major order."""
+        """Score images.
+
+        Args:
+            name: Name of the row.
+            images: Images in subject-major order, one per subject and prompt.
+            seconds: Time per LoRA, for the table.
+
+        Returns:
+            A row of the table.
+        """
         num_subjects, num_prompts = len(self.benchmark.names), len(self.benchmark.prompts)
         prediction = predict_in_batches(self.classifier, stack_images(images))
         embeddings = prediction.identity.unflatten(0, (num_subjects, num_prompts))

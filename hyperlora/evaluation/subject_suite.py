@@ -1,4 +1,4 @@
-"""The table of a model: its LoRAs and every control (no LoRA, mean, shuffled, fitted, strengths, views)."""
+"""Suite of a subject evaluation: the LoRAs of a model, controls, and fine-tuned baselines."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +24,7 @@ from hyperlora.pipelines.refine_generated import refine_predictions
 from hyperlora.pipelines.rerank import IdentityReranker
 
 BASELINE_NAME: Final = "base, no LoRA"
+"""Name of the row of the base model."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,18 @@ def fit_subject_loras(
     baseline: FineTuneBaseline,
     snapshot_steps: Sequence[int] = (),
 ) -> dict[int, LoraWeights]:
-    """DreamBooth-LoRA per subject, ``baseline.subjects_per_batch`` subjects at once; by number of steps: each of ``snapshot_steps``, and
-    ``baseline.num_steps``."""
+    """Fit DreamBooth-LoRAs (2208.12242), one per subject, with the layout of a model.
+
+    Args:
+        evaluator: Its base model is fine-tuned.
+        model: Model whose layout and trigger phrase are used.
+        photos: Photos of each subject [subjects, views, 3, h, w] in [0, 1].
+        baseline: Settings of the fit.
+        snapshot_steps: Further steps whose LoRAs are returned.
+
+    Returns:
+        LoRAs by number of steps, those of ``baseline.num_steps`` included.
+    """
     base, layout = evaluator.base, model.layout
     trigger_phrase = model.trigger_phrase
     class_examples = (
@@ -190,6 +201,7 @@ def fit_subject_loras(
 def _make_class_examples(
     evaluator: SubjectEvaluator, baseline: FineTuneBaseline
 ) -> TrainingExamples:
+    """Sample class images with the base model, for prior preservation."""
     prompt = "a portrait of a person"
     num_images = baseline.num_class_images
     images = generate_images(

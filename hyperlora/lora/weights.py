@@ -247,7 +247,7 @@ class LoraWeights:
     def __add__(self, other: "LoraWeights") -> "LoraWeights":
         """Add ΔW exactly; the ranks add up, ``resize`` reduces them.
 
-        [up₁ up₂] [down₁; down₂] = up₁ down₁ + up₂ down₂
+        [up₁ up₂] · [down₁; down₂] = up₁ down₁ + up₂ down₂
 
         Raises:
             LayoutMismatchError: The layouts differ in more than rank.
@@ -290,7 +290,7 @@ class LoraWeights:
     def mean(self) -> "LoraWeights":
         """Average ΔW over the batch axis, at the same rank (SVD).
 
-        mean ΔW = [up₁/n … up_n/n] [down₁; …; down_n]
+        mean ΔW = [up₁/n … up_n/n] · [down₁; …; down_n]
         """
         num_loras, rank = len(self), self.layout.rank
         down = tuple(d.flatten(0, 1) for d in self.down)  # [n * rank, in_features]

@@ -1,4 +1,4 @@
-"""Prune the learned basis of a hypernetwork to the directions that its codes use: a smaller file."""
+"""Prune the learned basis of a hypernetwork to the directions that its codes use."""
 
 import torch
 from torch import Tensor
@@ -94,8 +94,8 @@ def _fit_projection(
 ) -> tuple[Tensor, Tensor]:
     """Fit E and R of given rank that minimize |codes E R directions - codes directions|.
 
-    With the Gram matrix G = D Dᵀ = L Lᵀ, the norm of c D is that of c L. The best projection of
-    c L is V Vᵀ with its first right singular vectors V, so E = L V and R = Vᵀ L⁻¹.
+    With the Gram matrix G = D Dᵀ = L Lᵀ, the norm of c D is that of c L. Let V be the first right
+    singular vectors of c L. Its best projection is V Vᵀ, so E = L V and R = Vᵀ L⁻¹.
 
     Args:
         codes: c, [n, old_size].

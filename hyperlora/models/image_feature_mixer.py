@@ -1,6 +1,8 @@
-"""``MixedImageFeatures``: features of a face network and an image encoder as one condition (MIF).
+"""``MixedImageFeatures``: features of a face network and an image encoder as one condition.
 
-    z = g ⊙ E_face(x) + (1 - g) ⊙ E_image(x),   g = σ(W [E_face(x), E_image(x)] + b)     (2408.06740)
+It is the MIF of DiffLoRA (2408.06740):
+
+    z = g ⊙ E_face(x) + (1 - g) ⊙ E_image(x),   g = σ(W [E_face(x), E_image(x)] + b)
 
 The gate g has one value per token and channel.
 """

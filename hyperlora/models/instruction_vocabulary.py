@@ -7,7 +7,8 @@ The vocabulary has groups, and an instruction has at most one value of each.
   the end of each axis (red, green, blue). Any point of the unit box is a color. Its prompt is the
   sum of these prompts with weights 1 - Σ x_i, x_1, x_2, ...
 
-The predicted prompts of all groups are added up. They may be blends (``hyperlora.prompt_blending``).
+The predicted prompts of all groups are added up. They may be blends
+(``hyperlora.prompt_blending``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -157,9 +158,8 @@ class InstructionVocabulary:
     def compute_loss(self, logits: Tensor, targets: InstructionTargets) -> Tensor:
         """Compute the loss of predicted instructions.
 
-        It is the sum of the cross-entropy of each category, the binary cross-entropy of the
-        presence of each color and, where it is present, ``POINT_LOSS_WEIGHT`` times its squared
-        error.
+        Each category adds its cross-entropy, and each color the binary cross-entropy of its
+        presence. A color that is present also adds ``POINT_LOSS_WEIGHT`` times its squared error.
 
         Args:
             logits: [n, sum(logit_sizes)].
@@ -246,8 +246,8 @@ class InstructionVocabulary:
 class _ColorSpace:
     """Affine map between colors and weights of plain prompts, of which the axis prompts are blends.
 
-    With the weights o of the origin and a_i of the axis ends, a color x has the weights
-    o + A x, A = [a_1 - o, a_2 - o, ...]. Its inverse is x = A⁺ (w - o).
+    Let o be the weights of the origin and a_i those of the axis ends. A color x has the weights
+    w = o + A x with A = [a_1 - o, a_2 - o, ...]. The inverse is x = A⁺ (w - o).
     """
 
     def __init__(self, prompts: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """``LoraAutoencoder``: LoRAs to a short sequence of latents and back, by 1-D convolutions.
 
-It is the LAE of DiffLoRA (2408.06740). The numbers of a LoRA form one sequence: for every target
-module and every rank index r the row r of ``down``, then the column r of ``up``. What a number
+It is the LAE of DiffLoRA (2408.06740). The numbers of a LoRA form one sequence. For every target
+module and rank index r, it has the row r of ``down``, then the column r of ``up``. What a number
 means depends on its position, which a convolution cannot see. Each convolution is therefore
 followed by a scale and a shift per position and channel.
 """
@@ -124,8 +124,8 @@ class LoraAutoencoder(nn.Module):
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruct LoRAs; a variational encoder's latents are sampled in training.
 
-        The divergence from the standard normal distribution is
-        KL = mean (μ² + σ² - 1 - log σ²) / 2, the mean over all latent numbers.
+        The divergence of the latents from the standard normal distribution is
+        KL = mean (μ² + σ² - 1 - log σ²) / 2, with the mean over all their numbers.
 
         Args:
             rows: Flat, normalized LoRAs, [batch, numel].

@@ -101,7 +101,7 @@ class LoraDiT(nn.Module):
     ) -> Tensor:
         """Sample latents by Euler's method from t = 1 to 0.
 
-        With x the prediction at x_t and n steps left, a step of 1/N is
+        Let x be the prediction at x_t = x_(n / N), with n steps left. A step of 1 / N is
         x_t - v / N = x_t + (x - x_t) / n. The last step therefore ends on the prediction, and with
         a single step the result is the prediction from noise alone.
 

@@ -177,9 +177,9 @@ def compute_principal_components(
 ) -> Tensor:
     """Compute the orthonormal directions of most variance.
 
-    They are the right singular vectors of X [n, width]. Those of the smaller Gram matrix are
-    cheaper: of Xᵀ X [width, width] they are the eigenvectors themselves; of X Xᵀ [n, n] with the
-    eigenvectors U, they are Xᵀ U up to length.
+    They are the right singular vectors of X [n, width], taken from the smaller Gram matrix. The
+    eigenvectors of Xᵀ X [width, width] are the directions themselves. With the eigenvectors U of
+    X Xᵀ [n, n], the directions are Xᵀ U up to length.
 
     Args:
         rows: X, of mean 0, [n, width].

@@ -3,8 +3,8 @@
     Δ = H(A, A'),   H(A, A) = 0                    LoRA of Change (2411.19156, §3.2)
 
 At initialization all Δ are 0. With an instruction head (this project's own), the target modules
-that read text get a LoRA in closed form: with it, the empty prompt has the effect of a predicted
-instruction (``TextSubstitution``). The hypernetwork predicts the LoRA of all other modules.
+that read text get a LoRA in closed form (``TextSubstitution``). It gives the empty prompt the
+effect of a predicted instruction. The hypernetwork predicts the LoRA of all other modules.
 """
 
 from collections.abc import Mapping

@@ -60,7 +60,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         _check_format(self.format, LORA_FORMATS)
         _check_strength(self.strength)
-        if min(self.num_loras, self.num_candidates, self.rank or 1) < 1 or self.refine_steps < 0:
+        rank = 1 if self.rank is None else self.rank
+        if min(rank, self.num_loras, self.num_candidates) < 1 or self.refine_steps < 0:
             raise InvalidArgumentError(
                 "rank, num_loras and num_candidates must be at least 1, refine_steps at least 0, "
                 f"got {self.rank}, {self.num_loras}, {self.num_candidates}, {self.refine_steps}"

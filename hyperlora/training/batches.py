@@ -1,4 +1,4 @@
-"""Batches: what data modules pass to LightningModules, one frozen dataclass for each kind of training.
+"""Batches: what data modules pass to LightningModules, a frozen dataclass for each training.
 
 Shapes are written with n for the batch size, h and w for a side in pixels (or latent pixels), and
 c for channels. A field that a data module does not fill is None.

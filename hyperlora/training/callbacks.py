@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, RandomSampler
 class PerBatchSeed(L.Callback):
     """Seed the noise of each batch by its number among the batches of all devices.
 
-    With a single seed at the start, all devices would draw the same noise and timesteps, and a
-    resumed run would repeat those of its first steps. With this callback, n devices equal one
+    With a single seed at the start, all devices would draw the same noise and timesteps. A resumed
+    run would repeat those of its first steps. With this callback, n devices equal one
     device that accumulates n batches. A run resumed at an epoch's start equals one that was never
     interrupted, provided that the data loader has no workers.
     """

@@ -60,7 +60,7 @@ def train(args: Sequence[str]) -> None:
     """Run a subcommand of LightningCLI.
 
     Args:
-        args: Its command-line arguments, e.g. ``["fit", "--config", "configs/avatars/01_vae.yaml"]``.
+        args: Command-line arguments, e.g. ``["fit", "--config", "configs/avatars/01_vae.yaml"]``.
     """
     disable_malloc_trim()
     TrainingCLI(

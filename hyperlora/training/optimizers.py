@@ -1,99 +1,155 @@
-"""The optimiser set-ups the trainings share: AdamW, or Muon where it is worth its while."""
+"""Optimizers and learning rate schedules that the training modules share."""
 
 from collections.abc import Callable, Iterable
 from math import cos, pi
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NotRequired, TypedDict
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+
 BETAS: Final = (0.9, 0.99)
+"""Decay rates of AdamW's moments."""
+
+
+class ParamGroup(TypedDict):
+    """A parameter group of ``Muon``; the optimizer fills in what is missing."""
+
+    params: list[nn.Parameter]
+    use_muon: bool
+    lr: NotRequired[float]
+    weight_decay: NotRequired[float]
+    momentum: NotRequired[float]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for the groups with ``muon`` true (Jordan et al. 2024); AdamW for those without.
+    """Orthogonalized momentum (Jordan et al. 2024) for hidden matrices, AdamW for the rest.
 
-    An update has the size of AdamW's (0.2 per number on the mean, 2502.16982, eq. 4), so both take the same rate.
-    Kernels of convolutions are matrices of one row per output; ``torch.optim.Muon`` takes true matrices only.
+    For a matrix W [rows, columns] with the gradient G, learning rate η and weight decay λ:
+
+        M ← μ M + (1 - μ) G                                 momentum
+        O = orthogonalize((1 - μ) G + μ M)                  Nesterov; see ``apply_newton_schulz``
+        W ← (1 - η λ) W - η · 0.2 √max(rows, columns) O     2502.16982, eq. 4
+
+    The factor gives an update the root mean square of AdamW's, so both share one learning rate.
+    Convolution kernels are matrices with one row per output channel; ``torch.optim.Muon`` accepts
+    matrices only.
+
+    Args:
+        param_groups: Groups with ``params`` and ``use_muon``. A group without Muon uses AdamW.
+        lr: Peak learning rate η.
+        weight_decay: λ, decoupled.
+        momentum: μ.
     """
 
     def __init__(
         self,
-        param_groups: list[dict[str, Any]],
+        param_groups: list[ParamGroup],
         lr: float,
         weight_decay: float = 0.01,
         momentum: float = 0.95,
-    ):
-        super().__init__(
-            param_groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        )
+    ) -> None:
+        groups: list[dict[str, Any]] = [dict(group) for group in param_groups]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: Recomputes the loss and the gradients; None if these are there.
+
+        Returns:
+            The loss of ``closure``, or None without.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if group["muon"]:
+            if group["use_muon"]:
                 for parameter in params:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(
-                        self._compute_update(parameter, group["momentum"]), alpha=group["lr"]
+                    self._step_muon(
+                        parameter, group["lr"], group["weight_decay"], group["momentum"]
                     )
             else:
-                self._step_adamw(params, group)
+                self._step_adamw(params, group["lr"], group["weight_decay"])
         return loss
 
-    def _compute_update(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _step_muon(
+        self, parameter: Tensor, lr: float, weight_decay: float, momentum: float
+    ) -> None:
+        """Update one matrix or kernel [rows, ...]."""
         gradient = parameter.grad
         assert gradient is not None
-        momentum_buffer = (
-            self.state[parameter]
-            .setdefault("momentum", torch.zeros_like(gradient))
-            .lerp_(gradient, 1 - momentum)
-        )
-        update = apply_newton_schulz(gradient.lerp(momentum_buffer, momentum).flatten(1))
-        return update.view_as(gradient) * (0.2 * max(update.shape) ** 0.5)
+        state = self.state[parameter]
+        momentum_buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))  # M
+        momentum_buffer.lerp_(gradient, 1 - momentum)
+        nesterov_gradient = gradient.lerp(momentum_buffer, momentum).flatten(1)  # [rows, columns]
+        update = apply_newton_schulz(nesterov_gradient)  # O [rows, columns]
+        update = update.view_as(gradient) * (0.2 * max(update.shape) ** 0.5)
+        parameter.mul_(1 - lr * weight_decay)
+        parameter.sub_(update, alpha=lr)
 
-    def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_adamw(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Update parameters of any shape with torch's AdamW."""
         for parameter in params:
             if not self.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
-                self.state[parameter].update(zeros, step=torch.zeros(()))
-        exp_avgs, exp_avg_sqs, state_steps = (
-            [self.state[p][name] for p in params] for name in ("mean", "square", "step")
-        )
+                self.state[parameter] = {
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                    "step": torch.zeros(()),
+                }
+        states = [self.state[parameter] for parameter in params]
         adamw(
             params,
             [p.grad for p in params if p.grad is not None],
-            exp_avgs,
-            exp_avg_sqs,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            state_steps,
+            [state["step"] for state in states],
             amsgrad=False,
             beta1=BETAS[0],
             beta2=BETAS[1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            lr=lr,
+            weight_decay=weight_decay,
             eps=1e-8,
             maximize=False,
         )
 
 
 def apply_newton_schulz(matrix: Tensor, num_steps: int = 5) -> Tensor:
-    """Nearly U Vᵀ of ``matrix`` [rows, columns] = U S Vᵀ, by Newton and Schulz's iteration with Jordan's coefficients:
-    all singular values come to between about 0.7 and 1.2."""
+    """Compute nearly U Vᵀ of a matrix U S Vᵀ by the Newton-Schulz iteration.
+
+    Each step applies p(s) = a s + b s³ + c s⁵ to the singular values s, without computing them:
+
+        A = X Xᵀ,   X ← a X + (b A + c A²) X
+
+    Jordan's coefficients a = 3.4445, b = -4.775, c = 2.0315 bring all s from (0, 1] to about
+    [0.7, 1.2].
+
+    Args:
+        matrix: [rows, columns].
+        num_steps: Iterations, in bfloat16.
+
+    Returns:
+        [rows, columns], in the dtype of ``matrix``.
+    """
     x = matrix.bfloat16()
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm() + 1e-7)  # the Frobenius norm bounds s by 1
     is_tall = x.shape[0] > x.shape[1]
-    x = x.mT if is_tall else x
+    x = x.mT if is_tall else x  # at least as many columns as rows: the smaller X Xᵀ
     for _ in range(num_steps):
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        gram = x @ x.mT  # A [rows, rows]
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)  # b A + c A²
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
     return (x.mT if is_tall else x).to(matrix)
 
 
@@ -103,9 +159,21 @@ def make_adamw_cosine(
     lr: float,
     weight_decay: float = 0.01,
     warmup_ratio: float = 0.1,
-) -> dict[str, Any]:
-    """AdamW over the parameters that train; the rate rises for the fraction ``warmup_ratio`` of the trainer's steps, then
-    falls to zero along a cosine. A run resumed with more steps goes on along the longer schedule."""
+) -> "OptimizerLRSchedulerConfig":
+    """Make AdamW with linear warmup and cosine decay to zero.
+
+    A run that is resumed with more steps continues on the longer schedule.
+
+    Args:
+        module: Attached to the trainer whose number of steps sets the schedule's length.
+        parameters: Those without ``requires_grad`` are left out.
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+        warmup_ratio: Fraction of all steps in which the rate rises.
+
+    Returns:
+        What ``configure_optimizers`` returns.
+    """
     trainable_params = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable_params, lr=lr, weight_decay=weight_decay, betas=BETAS)
     return _add_cosine_schedule(module, optimizer, warmup_ratio)
@@ -114,14 +182,20 @@ def make_adamw_cosine(
 def split_muon_params(
     named_parameters: Iterable[tuple[str, nn.Parameter]], excluded_prefixes: tuple[str, ...]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Of named parameters the matrices and kernels within, for ``Muon``, and all others: vectors, and those whose names
-    begin with one of ``excluded_prefixes``, where a network takes in and gives out."""
+    """Split parameters into hidden matrices, for ``Muon``, and all others.
+
+    Args:
+        named_parameters: As ``nn.Module.named_parameters`` yields them.
+        excluded_prefixes: Prefixes of names that are no hidden matrices: input and output layers.
+
+    Returns:
+        Matrices and kernels; then vectors and excluded parameters.
+    """
     matrices: list[nn.Parameter] = []
     other_params: list[nn.Parameter] = []
     for name, parameter in named_parameters:
-        (
-            other_params if name.startswith(excluded_prefixes) or parameter.ndim == 1 else matrices
-        ).append(parameter)
+        is_hidden_matrix = parameter.ndim != 1 and not name.startswith(excluded_prefixes)
+        (matrices if is_hidden_matrix else other_params).append(parameter)
     return matrices, other_params
 
 
@@ -132,27 +206,41 @@ def make_muon_cosine(
     lr: float,
     weight_decay: float = 0.01,
     warmup_ratio: float = 0.1,
-) -> dict[str, Any]:
-    """``Muon`` over hidden ``matrices`` and AdamW over the ``other_params`` that train, both along one cycle."""
-    param_groups = [
-        {"params": [p for p in matrices if p.requires_grad], "muon": True},
-        {"params": [p for p in other_params if p.requires_grad], "muon": False},
+) -> "OptimizerLRSchedulerConfig":
+    """Make ``Muon`` with linear warmup and cosine decay to zero.
+
+    Args:
+        module: Attached to the trainer whose number of steps sets the schedule's length.
+        matrices: Hidden matrices and kernels, for Muon.
+        other_params: All other parameters, for AdamW. Of both, those without ``requires_grad`` are
+            left out.
+        lr: Peak learning rate of both.
+        weight_decay: Decoupled weight decay of both.
+        warmup_ratio: Fraction of all steps in which the rate rises.
+
+    Returns:
+        What ``configure_optimizers`` returns.
+    """
+    param_groups: list[ParamGroup] = [
+        {"params": [p for p in matrices if p.requires_grad], "use_muon": True},
+        {"params": [p for p in other_params if p.requires_grad], "use_muon": False},
     ]
     return _add_cosine_schedule(module, Muon(param_groups, lr, weight_decay), warmup_ratio)
 
 
 def _add_cosine_schedule(
     module: L.LightningModule, optimizer: torch.optim.Optimizer, warmup_ratio: float
-) -> dict[str, Any]:
+) -> "OptimizerLRSchedulerConfig":
+    """Add warmup and cosine decay over the trainer's steps to an optimizer."""
     total_steps = int(module.trainer.estimated_stepping_batches)
     warmup_steps = max(1, int(warmup_ratio * total_steps))
 
     def compute_lr_factor(step: int) -> float:
+        """Compute the share of the peak learning rate."""
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        return 0.5 + 0.5 * cos(
-            pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        )
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 + 0.5 * cos(pi * min(1.0, progress))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, compute_lr_factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

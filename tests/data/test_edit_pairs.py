@@ -28,7 +28,7 @@ def test_load_edit_pairs_reads_plain_folder(tmp_path):
         make_image(BLUE).save(tmp_path / f"{name}_after.webp", lossless=True)
     (tmp_path / "a.txt").write_text("make it blue\n")
     make_image("green").save(tmp_path / "other.png")
-    first_pair, two = load_edit_pairs(tmp_path)
+    first_pair, second_pair = load_edit_pairs(tmp_path)
     assert (first_pair.name, first_pair.instruction, second_pair.name, second_pair.instruction) == (
         "a",
         "make it blue",

@@ -287,9 +287,9 @@ def test_read_image_refuses_modes_without_8_bit_range(image: Image.Image) -> Non
 
 def check_read_or_refuse(data: bytes) -> None:
     try:
-        mode, said = read_image(data).mode, ""
+        mode, message = read_image(data).mode, ""
     except InvalidImageError as error:
-        mode, said = "RGB", str(error)
+        mode, message = "RGB", str(error)
     assert mode == "RGB"
     assert "\n" not in message
 

@@ -1,14 +1,23 @@
-"""Before/after pairs of the avatar world: exact, the same on everyone, and what is held out stays out."""
+"""Before/after pairs of the avatar world: exact edits, their instructions, and what is held out."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import one_hot
 
 from data_builder.avatars.benchmarks import HELD_OUT_KINDS_GROUP, write_edit_benchmark
-from data_builder.avatars.edits import AttributeEdit, make_pair, sample_edit, sample_pairs
+from data_builder.avatars.edits import (
+    AttributeEdit,
+    Portrait,
+    make_pair,
+    sample_edit,
+    sample_pairs,
+)
 from data_builder.avatars.identity import SPLITS, sample_identity, sample_scene
 from data_builder.avatars.instructions import (
     EDIT_KINDS,
@@ -22,72 +31,87 @@ from data_builder.avatars.instructions import (
 from data_builder.avatars.pair_dataset import PairDataset, PairDatasetConfig, draw_pairs
 from data_builder.avatars.rendering import render_portrait
 from data_builder.avatars.vocabulary import BACKGROUND, GARMENT_COLOR, HAIR_COLOR
+from data_builder.datamodules import edits as edit_datamodules
+from data_builder.datamodules.edits import EditLatentDataset, PairTransferDataset
 from hyperlora.evaluation.edit_benchmark import load_edit_benchmark
 from hyperlora.models.instruction_vocabulary import InstructionVocabulary
 from hyperlora.prompt_blending import apply_prompt_template, parse_blend
 
-GROUPS = range(400)
+EDIT_INDICES = range(400)
+COLORS = {"hair_color": HAIR_COLOR, "garment_color": GARMENT_COLOR, "background": BACKGROUND}
+Values = Sequence[tuple[str, str]]
 
 
-def portrait(seed=3):
+def sample_portrait(seed: int = 3) -> Portrait:
     return sample_identity(seed), sample_scene(seed, 0)
 
 
+def parse_rgb(color: str) -> np.ndarray:
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], float)
+
+
 @pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_every_kind_is_visible_and_undone_by_its_reverse(kind):
-    made = sample_edit(np.random.default_rng(1), kind)
-    drawn = make_pair(portrait(), (made,))
-    back = make_pair(portrait(), (made.reverse(),))
-    assert made.kind == kind and made.before != made.after
-    assert (drawn.before, drawn.after) == (back.after, back.before)
+def test_sample_edit_is_visible_and_reversible(kind: str) -> None:
+    edit = sample_edit(np.random.default_rng(1), kind)
+    pair = make_pair(sample_portrait(), (edit,))
+    reverse_pair = make_pair(sample_portrait(), (edit.reverse(),))
+    assert edit.kind == kind and edit.before != edit.after
+    assert (pair.before, pair.after) == (reverse_pair.after, reverse_pair.before)
     before, after = (
-        np.asarray(render_portrait(*p, 64)).astype(int) for p in (drawn.before, drawn.after)
+        np.asarray(render_portrait(*portrait, 64)).astype(int)
+        for portrait in (pair.before, pair.after)
     )
     assert (before != after).any()
 
 
-def test_a_pair_differs_in_what_changed_only():
-    drawn = make_pair(
-        portrait(),
+def test_make_pair_changes_edited_attributes_only() -> None:
+    pair = make_pair(
+        sample_portrait(),
         (
             AttributeEdit("glasses", "none", "sunglasses"),
             AttributeEdit("background", "#102030", "#a0b0c0"),
         ),
     )
-    (who, before), (same, after) = drawn.before, drawn.after
-    assert who == same
-    assert after == replace(before, glasses="sunglasses", background="#a0b0c0")
-    assert before.background == "#102030"
+    (person_before, scene_before), (person_after, scene_after) = pair.before, pair.after
+    assert person_before == person_after
+    assert scene_after == replace(scene_before, glasses="sunglasses", background="#a0b0c0")
+    assert scene_before.background == "#102030"
 
 
-def test_the_same_change_on_all_people_of_a_group():
-    for group in range(30):
-        drawn = sample_pairs("train", group, 3)
-        assert len({p.edits for p in drawn}) == 1 and len({p.before[0].seed for p in drawn}) == 3
+def test_sample_pairs_share_their_edit() -> None:
+    for edit_index in range(30):
+        pairs = sample_pairs("train", edit_index, 3)
+        assert len({p.edits for p in pairs}) == 1
+        assert len({p.before[0].seed for p in pairs}) == 3
 
 
-def test_training_pairs_hold_nothing_that_is_held_out():
-    drawn = [sample_pairs("train", group, 1)[0] for group in GROUPS]
-    kinds = [frozenset(c.kind for c in p.edits) for p in drawn]
+def test_sample_pairs_of_training_hold_out_combinations() -> None:
+    pairs = [sample_pairs("train", edit_index, 1)[0] for edit_index in EDIT_INDICES]
+    kinds = [frozenset(edit.kind for edit in pair.edits) for pair in pairs]
     assert set(EDIT_KINDS) <= set().union(*kinds), (
-        "all kinds are drawn: the network's data leaves the unseen ones out"
+        "all kinds are sampled: the network's dataset leaves the held-out ones out"
     )
     assert not set(kinds) & set(HELD_OUT_COMBINATIONS)
-    values = {(c.attribute, v) for p in drawn for c in p.edits for v in (c.before, c.after)}
+    values = {
+        (edit.attribute, value)
+        for pair in pairs
+        for edit in pair.edits
+        for value in (edit.before, edit.after)
+    }
     assert HELD_OUT_VALUE not in values
     assert 0.1 < np.mean([len(k) > 1 for k in kinds]) < 0.3
 
 
-def test_people_of_splits_are_apart():
-    people = {
-        split: {p.before[0].seed for group in range(50) for p in sample_pairs(split, group, 2)}
+def test_sample_pairs_keep_splits_apart() -> None:
+    identities = {
+        split: {pair.before[0].seed for i in range(50) for pair in sample_pairs(split, i, 2)}
         for split in SPLITS
     }
-    for split, seeds in people.items():
+    for split, seeds in identities.items():
         assert seeds < set(SPLITS[split])
 
 
-def test_words_name_what_becomes():
+def test_format_instruction_names_the_new_value() -> None:
     assert format_instruction("glasses", "none") == "no glasses"
     assert format_instruction("facial_hair", "full beard") == "a full beard"
     assert format_instruction("background", "#ff0000").endswith("red background")
@@ -95,155 +119,38 @@ def test_words_name_what_becomes():
     assert format_instruction("expression", "sad") == "sad"
 
 
-def test_what_has_no_name_is_asked_for_as_a_mixture_of_named_colours():
+def test_compose_instruction_mixes_named_colors() -> None:
     for attribute, colors in (
         ("background", BACKGROUND),
         ("garment_color", GARMENT_COLOR),
         ("hair_color", HAIR_COLOR),
     ):
         mixture = parse_blend(compose_instruction([(attribute, "#20c8f0")]))
-        named = {format_instruction(attribute, name): rgb(color) for name, color in colors.items()}
+        named = {
+            format_instruction(attribute, name): parse_rgb(color) for name, color in colors.items()
+        }
         assert sum(mixture.values()) == pytest.approx(1, abs=1e-3)
-        assert sum(w * named[words] for words, w in mixture.items()) == pytest.approx(
-            rgb("#20c8f0"), abs=0.5
+        assert sum(weight * named[prompt] for prompt, weight in mixture.items()) == pytest.approx(
+            parse_rgb("#20c8f0"), abs=0.5
         )
-        assert compose_instruction([(attribute, next(iter(colors)))]) == next(
-            iter(named)
-        )  # a name is itself
+        # a color's name stays as it is
+        assert compose_instruction([(attribute, next(iter(colors)))]) == next(iter(named))
 
 
-def test_several_changes_are_asked_for_as_the_sum_of_their_words():
+def test_compose_instruction_sums_the_prompts_of_edits() -> None:
     assert parse_blend(compose_instruction([("glasses", "none"), ("expression", "sad")])) == {
         "no glasses": 1,
         "sad": 1,
         "": -1,
     }
-    three = parse_blend(
+    blend = parse_blend(
         compose_instruction([("glasses", "none"), ("background", "#20c8f0"), ("expression", "sad")])
     )
-    alone = parse_blend(compose_instruction([("background", "#20c8f0")]))
-    assert three == {"no glasses": 1, "sad": 1, "": -2} | alone
+    mixture = parse_blend(compose_instruction([("background", "#20c8f0")]))
+    assert blend == {"no glasses": 1, "sad": 1, "": -2} | mixture
 
 
-def test_the_negative_of_a_change_asks_for_what_was_there():
-    changes = (
-        [("glasses", "none"), ("hair_color", "red")],
-        [("glasses", "sunglasses"), ("hair_color", "#808080")],
-    )
-    do, undo = (
-        parse_blend(compose_instruction_with_undo(*changes, use_mixture=True, undo=way))
-        for way in (False, True)
-    )
-    assert do[""] == undo[""] == 1
-    assert {k: -v for k, v in do.items() if k} == {k: v for k, v in undo.items() if k}
-    assert do["no glasses"] == 1 and undo["back to wearing sunglasses"] == 1
-    asks, takes = (parse_blend(compose_instruction(values, use_mixture=True)) for values in changes)
-    assert do | {"": -1} == asks | {f"back to {k}": -v for k, v in takes.items() if k}
-
-
-def rgb(color):
-    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], float)
-
-
-def test_drawn_pairs_on_disk(tmp_path):
-    plan = PairDatasetConfig("validation", num_edits=3, identities_per_edit=2, size=32)
-    draw_pairs(tmp_path, plan, num_workers=1)
-    drawn = PairDataset(tmp_path)
-    assert len(drawn) == 6 and drawn.images.shape == (12, 32, 32, 3)
-    last = drawn.list_pairs()[5]
-    assert np.array_equal(drawn.images[10], np.asarray(render_portrait(*last.before, 32)))
-    assert np.array_equal(drawn.images[11], np.asarray(render_portrait(*last.after, 32)))
-
-
-def test_the_training_set_of_pair_networks_leaves_unseen_kinds_out(tmp_path, monkeypatch):
-    from data_builder.datamodules import edits
-
-    draw_pairs(
-        tmp_path,
-        PairDatasetConfig("train", num_edits=60, identities_per_edit=2, size=16),
-        num_workers=1,
-    )
-    monkeypatch.setattr(
-        edits, "latents_of", lambda folder, vae: np.zeros((240, 4, 2, 2), np.float16)
-    )
-    shown = edits._PairTransferDataset(str(tmp_path), "vae", "other", 0.0)
-    kinds = {c.kind for i in shown.train_indices for c in shown.pairs[i].edits}
-    assert kinds and not kinds & {"hat", "skin"}
-    together = {frozenset(c.attribute for c in shown.pairs[i].edits) for i in shown.train_indices}
-    assert not together & set(HELD_OUT_COMBINATIONS)
-    item = shown[0]
-    assert item["pairs"].shape == (1, 2, 3, 16, 16) and item["before"].shape == (4, 2, 2)
-    mirrored = edits._PairTransferDataset(str(tmp_path), "vae", "mirrored", 0.0)[0]
-    assert np.array_equal(mirrored["images"], mirrored["pairs"][0].flip(-1))
-    nothing = edits._PairTransferDataset(str(tmp_path), "vae", "mirrored", 1.0)[0]
-    assert (
-        np.array_equal(nothing["pairs"][0, 0], nothing["pairs"][0, 1])
-        and nothing["instructions"] == ""
-    )
-
-
-def test_the_edit_base_is_told_as_loras_tell_it(tmp_path, monkeypatch):
-    from data_builder.datamodules import edits
-
-    draw_pairs(
-        tmp_path,
-        PairDatasetConfig("train", num_edits=30, identities_per_edit=2, size=16),
-        num_workers=1,
-    )
-    monkeypatch.setattr(
-        edits, "latents_of", lambda folder, vae: np.zeros((120, 4, 2, 2), np.float16)
-    )
-    plain = edits._EditLatentDataset(str(tmp_path), "vae", 0.0)
-    assert not any("back to" in plain[i]["instructions"] for i in range(len(plain)))
-    edits = edits._EditLatentDataset(str(tmp_path), "vae", 0.0, undo_prob=1.0)
-    ways, own = [], []
-    for number in range(len(edits)):
-        changes = [c.reverse() if number % 2 else c for c in edits.pairs[number // 2].edits]
-        told = {k: w for k, w in parse_blend(edits[number]["instructions"]).items() if k}
-        back = {k.removeprefix("back to "): w for k, w in told.items() if k.startswith("back to ")}
-        there = {k: w for k, w in told.items() if not k.startswith("back to ")}
-        undo = sum(back.values()) > 0
-        wanted, taken = (back, there) if undo else (there, back)
-        assert wanted in said(
-            [(c.attribute, c.after) for c in changes]
-        )  # either way the base is to make this
-        assert sum(taken.values()) == pytest.approx(-len(changes), abs=1e-2)
-        ways.append(undo)
-        own.append(
-            {k: -w for k, w in taken.items()} in said([(c.attribute, c.before) for c in changes])
-        )
-    assert 0.1 < np.mean(ways) < 0.6
-    assert 0.5 < np.mean(own) < 1
-
-
-def said(values):
-    """What asks for the values, with names and with mixtures of colours."""
-    return [
-        {k: w for k, w in parse_blend(compose_instruction(values, mixed)).items() if k}
-        for mixed in (False, True)
-    ]
-
-
-def test_the_benchmark_of_edits(tmp_path):
-    write_edit_benchmark(tmp_path, edits_per_kind=1, num_test_pairs=2)
-    found = load_edit_benchmark(tmp_path, 32)
-    assert {e.kind for e in found.edits} >= set(EDIT_KINDS)
-    assert {e.kind for e in found.edits if e.group == HELD_OUT_KINDS_GROUP} == {"hat", "skin"}
-    for edit in found.edits:
-        assert edit.example_pairs.shape == (2, 2, 3, 32, 32) and edit.test_pairs.shape == (
-            2,
-            2,
-            3,
-            32,
-            32,
-        )
-        assert edit.instruction and (edit.test_pairs[:, 0] != edit.test_pairs[:, 1]).any()
-        assert bool(edit.blend) == edit.kind.startswith("exact ")
-    assert next(e for e in found.edits if e.kind == "glasses").truth.keys() == {"glasses"}
-    assert len(load_edit_benchmark(tmp_path, 32, max_edits_per_group=1).edits) == len(found.groups)
-
-
-def test_a_colour_with_a_name_may_be_a_mixture_too():
+def test_compose_instruction_mixes_named_colors_on_request() -> None:
     named = parse_blend(
         compose_instruction([("hair_color", "red"), ("glasses", "none")], use_mixture=True)
     )
@@ -252,71 +159,197 @@ def test_a_colour_with_a_name_may_be_a_mixture_too():
     )
 
 
-COLOURS = {"hair_color": HAIR_COLOR, "garment_color": GARMENT_COLOR, "background": BACKGROUND}
+def test_compose_instruction_with_undo_negates() -> None:
+    sides = (
+        [("glasses", "none"), ("hair_color", "red")],
+        [("glasses", "sunglasses"), ("hair_color", "#808080")],
+    )
+    forward, undo = (
+        parse_blend(compose_instruction_with_undo(*sides, use_mixture=True, undo=is_undo))
+        for is_undo in (False, True)
+    )
+    assert forward[""] == undo[""] == 1
+    assert {k: -v for k, v in forward.items() if k} == {k: v for k, v in undo.items() if k}
+    assert forward["no glasses"] == 1 and undo["back to wearing sunglasses"] == 1
+    added, removed = (
+        parse_blend(compose_instruction(values, use_mixture=True)) for values in sides
+    )
+    assert forward | {"": -1} == added | {f"back to {k}": -v for k, v in removed.items() if k}
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["named", "mixed"])
-def test_the_vocabulary_reads_what_every_change_is_called(mixed):
-    words = InstructionVocabulary.from_config(build_vocabulary())
-    assert words.undo_prompts == [
-        apply_prompt_template(prompt, "back to {}") for prompt in words.prompts
+def test_draw_pairs_writes_images_in_order(tmp_path: Path) -> None:
+    config = PairDatasetConfig("validation", num_edits=3, identities_per_edit=2, size=32)
+    draw_pairs(tmp_path, config, num_workers=1)
+    dataset = PairDataset(tmp_path)
+    assert len(dataset) == 6 and dataset.images.shape == (12, 32, 32, 3)
+    last_pair = dataset.list_pairs()[5]
+    assert np.array_equal(dataset.images[10], np.asarray(render_portrait(*last_pair.before, 32)))
+    assert np.array_equal(dataset.images[11], np.asarray(render_portrait(*last_pair.after, 32)))
+
+
+def test_pair_transfer_dataset_leaves_held_out_kinds_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PairDatasetConfig("train", num_edits=60, identities_per_edit=2, size=16)
+    draw_pairs(tmp_path, config, num_workers=1)
+    monkeypatch.setattr(
+        edit_datamodules,
+        "load_cached_latents",
+        lambda folder, vae: np.zeros((240, 4, 2, 2), np.float16),
+    )
+    dataset = PairTransferDataset(str(tmp_path), "vae", "other_identity", 0.0)
+    pairs = [dataset.pairs[i] for i in dataset.train_indices]
+    kinds = {edit.kind for pair in pairs for edit in pair.edits}
+    assert kinds and not kinds & {"hat", "skin"}
+    combinations = {frozenset(edit.attribute for edit in pair.edits) for pair in pairs}
+    assert not combinations & set(HELD_OUT_COMBINATIONS)
+    sample = dataset[0]
+    assert sample["pairs"].shape == (1, 2, 3, 16, 16) and sample["before"].shape == (4, 2, 2)
+
+
+def test_pair_transfer_dataset_mirrors_and_repeats_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PairDatasetConfig("train", num_edits=60, identities_per_edit=2, size=16)
+    draw_pairs(tmp_path, config, num_workers=1)
+    monkeypatch.setattr(
+        edit_datamodules,
+        "load_cached_latents",
+        lambda folder, vae: np.zeros((240, 4, 2, 2), np.float16),
+    )
+    mirrored = PairTransferDataset(str(tmp_path), "vae", "mirrored", 0.0)[0]
+    assert np.array_equal(mirrored["images"], mirrored["pairs"][0].flip(-1))
+    unedited = PairTransferDataset(str(tmp_path), "vae", "mirrored", 1.0)[0]
+    assert (
+        np.array_equal(unedited["pairs"][0, 0], unedited["pairs"][0, 1])
+        and unedited["instructions"] == ""
+    )
+
+
+def test_edit_latent_dataset_samples_undo_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PairDatasetConfig("train", num_edits=30, identities_per_edit=2, size=16)
+    draw_pairs(tmp_path, config, num_workers=1)
+    monkeypatch.setattr(
+        edit_datamodules,
+        "load_cached_latents",
+        lambda folder, vae: np.zeros((120, 4, 2, 2), np.float16),
+    )
+    plain = EditLatentDataset(str(tmp_path), "vae", 0.0)
+    assert not any("back to" in plain[i]["instructions"] for i in range(len(plain)))
+    dataset = EditLatentDataset(str(tmp_path), "vae", 0.0, undo_prob=1.0)
+    is_undo, has_own_value = [], []
+    for i in range(len(dataset)):
+        edits = [e.reverse() if i % 2 else e for e in dataset.pairs[i // 2].edits]
+        blend = {k: w for k, w in parse_blend(dataset[i]["instructions"]).items() if k}
+        undo = {k.removeprefix("back to "): w for k, w in blend.items() if k.startswith("back to ")}
+        forward = {k: w for k, w in blend.items() if not k.startswith("back to ")}
+        is_undo.append(sum(undo.values()) > 0)
+        added, removed = (undo, forward) if is_undo[-1] else (forward, undo)
+        # either way the base is to make this
+        assert added in list_blends([(e.attribute, e.after) for e in edits])
+        assert sum(removed.values()) == pytest.approx(-len(edits), abs=1e-2)
+        previous_blends = list_blends([(e.attribute, e.before) for e in edits])
+        has_own_value.append({k: -w for k, w in removed.items()} in previous_blends)
+    assert 0.1 < np.mean(is_undo) < 0.6
+    assert 0.5 < np.mean(has_own_value) < 1
+
+
+def list_blends(values: Values) -> list[dict[str, float]]:
+    """The blends that set the values, with names and with mixtures of colors."""
+    return [
+        {k: w for k, w in parse_blend(compose_instruction(values, use_mixture)).items() if k}
+        for use_mixture in (False, True)
     ]
-    assert not {"hat", "skin"} & set(words.categories) and "negative style" not in words.prompts
-    drawn = [made for n in range(300) for made in sample_pairs("train", n, 1)]
-    afters = [{c.attribute: c.after for c in made.edits} for made in drawn]
-    seen = [after for after in afters if not {"hat", "skin"} & set(after)]
-    meant = words.encode([compose_instruction(list(after.items()), mixed) for after in seen])
-    for i, after in enumerate(seen):
-        said = {
-            k: words.categories[k][j - 1]
-            for k, j in zip(words.categories, meant.categories[i].tolist(), strict=True)
-            if j
+
+
+def test_write_edit_benchmark_covers_all_kinds(tmp_path: Path) -> None:
+    write_edit_benchmark(tmp_path, edits_per_kind=1, num_test_pairs=2)
+    benchmark = load_edit_benchmark(tmp_path, 32)
+    assert {e.kind for e in benchmark.edits} >= set(EDIT_KINDS)
+    assert {e.kind for e in benchmark.edits if e.group == HELD_OUT_KINDS_GROUP} == {"hat", "skin"}
+    for edit in benchmark.edits:
+        assert edit.example_pairs.shape == edit.test_pairs.shape == (2, 2, 3, 32, 32)
+        assert edit.instruction and (edit.test_pairs[:, 0] != edit.test_pairs[:, 1]).any()
+        assert bool(edit.blend) == edit.kind.startswith("exact ")
+    assert next(e for e in benchmark.edits if e.kind == "glasses").truth.keys() == {"glasses"}
+    reduced = load_edit_benchmark(tmp_path, 32, max_edits_per_group=1)
+    assert len(reduced.edits) == len(benchmark.groups)
+
+
+@pytest.mark.parametrize("use_mixture", [False, True], ids=["named", "mixed"])
+def test_vocabulary_encodes_every_instruction(use_mixture: bool) -> None:
+    vocabulary = InstructionVocabulary.from_config(build_vocabulary())
+    assert vocabulary.undo_prompts == [
+        apply_prompt_template(prompt, "back to {}") for prompt in vocabulary.prompts
+    ]
+    assert not {"hat", "skin"} & set(vocabulary.categories)
+    assert "negative style" not in vocabulary.prompts
+    pairs = [pair for n in range(300) for pair in sample_pairs("train", n, 1)]
+    new_values = [{e.attribute: e.after for e in pair.edits} for pair in pairs]
+    seen_values = [values for values in new_values if not {"hat", "skin"} & set(values)]
+    targets = vocabulary.encode(
+        [compose_instruction(list(values.items()), use_mixture) for values in seen_values]
+    )
+    for i, values in enumerate(seen_values):
+        categories = {
+            name: vocabulary.categories[name][class_index - 1]
+            for name, class_index in zip(
+                vocabulary.categories, targets.categories[i].tolist(), strict=True
+            )
+            if class_index
         }
-        assert said == {k: format_instruction(k, v) for k, v in after.items() if k not in COLOURS}
-        for attribute, points in zip(words.color_axes, meant.points, strict=True):
-            if attribute not in after:
+        assert categories == {
+            k: format_instruction(k, v) for k, v in values.items() if k not in COLORS
+        }
+        for attribute, points in zip(vocabulary.color_axes, targets.points, strict=True):
+            if attribute not in values:
                 assert points[i].isnan().all()
                 continue
-            colour = COLOURS[attribute].get(after[attribute], after[attribute])
-            assert (points[i] * 255).tolist() == pytest.approx(rgb(colour), abs=1)
+            color = COLORS[attribute].get(values[attribute], values[attribute])
+            assert (points[i] * 255).tolist() == pytest.approx(parse_rgb(color), abs=1)
 
 
-def test_a_network_says_of_both_ways_what_the_edit_base_is_told():
-    words = InstructionVocabulary.from_config(build_vocabulary())
-    for number in range(60):
-        (made,) = sample_pairs("train", number, 1)
-        sides = [
-            [(c.attribute, getattr(c, side)) for c in made.edits] for side in ("after", "before")
-        ]
-        if {"hat", "skin"} & {attribute for attribute, _ in sides[0]}:
+def test_vocabulary_and_edit_base_agree_on_both_directions() -> None:
+    vocabulary = InstructionVocabulary.from_config(build_vocabulary())
+    for edit_index in range(60):
+        (pair,) = sample_pairs("train", edit_index, 1)
+        after = [(e.attribute, e.after) for e in pair.edits]
+        before = [(e.attribute, e.before) for e in pair.edits]
+        if {"hat", "skin"} & {attribute for attribute, _ in after}:
             continue
-        wanted, there = (
-            words.compute_prompt_weights(
-                numbers(words, compose_instruction(side, use_mixture=True))
+        weights_after, weights_before = (
+            vocabulary.compute_prompt_weights(
+                make_logits(vocabulary, compose_instruction(values, use_mixture=True))
             )[0].tolist()
-            for side in sides
+            for values in (after, before)
         )
-        parts: dict[str, float] = {}
-        said = zip(
-            [*words.prompts, *words.undo_prompts], [*wanted, *(-w for w in there)], strict=True
+        predicted: dict[str, float] = {}
+        weighted_prompts = zip(
+            [*vocabulary.prompts, *vocabulary.undo_prompts],
+            [*weights_after, *(-weight for weight in weights_before)],
+            strict=True,
         )
-        for prompt, weight in said:
-            for part, share in parse_blend(prompt).items():
-                parts[part] = parts.get(part, 0.0) + weight * share
-        told = parse_blend(compose_instruction_with_undo(*sides, use_mixture=True))
-        for part in {*parts, *told} - {""}:
-            assert parts.get(part, 0.0) == pytest.approx(told.get(part, 0.0), abs=0.01), part
+        for prompt, prompt_weight in weighted_prompts:
+            for part, weight in parse_blend(prompt).items():
+                predicted[part] = predicted.get(part, 0.0) + prompt_weight * weight
+        expected = parse_blend(compose_instruction_with_undo(after, before, use_mixture=True))
+        for part in {*predicted, *expected} - {""}:
+            assert predicted.get(part, 0.0) == pytest.approx(expected.get(part, 0.0), abs=0.01), (
+                part
+            )
 
 
-def numbers(words, prompt):
-    """What a network says that means this prompt, [1, numbers]."""
-    meant = words.meant([prompt])
-    named = [
-        20.0 * one_hot(meant.choices[:, i], 1 + len(v))
-        for i, v in enumerate(words.choices.values())
+def make_logits(vocabulary: InstructionVocabulary, instruction: str) -> Tensor:
+    """Logits [1, sum(logit_sizes)] that stand for this instruction."""
+    targets = vocabulary.encode([instruction])
+    category_logits = [
+        20.0 * one_hot(targets.categories[:, i], 1 + len(prompts))
+        for i, prompts in enumerate(vocabulary.categories.values())
     ]
-    mixed = [
-        torch.cat([torch.where(p[:, :1].isnan(), -20.0, 20.0), p.nan_to_num()], 1)
-        for p in meant.points
+    color_logits = [
+        torch.cat([torch.where(points[:, :1].isnan(), -20.0, 20.0), points.nan_to_num()], 1)
+        for points in targets.points
     ]
-    return torch.cat([*named, *mixed], 1)
+    return torch.cat([*category_logits, *color_logits], 1)

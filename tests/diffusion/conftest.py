@@ -69,7 +69,9 @@ def _make_sd(pipe: Any) -> TinyPipeline:
         "prompt_embeds": _make_embeds(1, 5, 16, seed=1),
         "negative_prompt_embeds": _make_embeds(1, 5, 16, seed=2),
     }
-    return TinyPipeline(pipe, **embeds, num_inference_steps=4, guidance_scale=3.0, height=8, width=8)
+    return TinyPipeline(
+        pipe, **embeds, num_inference_steps=4, guidance_scale=3.0, height=8, width=8
+    )
 
 
 def _make_ip2p(pipe: Any) -> TinyPipeline:
@@ -85,7 +87,9 @@ def _make_ip2p(pipe: Any) -> TinyPipeline:
         "negative_prompt_embeds": _make_embeds(1, 5, 16, seed=2),
     }
     scales = {"guidance_scale": 3.0, "image_guidance_scale": 1.5}
-    return TinyPipeline(edit_pipe, **embeds, **scales, image=torch.rand(1, 3, 8, 8), num_inference_steps=4)
+    return TinyPipeline(
+        edit_pipe, **embeds, **scales, image=torch.rand(1, 3, 8, 8), num_inference_steps=4
+    )
 
 
 def _make_sdxl() -> TinyPipeline:
@@ -119,7 +123,13 @@ def _make_sdxl() -> TinyPipeline:
         "negative_pooled_prompt_embeds": _make_embeds(1, 16, seed=4),
     }
     return TinyPipeline(
-        pipe, **embeds, **pooled_embeds, num_inference_steps=4, guidance_scale=3.0, height=8, width=8
+        pipe,
+        **embeds,
+        **pooled_embeds,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=8,
+        width=8,
     )
 
 
@@ -129,7 +139,10 @@ def _make_sd3(transformer: nn.Module) -> TinyPipeline:
     no_encoders = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
     no_encoders |= dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"))
     pipe = StableDiffusion3Pipeline(
-        transformer=transformer, vae=_make_vae(), scheduler=FlowMatchEulerDiscreteScheduler(), **no_encoders
+        transformer=transformer,
+        vae=_make_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **no_encoders,
     )
     embeds = {
         "prompt_embeds": _make_embeds(1, 5, 16, seed=1),
@@ -140,7 +153,13 @@ def _make_sd3(transformer: nn.Module) -> TinyPipeline:
         "negative_pooled_prompt_embeds": _make_embeds(1, 8, seed=4),
     }
     return TinyPipeline(
-        pipe, **embeds, **pooled_embeds, num_inference_steps=4, guidance_scale=3.0, height=8, width=8
+        pipe,
+        **embeds,
+        **pooled_embeds,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=8,
+        width=8,
     )
 
 
@@ -162,10 +181,18 @@ def _make_flux() -> TinyPipeline:
     ).requires_grad_(False)
     no_encoders = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipe = FluxPipeline(
-        transformer=transformer, vae=_make_vae(4), scheduler=FlowMatchEulerDiscreteScheduler(), **no_encoders
+        transformer=transformer,
+        vae=_make_vae(4),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **no_encoders,
     )
-    embeds = {"prompt_embeds": _make_embeds(1, 5, 16, seed=1), "pooled_prompt_embeds": _make_embeds(1, 8, seed=3)}
-    return TinyPipeline(pipe, **embeds, num_inference_steps=4, guidance_scale=3.0, height=16, width=16)
+    embeds = {
+        "prompt_embeds": _make_embeds(1, 5, 16, seed=1),
+        "pooled_prompt_embeds": _make_embeds(1, 8, seed=3),
+    }
+    return TinyPipeline(
+        pipe, **embeds, num_inference_steps=4, guidance_scale=3.0, height=16, width=16
+    )
 
 
 @pytest.fixture

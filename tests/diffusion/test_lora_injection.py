@@ -12,10 +12,10 @@ from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import LayoutMismatchError
 from hyperlora.lora.weights import LoraWeights
 
-SEEING = {"rtol": 1e-4, "atol": 1e-5}
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def random_lora(
+def make_random_lora(
     component: str, module: nn.Module, preset: str, *batch: int, seed: int = 0
 ) -> LoraWeights:
     layout = make_layout({component: module}, preset, 3, "tiny")
@@ -25,17 +25,17 @@ def random_lora(
     )
 
 
-def merged(module: nn.Module, lora: LoraWeights) -> nn.Module:
+def merge_into_copy(module: nn.Module, lora: LoraWeights) -> nn.Module:
     module = deepcopy(module)
-    for site, delta in zip(lora.layout.targets, lora.get_delta_weights(), strict=True):
-        layer = module.get_submodule(site.path)
+    for target, delta in zip(lora.layout.targets, lora.get_delta_weights(), strict=True):
+        layer = module.get_submodule(target.path)
         layer.weight = nn.Parameter(
             layer.weight + delta.reshape(layer.weight.shape), requires_grad=False
         )
     return module
 
 
-def unet_inputs(n: int, seed: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+def make_unet_inputs(n: int, seed: int = 9) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     latents, text = (
         torch.randn(n, 4, 8, 8, generator=generator),
@@ -56,77 +56,87 @@ def run_transformer(transformer: nn.Module, inputs: tuple[Tensor, Tensor, Tensor
     ).sample
 
 
-def peft_output(module: nn.Module, lora: LoraWeights, run: Callable[[nn.Module], Tensor]) -> Tensor:
+def run_with_peft(
+    module: nn.Module, lora: LoraWeights, run: Callable[[nn.Module], Tensor]
+) -> Tensor:
     from peft import LoraConfig, inject_adapter_in_model
 
-    rank, paths = lora.layout.rank, [site.path for site in lora.layout.targets]
+    rank, paths = lora.layout.rank, [target.path for target in lora.layout.targets]
     module = inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), deepcopy(module)
     )
-    for site, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
-        layer = module.get_submodule(site.path)
+    for target, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
+        layer = module.get_submodule(target.path)
         for factor, value in ((layer.lora_A["default"], down), (layer.lora_B["default"], up)):
             factor.weight.data = value.reshape(factor.weight.shape).clone()
     return run(module.eval())
 
 
 @pytest.mark.parametrize("preset", ["attention", "attention+mlp", "attention+conv"])
-def test_unet_equals_merged_and_peft(unet: nn.Module, preset: str) -> None:
-    lora, inputs = random_lora("unet", unet, preset), unet_inputs(2)
-    plain = run_unet(unet, inputs)
+def test_inject_lora_equals_merged_unet_and_peft(unet: nn.Module, preset: str) -> None:
+    lora, inputs = make_random_lora("unet", unet, preset), make_unet_inputs(2)
+    base_output = run_unet(unet, inputs)
     with inject_lora(unet, lora):
         output = run_unet(unet, inputs)
-    torch.testing.assert_close(output, run_unet(merged(unet, lora), inputs), **SEEING)
+    torch.testing.assert_close(output, run_unet(merge_into_copy(unet, lora), inputs), **TOLERANCE)
     torch.testing.assert_close(
-        output, peft_output(unet, lora, lambda m: run_unet(m, inputs)), **SEEING
+        output, run_with_peft(unet, lora, lambda m: run_unet(m, inputs)), **TOLERANCE
     )
-    assert (output - plain).abs().max() > 1e-2
-    assert torch.equal(run_unet(unet, inputs), plain)
+    assert (output - base_output).abs().max() > 1e-2
+    assert torch.equal(run_unet(unet, inputs), base_output)
 
 
-def test_dit_equals_merged_and_peft(transformer: nn.Module) -> None:
-    lora, inputs = random_lora("transformer", transformer, "attention+mlp", seed=1), unet_inputs(2)
-    plain = run_transformer(transformer, inputs)
+def test_inject_lora_equals_merged_transformer_and_peft(transformer: nn.Module) -> None:
+    lora, inputs = (
+        make_random_lora("transformer", transformer, "attention+mlp", seed=1),
+        make_unet_inputs(2),
+    )
+    base_output = run_transformer(transformer, inputs)
     with inject_lora(transformer, lora):
         output = run_transformer(transformer, inputs)
-    torch.testing.assert_close(output, run_transformer(merged(transformer, lora), inputs), **SEEING)
     torch.testing.assert_close(
-        output, peft_output(transformer, lora, lambda m: run_transformer(m, inputs)), **SEEING
+        output, run_transformer(merge_into_copy(transformer, lora), inputs), **TOLERANCE
     )
-    assert (output - plain).abs().max() > 1e-2
+    torch.testing.assert_close(
+        output, run_with_peft(transformer, lora, lambda m: run_transformer(m, inputs)), **TOLERANCE
+    )
+    assert (output - base_output).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("preset", ["attention+mlp", "attention+conv"])
-def test_every_sample_has_its_own_lora_also_in_a_doubled_batch(
-    unet: nn.Module, preset: str
-) -> None:
-    loras, inputs = random_lora("unet", unet, preset, 3), unet_inputs(6)
+def test_inject_lora_gives_every_sample_its_own_lora(unet: nn.Module, preset: str) -> None:
+    loras, inputs = make_random_lora("unet", unet, preset, 3), make_unet_inputs(6)
     with inject_lora(unet, loras):
         output = run_unet(unet, inputs)
     for i in range(6):
-        alone = run_unet(merged(unet, loras[i % 3]), tuple(x[i : i + 1] for x in inputs))
-        torch.testing.assert_close(output[i : i + 1], alone, **SEEING)
+        alone = run_unet(merge_into_copy(unet, loras[i % 3]), tuple(x[i : i + 1] for x in inputs))
+        torch.testing.assert_close(output[i : i + 1], alone, **TOLERANCE)
 
 
-def test_dit_samples_have_their_own_loras(transformer: nn.Module) -> None:
-    loras, inputs = random_lora("transformer", transformer, "attention", 2), unet_inputs(4)
+def test_inject_lora_gives_every_transformer_sample_its_own_lora(transformer: nn.Module) -> None:
+    loras, inputs = (
+        make_random_lora("transformer", transformer, "attention", 2),
+        make_unet_inputs(4),
+    )
     with inject_lora(transformer, loras):
         output = run_transformer(transformer, inputs)
     for i in range(4):
         alone = run_transformer(
-            merged(transformer, loras[i % 2]), tuple(x[i : i + 1] for x in inputs)
+            merge_into_copy(transformer, loras[i % 2]), tuple(x[i : i + 1] for x in inputs)
         )
-        torch.testing.assert_close(output[i : i + 1], alone, **SEEING)
+        torch.testing.assert_close(output[i : i + 1], alone, **TOLERANCE)
 
 
-def test_text_encoder_and_unet_together(unet: nn.Module, text_encoder: nn.Module) -> None:
+def test_inject_lora_adapts_text_encoder_and_unet_together(
+    unet: nn.Module, text_encoder: nn.Module
+) -> None:
     tokens = torch.tensor([[0, 7, 8, 1], [0, 9, 3, 1]])
     modules = {"unet": unet, "text_encoder": text_encoder}
     layout = make_layout(modules, "attention", 3, "tiny")
     loras = LoraWeights.unflatten(
         layout, 0.2 * torch.randn(2, layout.numel, generator=torch.Generator().manual_seed(0))
     )
-    latents, timestep, _ = unet_inputs(2)
+    latents, timestep, _ = make_unet_inputs(2)
     with inject_lora(modules, loras):
         text = text_encoder(tokens).last_hidden_state
         output = run_unet(unet, (latents, timestep, text))
@@ -147,42 +157,44 @@ def test_text_encoder_and_unet_together(unet: nn.Module, text_encoder: nn.Module
             )
             for name, module in modules.items()
         }
-        alone = merged(text_encoder, parts["text_encoder"])(tokens[i : i + 1]).last_hidden_state
-        torch.testing.assert_close(text[i : i + 1], alone, **SEEING)
+        alone = merge_into_copy(text_encoder, parts["text_encoder"])(
+            tokens[i : i + 1]
+        ).last_hidden_state
+        torch.testing.assert_close(text[i : i + 1], alone, **TOLERANCE)
         expected = run_unet(
-            merged(unet, parts["unet"]), (latents[i : i + 1], timestep[i : i + 1], alone)
+            merge_into_copy(unet, parts["unet"]), (latents[i : i + 1], timestep[i : i + 1], alone)
         )
-        torch.testing.assert_close(output[i : i + 1], expected, **SEEING)
+        torch.testing.assert_close(output[i : i + 1], expected, **TOLERANCE)
 
 
-def test_nested_contexts_add_up(unet: nn.Module) -> None:
-    a, b = (random_lora("unet", unet, "attention+conv", seed=seed) for seed in (0, 1))
-    inputs = unet_inputs(2)
+def test_inject_lora_contexts_add_up(unet: nn.Module) -> None:
+    a, b = (make_random_lora("unet", unet, "attention+conv", seed=seed) for seed in (0, 1))
+    inputs = make_unet_inputs(2)
     with inject_lora(unet, a + b):
         expected = run_unet(unet, inputs)
     with inject_lora(unet, a), inject_lora(unet, b):
-        torch.testing.assert_close(run_unet(unet, inputs), expected, **SEEING)
-    only_a = run_unet(merged(unet, a), inputs)
+        torch.testing.assert_close(run_unet(unet, inputs), expected, **TOLERANCE)
+    only_a = run_unet(merge_into_copy(unet, a), inputs)
     with inject_lora(unet, a):
         with inject_lora(unet, b):
             pass
-        torch.testing.assert_close(run_unet(unet, inputs), only_a, **SEEING)
+        torch.testing.assert_close(run_unet(unet, inputs), only_a, **TOLERANCE)
 
 
-def test_contexts_close_on_errors(unet: nn.Module) -> None:
-    inputs = unet_inputs(1)
-    plain = run_unet(unet, inputs)
+def test_inject_lora_closes_on_errors(unet: nn.Module) -> None:
+    inputs = make_unet_inputs(1)
+    base_output = run_unet(unet, inputs)
     with (
         pytest.raises(ZeroDivisionError),
-        inject_lora(unet, random_lora("unet", unet, "attention")),
+        inject_lora(unet, make_random_lora("unet", unet, "attention")),
     ):
         _ = 1 / 0
-    assert torch.equal(run_unet(unet, inputs), plain)
+    assert torch.equal(run_unet(unet, inputs), base_output)
 
 
 @pytest.mark.parametrize("preset", ["attention", "attention+conv"])
-def test_gradients_of_one_sample_do_not_touch_the_others(unet: nn.Module, preset: str) -> None:
-    loras, inputs = random_lora("unet", unet, preset, 3), unet_inputs(3)
+def test_inject_lora_separates_the_gradients_of_samples(unet: nn.Module, preset: str) -> None:
+    loras, inputs = make_random_lora("unet", unet, preset, 3), make_unet_inputs(3)
     flat = loras.flatten().requires_grad_()
     with inject_lora(unet, LoraWeights.unflatten(loras.layout, flat)):
         run_unet(unet, inputs)[1].square().sum().backward()
@@ -197,15 +209,15 @@ def test_gradients_of_one_sample_do_not_touch_the_others(unet: nn.Module, preset
 
 
 @pytest.mark.parametrize("which", ["unet", "transformer", "text_encoder"])
-def test_checkpointing_gives_the_same_gradients_after_the_context_has_closed(
+def test_gradient_checkpointing_keeps_gradients_after_the_context(
     which: str, request: pytest.FixtureRequest
 ) -> None:
     module: nn.Module = request.getfixturevalue(which).train()
-    lora = random_lora(which, module, "attention", 2)
+    lora = make_random_lora(which, module, "attention", 2)
 
-    def gradient() -> Tensor:
+    def compute_gradient() -> Tensor:
         flat = lora.flatten().requires_grad_()
-        latents, timestep, text = unet_inputs(2)
+        latents, timestep, text = make_unet_inputs(2)
         with inject_lora(module, LoraWeights.unflatten(lora.layout, flat)):
             if which == "text_encoder":
                 output = module(torch.tensor([[0, 7, 8, 1], [0, 9, 3, 1]])).last_hidden_state
@@ -216,17 +228,17 @@ def test_checkpointing_gives_the_same_gradients_after_the_context_has_closed(
         assert flat.grad is not None
         return flat.grad
 
-    expected = gradient()
+    expected = compute_gradient()
     if which == "text_encoder":
         module.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         module.enable_gradient_checkpointing()
-    torch.testing.assert_close(gradient(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compute_gradient(), expected, rtol=1e-3, atol=1e-4)
     assert expected.abs().sum() > 0
 
 
-def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(unet: nn.Module) -> None:
-    loras, inputs = random_lora("unet", unet, "attention+conv", 2), unet_inputs(2)
+def test_inject_lora_autocasts_with_float32_gradients(unet: nn.Module) -> None:
+    loras, inputs = make_random_lora("unet", unet, "attention+conv", 2), make_unet_inputs(2)
     with inject_lora(unet, loras):
         exact = run_unet(unet, inputs)
     flat = loras.flatten().requires_grad_()
@@ -244,13 +256,13 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(unet: nn.Mod
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_fitting_k_at_once_is_fitting_one_by_one(
+def test_inject_lora_fits_a_batch_like_single_loras(
     unet: nn.Module, optimizer: type[torch.optim.Optimizer]
 ) -> None:
-    start, inputs = random_lora("unet", unet, "attention+conv", 3), unet_inputs(3)
+    start, inputs = make_random_lora("unet", unet, "attention+conv", 3), make_unet_inputs(3)
     target = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 
-    def fitted(index: slice) -> Tensor:
+    def fit(index: slice) -> Tensor:
         flat = start.flatten()[index].clone().requires_grad_()
         steps = optimizer([flat], lr=1e-2)
         for _ in range(3):
@@ -261,26 +273,32 @@ def test_fitting_k_at_once_is_fitting_one_by_one(
             steps.step()
         return flat.detach()
 
-    together = fitted(slice(None))
-    alone = torch.cat([fitted(slice(i, i + 1)) for i in range(3)])
+    together = fit(slice(None))
+    alone = torch.cat([fit(slice(i, i + 1)) for i in range(3)])
     assert (together - start.flatten()).abs().max() > 1e-4
     moved = (alone - start.flatten()).norm()
     assert (together - alone).norm() < 1e-3 * moved
 
 
-def test_errors_name_what_is_wrong(unet: nn.Module, text_encoder: nn.Module) -> None:
-    def refused(target: nn.Module, lora: LoraWeights, sentence: str) -> None:
-        with pytest.raises(LayoutMismatchError, match=sentence), inject_lora(target, lora):
-            run_unet(unet, unet_inputs(3))
+def test_inject_lora_rejects_mismatched_layouts(unet: nn.Module, text_encoder: nn.Module) -> None:
+    def assert_rejected(model: nn.Module, lora: LoraWeights, message: str) -> None:
+        with pytest.raises(LayoutMismatchError, match=message), inject_lora(model, lora):
+            run_unet(unet, make_unet_inputs(3))
 
-    lora = random_lora("unet", unet, "attention")
-    refused(text_encoder, lora, r"no site unet\.down_blocks.*\(tiny\) is not for it")
+    lora = make_random_lora("unet", unet, "attention")
+    assert_rejected(
+        text_encoder, lora, r"no target module unet\.down_blocks.*\(tiny\) is not for it"
+    )
     wider = deepcopy(unet)
     wider.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1").to_q = nn.Linear(
         16, 24
     )
-    refused(wider, lora, r"mid_block.*to_q is \(16, 24\) in the base, \(16, 16\)")
+    assert_rejected(wider, lora, r"mid_block.*to_q is \(16, 24\) in the base, \(16, 16\)")
     both = make_layout({"unet": unet, "text_encoder": text_encoder}, "attention", 2, "tiny")
-    refused(unet, LoraWeights.zeros(both), "unet, text_encoder: pass a mapping")
-    refused(unet, random_lora("unet", unet, "attention", 2), "3 samples cannot share 2 LoRAs")
-    refused(unet, random_lora("unet", unet, "attention", 2, 2), "one batch axis expected")
+    assert_rejected(unet, LoraWeights.zeros(both), "unet, text_encoder: pass a mapping")
+    assert_rejected(
+        unet, make_random_lora("unet", unet, "attention", 2), "3 samples cannot share 2 LoRAs"
+    )
+    assert_rejected(
+        unet, make_random_lora("unet", unet, "attention", 2, 2), "one batch axis expected"
+    )

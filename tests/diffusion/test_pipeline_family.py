@@ -139,9 +139,7 @@ def test_encode_prompts_of_flux_equals_its_pipeline(bundle: Any, make_tiny_pipel
     pipe = make_tiny_pipeline("flux").pipe
     torch.manual_seed(0)
     t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=2
-        )
+        T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     ).eval()
     clip = CLIPTextModel.from_pretrained(bundle.base / "text_encoder")
     pipe.register_modules(

@@ -23,7 +23,7 @@ SDXL = {
 }
 
 
-def on_meta(config: dict) -> nn.Module:
+def make_meta_unet(config: dict[str, object]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -31,43 +31,47 @@ def on_meta(config: dict) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("config", "sites", "numbers"), [(SD15, 128, 797_184), (SDXL, 560, 5_806_080)]
+    ("config", "num_targets", "num_parameters"), [(SD15, 128, 797_184), (SDXL, 560, 5_806_080)]
 )
-def test_attention_preset_is_pefts_attention_lora(config: dict, sites: int, numbers: int) -> None:
+def test_attention_preset_equals_peft(
+    config: dict[str, object], num_targets: int, num_parameters: int
+) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    unet = on_meta(config)
+    unet = make_meta_unet(config)
     layout = make_layout({"unet": unet}, "attention", 4, "base")
-    assert (len(layout.targets), layout.numel) == (sites, numbers)
+    assert (len(layout.targets), layout.numel) == (num_targets, num_parameters)
     with torch.device("meta"):
         inject_adapter_in_model(
             LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
             unet,
             low_cpu_mem_usage=True,
         )
-    adapted = {
+    peft_paths = {
         name.removesuffix(".lora_A") for name, _ in unet.named_modules() if name.endswith(".lora_A")
     }
-    assert adapted == {site.path for site in layout.targets}
-    assert sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name) == numbers
+    assert peft_paths == {target.path for target in layout.targets}
+    assert (
+        sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name) == num_parameters
+    )
 
 
-def test_wider_presets_contain_the_narrow_one(unet: nn.Module) -> None:
-    names = {
-        preset: {s.path for s in make_layout({"unet": unet}, preset, 2, "b").targets}
+def test_wider_presets_contain_the_attention_preset(unet: nn.Module) -> None:
+    paths = {
+        preset: {target.path for target in make_layout({"unet": unet}, preset, 2, "b").targets}
         for preset in TARGET_PRESETS
     }
-    assert names["attention"] < names["attention+mlp"]
-    assert names["attention"] < names["attention+conv"]
-    conv = names["attention+conv"]
-    assert {"down_blocks.0.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv"} <= conv
-    assert "down_blocks.0.resnets.0.time_emb_proj" in names["attention+mlp"] - conv
+    assert paths["attention"] < paths["attention+mlp"]
+    assert paths["attention"] < paths["attention+conv"]
+    conv_paths = paths["attention+conv"]
+    assert {"down_blocks.0.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv"} <= conv_paths
+    assert "down_blocks.0.resnets.0.time_emb_proj" in paths["attention+mlp"] - conv_paths
 
 
-def test_text_encoder_gives_q_k_v_and_out(text_encoder: nn.Module) -> None:
+def test_attention_preset_covers_text_encoder_projections(text_encoder: nn.Module) -> None:
     layout = make_layout({"text_encoder": text_encoder}, "attention", 2, "b")
     assert len(layout.targets) == 2 * 4
-    assert {site.path.rsplit(".", 1)[1] for site in layout.targets} == {
+    assert {target.path.rsplit(".", 1)[1] for target in layout.targets} == {
         "q_proj",
         "k_proj",
         "v_proj",
@@ -75,10 +79,10 @@ def test_text_encoder_gives_q_k_v_and_out(text_encoder: nn.Module) -> None:
     }
 
 
-def test_dit_gives_both_streams(transformer: nn.Module) -> None:
+def test_attention_preset_covers_both_streams_of_a_transformer(transformer: nn.Module) -> None:
     leaves = {
-        s.path.split("attn.")[-1]
-        for s in make_layout({"transformer": transformer}, "attention", 2, "b").targets
+        target.path.split("attn.")[-1]
+        for target in make_layout({"transformer": transformer}, "attention", 2, "b").targets
     }
     assert leaves == {
         "to_q",
@@ -92,7 +96,7 @@ def test_dit_gives_both_streams(transformer: nn.Module) -> None:
     }
 
 
-def test_bad_requests(unet: nn.Module) -> None:
+def test_make_layout_rejects_unknown_presets_and_ranks(unet: nn.Module) -> None:
     with pytest.raises(InvalidArgumentError, match="unknown preset 'all'; known: attention"):
         make_layout({"unet": unet}, "all", 4, "b")
     with pytest.raises(InvalidArgumentError, match="at least 1, got 0"):

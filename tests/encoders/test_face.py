@@ -193,14 +193,14 @@ def test_plan_crops_to_faces_and_skips_photos_without_face(
         "none, none.png: no face was found" in result.stderr
         and "two, two.png: 2 faces, the largest" in result.stderr
     )
-    assert plan.metadata == {"crop": "face", "face_pack": pack.name, "face_licence": "CC0-1.0"}
+    assert plan.metadata == {"crop": "face", "face_pack": pack.name, "face_license": "CC0-1.0"}
     second_result = CliRunner().invoke(
         app,
         [
             *map(str, arguments[:3]),
             str(tmp_path / "second"),
             *map(str, arguments[4:]),
-            "--face",
+            "--face-index",
             "1",
         ],
     )

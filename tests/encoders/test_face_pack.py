@@ -20,6 +20,7 @@ from hyperlora import pretrained
 from hyperlora.encoders.face_analysis import FaceAnalyzer
 from hyperlora.encoders.face_networks import FaceDetector, FaceRecognizer
 from hyperlora.errors import InvalidImageError, ModelLoadError
+from hyperlora.training.batches import FaceDetectionBatch
 from hyperlora.training.modules.face import AMBIGUOUS, FACE, AnchorTargets
 
 SUBJECTS = SPLITS["validation"][:12]
@@ -133,7 +134,7 @@ def test_plan_crops_portraits_to_faces(tmp_path: Path) -> None:
     plan = read_plan(out)
     assert [row.subject for row in plan.rows] == [str(seed) for seed in SUBJECTS[:3]]
     assert "nobody, nobody.png: no face was found" in result.stderr
-    assert plan.metadata["face_licence"] == "Apache-2.0"
+    assert plan.metadata["face_license"] == "Apache-2.0"
     for row in plan.rows:
         x, y, side, _ = row.photos[0].crop_box
         assert 45 < x < 83 and 40 < y < 90 and 90 < side < 170
@@ -152,7 +153,7 @@ def test_exported_pack_equals_its_networks(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app,
         [
-            "face-pack",
+            "export-face-pack",
             str(tmp_path / "detector"),
             str(tmp_path / "recognizer"),
             "-o",
@@ -177,14 +178,19 @@ def test_exported_pack_equals_its_networks(tmp_path: Path) -> None:
 
 def test_anchor_targets_are_positive_near_the_center_of_a_face() -> None:
     face, points = torch.tensor([48.0, 40.0, 88.0, 80.0]), torch.arange(10.0).view(5, 2) + 60
-    none = torch.zeros(4)
-    batch = {
-        "boxes": torch.stack(
-            [torch.stack([face, none]), torch.stack([face, none]), torch.stack([none, none])]
+    no_face = torch.zeros(4)
+    batch = FaceDetectionBatch(
+        images=torch.zeros(3, 3, 128, 160),
+        boxes=torch.stack(
+            [
+                torch.stack([face, no_face]),
+                torch.stack([face, no_face]),
+                torch.stack([no_face, no_face]),
+            ]
         ),
-        "keypoints": points.expand(3, 2, 5, 2),
-        "kinds": torch.tensor([[FACE, 0], [AMBIGUOUS, 0], [0, 0]]),
-    }
+        keypoints=points.expand(3, 2, 5, 2),
+        face_kinds=torch.tensor([[FACE, 0], [AMBIGUOUS, 0], [0, 0]]),
+    )
     targets = AnchorTargets.from_batch(batch, torch.Size((16, 20)))
     assert targets.positive_mask[0, :, :, 0].nonzero().tolist() == [
         [7, 8],

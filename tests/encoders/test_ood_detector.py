@@ -151,7 +151,7 @@ def test_generate_warns_of_unknown_photos_and_still_writes(tmp_path: Path) -> No
     result = CliRunner().invoke(
         app, ["generate", str(tmp_path / "gradient.png"), "-o", output, "--json"]
     )
-    assert "nearest it can make" in json.loads(result.stdout)["notices"][0]
+    assert "nearest it can make" in json.loads(result.stdout)["warnings"][0]
     assert "warning" not in CliRunner().invoke(app, ["generate", str(photo), "-o", output]).stderr
 
 
@@ -163,7 +163,7 @@ def test_fit_ood_detector_uses_train_and_validation_subjects(bundle: Any, tmp_pa
     for split in ("train", "validation", "test"):
         (tmp_path / split).mkdir()
         np.save(tmp_path / split / "images.npy", random.integers(0, 256, (40, 16, 16, 3), np.uint8))
-        plan = {"split": split, "people": 20, "each": 2, "size": 16}
+        plan = {"split": split, "num_identities": 20, "portraits_per_identity": 2, "size": 16}
         (tmp_path / split / "plan.json").write_text(json.dumps(plan))
     shutil.copytree(bundle.model, tmp_path / "model")
     shutil.copytree(bundle.evaluator, tmp_path / "evaluator")

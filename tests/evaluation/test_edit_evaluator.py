@@ -1,4 +1,4 @@
-"""What the scores of edits say of results that are known."""
+"""Scores of edits whose results are known."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ from hyperlora.pipelines.pair_to_lora import PairToLora
 
 
 @pytest.fixture(scope="module")
-def judge(bundle: Any) -> EditEvaluator:
+def evaluator(bundle: Any) -> EditEvaluator:
     base = load_diffusion_base(bundle.edit_base)
     benchmark = load_edit_benchmark(bundle.edit_benchmark, base.resolution)
     return EditEvaluator(
@@ -37,109 +37,121 @@ def judge(bundle: Any) -> EditEvaluator:
     )
 
 
-def test_the_answer_itself_is_perfect(judge: EditEvaluator) -> None:
-    row = judge.score_images("answer", judge.targets)
-    assert row.compute_score("made").mean == pytest.approx(1)
+def test_score_images_of_targets_is_perfect(evaluator: EditEvaluator) -> None:
+    row = evaluator.score_images("target", evaluator.targets)
+    assert row.compute_score("edit_progress").mean == pytest.approx(1)
     assert row.compute_score("preservation").mean == 1
-    assert row.compute_score("outside").mean == pytest.approx(0, abs=1e-6)
+    assert row.compute_score("background_l1").mean == pytest.approx(0, abs=1e-6)
     assert row.compute_score("leakage").mean == pytest.approx(0, abs=1e-6)
     assert row.compute_score("psnr").mean == pytest.approx(80)
     assert row.compute_score("accuracy", "seen kinds").mean == 1, (
-        "no attribute names it, and all of the way is gone"
+        "no attribute describes it, and its progress is complete"
     )
 
 
-def test_copies_are_told(judge: EditEvaluator) -> None:
-    copy = judge.score_images("copy of B", judge.inputs)
-    assert copy.compute_score("made").mean == pytest.approx(0, abs=1e-6)
+def test_score_images_of_copies_shows_leakage(evaluator: EditEvaluator) -> None:
+    copy = evaluator.score_images("input unchanged", evaluator.inputs)
+    assert copy.compute_score("edit_progress").mean == pytest.approx(0, abs=1e-6)
     assert copy.compute_score("accuracy", "seen kinds").mean == 0
-    shown = torch.cat(
-        [e.example_pairs[0, 1].expand(len(e.test_pairs), -1, -1, -1) for e in judge.benchmark.edits]
+    example_outputs = torch.cat(
+        [
+            e.example_pairs[0, 1].expand(len(e.test_pairs), -1, -1, -1)
+            for e in evaluator.benchmark.edits
+        ]
     )
-    assert judge.score_images("copy of A'", shown).compute_score("leakage").mean > 0
+    assert evaluator.score_images("copy of A'", example_outputs).compute_score("leakage").mean > 0
 
 
-def test_every_control_is_in_the_table(judge: EditEvaluator, bundle: Any, tmp_path: Any) -> None:
-    model = PairToLora.from_pretrained(bundle.pair_model, base=judge.base)
-    rows = list(evaluate_edit_suite(judge, model, finetune_steps=2))
+def test_evaluate_edit_suite_has_every_control(
+    evaluator: EditEvaluator, bundle: Any, tmp_path: Any
+) -> None:
+    model = PairToLora.from_pretrained(bundle.pair_model, base=evaluator.base)
+    rows = list(evaluate_edit_suite(evaluator, model, finetune_steps=2))
     names = [row.name for row in rows]
     for part in (
-        "autoencoder",
-        "copy of B",
+        "VAE round trip",
+        "input unchanged",
         "copy of A'",
         "no LoRA",
-        "words",
+        "text instruction",
         "one pair",
         "2 pairs",
-        "another",
+        "shuffled",
         "mean",
-        "fitted to the pair, 2 steps",
-        "one pair, the rest kept",
+        "fine-tuned on the pair, 2 steps",
+        "one pair + background preserved",
     ):
         assert any(part in name for name in names), part
-    lora, seconds = generate_pair_loras(model, judge.benchmark, 1)
+    lora, seconds = generate_pair_loras(model, evaluator.benchmark, 1)
     assert len(lora) == 2 and seconds > 0
-    back = evaluate_reversal(judge, model)
-    assert back.reversed_pair.mean == pytest.approx(
-        back.negated_lora.mean, abs=1e-6
-    )  # antisymmetric: the pair turned round is -Δ
-    write_edit_report(tmp_path / "report", rows, back)
+    reversal = evaluate_reversal(evaluator, model)
+    assert reversal.reversed_pair.mean == pytest.approx(
+        reversal.negated_lora.mean, abs=1e-6
+    )  # antisymmetric: the reversed pair gives -Δ
+    write_edit_report(tmp_path / "report", rows, reversal)
     text = (tmp_path / "report" / "report.md").read_text()
     assert (
-        "| -Δ, the rest kept |" in text
-        and f"{back.negated_lora.mean / back.vae_round_trip.mean:.2f} ×" in text
+        "| negated LoRA + background preserved |" in text
+        and f"{reversal.negated_lora.mean / reversal.vae_round_trip.mean:.2f} ×" in text
     )
     assert (
-        text.startswith(format_edit_markdown(rows, back)) and "**unseen kinds** (1 edits)" in text
+        text.startswith(format_edit_markdown(rows, reversal))
+        and "**unseen kinds** (1 edits)" in text
     )
     assert (tmp_path / "report" / "sheet.png").stat().st_size > 1000
-    told = build_edit_json_report(rows, back)
-    assert told["edits"] == 2 and set(told["rows"][0]["groups"]["seen kinds"]) == set(METRICS)  # type: ignore[index]
+    report = build_edit_json_report(rows, reversal)
+    assert report["edits"] == 2
+    assert set(report["rows"][0]["groups"]["seen kinds"]) == set(METRICS)  # type: ignore[index]
 
 
-def test_an_edit_for_each_of_its_pictures(judge: EditEvaluator, bundle: Any) -> None:
-    """Batches cut across edits: the result is as if each edit had been alone."""
-    model = PairToLora.from_pretrained(bundle.pair_model, base=judge.base)
-    lora = generate_pair_loras(model, judge.benchmark, 1)[0] * 20
-    together = judge.render_edits("all", lora, judge.inputs)
+def test_render_edits_applies_each_edit_to_its_images(
+    evaluator: EditEvaluator, bundle: Any
+) -> None:
+    """Batches cut across edits: the result is as if each edit was rendered alone."""
+    model = PairToLora.from_pretrained(bundle.pair_model, base=evaluator.base)
+    lora = generate_pair_loras(model, evaluator.benchmark, 1)[0] * 20
+    batched = evaluator.render_edits("all", lora, evaluator.inputs)
     from hyperlora.diffusion.image_editing import edit_images
 
-    for i, edit in enumerate(judge.benchmark.edits):
+    for i, edit in enumerate(evaluator.benchmark.edits):
         seeds = [1000 + 2 * i, 1001 + 2 * i]
         from hyperlora.data.images import stack_images
 
         alone = stack_images(
             edit_images(
-                judge.base, edit.test_pairs[:, 0], lora[i], seeds=seeds, num_inference_steps=2
+                evaluator.base, edit.test_pairs[:, 0], lora[i], seeds=seeds, num_inference_steps=2
             )
         )
-        assert (alone - together[2 * i : 2 * i + 2]).abs().max() <= 2.1 / 255
+        assert (alone - batched[2 * i : 2 * i + 2]).abs().max() <= 2.1 / 255
 
 
-def test_what_no_attribute_names_must_be_made(judge: EditEvaluator) -> None:
-    """Of an edit of two only one of which is named: reading that one right is not enough."""
-    edit = judge.benchmark.edits[0]
-    before = judge._predict_labels(edit.test_pairs[:1, 0])
+def test_accuracy_needs_progress_without_complete_truth(evaluator: EditEvaluator) -> None:
+    """Of a double edit of which attributes describe one, recognizing that one is not enough."""
+    edit = evaluator.benchmark.edits[0]
+    before = evaluator._predict_labels(edit.test_pairs[:1, 0])
     attribute = next(
         name
         for name in before
-        if before[name][0] == judge._predict_labels(edit.test_pairs[:1, 1])[name][0]
+        if before[name][0] == evaluator._predict_labels(edit.test_pairs[:1, 1])[name][0]
     )
-    truth = {attribute: judge.classifier.attributes[attribute][before[attribute][0]]}
-    for kind, unmade in ((attribute, 1.0), (f"{attribute} + tone", 0.0)):
-        told = replace(edit, others=edit.test_pairs[:1], kind=kind, truth=truth)
+    truth = {attribute: evaluator.classifier.attributes[attribute][before[attribute][0]]}
+    for kind, expected in ((attribute, 1.0), (f"{attribute} + tone", 0.0)):
+        partial_edit = replace(edit, test_pairs=edit.test_pairs[:1], kind=kind, truth=truth)
         alone = EditEvaluator(
-            judge.base, judge.classifier, EditBenchmark((told,)), judge.num_inference_steps
+            evaluator.base,
+            evaluator.classifier,
+            EditBenchmark((partial_edit,)),
+            evaluator.num_inference_steps,
         )
-        assert alone.score_images("the answers", alone.targets).values["accuracy"].item() == 1
-        assert alone.score_images("as they were", alone.inputs).values["accuracy"].item() == unmade
+        assert alone.score_images("targets", alone.targets).values["accuracy"].item() == 1
+        assert alone.score_images("inputs", alone.inputs).values["accuracy"].item() == expected
 
 
-def test_any_folder_of_pairs(bundle: Any, tmp_path: Any) -> None:
-    found = load_edit_benchmark(bundle.edit_benchmark / "darker", 16)
-    assert [e.name for e in found.edits] == ["other-0", "other-1", "shown-0", "shown-1"]
-    assert found.groups == ("",) and torch.equal(
-        found.edits[0].example_pairs, found.edits[0].test_pairs
+def test_load_edit_benchmark_reads_folder_of_pairs(bundle: Any, tmp_path: Any) -> None:
+    benchmark = load_edit_benchmark(bundle.edit_benchmark / "darker", 16)
+    assert [e.name for e in benchmark.edits] == ["other-0", "other-1", "shown-0", "shown-1"]
+    assert benchmark.groups == ("",) and torch.equal(
+        benchmark.edits[0].example_pairs, benchmark.edits[0].test_pairs
     )
     with pytest.raises(InvalidImageError):
         load_edit_benchmark(tmp_path, 16)

@@ -1,88 +1,117 @@
-"""Fitting K subjects at once, and refining a predicted LoRA on its photo."""
+"""Fine-tuning of K subjects at once, and refinement of a predicted LoRA on its photos."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.losses import compute_denoising_loss
 from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.finetuning.config import FineTuneConfig, RefineConfig
 from hyperlora.finetuning.examples import TrainingExamples
-from hyperlora.finetuning.refine import make_photo_examples, refine
-from hyperlora.finetuning.trainer import fine_tune_loras
+from hyperlora.finetuning.refine import make_photo_examples, refine_lora
+from hyperlora.finetuning.trainer import FineTuneResult, fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 
 K = 3
 
 
 @pytest.fixture
-def base(bundle):
+def base(bundle: Any) -> DiffusionBase:
     return load_diffusion_base(bundle.base)
 
 
 @pytest.fixture
-def start(base):
+def init_loras(base: DiffusionBase) -> LoraWeights:
     torch.manual_seed(0)
     return LoraWeights.zeros(
         make_layout({"unet": base.denoiser}, "attention", 2, base.id), (K,), 0.1
     )
 
 
-def photos(size, seed=0):
+def make_photos(size: int, seed: int = 0) -> Tensor:
     return torch.rand(K, 2, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def fitted(base, start, examples, **options):
+def run_fine_tuning(
+    base: DiffusionBase,
+    init_loras: LoraWeights,
+    examples: TrainingExamples,
+    prior_examples: TrainingExamples | None = None,
+    **options: Any,
+) -> FineTuneResult:
     torch.manual_seed(1)
-    expand = partial(LoraWeights.unflatten, start.layout)
     return fine_tune_loras(
-        base.denoiser, base.noise_schedule, examples, start.flatten(), expand, lr=1e-2, **options
+        base.denoiser,
+        base.noise_scheduler,
+        examples,
+        init_loras.flatten(),
+        partial(LoraWeights.unflatten, init_loras.layout),
+        FineTuneConfig(lr=1e-2, **options),
+        prior_examples=prior_examples,
     )
 
 
-def test_subjects_fitted_together_do_not_influence_each_other(base, start):
-    seen = photos(base.resolution)
-    changed = seen.clone()
-    changed[2] = photos(base.resolution, seed=9)[2]
-    one = fitted(base, start, make_photo_examples(base, seen, "a b"), steps=4, batch=2)
-    two = fitted(base, start, make_photo_examples(base, changed, "a b"), steps=4, batch=2)
-    assert torch.allclose(one.codes[:2], two.codes[:2], atol=1e-6)
-    assert not torch.allclose(one.codes[2], two.codes[2], atol=1e-4)
+def test_fine_tune_loras_keeps_subjects_independent(
+    base: DiffusionBase, init_loras: LoraWeights
+) -> None:
+    photos = make_photos(base.resolution)
+    other_photos = photos.clone()
+    other_photos[2] = make_photos(base.resolution, seed=9)[2]
+    result, other_result = (
+        run_fine_tuning(
+            base, init_loras, make_photo_examples(base, p, "a b"), num_steps=4, batch_size=2
+        )
+        for p in (photos, other_photos)
+    )
+    assert torch.allclose(result.codes[:2], other_result.codes[:2], atol=1e-6)
+    assert not torch.allclose(result.codes[2], other_result.codes[2], atol=1e-4)
 
 
-def test_fitting_lowers_the_loss_of_the_own_photo_only(base, start):
-    examples = make_photo_examples(base, photos(base.resolution), "a b")
-    done = fitted(base, start, examples, steps=60, batch=4, snapshots=(10, 60))
-    assert done.losses.shape == (60, K)
-    assert (done.losses[-10:].mean(0) < done.losses[:10].mean(0)).all()
-    assert torch.equal(done.snapshots[60].flatten(), done.weights.flatten())
-    assert not torch.equal(done.snapshots[10].flatten(), done.weights.flatten())
+def test_fine_tune_loras_lowers_loss_and_keeps_snapshots(
+    base: DiffusionBase, init_loras: LoraWeights
+) -> None:
+    examples = make_photo_examples(base, make_photos(base.resolution), "a b")
+    result = run_fine_tuning(
+        base, init_loras, examples, num_steps=60, batch_size=4, snapshot_steps=(10, 60)
+    )
+    assert result.losses.shape == (60, K)
+    assert (result.losses[-10:].mean(0) < result.losses[:10].mean(0)).all()
+    assert torch.equal(result.snapshots[60].flatten(), result.weights.flatten())
+    assert not torch.equal(result.snapshots[10].flatten(), result.weights.flatten())
 
 
-def test_shifted_timesteps_are_noisier(base, start):
-    examples, seen, means = make_photo_examples(base, photos(base.resolution), "a b"), [], []
+def test_fine_tune_loras_with_shift_draws_noisier_timesteps(
+    base: DiffusionBase, init_loras: LoraWeights
+) -> None:
+    examples = make_photo_examples(base, make_photos(base.resolution), "a b")
+    timesteps: list[Tensor] = []
+    mean_timesteps = []
     hook = base.denoiser.register_forward_pre_hook(
-        lambda _, given: seen.append(given[1].float().mean())
+        lambda _, args: timesteps.append(args[1].float().mean())
     )
     for shift in (1.0, 50.0):
-        seen.clear()
-        fitted(base, start, examples, steps=6, shift=shift)
-        means.append(torch.stack(seen).mean())
+        timesteps.clear()
+        run_fine_tuning(base, init_loras, examples, num_steps=6, shift=shift)
+        mean_timesteps.append(torch.stack(timesteps).mean())
     hook.remove()
-    assert means[1] > means[0] + 200, means
+    assert mean_timesteps[1] > mean_timesteps[0] + 200, mean_timesteps
 
 
-def test_prior_images_are_part_of_the_loss(base, start):
-    examples = make_photo_examples(base, photos(base.resolution), "a b")
-    prior = make_photo_examples(base, photos(base.resolution, seed=5), "a")
-    without = fitted(base, start, examples, steps=3)
-    with_prior = fitted(base, start, examples, steps=3, prior=prior)
+def test_fine_tune_loras_adds_prior_loss(base: DiffusionBase, init_loras: LoraWeights) -> None:
+    examples = make_photo_examples(base, make_photos(base.resolution), "a b")
+    prior_examples = make_photo_examples(base, make_photos(base.resolution, seed=5), "a")
+    without = run_fine_tuning(base, init_loras, examples, num_steps=3)
+    with_prior = run_fine_tuning(base, init_loras, examples, prior_examples, num_steps=3)
     assert (with_prior.losses[0] > without.losses[0]).all()
 
 
-def test_examples_share_loras_in_the_order_of_injection():
+def test_gather_examples_orders_samples_as_inject_lora() -> None:
     examples = TrainingExamples(
         torch.arange(6.0).view(3, 2, 1, 1, 1), {"a": {"b": torch.arange(6).view(3, 2, 1)}}
     )
@@ -91,39 +120,75 @@ def test_examples_share_loras_in_the_order_of_injection():
     assert conditions["a"]["b"].flatten().tolist() == [0, 3, 4, 1, 3, 5]
 
 
-def test_refining_keeps_rank_and_brings_the_photo_closer(base, start):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": -1}, "num_steps must be 0 or more, got -1"),
+        ({"lr": float("nan")}, "lr must be 0 or more and finite, got nan"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_paired_groups": 0}, "num_paired_groups must be at least 1, got 0"),
+        ({"num_paired_groups": 2, "seeds": [0, 1]}, "exclude each other: give one of them"),
+    ],
+)
+def test_fine_tune_config_refuses_wrong_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        FineTuneConfig(**({"num_steps": 1, "lr": 1e-3} | options))
+
+
+def test_iterate_steps_calls_on_step_before_each_step() -> None:
+    events: list[str] = []
+    config = FineTuneConfig(num_steps=2, lr=0, on_step=lambda step: events.append(f"call {step}"))
+    for step in config.iterate_steps():
+        events.append(f"step {step}")
+    assert events == ["call 1", "step 1", "call 2", "step 2"]
+
+
+def test_refine_config_refuses_rank_below_1() -> None:
+    with pytest.raises(InvalidArgumentError, match="out_rank must be at least 1, got 0"):
+        RefineConfig(out_rank=0)
+
+
+def test_refine_lora_keeps_rank_and_lowers_loss_on_photos(
+    base: DiffusionBase, init_loras: LoraWeights
+) -> None:
     torch.manual_seed(3)
     predicted = LoraWeights(
-        start.layout, start.down, tuple(torch.randn_like(u) * 0.01 for u in start.up)
+        init_loras.layout,
+        init_loras.down,
+        tuple(torch.randn_like(up) * 0.01 for up in init_loras.up),
     )
-    before = predicted.flatten().clone()
-    seen = photos(base.resolution)
+    predicted_rows = predicted.flatten().clone()
+    photos = make_photos(base.resolution)
     torch.manual_seed(4)
-    refined = refine(base, predicted, seen, num_steps=40, rank=3, lr=1e-2, prompt="a b")
+    config = RefineConfig(num_steps=40, rank=3, lr=1e-2)
+    refined = refine_lora(base, predicted, photos, config, prompt="a b")
     assert refined.layout == predicted.layout and refined.batch_shape == (K,)
-    assert torch.equal(predicted.flatten(), before), "the prediction itself stays as it was"
-    examples = make_photo_examples(base, seen, "a b")
+    assert torch.equal(predicted.flatten(), predicted_rows), "the prediction itself stays as it was"
+    examples = make_photo_examples(base, photos, "a b")
     latents, conditions = examples.gather_examples(torch.zeros(1, K, dtype=torch.long))
 
-    def loss(weights):
-        total = 0.0
+    def compute_loss(loras: LoraWeights) -> float:
+        loss = 0.0
         for seed in range(8):
             torch.manual_seed(100 + seed)
-            with inject_lora(base.denoiser, weights), torch.no_grad():
-                total += (
-                    compute_denoising_loss(
-                        base.denoiser, base.noise_schedule, latents, **conditions
-                    )
-                    .mean()
-                    .item()
+            with inject_lora(base.denoiser, loras), torch.no_grad():
+                losses = compute_denoising_loss(
+                    base.denoiser, base.noise_scheduler, latents, **conditions
                 )
-        return total
+            loss += losses.mean().item()
+        return loss
 
-    assert loss(refined) < loss(predicted)
+    assert compute_loss(refined) < compute_loss(predicted)
 
 
-def test_no_steps_of_refining_change_nothing_but_the_factors(base, start):
-    predicted = LoraWeights(start.layout, start.down, tuple(torch.randn_like(u) for u in start.up))
-    same = refine(base, predicted, photos(base.resolution), num_steps=0, prompt="a b")
-    for got, expected in zip(same.get_delta_weights(), predicted.get_delta_weights(), strict=True):
-        assert torch.allclose(got, expected, atol=1e-4)
+def test_refine_lora_without_steps_keeps_delta_weights(
+    base: DiffusionBase, init_loras: LoraWeights
+) -> None:
+    predicted = LoraWeights(
+        init_loras.layout, init_loras.down, tuple(torch.randn_like(up) for up in init_loras.up)
+    )
+    photos = make_photos(base.resolution)
+    refined = refine_lora(base, predicted, photos, RefineConfig(num_steps=0), prompt="a b")
+    deltas = zip(refined.get_delta_weights(), predicted.get_delta_weights(), strict=True)
+    for delta, expected in deltas:
+        assert torch.allclose(delta, expected, atol=1e-4)

@@ -1,6 +1,6 @@
-"""The node pack as ComfyUI meets it: imported as a package, called by its mappings.
+"""The node pack as ComfyUI loads it: imported as a package, called by its mappings.
 
-ComfyUI itself is no package one can install; its two modules that nodes call are stood in for by what they promise.
+ComfyUI is no package that can be installed. Stubs replace the two modules that nodes call.
 """
 
 import importlib.util
@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from hyperlora.data.images import to_image
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.lora.io.load import load_lora
 from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.pair_to_lora import PairToLora
+from tests.conftest import Bundle
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -32,16 +35,18 @@ def pack() -> ModuleType:
     return module
 
 
-def test_the_interface_is_comfyuis(pack: ModuleType) -> None:
+def test_node_pack_has_the_interface_of_comfyui(pack: ModuleType) -> None:
     assert pack.NODE_CLASS_MAPPINGS.keys() == pack.NODE_DISPLAY_NAME_MAPPINGS.keys()
     for node in pack.NODE_CLASS_MAPPINGS.values():
         inputs = node.INPUT_TYPES()
         assert inputs.keys() <= {"required", "optional", "hidden"}
-        named = {name for group in inputs.values() for name in group}
+        input_names = {name for group in inputs.values() for name in group}
         method = inspect.signature(getattr(node, node.FUNCTION))
-        assert named == set(method.parameters) - {"self"}
-        needed = {n for n, p in method.parameters.items() if p.default is p.empty} - {"self"}
-        assert needed == set(inputs["required"])
+        assert input_names == set(method.parameters) - {"self"}
+        required_names = {n for n, p in method.parameters.items() if p.default is p.empty} - {
+            "self"
+        }
+        assert required_names == set(inputs["required"])
         for group in inputs.values():
             for kind, *options in group.values():
                 assert kind in {"IMAGE", "MODEL", "CLIP", "STRING", "INT", "FLOAT", "HYPERLORA"}
@@ -50,62 +55,55 @@ def test_the_interface_is_comfyuis(pack: ModuleType) -> None:
         assert node.RETURN_TYPES or node.OUTPUT_NODE
 
 
-def test_images_to_a_saved_lora(
-    pack: ModuleType, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = (
-        torch.rand(2, 20, 20, 3, generator=torch.Generator().manual_seed(0))
-        .mul(255)
-        .round()
-        .div(255)
-    )
-    make, apply, save = (
-        pack.NODE_CLASS_MAPPINGS[f"Hyperlora{n}"]() for n in ("ImagesToLora", "Apply", "Save")
-    )
-    (made,) = make.make(images, model=str(bundle.model))
-    network = ImageToLora.from_pretrained(bundle.model, base=load_diffusion_base(bundle.base))
-    file = load_lora(made, network.layout)
-    assert file.format == "kohya"
-    from hyperlora.data.images import to_image
+def make_images(count: int) -> torch.Tensor:
+    """Make images [count, 20, 20, 3] as ComfyUI passes them, of 8-bit values in [0, 1]."""
+    noise = torch.rand(count, 20, 20, 3, generator=torch.Generator().manual_seed(0))
+    return noise.mul(255).round().div(255)
 
-    expected = network([to_image(image.permute(2, 0, 1)) for image in images])
+
+def test_nodes_generate_apply_and_save_a_lora(
+    pack: ModuleType, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_images(2)
+    images_node, apply_node, save_node = (
+        pack.NODE_CLASS_MAPPINGS[f"Hyperlora{name}"]() for name in ("ImagesToLora", "Apply", "Save")
+    )
+    (lora,) = images_node.generate_lora(images, model=str(bundle.model))
+    pipeline = ImageToLora.from_pretrained(bundle.model, base=load_diffusion_base(bundle.base))
+    file = load_lora(lora, pipeline.layout)
+    assert file.format == "kohya"
+    expected = pipeline([to_image(image.permute(2, 0, 1)) for image in images]).weights
     torch.testing.assert_close(file.weights.flatten(), expected.flatten())
 
-    called: list[Any] = []
-    comfy = SimpleNamespace(load_lora_for_models=lambda *a: called.append(a) or ("model+", "clip+"))
+    calls: list[Any] = []
+    comfy = SimpleNamespace(
+        load_lora_for_models=lambda *args: calls.append(args) or ("model+", "clip+")
+    )
     monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
     monkeypatch.setitem(sys.modules, "comfy.sd", comfy)  # type: ignore[arg-type]
     sys.modules["comfy"].sd = comfy  # type: ignore[attr-defined]
-    assert apply.apply("model", made, 0.8, "clip") == ("model+", "clip+")
-    (arguments,) = called
-    assert arguments[:2] == ("model", "clip") and arguments[3:] == (0.8, 0.8)
-    assert all(key.startswith("lora_unet_") for key in arguments[2])
+    assert apply_node.apply_lora("model", lora, 0.8, "clip") == ("model+", "clip+")
+    (args,) = calls
+    assert args[:2] == ("model", "clip") and args[3:] == (0.8, 0.8)
+    assert all(key.startswith("lora_unet_") for key in args[2])
 
-    paths = SimpleNamespace(get_folder_paths=lambda kind: [str(tmp_path / kind)])
-    monkeypatch.setitem(sys.modules, "folder_paths", paths)  # type: ignore[arg-type]
-    names = [save.save(made, "../me/x")["ui"]["text"][0] for _ in range(2)]
-    assert [p.name for p in sorted((tmp_path / "loras").iterdir())] == sorted(names)
+    folder_paths = SimpleNamespace(get_folder_paths=lambda kind: [str(tmp_path / kind)])
+    monkeypatch.setitem(sys.modules, "folder_paths", folder_paths)  # type: ignore[arg-type]
+    names = [save_node.save_lora(lora, "../me/x")["ui"]["text"][0] for _ in range(2)]
+    assert [path.name for path in sorted((tmp_path / "loras").iterdir())] == sorted(names)
     assert len(set(names)) == 2
-    assert (tmp_path / "loras" / names[1]).read_bytes() == made
+    assert (tmp_path / "loras" / names[1]).read_bytes() == lora
 
 
-def test_a_pair_to_a_lora(pack: ModuleType, bundle: Any) -> None:
-    from hyperlora.data.images import to_image
-    from hyperlora.pipelines.pair_to_lora import PairToLora
-
-    before = (
-        torch.rand(1, 20, 20, 3, generator=torch.Generator().manual_seed(0))
-        .mul(255)
-        .round()
-        .div(255)
-    )
+def test_pair_node_generates_an_edit_lora(pack: ModuleType, bundle: Bundle) -> None:
+    before = make_images(1)
     after = 1 - before
     node = pack.NODE_CLASS_MAPPINGS["HyperloraPairToLora"]()
-    (made,) = node.make(before, after, model=str(bundle.pair_model))
-    network = PairToLora.from_pretrained(bundle.pair_model)
-    expected = network(tuple(to_image(x[0].permute(2, 0, 1)) for x in (before, after)))
-    file = load_lora(made, network.layout)
+    (lora,) = node.generate_lora(before, after, model=str(bundle.pair_model))
+    pipeline = PairToLora.from_pretrained(bundle.pair_model)
+    pair = tuple(to_image(images[0].permute(2, 0, 1)) for images in (before, after))
+    file = load_lora(lora, pipeline.layout)
     assert file.format == "kohya"
-    torch.testing.assert_close(file.weights.flatten(), expected.flatten())
+    torch.testing.assert_close(file.weights.flatten(), pipeline(pair).weights.flatten())
     with pytest.raises(ValueError, match="the same size is expected"):
-        node.make(before, after[:, :10])
+        node.generate_lora(before, after[:, :10])

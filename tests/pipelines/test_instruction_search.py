@@ -1,7 +1,9 @@
-"""Words that a network cannot say: tried by the base, on pairs of the embedded world."""
+"""Instructions that a network does not predict: searched with the base, on pairs of avatars."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,15 +13,16 @@ from torch import Tensor
 from data_builder.avatars.instructions import build_vocabulary
 from hyperlora import pretrained
 from hyperlora.data.images import read_image
-from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
+from hyperlora.diffusion.diffusion_base import DiffusionBase, PromptCache, load_diffusion_base
+from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines import instruction_search
-from hyperlora.pipelines.instruction_search import generate_with_search, search_pair_lora
+from hyperlora.pipelines.instruction_search import InstructionSearch, search_pair_lora
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.prompt_lora import encode_text
 from hyperlora.prompt_blending import combine_blends
 from hyperlora.service.engine.edits import EditEngine
 
-HATS = ["no hat", "wearing a hat", "pale skin", "dark skin"]
+CANDIDATES = ["no hat", "wearing a hat", "pale skin", "dark skin"]
 
 
 @pytest.fixture(scope="module")
@@ -32,179 +35,183 @@ def model(base: DiffusionBase) -> PairToLora:
     return PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=base)
 
 
-def shown(model: PairToLora, kind: str) -> Tensor:
-    """The pair of the benchmark's first edit of a kind."""
-    facts = json.loads((pretrained.EDIT_BENCHMARK_DIR / "edits.json").read_text())
-    folder = pretrained.EDIT_BENCHMARK_DIR / next(f["name"] for f in facts if f["kind"] == kind)
+def find_pair(kind: str) -> tuple[Path, Path]:
+    """Files of the pair of the benchmark's first edit of a kind."""
+    edits = json.loads((pretrained.EDIT_BENCHMARK_DIR / "edits.json").read_text())
+    name = next(edit["name"] for edit in edits if edit["kind"] == kind)
+    folder = pretrained.EDIT_BENCHMARK_DIR / name
     before, after = (next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after"))
+    return before, after
+
+
+def load_pair(model: PairToLora, kind: str) -> Tensor:
+    before, after = find_pair(kind)
     return model.stack_pairs([(read_image(before), read_image(after))], 128)
 
 
-def what_is_said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Filled with what LoRAs are made to say."""
-    texts: list[str] = []
-    saying = instruction_search.saying
-    monkeypatch.setattr(
-        instruction_search,
-        "saying",
-        lambda base, said, lora: (texts.extend(said), saying(base, said, lora))[1],
-    )
-    return texts
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Filled with the prompts that LoRAs are substituted by."""
+    prompts: list[str] = []
+    substitute_prompts = instruction_search.substitute_prompts
+
+    def record_prompts(
+        base: DiffusionBase, texts: Sequence[str], loras: LoraWeights
+    ) -> LoraWeights:
+        prompts.extend(texts)
+        return substitute_prompts(base, texts, loras)
+
+    monkeypatch.setattr(instruction_search, "substitute_prompts", record_prompts)
+    return prompts
 
 
-def test_what_the_network_cannot_say_is_found(
-    model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
+def test_search_pair_lora_finds_candidate(
+    model: PairToLora, base: DiffusionBase, prompts: list[str]
 ) -> None:
-    texts, pair = what_is_said(monkeypatch), shown(model, "skin")
-    lora = search_pair_lora(model, base, pair, HATS)
-    assert len(texts) == 1 and any(skin in texts[0] for skin in HATS[2:])
-    own = model.forward(pair[None])[0]
-    assert lora.layout == own.layout and not lora.batch_shape
-    site = base.denoiser.get_submodule(
-        next(s.path for s in lora.layout.targets if s.is_text_projection)
-    )
-    place = next(i for i, s in enumerate(lora.layout.targets) if s.is_text_projection)
-    empty, meant = (encode_text(base, [text])[0] for text in ("", texts[0]))
-    read = empty @ (site.weight + lora.up[place] @ lora.down[place]).mT
-    wanted = meant @ site.weight.mT
-    assert (read - wanted).norm() < 0.05 * (empty @ site.weight.mT - wanted).norm()
+    pair = load_pair(model, "skin")
+    lora = search_pair_lora(model, base, pair, CANDIDATES)
+    assert len(prompts) == 1 and any(skin in prompts[0] for skin in CANDIDATES[2:])
+    own_lora = model.forward(pair[None])[0]
+    assert lora.layout == own_lora.layout and not lora.batch_shape
+    index = next(i for i, t in enumerate(lora.layout.targets) if t.is_text_projection)
+    layer = base.denoiser.get_submodule(lora.layout.targets[index].path)
+    empty_embeds, prompt_embeds = (encode_text(base, [text])[0] for text in ("", prompts[0]))
+    actual = empty_embeds @ (layer.weight + lora.up[index] @ lora.down[index]).mT
+    expected = prompt_embeds @ layer.weight.mT
+    initial_error = (empty_embeds @ layer.weight.mT - expected).norm()
+    assert (actual - expected).norm() < 0.05 * initial_error
 
 
-def test_what_the_network_explains_stays(
-    model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
+def test_search_pair_lora_keeps_good_prediction(
+    model: PairToLora, base: DiffusionBase, prompts: list[str]
 ) -> None:
-    texts = what_is_said(monkeypatch)
     for kind in ("background", "glasses", "garment_color"):
-        pair = shown(model, kind)
-        lora = search_pair_lora(model, base, pair, HATS)
-        assert not texts
+        pair = load_pair(model, kind)
+        lora = search_pair_lora(model, base, pair, CANDIDATES)
+        assert not prompts
         torch.testing.assert_close(lora.flatten(), model.forward(pair[None])[0].flatten())
 
 
 @pytest.mark.parametrize(
-    ("left", "expected"),
+    ("relative_errors", "expected"),
     [
-        ({"said": 0.15, "b": 0.01}, "said"),  # needs no other
-        ({"said": 0.6, "a": 0.3, "b": 0.2}, "b"),
-        ({"said": 0.6, "a": 0.55}, "said"),  # little better
-        ({"said": 0.9, "a": 0.6}, "said"),  # no explanation either
-        ({"said": 0.6, "said+b": 0.1, "b": 0.2}, combine_blends({"said": 1, "b": 1})),
+        ({"predicted": 0.15, "b": 0.01}, "predicted"),  # needs no other
+        ({"predicted": 0.6, "a": 0.3, "b": 0.2}, "b"),
+        ({"predicted": 0.6, "a": 0.55}, "predicted"),  # little better
+        ({"predicted": 0.9, "a": 0.6}, "predicted"),  # no explanation either
+        (
+            {"predicted": 0.6, "predicted+b": 0.1, "b": 0.2},
+            combine_blends({"predicted": 1, "b": 1}),
+        ),
     ],
 )
-def test_which_words_are_said(
-    base: DiffusionBase, monkeypatch: pytest.MonkeyPatch, left: dict[str, float], expected: str
+def test_select_instruction_applies_thresholds(
+    base: DiffusionBase,
+    monkeypatch: pytest.MonkeyPatch,
+    relative_errors: dict[str, float],
+    expected: str,
 ) -> None:
-    errors = {
-        "": 2.0,
-        **{
-            combine_blends({"said": 1, k[5:]: 1}) if "+" in k else k: 2 * v for k, v in left.items()
-        },
-    }
+    errors = {"": 2.0}
+    for text, error in relative_errors.items():
+        first, _, second = text.partition("+")
+        errors[combine_blends({first: 1, second: 1}) if second else text] = 2 * error
 
-    def of(base: Any, before: Tensor, after: Tensor, texts: Sequence[str], known: Any) -> Tensor:
+    def look_up_errors(
+        base: Any, before: Tensor, after: Tensor, texts: Sequence[str], cache: PromptCache
+    ) -> Tensor:
         return torch.tensor([errors.get(text, 2.0) for text in texts])
 
-    monkeypatch.setattr(instruction_search, "_errors", of)
+    monkeypatch.setattr(instruction_search, "_compute_instruction_errors", look_up_errors)
     latents = torch.zeros(1, 4, 2, 2)
-    assert (
-        instruction_search._select_instruction(base, latents, latents, "said", ["a", "b"], {})
-        == expected
+    selected = instruction_search._select_instruction(
+        base, latents, latents, "predicted", ["a", "b"], {}
     )
+    assert selected == expected
 
 
-def test_files_are_tried_as_tensors_are_and_turned_round(
-    model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
+def test_search_of_files_matches_search_of_tensors(
+    model: PairToLora, base: DiffusionBase, prompts: list[str]
 ) -> None:
-    texts, pair = what_is_said(monkeypatch), shown(model, "skin")
-    folder = next(pretrained.EDIT_BENCHMARK_DIR.glob("*-skin"))
-    before, after = (next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after"))
-    undoing, turned = (
-        generate_with_search(model, base, (before, after), -0.5, HATS),
-        generate_with_search(model, base, (after, before), 0.5, HATS),
-    )
-    torch.testing.assert_close(undoing.flatten(), turned.flatten())
-    torch.testing.assert_close(
-        (search_pair_lora(model, base, pair.flip(1), HATS) * 0.5).flatten(), undoing.flatten()
-    )
-    assert len(texts) == 3
+    before, after = find_pair("skin")
+    search = InstructionSearch(base, CANDIDATES)
+    negative_lora = model((before, after), -0.5, search).weights
+    swapped_lora = model((after, before), 0.5, search).weights
+    torch.testing.assert_close(negative_lora.flatten(), swapped_lora.flatten())
+    pair = load_pair(model, "skin")
+    tensor_lora = search_pair_lora(model, base, pair.flip(1), CANDIDATES) * 0.5
+    torch.testing.assert_close(tensor_lora.flatten(), negative_lora.flatten())
+    assert len(prompts) == 3
 
 
-def test_the_way_back_is_said_too(
-    model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
+def test_search_pair_lora_subtracts_undo_prompt(
+    model: PairToLora, base: DiffusionBase, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts, pair = what_is_said(monkeypatch), shown(model, "skin")
-    found = iter(["a", "b"])
-    monkeypatch.setattr(instruction_search, "_explaining", lambda *given: next(found))
-    search_pair_lora(model, base, pair, HATS)
-    assert texts == [combine_blends({"a": 1, "back to b": -1})]
-
-
-def test_several_pairs_in_parts_as_one_by_one(
-    model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = torch.cat([shown(model, "skin"), shown(model, "glasses")])
-    a, b = (base.encode_images(pairs[:, side]) for side in (0, 1))
-    whole = instruction_search._compute_instruction_errors(base, a, b, HATS, {})
-    monkeypatch.setattr(instruction_search, "_AT_ONCE", 3)
-    torch.testing.assert_close(
-        instruction_search._compute_instruction_errors(base, a, b, HATS, {}), whole
-    )
+    instructions = iter(["a", "b"])
     monkeypatch.setattr(
-        instruction_search, "edit_weight", lambda before, after, most: torch.ones_like(after[:, :1])
+        instruction_search, "_select_instruction", lambda *arguments: next(instructions)
     )
-    both, alone = (
-        instruction_search._compute_instruction_errors(base, a, b, HATS, {}),
-        instruction_search._compute_instruction_errors(base, a[:1], b[:1], HATS, {}),
-    )
-    other = instruction_search._compute_instruction_errors(
-        base, a.flip(0)[:1], b.flip(0)[:1], HATS, {}
-    )  # by the other's noise
-    torch.testing.assert_close(both, (alone + other) / 2, rtol=0.05, atol=1e-4)
+    search_pair_lora(model, base, load_pair(model, "skin"), CANDIDATES)
+    assert prompts == [combine_blends({"a": 1, "back to b": -1})]
 
 
-def test_nothing_is_said_of_no_change(
+def test_compute_instruction_errors_averages_pairs_and_splits_batches(
     model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts, pair = what_is_said(monkeypatch), shown(model, "skin")
-    assert (
-        search_pair_lora(model, base, pair[:, :1].expand_as(pair), HATS).compute_delta_norms().max()
-        < 1e-4
-        and not texts
+    compute_errors = instruction_search._compute_instruction_errors
+    pairs = torch.cat([load_pair(model, "skin"), load_pair(model, "glasses")])
+    before, after = (base.encode_images(pairs[:, side]) for side in (0, 1))
+    errors = compute_errors(base, before, after, CANDIDATES, {})
+    monkeypatch.setattr(instruction_search, "_BATCH_SIZE", 3)
+    torch.testing.assert_close(compute_errors(base, before, after, CANDIDATES, {}), errors)
+    monkeypatch.setattr(
+        instruction_search,
+        "compute_edit_region_weights",
+        lambda before, after, weight: torch.ones_like(after[:, :1]),
+    )
+    mean_errors = compute_errors(base, before, after, CANDIDATES, {})
+    first_errors = compute_errors(base, before[:1], after[:1], CANDIDATES, {})
+    # by the noise of the first pair
+    second_errors = compute_errors(base, before.flip(0)[:1], after.flip(0)[:1], CANDIDATES, {})
+    torch.testing.assert_close(
+        mean_errors, (first_errors + second_errors) / 2, rtol=0.05, atol=1e-4
     )
 
 
-def test_the_strength_of_the_card_counts_for_words_too(
-    model: PairToLora, base: DiffusionBase
+def test_search_pair_lora_returns_zero_without_change(
+    model: PairToLora, base: DiffusionBase, prompts: list[str]
 ) -> None:
-    pair = shown(model, "skin")
-    once = search_pair_lora(model, base, pair, HATS)
-    model.card["strength"] = 2.0
+    pair = load_pair(model, "skin")
+    lora = search_pair_lora(model, base, pair[:, :1].expand_as(pair), CANDIDATES)
+    assert lora.compute_delta_norms().max() < 1e-4 and not prompts
+
+
+def test_search_pair_lora_applies_card_strength(model: PairToLora, base: DiffusionBase) -> None:
+    pair, card = load_pair(model, "skin"), model.card
+    lora = search_pair_lora(model, base, pair, CANDIDATES)
+    model.card = replace(card, strength=2.0)
     try:
-        torch.testing.assert_close(
-            search_pair_lora(model, base, pair, HATS).flatten(), (once * 2.0).flatten()
-        )
+        doubled_lora = search_pair_lora(model, base, pair, CANDIDATES)
     finally:
-        del model.card["strength"]
+        model.card = card
+    torch.testing.assert_close(doubled_lora.flatten(), (lora * 2.0).flatten())
 
 
-def test_without_further_words_it_is_one_pass(
+def test_search_pair_lora_without_candidates_is_one_pass(
     model: PairToLora, base: DiffusionBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instruction_search, "_errors", None)
-    pair = shown(model, "skin")
+    monkeypatch.setattr(instruction_search, "_compute_instruction_errors", None)
+    pair = load_pair(model, "skin")
     lora = search_pair_lora(model, base, pair, [])
     torch.testing.assert_close(lora.flatten(), model.forward(pair[None])[0].flatten())
 
 
-def test_a_server_tries_words_for_one_edit_at_a_time(
-    model: PairToLora, base: DiffusionBase
-) -> None:
-    changes, pair = EditEngine(model, base), shown(model, "skin")
-    assert changes.max_lora_batch == 1
-    (lora,) = changes._predict_batch([pair])
+def test_edit_engine_searches_one_edit_at_a_time(model: PairToLora, base: DiffusionBase) -> None:
+    engine, pair = EditEngine(model, base), load_pair(model, "skin")
+    assert engine.max_lora_batch == 1
+    (lora,) = engine._predict_batch([pair])
     torch.testing.assert_close(lora.flatten(), search_pair_lora(model, base, pair).flatten())
     assert not torch.allclose(lora.flatten(), model.forward(pair[None])[0].flatten(), atol=1e-3)
 
 
-def test_the_bundle_tries_what_its_networks_are_not_shown(model: PairToLora) -> None:
-    assert list(model.zero_shot_prompts) == build_vocabulary()["further"]
+def test_zero_shot_prompts_are_those_of_the_avatar_vocabulary(model: PairToLora) -> None:
+    assert list(model.zero_shot_prompts) == build_vocabulary()["zero_shot_prompts"]

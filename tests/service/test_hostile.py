@@ -71,12 +71,10 @@ def _fuzz(operation: Any) -> None:
     def holds(case: Any) -> None:
         if isinstance(case.body, dict) and "refine_steps" in case.body:
             case.body["refine_steps"] = 0
-        if isinstance(case.body, dict) and isinstance(case.body.get("num_inference_steps"), int):
-            case.body |= {
-                "num_inference_steps": min(case.body["num_inference_steps"], 2),
-                "width": 64,
-                "height": 64,
-            }
+        if isinstance(case.body, dict) and {"prompt", "num_inference_steps"} & case.body.keys():
+            num_steps = case.body.get("num_inference_steps", 2)
+            if isinstance(num_steps, int):  # a few small images: larger ones take too long
+                case.body |= {"num_inference_steps": min(num_steps, 2), "width": 64, "height": 64}
         case.call_and_validate(
             headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance]
         )

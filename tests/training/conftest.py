@@ -1,5 +1,6 @@
-"""A workspace to train in: tiny bases of the real classes, photos of subjects, drawn people, all at the paths that the
-configs name."""
+"""A workspace to train in: tiny bases of the real classes, photos of subjects and pairs of images,
+all at the paths that the configurations name.
+"""
 
 import json
 import os
@@ -12,43 +13,51 @@ import pytest
 import torch
 from PIL import Image
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory, bundle: Any) -> Path:
-    """``tiny/sd15``, ``tiny/sdxl`` and ``tiny/ip2p`` (16x16 pixels); ``photos/train``, ``photos/validation``,
-    ``photos/single``; ``pairs/seed-data-edit``, ``pairs/magic-brush`` (a saved dataset) and ``pairs/validation``."""
+    """A folder with ``configs`` and:
+
+    * ``tiny/sd15``, ``tiny/sdxl``, ``tiny/instruct_pix2pix``: bases for 16x16 pixels.
+    * ``photos/train``, ``photos/validation``, ``photos/single``: folders of subjects.
+    * ``pairs/seed-data-edit``, ``pairs/magic-brush`` (a saved dataset), ``pairs/validation``.
+    """
     root = tmp_path_factory.mktemp("workspace")
+    (root / "configs").symlink_to(CONFIGS)
     _save_bases(root / "tiny", bundle.base)
-    _save_photos(root / "photos/train", subjects=4, photos=3)
-    _save_photos(root / "photos/validation", subjects=2, photos=2)
-    _save_photos(root / "photos/single", subjects=4, photos=1)
+    _save_photos(root / "photos/train", num_subjects=4, num_photos=3)
+    _save_photos(root / "photos/validation", num_subjects=2, num_photos=2)
+    _save_photos(root / "photos/single", num_subjects=4, num_photos=1)
     _save_pairs(root / "pairs")
     return root
 
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """Lightning leaves its seed in the environment."""
+    """Remove the seed that Lightning leaves in the environment."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
 
 
-def _save_photos(folder: Path, subjects: int, photos: int) -> None:
-    """Every subject has a colour of its own, every photo its own noise; the first photos have captions."""
+def _save_photos(folder: Path, num_subjects: int, num_photos: int) -> None:
+    """Every subject has its own color, every photo its own noise; each first photo a caption."""
     random = np.random.default_rng(0)
-    for s in range(subjects):
-        (folder / f"person-{s}").mkdir(parents=True)
-        colour = random.uniform(0, 255, 3)
-        for p in range(photos):
-            pixels = (colour + random.normal(0, 30, (20, 24, 3))).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"person-{s}" / f"{p}.png")
-        (folder / f"person-{s}" / "0.txt").write_text("a person in the rain")
+    for s in range(num_subjects):
+        subject_dir = folder / f"person-{s}"
+        subject_dir.mkdir(parents=True)
+        color = random.uniform(0, 255, 3)
+        for p in range(num_photos):
+            pixels = (color + random.normal(0, 30, (20, 24, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(subject_dir / f"{p}.png")
+        (subject_dir / "0.txt").write_text("a person in the rain")
 
 
-def _save_bases(folder: Path, base: Path) -> None:
-    """As the hub has them: fp16 files under the variant's name."""
+def _save_bases(folder: Path, base_dir: Path) -> None:
+    """As the hub stores them: fp16 files under the variant's name."""
     from diffusers import (
         StableDiffusionInstructPix2PixPipeline,
         StableDiffusionPipeline,
@@ -57,58 +66,60 @@ def _save_bases(folder: Path, base: Path) -> None:
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    edits = StableDiffusionInstructPix2PixPipeline.from_pretrained(base.with_name("edit-base"))
-    edits.to(torch.float16).save_pretrained(folder / "ip2p")
-    pipe = StableDiffusionPipeline.from_pretrained(base)
-    pipe.to(torch.float16).save_pretrained(folder / "sd15", variant="fp16")
+    edit_pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        base_dir.with_name("edit-base")
+    )
+    edit_pipeline.to(torch.float16).save_pretrained(folder / "instruct_pix2pix")
+    pipeline = StableDiffusionPipeline.from_pretrained(base_dir)
+    pipeline.to(torch.float16).save_pretrained(folder / "sd15", variant="fp16")
     torch.manual_seed(6)
     unet = UNet2DConditionModel.from_config(
-        pipe.unet.config,
-        cross_attention_dim=32,  # both text encoders side by side
+        pipeline.unet.config,
+        cross_attention_dim=32,  # the width of both text encoders together
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16,
     )
-    config = CLIPTextConfig(**pipe.text_encoder.config.to_dict() | {"projection_dim": 16})
-    second = CLIPTextModelWithProjection(config)
-    xl = StableDiffusionXLPipeline(
-        pipe.vae,
-        pipe.text_encoder,
-        second,
-        pipe.tokenizer,
-        pipe.tokenizer,
+    config = CLIPTextConfig(**pipeline.text_encoder.config.to_dict() | {"projection_dim": 16})
+    xl_pipeline = StableDiffusionXLPipeline(
+        pipeline.vae,
+        pipeline.text_encoder,
+        CLIPTextModelWithProjection(config),
+        pipeline.tokenizer,
+        pipeline.tokenizer,
         unet,
-        pipe.scheduler,
+        pipeline.scheduler,
         add_watermarker=False,
     )
-    xl.to(torch.float16).save_pretrained(folder / "sdxl", variant="fp16")
+    xl_pipeline.to(torch.float16).save_pretrained(folder / "sdxl", variant="fp16")
 
 
 def _save_pairs(folder: Path) -> None:
-    """As the public sets have them."""
+    """The same four pairs in the formats of the public datasets."""
     from datasets import Dataset
 
     random = np.random.default_rng(2)
-    rows = []
+    pairs = []
     for _ in range(4):
         before = Image.fromarray(random.integers(0, 256, (20, 24, 3), np.uint8))
-        rows.append((before, before.point(lambda x: 255 - x)))
+        pairs.append((before, before.point(lambda x: 255 - x)))
     (folder / "validation").mkdir(parents=True)
     (folder / "seed-data-edit" / "images").mkdir(parents=True)
     lines = []
-    for n, pair in enumerate(rows):
-        for side, picture in zip(("before", "after"), pair, strict=True):
-            picture.save(folder / "validation" / f"{n}_{side}.png")
-            picture.save(folder / "seed-data-edit" / "images" / f"{n}_{side}.png")
-        names = {
-            k: f"images/{n}_{side}.png"
-            for k, side in (("source_image", "before"), ("target_image", "after"))
+    for n, pair in enumerate(pairs):
+        for side, image in zip(("before", "after"), pair, strict=True):
+            image.save(folder / "validation" / f"{n}_{side}.png")
+            image.save(folder / "seed-data-edit" / "images" / f"{n}_{side}.png")
+        record = {
+            "source_image": f"images/{n}_before.png",
+            "target_image": f"images/{n}_after.png",
+            "instruction": "invert it",
         }
-        lines.append(json.dumps(names | {"instruction": "invert it"}))
+        lines.append(json.dumps(record))
     (folder / "seed-data-edit" / "part.jsonl").write_text("\n".join(lines))
     columns = {
-        "source_img": [b for b, _ in rows],
-        "target_img": [a for _, a in rows],
+        "source_img": [before for before, _ in pairs],
+        "target_img": [after for _, after in pairs],
         "instruction": ["invert"] * 4,
     }
     Dataset.from_dict(columns).save_to_disk(str(folder / "magic-brush"))

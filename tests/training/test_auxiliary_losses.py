@@ -1,4 +1,4 @@
-"""``LatentPreviewLoss``: it shows what an autoencoder decodes, as far as a linear map can."""
+"""``LatentPreviewLoss``: its preview is the best linear approximation of the decoder."""
 
 from typing import Any
 
@@ -9,37 +9,41 @@ from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.training.auxiliary_losses import LatentPreviewLoss
 
 
-def test_the_preview_is_the_nearest_linear_one(bundle: Any) -> None:
+def test_fit_kernel_finds_the_nearest_linear_preview(bundle: Any) -> None:
     base = load_diffusion_base(bundle.edit_base)
     torch.manual_seed(0)
     channels = base.pipeline.vae.config.latent_channels
-    examples = torch.randn(24, channels, 8, 8)
-    preview = LatentPreviewLoss(channels, upscale=1)
-    assert not preview.has_kernel
-    preview.fit_kernel(base, examples)
-    assert preview.has_kernel
-    assert preview.kernel.shape == (3, channels, 3, 3)
-    pixels = F.adaptive_avg_pool2d(base.decode_latents(examples) * 2 - 1, (8, 8))
-    shown = F.conv2d(examples, preview.kernel, padding=1)
-    left = pixels - shown
-    left = left - left.mean((0, 2, 3), keepdim=True)
-    whole = pixels - pixels.mean((0, 2, 3), keepdim=True)
-    assert left.square().mean() < 0.9 * whole.square().mean()
-    worse = whole - F.conv2d(examples, 1.1 * preview.kernel, padding=1)
-    assert (worse - worse.mean((0, 2, 3), keepdim=True)).square().mean() > left.square().mean()
+    latents = torch.randn(24, channels, 8, 8)
+    preview_loss = LatentPreviewLoss(channels, upscale=1)
+    assert not preview_loss.has_kernel
+    preview_loss.fit_kernel(base, latents)
+    assert preview_loss.has_kernel
+    assert preview_loss.kernel.shape == (3, channels, 3, 3)
+    pixels = F.adaptive_avg_pool2d(base.decode_latents(latents) * 2 - 1, (8, 8))
+    residual = pixels - F.conv2d(latents, preview_loss.kernel, padding=1)
+    residual = residual - residual.mean((0, 2, 3), keepdim=True)
+    centered_pixels = pixels - pixels.mean((0, 2, 3), keepdim=True)
+    assert residual.square().mean() < 0.9 * centered_pixels.square().mean()
+    other_residual = centered_pixels - F.conv2d(latents, 1.1 * preview_loss.kernel, padding=1)
+    other_residual = other_residual - other_residual.mean((0, 2, 3), keepdim=True)
+    assert other_residual.square().mean() > residual.square().mean()
 
 
-def test_its_error_counts_places_by_their_weight(bundle: Any) -> None:
+def test_compute_error_scales_with_the_weight_of_each_pixel(bundle: Any) -> None:
     base = load_diffusion_base(bundle.edit_base)
-    wanted = torch.randn(6, base.pipeline.vae.config.latent_channels, 8, 8)
-    preview = LatentPreviewLoss(wanted.shape[1])
-    preview.fit_kernel(base, wanted)
-    assert preview.kernel.shape[0] == 12
-    everywhere = torch.ones(6, 1, 8, 8)
-    assert preview.compute_error(wanted, wanted, everywhere).abs().max() == 0
-    off = wanted.clone()
-    off[:, :, :2] += 1  # only the upper part
-    error, lower = preview.compute_error(off, wanted, everywhere), everywhere.clone()
-    lower[:, :, :4] = 0
-    assert error.min() > 0 and preview.compute_error(off, wanted, lower).abs().max() == 0
-    torch.testing.assert_close(preview.compute_error(off, wanted, 3 * everywhere), 3 * error)
+    target_latents = torch.randn(6, base.pipeline.vae.config.latent_channels, 8, 8)
+    preview_loss = LatentPreviewLoss(target_latents.shape[1])
+    preview_loss.fit_kernel(base, target_latents)
+    assert preview_loss.kernel.shape[0] == 12
+    weight = torch.ones(6, 1, 8, 8)
+    assert preview_loss.compute_error(target_latents, target_latents, weight).abs().max() == 0
+    latents = target_latents.clone()
+    latents[:, :, :2] += 1  # only the upper part differs
+    error = preview_loss.compute_error(latents, target_latents, weight)
+    lower_weight = weight.clone()
+    lower_weight[:, :, :4] = 0
+    assert error.min() > 0
+    assert preview_loss.compute_error(latents, target_latents, lower_weight).abs().max() == 0
+    torch.testing.assert_close(
+        preview_loss.compute_error(latents, target_latents, 3 * weight), 3 * error
+    )

@@ -1,6 +1,5 @@
-"""Two processes learn what one learns from the same subjects: a real config, Lightning's own launcher, gloo on CPU."""
+"""Data-parallel training of a real config, in two processes of Lightning's launcher (gloo)."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,46 +9,39 @@ import torch
 from torch import Tensor
 
 from hyperlora.training.cli import train
+from tests.training.config_rules import CONFIGS, SMALL_HYPERNETWORK, TINY_ENCODER
 
-CONFIG = Path(__file__).parents[2] / "configs/sd15/hyperdreambooth.yaml"
 PROGRAM = "import sys\nfrom hyperlora.training.cli import train\n\ntrain(sys.argv[1:])\n"
-TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 ARGUMENTS = [
     "fit",
-    f"--config={CONFIG}",
+    f"--config={CONFIGS / 'sd15/hypernetwork.yaml'}",
     "--trainer.accelerator=cpu",
     "--trainer.max_steps=4",
-    "--trainer.callbacks.init_args.every_n_train_steps=4",
     "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
-    "--model.init_args.base_name_or_path=tiny/sd15",
-    "--model.init_args.encoder=vit_tiny_patch16_224",
-    "--model.init_args.encoder_options=" + json.dumps({"image_size": 16, "options": TINY_VIT}),
-    "--model.init_args.hypernetwork.width=16",
-    "--model.init_args.hypernetwork.depth=1",
-    "--model.init_args.hypernetwork.heads=2",
-    "--data.init_args.resolution=16",
-    "--data.init_args.encoder_size=16",
+    "--checkpoint.every_n_train_steps=4",
+    "--model.init_args.base=tiny/sd15",
+    *TINY_ENCODER,
+    *SMALL_HYPERNETWORK,
     "--data.init_args.folder=photos/single",
     "--data.init_args.batch_size=1",
     "--data.init_args.num_workers=0",
+    # full precision: rounding to bfloat16 would hide a wrong gradient
+    "--trainer.precision=32-true",
+    "--model.init_args.base_options.dtype=float32",
 ]
-# full precision: rounding to bfloat16 would hide a wrong gradient
-ARGUMENTS += ["--trainer.precision=32-true", "--model.init_args.base_options.dtype=float32"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, about so small a training
-def test_two_processes_equal_one_that_accumulates(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ddp_equals_gradient_accumulation(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     # subjects 0 1 | 2 3 in steps of two; overfitting to all of them means: in order
     train(
         [
             *ARGUMENTS,
-            *_where("one", 1),
+            *_make_run_arguments("one", 1),
             "--trainer.accumulate_grad_batches=2",
             "--trainer.overfit_batches=4",
         ]
@@ -58,7 +50,7 @@ def test_two_processes_equal_one_that_accumulates(
     program.write_text(PROGRAM)
     command = [
         *ARGUMENTS,
-        *_where("two", 2),
+        *_make_run_arguments("two", 2),
         "--trainer.strategy=ddp",
         "--trainer.overfit_batches=2",
     ]
@@ -71,27 +63,21 @@ def test_two_processes_equal_one_that_accumulates(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes" in done.stderr + done.stdout
-    one, two = _state("one"), _state("two")
-    assert one["model.hypernetwork.head_weight"].abs().max() > 0  # where it starts
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    accumulated, parallel = _load_state("one"), _load_state("two")
+    assert accumulated["model.hypernetwork.code_proj"].abs().max() > 0  # 0 at initialization
+    torch.testing.assert_close(parallel, accumulated, rtol=1e-4, atol=1e-6)
 
 
-def _where(name: str, devices: int) -> list[str]:
-    folder = f"runs/ddp/{name}"
-    strategy = [f"--trainer.devices={devices}", "--trainer.strategy=auto"]
-    paths = [
-        f"--trainer.default_root_dir={folder}",
-        f"--trainer.logger.init_args.save_dir={folder}",
-    ]
+def _make_run_arguments(name: str, num_devices: int) -> list[str]:
     return [
-        *strategy,
-        *paths,
-        f"--trainer.callbacks.init_args.dirpath={folder}",
-        f"--model.init_args.output_dir={folder}/out",
+        f"--trainer.devices={num_devices}",
+        "--trainer.strategy=auto",
+        f"--run_name=ddp/{name}",
+        f"--model.init_args.output_dir=runs/ddp/{name}/out",
     ]
 
 
-def _state(name: str) -> dict[str, Tensor]:
+def _load_state(name: str) -> dict[str, Tensor]:
     checkpoint = torch.load(f"runs/ddp/{name}/last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == 4
     return checkpoint["state_dict"]

@@ -1,4 +1,4 @@
-"""What the training of a pair network refuses."""
+"""Arguments that the training of a pair hypernetwork refuses."""
 
 from pathlib import Path
 
@@ -8,12 +8,29 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
 
 
-def test_a_vocabulary_that_is_not_there_is_told(workspace: Path, tmp_path: Path) -> None:
-    options = {"base": str(workspace / "tiny/ip2p"), "encoder": "resnet10t", "out": str(tmp_path)}
+def test_pair_hypernetwork_training_refuses_a_broken_vocabulary(
+    workspace: Path, tmp_path: Path
+) -> None:
+    options = {
+        "base": str(workspace / "tiny/instruct_pix2pix"),
+        "encoder": "resnet10t",
+        "output_dir": str(tmp_path),
+    }
     (tmp_path / "broken.json").write_text("{")
     for name in ("missing.json", "broken.json"):
-        words = {"tokens": 4, "width": 8, "vocabulary": str(tmp_path / name)}
+        head_options = {
+            "num_text_tokens": 4,
+            "cross_attention_dim": 8,
+            "vocabulary": str(tmp_path / name),
+        }
         with pytest.raises(
-            InvalidArgumentError, match=rf"{name}' is no JSON file.*data_builder edits"
+            InvalidArgumentError, match=rf"{name}' is no JSON file.*data_builder draw-pairs"
         ):
-            PairHypernetworkTraining(**options, network={"words": words})
+            PairHypernetworkTraining(**options, network={"instruction_head": head_options})
+
+
+def test_pair_hypernetwork_training_refuses_to_have_no_loss(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="there is no loss to train on"):
+        PairHypernetworkTraining(
+            base="", encoder="", output_dir=str(tmp_path), use_denoising_loss=False
+        )

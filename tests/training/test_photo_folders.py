@@ -1,4 +1,4 @@
-"""Folders of photos become batches: who is reference, who is target, in which order, under which words."""
+"""Folders of photos become batches: references, targets, their order and captions."""
 
 from pathlib import Path
 
@@ -18,18 +18,17 @@ from hyperlora.training.datamodules.photo_folders import (
 
 
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 4))
-def test_targets_are_never_references_unless_there_is_one_photo(
-    photos: int, views: int, targets: int
+def test_split_references_keeps_targets_apart(
+    num_photos: int, num_views: int, num_targets: int
 ) -> None:
-    references, others = split_references(range(photos), views, targets)
-    assert (len(references), len(others)) == (views, targets)
-    if photos > 1:
-        assert not set(references) & set(others)
-        assert len(set(references)) == min(
-            views, photos - 1
-        )  # none comes twice before all have come
+    references, targets = split_references(range(num_photos), num_views, num_targets)
+    assert (len(references), len(targets)) == (num_views, num_targets)
+    if num_photos > 1:
+        assert not set(references) & set(targets)
+        # none comes twice before all have come
+        assert len(set(references)) == min(num_views, num_photos - 1)
     else:
-        assert set(references) == set(others) == {0}
+        assert set(references) == set(targets) == {0}
 
 
 @pytest.mark.parametrize(
@@ -43,11 +42,11 @@ def test_targets_are_never_references_unless_there_is_one_photo(
         ("sks person with a person behind", "sks person with a person behind"),
     ],
 )
-def test_captions_become_personal(caption: str | None, expected: str) -> None:
+def test_personalize_caption_names_the_subject(caption: str | None, expected: str) -> None:
     assert personalize_caption(caption, "sks", "person", "a photo of sks person") == expected
 
 
-def test_batches_are_in_the_order_loras_are_shared_in(workspace: Path) -> None:
+def test_photo_folders_match_captions_to_targets(workspace: Path) -> None:
     folder = workspace / "photos/train"
     data = PhotoFolderDataModule(
         str(folder),
@@ -60,32 +59,32 @@ def test_batches_are_in_the_order_loras_are_shared_in(workspace: Path) -> None:
         num_workers=0,
     )
     batch = next(iter(data.train_dataloader()))
-    assert batch["photos"].shape == (3, 4, 3, 12, 12)
-    assert batch["images"].shape == (6, 3, 16, 16)
+    assert batch.photos.shape == (3, 4, 3, 12, 12)
+    assert batch.images.shape == (6, 3, 16, 16)
     subjects = list_subjects(folder)
     for j in range(2):
-        for i, number in enumerate(batch["subject"].tolist()):
-            subject, image = subjects[number], batch["images"][j * 3 + i]
+        for i, subject_id in enumerate(batch.subject_ids.tolist()):
+            subject, image = subjects[subject_id], batch.images[j * 3 + i]
             photos = torch.stack([to_tensor(read_image(p), 16) for p in subject.photos])
-            (which,) = (photos == image).flatten(1).all(1).nonzero().flatten().tolist()
+            (index,) = (photos == image).flatten(1).all(1).nonzero().flatten().tolist()
             expected = (
                 "a photo of sks person"
-                if subject.captions[which] is None
+                if subject.captions[index] is None
                 else "sks person in the rain"
             )
-            assert batch["captions"][j * 3 + i] == expected
+            assert batch.captions[j * 3 + i] == expected
 
 
-def test_validation_is_the_same_every_time(workspace: Path) -> None:
+def test_photo_folders_validate_on_the_same_photos(workspace: Path) -> None:
     folder = str(workspace / "photos/validation")
     data = PhotoFolderDataModule(folder, folder, resolution=16, batch_size=2, num_workers=0)
-    one, other = next(iter(data.val_dataloader())), next(iter(data.val_dataloader()))
-    assert len(one["captions"]) == 2
-    assert one["images"].equal(other["images"])
-    assert one["photos"].equal(other["photos"])
+    first, second = next(iter(data.val_dataloader())), next(iter(data.val_dataloader()))
+    assert len(first.captions) == 2
+    assert first.images.equal(second.images)
+    assert first.photos.equal(second.photos)
 
 
-def test_a_step_that_takes_more_subjects_than_there_are_is_refused(workspace: Path) -> None:
+def test_photo_folders_refuse_a_batch_of_too_many_subjects(workspace: Path) -> None:
     folder = str(workspace / "photos/validation")
     with pytest.raises(
         InvalidArgumentError, match=r"holds 2 subjects, one step takes 3: .*lower batch_size"

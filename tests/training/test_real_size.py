@@ -1,11 +1,10 @@
-"""The Stable Diffusion configs at their real size, short of the bases' own weights (meta device)."""
+"""The Stable Diffusion configurations at real size, the bases without weights (meta device)."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
@@ -17,8 +16,8 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.model_card import ModelCard
+from tests.training.config_rules import read_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 SDXL = {
     "sample_size": 128,
@@ -35,65 +34,64 @@ SDXL = {
 }
 
 
-def _unet(options: dict[str, Any]) -> nn.Module:
+def make_meta_unet(options: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         return UNet2DConditionModel(**options)
 
 
-def _config(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / name / "hyperdreambooth.yaml").read_text())["model"][
-        "init_args"
-    ]
+def read_model_config(name: str) -> dict[str, Any]:
+    return read_config(f"{name}/hypernetwork")["model"]["init_args"]
 
 
-def _layout(name: str, unet: nn.Module) -> LoraLayout:
-    config = _config(name)
+def make_config_layout(name: str, unet: nn.Module) -> LoraLayout:
+    config = read_model_config(name)
     return make_layout({"unet": unet}, config["preset"], config["rank"], config["base"])
 
 
 @pytest.mark.slow
-def test_photo_to_a_file_that_the_real_unet_takes(tmp_path: Path) -> None:
-    """ViT-B, the config's hypernetwork, Stable Diffusion 1.5's layout; diffusers loads the file without remainder."""
-    config = _config("sd15")
-    unet = _unet(SD15).to_empty(device="cpu")  # never written to, so it takes no memory
-    layout = _layout("sd15", unet)
+def test_sd15_lora_loads_into_the_real_unet(tmp_path: Path) -> None:
+    """ViT-B, the configured hypernetwork, SD 1.5's layout; diffusers loads the file completely."""
+    config = read_model_config("sd15")
+    unet = make_meta_unet(SD15).to_empty(device="cpu")  # never written to, so it takes no memory
+    layout = make_config_layout("sd15", unet)
     assert (len(layout.targets), layout.numel) == (128, 797_184)
     torch.manual_seed(0)
     encoder = TimmEncoder(config["encoder"], config["encoder_options"]["image_size"])
     network = Hypernetwork(layout, encoder.width, **config["hypernetwork"])
     nn.init.normal_(network.code_proj, std=0.02)  # zero before training: ΔW = 0
-    model = ImageToLora(encoder, network, ModelCard.from_dict(config["card"])).eval().requires_grad_(False)
+    card = ModelCard.from_dict(config["card"])
+    model = ImageToLora(encoder, network, card).eval().requires_grad_(False)
     weights = model.forward(torch.rand(1, 2, 3, 224, 224))[0]
     assert weights.compute_delta_norms().min() > 0
-    file = save_lora(weights, tmp_path / "lora.safetensors")
-    _check_loaded(StableDiffusionPipeline.lora_state_dict(file), unet, weights)
+    path = save_lora(weights, tmp_path / "lora.safetensors")
+    check_loaded_lora(StableDiffusionPipeline.lora_state_dict(path), unet, weights)
 
 
 @pytest.mark.slow
-def test_the_real_sdxl_unet_takes_its_layout(tmp_path: Path) -> None:
-    unet = _unet(SDXL)
-    layout = _layout("sdxl", unet)
+def test_sdxl_lora_loads_into_the_real_unet(tmp_path: Path) -> None:
+    unet = make_meta_unet(SDXL)
+    layout = make_config_layout("sdxl", unet)
     assert (len(layout.targets), layout.numel) == (560, 5_806_080)
     with torch.device("meta"):
-        Hypernetwork(layout, 768, **_config("sdxl")["hypernetwork"])
+        Hypernetwork(layout, 768, **read_model_config("sdxl")["hypernetwork"])
     weights = LoraWeights.unflatten(layout, torch.randn(layout.numel))
-    file = save_lora(weights, tmp_path / "lora.safetensors")
-    _check_loaded(
-        StableDiffusionXLPipeline.lora_state_dict(file, unet_config=unet.config), unet, weights
+    path = save_lora(weights, tmp_path / "lora.safetensors")
+    check_loaded_lora(
+        StableDiffusionXLPipeline.lora_state_dict(path, unet_config=unet.config), unet, weights
     )
 
 
-def _check_loaded(loaded: Any, unet: nn.Module, weights: LoraWeights) -> None:
-    """Each factor of the file has arrived at its site, at strength 1, and there is no other."""
-    state, network_alphas = loaded[:2]
+def check_loaded_lora(loaded: Any, unet: nn.Module, weights: LoraWeights) -> None:
+    """Each factor of the file is at its target, at strength 1, and there is no other."""
+    state_dict, network_alphas = loaded[:2]
     unet.load_lora_adapter(
-        state, network_alphas=network_alphas, prefix="unet", low_cpu_mem_usage=True
+        state_dict, network_alphas=network_alphas, prefix="unet", low_cpu_mem_usage=True
     )
     factors = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
     assert len(factors) == 2 * len(weights.layout.targets)
-    for site, down, up in zip(weights.layout.targets, weights.down, weights.up, strict=True):
-        assert unet.get_submodule(site.path).scaling == {"default_0": 1.0}
-        for name, expected in ((f"{site.path}.lora_A", down), (f"{site.path}.lora_B", up)):
-            found = factors[f"{name}.default_0.weight"]
-            assert found.shape == expected.shape
-            assert found.is_meta or torch.equal(found, expected)
+    for target, down, up in zip(weights.layout.targets, weights.down, weights.up, strict=True):
+        assert unet.get_submodule(target.path).scaling == {"default_0": 1.0}
+        for name, expected in ((f"{target.path}.lora_A", down), (f"{target.path}.lora_B", up)):
+            factor = factors[f"{name}.default_0.weight"]
+            assert factor.shape == expected.shape
+            assert factor.is_meta or torch.equal(factor, expected)

@@ -152,6 +152,7 @@ def _make_name_resolver(
         layers_per_block = _DEFAULT_LAYERS_PER_BLOCK
 
     def resolve_name(stem: str) -> str:
+        """Convert the stem of a file key to the target's name in the base."""
         if format == "kohya":
             stem = stems.get(stem) or parse_kohya_stem(stem, layers_per_block)
         component, path = stem.split(".", 1)

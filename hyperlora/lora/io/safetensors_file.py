@@ -197,6 +197,7 @@ def read_header(source: Path | bytes, size: int, file_name: str) -> dict[str, ob
         raw = file.read(header_bytes)
 
     def check_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        """Build a dictionary; raise ``InvalidLoraFileError`` for a duplicate key."""
         entries: dict[str, object] = {}
         for key, value in pairs:
             if key in entries:

@@ -23,9 +23,9 @@ class LoraRowsDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Make the loader of shuffled training batches, without an incomplete last one."""
         data = LoraDataset(self.hparams["folder"], "train")
-        return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)  # type: ignore[arg-type]
+        return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Make the loader of validation batches."""
         data = LoraDataset(self.hparams["validation"] or self.hparams["folder"], "validation")
-        return DataLoader(data, self.hparams["batch_size"])  # type: ignore[arg-type]
+        return DataLoader(data, self.hparams["batch_size"])

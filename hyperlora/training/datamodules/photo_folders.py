@@ -1,4 +1,4 @@
-"""``PhotoFolderDataModule``: photos of subjects from folders, for a hypernetwork over a real base."""
+"""``PhotoFolderDataModule``: photos of subjects from folders, for a hypernetwork."""
 
 import re
 from collections.abc import Sequence

@@ -156,7 +156,7 @@ def load_attributes(path: str) -> dict[str, list[str]]:
 def _compute_supcon_loss(identity: Tensor, subject_ids: Tensor, temperature: float) -> Tensor:
     """Compute the supervised contrastive loss (Khosla et al. 2020, eq. 2).
 
-    For sample i with positives P(i): -1 / |P(i)| Σ_p log(exp(z_i·z_p / τ) / Σ_a≠i exp(z_i·z_a / τ)).
+    -1 / |P(i)| Σ_p log(exp(z_i·z_p / τ) / Σ_a≠i exp(z_i·z_a / τ)), with the positives P(i) of i.
 
     Args:
         identity: Embeddings z of unit length [n, width].

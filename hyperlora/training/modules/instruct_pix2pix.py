@@ -152,6 +152,7 @@ class InstructPix2PixTraining(FrozenBaseTraining):
         )  # [n, 1, h, w]
 
         def compute_sum(latents: Tensor) -> Tensor:
+            """Compute the sum of both losses of predicted latents, per sample [n]."""
             loss = preview_loss.compute_error(latents, after, region_weights)  # [n]
             return loss + (attribute_loss.fn(latents) if attribute_loss else 0.0)
 
@@ -186,7 +187,7 @@ class InstructPix2PixTraining(FrozenBaseTraining):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make Muon for the UNet's hidden matrices and AdamW for all else, with one cosine cycle."""
+        """Make Muon for the hidden matrices and AdamW for all else, with one cosine cycle."""
         matrices, other_params = split_muon_params(
             self.unet.named_parameters(), ("conv_in", "conv_out")
         )

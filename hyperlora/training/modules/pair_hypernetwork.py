@@ -47,9 +47,10 @@ class PairHypernetworkTraining(FrozenBaseTraining):
     """Train a LoRA Δ = H(A, A') of a pair on making the same edit elsewhere, B to B'.
 
     L = ‖G(Δ; B) - B'‖² + ``reverse_weight`` ‖G(-Δ; B') - B‖² + ``delta_l2_weight`` ‖ΔW‖²
-    + ``instruction_loss_weight`` C (LoRA of Change, 2411.19156, §3.3). G(Δ; B) is the edit base with
-    the LoRA Δ and the input image B; the first two norms are its denoising losses. C is
-    ``InstructionVocabulary.compute_loss`` of the instruction head: which instruction the pair shows.
+    + ``instruction_loss_weight`` C (LoRA of Change, 2411.19156, §3.3).
+
+    G(Δ; B) is the edit base with the LoRA Δ and the input image B; the first two norms are its
+    denoising losses. C is ``InstructionVocabulary.compute_loss`` of the predicted instruction.
 
     Validation logs the denoising loss without LoRA (``val/loss_base``), with the pair's own
     (``val/loss_own``), with another pair's (``val/loss_shuffled``) and of undoing

@@ -105,7 +105,7 @@ class VaeTraining(L.LightningModule):
 
 
 class VaeDecoderTraining(L.LightningModule):
-    """Train the decoder of a released autoencoder alone, by ``Muon`` and the errors of ``VaeTraining``.
+    """Train the decoder of a released autoencoder alone, on the errors of ``VaeTraining``.
 
     The latents stay as they are, and so does every network that works on them. Noise on the
     latents prepares the decoder for latents of a denoiser, which never equal those of an image.
@@ -114,7 +114,7 @@ class VaeDecoderTraining(L.LightningModule):
     Args:
         output_dir: Folder that receives the diffusers model when training ends.
         start_from: Folder of an ``AutoencoderKL``.
-        lr: Peak learning rate.
+        lr: Peak learning rate of ``Muon``.
         mse_weight: Weight of the squared error.
         gradient_weight: Weight of the L1 error of image gradients.
         max_noise_std: Largest standard deviation of the noise on latents (which have unit
@@ -185,7 +185,7 @@ class VaeDecoderTraining(L.LightningModule):
             vae.save_pretrained(Path(self.hparams["output_dir"]))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make Muon for the decoder's hidden matrices, AdamW for all else, with one cosine cycle."""
+        """Make Muon for the hidden matrices and AdamW for all else, with one cosine cycle."""
         matrices, other_params = split_muon_params(
             self.vae.named_parameters(), ("post_quant_conv", "decoder.conv_in", "decoder.conv_out")
         )
@@ -195,7 +195,7 @@ class VaeDecoderTraining(L.LightningModule):
 def _compute_reconstruction_loss(
     module: L.LightningModule, decoded: Tensor, images: Tensor
 ) -> Tensor:
-    """Compute and log the errors of images [n, 3, h, w], weighted by the module's hyperparameters."""
+    """Compute and log the weighted errors of images [n, 3, h, w]."""
     l1 = F.l1_loss(decoded, images)
     # L1 of finite differences along height and width
     gradient_loss = sum(
