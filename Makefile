@@ -13,10 +13,10 @@ check: ## style, types and the direction of imports
 test:
 	$(RUN) pytest
 
-# The embedded bundle, from nothing: about 22 hours on two CPU cores. Stages run in this order. A
-# finished stage leaves a file in $(DONE) and is skipped by the next `make avatars`; an interrupted
-# training resumes at the last checkpoint of its run. Remove the file and runs/avatars/STAGE to
-# repeat a stage.
+# The embedded bundle, from nothing. Stages run in this order; the shipped weights took about 22
+# hours on two CPU cores. A finished stage leaves a file in $(DONE), and the next `make avatars`
+# skips it; an interrupted training resumes at the last checkpoint of its run. To repeat a stage,
+# remove that file and runs/avatars/STAGE.
 DONE := runs/avatars/done
 STAGES := portraits tokenizer benchmark 01_vae 02_vae_refine 03_text_to_image \
 	04_text_to_image_wide 05_latent_classifier 06_text_to_image_attributes 07_evaluator \

@@ -1,1 +1,2 @@
-"""Programs that measure speed, quality and robustness, and the ablations; each prints its figures."""
+"""Programs that measure speed, quality and robustness, and the ablations; each prints its figures.
+"""

@@ -1,1 +1,2 @@
-"""What one choice of training or inference contributes, and the shared code of these comparisons."""
+"""What one choice of training or inference contributes, and the shared code of these comparisons.
+"""

@@ -19,12 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.robustness.http_requests import Random, build_form, build_request
 from benchmarks.robustness.malformed_request_generators import (
     AUTHENTICATED_ATTACKS,
     UNAUTHENTICATED_ATTACKS,
-    Random,
-    build_form,
-    build_request,
 )
 from benchmarks.service_process import get_memory_mib, start_server, write_key_file
 

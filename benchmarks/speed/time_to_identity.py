@@ -1,7 +1,8 @@
 """LoRAs per hour *to equal identity*: PEFT from scratch against multi-LoRA fine-tuning and warm
 starts.
 
-    data-builder write-benchmark -o runs/data/benchmark-validation --split validation --num-subjects 16
+    data-builder write-benchmark -o runs/data/benchmark-validation --split validation
+        --num-subjects 16
     python -m benchmarks.speed.time_to_identity runs/data/benchmark-validation [--num-subjects 6]
         [--dataset runs/avatars/build]
 

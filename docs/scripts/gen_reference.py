@@ -168,8 +168,15 @@ def _iter_classes(package_name: str) -> Iterator[type]:
         module: ModuleType = import_module(f"{package_name}.{info.name}")
         for _, cls in inspect.getmembers(module, inspect.isclass):
             is_own = cls.__module__ == module.__name__ and not cls.__name__.startswith("_")
-            if is_own and (hasattr(cls, "training_step") or hasattr(cls, "train_dataloader")):
+            if is_own and _has_own_steps(cls):
                 yield cls
+
+
+def _has_own_steps(cls: type) -> bool:
+    """Whether a config may name the class: a module that trains, or a data module with data."""
+    if hasattr(cls, "training_step"):
+        return getattr(cls.training_step, "__module__", "").split(".")[0] != "lightning"
+    return hasattr(cls, "train_dataloader") and cls.__name__ != "FolderDataModule"
 
 
 def _format_class(cls: type) -> Iterator[str]:
@@ -202,7 +209,7 @@ def _format_annotation(annotation: Any) -> str:
 
 
 def _format_default(value: Any) -> str:
-    return "" if value is None else f"`{value}`"
+    return "" if value is None or value == "" else f"`{value}`"
 
 
 def _format_row(cells: list[str]) -> str:

@@ -72,6 +72,7 @@ def apply_autolora_guidance(
     stacked_loras = pad_and_stack([denoiser_lora * 0.0, denoiser_lora])  # [2]: base, LoRA
 
     def predict_with_guidance(call: DenoiserCall) -> Tensor:
+        """Predict e, once for each guidance branch [branches * n, c, h, w]."""
         num_branches = family.count_branches(len(call.sample))
         if num_branches == 1 and (base_scale, lora_scale) != (None, None):
             raise InvalidArgumentError(

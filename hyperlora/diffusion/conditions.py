@@ -43,6 +43,7 @@ def map_tensors(fn: Callable[..., Tensor], tree: T, *others: T) -> T:
     """
 
     def map_node(*nodes: Any) -> Any:
+        """Map one tensor of each tree, or corresponding mappings."""
         if isinstance(nodes[0], Mapping):
             return {key: map_node(*(node[key] for node in nodes)) for key in nodes[0]}
         return fn(*nodes)

@@ -125,6 +125,7 @@ class DenoiserCall:
         batch_size = len(self.sample)
 
         def apply_to_value(value: Any) -> Any:
+            """Apply ``fn`` to the tensors of an argument, also inside containers."""
             match value:
                 case Tensor() if value.ndim and len(value) == batch_size:
                     return fn(value)
@@ -165,6 +166,7 @@ def intercept_denoiser(
     forward = module.forward
 
     def call_handler(*args: Any, **kwargs: Any) -> "_DenoiserReturn":
+        """Return the handler's prediction in the form that the pipeline expects."""
         model_output = handler(DenoiserCall(forward, args, {**kwargs, "return_dict": False}))
         if kwargs.get("return_dict", True):
             from diffusers.models.modeling_outputs import Transformer2DModelOutput

@@ -68,6 +68,7 @@ def edit_images(
     image_batch = pixels.to(base.pipeline.device)  # [n, 3, h, w]
 
     def sample_edits(lora: LoraWeights | None, instructions: list[str]) -> list[Image.Image]:
+        """Sample one edited image per instruction, with or without a LoRA."""
         with inject_base_lora(base, lora):  # also while the text encoder runs
             edited: list[Image.Image] = base.pipeline(
                 prompt_embeds=base.encode_prompts(instructions)["encoder_hidden_states"],

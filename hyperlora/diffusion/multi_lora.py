@@ -212,6 +212,7 @@ def _make_merge_handler(
     step_counter = StepCounter(pipe)
 
     def predict_merge(call: DenoiserCall) -> Tensor:
+        """Predict with all LoRAs whose scale at this step is not 0."""
         scales = _evaluate_schedule(schedule, step_counter, call, len(loras))
         with ExitStack() as stack:
             for lora, scale in zip(loras, scales, strict=True):
@@ -238,6 +239,7 @@ def _make_switch_schedule(
         )
 
     def compute_scales(step: int, num_steps: int) -> list[float]:
+        """Compute the scales [k] of one step, all but one of them 0."""
         active_index = cycle[step // config.switch_every % len(cycle)]
         scales = schedule(step, num_steps) if schedule is not None else [1.0] * num_loras
         return [float(s) if i == active_index else 0.0 for i, s in enumerate(scales)]
@@ -254,6 +256,7 @@ def _make_composite_handler(
     """Make a handler of Σ cᵢ εᵢ with weights c [k] of sum 1 (2402.16843)."""
 
     def predict_composite(call: DenoiserCall) -> Tensor:
+        """Predict the weighted mean [n, c, h, w] of the LoRAs' predictions."""
         loras = scheduled_loras.scale_loras(call)  # [k]
         model_outputs = predict_per_lora(call, modules, loras, chunk_size)  # [k, n, c, h, w]
         return torch.einsum("k,k...->...", composite_weights.to(model_outputs), model_outputs)
@@ -282,6 +285,7 @@ def _make_spatial_handler(
         return region_weights, None if is_covered else 1 - coverage.clamp(max=1)
 
     def predict_spatial(call: DenoiserCall) -> Tensor:
+        """Predict each position [n, c, h, w] with the LoRAs of its regions."""
         region_weights, base_weight = compute_region_weights(call.latent_size)
         loras = scheduled_loras.scale_loras(call)  # [regions + 1]
         # one prediction [n, c, h, w] per region, and the base's if it is needed

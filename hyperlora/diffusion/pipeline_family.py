@@ -153,7 +153,7 @@ class StableDiffusionXLFamily(PipelineFamily):
     def make_conditions(
         self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor | None
     ) -> PromptConditions:
-        """Make the denoiser's keyword arguments, for an image of the base's resolution, not cropped.
+        """Make the denoiser's keyword arguments, for an uncropped image of the base's size.
 
         Args:
             prompt_embeds: Prompt embeddings [n, tokens, width].

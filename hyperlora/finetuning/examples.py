@@ -53,6 +53,7 @@ class TrainingExamples:
         """Repeat the examples of one subject for ``num_subjects`` subjects, without a copy."""
 
         def expand_tensor(value: Tensor) -> Tensor:
+            """Expand the subject axis from 1."""
             return value.expand(num_subjects, *value.shape[1:])  # [K, n, ...]
 
         num_examples = (
@@ -69,10 +70,12 @@ class TrainingExamples:
         max_examples = max(num_examples)
 
         def pad_tensor(value: Tensor) -> Tensor:
+            """Pad the example axis to ``max_examples``."""
             num_missing = max_examples - value.shape[1]
             return torch.cat([value, value[:, :1].expand(-1, num_missing, *value.shape[2:])], 1)
 
         def cat_tensors(*values: Tensor) -> Tensor:
+            """Pad and concatenate along the subject axis."""
             return torch.cat([pad_tensor(value) for value in values])  # [K, max_examples, ...]
 
         return cls(

@@ -92,6 +92,7 @@ def fine_tune_loras(
         return loras if base_loras is None else _select_base_loras(base_loras, active) + loras
 
     def validate_step(probe: ValidationProbe, step: int) -> None:
+        """Compute the validation losses of the active subjects and record them."""
         with torch.no_grad(), inject_lora(denoiser, build_loras()):
             val_losses = _compute_val_losses(denoiser, scheduler, probe, active)  # [k]
         early_stopping.update_best(active, codes, val_losses, step)

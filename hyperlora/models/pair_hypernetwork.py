@@ -31,8 +31,8 @@ class PairHypernetwork(nn.Module):
     The tokens of both images are fused patch by patch. Several pairs that show the same edit are
     views.
 
-    With ``antisymmetric``, the ``up`` codes are u(A, A') - u(A', A) and the ``down`` codes the mean
-    of both orders. Then Δ(A', A) = -Δ(A, A') and Δ(A, A) = 0 by construction, which LoRA Reverse
+    With ``antisymmetric``, the ``up`` codes are (u(A, A') - u(A', A)) / 2 and the ``down`` codes the
+    mean of both orders. Then Δ(A', A) = -Δ(A, A') and Δ(A, A) = 0 by construction, which LoRA Reverse
     and random exchange only train for. This does not hold for the modules that read text: the
     instruction of an edit is not the opposite of the instruction that undoes it. Both LoRAs undo
     the edit if the vocabulary has an ``undo_template`` (and the base knows its prompts).
@@ -120,7 +120,7 @@ class PairHypernetwork(nn.Module):
         forward_down, forward_up = forward_codes.chunk(2, -2)  # [batch, num_targets, code_size]
         backward_down, backward_up = backward_codes.chunk(2, -2)
         down = (forward_down + backward_down) / 2  # symmetric
-        up = forward_up - backward_up  # antisymmetric, and so is up @ down
+        up = (forward_up - backward_up) / 2  # antisymmetric, and so is up @ down
         return torch.cat([down, up], -2)
 
     def forward(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:

@@ -162,7 +162,12 @@ class ApplyLora:
     @classmethod
     def INPUT_TYPES(cls) -> InputTypes:  # noqa: N802
         """Describe the inputs of the node."""
-        strength_options = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        strength_options: dict[str, object] = {
+            "default": 1.0,
+            "min": -10.0,
+            "max": 10.0,
+            "step": 0.05,
+        }
         return {
             "required": {
                 "model": ("MODEL",),

@@ -1,4 +1,4 @@
-"""``main_callback edit`` and ``evaluate --task edit``: files, pictures, and one sentence for what cannot be."""
+"""``hyperlora edit`` and ``evaluate --task edit``: files, images and errors."""
 
 import json
 from pathlib import Path
@@ -13,64 +13,69 @@ from hyperlora import pretrained
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.diffusion.image_editing import edit_images
 from hyperlora.lora.io.load import load_lora
-from hyperlora.pipelines.instruction_search import generate_with_search
+from hyperlora.pipelines.instruction_search import InstructionSearch
 from hyperlora.pipelines.pair_to_lora import PairToLora
 
 
 @pytest.fixture
-def models(bundle: Any) -> list[Any]:
-    return ["--model", pretrained.pair_model, "--base", pretrained.edit_base]
+def model_options(bundle: Any) -> list[Any]:
+    return ["--model", bundle.pair_model, "--base", bundle.edit_base]
 
 
 @pytest.fixture
 def pair(bundle: Any) -> list[Path]:
-    folder = pretrained.edit_benchmark / "inverted"
+    folder = bundle.edit_benchmark / "inverted"
     return [folder / "shown-0_before.png", folder / "shown-0_after.png"]
 
 
-def second(pair: list[Path]) -> list[Path]:
+def get_second_pair(pair: list[Path]) -> list[Path]:
     return [path.with_name(path.name.replace("shown-0", "shown-1")) for path in pair]
 
 
-def test_a_file_and_pictures_as_python_makes_them(
-    run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path
+def test_edit_writes_what_python_generates(
+    run: Any, model_options: Any, pair: Any, bundle: Any, tmp_path: Path
 ) -> None:
-    others = second(pair)
-    out = tmp_path / "sub" / "change.safetensors"
-    done = run(
+    image_paths = get_second_pair(pair)
+    output = tmp_path / "sub" / "change.safetensors"
+    result = run(
         "edit",
         *pair,
-        "--apply",
-        *others,
-        "--images-out",
+        "--images",
+        *image_paths,
+        "--images-dir",
         tmp_path / "edited",
         "-o",
-        out,
+        output,
         "--steps",
         2,
         "--seed",
         7,
         "--strength",
         3,
-        *models,
+        *model_options,
     )
-    assert done.code == 0, done
-    model = PairToLora.from_pretrained(pretrained.pair_model)
-    change = model(tuple(pair), 3)
-    file = load_lora(out, model.layout)
-    torch.testing.assert_close(file.weights.flatten(), change.flatten())
-    assert file.metadata.title == "change" and len(file.metadata.reference_sha256) == 2
-    base, opened = load_diffusion_base(pretrained.edit_base), [Image.open(o) for o in others]
-    for keep_rest, flags in ((True, []), (False, ["--repaint"])):
+    assert result.code == 0, result
+    model = PairToLora.from_pretrained(bundle.pair_model)
+    lora = model(tuple(pair), 3).weights
+    lora_file = load_lora(output, model.layout)
+    torch.testing.assert_close(lora_file.weights.flatten(), lora.flatten())
+    assert lora_file.metadata.title == "change" and len(lora_file.metadata.reference_sha256) == 2
+    base, images = load_diffusion_base(bundle.edit_base), [Image.open(o) for o in image_paths]
+    for preserve_unedited, flags in ((True, []), (False, ["--no-preserve"])):
         expected = edit_images(
-            base, opened, change, seeds=[7, 7], num_inference_steps=2, preserve_unedited=keep_rest
+            base,
+            images,
+            lora,
+            seeds=[7, 7],
+            num_inference_steps=2,
+            preserve_unedited=preserve_unedited,
         )
-        done = run(
+        result = run(
             "edit",
             *pair,
-            "--apply",
-            *others,
-            "--images-out",
+            "--images",
+            *image_paths,
+            "--images-dir",
             tmp_path / "edited",
             "--steps",
             2,
@@ -79,86 +84,97 @@ def test_a_file_and_pictures_as_python_makes_them(
             "--strength",
             3,
             *flags,
-            *models,
+            *model_options,
         )
-        for path, picture in zip(others, expected, strict=True):
-            drawn = np.asarray(Image.open(tmp_path / "edited" / f"{path.stem}.png"), int)
-            assert abs(drawn - np.asarray(picture, int)).max() <= 2
-            assert str(tmp_path / "edited" / f"{path.stem}.png") in done.out
+        for path, expected_image in zip(image_paths, expected, strict=True):
+            actual = np.asarray(Image.open(tmp_path / "edited" / f"{path.stem}.png"), int)
+            assert abs(actual - np.asarray(expected_image, int)).max() <= 2
+            assert str(tmp_path / "edited" / f"{path.stem}.png") in result.out
 
 
-def test_further_pairs_and_reverse(
-    run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path
+def test_edit_takes_several_pairs_and_reverse(
+    run: Any, model_options: Any, pair: Any, bundle: Any, tmp_path: Path
 ) -> None:
-    model = PairToLora.from_pretrained(pretrained.pair_model)
-    both = model([tuple(pair), tuple(second(pair))])
-    for flags, expected in (([], both), (["--reverse"], -both)):
-        done = run(
+    model = PairToLora.from_pretrained(bundle.pair_model)
+    expected_lora = model([tuple(pair), tuple(get_second_pair(pair))]).weights
+    for flags, expected in (([], expected_lora), (["--reverse"], -expected_lora)):
+        result = run(
             "edit",
             *pair,
             "--pair",
-            *second(pair),
+            *get_second_pair(pair),
             "-o",
             tmp_path / "c.safetensors",
             *flags,
-            *models,
+            *model_options,
         )
-        assert done.code == 0, done
+        assert result.code == 0, result
         torch.testing.assert_close(
             load_lora(tmp_path / "c.safetensors", model.layout).weights.flatten(),
             expected.flatten(),
         )
-    done = run(
-        "edit", "--pair", *pair, "--pair", *second(pair), "-o", tmp_path / "d.safetensors", *models
+    result = run(
+        "edit",
+        "--pair",
+        *pair,
+        "--pair",
+        *get_second_pair(pair),
+        "-o",
+        tmp_path / "d.safetensors",
+        *model_options,
     )
-    assert done.code == 0, done
-    found = load_lora(tmp_path / "d.safetensors", model.layout).weights
-    torch.testing.assert_close(found.flatten(), both.flatten())
+    assert result.code == 0, result
+    written_lora = load_lora(tmp_path / "d.safetensors", model.layout).weights
+    torch.testing.assert_close(written_lora.flatten(), expected_lora.flatten())
 
 
-def test_words_are_tried_unless_asked_not_to(run: Any, tmp_path: Path) -> None:
-    """With the bundle: what its network was never shown."""
+def test_edit_searches_unless_disabled(run: Any, tmp_path: Path) -> None:
+    """With the bundled model: an edit of a kind that its network does not predict."""
     folder = next(pretrained.EDIT_BENCHMARK_DIR.glob("*-skin"))
     pair = [next(folder.glob(f"shown-0_{side}.*")) for side in ("before", "after")]
     base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
     model = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=base)
     expected = {
-        (): generate_with_search(model, base, tuple(pair)),
-        ("--one-pass",): model(tuple(pair)),
+        (): model(tuple(pair), search=InstructionSearch(base)).weights,
+        ("--no-search",): model(tuple(pair)).weights,
     }
     for flags, lora in expected.items():
-        done = run("edit", *pair, "-o", tmp_path / "c.safetensors", *flags)
-        assert done.code == 0, done
-        found = load_lora(tmp_path / "c.safetensors", model.layout).weights
-        torch.testing.assert_close(found.flatten(), lora.flatten())
-    assert not torch.allclose(expected[()].flatten(), expected["--one-pass",].flatten(), atol=1e-3)
-    done = run("edit", *pair, "-o", tmp_path / "d.safetensors", "--base", pretrained.BASE_DIR)
-    assert done.code == 2 and "avatars/edit-base" in done.err and done.err.count("\n") == 1
+        result = run("edit", *pair, "-o", tmp_path / "c.safetensors", *flags)
+        assert result.code == 0, result
+        written_lora = load_lora(tmp_path / "c.safetensors", model.layout).weights
+        torch.testing.assert_close(written_lora.flatten(), lora.flatten())
+    assert not torch.allclose(expected[()].flatten(), expected["--no-search",].flatten(), atol=1e-3)
+    result = run("edit", *pair, "-o", tmp_path / "d.safetensors", "--base", pretrained.BASE_DIR)
+    assert result.code == 2 and "avatars/edit-base" in result.err and result.err.count("\n") == 1
 
 
-def test_what_is_doubtful_is_said(run: Any, models: Any, pair: Any, tmp_path: Path) -> None:
-    done = run("edit", pair[0], pair[0], "-o", tmp_path / "c.safetensors", *models)
-    assert done.code == 0 and "no change found" in done.err
+def test_edit_warns_of_unchanged_pair(
+    run: Any, model_options: Any, pair: Any, tmp_path: Path
+) -> None:
+    result = run("edit", pair[0], pair[0], "-o", tmp_path / "c.safetensors", *model_options)
+    assert result.code == 0 and "no change found" in result.err
     assert load_lora(tmp_path / "c.safetensors").weights.compute_delta_norms().max() < 1e-5
 
 
-def test_pictures_of_one_name_do_not_meet(run: Any, models: Any, pair: Any, tmp_path: Path) -> None:
-    copy = tmp_path / "other" / pair[0].name
-    copy.parent.mkdir()
-    copy.write_bytes(pair[1].read_bytes())
-    done = run(
+def test_edit_numbers_images_of_same_name(
+    run: Any, model_options: Any, pair: Any, tmp_path: Path
+) -> None:
+    same_name = tmp_path / "other" / pair[0].name
+    same_name.parent.mkdir()
+    same_name.write_bytes(pair[1].read_bytes())
+    result = run(
         "edit",
         *pair,
-        "--apply",
+        "--images",
         pair[0],
-        copy,
-        "--images-out",
+        same_name,
+        "--images-dir",
         tmp_path / "e",
         "--steps",
         1,
-        *models,
+        *model_options,
     )
-    assert done.code == 0, done
+    assert result.code == 0, result
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
         "shown-0_before-2.png",
         "shown-0_before.png",
@@ -166,82 +182,82 @@ def test_pictures_of_one_name_do_not_meet(run: Any, models: Any, pair: Any, tmp_
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change_arguments", "sentence"),
     [
-        (lambda a: a[:1], "a picture before and one after the edit are expected"),
+        (lambda a: a[:1], "an image before and one after the edit are expected"),
         (lambda a: [], "no pair given"),
-        (lambda a: [*a, "--pair", a[0]], "--pair needs two pictures"),
+        (lambda a: [*a, "--pair", a[0]], "--pair needs two images"),
         (lambda a: [a[0], "missing.png"], "there is no file 'missing.png'"),
         (lambda a: [*a, "--format", "gguf"], "known: diffusers, kohya"),
         (lambda a: [*a, "--strength", "nan"], "strength between -10 and 10"),
-        (lambda a: [*a, "--try", "a hat", "--one-pass"], "leave one out"),
-        (lambda a: [*a, "--try", "a hat"], "this one says none"),
+        (lambda a: [*a, "--candidate-prompt", "a hat", "--no-search"], "leave one out"),
+        (lambda a: [*a, "--candidate-prompt", "a hat"], "this one has none"),
     ],
 )
-def test_bad_input_is_one_sentence(
-    run: Any, models: Any, pair: Any, tmp_path: Path, change: Any, sentence: str
+def test_edit_refuses_bad_input(
+    run: Any, model_options: Any, pair: Any, tmp_path: Path, change_arguments: Any, sentence: str
 ) -> None:
-    done = run("edit", *change(pair), "-o", tmp_path / "c.safetensors", *models)
-    assert done.code == 2 and done.err.count("\n") == 1 and sentence in done.err, done
+    result = run("edit", *change_arguments(pair), "-o", tmp_path / "c.safetensors", *model_options)
+    assert result.code == 2 and result.err.count("\n") == 1 and sentence in result.err, result
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_to_do_and_wrong_bases(
-    run: Any, models: Any, pair: Any, bundle: Any, tmp_path: Path
+def test_edit_refuses_missing_output_and_wrong_base(
+    run: Any, model_options: Any, pair: Any, bundle: Any, tmp_path: Path
 ) -> None:
-    assert "Give -o FILE, or --apply IMAGE" in run("edit", *pair, *models).err
-    done = run(
+    assert "Give -o FILE, or --images IMAGE" in run("edit", *pair, *model_options).err
+    result = run(
         "edit",
         *pair,
-        "--apply",
+        "--images",
         pair[0],
-        "--images-out",
+        "--images-dir",
         tmp_path / "e",
         "--base",
-        pretrained.base,
-        *models[:2],
+        bundle.base,
+        *model_options[:2],
     )
-    assert done.code == 2 and "bundle" not in done.err, done
-    wide = tmp_path / "wide.png"
-    Image.new("RGB", (30, 20)).save(wide)
-    done = run("edit", pair[0], wide, "-o", tmp_path / "c.safetensors", *models)
-    assert done.code == 2 and "the same size is expected" in done.err
+    assert result.code == 2 and "bundle" not in result.err, result
+    wide_image = tmp_path / "wide.png"
+    Image.new("RGB", (30, 20)).save(wide_image)
+    result = run("edit", pair[0], wide_image, "-o", tmp_path / "c.safetensors", *model_options)
+    assert result.code == 2 and "the same size is expected" in result.err
 
 
-def test_evaluate_edits(run: Any, models: Any, bundle: Any, tmp_path: Path) -> None:
-    done = run(
+def test_evaluate_scores_edits(run: Any, model_options: Any, bundle: Any, tmp_path: Path) -> None:
+    result = run(
         "evaluate",
-        pretrained.edit_benchmark,
+        bundle.edit_benchmark,
         "--task",
         "edit",
         "--evaluator",
-        pretrained.evaluator,
+        bundle.evaluator,
         "--steps",
         1,
-        "--fit",
+        "--finetune-steps",
         1,
-        "--report",
+        "--report-dir",
         tmp_path / "r",
         "--json",
-        *models,
+        *model_options,
     )
-    assert done.code == 0, done
-    told = json.loads(done.out)
-    assert told["edits"] == 2
+    assert result.code == 0, result
+    report = json.loads(result.out)
+    assert report["edits"] == 2
     assert {"undone", "undone_kept", "turned", "turned_kept", "round_trip", "untouched"} == set(
-        told["reverse"]
+        report["reverse"]
     )
     assert (tmp_path / "r" / "sheet.png").is_file()
-    done = run("evaluate", pretrained.edit_benchmark, "--task", "sideways")
-    assert done.code == 2 and "known: portrait, edit" in done.err
-    done = run(
+    result = run("evaluate", bundle.edit_benchmark, "--task", "sideways")
+    assert result.code == 2 and "known: subject, edit" in result.err
+    result = run(
         "evaluate",
-        pretrained.edit_benchmark,
+        bundle.edit_benchmark,
         "--task",
         "edit",
         "--model",
-        pretrained.pair_model,
+        bundle.pair_model,
         "--base",
-        pretrained.base,
+        bundle.base,
     )
-    assert done.code == 2 and "one that edits images was expected" in done.err
+    assert result.code == 2 and "one that edits images was expected" in result.err

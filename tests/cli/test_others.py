@@ -67,7 +67,7 @@ def test_render_draws_what_the_library_draws(
         3,
         "--seed",
         5,
-        "--guidance",
+        "--guidance-scale",
         2,
     ]
     pictures = {}
@@ -164,7 +164,7 @@ def test_inspect_shows_a_strangers_header_as_it_stands(run: Run, loras: list[Pat
     assert "\x1b" not in ran.out
 
 
-EVALUATE = ["--steps", 1, "--guidance", 1]
+EVALUATE = ["--steps", 1, "--guidance-scale", 1]
 
 
 def models(bundle: Any) -> list[Any]:
@@ -172,7 +172,7 @@ def models(bundle: Any) -> list[Any]:
 
 
 def test_evaluate_every_row(run: Run, bundle: Any, tmp_path: Path) -> None:
-    options = ["--refine", 1, "--fit", 1, "--report", tmp_path / "report"]
+    options = ["--refine-steps", 1, "--finetune-steps", 1, "--report-dir", tmp_path / "report"]
     ran = run("evaluate", bundle.benchmark, *models(bundle), *EVALUATE, *options, "--json")
     assert ran.code == 0, ran
     said = json.loads(ran.out)
@@ -217,9 +217,9 @@ def test_evaluate_a_folder_of_ones_own(run: Run, bundle: Any, tmp_path: Path) ->
         tmp_path,
         *models(bundle),
         *EVALUATE,
-        "--people",
+        "--num-subjects",
         1,
-        "--report",
+        "--report-dir",
         tmp_path / "r",
         "--json",
     )
@@ -251,7 +251,7 @@ def test_demo(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     for name, folder in tiny.items():
         monkeypatch.setattr(shipped, name, folder)
-    ran = run("demo", "-o", tmp_path / "demo", "--people", 2)
+    ran = run("demo", "-o", tmp_path / "demo", "--num-subjects", 2)
     assert ran.code == 0, ran
     assert "ms from photo to LoRA" in ran.out
     edits = tmp_path / "demo" / "edits"

@@ -1,4 +1,4 @@
-"""Edits against plain diffusers, each image with its own LoRA; the region that an edit leaves alone."""
+"""Edits against plain diffusers, each image with its own LoRA; preserved unedited regions."""
 
 from functools import partial
 from pathlib import Path

@@ -52,7 +52,7 @@ def test_combine_branches_equals_pipeline_guidance(make_tiny_pipeline: Any, kind
     guided: list[Tensor] = []
     scheduler_inputs: list[Tensor] = []
 
-    def record_guided(call: DenoiserCall) -> Tensor:
+    def record_guidance(call: DenoiserCall) -> Tensor:
         model_output = call()
         guided.append(family.combine_branches(model_output))
         return model_output
@@ -64,7 +64,7 @@ def test_combine_branches_equals_pipeline_guidance(make_tiny_pipeline: Any, kind
         return step(model_output, *args, **kwargs)
 
     tiny.pipe.scheduler.step = record_step
-    with intercept_denoiser(tiny.pipe, record_guided):
+    with intercept_denoiser(tiny.pipe, record_guidance):
         tiny.sample_latents()
     assert len(guided) == len(scheduler_inputs) == 4
     torch.testing.assert_close(torch.stack(guided), torch.stack(scheduler_inputs))

@@ -45,7 +45,7 @@ def base(bundle: Any) -> DiffusionBase:
 
 
 @pytest.fixture
-def predicted(model: ImageToLora) -> LoraWeights:
+def prediction(model: ImageToLora) -> LoraWeights:
     torch.manual_seed(2)
     size = model.layout.numel
     return LoraWeights.unflatten(model.layout, torch.randn(K, size) * 0.05)
@@ -79,52 +79,54 @@ def compute_identity_similarity(
 
 
 def test_refine_identity_raises_identity_similarity(
-    base: DiffusionBase, embedder: IdentityEmbedder, predicted: LoraWeights, photos: Tensor
+    base: DiffusionBase, embedder: IdentityEmbedder, prediction: LoraWeights, photos: Tensor
 ) -> None:
-    predicted_rows = predicted.flatten().clone()
+    prediction_rows = prediction.flatten().clone()
     config = RefineConfig(num_steps=30, lr=2e-2)
     refined = refine_identity(
-        base, predicted, photos, embedder, PROMPTS, config, regularization_weight=0.0
+        base, prediction, photos, embedder, PROMPTS, config, regularization_weight=0.0
     )
-    assert refined.layout == predicted.layout and refined.batch_shape == (K,)
-    assert torch.equal(predicted.flatten(), predicted_rows), "the prediction itself stays as it was"
+    assert refined.layout == prediction.layout and refined.batch_shape == (K,)
+    assert torch.equal(prediction.flatten(), prediction_rows), (
+        "the prediction itself stays as it was"
+    )
     gain = compute_identity_similarity(
         base, embedder, refined, photos
-    ) - compute_identity_similarity(base, embedder, predicted, photos)
+    ) - compute_identity_similarity(base, embedder, prediction, photos)
     assert (gain > 0).all(), gain
 
 
 def test_refine_identity_is_deterministic(
-    base: DiffusionBase, embedder: IdentityEmbedder, predicted: LoraWeights, photos: Tensor
+    base: DiffusionBase, embedder: IdentityEmbedder, prediction: LoraWeights, photos: Tensor
 ) -> None:
     config = RefineConfig(num_steps=2)
     first, second = (
-        refine_identity(base, predicted, photos, embedder, PROMPTS, config) for _ in range(2)
+        refine_identity(base, prediction, photos, embedder, PROMPTS, config) for _ in range(2)
     )
     assert torch.equal(first.flatten(), second.flatten())
 
 
 def test_refine_identity_without_steps_keeps_delta_weights(
-    base: DiffusionBase, embedder: IdentityEmbedder, predicted: LoraWeights, photos: Tensor
+    base: DiffusionBase, embedder: IdentityEmbedder, prediction: LoraWeights, photos: Tensor
 ) -> None:
     config = RefineConfig(num_steps=0)
-    refined = refine_identity(base, predicted, photos, embedder, PROMPTS, config)
-    deltas = zip(refined.get_delta_weights(), predicted.get_delta_weights(), strict=True)
+    refined = refine_identity(base, prediction, photos, embedder, PROMPTS, config)
+    deltas = zip(refined.get_delta_weights(), prediction.get_delta_weights(), strict=True)
     for delta, expected in deltas:
         torch.testing.assert_close(delta, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_refine_predictions_without_embedder_refines_by_photos(
-    base: DiffusionBase, model: ImageToLora, predicted: LoraWeights, photos: Tensor
+    base: DiffusionBase, model: ImageToLora, prediction: LoraWeights, photos: Tensor
 ) -> None:
-    by_identity = refine_predictions(model, base, predicted, photos, num_steps=2)
-    on_request = refine_predictions(model, base, predicted, photos, num_steps=2, method="photos")
+    by_identity = refine_predictions(model, base, prediction, photos, num_steps=2)
+    on_request = refine_predictions(model, base, prediction, photos, num_steps=2, method="photos")
     model.identity_embedder = None
-    by_photos = refine_predictions(model, base, predicted, photos, num_steps=2)
+    by_photos = refine_predictions(model, base, prediction, photos, num_steps=2)
     prompt = f"a portrait of {model.trigger_phrase}"
-    expected = refine_lora(base, predicted, photos, RefineConfig(num_steps=2), prompt=prompt)
+    expected = refine_lora(base, prediction, photos, RefineConfig(num_steps=2), prompt=prompt)
     assert torch.equal(by_photos.flatten(), expected.flatten())
     assert torch.equal(on_request.flatten(), expected.flatten())
     assert not torch.allclose(by_identity.flatten(), by_photos.flatten(), atol=1e-4)
     with pytest.raises(InvalidArgumentError, match="refine by photos"):
-        refine_predictions(model, base, predicted, photos, num_steps=2, method="identity")
+        refine_predictions(model, base, prediction, photos, num_steps=2, method="identity")

@@ -123,5 +123,7 @@ def test_pair_to_lora_rejects_an_encoder_with_other_patch_pixels() -> None:
         num_heads=2,
         head_options={"size": 5},
     )
-    with pytest.raises(InvalidArgumentError, match="2×2 pixels of each patch, the encoder returns 4×4"):
+    with pytest.raises(
+        InvalidArgumentError, match="2×2 pixels of each patch, the encoder returns 4×4"
+    ):
         PairToLora(encoder, network)

@@ -103,6 +103,18 @@ def test_antisymmetric_negates_deltas_of_swapped_pairs() -> None:
     assert network(before, before).compute_delta_norms().max() < 1e-6
 
 
+def test_antisymmetric_codes_are_halves_of_both_orders() -> None:
+    network = make_random_network(antisymmetric=True)
+    before, after = make_pair()
+    codes = network.predict_codes(before, after)
+    predict_codes = network.hypernetwork.predict_codes
+    forward_down, forward_up = predict_codes(network.fuse_pair(before, after)).chunk(2, -2)
+    backward_down, backward_up = predict_codes(network.fuse_pair(after, before)).chunk(2, -2)
+    down, up = codes.chunk(2, -2)
+    torch.testing.assert_close(down, (forward_down + backward_down) / 2)
+    torch.testing.assert_close(up, (forward_up - backward_up) / 2)
+
+
 def test_antisymmetric_excludes_text_projections() -> None:
     network = make_random_network(antisymmetric=True, instruction_head=INSTRUCTION_HEAD)
     before, after = make_pair()

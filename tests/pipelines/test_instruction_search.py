@@ -208,7 +208,7 @@ def test_search_pair_lora_without_candidates_is_one_pass(
 def test_edit_engine_searches_one_edit_at_a_time(model: PairToLora, base: DiffusionBase) -> None:
     engine, pair = EditEngine(model, base), load_pair(model, "skin")
     assert engine.max_lora_batch == 1
-    (lora,) = engine._predict_batch([pair])
+    lora = model.generate(pair[None], engine.search)[0]
     torch.testing.assert_close(lora.flatten(), search_pair_lora(model, base, pair).flatten())
     assert not torch.allclose(lora.flatten(), model.forward(pair[None])[0].flatten(), atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""The contract: what goes in, what comes out, and every refusal a problem document with a sentence."""
+"""The HTTP contract: requests, results, and problem documents for every refusal."""
 
 import base64
 import hashlib

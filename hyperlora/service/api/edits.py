@@ -32,11 +32,19 @@ _FILE = make_binary_schema("image/png", "The edited image; its SHA-256 is the ET
     ),
 )
 async def edit_image(call: Call, form: Annotated[EditForm, Depends()]) -> Response:
-    """Edit one image. Edits of equal steps share a batch, each with its own LoRA."""
+    """Edit one image. Edits of equal steps share a batch, each with its own LoRA.
+    \f
+    Args:
+        call: The request and its preferences.
+        form: The fields of the form.
+
+    Returns:
+        The PNG, or 202 with a job.
+    """
     engine, edit_request = call.state.engine, await _read_request(form, call.state)
 
     async def run_fn(timeout_s: float, on_progress: ProgressFn | None) -> EngineResult[bytes]:
-        return await encode_png_result(engine.edit_image(edit_request, timeout_s))
+        return await encode_png_result(engine.run(edit_request, timeout_s))
 
     result = await run_or_enqueue(call, "image", run_fn)
     if isinstance(result, Response):

@@ -42,11 +42,18 @@ async def generate_image(call: Call, body: ImageRequestBody) -> Response:
     """Generate an image of a prompt, with LoRAs stored here, sent along, or named in the prompt.
 
     Requests of equal steps, guidance and size share a batch, each with its own LoRAs.
+    \f
+    Args:
+        call: The request and its preferences.
+        body: What to generate.
+
+    Returns:
+        The PNG, the PNG in JSON, or 202 with a job.
     """
     engine, image_request = call.state.engine, _make_request(body, call.state.files)
 
     async def run_fn(timeout_s: float, on_progress: ProgressFn | None) -> EngineResult[bytes]:
-        return await encode_png_result(engine.generate_image(image_request, timeout_s))
+        return await encode_png_result(engine.run(image_request, timeout_s))
 
     result = await run_or_enqueue(call, "image", run_fn)
     if isinstance(result, Response):
@@ -67,7 +74,16 @@ async def generate_image(call: Call, body: ImageRequestBody) -> Response:
     ),
 )
 async def get_image(request: Request, owner: Caller, id: Annotated[FileId, Path()]) -> Response:
-    """Get an image that a job stored."""
+    """Get an image that a job stored.
+    \f
+    Args:
+        request: The HTTP request.
+        owner: Who asks.
+        id: SHA-256 of the file.
+
+    Returns:
+        The PNG, or 304 if the caller has it.
+    """
     data = get_state(request).files.get_bytes(id, "image")
     if data is None:
         raise HTTPException(404, "no image of this id is stored here (any more)")
@@ -78,7 +94,16 @@ async def get_image(request: Request, owner: Caller, id: Annotated[FileId, Path(
     "/{id}", status_code=204, response_class=Response, responses=build_problem_responses(404)
 )
 async def delete_image(request: Request, owner: Caller, id: Annotated[FileId, Path()]) -> Response:
-    """Delete an image that a job stored."""
+    """Delete an image that a job stored.
+    \f
+    Args:
+        request: The HTTP request.
+        owner: Who asks.
+        id: SHA-256 of the file.
+
+    Returns:
+        204.
+    """
     if not get_state(request).files.delete(id, "image"):
         raise HTTPException(404, "no image of this id is stored here (any more)")
     return Response(status_code=204)

@@ -36,7 +36,15 @@ async def get_job(job: OwnJob) -> JobInfo:
 
 @router.delete("/{id}", responses=build_problem_responses(404))
 async def cancel_job(request: Request, job: OwnJob) -> JobInfo:
-    """Cancel a job; a finished job stays as it is."""
+    """Cancel a job; a finished job stays as it is.
+    \f
+    Args:
+        request: The HTTP request.
+        job: The job.
+
+    Returns:
+        The job as it is then.
+    """
     return make_job_info(await get_state(request).jobs.cancel(job))
 
 
@@ -44,6 +52,14 @@ async def cancel_job(request: Request, job: OwnJob) -> JobInfo:
     "/{id}/events", response_class=EventSourceResponse, responses=build_problem_responses(404)
 )
 async def stream_job(request: Request, job: OwnJob) -> AsyncIterator[ServerSentEvent]:
-    """Stream the job now and after every change, as server-sent events, until it is finished."""
+    """Stream the job now and after every change, as server-sent events, until it is finished.
+    \f
+    Args:
+        request: The HTTP request.
+        job: The job.
+
+    Yields:
+        One event per change.
+    """
     async for update in get_state(request).jobs.stream(job):
         yield ServerSentEvent(event=update.state, data=make_job_info(update))

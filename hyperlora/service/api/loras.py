@@ -20,7 +20,6 @@ from hyperlora.service.api.responses import (
     run_or_enqueue,
 )
 from hyperlora.service.api.schemas import FileId, LoraResponse
-from hyperlora.service.engine.requests import LoraRequest
 from hyperlora.service.errors import build_problem_responses
 from hyperlora.service.security import Caller
 
@@ -40,14 +39,17 @@ async def create_lora(call: Call, form: Annotated[LoraForm, Depends()]) -> Respo
     """Create one LoRA from photos of one subject, or of the edit that before/after pairs show.
 
     Images are in memory only. The LoRA is stored only if asked, or as the result of a job.
+    \f
+    Args:
+        call: The request and its preferences.
+        form: The fields of the form.
+
+    Returns:
+        The file, the file in JSON, or 202 with a job.
     """
     state = call.state
     lora_request = await form.read_request(state.settings.max_photos)
-    if isinstance(lora_request, LoraRequest):
-        run_fn = partial(state.engine.create_lora, lora_request)
-    else:
-        run_fn = partial(state.engine.create_edit_lora, lora_request)
-    result = await run_or_enqueue(call, "lora", run_fn)
+    result = await run_or_enqueue(call, "lora", partial(state.engine.run, lora_request))
     if isinstance(result, Response):
         return result
     data = result.value
@@ -76,7 +78,16 @@ async def create_lora(call: Call, form: Annotated[LoraForm, Depends()]) -> Respo
     ),
 )
 async def get_lora(request: Request, owner: Caller, id: Annotated[FileId, Path()]) -> Response:
-    """Get a stored LoRA."""
+    """Get a stored LoRA.
+    \f
+    Args:
+        request: The HTTP request.
+        owner: Who asks.
+        id: SHA-256 of the file.
+
+    Returns:
+        The file, or 304 if the caller has it.
+    """
     data = get_state(request).files.get_bytes(id, "lora")
     if data is None:
         raise HTTPException(
@@ -90,7 +101,16 @@ async def get_lora(request: Request, owner: Caller, id: Annotated[FileId, Path()
     "/{id}", status_code=204, response_class=Response, responses=build_problem_responses(404)
 )
 async def delete_lora(request: Request, owner: Caller, id: Annotated[FileId, Path()]) -> Response:
-    """Delete a stored LoRA."""
+    """Delete a stored LoRA.
+    \f
+    Args:
+        request: The HTTP request.
+        owner: Who asks.
+        id: SHA-256 of the file.
+
+    Returns:
+        204.
+    """
     if not get_state(request).files.delete(id, "lora"):
         raise HTTPException(404, "no LoRA of this id is stored here (any more)")
     return Response(status_code=204)

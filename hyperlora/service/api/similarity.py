@@ -26,6 +26,15 @@ async def compute_similarity(
 
     An independent network computes it. The server needs an evaluator for images of its model
     (`supports_identity_similarity` in /v1/models).
+    \f
+    Args:
+        request: The HTTP request.
+        owner: Who asks.
+        photos: Photos of one subject.
+        images: Images to compare with them.
+
+    Returns:
+        One score per image, and their mean.
     """
     state = get_state(request)
     max_files, timeout_s = state.settings.max_photos, state.settings.timeout_s
@@ -38,7 +47,7 @@ async def compute_similarity(
         images=[await image.read() for image in images],
     )
     result = await run_with_timeout(
-        request, state.engine.compute_similarity(similarity_request, timeout_s), timeout_s
+        request, state.engine.run(similarity_request, timeout_s), timeout_s
     )
     similarities = result.value
     mean_similarity = sum(similarities) / len(similarities)

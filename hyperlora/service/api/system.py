@@ -13,7 +13,15 @@ router = APIRouter(tags=["System"])
 
 @router.get("/v1/models", responses=build_problem_responses())
 def list_models(request: Request, owner: Caller) -> list[ModelInfo]:
-    """List the models of this server, the default one first."""
+    """List the models of this server, the default one first.
+    \f
+    Args:
+        request: The HTTP request.
+        owner: Who asks.
+
+    Returns:
+        The models.
+    """
     return get_state(request).engine.list_models()
 
 
@@ -25,7 +33,15 @@ async def get_health(request: Request) -> Health:
 
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready"}})
 def get_readiness(request: Request, response: Response) -> Health:
-    """Answer 200 if the server takes requests, 503 if not."""
+    """Answer 200 if the server takes requests, 503 if not.
+    \f
+    Args:
+        request: The HTTP request.
+        response: The response, whose status is set.
+
+    Returns:
+        The health of the server.
+    """
     is_ready = get_state(request).engine.is_ready
     response.status_code = 200 if is_ready else 503
     return _make_health(request, "ready" if is_ready else "the model thread has stopped")

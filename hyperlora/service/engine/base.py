@@ -1,33 +1,14 @@
 """``Engine``: what the routes need, whoever does the work."""
 
 from collections.abc import Callable
-from typing import Protocol, assert_never
-
-from PIL import Image
+from typing import Protocol
 
 from hyperlora.service.engine.callbacks import BatchCallback, ProgressFn
-from hyperlora.service.engine.requests import (
-    AnyRequest,
-    AnyResult,
-    EditImageRequest,
-    EditLoraRequest,
-    EngineResult,
-    ImageRequest,
-    LoraRequest,
-    ModelInfo,
-    SimilarityRequest,
-)
+from hyperlora.service.engine.requests import EngineRequest, EngineResult, ModelInfo, ValueT
 
 
 class Engine(Protocol):
-    """The models of a server behind one method per kind of request.
-
-    Every method raises ``HyperloraError`` for input that is refused, ``QueueFullError`` if too
-    many requests wait, and ``DeadlineExceededError`` after ``timeout_s`` seconds in the queue.
-    ``on_progress`` receives the fraction that is done, in another thread; only refinement
-    reports any. Cancelling an awaited call takes it out of the queue, or ends refinement at its
-    next step.
-    """
+    """The models of a server, which run requests of every class."""
 
     @property
     def is_ready(self) -> bool:
@@ -43,78 +24,29 @@ class Engine(Protocol):
         """List the models, the default one first."""
         ...
 
-    async def create_lora(
-        self, request: LoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[bytes]:
-        """Create a LoRA from photos.
+    async def run(
+        self,
+        request: EngineRequest[ValueT],
+        timeout_s: float,
+        on_progress: ProgressFn | None = None,
+    ) -> EngineResult[ValueT]:
+        """Run a request.
+
+        Cancelling the call takes the request out of the queue, or ends a refinement at its next
+        step.
 
         Args:
-            request: Photos and settings.
-            timeout_s: Seconds that each stage may wait in the queue.
-            on_progress: Receives the fraction of the refinement that is done.
+            request: A request of any class.
+            timeout_s: Seconds that each stage of the work may wait in the queue.
+            on_progress: Receives the fraction of a refinement that is done, in another thread.
 
         Returns:
-            The bytes of a ``.safetensors`` file.
-        """
-        ...
+            The result, of the type that the class of the request names.
 
-    async def create_edit_lora(
-        self, request: EditLoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[bytes]:
-        """Create the LoRA of an edit.
-
-        Args:
-            request: Before/after pairs and settings.
-            timeout_s: Seconds that each stage may wait in the queue.
-            on_progress: Not called.
-
-        Returns:
-            The bytes of a ``.safetensors`` file.
-        """
-        ...
-
-    async def generate_image(
-        self, request: ImageRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[Image.Image]:
-        """Generate an image of a prompt.
-
-        Args:
-            request: Prompt, LoRAs and settings.
-            timeout_s: Seconds that the request may wait in the queue.
-            on_progress: Not called.
-
-        Returns:
-            The image.
-        """
-        ...
-
-    async def edit_image(
-        self, request: EditImageRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[Image.Image]:
-        """Edit an image.
-
-        Args:
-            request: The image, and what the edit is.
-            timeout_s: Seconds that each stage may wait in the queue.
-            on_progress: Not called.
-
-        Returns:
-            The edited image.
-        """
-        ...
-
-    async def compute_similarity(
-        self, request: SimilarityRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[list[float]]:
-        """Compute the identity similarity of images to photos.
-
-        Args:
-            request: Photos and images.
-            timeout_s: Seconds that the request may wait in the queue.
-            on_progress: Not called.
-
-        Returns:
-            One score per image: 0 for anyone, 1 for another photo of the subject.
+        Raises:
+            HyperloraError: If the input is refused.
+            QueueFullError: If too many requests wait.
+            DeadlineExceededError: If the request waits for too long.
         """
         ...
 
@@ -125,34 +57,3 @@ class Engine(Protocol):
 
 EngineFactory = Callable[[BatchCallback], Engine]
 """Starts an engine over loaded models; the engine reports its batches to the callback."""
-
-
-async def run_request(
-    engine: Engine,
-    request: AnyRequest,
-    timeout_s: float,
-    on_progress: ProgressFn | None = None,
-) -> AnyResult:
-    """Call the method of an engine that handles this class of request.
-
-    Args:
-        engine: The engine.
-        request: A request of any class.
-        timeout_s: Seconds that each stage may wait in the queue.
-        on_progress: Receives the fraction that is done.
-
-    Returns:
-        The result of the method.
-    """
-    match request:
-        case LoraRequest():
-            return await engine.create_lora(request, timeout_s, on_progress)
-        case EditLoraRequest():
-            return await engine.create_edit_lora(request, timeout_s, on_progress)
-        case ImageRequest():
-            return await engine.generate_image(request, timeout_s, on_progress)
-        case EditImageRequest():
-            return await engine.edit_image(request, timeout_s, on_progress)
-        case SimilarityRequest():
-            return await engine.compute_similarity(request, timeout_s, on_progress)
-    assert_never(request)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from PIL import Image
 
@@ -18,11 +18,13 @@ from hyperlora.service.engine.model_info import describe_model
 from hyperlora.service.engine.requests import (
     EditImageRequest,
     EditLoraRequest,
+    EngineRequest,
     EngineResult,
     ImageRequest,
     LoraRequest,
     ModelInfo,
     SimilarityRequest,
+    ValueT,
 )
 from hyperlora.service.engine.similarity import compute_similarity
 from hyperlora.service.engine.worker import ModelWorker
@@ -94,39 +96,53 @@ class LocalEngine:
             model_infos.append(describe_model("pair-to-lora", edits.model, edits.base))
         return model_infos
 
-    async def create_lora(
-        self, request: LoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[bytes]:
-        """Create a LoRA from photos; see ``Engine.create_lora``."""
-        return await self.lora_engine.create_lora(request, self._worker, timeout_s, on_progress)
+    async def run(
+        self,
+        request: EngineRequest[ValueT],
+        timeout_s: float,
+        on_progress: ProgressFn | None = None,
+    ) -> EngineResult[ValueT]:
+        """Run a request; see ``Engine.run``.
 
-    async def create_edit_lora(
-        self, request: EditLoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[bytes]:
-        """Create the LoRA of an edit; see ``Engine.create_edit_lora``."""
-        return await self._get_edit_engine().create_lora(request, self._worker, timeout_s)
+        Args:
+            request: A request of any class.
+            timeout_s: Seconds that each stage of the work may wait in the queue.
+            on_progress: Receives the fraction of a refinement that is done.
 
-    async def generate_image(
-        self, request: ImageRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[Image.Image]:
-        """Generate an image of a prompt; see ``Engine.generate_image``."""
-        return await self.image_engine.generate_image(request, self._worker, timeout_s)
+        Returns:
+            The result.
 
-    async def edit_image(
-        self, request: EditImageRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[Image.Image]:
-        """Edit an image; see ``Engine.edit_image``."""
-        return await self._get_edit_engine().edit_image(request, self._worker, timeout_s)
+        Raises:
+            InvalidArgumentError: If the engine has no model for the request.
+        """
+        result = await self._dispatch(request, timeout_s, on_progress)
+        return cast("EngineResult[ValueT]", result)  # as the class of the request says
 
-    async def compute_similarity(
-        self, request: SimilarityRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[list[float]]:
-        """Compute identity similarities; see ``Engine.compute_similarity``."""
+    async def _dispatch(
+        self, request: EngineRequest[ValueT], timeout_s: float, on_progress: ProgressFn | None
+    ) -> EngineResult[bytes] | EngineResult[Image.Image] | EngineResult[list[float]]:
+        """Choose the part of the engine by the class of the request."""
+        worker = self._worker
+        match request:
+            case LoraRequest():
+                return await self.lora_engine.create_lora(request, worker, timeout_s, on_progress)
+            case EditLoraRequest():
+                return await self._get_edit_engine().create_lora(request, worker, timeout_s)
+            case ImageRequest():
+                return await self.image_engine.generate_image(request, worker, timeout_s)
+            case EditImageRequest():
+                return await self._get_edit_engine().edit_image(request, worker, timeout_s)
+            case SimilarityRequest():
+                evaluator = self._get_identity_similarity()
+                return await compute_similarity(evaluator, request, worker, timeout_s)
+        raise TypeError(f"no engine runs a {type(request).__name__}")
+
+    def _get_identity_similarity(self) -> IdentitySimilarity:
         if self.identity_similarity is None:
             raise InvalidArgumentError(
                 "this server has no evaluator for images of its model: start it with --evaluator"
             )
-        return await compute_similarity(self.identity_similarity, request, self._worker, timeout_s)
+        return self.identity_similarity
 
     def _get_edit_engine(self) -> EditEngine:
         if self.edit_engine is None:

@@ -10,9 +10,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic
 
-from PIL import Image
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError
@@ -20,23 +19,10 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.metrics import Histogram
 
 from hyperlora.errors import HyperloraError
-from hyperlora.service.engine.base import Engine, EngineFactory, run_request
+from hyperlora.service.engine.base import Engine, EngineFactory
 from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
 from hyperlora.service.engine.callbacks import ProgressFn
-from hyperlora.service.engine.requests import (
-    AnyRequest,
-    AnyResult,
-    EditImageRequest,
-    EditLoraRequest,
-    EngineRequest,
-    EngineResult,
-    ImageRequest,
-    LoraRequest,
-    ModelInfo,
-    SimilarityRequest,
-)
-
-ValueT = TypeVar("ValueT")
+from hyperlora.service.engine.requests import EngineRequest, EngineResult, ModelInfo, ValueT
 
 MAX_ATTEMPTS: Final = 3
 """Replicas that may die over one request before it is refused: it may be what kills them."""
@@ -46,10 +32,10 @@ _log = logging.getLogger("hyperlora.service")
 
 
 @dataclass(frozen=True)
-class RequestOutcome:
+class RequestOutcome(Generic[ValueT]):
     """The end of a replica's stream: a result, or the error that refuses the request."""
 
-    result: AnyResult | None = None
+    result: EngineResult[ValueT] | None = None
     error: Exception | None = None
 
 
@@ -93,8 +79,8 @@ class Replica:
         return self._engine.list_models()
 
     async def run_request(
-        self, request: AnyRequest, timeout_s: float
-    ) -> AsyncIterator[float | RequestOutcome]:
+        self, request: EngineRequest[ValueT], timeout_s: float
+    ) -> AsyncIterator[float | RequestOutcome[ValueT]]:
         """Run a request of any class.
 
         Args:
@@ -112,7 +98,7 @@ class Replica:
         def report_progress(progress: float) -> None:
             loop.call_soon_threadsafe(events.put_nowait, progress)
 
-        task = asyncio.ensure_future(run_request(self._engine, request, timeout_s, report_progress))
+        task = asyncio.ensure_future(self._engine.run(request, timeout_s, report_progress))
         task.add_done_callback(events.put_nowait)
         try:
             while (event := await events.get()) is not task:
@@ -122,7 +108,7 @@ class Replica:
             task.cancel()
 
 
-def _get_outcome(task: "asyncio.Future[AnyResult]") -> RequestOutcome:
+def _get_outcome(task: "asyncio.Future[EngineResult[ValueT]]") -> RequestOutcome[ValueT]:
     try:
         return RequestOutcome(result=task.result())
     except USER_ERRORS as error:
@@ -151,8 +137,8 @@ class RayEngine:
         deployment = application.deployments.get(self._deployment_name) if application else None
         if deployment is None:
             return False
-        num_running: int = deployment.replica_states.get("RUNNING", 0)  # type: ignore[call-overload]
-        return num_running > 0
+        states = deployment.replica_states
+        return states.get("RUNNING", 0) > 0  # type: ignore[call-overload]
 
     @property
     def queue_length(self) -> int:
@@ -172,43 +158,27 @@ class RayEngine:
             self._model_infos = model_infos
         return self._model_infos
 
-    async def create_lora(
-        self, request: LoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[bytes]:
-        """Create a LoRA from photos; see ``Engine.create_lora``."""
-        return await self._run_with_retries(request, timeout_s, on_progress)
-
-    async def create_edit_lora(
-        self, request: EditLoraRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[bytes]:
-        """Create the LoRA of an edit; see ``Engine.create_edit_lora``."""
-        return await self._run_with_retries(request, timeout_s, on_progress)
-
-    async def generate_image(
-        self, request: ImageRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[Image.Image]:
-        """Generate an image of a prompt; see ``Engine.generate_image``."""
-        return await self._run_with_retries(request, timeout_s, on_progress)
-
-    async def edit_image(
-        self, request: EditImageRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[Image.Image]:
-        """Edit an image; see ``Engine.edit_image``."""
-        return await self._run_with_retries(request, timeout_s, on_progress)
-
-    async def compute_similarity(
-        self, request: SimilarityRequest, timeout_s: float, on_progress: ProgressFn | None = None
-    ) -> EngineResult[list[float]]:
-        """Compute identity similarities; see ``Engine.compute_similarity``."""
-        return await self._run_with_retries(request, timeout_s, on_progress)
-
-    def close(self, timeout_s: float) -> None:
-        """Do nothing: Serve stops the replicas."""
-
-    async def _run_with_retries(
-        self, request: EngineRequest[ValueT], timeout_s: float, on_progress: ProgressFn | None
+    async def run(
+        self,
+        request: EngineRequest[ValueT],
+        timeout_s: float,
+        on_progress: ProgressFn | None = None,
     ) -> EngineResult[ValueT]:
-        """Run a request, again if its replica dies: it is a pure function of its content."""
+        """Run a request in a replica, again if the replica dies; see ``Engine.run``.
+
+        A request is a pure function of its content, so another replica may run it.
+
+        Args:
+            request: A request of any class.
+            timeout_s: Seconds that each stage of the work may wait in the queue.
+            on_progress: Receives the fraction of a refinement that is done.
+
+        Returns:
+            The result.
+
+        Raises:
+            QueueFullError: If too many requests wait, or too many replicas die over this one.
+        """
         deadline = time.monotonic() + timeout_s
         self._num_active += 1
         try:
@@ -230,6 +200,9 @@ class RayEngine:
             raise QueueFullError("as many requests wait as may: ask again in a moment") from error
         finally:
             self._num_active -= 1
+
+    def close(self, timeout_s: float) -> None:
+        """Do nothing: Serve stops the replicas."""
 
     async def _stream_result(
         self, request: EngineRequest[ValueT], timeout_s: float, on_progress: ProgressFn | None

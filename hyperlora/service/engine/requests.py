@@ -1,4 +1,4 @@
-"""What routes ask of an engine, what they get back, and what an engine says of its models."""
+"""Requests to an engine with their results, and the description of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -150,16 +150,10 @@ class SimilarityRequest(EngineRequest[list[float]]):
     images: Sequence[bytes]
 
 
-AnyRequest = LoraRequest | EditLoraRequest | ImageRequest | EditImageRequest | SimilarityRequest
-"""A request of any class."""
-AnyResult = EngineResult[bytes] | EngineResult[Image.Image] | EngineResult[list[float]]
-"""The result of a request of any class."""
-
-
 @dataclass(frozen=True)
 class ModelInfo:
     """One model that the engine holds.
-
+    \f
     Attributes:
         id: Name of the model in requests.
         kind: Kind of the model: image-to-lora, difflora or pair-to-lora.

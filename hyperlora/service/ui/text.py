@@ -30,7 +30,8 @@ EMPTY_EDITS: Final = """<div class="empty"><b>Edited images appear here</b>
 <p>Give the same image before and after an edit.
 The LoRA of the edit does the same to other images.</p></div>"""
 EMPTY_COMPOSITION: Final = """<div class="empty"><b>Images appear here</b>
-<p>LoRAs made in this window are there already. Add files of your own, up to six in all.</p></div>"""
+<p>LoRAs made in this window are there already.
+Add files of your own, up to six in all.</p></div>"""
 EMPTY_TRAY: Final = "<p class='aside'>No LoRA yet: make one from photos, or add a file.</p>"
 STRATEGIES: Final = [
     ("Merge: all at once, in one LoRA", "merge"),
