@@ -7,7 +7,7 @@ model(["me.png"]).save("me.safetensors")
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hyperlora.client import AsyncClient, Client
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import the module of a public name at its first use, so that ``import hyperlora`` is fast."""
     if name in _MODULES:
         return getattr(import_module(f"hyperlora.{_MODULES[name]}"), name)

@@ -181,7 +181,7 @@ class Client:
 
 
 class AsyncClient:
-    """``Client`` for asyncio.
+    """``Client`` for asyncio; results and errors of its methods are those of ``Client``.
 
     Args:
         base_url: The address of the server.
@@ -203,12 +203,6 @@ class AsyncClient:
         Args:
             photos: See ``Client.create_lora``.
             **options: See ``Client.create_lora``.
-
-        Returns:
-            A ``.safetensors`` file.
-
-        Raises:
-            ApiError: The server refused the request.
         """
         form = _build_photo_form(photos, options)
         return _check_response(await self._http.post("/v1/loras", **form)).content
@@ -221,12 +215,6 @@ class AsyncClient:
         Args:
             pairs: See ``Client.create_edit_lora``.
             **options: See ``Client.create_edit_lora``.
-
-        Returns:
-            A ``.safetensors`` file.
-
-        Raises:
-            ApiError: The server refused the request.
         """
         form = _build_pair_form(pairs, options)
         return _check_response(await self._http.post("/v1/loras", **form)).content
@@ -245,12 +233,6 @@ class AsyncClient:
             pairs: See ``Client.edit_image``.
             lora: See ``Client.edit_image``.
             **options: See ``Client.edit_image``.
-
-        Returns:
-            The edited image.
-
-        Raises:
-            ApiError: The server refused the request.
         """
         form = _build_edit_form(image, pairs, lora, options)
         return _decode_image(_check_response(await self._http.post("/v1/edits", **form)))
@@ -269,12 +251,6 @@ class AsyncClient:
             loras: See ``Client.generate_image``.
             weights: See ``Client.generate_image``.
             **options: See ``Client.generate_image``.
-
-        Returns:
-            The image.
-
-        Raises:
-            ApiError: The server refused the request.
         """
         body = _build_image_request(prompt, loras, weights, options)
         return _decode_image(_check_response(await self._http.post("/v1/images", json=body)))
@@ -287,23 +263,13 @@ class AsyncClient:
         Args:
             photos: See ``Client.compute_identity_similarity``.
             images: See ``Client.compute_identity_similarity``.
-
-        Returns:
-            Per image, 0 for a stranger and 1 for another real photo of the subject.
-
-        Raises:
-            ApiError: The server refused the request.
         """
         form = _build_similarity_form(photos, images)
         response = _check_response(await self._http.post("/v1/identity-similarity", **form))
         return list(response.json()["similarities"])
 
     async def list_models(self) -> list[dict[str, Any]]:
-        """List the models of the server, as JSON.
-
-        Raises:
-            ApiError: The server refused the request.
-        """
+        """List the models of the server, as JSON."""
         return list(_check_response(await self._http.get("/v1/models")).json())
 
     async def __aenter__(self) -> Self:

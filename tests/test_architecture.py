@@ -52,7 +52,7 @@ def test_outer_packages_import_few_others(package: str) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short_and_named_after_what_they_hold(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     names = {*path.relative_to(ROOT).with_suffix("").parts}
     assert not names & {"utils", "util", "helpers", "common", "misc"}
 

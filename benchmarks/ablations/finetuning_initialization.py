@@ -1,13 +1,15 @@
-"""Initialization of per-subject fine-tuning: own random factors (zero), shared ones, or a network's
-prediction.
+"""Initialization of per-subject fine-tuning: own random factors (zero), shared, or a prediction.
 
     python -m benchmarks.ablations.finetuning_initialization [--num-subjects 8] [--steps 60]
         [--inits zero shared network]
 
-Each avatar is fitted twice, with different seeds. For each initialization the program prints the
-loss on fixed timesteps and noise before and after, the loss of the *midpoint* of both LoRAs (as low
-in a smooth weight space), the cosine of their deviations from the mean, and the variance of the
-first principal components.
+Each avatar is fitted twice, with different seeds. The program prints four figures for each
+initialization.
+
+* The loss on fixed timesteps and noise, before and after.
+* The loss of the *midpoint* of both LoRAs, which is as low in a smooth weight space.
+* The cosine of their deviations from the mean.
+* The variance of the first principal components.
 """
 
 import argparse

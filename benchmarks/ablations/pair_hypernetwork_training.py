@@ -4,10 +4,10 @@ side.
     python -m benchmarks.ablations.pair_hypernetwork_training runs/data/edits-validation-benchmark
         [--steps 200] [--batch-size 10] [--variants NAME ...]
 
-All variants start from the encoder of the released network and an untrained decoder; those with an
-instruction head start from the released head. They are compared on validation identities, by the
-denoising loss with a pair's own LoRA, with another pair's, and of the reversed edit, and by their
-edits.
+All variants start from the encoder of the released network and an untrained decoder. Those with an
+instruction head start from the released head. They are compared on validation identities, by their
+edits and by the denoising loss: with a pair's own LoRA, with another pair's, and of the reversed
+edit.
 """
 
 import argparse

@@ -4,12 +4,13 @@
     data-builder fit-pca runs/avatars/build -o runs/avatars/lora-components
     hyperlora train fit --config configs/avatars/12_lora_diffusion.yaml
     python -m benchmarks.quality.lora_diffusion runs/avatars/build runs/avatars/build-validation
-        --codecs runs/avatars/lora-components --num-components 128
-        --model runs/avatars/12_lora_diffusion/model [--sampling-steps 1 4 10 50] [--num-subjects 16]
+        --codecs runs/avatars/lora-components runs/avatars/lora_conv_autoencoder/codec
+        --num-components 128 --model runs/avatars/12_lora_diffusion/model
+        [--sampling-steps 1 4 10 50] [--num-subjects 16]
 
 *Identity retention* is the identity score relative to that of the fine-tuned LoRAs. *Max train
 cosine* is the mean cosine of each LoRA (normalized by the training set) to the nearest training
-LoRA: samples nearer than held-out fine-tuned LoRAs would be copies. *Sample diversity* is 1 - the
+LoRA. Samples nearer than held-out fine-tuned LoRAs would be copies. *Sample diversity* is 1 - the
 mean cosine between samples of one photo.
 """
 

@@ -3,9 +3,9 @@
     python -m benchmarks.robustness.build_crash_recovery [--num-subjects 208] [--num-kills 20]
         [--folder FOLDER] [--fork]
 
-Builds the same plan twice on a tiny Stable Diffusion, once undisturbed and once with kills, each in
-processes of its own, and compares the chunks byte by byte and the rows one by one. The base model
-is random, since only the bookkeeping is tested. With ``--fork`` processes start with everything
+The same plan is built twice on a tiny Stable Diffusion, once undisturbed and once with kills, each
+in processes of its own. Chunks are compared byte by byte and rows one by one. The base model is
+random, since only the bookkeeping is tested. With ``--fork`` processes start with everything
 imported, so that kills hit work and not imports.
 """
 

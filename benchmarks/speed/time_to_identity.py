@@ -7,9 +7,12 @@ starts.
         [--dataset runs/avatars/build]
 
 All methods fit the same layout, photos, batch size and optimizer. Half of a subject's photos train,
-the others define the identity score. The target is the score of the best fit from scratch. Seconds
-per step are measured for PEFT with photos and prompt encoded at every step, as training scripts do,
-for PEFT with both encoded once, and for all subjects together.
+the others define the identity score. The target is the score of the best fit from scratch.
+Seconds per step are measured for three methods.
+
+* PEFT with photos and prompt encoded at every step, as training scripts do.
+* PEFT with both encoded once.
+* All subjects together.
 """
 
 import argparse

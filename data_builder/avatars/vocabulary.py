@@ -130,7 +130,7 @@ GARMENT: Final = {
     "spacesuit": "ASTRONAUT_SUIT",
     "chef jacket": "CHEF",
 }
-COLORLESS_GARMENTS: Final = frozenset({"spacesuit"})  # the drawing ignores the garment colour
+COLORLESS_GARMENTS: Final = frozenset({"spacesuit"})  # the drawing ignores the garment color
 GARMENT_COLOR: Final = {
     "black": "#262E33",
     "blue": "#2E6BD0",

@@ -17,7 +17,7 @@ class CommandGroup(TyperGroup):
     permission) with code 1. Anything else is a bug and keeps its traceback.
     """
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:  # noqa: ANN401 - typer keeps its Context private
         """Run a command and turn its errors into sentences and exit codes.
 
         Args:

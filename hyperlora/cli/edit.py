@@ -25,7 +25,11 @@ class EditCommand(TyperCommand):
     value, and each image gets an option of its own.
     """
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(
+        self,
+        ctx: Any,  # noqa: ANN401 - typer keeps its Context private
+        args: list[str],
+    ) -> list[str]:
         """Rewrite ``--pair`` and ``--images`` for typer.
 
         Args:

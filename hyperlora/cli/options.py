@@ -18,7 +18,11 @@ MAX_LORA_WEIGHT: Final = 10.0
 class RayCommand(TyperCommand):
     """A command whose ``--ray`` takes an address, or stands alone for a cluster on this machine."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(
+        self,
+        ctx: Any,  # noqa: ANN401 - typer keeps its Context private
+        args: list[str],
+    ) -> list[str]:
         """Give ``--ray`` the value ``local`` where it has none.
 
         Args:

@@ -193,7 +193,7 @@ def _find_column(column_names: Sequence[str], candidates: Sequence[str], source:
     )
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -42,7 +42,7 @@ def map_tensors(fn: Callable[..., Tensor], tree: T, *others: T) -> T:
         A tree with the same keys that holds the results.
     """
 
-    def map_node(*nodes: Any) -> Any:
+    def map_node(*nodes: Any) -> Any:  # noqa: ANN401 - a tree of any depth
         """Map one tensor of each tree, or corresponding mappings."""
         if isinstance(nodes[0], Mapping):
             return {key: map_node(*(node[key] for node in nodes)) for key in nodes[0]}

@@ -124,7 +124,7 @@ class DenoiserCall:
         """Apply ``fn`` to each tensor argument that has the batch axis."""
         batch_size = len(self.sample)
 
-        def apply_to_value(value: Any) -> Any:
+        def apply_to_value(value: Any) -> Any:  # noqa: ANN401 - any argument of any denoiser
             """Apply ``fn`` to the tensors of an argument, also inside containers."""
             match value:
                 case Tensor() if value.ndim and len(value) == batch_size:
@@ -223,6 +223,6 @@ def predict_per_lora(
             chunk_size = (chunk_size + 1) // 2
 
 
-def _get_sample(output: Any) -> Tensor:
+def _get_sample(output: "_DenoiserReturn") -> Tensor:
     """Return the prediction of a denoiser called with or without ``return_dict``."""
     return output[0] if isinstance(output, tuple) else output.sample

@@ -53,3 +53,29 @@ def pad_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     num_pad = rank - down.shape[-2]
     return F.pad(down, (0, 0, 0, num_pad)), F.pad(up, (0, num_pad))
+
+
+def resize_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Compute factors of another rank, whose product is nearest to ΔW = up @ down.
+
+    The SVD is that of a small matrix between two QR decompositions; ΔW is never formed.
+
+    Args:
+        down: [*batch, r, in_features].
+        up: [*batch, out_features, r].
+        rank: The new rank.
+
+    Returns:
+        ``down`` [*batch, rank, in_features] and ``up`` [*batch, out_features, rank], of equal
+        singular values.
+    """
+    dtype = down.dtype
+    # up = Q_u R_u and downᵀ = Q_d R_d, so ΔW = Q_u (R_u R_dᵀ) Q_dᵀ
+    q_up, r_up = torch.linalg.qr(up.float())  # [*batch, out, r], [*batch, r, r]
+    q_down, r_down = torch.linalg.qr(down.float().mT)  # [*batch, in, r], [*batch, r, r]
+    # R_u R_dᵀ = U S Vᵀ gives the SVD of ΔW: (Q_u U) S (Q_d V)ᵀ
+    u, root, vh = compute_truncated_svd(r_up @ r_down.mT, rank)  # [*batch, r, k], [*batch, k], …
+    new_up = (q_up @ u) * root[..., None, :]  # [*batch, out, k]
+    new_down = root[..., :, None] * (vh @ q_down.mT)  # [*batch, k, in]
+    new_down, new_up = pad_factors(new_down, new_up, rank)
+    return new_down.to(dtype), new_up.to(dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from hyperlora.errors import LayoutMismatchError
-from hyperlora.lora.factors import compute_truncated_svd, pad_factors
+from hyperlora.lora.factors import resize_factors
 from hyperlora.lora.layout import LoraLayout
 
 
@@ -275,7 +275,7 @@ class LoraWeights:
             LoRAs whose ``down`` and ``up`` have equal singular values.
         """
         factors = [
-            _resize_factors(down, up, rank) for down, up in zip(self.down, self.up, strict=True)
+            resize_factors(down, up, rank) for down, up in zip(self.down, self.up, strict=True)
         ]
         down, up = zip(*factors, strict=True)
         return LoraWeights(self.layout.with_rank(rank), down, up)
@@ -296,17 +296,3 @@ class LoraWeights:
         down = tuple(d.flatten(0, 1) for d in self.down)  # [n * rank, in_features]
         up = tuple(u.movedim(0, 1).flatten(1) / num_loras for u in self.up)  # [out, n * rank]
         return LoraWeights(self.layout.with_rank(num_loras * rank), down, up).resize(rank)
-
-
-def _resize_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Truncate ΔW = up @ down [*batch, out, in] by an SVD of the small matrix between two QRs."""
-    dtype = down.dtype
-    # up = Q_u R_u and downᵀ = Q_d R_d, so ΔW = Q_u (R_u R_dᵀ) Q_dᵀ
-    q_up, r_up = torch.linalg.qr(up.float())  # [*batch, out, r], [*batch, r, r]
-    q_down, r_down = torch.linalg.qr(down.float().mT)  # [*batch, in, r], [*batch, r, r]
-    # R_u R_dᵀ = U S Vᵀ gives the SVD of ΔW: (Q_u U) S (Q_d V)ᵀ
-    u, root, vh = compute_truncated_svd(r_up @ r_down.mT, rank)  # [*batch, r, k], [*batch, k], …
-    new_up = (q_up @ u) * root[..., None, :]  # [*batch, out, k]
-    new_down = root[..., :, None] * (vh @ q_down.mT)  # [*batch, k, in]
-    new_down, new_up = pad_factors(new_down, new_up, rank)
-    return new_down.to(dtype), new_up.to(dtype)

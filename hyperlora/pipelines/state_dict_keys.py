@@ -1,6 +1,7 @@
 """Key map for weights saved before the networks took the attribute names of DiT and ViT.
 
-The files in ``checkpoints/`` keep their keys until a network is trained again; this table is all that reads them.
+The files in ``checkpoints/`` keep their keys until a network is trained again; only this table
+reads them.
 """
 
 import re
@@ -54,7 +55,10 @@ RENAMED_KEYS: Final[tuple[tuple[str, str], ...]] = (
     (r"^(codec\.autoencoder)\.parts$", r"\1.factor_components"),
     (r"^(codec\.autoencoder)\.joint$", r"\1.joint_components"),
 )
-"""Pattern of an old key and its replacement, applied in this order; a pattern matches no present key."""
+"""Pattern of an old key and its replacement, in the order of application.
+
+No pattern matches a present key.
+"""
 
 
 def rename_state_dict_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

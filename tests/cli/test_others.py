@@ -20,9 +20,9 @@ from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.pipelines.image_to_lora import ImageToLora
 
-Run = Callable[..., Any]
+RunCommand = Callable[..., Any]
 PROMPT = "a portrait of sks person, smiling"
-VERBS = [
+COMMANDS = [
     "demo",
     "edit",
     "generate",
@@ -39,12 +39,12 @@ VERBS = [
 ]
 
 
-def pixels(image: Image.Image | Path) -> np.ndarray:
+def to_pixels(image: Image.Image | Path) -> np.ndarray:
     return np.asarray(Image.open(image) if isinstance(image, Path) else image, int)
 
 
 @pytest.fixture
-def loras(bundle: Any, tmp_path: Path) -> list[Path]:
+def lora_paths(bundle: Any, tmp_path: Path) -> list[Path]:
     model = ImageToLora.from_pretrained(str(bundle.model))
     return [
         replace(
@@ -54,8 +54,8 @@ def loras(bundle: Any, tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_render_draws_what_the_library_draws(
-    run: Run, bundle: Any, loras: list[Path], tmp_path: Path
+def test_render_matches_generate_images(
+    run: RunCommand, bundle: Any, lora_paths: list[Path], tmp_path: Path
 ) -> None:
     base = load_diffusion_base(bundle.base)
     options = [
@@ -70,31 +70,31 @@ def test_render_draws_what_the_library_draws(
         "--guidance-scale",
         2,
     ]
-    pictures = {}
+    images_by_name = {}
     for name, files in {
         "none": [],
-        "one": [loras[0]],
-        "two": [f"{loras[0]}:0.5", f"{loras[1]}:-0.7"],
+        "one": [lora_paths[0]],
+        "two": [f"{lora_paths[0]}:0.5", f"{lora_paths[1]}:-0.7"],
     }.items():
-        ran = run(
+        result = run(
             "render",
             "-o",
             tmp_path / "new" / f"{name}.png",
             *options,
             *(x for f in files for x in ("--lora", f)),
         )
-        assert (ran.code, ran.out.strip()) == (0, str(tmp_path / "new" / f"{name}.png"))
-        assert "note:" not in ran.err
-        pictures[name] = pixels(tmp_path / "new" / f"{name}.png")
-    a, b = (load_lora(path, modules=base.modules).weights for path in loras)
+        assert (result.code, result.out.strip()) == (0, str(tmp_path / "new" / f"{name}.png"))
+        assert "note:" not in result.err
+        images_by_name[name] = to_pixels(tmp_path / "new" / f"{name}.png")
+    a, b = (load_lora(path, modules=base.modules).weights for path in lora_paths)
     for name, lora in {"none": None, "one": a, "two": 0.5 * a + -0.7 * b}.items():
         (image,) = generate_images(
             base, [PROMPT], lora, seeds=[5], num_inference_steps=3, guidance_scale=2
         )
-        assert np.abs(pictures[name] - pixels(image)).max() <= 2
-    for one, other in (("none", "one"), ("one", "two"), ("none", "two")):
-        assert np.abs(pictures[one] - pictures[other]).mean() > 1, (
-            f"{one} and {other} look the same"
+        assert np.abs(images_by_name[name] - to_pixels(image)).max() <= 2
+    for first, second in (("none", "one"), ("one", "two"), ("none", "two")):
+        assert np.abs(images_by_name[first] - images_by_name[second]).mean() > 1, (
+            f"{first} and {second} look the same"
         )
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "none.png",
@@ -103,10 +103,10 @@ def test_render_draws_what_the_library_draws(
     ]
 
 
-def test_render_notes_another_base(
-    run: Run, bundle: Any, loras: list[Path], tmp_path: Path
+def test_render_notes_other_base(
+    run: RunCommand, bundle: Any, lora_paths: list[Path], tmp_path: Path
 ) -> None:
-    copy = shutil.copytree(bundle.base, tmp_path / "finetuned")
+    other_base = shutil.copytree(bundle.base, tmp_path / "finetuned")
     arguments = [
         "render",
         "--prompt",
@@ -116,13 +116,13 @@ def test_render_notes_another_base(
         "--steps",
         1,
         "--lora",
-        loras[0],
+        lora_paths[0],
     ]
-    ran = run(*arguments, "--base", copy)
-    assert ran.code == 0
+    result = run(*arguments, "--base", other_base)
+    assert result.code == 0
     assert (
         f"note: p0.safetensors was made for '{bundle.base.parent.name}/base', not for this base"
-        in ran.err
+        in result.err
     )
 
 
@@ -135,49 +135,49 @@ def test_render_notes_another_base(
         ("C:\\a.safetensors", ("C:\\a.safetensors", 1.0)),
     ],
 )
-def test_weights_of_files(text: str, expected: tuple[str, float]) -> None:
+def test_parse_weighted_path_splits_weight(text: str, expected: tuple[str, float]) -> None:
     assert parse_weighted_path(text) == (Path(expected[0]), expected[1])
 
 
-def test_inspect(run: Run, bundle: Any, loras: list[Path]) -> None:
-    for path, format in zip(loras, ("diffusers", "kohya"), strict=True):
-        ran = run("inspect", path)
-        assert ran.code == 0
-        for said in (path.name, format, f"{bundle.base.parent.name}/base", "header title"):
-            assert said in ran.out
-        found = json.loads(run("inspect", path, "--base", bundle.base, "--json").out)
-        assert (found["format"], found["fits"], found["ranks"]) == (
+def test_inspect_shows_file(run: RunCommand, bundle: Any, lora_paths: list[Path]) -> None:
+    for path, format in zip(lora_paths, ("diffusers", "kohya"), strict=True):
+        result = run("inspect", path)
+        assert result.code == 0
+        for report in (path.name, format, f"{bundle.base.parent.name}/base", "metadata title"):
+            assert report in result.out
+        info = json.loads(run("inspect", path, "--base", bundle.base, "--json").out)
+        assert (info["format"], info["compatible_base"], info["rank_counts"]) == (
             format,
             str(bundle.base),
-            {"2": found["sites"]},
+            {"2": info["num_targets"]},
         )
-        assert found["norm"] > 0
-        assert "fits" not in json.loads(run("inspect", path, "--json").out)
+        assert info["norm"] > 0
+        assert "compatible_base" not in json.loads(run("inspect", path, "--json").out)
 
 
-def test_inspect_shows_a_strangers_header_as_it_stands(run: Run, loras: list[Path]) -> None:
-    odd = {"modelspec.title": "[/b] [red]x \x1b[31m"}
-    save_file(load_file(loras[0]), loras[0], metadata=odd)
-    ran = run("inspect", loras[0])
-    assert ran.code == 0
-    assert "[/b] [red]x" in ran.out
-    assert "\x1b" not in ran.out
+def test_inspect_escapes_metadata(run: RunCommand, lora_paths: list[Path]) -> None:
+    unsafe_metadata = {"modelspec.title": "[/b] [red]x \x1b[31m"}
+    save_file(load_file(lora_paths[0]), lora_paths[0], metadata=unsafe_metadata)
+    result = run("inspect", lora_paths[0])
+    assert result.code == 0
+    assert "[/b] [red]x" in result.out
+    assert "\x1b" not in result.out
 
 
 EVALUATE = ["--steps", 1, "--guidance-scale", 1]
 
 
-def models(bundle: Any) -> list[Any]:
+def list_model_options(bundle: Any) -> list[Any]:
     return ["--model", bundle.model, "--base", bundle.base, "--evaluator", bundle.evaluator]
 
 
-def test_evaluate_every_row(run: Run, bundle: Any, tmp_path: Path) -> None:
+def test_evaluate_scores_all_variants(run: RunCommand, bundle: Any, tmp_path: Path) -> None:
     options = ["--refine-steps", 1, "--finetune-steps", 1, "--report-dir", tmp_path / "report"]
-    ran = run("evaluate", bundle.benchmark, *models(bundle), *EVALUATE, *options, "--json")
-    assert ran.code == 0, ran
-    said = json.loads(ran.out)
-    assert said["people"] == 4
-    assert [row["name"] for row in said["rows"]] == [
+    result = run("evaluate", bundle.benchmark, *list_model_options(bundle), *EVALUATE, *options, "--json")
+    assert result.code == 0, result
+    report = json.loads(result.out)
+    assert report["num_subjects"] == 4
+    assert [score["name"] for score in report["results"]] == [
         "base, no LoRA",
         "one photo",
         "one photo, strength 0.6",
@@ -188,13 +188,13 @@ def test_evaluate_every_row(run: Run, bundle: Any, tmp_path: Path) -> None:
         "one photo, refined 1 steps",
         "fitted per subject, 1 steps",
     ]
-    for row in said["rows"]:
-        assert 0 <= row["prompt"] <= 1
-        assert row["identity_error"] > 0
-        assert (row["seconds"] is None) == (
-            row["name"] in ("base, no LoRA", "shuffled: another's LoRA", "mean LoRA")
+    for score in report["results"]:
+        assert 0 <= score["prompt"] <= 1
+        assert score["identity_error"] > 0
+        assert (score["seconds"] is None) == (
+            score["name"] in ("base, no LoRA", "shuffled: another's LoRA", "mean LoRA")
         )
-    assert len({row["identity"] for row in said["rows"][:3]}) == 3, "the LoRA changes nothing"
+    assert len({score["identity"] for score in report["results"][:3]}) == 3, "the LoRA changes nothing"
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
         "report.md",
         "scores.png",
@@ -203,19 +203,19 @@ def test_evaluate_every_row(run: Run, bundle: Any, tmp_path: Path) -> None:
     assert "| one photo |" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_evaluate_a_folder_of_ones_own(run: Run, bundle: Any, tmp_path: Path) -> None:
-    for person, photos in (("a", 2), ("b", 3)):
-        (tmp_path / person).mkdir()
+def test_evaluate_scores_plain_folder(run: RunCommand, bundle: Any, tmp_path: Path) -> None:
+    for subject, photos in (("a", 2), ("b", 3)):
+        (tmp_path / subject).mkdir()
         for i in range(photos):
-            shutil.copy(bundle.subjects / "person-1" / f"{i}.png", tmp_path / person)
-    ran = run("evaluate", tmp_path, *models(bundle), *EVALUATE)
-    assert ran.code == 0, ran
-    assert "P needs prompts with known truth" in ran.out
-    assert "I has no second real photo" in ran.out
-    ran = run(
+            shutil.copy(bundle.subjects / "person-1" / f"{i}.png", tmp_path / subject)
+    result = run("evaluate", tmp_path, *list_model_options(bundle), *EVALUATE)
+    assert result.code == 0, result
+    assert "prompt accuracy needs prompts with known truth" in result.out
+    assert "identity has no second real photo" in result.out
+    result = run(
         "evaluate",
         tmp_path,
-        *models(bundle),
+        *list_model_options(bundle),
         *EVALUATE,
         "--num-subjects",
         1,
@@ -223,60 +223,60 @@ def test_evaluate_a_folder_of_ones_own(run: Run, bundle: Any, tmp_path: Path) ->
         tmp_path / "r",
         "--json",
     )
-    assert ran.code == 0, ran
-    rows = json.loads(ran.out)["rows"]
-    assert "mean LoRA" not in [row["name"] for row in rows]
-    assert all(row["prompt"] is None for row in rows)
+    assert result.code == 0, result
+    results = json.loads(result.out)["results"]
+    assert "mean LoRA" not in [score["name"] for score in results]
+    assert all(score["prompt"] is None for score in results)
 
 
-def test_a_benchmark_is_halved(bundle: Any) -> None:
-    found = load_benchmark(bundle.benchmark, 16, 3)
-    assert found.names == ("person-0", "person-1", "person-2")
-    assert found.photos.shape == found.comparison_photos.shape == (3, 2, 3, 16, 16)
-    assert found.has_truth
+def test_load_benchmark_splits_photos(bundle: Any) -> None:
+    info = load_benchmark(bundle.benchmark, 16, 3)
+    assert info.names == ("person-0", "person-1", "person-2")
+    assert info.photos.shape == info.comparison_photos.shape == (3, 2, 3, 16, 16)
+    assert info.has_truth
 
 
-def test_demo(run: Run, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hyperlora import pretrained as shipped
+def test_demo_writes_sheets_and_loras(run: RunCommand, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyperlora import pretrained
 
-    tiny = {
-        "BASE": bundle.base,
-        "MODEL": bundle.model,
-        "EVALUATOR": bundle.evaluator,
-        "BENCHMARK": bundle.benchmark,
-        "EDIT_BASE": bundle.edit_base,
-        "PAIR_MODEL": bundle.pair_model,
-        "EDIT_BENCHMARK": bundle.edit_benchmark,
-        "PHOTO_MODELS": {"hyperdreambooth": bundle.model},
+    tiny_dirs = {
+        "BASE_DIR": bundle.base,
+        "IMAGE_TO_LORA_DIR": bundle.model,
+        "EVALUATOR_DIR": bundle.evaluator,
+        "BENCHMARK_DIR": bundle.benchmark,
+        "EDIT_BASE_DIR": bundle.edit_base,
+        "PAIR_TO_LORA_DIR": bundle.pair_model,
+        "EDIT_BENCHMARK_DIR": bundle.edit_benchmark,
+        "MODEL_DIR_BY_METHOD": {"hypernetwork": bundle.model},
     }
-    for name, folder in tiny.items():
-        monkeypatch.setattr(shipped, name, folder)
-    ran = run("demo", "-o", tmp_path / "demo", "--num-subjects", 2)
-    assert ran.code == 0, ran
-    assert "ms from photo to LoRA" in ran.out
+    for name, folder in tiny_dirs.items():
+        monkeypatch.setattr(pretrained, name, folder)
+    result = run("demo", "-o", tmp_path / "demo", "--num-subjects", 2)
+    assert result.code == 0, result
+    assert "ms from photo to LoRA" in result.out
     edits = tmp_path / "demo" / "edits"
     assert sorted(p.name for p in edits.iterdir()) == ["darker.safetensors", "inverted.safetensors"]
-    made = sorted(p.name for p in (tmp_path / "demo").iterdir() if p != edits)
-    people = ("person-0", "person-1")
-    assert made == [
+    names = sorted(p.name for p in (tmp_path / "demo").iterdir() if p != edits)
+    subjects = ("person-0", "person-1")
+    assert names == [
         "demo.png",
         "edits.png",
-        *(f"{p}.{end}" for p in people for end in ("kohya.safetensors", "safetensors")),
+        *(f"{p}.{end}" for p in subjects for end in ("kohya.safetensors", "safetensors")),
     ]
     assert load_lora(tmp_path / "demo" / "person-1.kohya.safetensors").format == "kohya"
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
-def test_help_is_instant(shell: Run, verb: str) -> None:
-    heavy = "print('heavy:', *{'torch', 'numpy', 'PIL', 'diffusers', 'lightning'} & {*sys.modules}, file=sys.stderr)"
-    ran = shell(*([verb] if verb else []), "--help", then=heavy)
-    assert (ran.code, ran.err.strip()) == (0, "heavy:")
-    assert "Usage: " in ran.out
-    assert all(name in ran.out for name in VERBS if not verb)
+@pytest.mark.parametrize("verb", ["", *COMMANDS])
+def test_help_imports_no_heavy_library(run_process: RunCommand, command: str) -> None:
+    heavy_check = "print('heavy:', *{'torch', 'numpy', 'PIL', 'diffusers', 'lightning'} & {*sys.modules}, file=sys.stderr)"
+    result = run_process(*([command] if command else []), "--help", then=heavy_check)
+    assert (result.code, result.err.strip()) == (0, "heavy:")
+    assert "Usage: " in result.out
+    assert all(name in result.out for name in COMMANDS if not command)
 
 
 @pytest.mark.slow
-def test_lightnings_own_help(shell: Run) -> None:
-    ran = shell("train", "fit", "--help")
-    assert ran.code == 0, ran
-    assert "--trainer.max_epochs" in ran.out
+def test_train_shows_help_of_lightning(run_process: RunCommand) -> None:
+    result = run_process("train", "fit", "--help")
+    assert result.code == 0, result
+    assert "--trainer.max_epochs" in result.out

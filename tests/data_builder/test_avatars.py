@@ -1,4 +1,4 @@
-"""The drawn world: deterministic, its splits apart, its captions and edits true."""
+"""The avatar world is deterministic, its splits are disjoint, and captions and edits are exact."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from data_builder.avatars import vocabulary as words
+from data_builder.avatars import vocabulary
 from data_builder.avatars.benchmarks import SCENES, write_benchmark
 from data_builder.avatars.captions import build_prompt, parse_caption_attributes, sample_caption
 from data_builder.avatars.edits import EDITABLE_ATTRIBUTES, apply_edits
@@ -25,95 +25,95 @@ from data_builder.datamodules.portraits import ATTRIBUTES, make_attribute_labels
 from hyperlora.training.auxiliary_losses import IGNORE_INDEX
 
 
-def pixels(person, how, size=128):
-    return np.asarray(render_portrait(person, how, size)).astype(int)
+def render_pixels(person, scene, size=128):
+    return np.asarray(render_portrait(person, scene, size)).astype(int)
 
 
-def test_same_seed_same_picture():
+def test_render_portrait_is_deterministic():
     assert sample_identity(7) == sample_identity(7)
     assert sample_scene(7, 3) == sample_scene(7, 3)
     assert np.array_equal(
-        pixels(sample_identity(7), sample_scene(7, 3)),
-        pixels(sample_identity(7), sample_scene(7, 3)),
+        render_pixels(sample_identity(7), sample_scene(7, 3)),
+        render_pixels(sample_identity(7), sample_scene(7, 3)),
     )
 
 
-def test_splits_share_no_seed_and_people_differ():
+def test_splits_are_disjoint_and_identities_differ():
     train, validation, test = (set(SPLITS[name]) for name in ("train", "validation", "test"))
     assert not train & validation and not train & test and not validation & test
-    people = [sample_identity(seed) for split in SPLITS.values() for seed in split[:50]]
-    assert len({replace(person, seed=0) for person in people}) == len(people)
+    identities = [sample_identity(seed) for split in SPLITS.values() for seed in split[:50]]
+    assert len({replace(identity, seed=0) for identity in identities}) == len(identities)
 
 
-@pytest.mark.parametrize("name", words.PROMPT_ATTRIBUTES)
-def test_every_promptable_value_changes_the_picture(name):
+@pytest.mark.parametrize("name", vocabulary.PROMPT_ATTRIBUTES)
+def test_prompt_attributes_change_the_image(name):
     person, plain = sample_identity(3), Scene()
-    drawn = {
-        value: pixels(person, replace(plain, **{name: value})).tobytes()
-        for value in words.PROMPT_ATTRIBUTES[name]
+    images = {
+        value: render_pixels(person, replace(plain, **{name: value})).tobytes()
+        for value in vocabulary.PROMPT_ATTRIBUTES[name]
     }
-    assert len(set(drawn.values())) == len(drawn)
+    assert len(set(images.values())) == len(images)
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in words.IDENTITY_ATTRIBUTES if not n.endswith("color") and n != "skin"]
+    "name", [n for n in vocabulary.IDENTITY_ATTRIBUTES if not n.endswith("color") and n != "skin"]
 )
-def test_every_identity_value_changes_the_picture(name):
+def test_identity_attributes_change_the_image(name):
     person = replace(sample_identity(3), facial_hair="none")
-    drawn = {
-        value: pixels(replace(person, **{name: value}), Scene()).tobytes()
-        for value in words.IDENTITY_ATTRIBUTES[name]
+    images = {
+        value: render_pixels(replace(person, **{name: value}), Scene()).tobytes()
+        for value in vocabulary.IDENTITY_ATTRIBUTES[name]
     }
-    assert len(set(drawn.values())) == len(drawn)
+    assert len(set(images.values())) == len(images)
 
 
-@pytest.mark.parametrize("name", words.GEOMETRY)
-def test_face_geometry_is_visible(name):
+@pytest.mark.parametrize("name", vocabulary.GEOMETRY)
+def test_geometry_changes_the_image(name):
     person = sample_identity(3)
     assert (
-        pixels(replace(person, **{name: 0.9}), Scene())
-        != pixels(replace(person, **{name: 1.15}), Scene())
+        render_pixels(replace(person, **{name: 0.9}), Scene())
+        != render_pixels(replace(person, **{name: 1.15}), Scene())
     ).any()
 
 
-def test_an_edit_changes_what_it_names_and_nothing_else():
+def test_apply_edits_changes_named_attributes_only():
     person, before = (
         sample_identity(11),
         replace(sample_scene(11, 0), glasses="none", style="plain", hat="none"),
     )
-    who, after = apply_edits(person, before, glasses="sunglasses")
-    assert who == person and after == replace(before, glasses="sunglasses")
-    changed = (pixels(person, before) != pixels(who, after)).any(-1)
-    assert 0.01 < changed.mean() < 0.2
-    who, after = apply_edits(person, before, hair_color="pink", style="sepia")
-    assert (who.hair_color, who.hair, after.style) == (
+    edited_person, after = apply_edits(person, before, glasses="sunglasses")
+    assert edited_person == person and after == replace(before, glasses="sunglasses")
+    is_changed = (render_pixels(person, before) != render_pixels(edited_person, after)).any(-1)
+    assert 0.01 < is_changed.mean() < 0.2
+    edited_person, after = apply_edits(person, before, hair_color="pink", style="sepia")
+    assert (edited_person.hair_color, edited_person.hair, after.style) == (
         "pink",
         person.hair,
         "sepia",
-    ) and who.hair_rgb != person.hair_rgb
+    ) and edited_person.hair_rgb != person.hair_rgb
 
 
-def test_only_known_attributes_can_be_edited():
+def test_apply_edits_rejects_unknown_attributes():
     assert len(EDITABLE_ATTRIBUTES) >= 12
     with pytest.raises(ValueError, match="shoe"):
         apply_edits(sample_identity(0), Scene(), shoe="boot")
 
 
-def test_captions_name_who_and_how_but_prompts_only_how():
-    person, how = sample_identity(5), replace(sample_scene(5, 0), hat="none")
-    text = sample_caption(person, how, np.random.default_rng(0), identity_prob=1.0)
+def test_captions_name_identity_and_prompts_do_not():
+    person, scene = sample_identity(5), replace(sample_scene(5, 0), hat="none")
+    text = sample_caption(person, scene, np.random.default_rng(0), identity_prob=1.0)
     assert f"{person.hair} haircut" in text and f"{person.skin} skin" in text
-    asked = build_prompt(how)
+    prompt = build_prompt(scene)
     assert (
-        asked.startswith("a portrait of sks person, ")
-        and how.expression in asked
-        and f"{person.hair} haircut" not in asked
+        prompt.startswith("a portrait of sks person, ")
+        and scene.expression in prompt
+        and f"{person.hair} haircut" not in prompt
     )
-    bare = sample_caption(person, how, np.random.default_rng(0), identity_prob=0.0)
-    assert "skin" not in bare
+    anonymous = sample_caption(person, scene, np.random.default_rng(0), identity_prob=0.0)
+    assert "skin" not in anonymous
 
 
-def test_portraits_on_disk_are_the_drawn_ones(tmp_path):
+def test_draw_portraits_writes_rendered_images(tmp_path):
     draw_portraits(tmp_path, PortraitDatasetConfig("validation", 3, 2, size=32), num_workers=1)
     portraits = PortraitDataset(tmp_path)
     assert len(portraits) == 6 and portraits.images.shape == (6, 32, 32, 3)
@@ -125,48 +125,52 @@ def test_portraits_on_disk_are_the_drawn_ones(tmp_path):
     assert portraits.get_identity(0).seed in SPLITS["validation"]
 
 
-def test_benchmark_has_only_test_people_and_true_prompts(tmp_path):
+def test_write_benchmark_uses_test_identities(tmp_path):
     write_benchmark(tmp_path, "test", num_subjects=2, photos_per_subject=2)
     names = sorted(p.name for p in (tmp_path / "subjects").iterdir())
     assert [int(name.split("-")[1]) for name in names] == list(SPLITS["test"][:2])
     assert len(SCENES) >= 8
 
 
-def test_labels_are_of_what_a_caption_names_and_a_portrait_shows():
-    person, how = (
+def test_make_attribute_labels_ignores_unnamed_and_hidden_attributes():
+    person, scene = (
         sample_identity(5),
         replace(sample_scene(5, 0), expression="sad", glasses="none", hat="none", style="plain"),
     )
     text = "a portrait of a person, sad, wearing a red hoodie"
-    how = replace(how, garment="hoodie", garment_color="red")
-    assert parse_caption_attributes(person, how, text) == {"expression", "garment", "garment_color"}
-    labels = make_attribute_labels(person, how, parse_caption_attributes(person, how, text))
-    told = {k: ATTRIBUTES[k][v] for k, v in labels.items() if v != IGNORE_INDEX}
-    assert told == {"expression": "sad", "garment": "hoodie", "garment_color": "red"}
-    everything = make_attribute_labels(person, replace(how, glasses="sunglasses", hat="turban"))
-    assert {k for k, v in everything.items() if v == IGNORE_INDEX} == {"eyes", "hair", "hair_color"}
+    scene = replace(scene, garment="hoodie", garment_color="red")
+    assert parse_caption_attributes(person, scene, text) == {
+        "expression",
+        "garment",
+        "garment_color",
+    }
+    labels = make_attribute_labels(person, scene, parse_caption_attributes(person, scene, text))
+    named = {k: ATTRIBUTES[k][v] for k, v in labels.items() if v != IGNORE_INDEX}
+    assert named == {"expression": "sad", "garment": "hoodie", "garment_color": "red"}
+    all_labels = make_attribute_labels(person, replace(scene, glasses="sunglasses", hat="turban"))
+    assert {k for k, v in all_labels.items() if v == IGNORE_INDEX} == {"eyes", "hair", "hair_color"}
     assert (
-        make_attribute_labels(person, replace(how, background="#123456"))["background"]
+        make_attribute_labels(person, replace(scene, background="#123456"))["background"]
         == IGNORE_INDEX
     )
 
 
-def test_captions_name_what_they_say():
+def test_parse_caption_attributes_finds_named_attributes():
     rng = np.random.default_rng(0)
     for seed in range(20):
-        person, how = sample_identity(seed), sample_scene(seed, 0)
-        text = sample_caption(person, how, rng, identity_prob=1.0)
-        said = parse_caption_attributes(person, how, text)
-        assert {"skin", "nose", "eyebrows"} <= said
-        assert ("expression" in said) == (how.expression in text.split(", "))
+        person, scene = sample_identity(seed), sample_scene(seed, 0)
+        text = sample_caption(person, scene, rng, identity_prob=1.0)
+        named = parse_caption_attributes(person, scene, text)
+        assert {"skin", "nose", "eyebrows"} <= named
+        assert ("expression" in named) == (scene.expression in text.split(", "))
 
 
 @pytest.mark.parametrize("size", [128, 200])
-def test_landmarks_are_where_eyes_and_mouth_are_drawn(size):
-    """Changing eyes or mouth alone changes the picture around their keypoints, and nowhere else."""
+def test_compute_landmarks_finds_eyes_and_mouth(size):
+    """Editing eyes or mouth alone changes the image around their keypoints, and nowhere else."""
     for seed in range(4):
         person = replace(sample_identity(seed), facial_hair="none")
-        how = replace(
+        scene = replace(
             sample_scene(seed, 1),
             glasses="none",
             hat="none",
@@ -174,24 +178,26 @@ def test_landmarks_are_where_eyes_and_mouth_are_drawn(size):
             eyes="open",
             expression="laughing",
         )
-        truth = compute_landmarks(person, how, size)
-        for change, points, ends in (
-            (replace(how, eyes="surprised"), truth.keypoints[:2], (0.1, 0.1)),
-            (replace(how, expression="neutral"), truth.keypoints[3:], (0.05, 0.2)),
+        landmarks = compute_landmarks(person, scene, size)
+        for edited_scene, points, tolerances in (
+            (replace(scene, eyes="surprised"), landmarks.keypoints[:2], (0.1, 0.1)),
+            (replace(scene, expression="neutral"), landmarks.keypoints[3:], (0.05, 0.2)),
         ):
             rows, columns = np.nonzero(
-                np.abs(pixels(person, how, size) - pixels(person, change, size)).sum(-1)
+                np.abs(
+                    render_pixels(person, scene, size) - render_pixels(person, edited_scene, size)
+                ).sum(-1)
             )
             assert (
-                abs(columns.min() - points[0, 0]) < ends[0] * size
-                and abs(columns.max() - points[1, 0]) < ends[0] * size
+                abs(columns.min() - points[0, 0]) < tolerances[0] * size
+                and abs(columns.max() - points[1, 0]) < tolerances[0] * size
             )
-            assert np.abs(rows - points[:, 1].mean()).max() < ends[1] * size
-        left, top, right, bottom = truth.box
-        assert ((truth.keypoints > (left, top)) & (truth.keypoints < (right, bottom))).all()
+            assert np.abs(rows - points[:, 1].mean()).max() < tolerances[1] * size
+        left, top, right, bottom = landmarks.box
+        assert ((landmarks.keypoints > (left, top)) & (landmarks.keypoints < (right, bottom))).all()
 
 
-def test_latents_outlive_another_decoder(tmp_path: Path) -> None:
+def test_load_cached_latents_depends_on_encoder_only(tmp_path: Path) -> None:
     draw_portraits(
         tmp_path / "drawn",
         PortraitDatasetConfig("train", num_identities=2, portraits_per_identity=1, size=16),

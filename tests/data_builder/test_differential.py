@@ -1,4 +1,5 @@
-"""Differential LoRAs are antisymmetric, move images from before to after, and are ordinary files."""
+"""Differential LoRAs are antisymmetric, move images from before to after, and are ordinary files.
+"""
 
 from dataclasses import replace
 from pathlib import Path

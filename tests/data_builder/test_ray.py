@@ -28,7 +28,7 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        made = Cluster(
+        ray_cluster = Cluster(
             initialize_head=True,
             head_node_args={
                 "num_cpus": 1,
@@ -36,15 +36,13 @@ def cluster() -> Iterator[Any]:
                 "include_dashboard": False,
             },
         )
-        ray.init(address=made.address, log_to_driver=False)
-        yield made
+        ray.init(address=ray_cluster.address, log_to_driver=False)
+        yield ray_cluster
         ray.shutdown()
-        made.shutdown()
+        ray_cluster.shutdown()
 
 
-def test_a_node_that_dies_loses_and_repeats_nothing(
-    bundle: Any, cluster: Any, tmp_path: Path
-) -> None:
+def test_run_build_on_ray_survives_a_dead_node(bundle: Any, cluster: Any, tmp_path: Path) -> None:
     recipe = Recipe(
         str(bundle.base),
         preset="attention",
@@ -64,23 +62,23 @@ def test_a_node_that_dies_loses_and_repeats_nothing(
         run_build(tmp_path / "here")
     finally:
         torch.set_num_threads(threads)
-    second = cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
-    chunks, killed_at = ChunkStore(plan, tmp_path / "there"), list[int]()
+    second_node = cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
+    store, finished_at_kill = ChunkStore(plan, tmp_path / "there"), list[int]()
 
-    def kill_when_begun() -> None:
-        while not chunks.list_finished_chunks():
+    def kill_after_first_chunk() -> None:
+        while not store.list_finished_chunks():
             time.sleep(0.01)
-        cluster.remove_node(second, allow_graceful=False)
-        killed_at.append(len(chunks.list_finished_chunks()))
+        cluster.remove_node(second_node, allow_graceful=False)
+        finished_at_kill.append(len(store.list_finished_chunks()))
 
-    killer = threading.Thread(target=kill_when_begun)
+    killer = threading.Thread(target=kill_after_first_chunk)
     killer.start()
     assert run_build_on_ray(tmp_path / "there") == 12
     killer.join()
-    assert 0 < killed_at[0] < plan.num_chunks
+    assert 0 < finished_at_kill[0] < plan.num_chunks
     for number in range(plan.num_chunks):
         assert (
-            chunks.get_path(number).read_bytes()
+            store.get_path(number).read_bytes()
             == ChunkStore(plan, tmp_path / "here").get_path(number).read_bytes()
         )
     lines = (tmp_path / "there" / "log.jsonl").read_text().splitlines()
@@ -88,29 +86,36 @@ def test_a_node_that_dies_loses_and_repeats_nothing(
     assert run_build_on_ray(tmp_path / "there") == 0
 
 
-def test_photos_become_loras_through_ray_data(bundle: Any, cluster: Any, tmp_path: Path) -> None:
+def test_generate_folder_on_ray_equals_local(bundle: Any, cluster: Any, tmp_path: Path) -> None:
     from hyperlora.lora.io.load import load_lora
     from hyperlora.pipelines.generate import GenerationConfig
     from hyperlora.pipelines.generate_folder import generate_folder
     from hyperlora.pipelines.generate_ray import make_ray_batch_generator
     from hyperlora.pipelines.image_to_lora import ImageToLora
 
-    model, settings = ImageToLora.from_pretrained(bundle.model), GenerationConfig()
-    here = generate_folder(model, bundle.subjects, tmp_path / "here", settings, batch_size=2)
-    maker = make_ray_batch_generator("local", str(bundle.model), None, settings)
+    model, config = ImageToLora.from_pretrained(bundle.model), GenerationConfig()
+    here = generate_folder(model, bundle.subjects, tmp_path / "here", config, batch_size=2)
+    batch_generator = make_ray_batch_generator("local", str(bundle.model), None, config)
     there = generate_folder(
-        model, bundle.subjects, tmp_path / "there", settings, batch_size=2, batch_generator=maker
+        model,
+        bundle.subjects,
+        tmp_path / "there",
+        config,
+        batch_size=2,
+        batch_generator=batch_generator,
     )
     assert sorted(m.subject for m in there) == sorted(m.subject for m in here) and all(
         m.config_hash for m in there
     )
-    for made in here:
-        one, other = (
-            load_lora(tmp_path / name / str(made.file)).weights.flatten()
+    for record in here:
+        local, remote = (
+            load_lora(tmp_path / name / str(record.file)).weights.flatten()
             for name in ("here", "there")
         )
-        assert (one - other).abs().max() < 1e-6
+        assert (local - remote).abs().max() < 1e-6
     assert (
-        generate_folder(model, bundle.subjects, tmp_path / "there", settings, batch_generator=maker)
+        generate_folder(
+            model, bundle.subjects, tmp_path / "there", config, batch_generator=batch_generator
+        )
         == there
     )
