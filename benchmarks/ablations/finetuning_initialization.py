@@ -93,7 +93,8 @@ def evaluate_init(init: str, recipe: Recipe, source: AvatarSource, base: Diffusi
         subjects[:num_subjects],
     )
     deviations = codes - codes.mean(0)
-    cosine = torch.cosine_similarity(*deviations.chunk(2), dim=-1).mean()
+    first_deviations, second_deviations = deviations.chunk(2)
+    cosine = torch.cosine_similarity(first_deviations, second_deviations, dim=-1).mean()
     variances = torch.linalg.svdvals(deviations).square()
     half = num_subjects // 2
     explained = variances[:half].sum() / variances.sum()

@@ -173,16 +173,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     portraits = PortraitDataset(arguments.portraits)
-    embeddings: Tensor | None = None
+    embeddings_by_source: dict[str, Tensor] = {}
     for size in arguments.sizes:
         analyzer = FaceAnalyzer(arguments.face_pack, size)
-        figures, size_embeddings = evaluate_detection(portraits, analyzer)
-        embeddings = size_embeddings if embeddings is None else embeddings
+        figures, embeddings = evaluate_detection(portraits, analyzer)
+        embeddings_by_source.setdefault("face pack", embeddings)  # of the first size
         print(f"at {size}:", *(f"{name} {value:.4g}" for name, value in figures.items()), sep="  ")
         for kind, images in generate_faceless_images(portraits, arguments.num_faceless):
             num_false_alarms = sum(bool(analyzer.detect_faces(image)) for image in images)
             print(f"at {size}:  {kind}: {num_false_alarms} of {len(images)} with a face")
-    embeddings_by_source = {"face pack": embeddings}
     if arguments.attribute_classifier:
         embeddings_by_source["classifier"] = predict_identities(
             portraits, AttributeClassifier.from_pretrained(arguments.attribute_classifier)

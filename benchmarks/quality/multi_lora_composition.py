@@ -16,7 +16,7 @@ from benchmarks.quality.concept_loras import AvatarEvaluation
 from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.images import stack_images, to_image
 from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
-from hyperlora.diffusion.multi_lora import CompositionConfig, compose_loras
+from hyperlora.diffusion.multi_lora import CompositionConfig, Strategy, compose_loras
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.evaluation.metrics import Score
 from hyperlora.evaluation.report import draw_contact_sheet
@@ -35,13 +35,13 @@ CONCEPT_REGIONS = {
     "style": (0.0, 0.0, 1.0, 1.0),
 }
 """Left, top, right, bottom of each concept in a portrait, 0 to 1, for the spatial strategy."""
-STRATEGIES: dict[str, dict[str, Any]] = {
+STRATEGIES: dict[Strategy, dict[str, Any]] = {
     "merge": {},
     "switch": {"switch_every": 1},
     "composite": {},
     "spatial": {},
 }
-"""Options of ``compose_loras`` by strategy."""
+"""Options of ``CompositionConfig`` by strategy."""
 GAMMAS = {0.0: "o", 0.5: "s", 1.0: "^", 1.5: "D", 2.0: "*"}
 """Markers of the plot by AutoLoRA scale γ."""
 
@@ -129,9 +129,7 @@ def evaluate_strategies(evaluation: AvatarEvaluation, output_dir: Path) -> None:
             subject_images = []
             for i in range(num_subjects):
                 loras = [evaluation.subject_loras[i], *(concepts[name] for name in names)]
-                with compose_loras(  # type: ignore[arg-type]
-                    evaluation.base.pipeline, loras, strategy, config=config
-                ):
+                with compose_loras(evaluation.base.pipeline, loras, strategy, config=config):
                     subject_images += generate_images(
                         evaluation.base,
                         [prompt],

@@ -1,1 +1,1 @@
-"""LightningDataModules over drawn avatars and fitted LoRAs."""
+"""LightningDataModules over rendered avatars and fine-tuned LoRAs."""

@@ -223,6 +223,7 @@ def _run_server(app: "FastAPI", host: str, port: int, timeout_s: float) -> None:
         """A server that ends event streams first, which would otherwise never end."""
 
         async def shutdown(self, sockets: "list[socket] | None" = None) -> None:
+            """End event streams, then shut down as uvicorn does."""
             await app.state.service.jobs.close_streams()
             await super().shutdown(sockets)
 

@@ -91,6 +91,7 @@ def generate_folder(
         def batch_generator(
             batches: Sequence[Sequence[Subject]],
         ) -> Iterator[Sequence[FileResult]]:
+            """Generate batches in this process."""
             for batch in batches:
                 yield generate_batch(model, batch, config, base, reranker)
 

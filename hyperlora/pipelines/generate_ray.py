@@ -36,6 +36,7 @@ def make_ray_batch_generator(
     ray = connect_ray(address)
 
     def generate_batches(batches: Sequence[Sequence[Subject]]) -> Iterator[Sequence[FileResult]]:
+        """Generate batches on the workers of the cluster."""
         if not batches:
             return
         import ray.data as data

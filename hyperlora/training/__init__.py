@@ -1,1 +1,4 @@
-"""LightningModules, LightningDataModules and the ``train`` command. What is released is a plain ``nn.Module``."""
+"""LightningModules, LightningDataModules and the ``train`` command.
+
+What is released is a plain ``nn.Module``.
+"""

@@ -46,7 +46,10 @@ def run_process() -> Callable[..., CommandResult]:
     """Run a command in a process of its own, through the console entry point."""
 
     def run_command(*arguments: Any, final_code: str = "") -> CommandResult:
-        program = f"import sys\nfrom hyperlora.cli import main\ntry: main()\nfinally:\n  pass\n  {final_code}"
+        program = (
+            "import sys\nfrom hyperlora.cli import main\n"
+            f"try: main()\nfinally:\n  pass\n  {final_code}"
+        )
         process = subprocess.run(
             [sys.executable, "-c", program, *map(str, arguments)],
             cwd=ROOT,

@@ -244,9 +244,14 @@ def test_evaluate_scores_edits(run: Any, model_options: Any, bundle: Any, tmp_pa
     assert result.code == 0, result
     report = json.loads(result.out)
     assert report["edits"] == 2
-    assert {"undone", "undone_kept", "turned", "turned_kept", "round_trip", "untouched"} == set(
-        report["reverse"]
-    )
+    assert set(report["reversal"]) == {
+        "negated_lora",
+        "negated_lora_preserved",
+        "reversed_pair",
+        "reversed_pair_preserved",
+        "vae_round_trip",
+        "unchanged_input",
+    }
     assert (tmp_path / "r" / "sheet.png").is_file()
     result = run("evaluate", bundle.edit_benchmark, "--task", "sideways")
     assert result.code == 2 and "known: subject, edit" in result.err

@@ -28,7 +28,7 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
-@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("num_photos", [1, 3])
 def test_generate_writes_lora_with_metadata(
     run: RunCommand, bundle: Any, tmp_path: Path, format: str, num_photos: int
 ) -> None:

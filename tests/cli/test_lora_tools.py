@@ -175,7 +175,8 @@ def test_lora_tools_refuse_invalid_input(
 
 def test_parse_lora_tags_reads_weights_and_steps() -> None:
     text, tags = parse_lora_tags(
-        "a <lora:me:0.8> portrait, <lora:people/b:0.5:1>, <lora:c:te=0.2:step=5-15> <lora:d:1:start=0.25>"
+        "a <lora:me:0.8> portrait, <lora:people/b:0.5:1>, "
+        "<lora:c:te=0.2:step=5-15> <lora:d:1:start=0.25>"
     )
     assert text == "a portrait"
     assert tags == (

@@ -1,4 +1,4 @@
-"""``inject_lora`` against merged weights and against PEFT, per sample, nested, and through autograd."""
+"""``inject_lora`` against merged weights and PEFT, per sample, nested, and through autograd."""
 
 from collections.abc import Callable
 from copy import deepcopy

@@ -153,7 +153,7 @@ class EditEngine:
             max_batch_size=self.max_image_batch,
         )
         item = EditItem(image, lora, request.instruction, request.seed)
-        return EngineResult(await worker.run_batched(spec, item, timeout_s), warnings)
+        return EngineResult(await worker.run_in_batch(spec, item, timeout_s), warnings)
 
     async def _decode_pairs(
         self, pairs: Sequence[tuple[bytes, bytes]], worker: ModelWorker
@@ -183,7 +183,7 @@ class EditEngine:
             key=len(pixels),
             max_batch_size=self.max_lora_batch,
         )
-        return await worker.run_batched(spec, pixels, timeout_s) * abs(strength)
+        return await worker.run_in_batch(spec, pixels, timeout_s) * abs(strength)
 
     @torch.no_grad()
     def _predict_batch(self, pairs: list[Tensor]) -> list[LoraWeights]:

@@ -140,13 +140,13 @@ class ImageEngine:
                 batch_timeout_s=BATCH_TIMEOUT_S,
             )
             item = ImageItem(prompt, request.seed, lora)
-            return EngineResult(await worker.run_batched(image_spec, item, timeout_s))
+            return EngineResult(await worker.run_in_batch(image_spec, item, timeout_s))
         schedule = partial(compute_tag_scales, tags, num_constant=len(request.loras))
         composition = Composition(
             request, prompt, loras, lora_weights, None if is_constant else schedule
         )
         spec = BatchSpec("composition", self._compose_batch)
-        return EngineResult(await worker.run_batched(spec, composition, timeout_s))
+        return EngineResult(await worker.run_in_batch(spec, composition, timeout_s))
 
     def _load_loras(
         self, request: ImageRequest, tags: Sequence[LoraTag], worker: ModelWorker

@@ -132,7 +132,7 @@ class LoraEngine:
             key=(len(request.photos), request.method, config.sampling),
             max_batch_size=self.max_batch_size,
         )
-        predicted = await worker.run_batched(predict_spec, photos, timeout_s)
+        predicted = await worker.run_in_batch(predict_spec, photos, timeout_s)
         weights = predicted.weights
         if config.refine_steps:
             task = RefinementTask(model, self.base, config, weights, photos, on_progress)
@@ -171,7 +171,7 @@ async def _refine(task: RefinementTask, worker: ModelWorker, timeout_s: float) -
     """Refine one LoRA with low priority; stop at the next step if the caller leaves."""
     spec = BatchSpec("refine", _refine_batch, low_priority=True)
     try:
-        return await worker.run_batched(spec, task, timeout_s)
+        return await worker.run_in_batch(spec, task, timeout_s)
     except asyncio.CancelledError:
         task.cancelled.set()
         raise

@@ -45,7 +45,7 @@ async def compute_similarity(
         "identity-similarity", partial(_compute_batch, identity_similarity), max_batch_size=8
     )
     item = SimilarityItem(photos, images)
-    return EngineResult(await worker.run_batched(spec, item, timeout_s))
+    return EngineResult(await worker.run_in_batch(spec, item, timeout_s))
 
 
 def _decode_image(size: int, data: bytes) -> Tensor:

@@ -27,7 +27,7 @@ class ModelWorker:
         self.batcher = DynamicBatcher(max_queue_size, on_batch)
         self.decoder_slots = threading.Semaphore(MAX_DECODERS)
 
-    async def run_batched(
+    async def run_in_batch(
         self, spec: BatchSpec[PayloadT, ResultT], payload: PayloadT, timeout_s: float
     ) -> ResultT:
         """Run one payload on the model thread, in a batch with others of an equal spec.
