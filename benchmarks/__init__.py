@@ -1,2 +1,1 @@
-"""Programs that measure speed, quality and robustness, and the ablations; each prints its figures.
-"""
+"""Programs that measure speed, quality, robustness and ablations, and print their figures."""

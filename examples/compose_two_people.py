@@ -7,6 +7,7 @@ Expected output:
 from diffusers import DiffusionPipeline
 
 from hyperlora import ImageToLora, compose_loras
+from hyperlora.diffusion.multi_lora import CompositionConfig
 
 SUBJECTS = "checkpoints/avatars/test/subjects"
 photos = [f"{SUBJECTS}/person-1100000/0.webp", f"{SUBJECTS}/person-1100001/0.webp"]
@@ -17,7 +18,8 @@ loras = [model([photo]).weights for photo in photos]
 # windowed: each region is denoised as an image of its own; they overlap in the middle
 pipe = DiffusionPipeline.from_pretrained("checkpoints/avatars/base")
 regions = [(0, 0, 0.53, 1), (0.47, 0, 1, 1)]  # left, top, right, bottom
-with compose_loras(pipe, loras, strategy="spatial", regions=regions, windowed=True):
+config = CompositionConfig(regions=regions, windowed=True)
+with compose_loras(pipe, loras, strategy="spatial", config=config):
     prompt = "a portrait of sks person, smiling"
     image = pipe(prompt, width=240, height=128, num_inference_steps=20, guidance_scale=3).images[0]
 image.save("two.png")

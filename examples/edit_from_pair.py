@@ -2,7 +2,7 @@
 
 Expected output:
     edit.safetensors: rank 20
-    mean change: edited 0.03, undone 0.02
+    changed pixels: edited 4.0%, undone 2.0%
 """
 
 import numpy as np
@@ -27,11 +27,11 @@ undone = edit_images(base, [edited], -lora.weights, **options)[0]
 
 
 def measure_change(image: Image.Image) -> float:
-    """Compute the mean absolute difference from the original, of 1."""
+    """Compute the share of pixels with a color channel that differs by more than 0.1."""
     pixels = [np.asarray(x.resize(edited.size), float) / 255 for x in (image, other)]
-    return float(np.abs(pixels[0] - pixels[1]).mean())
+    return float((np.abs(pixels[0] - pixels[1]).max(-1) > 0.1).mean())
 
 
-print(f"mean change: edited {measure_change(edited):.2f}, undone {measure_change(undone):.2f}")
+print(f"changed pixels: edited {measure_change(edited):.1%}, undone {measure_change(undone):.1%}")
 edited.save("edited.png")
 undone.save("undone.png")

@@ -1,2 +1,1 @@
-"""What one choice of training or inference contributes, and the shared code of these comparisons.
-"""
+"""Contributions of single choices of training and inference, and their shared code."""

@@ -48,8 +48,7 @@ def generate_truncated_photo(random: Random) -> bytes:
 
 
 def generate_decompression_bomb(random: Random) -> bytes:
-    """Generate a small file that declares or holds a lot: pixels, compressed text, a color profile.
-    """
+    """Generate a small file that holds or declares a lot: pixels, text, a color profile."""
     side = int(random.choice([5100, 9000, 60000, 2**31 - 1]))
     header = build_png_chunk(b"IHDR", struct.pack(">II", side, side) + b"\x08\x02\0\0\0")
     zeros = zlib.compress(bytes(int(random.integers(1, 40)) << 20))

@@ -133,8 +133,7 @@ def read_findings(build: Path) -> list[Finding]:
 
 
 def _find_outliers(norms: Tensor, valid_mask: Tensor) -> list[int]:
-    """Find rows whose log norm is far from the median, in units of a robust spread (at least 5 %).
-    """
+    """Find rows whose log norm is far from the median, by a robust spread (at least 5 %)."""
     if not valid_mask.any():
         return []
     log_norms = norms.clamp_min(1e-12).log()

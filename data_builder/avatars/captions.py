@@ -1,5 +1,4 @@
-"""Captions that name identity and scene (for the base model), and prompts that name the scene only.
-"""
+"""Captions that name identity and scene, for the base model, and prompts of the scene only."""
 
 import numpy as np
 

@@ -57,8 +57,7 @@ def write_benchmark(
         int, typer.Option(min=2, help="Photos of each identity.")
     ] = 8,
 ) -> None:
-    """Write the benchmark that `hyperlora evaluate` reads: photos of unseen identities and prompts.
-    """
+    """Write the benchmark of `hyperlora evaluate`: photos of unseen identities and prompts."""
     from data_builder.avatars.benchmarks import write_benchmark
 
     write_benchmark(output, split, num_subjects, portraits_per_identity)
@@ -72,8 +71,7 @@ def write_edit_benchmark(
         int, typer.Option(min=1, help="Images that each edit is evaluated on.")
     ] = 3,
 ) -> None:
-    """Write the benchmark that `hyperlora evaluate --task edit` reads: edits of unseen identities.
-    """
+    """Write the benchmark of `hyperlora evaluate --task edit`: edits of unseen identities."""
     from data_builder.avatars.benchmarks import write_edit_benchmark
 
     write_edit_benchmark(output, split, edits_per_kind, images_per_edit)

@@ -171,8 +171,7 @@ def run(
         typer.Option(help="Use a Ray cluster: its address, or no value for this machine."),
     ] = None,
 ) -> None:
-    """Fit the pending LoRAs of a plan. A run may be killed at any moment; run it again to continue.
-    """
+    """Fit the pending LoRAs of a plan. A killed run continues when it is started again."""
     from hyperlora.cpu import disable_malloc_trim
 
     disable_malloc_trim()

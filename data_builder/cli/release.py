@@ -19,8 +19,7 @@ def fit_ood(
     model: ImageToLoraDir = pretrained.IMAGE_TO_LORA_DIR,
     domain_name: Annotated[str, typer.Option(help="Plural noun for these images.")] = "avatars",
 ) -> None:
-    """Fit the detector by which an image-to-LoRA model warns of photos outside its training data.
-    """
+    """Fit the detector of photos outside the training data of an image-to-LoRA model."""
     from data_builder.release.calibration import fit_ood_detector
 
     threshold = fit_ood_detector(model, train_portraits, val_portraits, domain_name)
@@ -51,8 +50,7 @@ def calibrate_identity(
         Path, typer.Option(help="Folder of the classifier to update.")
     ] = pretrained.EVALUATOR_DIR,
 ) -> None:
-    """Measure the identity scale of an evaluator: cosines of different identities and of the same.
-    """
+    """Measure the identity scale of an evaluator: cosines between and within identities."""
     from data_builder.release.calibration import calibrate_identity_scale
 
     different, same = calibrate_identity_scale(evaluator, portraits)
@@ -110,8 +108,7 @@ def share_weights(
     source_model: Annotated[str, typer.Argument(help="Name of a model in the same folder.")],
     component: Annotated[str, typer.Option(help="Component that both hold.")] = "encoder",
 ) -> None:
-    """Remove a component from a model that another model beside it holds too, for a smaller file.
-    """
+    """Remove a component that another model in the same folder holds too, for a smaller file."""
     from data_builder.release.share_weights import share_weights
 
     num_bytes = share_weights(model, component, source_model)

@@ -1,5 +1,4 @@
-"""Calibration of released models: out-of-distribution detector, identity embedder, identity scale.
-"""
+"""Calibration of released models: out-of-distribution detector, identity embedder and scale."""
 
 from pathlib import Path
 from typing import Final

@@ -1,5 +1,4 @@
-"""Face packs that insightface loads: two networks as ONNX files, and a manifest with their SHA-256.
-"""
+"""Face packs that insightface loads: two ONNX networks and a manifest with their SHA-256."""
 
 import hashlib
 import json
@@ -81,8 +80,7 @@ def write_face_pack(detector: Path, recognizer: Path, output_dir: Path) -> int:
 def _export_onnx(
     network: nn.Module, example: Tensor, num_outputs: int, input_axes: dict[int, str]
 ) -> bytes:
-    """Export a network with fp16 weights; ``input_axes`` names the input axes of variable length.
-    """
+    """Export a network with fp16 weights; ``input_axes`` names input axes of variable length."""
     try:
         import onnx
     except ImportError as error:

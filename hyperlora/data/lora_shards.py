@@ -143,7 +143,7 @@ def open_shard(path: Path) -> Shard:
         raise InvalidLoraFileError(f"there is no file {str(path)!r}") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InvalidLoraFileError(
-            f"{file_name} is no shard of a LoRA dataset (rows and a layout in its header expected)"
+            f"{file_name} is no shard of a LoRA dataset (rows and a layout expected)"
         ) from error
     if not is_valid or layout.fingerprint != metadata.get(_FINGERPRINT_KEY):
         raise InvalidLoraFileError(

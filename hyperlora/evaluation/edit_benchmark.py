@@ -51,8 +51,7 @@ class Edit:
 
     @property
     def has_complete_truth(self) -> bool:
-        """Whether ``truth`` names all edited attributes: for a double edit "garment + tone", both.
-        """
+        """Whether ``truth`` names all edited attributes, of "garment + tone" both."""
         return len(self.truth) > self.kind.count(" + ")
 
 

@@ -1,5 +1,4 @@
-"""Evaluation of edits: apply them to images of unseen subjects and compare with the exact targets.
-"""
+"""Evaluation of edits: apply them to images of unseen subjects and compare with the targets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,4 @@
-"""Suite of an edit evaluation: the LoRAs of a pair model, controls, and reversal by negated LoRAs.
-"""
+"""Suite of an edit evaluation: LoRAs of a pair model, controls, reversal by negated LoRAs."""
 
 import time
 from collections.abc import Iterator

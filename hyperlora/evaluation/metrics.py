@@ -1,5 +1,4 @@
-"""Scores with their standard errors: identity, prompt accuracy, and measures of LoRAs as vectors.
-"""
+"""Scores with standard errors: identity, prompt accuracy, and measures of LoRAs as vectors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -74,8 +74,7 @@ class SubjectEvaluator:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Raise ``InvalidArgumentError`` if the benchmark asks for what the evaluator cannot read.
-        """
+        """Check that the classifier knows the truth of every prompt."""
         classes = self.classifier.attributes
         for prompt in self.benchmark.prompts:
             for attribute, value in prompt.truth.items():

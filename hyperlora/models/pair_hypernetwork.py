@@ -34,8 +34,8 @@ class PairHypernetwork(nn.Module):
     With ``antisymmetric``, the ``up`` codes are (u(A, A') - u(A', A)) / 2 and the ``down`` codes
     the mean of both orders. Then Δ(A', A) = -Δ(A, A') and Δ(A, A) = 0 by construction, which LoRA
     Reverse and random exchange only train for. This does not hold for the modules that read text:
-    the instruction of an edit is not the opposite of the instruction that undoes it. Both LoRAs undo
-    the edit if the vocabulary has an ``undo_template`` (and the base knows its prompts).
+    the instruction of an edit is not the opposite of the instruction that undoes it. Both LoRAs
+    undo the edit if the vocabulary has an ``undo_template`` and the base knows its prompts.
 
     Args:
         layout: Target modules and rank of the predicted LoRAs.

@@ -45,7 +45,9 @@ def test_evaluate_scores_all_variants(run: RunCommand, bundle: Any, tmp_path: Pa
         "the LoRA changes nothing"
     )
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
+        "attributes.csv",
         "report.md",
+        "results.csv",
         "scores.png",
         "sheet.png",
     ]

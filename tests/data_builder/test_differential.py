@@ -1,5 +1,4 @@
-"""Differential LoRAs are antisymmetric, move images from before to after, and are ordinary files.
-"""
+"""Differential LoRAs are antisymmetric sliders in ordinary files."""
 
 from dataclasses import replace
 from pathlib import Path
