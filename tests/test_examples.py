@@ -56,15 +56,10 @@ def test_example_prints_expected_output(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_edit_example_undoes_part_of_the_edit(tmp_path: Path) -> None:
-    output = run_example("edit_from_pair", tmp_path)
-    edited, undone = map(float, re.findall(r"(?:edited|undone) (\d\.\d+)", output))
-    assert 0 < undone < edited
-
-
-def test_train_example_lowers_the_loss_of_unseen_people(tmp_path: Path) -> None:
-    lines = run_example("train_tiny", tmp_path, "2").splitlines()
-    assert lines[0].startswith("step   0")
+def test_train_example_prints_identity(tmp_path: Path) -> None:
+    lines = run_example("train_tiny", tmp_path, "1", "16").splitlines()
+    assert lines == [line for line in lines if remove_numbers(line) == "step   N: identity N"]
+    assert len(lines) == 1
 
 
 def test_client_example_prints_expected_output(
