@@ -73,7 +73,7 @@ def apply_autolora_guidance(
 
     def predict_with_guidance(call: DenoiserCall) -> Tensor:
         """Predict e, once for each guidance branch [branches * n, c, h, w]."""
-        num_branches = family.count_branches(len(call.sample))
+        num_branches = family.count_branches(len(call.sample))  # of [branches * n, c, h, w]
         if num_branches == 1 and (base_scale, lora_scale) != (None, None):
             raise InvalidArgumentError(
                 "separate guidance scales need both branches in one batch: "
@@ -81,6 +81,7 @@ def apply_autolora_guidance(
             )
         # ε and ε_L, each [branches * n, c, h, w]
         base_output, lora_output = predict_per_lora(call, {denoiser_name: denoiser}, stacked_loras)
+        # ε^{w} = ε(∅) + w (ε(c) - ε(∅)); without branches, ε and ε_L stand for them
         if num_branches > 1:
             base_output = family.combine_branches(base_output, base_scale)  # ε^{w1} [n, c, h, w]
             lora_output = family.combine_branches(lora_output, lora_scale)  # ε_L^{w2} [n, c, h, w]
@@ -88,6 +89,7 @@ def apply_autolora_guidance(
         # equal branches: the pipeline's guidance ε(∅) + w (ε(c) - ε(∅)) gives e for every w
         return guided_output.repeat(num_branches, *[1] * (call.sample.ndim - 1))
 
+    # on the text encoders the LoRA acts at full strength, for any γ
     with ExitStack() as stack:
         for module, text_lora in split_text_encoders(pipe, lora, denoiser_name):
             stack.enter_context(inject_lora(module, text_lora))

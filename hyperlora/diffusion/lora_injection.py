@@ -4,6 +4,8 @@
 
 Forward hooks add the last term to the output of each target module: one batched product, without a
 copy of W.
+
+Shapes in comments: B = repeats * k samples for k LoRAs, r the rank, in and out the features.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -46,13 +48,13 @@ def inject_lora(model: nn.Module | Mapping[str, nn.Module], weights: LoraWeights
     Args:
         model: The one component that the LoRA adapts, or a mapping of component names (``unet``,
             ``text_encoder``) to modules.
-        weights: Without a batch axis, one LoRA for all samples. With the batch axis [n], a forward
-            pass of k * n samples uses LoRA i mod n for sample i, as the doubled batch of
+        weights: Without a batch axis, one LoRA for all samples. With the batch axis [k], a forward
+            pass of a multiple of k samples uses LoRA i mod k for sample i, as the doubled batch of
             classifier-free guidance needs.
 
     Raises:
         LayoutMismatchError: If a target module is missing or has another shape, if the LoRA has
-            more than one batch axis, or if a batch is no multiple of n.
+            more than one batch axis, or if a batch is no multiple of k.
     """
     if len(weights.batch_shape) > 1:
         raise LayoutMismatchError(
@@ -67,6 +69,7 @@ def inject_lora(model: nn.Module | Mapping[str, nn.Module], weights: LoraWeights
             )
         model = {component: model}
     injection = _LoraInjection(model, weights)
+    # W stays untouched, so leaving the context restores the base exactly, also after an error
     with ExitStack() as stack:
         stack.enter_context(injection.register_hooks())
         for module in model.values():
@@ -86,6 +89,7 @@ class _LoraInjection:
         self.depth = 0
         self.handles: list[RemovableHandle] = []
         self.hooks: list[tuple[nn.Module, _ForwardHook]] = []
+        # all shapes are checked here, before the first hook: a context opens whole or not at all
         layers = {name: dict(module.named_modules()) for name, module in components.items()}
         layout = weights.layout
         for target, down, up in zip(layout.targets, weights.down, weights.up, strict=True):
@@ -101,6 +105,8 @@ class _LoraInjection:
     @contextmanager
     def register_hooks(self) -> Iterator[None]:
         """Keep the hooks registered while at least one context is open."""
+        # Backward may rerun a checkpointed block while the context is still open: a second set of
+        # hooks would add up (down x) twice.
         if self.depth == 0:
             self.handles = [layer.register_forward_hook(hook) for layer, hook in self.hooks]
         self.depth += 1
@@ -117,6 +123,7 @@ def _check_shape(target: TargetModule, layer: nn.Module) -> None:
     """Raise ``LayoutMismatchError`` unless the layer has the target's features."""
     shape = None
     if isinstance(layer, nn.Linear | nn.Conv2d):
+        # W is [out, in], or [out, in_channels, kh, kw] with in = in_channels · kh · kw
         shape = layer.weight[0].numel(), layer.weight.shape[0]
     expected_shape = target.in_features, target.out_features
     if shape != expected_shape:
@@ -130,7 +137,8 @@ def _make_hook(target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:
 
     def forward_hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add up (down x); ``inputs`` starts with x."""
-        x = inputs[0]
+        x = inputs[0]  # [B, ..., in], or [B, in_channels, h, w]
+        # a cast inside the graph: gradients reach the LoRA in its own dtype
         x_down, x_up = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
         # The tokens of a prompt differ by little: bfloat16 would round the differences away.
         precision_context = (
@@ -144,7 +152,7 @@ def _make_hook(target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:
                 if isinstance(layer, nn.Conv2d)
                 else _apply_linear_lora(x, x_down, x_up)
             )
-        return output + lora_output.to(output.dtype)
+        return output + lora_output.to(output.dtype)  # W x + b + up (down x)
 
     return forward_hook
 
@@ -154,19 +162,21 @@ def _apply_linear_lora(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
     Args:
         x: [samples, ..., in_features].
-        down: [rank, in_features] or [n, rank, in_features].
-        up: [out_features, rank] or [n, out_features, rank].
+        down: [rank, in_features] or [k, rank, in_features].
+        up: [out_features, rank] or [k, out_features, rank].
 
     Returns:
         [samples, ..., out_features].
     """
     if down.ndim == 2:
-        return F.linear(F.linear(x, down), up)
+        # down first: r (in + out) products per token; up @ down first would need in · out
+        return F.linear(F.linear(x, down), up)  # [B, ..., out]
     num_repeats, num_loras = _split_batch(x, len(down))
-    grouped_x = x.reshape(num_repeats, num_loras, -1, x.shape[-1])  # [repeats, n, tokens, in]
-    hidden = grouped_x @ down.mT  # [repeats, n, tokens, rank]
-    output = hidden @ up.mT  # [repeats, n, tokens, out_features]
-    return output.reshape(*x.shape[:-1], up.shape[-2])
+    # axis 1 meets the batch axis of down [k, r, in]; -1 is all axes between, 1 where there is none
+    grouped_x = x.reshape(num_repeats, num_loras, -1, x.shape[-1])  # [repeats, k, tokens, in]
+    hidden = grouped_x @ down.mT  # [repeats, k, tokens, r]
+    output = hidden @ up.mT  # [repeats, k, tokens, out]
+    return output.reshape(*x.shape[:-1], up.shape[-2])  # [B, ..., out]
 
 
 def _apply_conv_lora(
@@ -177,8 +187,8 @@ def _apply_conv_lora(
     Args:
         layer: The adapted layer, for stride, padding and dilation.
         x: [samples, in_channels, h, w].
-        down: [rank, in_channels * kernel_h * kernel_w] or with the batch axis [n].
-        up: [out_channels, rank] or with the batch axis [n].
+        down: [rank, in_channels * kernel_h * kernel_w] or with the batch axis [k].
+        up: [out_channels, rank] or with the batch axis [k].
         target: The adapted module, for the kernel size.
 
     Returns:
@@ -187,35 +197,41 @@ def _apply_conv_lora(
     assert target.kernel_size is not None
     kernel_height, kernel_width = target.kernel_size
     in_channels = target.in_features // (kernel_height * kernel_width)
-    kernel = down.reshape(-1, in_channels, kernel_height, kernel_width)  # [(n *) rank, in, kh, kw]
+    # [r, in_channels, kh, kw], or [k * r, in_channels, kh, kw] with the batch axis
+    kernel = down.reshape(-1, in_channels, kernel_height, kernel_width)
     if down.ndim == 2:
-        # [samples, rank, h_out, w_out]
+        # [B, r, h_out, w_out]; stride and padding belong to down, so sizes match the layer's
         hidden = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
-        return F.conv2d(hidden, up[..., None, None])
+        return F.conv2d(hidden, up[..., None, None])  # kernel [out, r, 1, 1]
     num_repeats, num_loras = _split_batch(x, len(down))
-    # the n LoRAs become n channel groups of one convolution
+    # The k LoRAs become k channel groups of one convolution, since conv2d has one kernel for all
+    # samples: [B, in_channels, h, w] to [repeats, k * in_channels, h, w].
     grouped_x = x.reshape(num_repeats, num_loras * x.shape[1], *x.shape[2:])
     hidden = F.conv2d(
         grouped_x, kernel, None, layer.stride, layer.padding, layer.dilation, groups=num_loras
-    )
-    height, width = hidden.shape[-2:]  # hidden [repeats, n * rank, h_out, w_out]
+    )  # [repeats, k * r, h_out, w_out]
+    height, width = hidden.shape[-2:]
+    # positions = h_out * w_out; the 1x1 convolution is a product with up at each of them
     hidden = hidden.reshape(num_repeats, num_loras, -1, height * width)
-    output = up @ hidden  # [n, out, rank] @ [repeats, n, rank, positions]
-    return output.reshape(num_repeats * num_loras, -1, height, width)
+    output = up @ hidden  # [k, out, r] @ [repeats, k, r, positions] = [repeats, k, out, positions]
+    return output.reshape(num_repeats * num_loras, -1, height, width)  # [B, out, h_out, w_out]
 
 
 def _split_batch(x: Tensor, num_loras: int) -> tuple[int, int]:
-    """Split the number of samples into (repeats, LoRAs): sample i uses LoRA i mod n."""
+    """Split the number of samples into (repeats, LoRAs): sample i uses LoRA i mod k."""
     if len(x) % num_loras:
         raise LayoutMismatchError(
             f"{len(x)} samples cannot share {num_loras} LoRAs: the batch must be a multiple"
         )
+    # repeats come first: view(repeats, k) puts samples 0, k, 2 k, … of LoRA 0 into one column
     return len(x) // num_loras, num_loras
 
 
 @contextmanager
 def _intercept_checkpointing(module: nn.Module, injection: _LoraInjection) -> Iterator[None]:
     """Make gradient checkpointing run its blocks with the hooks, also when backward reruns them."""
+    # A checkpointed block runs again in backward, perhaps after the context has closed. Without
+    # hooks it would then compute the base alone, and gradients would be wrong without an error.
     original_functions: list[tuple[nn.Module, _CheckpointFunction]] = []
     for block in module.modules():
         checkpoint = getattr(block, _CHECKPOINT_ATTRIBUTE, None)

@@ -57,6 +57,9 @@ def compute_denoising_loss(
 ) -> Tensor:
     """Compute the squared error of a denoiser's output at random timesteps.
 
+    Letters of shapes: B batch, C channels of the latents, h and w their height and width, T
+    training timesteps.
+
     Args:
         denoiser: The denoiser as it is, possibly inside ``inject_lora``.
         scheduler: DDPM-like or flow-matching scheduler of diffusers.
@@ -83,34 +86,40 @@ def compute_denoising_loss(
     """
     schedule = NoiseSchedule(scheduler)
     u, noise = noise_sample or (
-        torch.rand(len(latents), device=latents.device),  # [batch]
-        torch.randn_like(latents),  # [batch, channels, h, w]
+        torch.rand(len(latents), device=latents.device),  # [B]
+        torch.randn_like(latents),  # ε [B, C, h, w]
     )
-    # t = T s u / (1 + (s - 1) u) with the shift s, 2403.03206, eq. 23
-    timesteps = (schedule.num_train_timesteps * shift * u / (1 + (shift - 1) * u)).long()  # [batch]
+    # t = T s u / (1 + (s - 1) u) with the shift s, 2403.03206, eq. 23; rounded down
+    timesteps = (schedule.num_train_timesteps * shift * u / (1 + (shift - 1) * u)).long()  # [B]
+    # x_t = α_t x_0 + σ_t ε, and what the denoiser should predict, each [B, C, h, w]
     noisy_latents, target = schedule.add_noise(latents, noise, timesteps)
     if x0_offset is not None:
+        # The input stays the noisy original, and the target leads to x_0 + σ / (α + σ) offset.
+        # Where there is little noise, x_t shows the original, and so little of an edit fits.
         edited_x0 = latents + schedule.compute_noise_level(timesteps) * x0_offset
         target = schedule.compute_target(noisy_latents, edited_x0, timesteps)
 
-    model_input = noisy_latents  # [batch, channels (+ cond_channels), h, w]
+    model_input = noisy_latents  # [B, C, h, w]
     if cond_latents is not None:
+        # clean latents of the image to edit, without noise: [B, C + cond_channels, h, w]
         model_input = torch.cat([noisy_latents, cond_latents.to(noisy_latents)], 1)
     with _select_attention_kernel(denoiser, latents):
-        model_output = denoiser(model_input, timesteps, **model_kwargs).sample
+        model_output = denoiser(model_input, timesteps, **model_kwargs).sample  # [B, C, h, w]
 
+    # in float32, since half precision is too coarse for a mean of squares
     squared_error = F.mse_loss(model_output.float(), target.float(), reduction="none")
     if weight is not None:
-        squared_error = squared_error * weight  # [batch, channels, h, w]
-    loss = squared_error.mean((1, 2, 3))  # [batch]
+        squared_error = squared_error * weight  # [B, C, h, w]
+    loss = squared_error.mean((1, 2, 3))  # [B]
     if aux_loss is None:
         return loss
 
+    # [B, C, h, w], from the same output: the further loss needs no other pass of the denoiser
     pred_x0 = schedule.predict_x0(noisy_latents.float(), model_output.float(), timesteps)
     aux_weight = aux_loss.weight
     if aux_weight is None:
-        aux_weight = 1 - schedule.compute_noise_level(timesteps).flatten()  # [batch]
-    return loss + aux_weight * aux_loss.fn(pred_x0)
+        aux_weight = 1 - schedule.compute_noise_level(timesteps).flatten()  # α / (α + σ)  [B]
+    return loss + aux_weight * aux_loss.fn(pred_x0)  # [B]
 
 
 def compute_edit_region_weights(before: Tensor, after: Tensor, max_extra_weight: float) -> Tensor:
@@ -125,11 +134,13 @@ def compute_edit_region_weights(before: Tensor, after: Tensor, max_extra_weight:
     Returns:
         Weights from 1 to 1 + ``max_extra_weight``, [batch, 1, h, w].
     """
-    relative_change = (after - before).abs().mean(1, keepdim=True) / after.std()  # [batch, 1, h, w]
+    # mean over the channels, in standard deviations of all latents of the batch
+    relative_change = (after - before).abs().mean(1, keepdim=True) / after.std()  # [B, 1, h, w]
     return 1 + max_extra_weight * relative_change.clamp(max=1)
 
 
 def _select_attention_kernel(denoiser: Denoiser, latents: Tensor) -> AbstractContextManager[object]:
     """Choose a fast attention kernel; none if checkpointed blocks rerun outside of its context."""
     is_checkpointing = getattr(denoiser, "is_gradient_checkpointing", False)
+    # latents[0, 0] is [h, w]: attention over all latent pixels has h·w tokens at most
     return nullcontext() if is_checkpointing else select_sdpa_kernel(latents, latents[0, 0].numel())

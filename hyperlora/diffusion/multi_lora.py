@@ -107,6 +107,7 @@ def compose_loras(
     name, denoiser = get_denoiser(pipe)
     with ExitStack() as stack:
         for lora, scale in zip(loras, scales, strict=True):
+            # contexts nest and their LoRAs add up: Σ wᵢ ΔWᵢ on the text encoders
             for module, text_lora in split_text_encoders(pipe, lora, name):
                 stack.enter_context(inject_lora(module, text_lora * scale))
         denoiser_loras = [
@@ -114,7 +115,7 @@ def compose_loras(
             for lora, scale in zip(loras, scales, strict=True)
         ]
         modules = {name: denoiser}
-        if strategy == "merge" and schedule is None:
+        if strategy == "merge" and schedule is None:  # Σ wᵢ ΔWᵢ is the same at every step
             for lora in denoiser_loras:
                 stack.enter_context(inject_lora(modules, lora))
         else:
@@ -134,12 +135,13 @@ class StepCounter:
 
     def __init__(self, pipe: "DiffusionPipeline") -> None:
         self._pipe = pipe
-        self._last_timestep, self._step = float("inf"), -1
+        self._last_timestep, self._step = float("inf"), -1  # so the first call is step 0
 
     def count_step(self, timestep: float) -> int:
         """Return the step number, from 0, of a call at this timestep."""
         if timestep > self._last_timestep:
             self._step = -1
+        # equal timesteps are one step: pipelines without batched guidance call once per branch
         if timestep != self._last_timestep:
             self._last_timestep, self._step = timestep, self._step + 1
         return self._step
@@ -170,8 +172,8 @@ class _ScheduledLoras:
         if self.schedule is None:
             return self.loras
         scales = _evaluate_schedule(self.schedule, self.step_counter, call, self.num_loras)
-        scales += [1.0] * (len(self.loras) - self.num_loras)
-        return self.loras * torch.tensor(scales).to(self.loras.up[0])
+        scales += [1.0] * (len(self.loras) - self.num_loras)  # the LoRA of zeros of ``spatial``
+        return self.loras * torch.tensor(scales).to(self.loras.up[0])  # one scale per LoRA
 
 
 def _make_handler(
@@ -216,7 +218,7 @@ def _make_merge_handler(
         scales = _evaluate_schedule(schedule, step_counter, call, len(loras))
         with ExitStack() as stack:
             for lora, scale in zip(loras, scales, strict=True):
-                if scale:
+                if scale:  # hooks of ΔW = 0 would cost time and add nothing
                     stack.enter_context(inject_lora(modules, lora * scale))
             return call()
 
@@ -240,6 +242,7 @@ def _make_switch_schedule(
 
     def compute_scales(step: int, num_steps: int) -> list[float]:
         """Compute the scales [k] of one step, all but one of them 0."""
+        # turn = ⌊step / switch_every⌋, cyclic
         active_index = cycle[step // config.switch_every % len(cycle)]
         scales = schedule(step, num_steps) if schedule is not None else [1.0] * num_loras
         return [float(s) if i == active_index else 0.0 for i, s in enumerate(scales)]
@@ -259,6 +262,7 @@ def _make_composite_handler(
         """Predict the weighted mean [n, c, h, w] of the LoRAs' predictions."""
         loras = scheduled_loras.scale_loras(call)  # [k]
         model_outputs = predict_per_lora(call, modules, loras, chunk_size)  # [k, n, c, h, w]
+        # [n, c, h, w]; predictions are averaged, not ΔW: each LoRA acts on its own forward pass
         return torch.einsum("k,k...->...", composite_weights.to(model_outputs), model_outputs)
 
     return predict_composite
@@ -280,8 +284,9 @@ def _make_spatial_handler(
         """Compute mᵢ [regions, h, w] and m₀ [h, w], None if the regions cover the image."""
         region_masks = compute_region_masks(regions, latent_size)  # [regions, h, w]
         coverage = region_masks.sum(0)  # [h, w]
+        # Σᵢ mᵢ + m₀ = coverage / max(coverage, 1) + 1 - min(coverage, 1) = 1 at each position
         region_weights = region_masks / coverage.clamp_min(1)  # overlaps are averaged
-        is_covered = not bool((coverage < 1).any())
+        is_covered = not bool((coverage < 1).any())  # then the base needs no forward pass
         return region_weights, None if is_covered else 1 - coverage.clamp(max=1)
 
     def predict_spatial(call: DenoiserCall) -> Tensor:
@@ -292,10 +297,13 @@ def _make_spatial_handler(
         if config.windowed:
             windows = compute_region_windows(regions, call.latent_size)
             model_outputs = _predict_windows(call, modules, loras, windows)
+            # call() itself is the base: no hooks are registered here
             model_outputs += [call()] if base_weight is not None else []
         else:
+            # without m₀, the last LoRA (of zeros) is left out
             loras = loras if base_weight is not None else loras[: len(regions)]
             model_outputs = list(predict_per_lora(call, modules, loras, config.chunk_size))
+        # mᵢ and m₀, in the order of the predictions; [h, w] each
         masks = [*region_weights, *([base_weight] if base_weight is not None else [])]
         weighted_outputs = [
             _reshape_mask(mask.to(model_output), call) * model_output
@@ -317,13 +325,15 @@ def _predict_windows(
     full_outputs = []
     for i, (top, left, height, width) in enumerate(windows):
         with inject_lora(modules, loras[i]):
+            # a window is an image of its own: [n, c, height, width], or [n, height * width, c]
             model_output = call.crop_latents(top, left, height, width)()
         window_rows, window_columns = slice(top, top + height), slice(left, left + width)
         if model_output.ndim == 4:  # [n, c, height, width]
             full_output = model_output.new_zeros(*model_output.shape[:2], rows, columns)
-            full_output[..., window_rows, window_columns] = model_output
+            full_output[..., window_rows, window_columns] = model_output  # [n, c, rows, columns]
         else:  # packed: [n, height * width, c]
             num_samples, _, channels = model_output.shape
+            # packed tokens are in row-major order
             grid = model_output.new_zeros(num_samples, rows, columns, channels)
             grid[:, window_rows, window_columns] = model_output.unflatten(1, (height, width))
             full_output = grid.flatten(1, 2)  # [n, rows * columns, c]

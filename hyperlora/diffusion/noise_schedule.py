@@ -35,20 +35,22 @@ class _PredictionType:
 
 
 _PREDICTION_TYPES: Final[Mapping[str, _PredictionType]] = {
-    "epsilon": _PredictionType(
+    "epsilon": _PredictionType(  # ε, 2006.11239, eq. 14; x_0 from x_t = α x_0 + σ ε
         lambda alpha, sigma, x0, noise: noise,
         lambda alpha, sigma, x_t, output: (x_t - sigma * output) / alpha,
     ),
-    "v_prediction": _PredictionType(  # 2202.00512, appendix D; needs α² + σ² = 1
+    "v_prediction": _PredictionType(  # v = α ε - σ x_0, 2202.00512, appendix D
         lambda alpha, sigma, x0, noise: alpha * noise - sigma * x0,
+        # α x_t - σ v = (α² + σ²) x_0, so it needs α² + σ² = 1
         lambda alpha, sigma, x_t, output: alpha * x_t - sigma * output,
     ),
-    "sample": _PredictionType(
+    "sample": _PredictionType(  # x_0 itself
         lambda alpha, sigma, x0, noise: x0,
         lambda alpha, sigma, x_t, output: output,
     ),
-    "flow": _PredictionType(  # dx_t/dσ, 2403.03206, eq. 12; needs α + σ = 1
+    "flow": _PredictionType(  # dx_t/dσ of x_t = (1 - σ) x_0 + σ ε, 2403.03206, eq. 13
         lambda alpha, sigma, x0, noise: noise - x0,
+        # x_t - σ (ε - x_0) = (α + σ) x_0, so it needs α + σ = 1
         lambda alpha, sigma, x_t, output: x_t - sigma * output,
     ),
 }
@@ -67,6 +69,8 @@ class NoiseSchedule:
     """
 
     def __init__(self, scheduler: "SchedulerMixin") -> None:
+        # alphas_cumprod falls with t: index 0 is almost clean. The sigmas of diffusers fall, too,
+        # so there index 0 is noise alone.
         self._is_flow_matching = not hasattr(scheduler, "alphas_cumprod")
         self._values: Tensor = (
             scheduler.sigmas if self._is_flow_matching else scheduler.alphas_cumprod
@@ -90,10 +94,11 @@ class NoiseSchedule:
         Returns:
             α_t and σ_t, each [batch, 1, 1, 1].
         """
+        # σ_t or α_t², [B, 1, 1, 1]
         values = self._values.to(timesteps.device, dtype)[timesteps].view(-1, 1, 1, 1)
         if self._is_flow_matching:
-            return 1 - values, values
-        return values.sqrt(), (1 - values).sqrt()
+            return 1 - values, values  # α + σ = 1
+        return values.sqrt(), (1 - values).sqrt()  # α² + σ² = 1
 
     def compute_noise_level(self, timesteps: Tensor) -> Tensor:
         """Compute the share of noise, σ_t / (α_t + σ_t): the σ of flow matching, for any schedule.
@@ -105,7 +110,7 @@ class NoiseSchedule:
             From 0 (clean) to 1 (noise alone), [batch, 1, 1, 1].
         """
         alpha, sigma = self.compute_alpha_sigma(timesteps)
-        return sigma / (alpha + sigma)
+        return sigma / (alpha + sigma)  # flow matching: σ itself, since α + σ = 1
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Make a denoiser's input and the target of its output.
@@ -119,7 +124,7 @@ class NoiseSchedule:
             Noisy latents and target, both shaped like ``x0``.
         """
         alpha, sigma = self.compute_alpha_sigma(timesteps, x0.dtype)
-        noisy_latents = alpha * x0 + sigma * noise  # [batch, channels, h, w]
+        noisy_latents = alpha * x0 + sigma * noise  # [B, C, h, w]
         return noisy_latents, self._prediction_type.compute_target(alpha, sigma, x0, noise)
 
     def compute_target(self, noisy_latents: Tensor, x0: Tensor, timesteps: Tensor) -> Tensor:
@@ -134,7 +139,8 @@ class NoiseSchedule:
             The output, shaped like ``x0``.
         """
         alpha, sigma = self.compute_alpha_sigma(timesteps, noisy_latents.dtype)
-        noise = (noisy_latents - alpha * x0) / sigma  # ε = (x_t - α x_0) / σ
+        # the noise that would explain x_t if x_0 were clean, from x_t = α x_0 + σ ε
+        noise = (noisy_latents - alpha * x0) / sigma  # ε, [B, C, h, w]
         return self._prediction_type.compute_target(alpha, sigma, x0, noise)
 
     def predict_x0(self, noisy_latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ def compute_region_windows(
                 f"region {number} is a mask: windows need boxes (left, top, right, bottom)"
             )
         left, top, right, bottom = _validate_box(region, number)
+        # A box thinner than half a position rounds to nothing: it gets one position, and one at the
+        # right or lower edge must start inside the latents.
         first_row = min(round(top * latent_height), latent_height - 1)
         first_column = min(round(left * latent_width), latent_width - 1)
         height = max(1, round(bottom * latent_height) - first_row)
@@ -75,10 +77,12 @@ def _compute_mask(region: Region, number: int, latent_size: tuple[int, int]) -> 
         left, top, right, bottom = _validate_box(region, number)
         row_coverage = _compute_coverage(top, bottom, height)  # [height]
         column_coverage = _compute_coverage(left, right, width)  # [width]
-        return row_coverage[:, None] * column_coverage[None]
+        # the area of a rectangle in a cell is the product of its shares of both sides
+        return row_coverage[:, None] * column_coverage[None]  # [height, width]
     if isinstance(region, Image.Image):
+        # 8-bit gray, one byte per pixel in row-major order; a bytearray, since bytes are read-only
         pixels = torch.frombuffer(bytearray(region.convert("L").tobytes()), dtype=torch.uint8)
-        region = pixels.view(region.height, region.width).float() / 255
+        region = pixels.view(region.height, region.width).float() / 255  # [mask_h, mask_w]
     if region.ndim != 2 or not float(region.clamp(0, 1).sub(region).abs().max()) == 0:
         raise InvalidArgumentError(
             f"mask {number} must be [height, width] in [0, 1], got {list(region.shape)}"
@@ -90,6 +94,7 @@ def _compute_mask(region: Region, number: int, latent_size: tuple[int, int]) -> 
             f"mask {number} is {mask_width}x{mask_height}, the image has the aspect ratio "
             f"{width}:{height}: use the same aspect ratio"
         )
+    # the mean of the pixels in each cell: the covered share of its area, as for boxes
     return F.interpolate(region[None, None].float(), (height, width), mode="area")[0, 0]
 
 
@@ -109,5 +114,6 @@ def _validate_box(box: Box, number: int) -> Box:
 def _compute_coverage(start: float, end: float, num_positions: int) -> Tensor:
     """Compute how much of each of ``num_positions`` equal cells of [0, 1] lies in [start, end]."""
     edges = torch.linspace(0, 1, num_positions + 1)  # [num_positions + 1]
+    # min(right edge, end) - max(left edge, start), negative for cells outside of [start, end]
     overlap = edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)  # [num_positions]
-    return (overlap * num_positions).clamp(0, 1)
+    return (overlap * num_positions).clamp(0, 1)  # a cell is 1 / num_positions wide

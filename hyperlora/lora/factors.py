@@ -21,7 +21,8 @@ def compute_truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Te
         U [*batch, m, k], the *square roots* of the singular values [*batch, k] and
         Vᵀ [*batch, k, n], with k = min(rank, m, n).
     """
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)  # [m, min], [min], [min, n]
+    # [*B, m, p], [*B, p], [*B, p, n] with p = min(m, n); s descends
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u[..., :rank], s[..., :rank].sqrt(), vh[..., :rank, :]
 
 
@@ -35,7 +36,8 @@ def compute_low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
     Returns:
         Factors of equal singular values, [*batch, m, rank] and [*batch, rank, n].
     """
-    u, root, vh = compute_truncated_svd(matrix, rank)
+    u, root, vh = compute_truncated_svd(matrix, rank)  # [*B, m, k], [*B, k], [*B, k, n]
+    # √s to either side: two factors of equal norm, each with a gradient of similar size
     right, left = pad_factors(root[..., :, None] * vh, u * root[..., None, :], rank)
     return left, right
 
@@ -52,6 +54,7 @@ def pad_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         ``down`` [*batch, rank, in_features] and ``up`` [*batch, out_features, rank].
     """
     num_pad = rank - down.shape[-2]
+    # F.pad counts axes from the last: rows after those of down, columns after those of up
     return F.pad(down, (0, 0, 0, num_pad)), F.pad(up, (0, num_pad))
 
 
@@ -69,13 +72,15 @@ def resize_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]
         ``down`` [*batch, rank, in_features] and ``up`` [*batch, out_features, rank], of equal
         singular values.
     """
-    dtype = down.dtype
+    dtype = down.dtype  # neither QR nor SVD exists in half precision
     # up = Q_u R_u and downᵀ = Q_d R_d, so ΔW = Q_u (R_u R_dᵀ) Q_dᵀ
-    q_up, r_up = torch.linalg.qr(up.float())  # [*batch, out, r], [*batch, r, r]
-    q_down, r_down = torch.linalg.qr(down.float().mT)  # [*batch, in, r], [*batch, r, r]
+    # with p = min(out, r) and q = min(in, r): sums of LoRAs can have more ranks than features
+    q_up, r_up = torch.linalg.qr(up.float())  # [*B, out, p], [*B, p, r]
+    q_down, r_down = torch.linalg.qr(down.float().mT)  # [*B, in, q], [*B, q, r]
     # R_u R_dᵀ = U S Vᵀ gives the SVD of ΔW: (Q_u U) S (Q_d V)ᵀ
-    u, root, vh = compute_truncated_svd(r_up @ r_down.mT, rank)  # [*batch, r, k], [*batch, k], …
-    new_up = (q_up @ u) * root[..., None, :]  # [*batch, out, k]
-    new_down = root[..., :, None] * (vh @ q_down.mT)  # [*batch, k, in]
+    # of [*B, p, q], so U [*B, p, k], √S [*B, k] and Vᵀ [*B, k, q] with k = min(rank, p, q)
+    u, root, vh = compute_truncated_svd(r_up @ r_down.mT, rank)
+    new_up = (q_up @ u) * root[..., None, :]  # [*B, out, k]
+    new_down = root[..., :, None] * (vh @ q_down.mT)  # [*B, k, in]
     new_down, new_up = pad_factors(new_down, new_up, rank)
     return new_down.to(dtype), new_up.to(dtype)

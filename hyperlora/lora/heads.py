@@ -10,6 +10,8 @@ Every target has two codes of ``code_size`` numbers, c for ``down`` and c' for `
 
 A_aux and B_aux are fixed, random and orthogonal, rebuilt from a seed. D_i and U_i are learned
 together with the network. A zero code for ``up`` gives ΔW = 0 (softmax: at initialization only).
+
+Shapes in comments: *B is any number of batch axes, r the rank, s ``size``, in and out the features.
 """
 
 from typing import Any, Final
@@ -46,6 +48,7 @@ class LiDB(nn.Module):
         for i, target in enumerate(layout.targets):
             a_aux = _make_orthogonal_matrix(target.out_features, a, generator)  # [out, a]
             b_aux = _make_orthogonal_matrix(target.in_features, b, generator).mT  # [b, in]
+            # not in checkpoints, which would grow by out · a + b · in numbers per target
             self.register_buffer(f"a{i}", a_aux, persistent=False)
             self.register_buffer(f"b{i}", b_aux, persistent=False)
 
@@ -55,8 +58,10 @@ class LiDB(nn.Module):
         Returns:
             [2 * targets, code_size]: random codes for ``down``, then zeros for ``up``.
         """
+        # + 1: another stream than that of the auxiliary matrices
         generator = torch.Generator().manual_seed(self.seed + 1)
         num_targets = len(self.layout.targets)
+        # std b^-1/2: rows of B_train, and so those of down = B_train B_aux, have norms about 1
         down = torch.randn(num_targets, self.code_size, generator=generator) * self.b**-0.5
         return torch.cat([down, torch.zeros_like(down)])
 
@@ -73,11 +78,12 @@ class LiDB(nn.Module):
         rank, downs, ups = self.layout.rank, [], []
         for i in range(len(self.layout.targets)):
             a_aux, b_aux = self.get_buffer(f"a{i}"), self.get_buffer(f"b{i}")  # [out, a], [b, in]
-            a, b = a_aux.shape[1], b_aux.shape[0]
-            b_train = down[..., i, : rank * b].unflatten(-1, (rank, b))  # [*batch, rank, b]
-            a_train = up[..., i, : rank * a].unflatten(-1, (a, rank))  # [*batch, a, rank]
-            downs.append(b_train @ b_aux)  # [*batch, rank, in]
-            ups.append(a_aux @ a_train)  # [*batch, out, rank]
+            a, b = a_aux.shape[1], b_aux.shape[0]  # of this target: at most its out and in
+            # the code of a smaller matrix ends in padding, which is cut off
+            b_train = down[..., i, : rank * b].unflatten(-1, (rank, b))  # [*B, r, b]
+            a_train = up[..., i, : rank * a].unflatten(-1, (a, rank))  # [*B, a, r]
+            downs.append(b_train @ b_aux)  # [*B, r, in]
+            ups.append(a_aux @ a_train)  # [*B, out, r]
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
@@ -107,15 +113,17 @@ class LowRankBasisHead(nn.Module):
         rank = layout.rank
         self.layout, self.size, self.coefficients_per_rank = layout, size, coefficients_per_rank
         self.code_size = size * rank if coefficients_per_rank else size
-        self.down_bias = nn.ParameterList(
+        # std in^-1/2 keeps the variance of x in D_0 x; std (s r)^-1/2 of U_i keeps it in ΔW x, as a
+        # sum over s directions and r ranks, where coefficients have variance 1
+        self.down_bias = nn.ParameterList(  # [r, in] each
             torch.randn(rank, target.in_features) * target.in_features**-0.5
             for target in layout.targets
         )
-        self.down_basis = nn.ParameterList(
+        self.down_basis = nn.ParameterList(  # [s, r * in] each
             torch.randn(size, rank * target.in_features) * target.in_features**-0.5
             for target in layout.targets
         )
-        self.up_basis = nn.ParameterList(
+        self.up_basis = nn.ParameterList(  # [s, out * r] each
             torch.randn(size, target.out_features * rank) * (size * rank) ** -0.5
             for target in layout.targets
         )
@@ -126,6 +134,7 @@ class LowRankBasisHead(nn.Module):
         Returns:
             [2 * targets, code_size]: small random coefficients for ``down``, then zeros for ``up``.
         """
+        # Σ_i c_i D_i over s directions then has a tenth of the standard deviation of D_0
         down = torch.randn(len(self.layout.targets), self.code_size) * 0.1 * self.size**-0.5
         return torch.cat([down, torch.zeros_like(down)])
 
@@ -143,13 +152,13 @@ class LowRankBasisHead(nn.Module):
         for i, target in enumerate(self.layout.targets):
             down_basis = self.down_basis[i].unflatten(-1, (rank, target.in_features))  # [s, r, in]
             up_basis = self.up_basis[i].unflatten(-1, (target.out_features, rank))  # [s, out, r]
-            # the last axis is the rank, or 1 if a direction has one coefficient
-            c_down = down[..., i, :].unflatten(-1, (self.size, -1))  # [*batch, s, r or 1]
-            c_up = up[..., i, :].unflatten(-1, (self.size, -1))  # [*batch, s, r or 1]
-            mixed_down = torch.einsum("...sr,sri->...ri", c_down, down_basis)  # [*batch, r, in]
-            mixed_up = torch.einsum("...sr,sor->...or", c_up, up_basis)  # [*batch, out, r]
+            # the last axis is r, or 1 if a direction has one coefficient; einsum broadcasts the 1
+            c_down = down[..., i, :].unflatten(-1, (self.size, -1))  # [*B, s, r or 1]
+            c_up = up[..., i, :].unflatten(-1, (self.size, -1))  # [*B, s, r or 1]
+            mixed_down = torch.einsum("...sr,sri->...ri", c_down, down_basis)  # [*B, r, in]
+            mixed_up = torch.einsum("...sr,sor->...or", c_up, up_basis)  # [*B, out, r]
             downs.append(mixed_down + self.down_bias[i])
-            ups.append(mixed_up)
+            ups.append(mixed_up)  # without a constant term: zero codes give ΔW = 0
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
@@ -163,6 +172,7 @@ class SoftmaxBasisHead(LowRankBasisHead):
 
     def __init__(self, layout: LoraLayout, size: int = 32) -> None:
         super().__init__(layout, size)
+        # softmax weights are never 0, so zero U_i are what makes ΔW = 0 at first
         for up_basis in self.up_basis:
             nn.init.zeros_(up_basis)
 
@@ -211,7 +221,7 @@ class DirectHead(nn.Module):
             [2 * targets, code_size]: random codes for ``down``, then zeros for ``up``.
         """
         stds = [target.in_features**-0.5 for target in self.layout.targets]
-        down = torch.stack([torch.randn(self.code_size) * std for std in stds])
+        down = torch.stack([torch.randn(self.code_size) * std for std in stds])  # [targets, code]
         return torch.cat([down, torch.zeros_like(down)])
 
     def forward(self, down: Tensor, up: Tensor) -> LoraWeights:
@@ -227,10 +237,10 @@ class DirectHead(nn.Module):
         rank, downs, ups = self.layout.rank, [], []
         for i, target in enumerate(self.layout.targets):
             in_features, out_features = target.in_features, target.out_features
-            flat_down = down[..., i, : rank * in_features]  # [*batch, rank * in]
-            flat_up = up[..., i, : out_features * rank]  # [*batch, out * rank]
-            downs.append(flat_down.unflatten(-1, (rank, in_features)))  # [*batch, rank, in]
-            ups.append(flat_up.unflatten(-1, (out_features, rank)))  # [*batch, out, rank]
+            flat_down = down[..., i, : rank * in_features]  # [*B, r * in]
+            flat_up = up[..., i, : out_features * rank]  # [*B, out * r]
+            downs.append(flat_down.unflatten(-1, (rank, in_features)))  # [*B, r, in]
+            ups.append(flat_up.unflatten(-1, (out_features, rank)))  # [*B, out, r]
         return LoraWeights(self.layout, tuple(downs), tuple(ups))
 
 
@@ -264,4 +274,5 @@ def make_head(head_type: str, layout: LoraLayout, **options: Any) -> Head:
 
 def _make_orthogonal_matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """[rows, min(rows, columns)] with orthonormal columns."""
+    # Q of a QR decomposition: multiplying by it keeps lengths, so A_aux and B_aux scale nothing
     return torch.linalg.qr(torch.randn(rows, min(rows, columns), generator=generator))[0]

@@ -121,18 +121,20 @@ class LoraLayout:
     @property
     def components(self) -> tuple[str, ...]:
         """Components with at least one target, in order."""
+        # unlike a set, a dictionary keeps the order
         return tuple(dict.fromkeys(target.component for target in self.targets))
 
     @property
     def numel(self) -> int:
         """Length of the flat vector of one LoRA."""
-        return sum(
+        return sum(  # down [r, in] and up [out, r] of every target
             self.rank * (target.in_features + target.out_features) for target in self.targets
         )
 
     @property
     def init_std(self) -> float:
         """Standard deviation of random ``down`` factors: (mean in_features)^-1/2."""
+        # rows of down then have norms about 1: the numbers of down x are as large as those of x
         mean_in_features = sum(target.in_features for target in self.targets) / len(self.targets)
         return float(mean_in_features**-0.5)
 
@@ -155,6 +157,7 @@ class LoraLayout:
             "rank": self.rank,
             "base": self.base,
         }
+        # 64 of the 256 bits; 2³² layouts would be needed for a likely collision
         return hashlib.sha256(json.dumps(encoding, sort_keys=True).encode()).hexdigest()[:16]
 
     def with_rank(self, rank: int) -> "LoraLayout":
@@ -167,6 +170,7 @@ class LoraLayout:
         Raises:
             LayoutMismatchError: The ranks or the bases differ.
         """
+        # own targets with the other's rank and base, since the targets themselves may differ
         self.check_compatible(LoraLayout(self.targets, other.rank, other.base))
         return replace(self, targets=self.targets + other.targets)
 
@@ -180,6 +184,7 @@ class LoraLayout:
         Raises:
             LayoutMismatchError: Targets, their shapes or order, base or rank differ.
         """
+        # the most general difference first, as it explains the others
         other.check_base(self.base)
         own_targets = {target.name: target for target in self.targets}
         other_targets = {target.name: target for target in other.targets}
@@ -194,6 +199,7 @@ class LoraLayout:
                     f"target {name} is {_format_shape(other_targets[name])} in the LoRA, "
                     f"{_format_shape(target)} expected"
                 )
+        # equal names and shapes, so only the order is left: flat vectors would be mixed up
         if self.targets != other.targets:
             raise LayoutMismatchError("the LoRA's targets are in another order than expected")
         if not ignore_rank and self.rank != other.rank:
@@ -247,12 +253,13 @@ def _make_target(name: str, layer: nn.Linear | nn.Conv2d) -> TargetModule:
     if isinstance(layer, nn.Linear):
         return TargetModule(name, layer.in_features, layer.out_features)
     height, width = int(layer.kernel_size[0]), int(layer.kernel_size[1])
+    # the kernel [out, in_channels / groups, height, width] as a matrix: one row per output channel
     in_features = layer.in_channels // layer.groups * height * width
     return TargetModule(name, in_features, layer.out_channels, (height, width))
 
 
 def _make_kernel_size(sizes: Sequence[int] | None) -> tuple[int, int] | None:
-    return (sizes[0], sizes[1]) if sizes else None
+    return (sizes[0], sizes[1]) if sizes else None  # JSON has lists, which equal no tuple
 
 
 def _format_shape(target: TargetModule) -> str:

@@ -92,8 +92,8 @@ def pad_and_stack(loras: Sequence[LoraWeights]) -> LoraWeights:
             else _make_zero_factors(target, layout.rank)
             for lora_factors in factors_by_target
         ]
-        downs.append(torch.stack([down for down, _ in factors]))  # [loras, rank, in]
-        ups.append(torch.stack([up for _, up in factors]))  # [loras, out, rank]
+        downs.append(torch.stack([down for down, _ in factors]))  # [loras, r, in]
+        ups.append(torch.stack([up for _, up in factors]))  # [loras, out, r]
     return LoraWeights(layout, tuple(downs), tuple(ups))
 
 
@@ -107,6 +107,7 @@ def compute_relative_error(approximation: LoraWeights, exact: LoraWeights) -> fl
     Returns:
         The relative error; if ΔW = 0, the absolute one (0 for two zeros).
     """
+    # ΔŴ and ΔW nearly cancel: in float32, rounding alone would be up to 1e-3 of ‖ΔW‖
     exact, approximation = exact.apply(Tensor.double), approximation.apply(Tensor.double)
     error_norm = _add_loras([approximation, -exact]).compute_delta_norms().square().sum().sqrt()
     exact_norm = exact.compute_delta_norms().square().sum().sqrt()
@@ -123,13 +124,15 @@ def compare_deltas(reference: LoraWeights, estimate: LoraWeights) -> tuple[Tenso
         estimate: LoRAs of ΔŴ, of the same layout and batch shape.
 
     Returns:
-        ‖ΔW - ΔŴ‖ / ‖ΔW‖ and cos(ΔW, ΔŴ), [*batch] each.
+        ‖ΔW - ΔŴ‖ / ‖ΔW‖ and cos(ΔW, ΔŴ), [*batch] each. The error is inf or NaN where ΔW = 0.
     """
-    squared_reference = _compute_delta_dot(reference, reference)  # [*batch]
-    squared_estimate = _compute_delta_dot(estimate, estimate)  # [*batch]
-    dot = _compute_delta_dot(reference, estimate)  # [*batch]
-    squared_error = (squared_reference + squared_estimate - 2 * dot).clamp(min=0)  # [*batch]
-    norm_product = (squared_reference * squared_estimate).sqrt().clamp(min=1e-12)  # [*batch]
+    squared_reference = _compute_delta_dot(reference, reference)  # [*B]
+    squared_estimate = _compute_delta_dot(estimate, estimate)  # [*B]
+    dot = _compute_delta_dot(reference, estimate)  # [*B]
+    # negative by rounding where ΔŴ ≈ ΔW; in float32 relative errors below 1e-3 are lost in it
+    squared_error = (squared_reference + squared_estimate - 2 * dot).clamp(min=0)  # [*B]
+    # cos = 0, not NaN, where ΔW = 0 or ΔŴ = 0
+    norm_product = (squared_reference * squared_estimate).sqrt().clamp(min=1e-12)  # [*B]
     return (squared_error / squared_reference).sqrt(), dot / norm_product
 
 
@@ -137,8 +140,9 @@ def _compute_delta_dot(a: LoraWeights, b: LoraWeights) -> Tensor:
     """⟨ΔW_a, ΔW_b⟩ = Σ tr(up_aᵀ up_b · down_b down_aᵀ), without forming ΔW; [*batch]."""
     dots = torch.zeros(a.batch_shape, device=a.down[0].device)
     for down_a, up_a, down_b, up_b in zip(a.down, a.up, b.down, b.up, strict=True):
-        up_products = up_a.mT @ up_b  # [*batch, rank_a, rank_b]
-        down_products = down_a @ down_b.mT  # [*batch, rank_a, rank_b]
+        up_products = up_a.mT @ up_b  # [*B, r_a, r_b]
+        down_products = down_a @ down_b.mT  # [*B, r_a, r_b]
+        # tr(P Qᵀ) = Σ_ij P_ij Q_ij
         dots = dots + (up_products * down_products).sum((-2, -1))
     return dots
 
@@ -176,6 +180,7 @@ def _merge_layouts(loras: Sequence[LoraWeights]) -> LoraLayout:
             raise InvalidArgumentError(
                 f"single LoRAs expected, got a batch of {list(lora.batch_shape)}: index it first"
             )
+        # a LoRA of unknown base fits every base, so the first known one decides
         if base == UNKNOWN_BASE:
             base = lora.layout.base
         elif lora.layout.base != UNKNOWN_BASE:
@@ -198,8 +203,8 @@ def _make_zero_factors(
 ) -> tuple[Tensor, Tensor]:
     """``down`` and ``up`` of ΔW = 0, of the dtype and device of ``reference``."""
     reference = torch.empty(0) if reference is None else reference
-    down = reference.new_zeros(rank, target.in_features)
-    up = reference.new_zeros(target.out_features, rank)
+    down = reference.new_zeros(rank, target.in_features)  # [r, in]
+    up = reference.new_zeros(target.out_features, rank)  # [out, r]
     return down, up
 
 
@@ -210,15 +215,15 @@ def _add_loras(loras: Sequence[LoraWeights]) -> LoraWeights:
     downs, ups = [], []
     for target in layout.targets:
         present = [factors[target] for factors in factors_by_target if target in factors]
-        reference, _ = present[0]
+        reference, _ = present[0]  # at least one LoRA has the target
         factors = [
             lora_factors[target]
             if target in lora_factors
             else _make_zero_factors(target, lora.layout.rank, reference)
             for lora_factors, lora in zip(factors_by_target, loras, strict=True)
         ]
-        downs.append(torch.cat([down for down, _ in factors], 0))  # [Σ ranks, in]
-        ups.append(torch.cat([up for _, up in factors], 1))  # [out, Σ ranks]
+        downs.append(torch.cat([down for down, _ in factors], 0))  # [Σ_i r_i, in]
+        ups.append(torch.cat([up for _, up in factors], 1))  # [out, Σ_i r_i]
     return LoraWeights(layout, tuple(downs), tuple(ups))
 
 
@@ -226,8 +231,9 @@ def _merge_linear(stacked: LoraWeights, weights: Tensor) -> LoraWeights:
     """Add the factors, each times √|w|; the sign of w goes to ``down``."""
     root = weights.abs().sqrt()[:, None, None]  # [loras, 1, 1]
     sign = weights.sign()[:, None, None]  # [loras, 1, 1]
-    down = tuple((d * root * sign).sum(0) for d in stacked.down)  # [rank, in]
-    up = tuple((u * root).sum(0) for u in stacked.up)  # [out, rank]
+    # up down = Σ_i w_i ΔW_i + Σ_{i≠j} sign(w_j) √|w_i w_j| up_i down_j, the cross terms
+    down = tuple((d * root * sign).sum(0) for d in stacked.down)  # [r, in]
+    up = tuple((u * root).sum(0) for u in stacked.up)  # [out, r]
     return LoraWeights(stacked.layout, down, up)
 
 
@@ -238,9 +244,13 @@ def _make_prune_fn(
     from peft.utils import merge_utils
 
     fns: dict[str, Callable[[list[Tensor], Tensor, float], Tensor]] = {
+        # keep the largest; per number, average those with the sign of the unweighted sum
         "ties": merge_utils.ties,
+        # keep each with probability density and divide it by density: the expectation stays
         "dare": merge_utils.dare_linear,
+        # prune like dare, then elect and average like ties
         "dare_ties": merge_utils.dare_ties,
+        # keep the largest, add
         "magnitude": merge_utils.magnitude_prune,
     }
     return lambda deltas: fns[method](deltas, weights, min(density, _MAX_DENSITY))
@@ -251,12 +261,13 @@ def _merge_pruned_deltas(
 ) -> LoraWeights:
     """Prune and add target by target, since all ΔW of a large base do not fit into memory."""
     downs, ups = [], []
+    # dare draws from the global generator of the CPU, whose state is put back afterwards
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for down, up in zip(stacked.down, stacked.up, strict=True):
             deltas = list(up @ down)  # [out, in] per LoRA
             merged_delta = prune_fn(deltas)  # [out, in]
             merged_up, merged_down = compute_low_rank_factors(merged_delta, rank)
-            downs.append(merged_down)  # [rank, in]
-            ups.append(merged_up)  # [out, rank]
+            downs.append(merged_down)  # [r, in], with the new rank r
+            ups.append(merged_up)  # [out, r]
     return LoraWeights(stacked.layout.with_rank(rank), tuple(downs), tuple(ups))

@@ -55,6 +55,8 @@ class LoraNormalizer(nn.Module):
         for batch in batches:
             rows = (canonicalize_rows(layout, batch) if canonical else batch).double()
             n, m = num_rows, len(rows)
+            # a: the n rows so far, b: the m rows of this batch. The other way in one pass,
+            # Σ x² - n mean², would cancel most digits.
             # δ = mean_b - mean_a;  S = S_a + S_b + δ² n m / (n + m);  mean = mean_a + δ m / (n + m)
             mean_delta = rows.mean(0) - mean  # [numel]
             batch_sum_squares = (rows - rows.mean(0)).square().sum(0)  # [numel]
@@ -106,9 +108,10 @@ def canonicalize_rows(layout: LoraLayout, rows: Tensor) -> Tensor:
     canonical = LoraWeights.unflatten(layout, rows.float()).canonicalize()
     downs, ups = [], []
     for down, up in zip(canonical.down, canonical.up, strict=True):
-        largest_index = up.abs().argmax(-2, keepdim=True)  # [*batch, 1, rank]
-        largest_entry = up.gather(-2, largest_index)  # [*batch, 1, rank]
-        sign = torch.where(largest_entry < 0, -1.0, 1.0)  # [*batch, 1, rank]
-        ups.append(up * sign)  # [*batch, out, rank]
-        downs.append(down * sign.mT)  # [*batch, rank, in]
+        # (u, v) and (-u, -v) have the same product u v; the sign of the largest number decides
+        largest_index = up.abs().argmax(-2, keepdim=True)  # [*B, 1, r]
+        largest_entry = up.gather(-2, largest_index)  # [*B, 1, r]
+        sign = torch.where(largest_entry < 0, -1.0, 1.0)  # [*B, 1, r]; never 0, unlike sign()
+        ups.append(up * sign)  # [*B, out, r]
+        downs.append(down * sign.mT)  # [*B, r, in]
     return LoraWeights(layout, tuple(downs), tuple(ups)).flatten()

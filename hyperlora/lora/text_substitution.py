@@ -10,6 +10,9 @@ With the LoRA, the empty prompt ∅ gives the projections of another prompt p:
 The token embeddings of the empty prompt are linearly independent, so e(∅) e(∅)⁺ = I and the
 equation holds as exactly as the rank allows. One pair (a, b) serves all layers, so it can be
 learned from texts alone, without running the denoiser.
+
+Shapes in comments: *B is any number of batch axes, r the rank, width ``cross_attention_dim``,
+basis ``basis_size``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,8 +80,10 @@ class TextSubstitution(nn.Module):
                 f"no target of the layout is a text projection of width {cross_attention_dim}: "
                 f"leave out the instruction head"
             )
+        # zeros until ``set_base`` or a checkpoint fills them
         self.register_buffer("empty_text_pinv", torch.zeros(num_tokens, cross_attention_dim))
         for i, target in enumerate(self.targets):
+            # [out, basis]: W Bᵀ with the basis B of the offsets, or W itself
             weight = torch.zeros(target.out_features, basis_size or cross_attention_dim)
             self.register_buffer(f"weight{i}", weight)
 
@@ -107,9 +112,12 @@ class TextSubstitution(nn.Module):
             basis: Orthonormal directions in which offsets are given, [basis_size,
                 cross_attention_dim]; None if they are given in the embedding itself.
         """
+        # pinv(eᵀ) = (e⁺)ᵀ. Tokens of the empty prompt are alike: the largest singular value can be
+        # 10⁴ times the smallest, which costs four of the seven digits of float32.
         pinv = torch.linalg.pinv(empty_prompt_embeds.double().mT, rtol=PINV_RTOL)
         self.empty_text_pinv.copy_(pinv)  # [tokens, width]
         for i, weight in enumerate(weights):
+            # offset = a b B gives (W Bᵀ) bᵀ for up, so B is multiplied in once, here
             projected = weight if basis is None else weight @ basis.to(weight).mT  # [out, basis]
             self.get_buffer(f"weight{i}").copy_(projected)
 
@@ -125,14 +133,19 @@ class TextSubstitution(nn.Module):
             LoRAs over ``layout``, of batch shape [*batch].
         """
         factors: dict[int, tuple[Tensor, Tensor]] = {}
+        # large numbers cancel in e(∅) e(∅)⁺ = I; with the avatars base, bfloat16 is off by 0.4
         with torch.autocast(a.device.type, enabled=False):
-            text_down = a.float().mT @ self.empty_text_pinv  # [*batch, rank, width]
+            # aᵀ e(∅)⁺ᵀ, the same at all text projections: [*B, r, tokens] @ [tokens, width]
+            text_down = a.float().mT @ self.empty_text_pinv  # [*B, r, width]
             for index, weight in self._iterate_weights():
-                text_up = weight @ b.float().mT  # [*batch, out, rank]
+                # W bᵀ: [out, basis] @ [*B, basis, r]
+                text_up = weight @ b.float().mT  # [*B, out, r]
                 factors[index] = (text_down, text_up)
+        # targets of ``other_layout`` keep their order, so an iterator fills the gaps
         other_factors = zip(other_loras.down, other_loras.up, strict=True)
         for index in range(len(self.layout.targets)):
             if index not in factors:
+                # from other_rank to r, with zeros
                 factors[index] = pad_factors(*next(other_factors), self.layout.rank)
         downs, ups = zip(*(factors[i] for i in range(len(self.layout.targets))), strict=True)
         return LoraWeights(self.layout, downs, ups)
@@ -146,6 +159,7 @@ class TextSubstitution(nn.Module):
         Returns:
             ``a`` [*batch, num_tokens, rank] and ``b`` [*batch, rank, width].
         """
+        # [*B, tokens, width] ≈ [*B, tokens, r] @ [*B, r, width]
         return compute_low_rank_factors(embeds_offset, self.layout.rank)
 
     def _iterate_weights(self) -> Iterator[tuple[int, Tensor]]:

@@ -7,6 +7,8 @@
 
 Example at rank 2: a Linear layer 320 → 640 has ΔW [640, 320] = up [640, 2] @ down [2, 320],
 1,920 numbers instead of 204,800. The scale alpha / rank of LoRA files is folded into ``up``.
+
+Shapes in comments: *B is any number of batch axes, r the rank, in and out the features.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,6 +47,7 @@ class LoraWeights:
             raise LayoutMismatchError(
                 f"{len(self.down)} targets given, the layout has {num_targets}"
             )
+        # A wrong shape would otherwise fail, or broadcast, inside a forward pass of the base.
         for target, down, up in zip(self.layout.targets, self.down, self.up, strict=True):
             expected = ((rank, target.in_features), (target.out_features, rank))
             if (down.shape[-2:], up.shape[-2:]) != expected or down.shape[:-2] != up.shape[:-2]:
@@ -73,11 +76,12 @@ class LoraWeights:
         Returns:
             LoRAs of the given batch shape.
         """
-        down = tuple(
+        # ∂L/∂up = (∂L/∂ΔW) downᵀ and ∂L/∂down = upᵀ (∂L/∂ΔW): one factor must not be zero
+        down = tuple(  # [*B, r, in] each
             std * torch.randn(*batch_shape, layout.rank, target.in_features, generator=generator)
             for target in layout.targets
         )
-        up = tuple(
+        up = tuple(  # [*B, out, r] each; the zeros that make ΔW = 0
             torch.zeros(*batch_shape, target.out_features, layout.rank) for target in layout.targets
         )
         return cls(layout, down, up)
@@ -101,8 +105,9 @@ class LoraWeights:
         Returns:
             A batch [num_loras] whose members share their memory; ``flatten`` copies.
         """
-        generator = torch.Generator().manual_seed(seed)
-        lora = cls.zeros(layout, (), layout.init_std, generator)
+        generator = torch.Generator().manual_seed(seed)  # of the CPU: equal on every device
+        lora = cls.zeros(layout, (), layout.init_std, generator)  # [r, in] and [out, r]
+        # expand: stride 0 along the batch axis, so num_loras members need the memory of one
         return lora.apply(lambda t: t.to(device).expand(num_loras, *t.shape))
 
     @classmethod
@@ -115,6 +120,7 @@ class LoraWeights:
         layout = loras[0].layout
         for lora in loras[1:]:
             layout.check_compatible(lora.layout)
+        # zip(*…) regroups by target: [loras, *B, r, in] and [loras, *B, out, r] each
         down = tuple(torch.stack(d) for d in zip(*(lora.down for lora in loras), strict=True))
         up = tuple(torch.stack(u) for u in zip(*(lora.up for lora in loras), strict=True))
         return cls(layout, down, up)
@@ -122,7 +128,7 @@ class LoraWeights:
     @property
     def batch_shape(self) -> torch.Size:
         """Sizes of the batch axes; empty for one LoRA."""
-        return self.down[0].shape[:-2]
+        return self.down[0].shape[:-2]  # all axes before those of the matrix, (r, in)
 
     def __len__(self) -> int:
         """Count the LoRAs along the first batch axis.
@@ -146,10 +152,11 @@ class LoraWeights:
         """
         if isinstance(index, int) and not -len(self) <= index < len(self):
             raise IndexError(index)  # so that iteration ends
-        return self.apply(lambda t: t[index])
+        return self.apply(lambda t: t[index])  # an int drops the axis, a slice or a list keeps it
 
     def shuffle_batch(self) -> "LoraWeights":
         """Rotate the batch by one, as a control: every sample gets the LoRA of another one."""
+        # sample i gets LoRA i - 1; a random permutation could leave some samples their own
         return self[torch.arange(len(self), device=self.down[0].device).roll(1)]
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> "LoraWeights":
@@ -166,8 +173,9 @@ class LoraWeights:
         Returns:
             [*batch, layout.numel]; ``unflatten`` is the inverse.
         """
+        # down_0, up_0, down_1, up_1, …: datasets hold rows of this order, so it is fixed
         factors = (t for pair in zip(self.down, self.up, strict=True) for t in pair)
-        return torch.cat([t.flatten(-2) for t in factors], -1)
+        return torch.cat([t.flatten(-2) for t in factors], -1)  # [*B, Σ_targets r (in + out)]
 
     @classmethod
     def unflatten(cls, layout: LoraLayout, flat: Tensor) -> "LoraWeights":
@@ -188,14 +196,14 @@ class LoraWeights:
                 f"{flat.shape[-1]} numbers given, the layout has {layout.numel}"
             )
         rank = layout.rank
-        shapes = [
+        shapes = [  # (r, in), (out, r) of target 0, then of target 1, …
             shape
             for target in layout.targets
             for shape in ((rank, target.in_features), (target.out_features, rank))
         ]
-        pieces = flat.split([rows * columns for rows, columns in shapes], -1)
+        pieces = flat.split([rows * columns for rows, columns in shapes], -1)  # [*B, r in], …
         factors = [p.unflatten(-1, shape) for p, shape in zip(pieces, shapes, strict=True)]
-        return cls(layout, tuple(factors[::2]), tuple(factors[1::2]))
+        return cls(layout, tuple(factors[::2]), tuple(factors[1::2]))  # even: down, odd: up
 
     def get_delta_weights(self) -> tuple[Tensor, ...]:
         """Compute ΔW = up @ down per target.
@@ -203,6 +211,7 @@ class LoraWeights:
         Returns:
             Per target, [*batch, out_features, in_features].
         """
+        # [*B, out, r] @ [*B, r, in]: as large as W itself, hence the norms without it below
         return tuple(up @ down for down, up in zip(self.down, self.up, strict=True))
 
     def compute_delta_norms(self) -> Tensor:
@@ -211,31 +220,35 @@ class LoraWeights:
         Returns:
             [*batch, targets].
         """
+        # where ΔW is a difference of equal LoRAs, rounding gives e.g. -0.002, and √ of it NaN
         return torch.stack(self._compute_squared_norms(), -1).clamp_min(0).sqrt()
 
     def compute_mean_squared_norm(self) -> Tensor:
         """Compute the mean of ‖ΔW‖² over batch and targets.
 
-        Unlike ``compute_delta_norms`` it has a gradient at ΔW = 0, where training begins.
+        Unlike the norm, its square is differentiable at ΔW = 0, where training begins.
 
         Returns:
             A scalar.
         """
-        return torch.stack(self._compute_squared_norms()).mean()
+        return torch.stack(self._compute_squared_norms()).mean()  # of [targets, *B]
 
     def _compute_squared_norms(self) -> list[Tensor]:
         """‖up down‖² = tr(upᵀ up · down downᵀ), per target [*batch]."""
         squared_norms = []
         for down, up in zip(self.down, self.up, strict=True):
-            gram_up = up.mT @ up  # [*batch, rank, rank]
-            gram_down = down @ down.mT  # [*batch, rank, rank]
-            squared_norms.append((gram_up * gram_down).sum((-2, -1)))  # [*batch]
+            # cost r² (in + out) instead of r · in · out
+            gram_up = up.mT @ up  # [*B, r, r]
+            gram_down = down @ down.mT  # [*B, r, r]
+            # tr(P Q) = Σ_ij P_ij Q_ij, since Q is symmetric
+            squared_norms.append((gram_up * gram_down).sum((-2, -1)))  # [*B]
         return squared_norms
 
     def __mul__(self, strength: float | Tensor) -> "LoraWeights":
         """Scale ΔW by one number, or by one number per LoRA [*batch]."""
         if isinstance(strength, Tensor) and strength.ndim:
-            strength = strength[..., None, None]  # [*batch, 1, 1]
+            strength = strength[..., None, None]  # [*B, 1, 1]
+        # up alone: scaling both factors would scale ΔW by strength²
         return LoraWeights(self.layout, self.down, tuple(up * strength for up in self.up))
 
     __rmul__ = __mul__
@@ -253,6 +266,7 @@ class LoraWeights:
             LayoutMismatchError: The layouts differ in more than rank.
         """
         self.layout.check_compatible(other.layout, ignore_rank=True)
+        # along the axis r: down [*B, r₁ + r₂, in], up [*B, out, r₁ + r₂]
         down = tuple(torch.cat(pair, -2) for pair in zip(self.down, other.down, strict=True))
         up = tuple(torch.cat(pair, -1) for pair in zip(self.up, other.up, strict=True))
         return LoraWeights(self.layout.with_rank(self.layout.rank + other.layout.rank), down, up)
@@ -274,10 +288,11 @@ class LoraWeights:
         Returns:
             LoRAs whose ``down`` and ``up`` have equal singular values.
         """
+        # per target: the lost part of ΔW has the norm √(Σ_{i > rank} s_i²), the least possible
         factors = [
             resize_factors(down, up, rank) for down, up in zip(self.down, self.up, strict=True)
         ]
-        down, up = zip(*factors, strict=True)
+        down, up = zip(*factors, strict=True)  # [*B, rank, in] and [*B, out, rank] each
         return LoraWeights(self.layout.with_rank(rank), down, up)
 
     def canonicalize(self) -> "LoraWeights":
@@ -293,6 +308,8 @@ class LoraWeights:
         mean ΔW = [up₁/n … up_n/n] · [down₁; …; down_n]
         """
         num_loras, rank = len(self), self.layout.rank
-        down = tuple(d.flatten(0, 1) for d in self.down)  # [n * rank, in_features]
-        up = tuple(u.movedim(0, 1).flatten(1) / num_loras for u in self.up)  # [out, n * rank]
+        # Means of down and of up would add the products up_i down_j of different LoRAs.
+        # Row i r + k of down and column i r + k of up both belong to direction k of LoRA i.
+        down = tuple(d.flatten(0, 1) for d in self.down)  # [n * r, in]
+        up = tuple(u.movedim(0, 1).flatten(1) / num_loras for u in self.up)  # [out, n * r]
         return LoraWeights(self.layout.with_rank(num_loras * rank), down, up).resize(rank)

@@ -40,6 +40,10 @@ class Hypernetwork(nn.Module):
     At initialization ΔW = 0 for every photo: the ``up`` codes are zero. Gradients flow, because
     the ``down`` codes are not.
 
+    Letters of shapes: B subjects (batch), V views (photos of one subject), N tokens per view, F
+    ``feature_width``, d ``width``, M LoRA factors (``down`` of all targets, then ``up`` of all
+    targets), K numbers per code, r rank.
+
     Args:
         layout: Target modules and rank of the predicted LoRAs.
         feature_width: Width of the image tokens.
@@ -77,25 +81,28 @@ class Hypernetwork(nn.Module):
         }
         self.layout, self.iterations = layout, iterations
         self.head = make_head(head, layout, **(head_options or {}))
-        num_factors, code_size = 2 * len(layout.targets), self.head.code_size
+        num_factors, code_size = 2 * len(layout.targets), self.head.code_size  # M, K
+        # LayerNorm first: image encoders differ in the scale of their tokens
         self.memory_proj = nn.Sequential(
             nn.LayerNorm(feature_width), nn.Linear(feature_width, width)
         )
-        self.queries = nn.Parameter(torch.randn(num_factors, width) * 0.02)
+        # standard deviation 0.02 as for the position embeddings of a ViT
+        self.queries = nn.Parameter(torch.randn(num_factors, width) * 0.02)  # [M, d]
         layer = nn.TransformerDecoderLayer(
             width,
             num_heads,
-            4 * width,
+            4 * width,  # of the MLP (1706.03762, §3.3)
             dropout=0.0,
             activation="gelu",
             batch_first=True,
-            norm_first=True,
+            norm_first=True,  # pre-LN: well-behaved gradients at first (2002.04745)
         )
         self.decoder = nn.TransformerDecoder(layer, depth, nn.LayerNorm(width))
-        # one output projection per factor and, with iterations, one embedding of its last code
-        self.code_proj = nn.Parameter(torch.zeros(num_factors, code_size, width))
-        self.init_codes = nn.Parameter(self.head.init_codes())  # [num_factors, code_size]
+        # P_m, one output projection per factor; 0, so every photo gets init_codes at first
+        self.code_proj = nn.Parameter(torch.zeros(num_factors, code_size, width))  # [M, K, d]
+        self.init_codes = nn.Parameter(self.head.init_codes())  # θ_0 [M, K]
         if iterations > 1:
+            # E_m [M, d, K]; with 0.1 / √K, codes of variance 1 embed to a standard deviation of 0.1
             self.code_embed = nn.Parameter(
                 torch.randn(num_factors, width, code_size) * code_size**-0.5 * 0.1
             )
@@ -110,18 +117,20 @@ class Hypernetwork(nn.Module):
             Codes of all ``down`` factors, then of all ``up`` factors: [batch, 2 * num_targets,
             code_size].
         """
-        memory = self.memory_proj(features.flatten_views())  # [batch, views * tokens, width]
+        # no position embedding: the views of a subject are a set, and attention ignores its order
+        memory = self.memory_proj(features.flatten_views())  # [B, V·N, d]
         batch_size = len(memory)
-        codes = self.init_codes.expand(batch_size, -1, -1)  # θ_0 [batch, num_factors, code_size]
+        codes = self.init_codes.expand(batch_size, -1, -1)  # θ_0 [B, M, K]
         for _ in range(self.iterations):
-            queries = self.queries.expand(batch_size, -1, -1)  # [batch, num_factors, width]
+            queries = self.queries.expand(batch_size, -1, -1)  # [B, M, d]
             if self.iterations > 1:
-                # each factor's token also sees its code: + E_f θ_{k-1, f}
-                queries = queries + torch.einsum("fwc,bfc->bfw", self.code_embed, codes)
+                # each factor's token also sees its own code: q_m + E_m θ_{k-1, m}  [B, M, d]
+                queries = queries + torch.einsum("mdk,bmk->bmd", self.code_embed, codes)
+            # self-attention spans the M queries, cross-attention the V·N memory tokens
             with select_sdpa_kernel(memory, max(len(self.queries), memory.shape[1])):
-                hidden_states = self.decoder(queries, memory)  # [batch, num_factors, width]
-            # θ_k = θ_{k-1} + P_f h_f, a projection of its own for every factor
-            codes = codes + torch.einsum("fcw,bfw->bfc", self.code_proj, hidden_states)
+                hidden_states = self.decoder(queries, memory)  # h [B, M, d]
+            # θ_{k, m} = θ_{k-1, m} + P_m h_m  [B, M, K]
+            codes = codes + torch.einsum("mkd,bmd->bmk", self.code_proj, hidden_states)
         return codes
 
     def forward(self, features: ImageFeatures) -> LoraWeights:
@@ -144,5 +153,5 @@ class Hypernetwork(nn.Module):
         Returns:
             LoRAs with a batch axis [batch].
         """
-        down, up = codes.chunk(2, -2)  # each [batch, num_targets, code_size]
-        return self.head(down, up)
+        down, up = codes.chunk(2, -2)  # codes, each [B, M / 2, K]
+        return self.head(down, up)  # factors, per target [B, r, in] and [B, out, r]

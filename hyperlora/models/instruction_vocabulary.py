@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.prompt_blending import apply_prompt_template, combine_blends, parse_blend
 
+# an error of 0.1 on one axis costs 50 · 0.1² = 0.5, as much as a presence of probability 0.6
 POINT_LOSS_WEIGHT: Final = 50.0
 """Weight of the squared error of a color, beside the cross-entropy of its presence."""
 _PRESENCE_THRESHOLD: Final = 0.5
@@ -40,11 +41,11 @@ class InstructionVocabularyConfig(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class InstructionTargets:
-    """Encoded instructions of n edits.
+    """Encoded instructions of a batch of edits.
 
     Attributes:
-        categories: [n, num_categories]; 0 for no value, else 1 + the index of the prompt.
-        points: For each color space the colors [n, num_axes], NaN for none.
+        categories: [batch, num_categories]; 0 for no value, else 1 + the index of the prompt.
+        points: For each color space the colors [batch, num_axes], NaN for none.
     """
 
     categories: Tensor
@@ -60,6 +61,9 @@ class InstructionTargets:
 @dataclass(frozen=True)
 class InstructionVocabulary:
     """Groups of prompts by name.
+
+    Letters of shapes: B edits (batch), J logits, J_i logits of group i, U prompts, C categories, m
+    axes of a color space, W plain prompts of which its prompts are blends.
 
     Attributes:
         categories: Prompts of each category, at least one.
@@ -108,6 +112,7 @@ class InstructionVocabulary:
     @cached_property
     def prompts(self) -> list[str]:
         """Prompts of all categories, then of all color spaces."""
+        # the order of the U columns of prompt weights, and of the groups of logits
         groups = (*self.categories.values(), *self.color_axes.values())
         return [prompt for group in groups for prompt in group]
 
@@ -125,6 +130,9 @@ class InstructionVocabulary:
         A category has one for no value and one per prompt. A color space has one for its presence
         and one coordinate per axis.
         """
+        # Example: hair (a bob, a bun) and sky (black, red, blue) have the J = 6 logits
+        #   no value, a bob, a bun | presence, red, blue
+        # and sizes 3 and 3. The origin (black) has no logit: its weight is 1 - red - blue.
         category_sizes = [1 + len(group) for group in self.categories.values()]
         return category_sizes + [len(group) for group in self.color_axes.values()]
 
@@ -135,21 +143,22 @@ class InstructionVocabulary:
         if the logit of no value is the largest, or as large.
 
         Args:
-            logits: [n, sum(logit_sizes)].
+            logits: [batch, sum(logit_sizes)].
 
         Returns:
-            Weights of ``prompts``, [n, num_prompts].
+            Weights of ``prompts``, [batch, num_prompts].
         """
-        category_logits, axis_logits = self._split_logits(logits)
+        category_logits, axis_logits = self._split_logits(logits)  # each [B, J_i]
+        # Of equal logits, argmax takes the first: no value. Its column is dropped: [B, J_i - 1].
         category_weights = [
-            F.one_hot(group.argmax(-1), group.shape[-1])[:, 1:].to(logits)  # [n, prompts of group]
+            F.one_hot(group.argmax(-1), group.shape[-1])[:, 1:].to(logits)
             for group in category_logits
         ]
-        axis_weights = [_compute_axis_weights(group) for group in axis_logits]
-        return torch.cat([*category_weights, *axis_weights], -1)
+        axis_weights = [_compute_axis_weights(group) for group in axis_logits]  # each [B, 1 + m]
+        return torch.cat([*category_weights, *axis_weights], -1)  # [B, U]
 
     def decode(self, prompt_weights: Tensor) -> list[str]:
-        """Write instructions from prompt weights [n, num_prompts], as blends."""
+        """Write instructions from prompt weights [batch, num_prompts], as blends."""
         return [
             combine_blends(dict(zip(self.prompts, row, strict=True)))
             for row in prompt_weights.tolist()
@@ -162,46 +171,49 @@ class InstructionVocabulary:
         presence. A color that is present also adds ``POINT_LOSS_WEIGHT`` times its squared error.
 
         Args:
-            logits: [n, sum(logit_sizes)].
-            targets: Encoded instructions of the n edits.
+            logits: [batch, sum(logit_sizes)].
+            targets: Encoded instructions of the edits.
 
         Returns:
-            Loss per edit, [n].
+            Loss per edit, [batch].
         """
-        category_logits, axis_logits = self._split_logits(logits)
+        category_logits, axis_logits = self._split_logits(logits)  # each [B, J_i]
         losses = [
-            F.cross_entropy(group, targets.categories[:, i], reduction="none")  # [n]
+            F.cross_entropy(group, targets.categories[:, i], reduction="none")  # [B]
             for i, group in enumerate(category_logits)
         ]
         for group, point in zip(axis_logits, targets.points, strict=True):
-            presence_logit, coordinates = group[:, 0], group[:, 1:]  # [n], [n, num_axes]
-            is_present = ~point.isnan().any(-1)  # [n]
+            # not clamped to [0, 1] as in decoding: outside of it, a clamp has no gradient
+            presence_logit, coordinates = group[:, 0], group[:, 1:]  # [B], [B, m]
+            is_present = ~point.isnan().any(-1)  # [B]
             presence_loss = F.binary_cross_entropy_with_logits(
                 presence_logit, is_present.to(group), reduction="none"
-            )
-            squared_error = (coordinates - point.nan_to_num()).square().sum(-1)  # [n]
+            )  # [B]
+            # NaN becomes 0 first: NaN times a mask of 0 would be NaN
+            squared_error = (coordinates - point.nan_to_num()).square().sum(-1)  # [B]
             losses += [presence_loss, POINT_LOSS_WEIGHT * squared_error * is_present]
-        return torch.stack(losses).sum(0)
+        return torch.stack(losses).sum(0)  # over C + 2 losses per color space, [B]
 
     def is_correct(self, logits: Tensor, targets: InstructionTargets) -> Tensor:
         """Compare predicted instructions with their targets, without the colors' coordinates.
 
         Args:
-            logits: [n, sum(logit_sizes)].
-            targets: Encoded instructions of the n edits.
+            logits: [batch, sum(logit_sizes)].
+            targets: Encoded instructions of the edits.
 
         Returns:
-            Whether every category and the presence of every color are right, bool [n].
+            Whether every category and the presence of every color are right, bool [batch].
         """
-        category_logits, axis_logits = self._split_logits(logits)
+        category_logits, axis_logits = self._split_logits(logits)  # each [B, J_i]
         matches = [
             group.argmax(-1) == targets.categories[:, i] for i, group in enumerate(category_logits)
         ]
+        # a logit above 0 is a probability above 1/2
         matches += [
             (group[:, 0] > 0) == ~point.isnan().any(-1)
             for group, point in zip(axis_logits, targets.points, strict=True)
         ]
-        return torch.stack(matches).all(0)
+        return torch.stack(matches).all(0)  # over all groups, [B]
 
     def encode(self, instructions: Sequence[str]) -> InstructionTargets:
         """Encode instructions or blends of them; the inverse of ``decode``.
@@ -215,13 +227,14 @@ class InstructionVocabulary:
             torch.stack([color_space.compute_point(weights) for weights in prompt_weights])
             for color_space in self._color_spaces
         ]
+        # [B, C], and for each color space [B, m]
         return InstructionTargets(
             categories.view(len(prompt_weights), len(self.categories)), points
         )
 
     def _split_logits(self, logits: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Split logits into those of each category and those of each color space."""
-        group_logits = logits.split(self.logit_sizes, -1)
+        group_logits = logits.split(self.logit_sizes, -1)  # each [B, J_i]
         return group_logits[: len(self.categories)], group_logits[len(self.categories) :]
 
     def _encode_categories(self, prompt_weights: Mapping[str, float]) -> list[int]:
@@ -255,16 +268,18 @@ class _ColorSpace:
         self.base_prompts = sorted(
             {base_prompt for prompt_weights in parsed_prompts for base_prompt in prompt_weights}
         )
+        # o, a_1, a_2, ... as rows, [1 + m, W]
         corners = torch.stack([self._to_vector(weights) for weights in parsed_prompts])
-        self.origin = corners[0]  # o [num_base_prompts]
-        self.axes_pinv = torch.linalg.pinv((corners[1:] - corners[0]).mT)  # A⁺ [num_axes, ...]
+        self.origin = corners[0]  # o [W]
+        self.axes_pinv = torch.linalg.pinv((corners[1:] - corners[0]).mT)  # A⁺ [m, W] of A [W, m]
 
     def compute_point(self, prompt_weights: Mapping[str, float]) -> Tensor:
         """Compute the color [num_axes] of an instruction; NaN if it has none of these prompts."""
-        base_weights = self._to_vector(prompt_weights)
+        base_weights = self._to_vector(prompt_weights)  # w [W]
         if not base_weights.any():
             return torch.full((len(self.axes_pinv),), torch.nan)
-        return (self.axes_pinv @ (base_weights - self.origin)).float()
+        # Least squares: weights that are no o + A x, such as a color's name, give the nearest x.
+        return (self.axes_pinv @ (base_weights - self.origin)).float()  # x [m]
 
     def _to_vector(self, prompt_weights: Mapping[str, float]) -> Tensor:
         """The weights of ``base_prompts``, [num_base_prompts]."""
@@ -273,7 +288,8 @@ class _ColorSpace:
 
 
 def _compute_axis_weights(axis_logits: Tensor) -> Tensor:
-    """Weights of origin and axis prompts [n, 1 + num_axes], from logits of the same shape."""
-    presence_logit, point = axis_logits[:, :1], axis_logits[:, 1:].clamp(0, 1)
-    weights = torch.cat([1 - point.sum(-1, keepdim=True), point], -1)
-    return weights * (presence_logit > 0)
+    """Weights of origin and axis prompts [batch, 1 + num_axes], from logits of that shape."""
+    presence_logit, point = axis_logits[:, :1], axis_logits[:, 1:].clamp(0, 1)  # [B, 1], x [B, m]
+    # 1 - Σ x_i, x_1, x_2, ...: below 0 for the origin of yellow = red + green - black
+    weights = torch.cat([1 - point.sum(-1, keepdim=True), point], -1)  # [B, 1 + m]
+    return weights * (presence_logit > 0)  # all 0 without the color

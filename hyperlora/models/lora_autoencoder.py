@@ -2,8 +2,8 @@
 
 It is the LAE of DiffLoRA (2408.06740). The numbers of a LoRA form one sequence. For every target
 module and rank index r, it has the row r of ``down``, then the column r of ``up``. What a number
-means depends on its position, which a convolution cannot see. Each convolution is therefore
-followed by a scale and a shift per position and channel.
+means depends on its position, which a convolution cannot see. Each stage therefore has a scale and
+a shift per position and channel.
 """
 
 from typing import TypedDict
@@ -26,6 +26,10 @@ class LoraAutoencoderConfig(TypedDict):
 
 class LoraAutoencoder(nn.Module):
     """Convolutional autoencoder of LoRAs, optionally variational (β-VAE).
+
+    Letters of shapes: B LoRAs (batch), D numbers of a LoRA (``numel``), D' the same after padding,
+    s ``stride``, k stages, C_i channels after stage i (C_0 = 1), L tokens of the latents, Z
+    ``latent_width``. Convolutions have the channels before the positions.
 
     Args:
         layout: Target modules and rank of the LoRAs.
@@ -54,15 +58,16 @@ class LoraAutoencoder(nn.Module):
             "variational": variational,
         }
         num_stages = len(channels)
-        self.downsample_factor = stride**num_stages
-        self.num_tokens = -(-layout.numel // self.downsample_factor)  # rounded up
-        padded_length = self.num_tokens * self.downsample_factor
+        self.downsample_factor = stride**num_stages  # s^k
+        self.num_tokens = -(-layout.numel // self.downsample_factor)  # L, rounded up
+        padded_length = self.num_tokens * self.downsample_factor  # D': s divides it k times
         stage_lengths = [padded_length // stride ** (i + 1) for i in range(num_stages)]
-        stage_channels = (1, *channels)
+        stage_channels = (1, *channels)  # C_0 ... C_k
         self.down_blocks = nn.ModuleList(
             _ConvStage(stage_channels[i], stage_channels[i + 1], stride, stage_lengths[i])
             for i in range(num_stages)
         )
+        # convolutions of kernel size 1 around the latents, as in AutoencoderKL of diffusers
         self.quant_conv = nn.Conv1d(channels[-1], latent_width * (2 if variational else 1), 1)
         self.post_quant_conv = nn.Conv1d(latent_width, channels[-1], 1)
         self.up_blocks = nn.ModuleList(
@@ -88,16 +93,16 @@ class LoraAutoencoder(nn.Module):
             Mean and log-variance, each [batch, num_tokens, latent_width]. The latter is -inf
             unless variational.
         """
-        sequence = rows[..., self.permutation]  # [batch, numel]
-        num_padding = self.num_tokens * self.downsample_factor - sequence.shape[-1]
-        x = F.pad(sequence, (0, num_padding))[:, None]  # [batch, 1, padded_length]
+        sequence = rows[..., self.permutation]  # neighbors now belong to one rank index, [B, D]
+        num_padding = self.num_tokens * self.downsample_factor - sequence.shape[-1]  # D' - D
+        x = F.pad(sequence, (0, num_padding))[:, None]  # [B, 1, D']
         for stage in self.down_blocks:
-            x = stage(x)  # [batch, channels[i], padded_length / stride^(i + 1)]
-        moments = self.quant_conv(x).mT  # [batch, num_tokens, latent_width (* 2)]
+            x = stage(x)  # [B, C_i, D' / s^i] for i = 1 ... k, in the end [B, C_k, L]
+        moments = self.quant_conv(x).mT  # [B, L, Z], variational [B, L, 2·Z]
         if not self.variational:
-            return moments, torch.full_like(moments, -torch.inf)
-        mean, logvar = moments.chunk(2, -1)  # each [batch, num_tokens, latent_width]
-        return mean, logvar.clamp(-20, 10)
+            return moments, torch.full_like(moments, -torch.inf)  # σ² = 0
+        mean, logvar = moments.chunk(2, -1)  # μ and log σ², each [B, L, Z]
+        return mean, logvar.clamp(-20, 10)  # σ² from 2e-9 to 2e4: exp must not overflow
 
     def encode(self, rows: Tensor) -> Tensor:
         """Encode flat, normalized LoRAs [batch, numel] to the latents' mean.
@@ -113,12 +118,12 @@ class LoraAutoencoder(nn.Module):
         Returns:
             Flat, normalized LoRAs, [batch, numel].
         """
-        x = self.post_quant_conv(latents.mT)  # [batch, channels[-1], num_tokens]
+        x = self.post_quant_conv(latents.mT)  # [B, C_k, L]
         for stage in self.up_blocks:
-            x = stage(x)  # in the end [batch, 1, padded_length]
-        sequence = x[:, 0, : self.layout.numel]  # [batch, numel]
+            x = stage(x)  # [B, C_i, D' / s^i] for i = k - 1 ... 0, in the end [B, 1, D']
+        sequence = x[:, 0, : self.layout.numel]  # without the padding, [B, D]
         rows = torch.empty_like(sequence)
-        rows[:, self.permutation] = sequence  # the inverse permutation
+        rows[:, self.permutation] = sequence  # assigned, not read: the inverse permutation
         return rows
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,14 +138,16 @@ class LoraAutoencoder(nn.Module):
         Returns:
             Reconstruction [batch, numel] and divergence [batch], 0 unless variational.
         """
-        mean, logvar = self.encode_moments(rows)  # each [batch, num_tokens, latent_width]
+        mean, logvar = self.encode_moments(rows)  # each [B, L, Z]
         if not self.variational:
-            return self.decode(mean), mean.new_zeros(len(mean))
-        kl_divergence = (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2)) / 2  # [batch]
+            return self.decode(mean), mean.new_zeros(len(mean))  # [B, D], [B]
+        # 1312.6114, eq. 10, with a mean for the sum: β then does not depend on L and Z
+        kl_divergence = (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2)) / 2  # [B]
         latents = mean
         if self.training:
-            latents = mean + torch.randn_like(mean) * (logvar / 2).exp()  # μ + σ ε
-        return self.decode(latents), kl_divergence
+            # z = μ + σ ε, so that gradients reach μ and σ
+            latents = mean + torch.randn_like(mean) * (logvar / 2).exp()  # [B, L, Z]
+        return self.decode(latents), kl_divergence  # [B, D], [B]
 
 
 class _ConvStage(nn.Module):
@@ -148,6 +155,8 @@ class _ConvStage(nn.Module):
 
     The convolution comes first when downsampling and last when upsampling, so that all else works
     on the shorter sequence.
+
+    Letters of shapes: B batch, c channels of the shorter sequence, l its length, s ``stride``.
 
     Args:
         in_channels: Of the input.
@@ -162,11 +171,13 @@ class _ConvStage(nn.Module):
     ) -> None:
         super().__init__()
         conv_class = nn.ConvTranspose1d if upsample else nn.Conv1d
+        # kernel size = stride: patches of s numbers that do not overlap
         self.resample: nn.Module = conv_class(in_channels, out_channels, stride, stride)
-        channels = in_channels if upsample else out_channels  # of the shorter sequence
-        self.scale = nn.Parameter(torch.ones(channels, length))
+        channels = in_channels if upsample else out_channels  # c
+        self.scale = nn.Parameter(torch.ones(channels, length))  # [c, l], also the shift
         self.shift = nn.Parameter(torch.zeros(channels, length))
-        conv_out = nn.Conv1d(channels, channels, 3, padding=1)
+        conv_out = nn.Conv1d(channels, channels, 3, padding=1)  # keeps the length l
+        # 0, so the residual block is the identity at first
         nn.init.zeros_(conv_out.weight)
         nn.init.zeros_(conv_out.bias)  # type: ignore[arg-type]
         self.block = nn.Sequential(nn.Conv1d(channels, channels, 3, padding=1), nn.GELU(), conv_out)
@@ -175,10 +186,10 @@ class _ConvStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in_channels, in_length] to [batch, out_channels, out_length]."""
         if not self.upsample:
-            x = self.resample(x)  # [batch, channels, length]
-        x = x * self.scale + self.shift  # [batch, channels, length]
-        x = x + self.block(x)  # [batch, channels, length]
-        return self.resample(x) if self.upsample else x
+            x = self.resample(x)  # [B, in_channels, s·l] to [B, c, l]
+        x = x * self.scale + self.shift  # [B, c, l]
+        x = x + self.block(x)  # [B, c, l]
+        return self.resample(x) if self.upsample else x  # upsampled: [B, out_channels, s·l]
 
 
 def make_rank_major_permutation(layout: LoraLayout) -> Tensor:
@@ -196,12 +207,13 @@ def make_rank_major_permutation(layout: LoraLayout) -> Tensor:
     rank, offset = layout.rank, 0
     indices: list[Tensor] = []
     for target in layout.targets:
+        # where the numbers of each factor lie in the flat LoRA: down [r, in], up [out, r]
         down = torch.arange(rank * target.in_features).view(rank, target.in_features) + offset
         offset += down.numel()
         up = torch.arange(target.out_features * rank).view(target.out_features, rank) + offset
         offset += up.numel()
-        indices.append(torch.cat([down, up.mT], 1).flatten())  # [rank, in + out], flattened
-    return torch.cat(indices)
+        indices.append(torch.cat([down, up.mT], 1).flatten())  # [r, in + out], then one axis
+    return torch.cat(indices)  # [D]
 
 
 def compute_weight_preserved_loss(
@@ -221,6 +233,7 @@ def compute_weight_preserved_loss(
     Returns:
         Loss, a scalar.
     """
-    max_magnitude = target.abs().amax(-1, keepdim=True).clamp(min=1e-12)  # [batch, 1]
-    weights = 1 + magnitude_weight * target.abs() / max_magnitude  # [batch, numel]
+    # the clamp avoids 0 / 0 for a LoRA of zeros
+    max_magnitude = target.abs().amax(-1, keepdim=True).clamp(min=1e-12)  # max |w|  [B, 1]
+    weights = 1 + magnitude_weight * target.abs() / max_magnitude  # from 1 to 1 + λ, [B, D]
     return (weights * (reconstruction - target).square()).mean()

@@ -33,6 +33,10 @@ class LoraDiT(nn.Module):
     starts as the identity. A learned null token stands for no condition, for classifier-free
     guidance. At initialization the network predicts x = 0.
 
+    Letters of shapes: B samples (batch), L tokens of the latents, Z ``latent_width``, V views
+    (photos of one subject), N tokens per view, F ``condition_width``, d ``width``, H heads, e
+    numbers per head (d / H).
+
     Args:
         num_tokens: Tokens of a LoRA's latents.
         latent_width: Width of these tokens.
@@ -55,12 +59,14 @@ class LoraDiT(nn.Module):
         self.num_tokens, self.latent_width = num_tokens, latent_width
         self.config: LoraDiTConfig = {"width": width, "depth": depth, "num_heads": num_heads}
         self.x_embedder = nn.Linear(latent_width, width)
-        self.pos_embed = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
+        # learned, since neighboring tokens are not alike as the patches of an image are
+        self.pos_embed = nn.Parameter(torch.randn(num_tokens, width) * 0.02)  # [L, d]
+        # 256 numbers of the sinusoidal embedding, as in the code of DiT
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.y_embedder = nn.Sequential(
             nn.LayerNorm(condition_width), nn.Linear(condition_width, width)
         )
-        self.null_token = nn.Parameter(torch.randn(1, width) * 0.02)
+        self.null_token = nn.Parameter(torch.randn(1, width) * 0.02)  # [1, d]
         self.blocks = nn.ModuleList(_DiTBlock(width, num_heads) for _ in range(depth))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _make_zero_linear(width, 2 * width))
         self.final_layer = _make_zero_linear(width, latent_width)
@@ -79,17 +85,19 @@ class LoraDiT(nn.Module):
         Returns:
             Predicted x, [batch, num_tokens, latent_width].
         """
-        cond_tokens = self.y_embedder(photo_features.flatten_views())  # [batch, views * n, width]
+        cond_tokens = self.y_embedder(photo_features.flatten_views())  # [B, V·N, d]
         if drop_mask is not None:
-            null_tokens = self.null_token.expand_as(cond_tokens)  # [batch, views * n, width]
+            null_tokens = self.null_token.expand_as(cond_tokens)  # [B, V·N, d]
+            # mask [B, 1, 1]: a sample loses all of its photos at once, so c has none either
             cond_tokens = torch.where(drop_mask[:, None, None], null_tokens, cond_tokens)
-        t_embed = self.t_embedder(_compute_timestep_embedding(t))  # [batch, width]
-        c = t_embed + cond_tokens.mean(1)  # [batch, width]
-        h = self.x_embedder(x) + self.pos_embed  # [batch, num_tokens, width]
+        t_embed = self.t_embedder(_compute_timestep_embedding(t))  # [B, 256] to [B, d]
+        c = t_embed + cond_tokens.mean(1)  # where DiT adds the embedding of a class, [B, d]
+        h = self.x_embedder(x) + self.pos_embed  # [B, L, d]
         for block in self.blocks:
-            h = block(h, cond_tokens, c)  # [batch, num_tokens, width]
-        scale, shift = self.adaLN_modulation(c).chunk(2, -1)  # each [batch, width]
-        return self.final_layer(_modulate(h, shift, scale))  # [batch, num_tokens, latent_width]
+            h = block(h, cond_tokens, c)  # [B, L, d]
+        # stored weights have scale first; DiT has shift first
+        scale, shift = self.adaLN_modulation(c).chunk(2, -1)  # each [B, d]
+        return self.final_layer(_modulate(h, shift, scale))  # predicted x [B, L, Z]
 
     @torch.no_grad()
     def sample(
@@ -115,23 +123,29 @@ class LoraDiT(nn.Module):
         Returns:
             Latents, [batch, num_tokens, latent_width].
         """
-        x_t, batch_size = noise, len(noise)
+        x_t, batch_size = noise, len(noise)  # [B, L, Z]
         for i in range(num_inference_steps):
-            t = x_t.new_full((batch_size,), 1 - i / num_inference_steps)  # [batch]
+            # t = n / N with n = N - i steps left
+            t = x_t.new_full((batch_size,), 1 - i / num_inference_steps)  # [B]
             if guidance_scale == 1:
-                pred_x0 = self(x_t, t, photo_features)  # [batch, num_tokens, latent_width]
+                pred_x0 = self(x_t, t, photo_features)  # [B, L, Z]
             else:
+                # one pass over [2·B, ...]: the first half sees the photos, the second does not
                 doubled_features = ImageFeatures(photo_features.tokens.repeat(2, 1, 1, 1))
-                drop_mask = torch.arange(2 * batch_size, device=x_t.device) >= batch_size
+                drop_mask = torch.arange(2 * batch_size, device=x_t.device) >= batch_size  # [2·B]
                 doubled_x0 = self(x_t.repeat(2, 1, 1), t.repeat(2), doubled_features, drop_mask)
-                cond_x0, uncond_x0 = doubled_x0.chunk(2)
-                pred_x0 = uncond_x0 + guidance_scale * (cond_x0 - uncond_x0)
-            x_t = x_t + (pred_x0 - x_t) / (num_inference_steps - i)
+                cond_x0, uncond_x0 = doubled_x0.chunk(2)  # each [B, L, Z]
+                # The paper guides ε, with 1 + w for this w. At one x_t, ε is affine in x and the
+                # weights w and 1 - w add up to 1, so to guide x is the same.
+                pred_x0 = uncond_x0 + guidance_scale * (cond_x0 - uncond_x0)  # [B, L, Z]
+            x_t = x_t + (pred_x0 - x_t) / (num_inference_steps - i)  # [B, L, Z]
         return x_t
 
 
 class _DiTBlock(nn.Module):
-    """Self-attention, cross-attention and MLP, each with adaLN-zero.
+    """Self-attention, cross-attention and MLP, each with adaLN-zero (2212.09748, §3.2).
+
+    Letters of shapes: those of ``LoraDiT``; L queries, and S keys (L, or V·N photo tokens).
 
     Args:
         width: Of all tokens.
@@ -141,7 +155,7 @@ class _DiTBlock(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)  # one product gives queries, keys and values
         self.attn_out = nn.Linear(width, width)
         self.cross_q = nn.Linear(width, width)
         self.cross_kv = nn.Linear(width, 2 * width)
@@ -149,6 +163,7 @@ class _DiTBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
+        # 9 vectors: scale, shift and gate of three sublayers. All are 0 at first, so h is kept.
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _make_zero_linear(width, 9 * width))
 
     def forward(self, h: Tensor, cond_tokens: Tensor, c: Tensor) -> Tensor:
@@ -162,7 +177,7 @@ class _DiTBlock(nn.Module):
         Returns:
             [batch, tokens, width].
         """
-        # nine modulation vectors, each [batch, width]
+        # each [B, d]
         (
             scale_attn,
             shift_attn,
@@ -175,26 +190,28 @@ class _DiTBlock(nn.Module):
             gate_mlp,
         ) = self.adaLN_modulation(c).chunk(9, -1)
 
-        x = _modulate(h, shift_attn, scale_attn)  # [batch, tokens, width]
-        q, k, v = self.qkv(x).chunk(3, -1)  # each [batch, tokens, width]
-        h = h + gate_attn[:, None] * self.attn_out(self._compute_attention(q, k, v))
+        # three times h ← h + gate ⊙ sublayer(LN(h) (1 + scale) + shift), the gate as [B, 1, d]
+        x = _modulate(h, shift_attn, scale_attn)  # [B, L, d]
+        q, k, v = self.qkv(x).chunk(3, -1)  # each [B, L, d]
+        h = h + gate_attn[:, None] * self.attn_out(self._compute_attention(q, k, v))  # [B, L, d]
 
-        x = _modulate(h, shift_cross, scale_cross)  # [batch, tokens, width]
-        k, v = self.cross_kv(cond_tokens).chunk(2, -1)  # each [batch, n, width]
-        attn_output = self._compute_attention(self.cross_q(x), k, v)  # [batch, tokens, width]
-        h = h + gate_cross[:, None] * self.cross_out(attn_output)
+        x = _modulate(h, shift_cross, scale_cross)  # [B, L, d]
+        k, v = self.cross_kv(cond_tokens).chunk(2, -1)  # not modulated, each [B, V·N, d]
+        attn_output = self._compute_attention(self.cross_q(x), k, v)  # [B, L, d]
+        h = h + gate_cross[:, None] * self.cross_out(attn_output)  # [B, L, d]
 
-        x = _modulate(h, shift_mlp, scale_mlp)  # [batch, tokens, width]
-        return h + gate_mlp[:, None] * self.mlp(x)  # [batch, tokens, width]
+        x = _modulate(h, shift_mlp, scale_mlp)  # [B, L, d]
+        return h + gate_mlp[:, None] * self.mlp(x)  # [B, L, d]
 
     def _compute_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Multi-head attention of q [batch, tokens, width] to k and v [batch, n, width]."""
         q, k, v = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [batch, heads, tokens, dim]
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L or S, e]
             for x in (q, k, v)
         )
-        attn_output = F.scaled_dot_product_attention(q, k, v)  # [batch, heads, tokens, dim]
-        return attn_output.transpose(1, 2).flatten(2)  # [batch, tokens, width]
+        # softmax(q kᵀ / √e) v (1706.03762, eq. 1), with attention weights [B, H, L, S]
+        attn_output = F.scaled_dot_product_attention(q, k, v)  # [B, H, L, e]
+        return attn_output.transpose(1, 2).flatten(2)  # [B, L, H·e] = [B, L, d]
 
 
 def interpolate_noise(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -208,7 +225,7 @@ def interpolate_noise(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
     Returns:
         x_t, shaped like ``x``.
     """
-    t_broadcast = t.view(-1, *[1] * (x.ndim - 1))  # [batch, 1, ...]
+    t_broadcast = t.view(-1, *[1] * (x.ndim - 1))  # [B, 1, ...], one time per sample
     return (1 - t_broadcast) * x + t_broadcast * noise
 
 
@@ -222,11 +239,14 @@ def _make_zero_linear(in_features: int, out_features: int) -> nn.Linear:
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift; x [batch, tokens, width], the others [batch, width]."""
+    # no weights of its own in the norm: scale and shift take their place, as [B, 1, d]
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
 
 
 def _compute_timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 1e4) -> Tensor:
     """Cosines and sines of 1000 t at ``dim`` / 2 frequencies, [batch, dim]; t [batch] in [0, 1]."""
+    # ω_i = 10000^(-2 i / dim) as in 1706.03762, §3.5, for i = 0 ... dim / 2 - 1
     frequencies = [max_period ** (-i / (dim // 2)) for i in range(dim // 2)]
-    angles = 1000 * t.float()[:, None] * torch.tensor(frequencies, device=t.device)
-    return torch.cat([angles.cos(), angles.sin()], -1)
+    # 1000 t, since these frequencies are made for the steps 0 ... 999 of DDPM
+    angles = 1000 * t.float()[:, None] * torch.tensor(frequencies, device=t.device)  # [B, 128]
+    return torch.cat([angles.cos(), angles.sin()], -1)  # cosines first, as in DiT; [B, 256]

@@ -26,6 +26,9 @@ class LoraPCA(nn.Module):
 
         z = x Cᵀ,   x̂ = z C,   C Cᵀ = I
 
+    Letters of shapes: B LoRAs (batch), n LoRAs of the fit, D numbers of a LoRA (``numel``), L
+    ``num_tokens``, Z ``latent_width``.
+
     Args:
         layout: Target modules and rank of the LoRAs.
         num_tokens: Tokens of the latents.
@@ -38,6 +41,7 @@ class LoraPCA(nn.Module):
         super().__init__()
         self.layout, self.num_tokens, self.latent_width = layout, num_tokens, latent_width
         self.config: LoraPCAConfig = {"num_tokens": num_tokens, "latent_width": latent_width}
+        # C [L·Z, D]; a buffer, since it is fitted in closed form and no gradient changes it
         self.register_buffer("components", torch.zeros(num_tokens * latent_width, layout.numel))
 
     @property
@@ -58,8 +62,9 @@ class LoraPCA(nn.Module):
         Returns:
             Latents, [batch, num_tokens, latent_width].
         """
-        latents = rows @ self.components.mT  # [batch, num_tokens * latent_width]
-        return latents.unflatten(-1, (self.num_tokens, self.latent_width))
+        latents = rows @ self.components.mT  # z = x Cᵀ  [B, L·Z]
+        # tokens of Z components each, in order of falling variance, for the LoraDiT
+        return latents.unflatten(-1, (self.num_tokens, self.latent_width))  # [B, L, Z]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [batch, num_tokens, latent_width].
@@ -67,7 +72,7 @@ class LoraPCA(nn.Module):
         Returns:
             Flat, normalized LoRAs, [batch, numel].
         """
-        return latents.flatten(-2) @ self.components
+        return latents.flatten(-2) @ self.components  # x̂ = z C  [B, D]
 
 
 class FactorwiseLoraPCA(nn.Module):
@@ -80,6 +85,9 @@ class FactorwiseLoraPCA(nn.Module):
     ``numel`` numbers for each of these. This class stores only ``components_per_factor`` full rows
     and J. It is little less exact, since the LoRAs of one base change each weight along few
     directions.
+
+    Letters of shapes: those of ``LoraPCA``, M factors, D_f numbers of factor f, k
+    ``components_per_factor``.
 
     Args:
         layout: Target modules and rank of the LoRAs.
@@ -106,17 +114,19 @@ class FactorwiseLoraPCA(nn.Module):
             "latent_width": latent_width,
             "components_per_factor": components_per_factor,
         }
+        # D_f in the order of LoraWeights.flatten: per target down [r, in], then up [out, r]
         self.factor_sizes = [
             layout.rank * num_features
             for target in layout.targets
             for num_features in (target.in_features, target.out_features)
         ]
-        num_coefficients = len(self.factor_sizes) * components_per_factor
-        # C_f of all factors side by side
+        num_coefficients = len(self.factor_sizes) * components_per_factor  # M·k
+        # C_f [k, D_f] of all factors side by side. The block-diagonal matrix [M·k, D] would hold
+        # the same numbers, and M - 1 times as many zeros.
         self.register_buffer("factor_components", torch.zeros(components_per_factor, layout.numel))
         self.register_buffer(
             "joint_components", torch.zeros(num_tokens * latent_width, num_coefficients)
-        )
+        )  # J [L·Z, M·k]
 
     @property
     def compression(self) -> float:
@@ -131,9 +141,11 @@ class FactorwiseLoraPCA(nn.Module):
         factor_components = [
             compute_principal_components(factor_rows, self.components_per_factor)
             for factor_rows in rows.split(self.factor_sizes, -1)
-        ]  # each [components_per_factor, factor_size]
-        self.factor_components.copy_(torch.cat(factor_components, -1))
-        coefficients = self._compute_coefficients(rows)  # [n, num_coefficients]
+        ]  # each C_f [k, D_f]
+        self.factor_components.copy_(torch.cat(factor_components, -1))  # [k, D]
+        # The rows of C_f are orthonormal. Distances of coefficients are therefore distances of the
+        # projected LoRAs, and the second fit is the best one among them.
+        coefficients = self._compute_coefficients(rows)  # [n, M·k]
         self.joint_components.copy_(
             compute_principal_components(coefficients, len(self.joint_components))
         )
@@ -144,9 +156,9 @@ class FactorwiseLoraPCA(nn.Module):
         Returns:
             Latents, [batch, num_tokens, latent_width].
         """
-        coefficients = self._compute_coefficients(rows)  # [batch, num_coefficients]
-        latents = coefficients @ self.joint_components.mT  # [batch, num_tokens * latent_width]
-        return latents.unflatten(-1, (self.num_tokens, self.latent_width))
+        coefficients = self._compute_coefficients(rows)  # u [B, M·k]
+        latents = coefficients @ self.joint_components.mT  # z = u Jᵀ  [B, L·Z]
+        return latents.unflatten(-1, (self.num_tokens, self.latent_width))  # [B, L, Z]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [batch, num_tokens, latent_width].
@@ -154,22 +166,22 @@ class FactorwiseLoraPCA(nn.Module):
         Returns:
             Flat, normalized LoRAs, [batch, numel].
         """
-        coefficients = latents.flatten(-2) @ self.joint_components  # [batch, num_coefficients]
+        coefficients = latents.flatten(-2) @ self.joint_components  # u = z J  [B, M·k]
         factors = zip(
-            coefficients.split(self.components_per_factor, -1),  # u_f
-            self.factor_components.split(self.factor_sizes, -1),  # C_f
+            coefficients.split(self.components_per_factor, -1),  # u_f [B, k]
+            self.factor_components.split(self.factor_sizes, -1),  # C_f [k, D_f]
             strict=True,
         )
-        return torch.cat([u @ components for u, components in factors], -1)
+        return torch.cat([u @ components for u, components in factors], -1)  # x̂ [B, D]
 
     def _compute_coefficients(self, rows: Tensor) -> Tensor:
         """[u_1, u_2, ...], [batch, num_factors * components_per_factor]."""
         factors = zip(
-            rows.split(self.factor_sizes, -1),  # x_f
-            self.factor_components.split(self.factor_sizes, -1),  # C_f
+            rows.split(self.factor_sizes, -1),  # x_f [B, D_f]
+            self.factor_components.split(self.factor_sizes, -1),  # C_f [k, D_f]
             strict=True,
         )
-        return torch.cat([x @ components.mT for x, components in factors], -1)
+        return torch.cat([x @ components.mT for x, components in factors], -1)  # u [B, M·k]
 
 
 def compute_principal_components(
@@ -190,15 +202,20 @@ def compute_principal_components(
     Returns:
         Directions in order of falling variance, [num_components, width].
     """
-    rows = rows.float()
+    rows = rows.float()  # X [n, width]
+    # with thousands of LoRAs of millions of numbers, only [n, n] fits into memory
     is_wide = len(rows) < rows.shape[1]
-    gram = rows @ rows.mT if is_wide else rows.mT @ rows
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram.double())  # in rising order
+    gram = rows @ rows.mT if is_wide else rows.mT @ rows  # [s, s] with s = min(n, width)
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram.double())  # [s], [s, s], in rising order
     max_variance = eigenvalues[-1]
-    eigenvalues = eigenvalues.flip(0)[:num_components]
-    eigenvectors = eigenvectors.flip(1)[:, :num_components]  # one per column
+    eigenvalues = eigenvalues.flip(0)[:num_components]  # [min(num_components, s)]
+    eigenvectors = eigenvectors.flip(1)[:, :num_components]  # U, one per column
+    # The float32 Gram matrix is exact to about 1e-7 of its largest eigenvalue, so eigenvectors
+    # near that are rounding errors. Of the first num_components, k remain: [s, k].
     eigenvectors = eigenvectors[:, eigenvalues > min_variance_ratio * max_variance].float()
-    # QR gives the directions Xᵀ U unit length and removes what rounding left of their overlap
+    # QR gives the directions Xᵀ U unit length and removes what rounding left of their overlap:
+    # [k, width]
     components = torch.linalg.qr(rows.mT @ eigenvectors).Q.mT if is_wide else eigenvectors.mT
     num_missing = num_components - len(components)
+    # a component of 0 has the latent 0 and adds nothing to what is decoded
     return torch.cat([components, rows.new_zeros(num_missing, rows.shape[1])])

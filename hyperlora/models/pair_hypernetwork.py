@@ -37,6 +37,11 @@ class PairHypernetwork(nn.Module):
     the instruction of an edit is not the opposite of the instruction that undoes it. Both LoRAs
     undo the edit if the vocabulary has an ``undo_template`` and the base knows its prompts.
 
+    Letters of shapes: B edits (batch), V views (pairs of one edit), N tokens per image, F
+    ``feature_width``, G width of a fused token, M LoRA factors (``down`` of all targets, then
+    ``up`` of all targets), K numbers per code, T text tokens, r rank, k size of the text basis, U
+    prompts of the vocabulary.
+
     Args:
         layout: Target modules and rank of the predicted LoRAs.
         feature_width: Width of one image's tokens.
@@ -79,7 +84,7 @@ class PairHypernetwork(nn.Module):
                 f"fusion 'concat' expected, got {fusion!r}"
             )
         self.layout, self.fusion, self.antisymmetric = layout, fusion, antisymmetric
-        pair_width = FUSION_WIDTHS[fusion] * feature_width
+        pair_width = FUSION_WIDTHS[fusion] * feature_width  # G
         self.instruction_head: InstructionHead | None = None
         self.text_substitution: TextSubstitution | None = None
         other_layout = layout
@@ -90,13 +95,14 @@ class PairHypernetwork(nn.Module):
                 instruction_head.num_text_tokens,
                 instruction_head.cross_attention_dim,
                 instruction_head.other_rank,
-                self.instruction_head.text_b.shape[-1],
+                self.instruction_head.text_b.shape[-1],  # k, at most cross_attention_dim
             )
+            # the text projections get a closed form, so the hypernetwork has no queries for them
             other_layout = self.text_substitution.other_layout
         self.hypernetwork = Hypernetwork(other_layout, pair_width, **hypernetwork_kwargs)
         self.config: dict[str, object] = {
             **self.hypernetwork.config,
-            "feature_width": feature_width,
+            "feature_width": feature_width,  # F; the hypernetwork's own entry is G
             "fusion": fusion,
             "antisymmetric": antisymmetric,
             "instruction_head": instruction_head.to_config() if instruction_head else None,
@@ -113,15 +119,19 @@ class PairHypernetwork(nn.Module):
             Codes of all ``down`` factors, then of all ``up`` factors: [batch, 2 * num_targets,
             code_size].
         """
+        # codes of (A, A'), [B, M, K]
         forward_codes = self.hypernetwork.predict_codes(self.fuse_pair(before, after))
         if not self.antisymmetric:
             return forward_codes
+        # codes of (A', A), [B, M, K]
         backward_codes = self.hypernetwork.predict_codes(self.fuse_pair(after, before))
-        forward_down, forward_up = forward_codes.chunk(2, -2)  # [batch, num_targets, code_size]
-        backward_down, backward_up = backward_codes.chunk(2, -2)
+        forward_down, forward_up = forward_codes.chunk(2, -2)  # each [B, M / 2, K]
+        backward_down, backward_up = backward_codes.chunk(2, -2)  # each [B, M / 2, K]
+        # One factor must keep its sign: with both negated, up @ down would not change.
+        # The heads map codes of up linearly, without a bias, so -u gives -up and 0 gives ΔW = 0.
         down = (forward_down + backward_down) / 2  # symmetric
         up = (forward_up - backward_up) / 2  # antisymmetric, and so is up @ down
-        return torch.cat([down, up], -2)
+        return torch.cat([down, up], -2)  # [B, M, K]
 
     def forward(self, before: ImageFeatures, after: ImageFeatures) -> LoraWeights:
         """Predict one LoRA per edit.
@@ -133,10 +143,12 @@ class PairHypernetwork(nn.Module):
         Returns:
             LoRAs with a batch axis [batch].
         """
+        # per target down [B, r, in] and up [B, out, r]; at other_rank with an instruction head
         weights = self.hypernetwork.decode_codes(self.predict_codes(before, after))
         if self.text_substitution is None:
             return weights
-        a, b = self.predict_prompt_factors(before, after)
+        a, b = self.predict_prompt_factors(before, after)  # [B, T, r], [B, r, k]
+        # ΔW = (W bᵀ) (aᵀ e(∅)⁺ᵀ) at the text projections, in the order of the whole layout
         return self.text_substitution(a, b, weights)
 
     def predict_prompt_factors(
@@ -154,10 +166,11 @@ class PairHypernetwork(nn.Module):
         Raises:
             InvalidArgumentError: If the network has no instruction head.
         """
+        # The second pair of each shows no edit. What the head reads there is subtracted.
         features = self.fuse_pair(before, after), self.fuse_pair(before, before)
         reversed_features = self.fuse_pair(after, before), self.fuse_pair(after, after)
         a, b = self._require_instruction_head()(features, reversed_features)
-        return a, b
+        return a, b  # [B, T, r], [B, r, k]
 
     def predict_instructions(self, before: ImageFeatures, after: ImageFeatures) -> list[str]:
         """Predict the instruction of each edit as text.
@@ -175,7 +188,7 @@ class PairHypernetwork(nn.Module):
         head = self._require_instruction_head()
         prompt_weights = head.predict_prompt_weights(
             self.fuse_pair(before, after), self.fuse_pair(before, before)
-        )  # [batch, prompts]
+        )  # [B, U]
         return head.vocabulary.decode(prompt_weights)
 
     def fuse_pair(self, before: ImageFeatures, after: ImageFeatures) -> ImageFeatures:
@@ -188,13 +201,14 @@ class PairHypernetwork(nn.Module):
         Returns:
             Tokens [batch, pairs, tokens, ``FUSION_WIDTHS[fusion]`` * feature_width].
         """
-        difference = after.tokens - before.tokens
+        # Token n of A lies beside token n of A', so both images must be aligned.
+        difference = after.tokens - before.tokens  # [B, V, N, F]
         parts = {
-            "concat": (before.tokens, after.tokens),
-            "difference": (difference,),
-            "both": (before.tokens, after.tokens, difference),
+            "concat": (before.tokens, after.tokens),  # G = 2 F, as in the paper
+            "difference": (difference,),  # G = F; blind to what does not change
+            "both": (before.tokens, after.tokens, difference),  # G = 3 F
         }[self.fusion]
-        return ImageFeatures(torch.cat(parts, -1))
+        return ImageFeatures(torch.cat(parts, -1))  # [B, V, N, G]
 
     def _require_instruction_head(self) -> InstructionHead:
         if self.instruction_head is None:

@@ -26,6 +26,9 @@ class LatentPreviewLoss(nn.Module):
     weights all channels alike, while only a few of them carry the color of a latent pixel. The
     kernel is fitted once and stored in checkpoints, so a resumed run uses the same one.
 
+    Letters of shapes: B batch, C ``channels``, h and w of the latents, u ``upscale``, H and W of
+    the decoded images.
+
     Args:
         channels: Of the latents.
         upscale: Image pixels per latent pixel, along each axis.
@@ -36,6 +39,7 @@ class LatentPreviewLoss(nn.Module):
     def __init__(self, channels: int, upscale: int = 2) -> None:
         super().__init__()
         self.upscale = upscale
+        # 3·u² outputs: the u x u RGB pixels of one latent pixel, as F.pixel_shuffle orders them
         self.register_buffer(
             "kernel", torch.zeros(3 * upscale**2, channels, _KERNEL_SIZE, _KERNEL_SIZE)
         )
@@ -57,19 +61,21 @@ class LatentPreviewLoss(nn.Module):
                 9 * ``channels`` + 1 latent pixels.
         """
         height, width = (self.upscale * size for size in latents.shape[-2:])
-        pixels = base.decode_latents(latents).float() * 2 - 1  # [batch, 3, H, W] in [-1, 1]
-        pixels = F.adaptive_avg_pool2d(pixels, (height, width))  # [batch, 3, h * up, w * up]
+        pixels = base.decode_latents(latents).float() * 2 - 1  # [B, 3, H, W] in [-1, 1]
+        pixels = F.adaptive_avg_pool2d(pixels, (height, width))  # [B, 3, u·h, u·w]
 
-        # One row per latent pixel. Y: its up² image pixels; X: the latents around it, and 1.
-        targets = F.pixel_unshuffle(pixels, self.upscale)  # [batch, 3 * up², h, w]
-        targets = targets.movedim(1, -1).flatten(0, 2)  # Y [batch * h * w, 3 * up²]
+        # One row per latent pixel. Y: its u² image pixels; X: the latents around it, and 1.
+        targets = F.pixel_unshuffle(pixels, self.upscale)  # [B, 3·u², h, w]
+        targets = targets.movedim(1, -1).flatten(0, 2)  # Y [B·h·w, 3·u²]
+        # [B, C·9, h·w], with zeros around the border as in the convolution of compute_error
         patches = F.unfold(latents.float(), _KERNEL_SIZE, padding=_KERNEL_SIZE // 2)
-        patches = patches.mT.flatten(0, 1)  # [batch * h * w, channels * 9]
-        design_matrix = F.pad(patches, (0, 1), value=1.0)  # X [batch * h * w, channels * 9 + 1]
+        patches = patches.mT.flatten(0, 1)  # [B·h·w, C·9]
+        design_matrix = F.pad(patches, (0, 1), value=1.0)  # X [B·h·w, C·9 + 1]
 
-        # K = argmin |X K - Y|²
+        # K = argmin |X K - Y|²  [C·9 + 1, 3·u²], on the CPU: not every accelerator has float64
         solution = torch.linalg.lstsq(design_matrix.double().cpu(), targets.double().cpu()).solution
-        self.kernel.copy_(solution[:-1].mT.reshape(self.kernel.shape))
+        # [:-1] drops the constant term; unfold has channels before positions, as weights of conv2d
+        self.kernel.copy_(solution[:-1].mT.reshape(self.kernel.shape))  # [3·u², C, 3, 3]
 
     def compute_error(self, latents: Tensor, target_latents: Tensor, weight: Tensor) -> Tensor:
         """Compute the squared difference of two previews.
@@ -82,9 +88,11 @@ class LatentPreviewLoss(nn.Module):
         Returns:
             Mean squared error per sample, [batch].
         """
-        difference = latents.float() - target_latents.float()  # [batch, channels, h, w]
+        # The preview is linear, so the preview of a difference is the difference of previews.
+        difference = latents.float() - target_latents.float()  # [B, C, h, w]
         preview_diff = F.conv2d(difference, self.kernel, padding=_KERNEL_SIZE // 2)
-        return (preview_diff.square() * weight).mean((1, 2, 3))  # over [3 * up², h, w]
+        # [B, 3·u², h, w] times [B, 1, h, w], mean to [B]
+        return (preview_diff.square() * weight).mean((1, 2, 3))
 
 
 class AttributeLoss:
@@ -130,6 +138,7 @@ class AttributeLoss:
                 "an attribute classifier is given, but the data have no labels: "
                 "leave it out, or use drawn portraits"
             )
+        # latents [B, C, h, w] to [B]; AuxLoss.weight multiplies self.weight per sample
         return AuxLoss(
             lambda latents: self.weight * compute_attribute_loss(classifier(latents), labels),
             weight,
@@ -146,10 +155,12 @@ def compute_attribute_loss(prediction: AttributePrediction, labels: Mapping[str,
     Returns:
         Loss per sample, [batch].
     """
+    # each [B]; reduction "none", since each sample is weighted by its own noise level later
     losses = [
         F.cross_entropy(
             prediction.logits[name].float(), classes, ignore_index=IGNORE_INDEX, reduction="none"
         )
         for name, classes in labels.items()
     ]
-    return torch.stack(losses).sum(0)
+    # a sum: a sample with fewer known attributes weighs less, as it holds less to learn from
+    return torch.stack(losses).sum(0)  # over [attributes, B], [B]

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
-BETAS: Final = (0.9, 0.99)
+BETAS: Final = (0.9, 0.99)  # means over about 1 / (1 - β) = 10 and 100 steps
 """Decay rates of AdamW's moments."""
 
 
@@ -69,6 +69,7 @@ class Muon(torch.optim.Optimizer):
             The loss of ``closure``, or None without.
         """
         loss = None
+        # a closure calls backward, which needs the gradients that no_grad switches off
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -87,14 +88,18 @@ class Muon(torch.optim.Optimizer):
         self, parameter: Tensor, lr: float, weight_decay: float, momentum: float
     ) -> None:
         """Update one matrix or kernel [rows, ...]."""
-        gradient = parameter.grad
+        gradient = parameter.grad  # G [rows, ...], a kernel [out, in, kh, kw] for convolutions
         assert gradient is not None
         state = self.state[parameter]
         momentum_buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))  # M
-        momentum_buffer.lerp_(gradient, 1 - momentum)
-        nesterov_gradient = gradient.lerp(momentum_buffer, momentum).flatten(1)  # [rows, columns]
+        momentum_buffer.lerp_(gradient, 1 - momentum)  # M ← μ M + (1 - μ) G
+        # (1 - μ) G + μ M, [rows, columns]: Nesterov's momentum looks one step ahead
+        nesterov_gradient = gradient.lerp(momentum_buffer, momentum).flatten(1)
         update = apply_newton_schulz(nesterov_gradient)  # O [rows, columns]
+        # The min(rows, columns) singular values of O are about 1, so its root mean square is
+        # √(min / (rows · columns)) = 1 / √max. The factor makes that 0.2, as AdamW's usually is.
         update = update.view_as(gradient) * (0.2 * max(update.shape) ** 0.5)
+        # decay before the update and outside of M: decoupled, as in AdamW (1711.05101)
         parameter.mul_(1 - lr * weight_decay)
         parameter.sub_(update, alpha=lr)
 
@@ -103,9 +108,9 @@ class Muon(torch.optim.Optimizer):
         for parameter in params:
             if not self.state[parameter]:
                 self.state[parameter] = {
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),  # m, mean of the gradients
+                    "exp_avg_sq": torch.zeros_like(parameter),  # v, mean of their squares
+                    "step": torch.zeros(()),  # for the bias correction of both
                 }
         states = [self.state[parameter] for parameter in params]
         adamw(
@@ -113,7 +118,7 @@ class Muon(torch.optim.Optimizer):
             [p.grad for p in params if p.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [],
+            [],  # largest v so far, for amsgrad only
             [state["step"] for state in states],
             amsgrad=False,
             beta1=BETAS[0],
@@ -132,8 +137,8 @@ def apply_newton_schulz(matrix: Tensor, num_steps: int = 5) -> Tensor:
 
         A = X Xᵀ,   X ← a X + (b A + c A²) X
 
-    Jordan's coefficients a = 3.4445, b = -4.775, c = 2.0315 bring all s from (0, 1] to about
-    [0.7, 1.2].
+    Jordan's coefficients a = 3.4445, b = -4.775, c = 2.0315 bring all s from [0.002, 1] to
+    [0.68, 1.21] in five steps. Smaller s grow by a factor of a per step.
 
     Args:
         matrix: [rows, columns].
@@ -142,15 +147,16 @@ def apply_newton_schulz(matrix: Tensor, num_steps: int = 5) -> Tensor:
     Returns:
         [rows, columns], in the dtype of ``matrix``.
     """
-    x = matrix.bfloat16()
-    x = x / (x.norm() + 1e-7)  # the Frobenius norm bounds s by 1
+    x = matrix.bfloat16()  # rounding by 0.4 % does not matter where s ends in [0.68, 1.21]
+    x = x / (x.norm() + 1e-7)  # the Frobenius norm bounds s by 1; p diverges for large s
     is_tall = x.shape[0] > x.shape[1]
     x = x.mT if is_tall else x  # at least as many columns as rows: the smaller X Xᵀ
     for _ in range(num_steps):
         gram = x @ x.mT  # A [rows, rows]
         polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)  # b A + c A²
-        x = torch.addmm(x, polynomial, x, beta=3.4445)
-    return (x.mT if is_tall else x).to(matrix)
+        # (b A + c A²) U S Vᵀ = U (b S³ + c S⁵) Vᵀ: U and V stay, only s changes
+        x = torch.addmm(x, polynomial, x, beta=3.4445)  # a X + (b A + c A²) X
+    return (x.mT if is_tall else x).to(matrix)  # (V Uᵀ)ᵀ = U Vᵀ
 
 
 def make_adamw_cosine(
@@ -193,6 +199,7 @@ def split_muon_params(
     """
     matrices: list[nn.Parameter] = []
     other_params: list[nn.Parameter] = []
+    # Jordan et al. advise AdamW for vectors and for input and output layers
     for name, parameter in named_parameters:
         is_hidden_matrix = parameter.ndim != 1 and not name.startswith(excluded_prefixes)
         (matrices if is_hidden_matrix else other_params).append(parameter)
@@ -232,15 +239,17 @@ def _add_cosine_schedule(
     module: L.LightningModule, optimizer: torch.optim.Optimizer, warmup_ratio: float
 ) -> "OptimizerLRSchedulerConfig":
     """Add warmup and cosine decay over the trainer's steps to an optimizer."""
+    # optimizer steps: batches divided by those that accumulate gradients
     total_steps = int(module.trainer.estimated_stepping_batches)
     warmup_steps = max(1, int(warmup_ratio * total_steps))
 
     def compute_lr_factor(step: int) -> float:
         """Compute the share of the peak learning rate."""
         if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 + 0.5 * cos(pi * min(1.0, progress))
+            return (step + 1) / (warmup_steps + 1)  # + 1: step 0 is not lost at a rate of 0
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)  # from 0 to 1
+        return 0.5 + 0.5 * cos(pi * min(1.0, progress))  # from 1 to 0; beyond the end it stays 0
 
+    # LambdaLR saves no function: a resumed run uses the length of its own schedule
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, compute_lr_factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

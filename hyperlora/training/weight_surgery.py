@@ -33,17 +33,19 @@ def prune_unet(wide: UNet, narrow: UNet) -> None:
             f"{wide_widths} to {narrow_widths} asked for"
         )
     wide_state, narrow_state = wide.state_dict(), {}
-    kept_channels = _select_channels(wide, narrow_widths[-1], num_groups)
+    # one choice for the whole level: its blocks add to one residual stream, channel by channel
+    kept_channels = _select_channels(wide, narrow_widths[-1], num_groups)  # [num_kept]
     for name, reference in narrow.state_dict().items():
         value = wide_state[name].float()  # [out, in, ...] or [out]
-        for axis in range(min(2, value.ndim)):
+        for axis in range(min(2, value.ndim)):  # out, then in; kernels keep their height and width
             old_size, new_size = value.shape[axis], reference.shape[axis]
             if name == "conv_in.weight" and axis == 1:
+                # [out, new_size - old_size, kh, kw], behind the old inputs
                 new_inputs = value.new_zeros(len(value), new_size - old_size, *value.shape[2:])
                 value = torch.cat([value, new_inputs], 1)
             elif old_size != new_size:
                 indices = _select_axis_indices(old_size, new_size, wide_widths[-1], kept_channels)
-                value = value.index_select(axis, indices)
+                value = value.index_select(axis, indices)  # [new_size, ...] or [out, new_size, ...]
         if value.shape != reference.shape:
             raise ValueError(
                 f"{name} is {list(wide_state[name].shape)} and cannot become "
@@ -60,11 +62,14 @@ def _select_channels(unet: UNet, num_channels: int, num_groups: int) -> Tensor:
         Rising channel indices [num_channels], equally many of each normalization group.
     """
     blocks = [*unet.down_blocks[-1].resnets, *unet.mid_block.resnets, *unet.up_blocks[0].resnets]
+    # conv2 [width, width, 3, 3] adds to the residual stream: its rows are the outputs to judge.
+    # 1608.08710 ranks them by the L1 norm, this function by the L2 norm.
     block_norms = [block.conv2.weight.flatten(1).norm(dim=1) for block in blocks]  # each [width]
     norms = torch.stack(block_norms).mean(0).view(num_groups, -1)  # [groups, width / groups]
+    # equally many of each group, so that GroupNorm still normalizes them together; [groups, kept]
     kept = norms.topk(num_channels // num_groups, 1).indices.sort(1).values  # within each group
     group_starts = torch.arange(num_groups)[:, None] * norms.shape[1]  # [groups, 1]
-    return (kept + group_starts).flatten()
+    return (kept + group_starts).flatten()  # [num_channels], indices into the whole width
 
 
 def _select_axis_indices(
@@ -84,8 +89,10 @@ def _select_axis_indices(
     Returns:
         Indices into the axis, [new_size].
     """
+    # Each repeat loses width - kept channels. Example: GEGLU [8 · width] shrinks by 8 times that.
     num_levels = (old_size - new_size) // (deepest_width - len(kept_channels))
     level_indices = [kept_channels + i * deepest_width for i in range(num_levels)]
+    # all channels after the last repeat, those of other levels, stay: [new_size]
     return torch.cat([*level_indices, torch.arange(num_levels * deepest_width, old_size)])
 
 
@@ -101,8 +108,8 @@ def widen_unet(narrow: UNet, wide: UNet, noise_std: float = 0.05) -> None:
         narrow: Trained UNet.
         wide: UNet to set. It differs from ``narrow`` in ``block_out_channels[0]``, a multiple.
             Its ``time_embedding_dim`` must be given, as that of ``narrow``.
-        noise_std: Standard deviation of the noise on widened weights, in standard deviations of
-            the weight. Noise lets the copies diverge in training.
+        noise_std: Standard deviation of the noise on matrices and kernels with copied output
+            channels, in standard deviations of the weight. It lets the copies diverge in training.
 
     Raises:
         ValueError: If the two differ otherwise.
@@ -127,15 +134,17 @@ def widen_unet(narrow: UNet, wide: UNet, noise_std: float = 0.05) -> None:
         if name == "time_embedding.linear_1.weight":
             new_state[name] = _pad_frequencies(value, new_width // width)
             continue
-        channel_maps = [
+        channel_maps = [  # [new_out] and, unless it is a vector, [new_in]: old index by new index
             _make_channel_map(old_size, new_size, width, new_width, num_groups)
             for old_size, new_size in zip(value.shape[:2], reference.shape[:2], strict=True)
         ]
         new_value = value[channel_maps[0]]  # [new_out, in, ...]
         if len(channel_maps) > 1:
             in_map = channel_maps[1]  # [new_in]
+            # n equal inputs x times w / n add up to w x; [new_in], or [new_in, 1, 1] for kernels
             num_copies = in_map.bincount()[in_map].view(-1, *[1] * (value.ndim - 2))
             new_value = new_value[:, in_map] / num_copies  # [new_out, new_in, ...]
+            # where outputs are copies: equal rows would get equal gradients and stay equal
             if len(reference) != len(value):
                 noise = torch.randn_like(new_value)
                 new_value = new_value + noise_std * new_value.std() * noise
@@ -170,7 +179,7 @@ def _make_channel_map(
     level_map = groups.expand(-1, new_width // width, -1).flatten()  # [new_width]
     num_unchanged = old_size - num_parts * width
     part_maps = [num_unchanged + i * width + level_map for i in range(num_parts)]
-    return torch.cat([torch.arange(num_unchanged), *part_maps])
+    return torch.cat([torch.arange(num_unchanged), *part_maps])  # [new_size]
 
 
 def _pad_frequencies(weight: Tensor, factor: int) -> Tensor:
@@ -186,6 +195,8 @@ def _pad_frequencies(weight: Tensor, factor: int) -> Tensor:
     Returns:
         [out, 2 * n * factor].
     """
-    padded = weight.new_zeros(len(weight), 2, weight.shape[1] // 2, factor)
+    # Frequency i of n is 10000^(-i / n) (diffusers with freq_shift=0), so frequency i · factor of
+    # n · factor is the same.
+    padded = weight.new_zeros(len(weight), 2, weight.shape[1] // 2, factor)  # [out, 2, n, factor]
     padded[..., 0] = weight.unflatten(1, (2, -1))  # [out, 2, n]
-    return padded.flatten(1)
+    return padded.flatten(1)  # [out, 2 * n * factor]; column i · factor reads frequency i

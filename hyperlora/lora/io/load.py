@@ -94,15 +94,9 @@ def load_lora(
     if layout is not None:
         _check_same_targets(factors_by_name.keys(), layout, claimed_base, file_name)
         expected = layout
-    elif modules is not None:
-        expected = _select_layout(
-            modules, factors_by_name.keys(), lora_metadata.base_model or UNKNOWN_BASE, file_name
-        )
     else:
         base = lora_metadata.base_model or UNKNOWN_BASE
-        expected = LoraLayout(
-            tuple(factors.target for factors in factors_by_name.values()), 1, base
-        )
+        expected = _make_file_layout(factors_by_name, modules, base, file_name)
     ordered_factors = [factors_by_name[target.name] for target in expected.targets]
     base = claimed_base if layout is not None and claimed_base else expected.base
     file_layout = LoraLayout(
@@ -111,11 +105,7 @@ def load_lora(
         base,
     )
     expected.check_compatible(file_layout, ignore_rank=True)
-    if file_layout.numel > max_parameters:
-        raise InvalidLoraFileError(
-            f"{file_name} would unfold to {file_layout.numel:,} numbers at rank "
-            f"{file_layout.rank}: too many"
-        )
+    _check_size(file_layout, max_parameters, file_name)
     weights = _pad_to_rank(ordered_factors, file_layout)
     size_bytes = len(file) if isinstance(file, bytes) else file.stat().st_size
     return LoraFile(
@@ -178,6 +168,26 @@ def _check_same_targets(
         f"targets expected for base {layout.base!r} and {len(unknown)} others, e.g. "
         f"{min(unknown or missing)}: use a LoRA made for this layout"
     )
+
+
+def _check_size(layout: LoraLayout, max_parameters: int, file_name: str) -> None:
+    """Raise ``InvalidLoraFileError`` for more numbers than allowed."""
+    if layout.numel > max_parameters:
+        raise InvalidLoraFileError(
+            f"{file_name} would unfold to {layout.numel:,} numbers at rank {layout.rank}: too many"
+        )
+
+
+def _make_file_layout(
+    factors_by_name: Mapping[str, LoraFactors],
+    modules: Mapping[str, nn.Module] | None,
+    base: str,
+    file_name: str,
+) -> LoraLayout:
+    """The layout of the file's targets: as the modules of the base have them, or as the file."""
+    if modules is not None:
+        return _select_layout(modules, factors_by_name.keys(), base, file_name)
+    return LoraLayout(tuple(factors.target for factors in factors_by_name.values()), 1, base)
 
 
 def _select_layout(
