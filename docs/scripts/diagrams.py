@@ -88,7 +88,7 @@ def draw_data_flow() -> str:
             ["data_builder/", "subjects → LoRAs, fine-tuned many at a time → a dataset of LoRAs"],
             GRAY,
         ),
-        format_arrow(450, 182, 648, 182),
+        format_arrow(450, 176, 648, 112),
     ]
     return format_svg(1000, 215, parts)
 

@@ -5,6 +5,7 @@
 
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,7 @@ TRAINING_PACKAGES = (
     "data_builder.datamodules",
 )
 HTTP_METHODS = ("get", "post", "delete", "put", "patch")
+MEDIA_TYPE_NAMES = {"multipart/form-data": "form", "application/json": "JSON"}
 
 
 def format_cli_page() -> str:
@@ -69,6 +71,16 @@ def format_config_page() -> str:
         "",
         "Generated from the classes that `hyperlora train` builds.",
         "A key is an entry of `init_args`; the file sets `class_path` to the heading's class.",
+        "",
+        "Keys at the top of every file:",
+        "",
+        "| key | meaning |",
+        "|---|---|",
+        "| `run_name` | the run writes `runs/<run_name>/last.ckpt` and its metrics as CSV there |",
+        "| `checkpoint.every_n_train_steps` | steps between checkpoints; 250 by default |",
+        "| `trainer` | arguments of Lightning's `Trainer`, such as `max_steps` and `precision` |",
+        "| `model`, `data` | `class_path` and `init_args` of one class of this page each |",
+        "| `seed_everything` | seed of the run; 0 by default |",
     ]
     for package in TRAINING_PACKAGES:
         for cls in _iter_classes(package):
@@ -93,7 +105,7 @@ def _format_parameter(parameter: Any) -> str:
     default = parameter.default
     if parameter.required:
         default_text = "required"
-    elif default is None or callable(default) or default == []:
+    elif default in (None, "", []) or callable(default):
         default_text = ""
     else:
         default_text = f"`{default}`"
@@ -108,6 +120,8 @@ def _format_parameter(parameter: Any) -> str:
 
 
 def _format_cli_type(parameter: Any) -> str:
+    if getattr(parameter, "is_flag", False):
+        return "flag"
     annotation = parameter.type_descriptor.annotation
     return _format_annotation(annotation).replace("pathlib.", "")
 
@@ -115,9 +129,8 @@ def _format_cli_type(parameter: Any) -> str:
 def _format_operation(
     method: str, path: str, operation: dict[str, Any], document: dict[str, Any]
 ) -> Iterator[str]:
-    yield from ("", f"## {method.upper()} {path}", "", operation.get("summary", ""), "")
-    if description := operation.get("description"):
-        yield from (description, "")
+    description = operation.get("description") or operation.get("summary", "")
+    yield from ("", f"## {method.upper()} {path}", "", description, "")
     fields = [
         (p["name"], p["in"], p.get("schema", {}), p.get("required", False), p.get("description"))
         for p in operation.get("parameters", [])
@@ -126,7 +139,13 @@ def _format_operation(
         schema = _resolve(content.get("schema", {}), document)
         required = schema.get("required", [])
         fields += [
-            (name, media_type, value, name in required, value.get("description"))
+            (
+                name,
+                MEDIA_TYPE_NAMES.get(media_type, media_type),
+                value,
+                name in required,
+                value.get("description"),
+            )
             for name, value in schema.get("properties", {}).items()
         ]
     if fields:
@@ -139,7 +158,7 @@ def _format_operation(
         f"`{code}` {response.get('description', '')}"
         for code, response in operation.get("responses", {}).items()
     ]
-    yield from ("", "Answers: " + "; ".join(codes) + ".")
+    yield from ("", "Responses: " + "; ".join(codes) + ".")
 
 
 def _resolve(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +232,9 @@ def _format_default(value: Any) -> str:
 
 
 def _format_row(cells: list[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+    texts = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
+    # `<lora:me:0.8>` outside of code would be an HTML tag, and vanish
+    return "| " + " | ".join(re.sub(r"(?<!`)(<[^<>]+>)", r"`\1`", text) for text in texts) + " |"
 
 
 for page, format_page in (

@@ -24,8 +24,8 @@ TASKS = {
     "edit-base": "image, instruction → image",
 }
 HEADER = (
-    "| checkpoint | task | base | rank, target modules | parameters, size | score | license |\n"
-    "|---|---|---|---|---|---|---|"
+    "| checkpoint | task | base | rank, target modules | parameters, size | score |\n"
+    "|---|---|---|---|---|---|"
 )
 
 
@@ -53,7 +53,6 @@ def _make_row(name: str, task: str) -> str:
         f"{layout['rank']}, {len(layout['targets'])}" if layout else "–",
         f"{num_parameters / 1e6:.1f} M, {num_bytes / 1e6:.1f} MB",
         _read_score(name),
-        _read_license(folder),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -93,11 +92,6 @@ def _read_cell(table: str, lora: str, column: str) -> str:
     with (DATA_DIR / table).open(newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["lora"] == lora)
     return f"{float(row[column]):.2f}"
-
-
-def _read_license(folder: Path) -> str:
-    found = re.search(r"^license: *(\S+)", (folder / "README.md").read_text(), re.MULTILINE)
-    return found.group(1).capitalize() if found else "–"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

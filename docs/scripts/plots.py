@@ -47,7 +47,7 @@ def plot_identity_and_prompt() -> Figure:
     points = [_read_point(rows[name], "identity", "prompt_accuracy") for name in path]
     axes.plot([p[0] for p in points], [p[1] for p in points], "-", color=BLUE, alpha=0.5)
     labels = {
-        "one photo, strength 0.6": ("strength 0.6", BLUE, "o", (6, 4)),
+        "one photo, strength 0.6": ("strength 0.6", BLUE, "o", (-70, 2)),
         "one photo, strength 0.8": ("strength 0.8", BLUE, "o", (-58, -13)),
         "one photo": ("one photo, strength 1", BLUE, "o", (-112, -14)),
         "four photos": ("four photos", GREEN, "s", (6, -12)),
