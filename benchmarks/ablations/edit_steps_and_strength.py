@@ -24,7 +24,7 @@ METRICS = ("accuracy", "preservation", "edit_progress", "psnr")
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder")
     parser.add_argument("--model", default=pretrained.PAIR_TO_LORA_DIR)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 20])

@@ -18,7 +18,7 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("benchmark", type=Path)
     parser.add_argument("--num-subjects", type=int, default=8)
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])

@@ -52,8 +52,7 @@ def compute_loss(
     val_examples = TrainingExamples.pad_and_cat([subject.val_examples for subject in subjects])
     probe = ValidationProbe.from_examples(val_examples, [lora.seed for lora in planned_loras])
     result = fine_tune_loras(
-        trainer.base.denoiser,
-        trainer.base.noise_scheduler,
+        trainer.base,
         val_examples,
         codes,
         trainer.parametrization,
@@ -109,7 +108,7 @@ def evaluate_init(init: str, recipe: Recipe, source: AvatarSource, base: Diffusi
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-subjects", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument(

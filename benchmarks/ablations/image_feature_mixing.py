@@ -71,7 +71,7 @@ def train_model(
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("dataset", type=Path)
     parser.add_argument("held_out", type=Path)
     parser.add_argument("--config", type=Path, default=CONFIG_PATH)

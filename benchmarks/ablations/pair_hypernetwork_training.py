@@ -84,7 +84,7 @@ COLUMNS: Final = (
 
 def main() -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="Edit benchmark of validation identities.")
     parser.add_argument("--config", default="configs/avatars/16_pair_hypernetwork.yaml")
     parser.add_argument(

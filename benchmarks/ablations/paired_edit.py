@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data_builder.baselines.differential_lora import check_pairs, make_denoiser_layout
+from data_builder.baselines.differential_lora import check_pairs
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.refine import make_photo_examples
@@ -71,7 +71,7 @@ def fit_pair_edit(
     config = config or PairEditConfig()
     check_pairs(before, after)
     num_pairs = len(before)
-    layout = make_denoiser_layout(base, config.preset, config.rank)
+    layout = base.make_layout(config.preset, config.rank)
     before_examples = make_photo_examples(base, before[:, None], config.prompt)
     after_examples = make_photo_examples(base, after[:, None], config.prompt)
     x0_offsets = (after_examples.latents - before_examples.latents) * config.eta  # [n, 1, c, h, w]
@@ -88,8 +88,7 @@ def fit_pair_edit(
         x0_offsets: Tensor | None = None,
     ) -> LoraWeights:
         return fine_tune_loras(
-            base.denoiser,
-            base.noise_scheduler,
+            base,
             before_examples,
             init_codes,
             decode_codes,

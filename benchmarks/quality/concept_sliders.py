@@ -227,7 +227,7 @@ def compute_slider_cells(
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-subjects", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("-o", "--output-dir", type=Path, default=Path("docs/composition"))

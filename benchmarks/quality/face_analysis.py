@@ -157,7 +157,7 @@ def predict_identities(portraits: PortraitDataset, classifier: AttributeClassifi
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("portraits", type=Path)
     parser.add_argument("--face-pack", type=Path, default=pretrained.FACE_PACK_DIR)
     parser.add_argument("--attribute-classifier", type=Path)

@@ -25,7 +25,7 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("models", nargs="+", metavar="NAME=DIR")
     parser.add_argument("--num-subjects", type=int, default=16)
     parser.add_argument("--steps", type=int, default=12)

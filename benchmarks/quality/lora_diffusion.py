@@ -37,7 +37,7 @@ from hyperlora.pipelines.lora_codec import LoraCodec
 
 def main() -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("dataset", type=Path, help="Build or pack that all were trained on.")
     parser.add_argument("held_out", type=Path, help="Build of other subjects.")
     parser.add_argument("--split", default="validation", help="Split of the held-out build.")

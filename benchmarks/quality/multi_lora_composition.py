@@ -239,7 +239,7 @@ def main() -> None:
         "strategies": evaluate_strategies,
         "autolora": evaluate_autolora,
     }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("part", choices=tasks)
     parser.add_argument("--num-subjects", type=int, default=16)
     parser.add_argument("--steps", type=int, default=15)

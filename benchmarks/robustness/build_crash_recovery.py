@@ -189,7 +189,7 @@ def compare_builds(whole: Path, killed: Path) -> str:
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-subjects", type=int, default=208)
     parser.add_argument("--num-kills", type=int, default=20)
     parser.add_argument("--folder", type=Path)

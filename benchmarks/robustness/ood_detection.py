@@ -1,13 +1,13 @@
 """Out-of-distribution detector of the bundled model: false alarms on test portraits, detection of
 other images.
 
-    python -m benchmarks.robustness.ood_detection [FOLDER_OF_IMAGES ...]
+    python -m benchmarks.robustness.ood_detection [FOLDER ...]
 
 Photographs are those of scikit-image, and its faces of `lfw_subset`, if it is installed
 (`hyperlora[face]`).
 """
 
-import sys
+import argparse
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +91,9 @@ def compute_rejection_rate(model: ImageToLora, images: Sequence[Image.Image]) ->
 
 def main() -> None:
     """Parse the command line and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", type=Path, nargs="*", help="Further images, by folder.")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = ImageToLora.from_pretrained(pretrained.IMAGE_TO_LORA_DIR)
     portraits = load_test_portraits()
@@ -100,7 +103,7 @@ def main() -> None:
         ("  inverted (a style of the training)", [ImageOps.invert(p) for p in portraits]),
         *generate_unnatural_images(np.random.default_rng(0)),
         *load_photographs(),
-        *((folder, [read_image(p) for p in list_image_files(folder)]) for folder in sys.argv[1:]),
+        *((str(f), [read_image(p) for p in list_image_files(f)]) for f in arguments.folders),
     ]
     for name, images in kinds:
         rate = compute_rejection_rate(model, images)

@@ -5,7 +5,8 @@ data-builder draw-pairs -o runs/data/edits-validation --split validation --num-e
 python -m benchmarks.robustness.pair_input_checks [runs/data/edits-validation]
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 from data_builder.avatars.pair_dataset import PairDataset
 from hyperlora.data.images import array_to_tensor
@@ -14,7 +15,9 @@ from hyperlora.pipelines.input_checks import SIMILARITY_THRESHOLD, compute_struc
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    dataset = PairDataset(sys.argv[1] if len(sys.argv) > 1 else "runs/data/edits-validation")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("pairs", type=Path, nargs="?", default=Path("runs/data/edits-validation"))
+    dataset = PairDataset(parser.parse_args().pairs)
     images = array_to_tensor(dataset.images)  # [2 * pairs, 3, h, w]
     before, after = images[0::2], images[1::2]
     for name, others in (("own pair", after), ("shuffled pair", after.roll(2, 0))):

@@ -27,7 +27,7 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-loras", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--num-images", type=int, default=4)

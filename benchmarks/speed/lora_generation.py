@@ -24,7 +24,7 @@ REFINE_STEPS = 40
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-photos", type=int, default=64)
     parser.add_argument("--finetune-steps", type=int, default=20)
     parser.add_argument("--extrapolated-steps", type=int, default=300)

@@ -83,7 +83,7 @@ def measure_rates(
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-loras", type=int, default=2000)
     parser.add_argument("--num-parameters", type=int, default=82_000)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -19,7 +19,6 @@ from hyperlora.cpu import disable_malloc_trim
 from hyperlora.diffusion.conditions import map_tensors
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.diffusion.losses import compute_denoising_loss
-from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import SubjectRng, TrainingExamples
@@ -53,8 +52,7 @@ def fit_multi_lora(
     """
     start_time = time.perf_counter()
     result = fine_tune_loras(
-        base.denoiser,
-        base.noise_scheduler,
+        base,
         examples,
         init_loras.flatten(),
         partial(LoraWeights.unflatten, init_loras.layout),
@@ -119,7 +117,11 @@ def fit_with_peft(
             )
             latents, conditions = subject_examples.gather_examples(indices)
             loss = compute_denoising_loss(
-                unet, base.noise_scheduler, latents, noise_sample=noise_sample, **conditions
+                base.predict,
+                base.noise_scheduler,
+                latents,
+                conditions,
+                noise_sample=noise_sample,
             ).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -132,7 +134,7 @@ def fit_with_peft(
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-loras", type=int, default=32)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4])
@@ -140,7 +142,7 @@ def main() -> None:
     disable_malloc_trim()
     torch.manual_seed(0)
     base = load_diffusion_base(pretrained.BASE_DIR)
-    layout = make_layout({"unet": base.denoiser}, "attention+mlp", 4, base.id)
+    layout = base.make_layout("attention+mlp", 4)
     benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, arguments.num_loras)
     examples = make_photo_examples(base, benchmark.photos, "a portrait of sks person")
     init_loras = LoraWeights.zeros(layout, (arguments.num_loras,), 0.05)

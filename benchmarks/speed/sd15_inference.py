@@ -4,6 +4,7 @@
 python -m benchmarks.speed.sd15_inference
 """
 
+import argparse
 import resource
 import tempfile
 import time
@@ -21,6 +22,7 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 
 def main() -> None:
     """Parse the command line and print the figures."""
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)  # else Stable Diffusion 1's defaults
     layout = make_layout({"unet": unet}, "attention", 4, "sd15")

@@ -188,7 +188,7 @@ def main() -> None:
         "overhead": measure_overhead,
         "soak": run_soak_test,
     }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("part", choices=tasks)
     parser.add_argument("--duration-s", type=float, default=20.0)
     arguments = parser.parse_args()

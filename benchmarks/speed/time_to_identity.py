@@ -70,8 +70,7 @@ def evaluate_identity(
         results.append((0, evaluator.evaluate(f"{name}, 0 steps", init_loras)))
     if fit_steps := [num_steps for num_steps in eval_steps if num_steps]:
         result = fine_tune_loras(
-            evaluator.base.denoiser,
-            evaluator.base.noise_scheduler,
+            evaluator.base,
             examples,
             init_loras.flatten(),
             partial(LoraWeights.unflatten, init_loras.layout),
@@ -127,7 +126,7 @@ def measure_step_times(
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("benchmark", type=Path)
     parser.add_argument("--dataset", type=Path, help="LoRAs whose mean is a start too.")
     parser.add_argument("--num-subjects", type=int, default=6)

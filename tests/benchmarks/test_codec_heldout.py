@@ -1,16 +1,11 @@
 """LoRAs compared as vectors, and codecs and models on held-out rows of a build."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.ablations.codec_heldout import format_table, make_held_out_evaluation
-from data_builder.build.make_plan import make_plan
-from data_builder.build.plan import Recipe, write_plan
-from data_builder.build.run import run_build
-from data_builder.sources.sources import AvatarSource
 from hyperlora.data.lora_dataset import LoraDataset
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
@@ -23,6 +18,7 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import LoraSampling
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.lora_codec import LoraCodec
+from tests.benchmarks.conftest import Builds
 
 LAYOUT = LoraLayout((TargetModule("unet.a", 24, 40), TargetModule("unet.b", 6, 8)), 2, "tiny")
 
@@ -45,19 +41,7 @@ def test_max_train_cosine_and_diversity_find_copies() -> None:
     assert compute_sample_diversity(training.view(4, 5, 50)) > 0.8
 
 
-def test_held_out_evaluation_scores_codecs_and_models(bundle: Any, tmp_path: Path) -> None:
-    recipe = Recipe(
-        str(bundle.base), preset="attention", rank=2, finetune_steps=1, subjects_per_batch=4
-    )
-    for name, first_seed in (("train", 0), ("others", 1_000_000)):
-        write_plan(
-            make_plan(
-                AvatarSource(first_seed, first_seed + 4, portraits_per_identity=2, resolution=16),
-                recipe,
-            ),
-            tmp_path / name,
-        )
-        run_build(tmp_path / name)
+def test_held_out_evaluation_scores_codecs_and_models(bundle: Any, builds: Builds) -> None:
     base = load_diffusion_base(bundle.base)
     classifier = AttributeClassifier.from_pretrained(bundle.evaluator)
 
@@ -66,7 +50,7 @@ def test_held_out_evaluation_scores_codecs_and_models(bundle: Any, tmp_path: Pat
 
     prompts = [Prompt("a portrait of sks person", {"expression": "sad"})]
     evaluation = make_held_out_evaluation(
-        tmp_path / "train", tmp_path / "others", make_evaluator, prompts, base.resolution, 3
+        builds.train, builds.others, make_evaluator, prompts, base.resolution, 3
     )
     assert evaluation.evaluator.benchmark.names == (
         "person-1000000",
@@ -74,10 +58,10 @@ def test_held_out_evaluation_scores_codecs_and_models(bundle: Any, tmp_path: Pat
         "person-1000002",
     )
     original = evaluation.evaluate_original()
-    data = LoraDataset(tmp_path / "train", "train")
+    data = LoraDataset(builds.train, "train")
     codec = LoraCodec.fit_pca(data, 1, 3)
     train_evaluation = make_held_out_evaluation(
-        tmp_path / "train", tmp_path / "train", make_evaluator, prompts, base.resolution, 4, "train"
+        builds.train, builds.train, make_evaluator, prompts, base.resolution, 4, "train"
     )
     reconstructed = train_evaluation.evaluate_codec(
         "codec", codec, train_evaluation.evaluate_original()
