@@ -14,7 +14,7 @@ import torch
 from data_builder.avatars.captions import build_prompt
 from data_builder.avatars.identity import sample_identity, sample_scene
 from data_builder.avatars.rendering import render_portrait
-from hyperlora import ImageToLora, generate_images, inject_lora, load_diffusion_base, make_layout
+from hyperlora import ImageToLora, generate_images, inject_lora, load_diffusion_base
 from hyperlora.data.images import stack_images
 from hyperlora.diffusion.losses import compute_denoising_loss
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
@@ -50,20 +50,26 @@ with torch.no_grad():
     tokens = encoder(draw(seeds, 0)[:, None]).tokens  # [people, 1, tokens, width]
     latents = base.encode_images(draw(seeds, 1))  # [people, channels, 16, 16]
     prompts = [build_prompt(sample_scene(seed, 1)) for seed in seeds]
-    text = base.encode_prompts(prompts)["encoder_hidden_states"]  # [people, tokens, width]
+    text = base.encode_prompts(prompts)["prompt_embeds"]  # [people, tokens, width]
 
 torch.manual_seed(0)
-layout = make_layout({"unet": base.denoiser}, "attention+mlp", 4, base.id)
+layout = base.make_layout("attention+mlp", 4)
 network = Hypernetwork(layout, encoder.width, width=128, head_options={"size": 16})
 optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, NUM_STEPS + 1)
 for step in range(NUM_STEPS + 1):
     if step % 80 == 0:
         print(f"step {step:3d}: identity {measure_identity(network):.2f}")
     batch = torch.randperm(NUM_PEOPLE)[:16]
     with inject_lora(base.denoiser, network(ImageFeatures(tokens[batch]))):  # a LoRA per sample
         loss = compute_denoising_loss(
-            base.denoiser, base.noise_scheduler, latents[batch], encoder_hidden_states=text[batch]
+            base.predict,
+            base.noise_scheduler,
+            latents[batch],
+            {"prompt_embeds": text[batch]},
+            shift=3.0,  # identity shows where there is much noise
         ).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    lr_schedule.step()

@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hyperlora.compute import ComputeConfig
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.data.subjects import list_subjects
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
-from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.finetuning.config import FineTuneConfig
+from hyperlora.finetuning.examples import fork_rng
 from hyperlora.finetuning.refine import make_photo_examples
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
-from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 
 STRENGTHS: Final = (-2.0, -1.0, 0.0, 1.0, 2.0)
@@ -86,16 +86,15 @@ def fit_differential_lora(
     config = config or DifferentialLoraConfig()
     check_pairs(before, after)
     num_pairs = len(before)
-    layout = make_denoiser_layout(base, config.preset, config.rank)
+    layout = base.make_layout(config.preset, config.rank)
     images = torch.cat([before, after])[:, None]  # [2 * pairs, 1, 3, h, w]
     examples = make_photo_examples(base, images, config.prompt)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with fork_rng(base.device):
         torch.manual_seed(config.seed)  # one random stream for the start and for the training
         init_lora = LoraWeights.zeros(layout, (), layout.init_std)
-        init_codes = init_lora.flatten().to(before.device).expand(2 * num_pairs, -1)
+        init_codes = init_lora.flatten().expand(2 * num_pairs, -1)
         loras = fine_tune_loras(
-            base.denoiser,
-            base.noise_scheduler,
+            base,
             examples,
             init_codes,
             partial(LoraWeights.unflatten, layout),
@@ -109,21 +108,6 @@ def fit_differential_lora(
         ).weights
     differences = loras[slice(num_pairs, 2 * num_pairs)] - loras[slice(num_pairs)]
     return differences[0] if num_pairs == 1 else differences.mean()
-
-
-def make_denoiser_layout(base: DiffusionBase, preset: str, rank: int) -> LoraLayout:
-    """Make a layout over the denoiser of a base model.
-
-    Args:
-        base: Base model.
-        preset: Adapted modules.
-        rank: Rank of the LoRAs.
-
-    Returns:
-        The layout.
-    """
-    denoiser_name = next(iter(base.modules))
-    return make_layout({denoiser_name: base.denoiser}, preset, rank, base.id)
 
 
 def check_pairs(before: Tensor, after: Tensor) -> None:
@@ -184,6 +168,7 @@ def build_differential_lora(
     output_path: Path,
     config: DifferentialLoraConfig,
     *,
+    compute: ComputeConfig | None = None,
     format: LoraFormat = "diffusers",
     grid_path: Path | None = None,
     grid_prompt: str = "a portrait of a person",
@@ -197,6 +182,7 @@ def build_differential_lora(
         base: Base model, a folder or hub id.
         output_path: LoRA file to write.
         config: Settings of the fit.
+        compute: Device and precision of the base model.
         format: Format of the LoRA file.
         grid_path: PNG to write of images at all ``STRENGTHS``; None: none.
         grid_prompt: Prompt of these images.
@@ -206,7 +192,7 @@ def build_differential_lora(
         InvalidImageError: If a file cannot be read.
     """
     pairs = [_read_pair(*paths) for paths in _match_pairs(before, after)]
-    diffusion_base = load_diffusion_base(base)
+    diffusion_base = load_diffusion_base(base, compute)
     resolution = diffusion_base.resolution
     pixels = torch.stack(
         [torch.stack([to_tensor(image, resolution) for image in pair]) for pair in pairs]

@@ -11,8 +11,8 @@ from torch import Tensor
 from data_builder.avatars.captions import build_prompt
 from data_builder.avatars.portrait_dataset import PortraitDataset
 from data_builder.datamodules.feature_cache import load_cached_latents
+from hyperlora.compute import ComputeConfig
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
-from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import TrainingExamples
 from hyperlora.finetuning.trainer import fine_tune_loras
@@ -47,7 +47,12 @@ class LidbTargetConfig:
 
 
 def fit_lidb_targets(
-    portraits: Path, base: str, vae: str, output_path: Path, config: LidbTargetConfig
+    portraits: Path,
+    base: str,
+    vae: str,
+    output_path: Path,
+    config: LidbTargetConfig,
+    compute: ComputeConfig | None = None,
 ) -> None:
     """Fit LiDB codes to drawn portraits and write them with their final losses.
 
@@ -60,13 +65,13 @@ def fit_lidb_targets(
         vae: Folder of the VAE that encodes the portraits.
         output_path: File to write.
         config: Settings of the fit.
+        compute: Device and precision of the base model.
     """
-    diffusion_base = load_diffusion_base(base)
-    layout = make_layout(
-        {"unet": diffusion_base.denoiser}, config.preset, config.rank, diffusion_base.id
-    )
+    diffusion_base = load_diffusion_base(base, compute)
+    layout = diffusion_base.make_layout(config.preset, config.rank)
     lidb = LiDB(layout, config.a, config.b)
     init_codes = lidb.init_codes()  # [2 * targets, code_size]
+    lidb.to(diffusion_base.device)
     fine_tune_config = FineTuneConfig(num_steps=config.finetune_steps, lr=config.lr)
 
     def decode_codes(codes: Tensor) -> LoraWeights:
@@ -84,16 +89,16 @@ def fit_lidb_targets(
     for start in track(batch_starts, "fitting", "subjects", units_per_item=batch_size):
         subjects = range(start, min(start + batch_size, config.num_subjects))
         result = fine_tune_loras(
-            diffusion_base.denoiser,
-            diffusion_base.noise_scheduler,
+            diffusion_base,
             _load_examples(diffusion_base, portraits, vae, subjects),
             init_codes.flatten().expand(len(subjects), -1),
             decode_codes,
             fine_tune_config,
         )
+        codes = result.codes.cpu()
         results = {
-            "codes": torch.cat([results["codes"], result.codes.unflatten(-1, init_codes.shape)]),
-            "losses": torch.cat([results["losses"], result.losses[-20:].mean(0)]),
+            "codes": torch.cat([results["codes"], codes.unflatten(-1, init_codes.shape)]),
+            "losses": torch.cat([results["losses"], result.losses[-20:].mean(0).cpu()]),
         }
         partial_path = output_path.with_suffix(".part")
         save_file(results, partial_path)
@@ -108,10 +113,10 @@ def _load_examples(
     portraits_per_identity = portraits.config.portraits_per_identity
     indices = range(subjects.start * portraits_per_identity, subjects.stop * portraits_per_identity)
     prompts = [build_prompt(portraits.get_scene(i)) for i in indices]
-    prompt_embeds = base.encode_prompts(prompts)["encoder_hidden_states"]
+    prompt_embeds = base.encode_prompts(prompts)["prompt_embeds"]
     latents = torch.from_numpy(np.array(cached_latents[indices.start : indices.stop])).float()
     shape = (len(subjects), portraits_per_identity)
     return TrainingExamples(
         latents.unflatten(0, shape),  # [subjects, portraits, c, h, w]
-        {"encoder_hidden_states": prompt_embeds.unflatten(0, shape)},
+        {"prompt_embeds": prompt_embeds.unflatten(0, shape)},
     )

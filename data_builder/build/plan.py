@@ -40,6 +40,7 @@ class Recipe:
     Attributes:
         base: Base model, a folder or hub id.
         preset: Adapted modules, e.g. ``attention+mlp``.
+        text_encoders: Whether the CLIP text encoders are adapted, too.
         rank: Rank of the stored LoRAs.
         parametrization: What is fitted: ``lora``, ``locon`` (convolutions too), ``lidb``, or PEFT's
             ``loha`` and ``lokr``. All are stored as plain LoRA.
@@ -72,6 +73,7 @@ class Recipe:
 
     base: str
     preset: str = "attention+mlp"
+    text_encoders: bool = False
     rank: int = 4
     parametrization: str = "lora"
     inner_rank: int | None = None

@@ -17,11 +17,12 @@ from hyperlora.lora.io.safetensors_file import read_tensors, serialize_tensors, 
 CLASS_LATENTS_FILE: Final = "class.safetensors"
 
 
-def run_build(folder: Path) -> int:
+def run_build(folder: Path, device: str = "auto") -> int:
     """Build every pending chunk; a run may be killed at any moment and started again.
 
     Args:
         folder: Folder of the build, with a plan.
+        device: As ``ComputeConfig`` takes it.
 
     Returns:
         Number of planned LoRAs in the chunks that were built.
@@ -31,7 +32,7 @@ def run_build(folder: Path) -> int:
     """
 
     def build_chunks(plan: Plan, pending: Sequence[int]) -> Iterator[ChunkResult]:
-        base = load_recipe_base(plan.recipe)
+        base = load_recipe_base(plan.recipe, device)
         trainer = ChunkTrainer(plan, base, load_class_latents(plan, base, folder))
         for number in pending:
             start_time = time.perf_counter()
@@ -59,4 +60,4 @@ def load_class_latents(plan: Plan, base: DiffusionBase, folder: Path) -> Tensor 
         latents = sample_class_latents(base, plan.recipe)
         write_bytes(serialize_tensors({"latents": latents}, {"plan": plan.fingerprint}), file)
     tensors, _ = read_tensors(file, CLASS_LATENTS_FILE)
-    return tensors["latents"].to(base.pipeline.device)
+    return tensors["latents"].to(base.device)

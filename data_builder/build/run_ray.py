@@ -18,7 +18,7 @@ from data_builder.build.plan import Plan
 from data_builder.build.run import load_class_latents
 from data_builder.build.trainer import ChunkTrainer, load_recipe_base
 from hyperlora.errors import HyperloraError
-from hyperlora.ray_connection import connect_ray
+from hyperlora.ray_connection import compute_worker_gpus, connect_ray
 
 MAX_RETRIES: Final = 16
 """How often a chunk is repeated when its worker or node dies."""
@@ -26,13 +26,15 @@ _trainers: dict[str, ChunkTrainer] = {}
 """Trainer of the last plan of this worker, by fingerprint: a process loads the base model once."""
 
 
-def run_build_on_ray(folder: Path, address: str = "local") -> int:
+def run_build_on_ray(folder: Path, address: str = "local", device: str = "auto") -> int:
     """Do what ``run_build`` does, with the workers of a Ray cluster.
 
     Args:
         folder: Folder of the build, with a plan.
         address: Address of the cluster, or ``local`` for the cluster that this process is
             connected to, or else this machine alone.
+        device: As ``ComputeConfig`` takes it. With another than the CPU each worker reserves a GPU,
+            where the cluster has any.
 
     Returns:
         Number of planned LoRAs in the chunks that were built.
@@ -46,20 +48,24 @@ def run_build_on_ray(folder: Path, address: str = "local") -> int:
     def build_chunks(plan: Plan, pending: Sequence[int]) -> Iterator[ChunkResult]:
         class_latents = None
         if plan.recipe.num_class_images:
-            class_latents = load_class_latents(plan, load_recipe_base(plan.recipe), folder)
+            base = load_recipe_base(plan.recipe, device)
+            class_latents = load_class_latents(plan, base, folder)
             class_latents = None if class_latents is None else class_latents.cpu()
-        return _stream_results(ray, plan, class_latents, pending)
+        return _stream_results(ray, plan, class_latents, pending, device)
 
     return build_pending_chunks(folder, build_chunks)
 
 
-def fit_chunk(plan: Plan, class_latents: Tensor | None, number: int) -> ChunkResult:
+def fit_chunk(
+    plan: Plan, class_latents: Tensor | None, number: int, device: str = "auto"
+) -> ChunkResult:
     """Build one chunk in a worker.
 
     Args:
         plan: Plan of the build.
         class_latents: Latents of the class images [n, c, h, w], if the recipe has any.
         number: Number of the chunk.
+        device: As ``ComputeConfig`` takes it.
 
     Returns:
         The shard and the time it took.
@@ -67,22 +73,26 @@ def fit_chunk(plan: Plan, class_latents: Tensor | None, number: int) -> ChunkRes
     start_time = time.perf_counter()
     if plan.fingerprint not in _trainers:
         _trainers.clear()
-        base = load_recipe_base(plan.recipe)
+        base = load_recipe_base(plan.recipe, device)
         if class_latents is not None:
-            class_latents = class_latents.to(base.pipeline.device)
+            class_latents = class_latents.to(base.device)
         _trainers[plan.fingerprint] = ChunkTrainer(plan, base, class_latents)
     shard = _trainers[plan.fingerprint].build_chunk(number)
     return ChunkResult(number, shard, time.perf_counter() - start_time)
 
 
 def _stream_results(
-    ray: ModuleType, plan: Plan, class_latents: Tensor | None, pending: Sequence[int]
+    ray: ModuleType,
+    plan: Plan,
+    class_latents: Tensor | None,
+    pending: Sequence[int],
+    device: str,
 ) -> Iterator[ChunkResult]:
     """Submit all chunks and yield each when it is done; the first error cancels the others."""
-    num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    num_gpus = compute_worker_gpus(ray, device)
     remote_fit = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=MAX_RETRIES)(fit_chunk)
     plan_ref, latents_ref = ray.put(plan), ray.put(class_latents)
-    pending_refs = [remote_fit.remote(plan_ref, latents_ref, number) for number in pending]
+    pending_refs = [remote_fit.remote(plan_ref, latents_ref, number, device) for number in pending]
     while pending_refs:
         ready, pending_refs = ray.wait(pending_refs)
         try:

@@ -129,6 +129,7 @@ def make_class_examples(base: DiffusionBase, recipe: Recipe, latents: Tensor) ->
     return TrainingExamples(
         latents[None],
         map_tensors(lambda t: t[None], base.encode_prompts(make_class_prompts(recipe))),
+        [make_class_prompts(recipe)],
     )
 
 
@@ -168,4 +169,5 @@ def _make_examples(
     return TrainingExamples(
         latents[image_indices][None],  # [1, examples, c, h, w]
         map_tensors(lambda condition: condition[None], conditions),
+        [prompts],
     )

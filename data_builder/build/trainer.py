@@ -18,10 +18,10 @@ from data_builder.build.plan import (
 from data_builder.build.subject_data import SubjectData, load_subject, make_class_examples
 from data_builder.sources.sources import source_from_dict
 from hyperlora import pretrained
+from hyperlora.compute import ComputeConfig
 from hyperlora.data.lora_dataset import LoraDataset
 from hyperlora.data.lora_shards import LoraRecord, serialize_shard
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
-from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import InvalidImageError
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import TrainingExamples, ValidationProbe
@@ -62,7 +62,7 @@ class ChunkTrainer:
             recipe.parametrization.replace("locon", "lora"), self.layout, recipe.inner_rank
         )
         if isinstance(self.parametrization, LidbParametrization):
-            self.parametrization.lidb.to(base.pipeline.device)
+            self.parametrization.lidb.to(base.device)
         self.init_mean = _compute_init_mean(recipe, self.layout)
         self.prior_examples = (
             None if class_latents is None else make_class_examples(base, recipe, class_latents)
@@ -125,10 +125,9 @@ class ChunkTrainer:
             val_examples, seeds, eval_every=recipe.eval_every, patience=recipe.patience
         )
         return fine_tune_loras(
-            self.base.denoiser,
-            self.base.noise_scheduler,
+            self.base,
             train_examples,
-            self.init_codes(rows, subject_data).to(self.base.pipeline.device),
+            self.init_codes(rows, subject_data),
             self.parametrization,
             FineTuneConfig(
                 num_steps=recipe.finetune_steps,
@@ -174,10 +173,18 @@ class ChunkTrainer:
         return self.parametrization.init_codes(generator).expand(len(rows), -1)
 
 
-def load_recipe_base(recipe: Recipe) -> DiffusionBase:
-    """Load the base model of a recipe, on a GPU if there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_diffusion_base(recipe.base, recipe.dtype, device, variant=recipe.variant)
+def load_recipe_base(recipe: Recipe, device: str = "auto") -> DiffusionBase:
+    """Load the base model of a recipe.
+
+    Args:
+        recipe: The recipe, which decides the precision.
+        device: As ``ComputeConfig`` takes it; by default a GPU if there is one.
+
+    Returns:
+        The base model.
+    """
+    compute = ComputeConfig(device=device, dtype=recipe.dtype)
+    return load_diffusion_base(recipe.base, compute, variant=recipe.variant)
 
 
 def _load_init_network(recipe: Recipe, base: DiffusionBase) -> ImageToLora | None:
@@ -188,7 +195,7 @@ def _load_init_network(recipe: Recipe, base: DiffusionBase) -> ImageToLora | Non
         recipe.init_from or pretrained.IMAGE_TO_LORA_DIR, base=base
     )
     network.layout.check_base(base.id)
-    return network
+    return network.to(base.device)
 
 
 def _make_layout(recipe: Recipe, base: DiffusionBase, network: ImageToLora | None) -> LoraLayout:
@@ -196,7 +203,7 @@ def _make_layout(recipe: Recipe, base: DiffusionBase, network: ImageToLora | Non
     if network is not None:
         return network.layout.with_rank(recipe.rank)
     preset = "attention+conv" if recipe.parametrization == "locon" else recipe.preset
-    return make_layout({next(iter(base.modules)): base.denoiser}, preset, recipe.rank, base.id)
+    return base.make_layout(preset, recipe.rank, text_encoders=recipe.text_encoders)
 
 
 def _compute_init_mean(recipe: Recipe, layout: LoraLayout) -> Tensor | None:

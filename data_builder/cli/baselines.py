@@ -1,32 +1,23 @@
 """Commands that fit baselines and regression targets."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
-from data_builder.cli.options import OutputDir
+from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
 
 if TYPE_CHECKING:
     from hyperlora.lora.io.keys import LoraFormat
 
-
-def fit_baselines(
-    output: OutputDir,
-    num_subjects: Annotated[int, typer.Option(min=1, help="Number of test identities.")] = 6,
-    finetune_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-) -> None:
-    """Fit a LoRA to one photo of each of the bundled test identities, as baselines for the demo."""
-    from data_builder.baselines.fitted_loras import fit_baseline_loras
-    from hyperlora.cpu import disable_malloc_trim
-    from hyperlora.evaluation.subject_suite import FineTuneBaseline
-
-    disable_malloc_trim()
-    fit_baseline_loras(output, num_subjects, FineTuneBaseline(num_steps=finetune_steps, lr=lr))
+# offload is left out: gradients flow through the base
+_OPTION_NAMES: Final = ("device", "dtype")
 
 
+@add_compute_options("a lower --rank", _OPTION_NAMES)
 def fit_differential_lora(
+    *,
+    compute_options: ComputeOptions,
     before: Annotated[Path, typer.Argument(help="Image, or folder of images.")],
     after: Annotated[Path, typer.Argument(help="Image, or folder of images under the same names.")],
     base: Annotated[str, typer.Option(help="Base model: folder or hub id.")],
@@ -57,13 +48,17 @@ def fit_differential_lora(
         base,
         output,
         DifferentialLoraConfig(preset, rank, finetune_steps, lr),
+        compute=compute_options.make_config(),
         format=cast("LoraFormat", format),
         grid_path=slider_grid,
         grid_prompt=prompt,
     )
 
 
+@add_compute_options("a smaller --subjects-per-batch", _OPTION_NAMES)
 def fit_lidb_targets(
+    *,
+    compute_options: ComputeOptions,
     portraits: Annotated[Path, typer.Argument(help="Drawn portraits (`draw-portraits`).")],
     base: Annotated[str, typer.Option(help="Folder of the base model.")],
     vae: Annotated[str, typer.Option(help="Folder of the VAE that encodes the portraits.")],
@@ -87,7 +82,7 @@ def fit_lidb_targets(
     config = LidbTargetConfig(
         num_subjects, subjects_per_batch, finetune_steps, lr, preset, rank, a, b
     )
-    fit_lidb_targets(portraits, base, vae, output, config)
+    fit_lidb_targets(portraits, base, vae, output, config, compute_options.make_config())
 
 
 def fit_pca(

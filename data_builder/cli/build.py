@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_builder.cli.options import BuildDir, OutputDir
+from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
 
 if TYPE_CHECKING:
     from data_builder.build.pack import RowKey
@@ -29,6 +30,9 @@ def plan(
     preset: Annotated[
         str, typer.Option(help="Adapted modules: attention, attention+mlp, attention+conv.")
     ] = "attention+mlp",
+    text_encoders: Annotated[
+        bool, typer.Option("--text-encoders", help="Adapt the CLIP text encoders, too.")
+    ] = False,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the stored LoRAs.")] = 4,
     parametrization: Annotated[
         str, typer.Option(help="What is fitted: lora, locon, lidb, loha, lokr.")
@@ -164,7 +168,10 @@ def plan(
         typer.echo(line)
 
 
+@add_compute_options("a plan with smaller --subjects-per-batch", ("device",))
 def run(
+    *,
+    compute_options: ComputeOptions,
     build: BuildDir,
     ray: Annotated[
         str | None,
@@ -172,17 +179,21 @@ def run(
     ] = None,
 ) -> None:
     """Fit the pending LoRAs of a plan. A killed run continues when it is started again."""
+    from data_builder.build.plan import read_plan
     from hyperlora.cpu import disable_malloc_trim
 
     disable_malloc_trim()
+    device = compute_options.device
     if ray is not None:
         from data_builder.build.run_ray import run_build_on_ray
 
-        num_loras = run_build_on_ray(build, ray)
+        typer.echo(f"running in Ray workers, device {device}", err=True)
+        num_loras = run_build_on_ray(build, ray, device)
     else:
         from data_builder.build.run import run_build
 
-        num_loras = run_build(build)
+        replace(compute_options, dtype=read_plan(build).recipe.dtype).make_config()
+        num_loras = run_build(build, device)
     typer.echo(f"{num_loras} LoRAs fitted; {build} is complete")
 
 
@@ -206,7 +217,10 @@ def show_status(
         typer.echo(f"skipped: {line}")
 
 
+@add_compute_options("--device cpu", ("device",))
 def audit(
+    *,
+    compute_options: ComputeOptions,
     build: BuildDir,
     evaluator: Annotated[
         str | None,
@@ -228,16 +242,17 @@ def audit(
     from data_builder.build.plan import read_plan
     from hyperlora import pretrained
 
-    evaluator_dir: Path | None = None
+    build_plan, evaluator_dir = read_plan(build), None
+    replace(compute_options, dtype=build_plan.recipe.dtype).make_config()
     if evaluator is None:  # the bundled evaluator knows avatars only
-        is_avatar_build = read_plan(build).source["kind"] == "avatars"
+        is_avatar_build = build_plan.source["kind"] == "avatars"
         evaluator_dir = pretrained.EVALUATOR_DIR if is_avatar_build else None
     elif evaluator != "none":
         evaluator_dir = Path(evaluator)
     if threshold is None:
         threshold = 0.3 if evaluator_dir else 0.01
     config = AuditConfig(evaluator_dir, threshold, num_scored_rows, rows_per_group)
-    findings = run_audit(build, config, partial)
+    findings = run_audit(build, config, partial, compute_options.device)
     flagged = [finding for finding in findings if finding.flags]
     for finding in flagged:
         repetition = f"#{finding.repetition}" if finding.repetition else ""
@@ -291,17 +306,16 @@ def import_loras(
     from data_builder.build.import_files import import_lora_files, infer_layout
     from hyperlora import pretrained
     from hyperlora.cli.options import check_output_dir
+    from hyperlora.compute import ComputeConfig
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
-    from hyperlora.diffusion.target_modules import make_layout
 
     check_output_dir(output)
-    diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR)
+    base_compute = ComputeConfig(device="cpu")  # only its shapes are needed
+    diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR, base_compute)
     if preset is None:
         layout = infer_layout(lora_files_dir, dict(diffusion_base.modules), diffusion_base.id)
     else:
-        denoiser_name = next(iter(diffusion_base.modules))
-        denoisers = {denoiser_name: diffusion_base.denoiser}
-        layout = make_layout(denoisers, preset, rank or 4, diffusion_base.id)
+        layout = diffusion_base.make_layout(preset, rank or 4)
     layout = layout.with_rank(rank or layout.rank)
     import_report = import_lora_files(lora_files_dir, output, layout, rows_per_shard)
     for line in (*import_report.errors, *import_report.warnings):

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from hyperlora.diffusion.denoiser_calls import (
     DenoiserCall,
-    get_denoiser,
     intercept_denoiser,
     predict_per_lora,
 )
+from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.diffusion.lora_injection import (
     inject_lora,
-    move_to_module,
+    move_lora,
     split_denoiser,
     split_text_encoders,
 )
-from hyperlora.diffusion.pipeline_family import get_pipeline_family
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.merge import pad_and_stack
 from hyperlora.lora.weights import LoraWeights
@@ -67,13 +66,13 @@ def apply_autolora_guidance(
         if value is not None and not isfinite(value):
             raise InvalidArgumentError(f"{label} must be a finite number, got {value}")
     family = get_pipeline_family(pipe)
-    denoiser_name, denoiser = get_denoiser(pipe)
-    denoiser_lora = move_to_module(split_denoiser(lora, denoiser_name), denoiser)
+    denoiser_name, denoiser = family.denoiser_name, family.denoiser
+    denoiser_lora = move_lora(split_denoiser(lora, denoiser_name), family.device, denoiser)
     stacked_loras = pad_and_stack([denoiser_lora * 0.0, denoiser_lora])  # [2]: base, LoRA
 
     def predict_with_guidance(call: DenoiserCall) -> Tensor:
         """Predict e, once for each guidance branch [branches * n, c, h, w]."""
-        num_branches = family.count_branches(len(call.sample))  # of [branches * n, c, h, w]
+        num_branches = family.count_branches(call.num_samples)  # of [branches * n, c, h, w]
         if num_branches == 1 and (base_scale, lora_scale) != (None, None):
             raise InvalidArgumentError(
                 "separate guidance scales need both branches in one batch: "
@@ -87,7 +86,7 @@ def apply_autolora_guidance(
             lora_output = family.combine_branches(lora_output, lora_scale)  # ε_L^{w2} [n, c, h, w]
         guided_output = base_output + gamma * (lora_output - base_output)  # e [n, c, h, w]
         # equal branches: the pipeline's guidance ε(∅) + w (ε(c) - ε(∅)) gives e for every w
-        return guided_output.repeat(num_branches, *[1] * (call.sample.ndim - 1))
+        return guided_output.repeat(num_branches, *[1] * (guided_output.ndim - 1))
 
     # on the text encoders the LoRA acts at full strength, for any γ
     with ExitStack() as stack:

@@ -1,51 +1,102 @@
-"""Conditions of a denoiser: its keyword arguments for prompts, and a map over nested tensors."""
+"""Conditions of a denoiser: encoded prompts and input images, and operations on batches of them."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Required, TypedDict, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Required, TypedDict, cast
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-T = TypeVar("T")
 
+class Conditions(TypedDict, total=False):
+    """What a denoiser is told besides noisy latents and time, by the names of diffusers' pipelines.
 
-class PromptConditions(TypedDict, total=False):
-    """Keyword arguments that a denoiser takes for n prompts.
-
-    Collections of several subjects have further axes before n.
+    Embeddings of n prompts and, of a base that edits images, the input images. Collections of
+    several subjects have further axes before n.
     """
 
-    encoder_hidden_states: Required[Tensor]
+    prompt_embeds: Required[Tensor]
     """Prompt embeddings [n, tokens, width]."""
-    added_cond_kwargs: dict[str, Tensor]
-    """SDXL: pooled prompt embeddings ``text_embeds`` [n, width] and ``time_ids`` [n, 6], the
-    original size, the crop offset and the target size in pixels."""
-    pooled_projections: Tensor
-    """Pooled prompt embeddings [n, width] (SD 3, FLUX)."""
+    prompt_embeds_mask: Tensor
+    """Which tokens belong to the prompt [n, tokens]; of families that do not fix their number."""
+    pooled_prompt_embeds: Tensor
+    """Pooled prompt embeddings [n, width] (SDXL, SD 3, FLUX.1)."""
+    image_latents: Tensor
+    """Scaled latents of the input images [n, c, h, w] (InstructPix2Pix, Kontext, FLUX.2)."""
 
 
-class EditConditions(PromptConditions, total=False):
-    """Conditions of a base that edits images (InstructPix2Pix, 2211.09800)."""
-
-    cond_latents: Tensor
-    """Latents of the input image [n, c, h, w], concatenated to the noisy latents."""
-
-
-def map_tensors(fn: Callable[..., Tensor], tree: T, *others: T) -> T:
-    """Apply ``fn`` to corresponding tensors of nested mappings.
+def map_tensors(
+    fn: Callable[..., Tensor], conditions: Conditions, *others: Conditions
+) -> Conditions:
+    """Apply ``fn`` to corresponding tensors.
 
     Args:
-        fn: Takes one tensor of each tree and returns a tensor.
-        tree: A tensor, or mappings of names to tensors or further mappings.
-        others: Trees with the same keys.
+        fn: Takes one tensor of each argument and returns a tensor.
+        conditions: The first.
+        others: Further ones with the same keys.
 
     Returns:
-        A tree with the same keys that holds the results.
+        Conditions with the same keys that hold the results.
+    """
+    values = {
+        key: fn(value, *(cast(dict[str, Tensor], other)[key] for other in others))
+        for key, value in cast(dict[str, Tensor], conditions).items()
+    }
+    return cast(Conditions, values)
+
+
+def pad_tokens(conditions: Sequence[Conditions]) -> list[Conditions]:
+    """Pad the token axis of embeddings and masks to the longest, by zeros.
+
+    Args:
+        conditions: Their embeddings are [..., tokens, width] with any number of tokens.
+
+    Returns:
+        The same with equal numbers of tokens.
+    """
+    num_tokens = max(item["prompt_embeds"].shape[-2] for item in conditions)
+    padded = []
+    for item in conditions:
+        missing = num_tokens - item["prompt_embeds"].shape[-2]
+        copy = item.copy()
+        copy["prompt_embeds"] = F.pad(item["prompt_embeds"], (0, 0, 0, missing))
+        if "prompt_embeds_mask" in item:
+            copy["prompt_embeds_mask"] = F.pad(item["prompt_embeds_mask"], (0, missing))
+        padded.append(copy)
+    return padded
+
+
+def cat_conditions(conditions: Sequence[Conditions], dim: int = 0) -> Conditions:
+    """Concatenate conditions along a batch axis, padding their tokens.
+
+    Args:
+        conditions: With the same keys.
+        dim: The axis.
+
+    Returns:
+        All of them.
+    """
+    first, *others = pad_tokens(conditions)
+    return map_tensors(lambda *tensors: torch.cat(tensors, dim), first, *others)
+
+
+def blend_conditions(conditions: Conditions, weights: Tensor) -> Conditions:
+    """Mix the embeddings of p prompts linearly.
+
+    Args:
+        conditions: Of p prompts.
+        weights: One row of factors for each of the n mixtures, [n, p].
+
+    Returns:
+        Conditions of the n mixtures; a token is masked only if all its prompts mask it.
     """
 
-    def map_node(*nodes: Any) -> Any:  # noqa: ANN401 - a tree of any depth
-        """Map one tensor of each tree, or corresponding mappings."""
-        if isinstance(nodes[0], Mapping):
-            return {key: map_node(*(node[key] for node in nodes)) for key in nodes[0]}
-        return fn(*nodes)
+    def mix_rows(values: Tensor) -> Tensor:
+        """Mix the rows [p, ...] of one tensor to [n, ...]."""
+        # embeddings of similar prompts differ by less than half precision resolves
+        with torch.autocast(values.device.type, enabled=False):
+            if values.dtype == torch.bool:
+                return ((weights != 0).float() @ values.float()) > 0  # [n, tokens]
+            return torch.einsum("np,p...->n...", weights, values.float()).to(values.dtype)
 
-    return cast(T, map_node(tree, *others))
+    return map_tensors(mix_rows, conditions)

@@ -1,7 +1,8 @@
 """Base models: any diffusers pipeline with a UNet or a transformer, from a folder or the hub."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,21 +14,31 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from hyperlora.diffusion.conditions import PromptConditions
-from hyperlora.diffusion.pipeline_family import (
-    PipelineFamily,
-    TextEmbeds,
-    get_pipeline_family,
+from hyperlora.compute import ComputeConfig, Offload
+from hyperlora.diffusion.conditions import (
+    Conditions,
+    blend_conditions,
+    cat_conditions,
+    map_tensors,
 )
+from hyperlora.diffusion.families.base import PipelineFamily
+from hyperlora.diffusion.families.registry import get_pipeline_family
+from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.placement import place_pipeline
+from hyperlora.diffusion.shared_components import load_shared_components
+from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.unet_encoder import UNetFeatureEncoder
-from hyperlora.errors import InvalidArgumentError, ModelLoadError
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError, ModelLoadError
+from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.pretrained import check_bundle
 from hyperlora.prompt_blending import compute_blend_matrix
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers import ModelMixin, SchedulerMixin
 
-PromptCache = dict[str, TextEmbeds]
-"""Encoded prompts: embeddings [tokens, width] and, for SDXL, pooled embeddings [width]."""
+PromptCache = dict[str, Conditions]
+"""The conditions of single prompts [1, ...]."""
 CACHE_SIZE: Final = 1024
 """Prompts in a cache; a cache with more is emptied."""
 
@@ -39,10 +50,12 @@ class DiffusionBase:
     Attributes:
         id: The hub id, or the last two parts of a folder's path.
         pipeline: The diffusers pipeline.
+        offload: Where its components wait while they do not compute, as ``ComputeConfig`` has it.
     """
 
     id: str
     pipeline: DiffusionPipeline
+    offload: Offload = "none"
 
     @cached_property
     def family(self) -> PipelineFamily:
@@ -57,13 +70,25 @@ class DiffusionBase:
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         """Components that can take a LoRA: ``unet`` or ``transformer``, and the text encoders."""
-        names = ("unet", "transformer", "text_encoder", "text_encoder_2")
-        return {n: m for n in names if isinstance(m := getattr(self.pipeline, n, None), nn.Module)}
+        return {self.family.denoiser_name: self.denoiser, **self.family.text_encoders}
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> "ModelMixin":
         """The UNet or the transformer."""
-        return next(iter(self.modules.values()))
+        return self.family.denoiser
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the base computes, also where it is offloaded."""
+        denoiser = self.denoiser
+        if hasattr(denoiser, "_hf_hook") or hasattr(denoiser, "_diffusers_hook"):  # offloaded
+            return self.family.device
+        return next(denoiser.parameters()).device  # diffusers takes milliseconds to say it
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the denoiser computes."""
+        return self.denoiser.dtype
 
     @property
     def resolution(self) -> int:
@@ -79,97 +104,160 @@ class DiffusionBase:
         )
         return scheduler_class.from_config(config)
 
-    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Encode images [n, 3, h, w] in [0, 1] to scaled latents [n, c, h/f, w/f].
-
-        The latents are the means of the posterior.
-        """
-        vae = self.pipeline.vae
-        pixels = (images * 2 - 1).to(vae.device, vae.dtype)  # [n, 3, h, w] in [-1, 1]
-        mean = vae.encode(pixels).latent_dist.mean  # [n, c, h/f, w/f]
-        return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        """Encode images [n, 3, h, w] in [0, 1] to scaled latents; no gradients."""
+        return self.family.encode_images(images)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents [n, c, h/f, w/f] to images [n, 3, h, w] in [0, 1].
+        """Decode scaled latents to images [n, 3, h, w] in [0, 1]; gradients flow to the latents."""
+        return self.family.decode_latents(latents.to(self.device))
 
-        Gradients flow to the latents.
+    def predict(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """Run the denoiser as the pipeline does; see ``PipelineFamily.predict``.
+
+        Args:
+            latents: Noisy latents [n, c, h, w], on any device.
+            timesteps: As ``scheduler.timesteps`` holds them [n].
+            conditions: Of n prompts.
+
+        Returns:
+            The prediction [n, c, h, w], on the device of the base.
         """
-        vae = self.pipeline.vae
-        raw = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        return (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)  # [n, 3, h, w]
+        device = self.device
+        moved_conditions = map_tensors(lambda value: value.to(device), conditions)
+        return self.family.predict(latents.to(device), timesteps.to(device), moved_conditions)
 
-    @torch.no_grad()
+    def check_gradients(self, allowed_offloads: Sequence[Offload] = ("none",)) -> None:
+        """Check that gradients flow through the base.
+
+        Args:
+            allowed_offloads: Modes of offload in which no weight leaves the device between the
+                forward and the backward pass.
+
+        Raises:
+            InvalidArgumentError: The base is offloaded in another way.
+        """
+        if self.offload not in allowed_offloads:
+            raise InvalidArgumentError(
+                f"fine-tuning and refinement compute gradients through the base, and offload "
+                f"{self.offload!r} moves its weights away before: use offload "
+                f"{' or '.join(allowed_offloads)}"
+            )
+
+    def make_layout(self, preset: str, rank: int, *, text_encoders: bool = False) -> LoraLayout:
+        """Make the layout of LoRAs for this base.
+
+        Args:
+            preset: ``attention``, ``attention+mlp`` or ``attention+conv``.
+            rank: At least 1.
+            text_encoders: Whether the CLIP text encoders are adapted besides the denoiser.
+
+        Returns:
+            The layout.
+
+        Raises:
+            InvalidArgumentError: The preset is unknown or not for this base, the rank is below 1,
+                or the base has no CLIP text encoder.
+            LayoutMismatchError: A component has no target module.
+        """
+        names = self.family.adaptable_text_encoders if text_encoders else ()
+        text_modules = {name: self.modules[name] for name in names if name in self.modules}
+        if text_encoders and not text_modules:
+            raise InvalidArgumentError(
+                f"the text encoders of {type(self.pipeline).__name__} take no LoRA: "
+                "only those of CLIP do; adapt the denoiser alone"
+            )
+        components = {self.family.denoiser_name: self.denoiser, **text_modules}
+        return make_layout(components, preset, rank, self.id)
+
+    def inject_lora(self, lora: LoraWeights) -> AbstractContextManager[None]:
+        """Inject a LoRA into the components that it changes, within a ``with`` block.
+
+        Args:
+            lora: One LoRA for all samples, or a batch of one for each; see ``inject_lora``.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            LayoutMismatchError: The LoRA changes a component or a module that the base lacks.
+        """
+        modules = self.modules
+        for component in lora.layout.components:
+            if component not in modules:
+                raise LayoutMismatchError(
+                    f"the LoRA changes {component}, which base {self.id!r} lacks: "
+                    "use the base it is for"
+                )
+        lora_modules = {name: modules[name] for name in lora.layout.components}
+        return inject_lora(lora_modules, lora.to(self.device))  # once, not at every call
+
     def encode_prompts(
-        self, prompts: list[str], cache: PromptCache | None = None
-    ) -> PromptConditions:
-        """Encode prompts to the keyword arguments that the denoiser takes for them.
+        self,
+        prompts: list[str],
+        cache: PromptCache | None = None,
+        images: Tensor | None = None,
+        *,
+        requires_grad: bool = False,
+    ) -> Conditions:
+        """Encode prompts to the conditions that ``predict`` takes.
 
         Args:
             prompts: n prompts, or blends of prompts (``hyperlora.prompt_blending``).
             cache: Filled with the embeddings of the plain prompts, for the next call. Valid only
                 while the text encoders, with any LoRAs on them, stay the same.
+            images: Input images of an edit [n, 3, h, w] in [0, 1], for families whose text encoder
+                sees them; these have neither blends nor a cache.
+            requires_grad: Whether gradients flow to LoRAs of the text encoders.
 
         Returns:
-            ``encoder_hidden_states`` [n, tokens, width] and the further conditions of the pipeline
-            family, e.g. ``added_cond_kwargs`` for SDXL.
+            ``prompt_embeds`` [n, tokens, width] and the further embeddings of the family.
 
         Raises:
             InvalidArgumentError: A blend cannot be parsed.
         """
+        with torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()):
+            return self._encode_prompts(prompts, cache, images)
+
+    def _encode_prompts(
+        self, prompts: list[str], cache: PromptCache | None, images: Tensor | None
+    ) -> Conditions:
+        """Encode prompts one by one, or their blends by way of plain prompts."""
+        if images is not None and self.family.encodes_images_in_prompts:
+            return self.family.encode_text(prompts, images)
         unique_prompts, blend_weights = compute_blend_matrix(prompts)
         if cache is None and set(unique_prompts) == set(prompts):
             # no blend: each prompt by itself, since sample i must meet LoRA i of the text encoder
-            prompt_embeds, pooled_prompt_embeds = self._encode_text(prompts)
-        else:
-            unique_embeds, unique_pooled_embeds = (
-                self._encode_text(unique_prompts)
-                if cache is None
-                else self._encode_with_cache(unique_prompts, cache)
-            )  # [p, tokens, width], [p, width]
-            weight_matrix = torch.tensor(blend_weights, device=unique_embeds.device)  # [n, p]
-            # embeddings of similar prompts differ by less than half precision resolves
-            with torch.autocast(unique_embeds.device.type, enabled=False):
-                prompt_embeds = torch.einsum(
-                    "np,ptw->ntw", weight_matrix, unique_embeds.float()
-                ).to(unique_embeds)  # [n, tokens, width]
-                pooled_prompt_embeds = (
-                    None
-                    if unique_pooled_embeds is None
-                    else (weight_matrix @ unique_pooled_embeds.float()).to(unique_pooled_embeds)
-                )  # [n, width]
-        return self.family.make_conditions(prompt_embeds, pooled_prompt_embeds)
+            return self.family.encode_text(prompts)
+        conditions = (
+            self.family.encode_text(unique_prompts)
+            if cache is None
+            else self._encode_with_cache(unique_prompts, cache)
+        )  # of p prompts
+        weights = torch.tensor(blend_weights, device=conditions["prompt_embeds"].device)  # [n, p]
+        return blend_conditions(conditions, weights)
 
-    def _encode_with_cache(self, prompts: list[str], cache: PromptCache) -> TextEmbeds:
-        """Encode those of n plain prompts that the cache lacks; stack the embeddings of all."""
+    def _encode_with_cache(self, prompts: list[str], cache: PromptCache) -> Conditions:
+        """Encode those of n plain prompts that the cache lacks; concatenate all."""
         if len(cache) > CACHE_SIZE:
             cache.clear()
         if new_prompts := [prompt for prompt in prompts if prompt not in cache]:
-            prompt_embeds, pooled_prompt_embeds = self._encode_text(new_prompts)
+            conditions = self.family.encode_text(new_prompts)
             for i, prompt in enumerate(new_prompts):
-                pooled_embed = None if pooled_prompt_embeds is None else pooled_prompt_embeds[i]
-                cache[prompt] = (prompt_embeds[i], pooled_embed)  # [tokens, width], [width]
-        stacked_embeds = torch.stack([cache[prompt][0] for prompt in prompts])
-        pooled_embeds = [pool for prompt in prompts if (pool := cache[prompt][1]) is not None]
-        return stacked_embeds, torch.stack(pooled_embeds) if pooled_embeds else None
-
-    def _encode_text(self, prompts: list[str]) -> TextEmbeds:
-        """Encode n prompts to embeddings [n, tokens, width] and perhaps pooled ones [n, width]."""
-        return self.family.encode_text(prompts)
+                cache[prompt] = map_tensors(lambda t, i=i: t[i : i + 1], conditions)
+        return cat_conditions([cache[prompt] for prompt in prompts])
 
 
 def load_diffusion_base(
     name_or_path: str | Path,
-    dtype: torch.dtype | str = torch.float32,
-    device: str = "cpu",
+    compute: ComputeConfig | None = None,
     **pretrained_kwargs: Any,
 ) -> DiffusionBase:
     """Load a diffusers pipeline in evaluation mode, with all parameters frozen.
 
     Args:
         name_or_path: Folder of a pipeline, or a hub id.
-        dtype: Precision of all components, as a torch dtype or its name, e.g. "bfloat16".
-        device: Device of all components.
+        compute: Device, precision and memory; None for what ``ComputeConfig`` finds by itself.
         pretrained_kwargs: Further arguments of ``DiffusionPipeline.from_pretrained``.
 
     Returns:
@@ -177,9 +265,10 @@ def load_diffusion_base(
 
     Raises:
         ModelLoadError: The folder holds no diffusers pipeline, or it cannot be loaded.
-        InvalidArgumentError: torch has no floating point ``dtype`` of this name.
+        InvalidArgumentError: The pipeline belongs to no family.
     """
-    dtype = _parse_dtype(dtype)
+    compute = compute or ComputeConfig()
+    check_bundle(name_or_path)
     folder = Path(name_or_path)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ModelLoadError(
@@ -188,9 +277,12 @@ def load_diffusion_base(
     logging.disable_progress_bar()  # "Loading pipeline components" is no news to a user
     transformers_logging.disable_progress_bar()
     try:
+        if folder.is_dir():
+            shared_components = load_shared_components(folder, compute.torch_dtype)
+            pretrained_kwargs = shared_components | pretrained_kwargs
         pipeline = DiffusionPipeline.from_pretrained(
-            name_or_path, dtype=dtype, **pretrained_kwargs
-        ).to(device)
+            name_or_path, dtype=compute.torch_dtype, **pretrained_kwargs
+        )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelLoadError(
             f"base {str(name_or_path)!r} cannot be loaded as a diffusers pipeline: "
@@ -200,7 +292,9 @@ def load_diffusion_base(
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
-    return DiffusionBase(get_base_id(name_or_path), pipeline)
+    base = DiffusionBase(get_base_id(name_or_path), pipeline, compute.offload)
+    place_pipeline(base.family, compute)
+    return base
 
 
 def get_base_id(name_or_path: str | Path) -> str:
@@ -217,22 +311,10 @@ def make_unet_encoder(base: DiffusionBase, **options: Any) -> UNetFeatureEncoder
         options: Further arguments of ``UNetFeatureEncoder``.
 
     Returns:
-        The encoder.
+        The encoder, whose own tensors are on the CPU.
     """
-    empty_prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"]  # [1, tokens, width]
-    return UNetFeatureEncoder(
-        base.pipeline.vae, base.denoiser, base.noise_scheduler, empty_prompt_embeds, **options
-    )
-
-
-def _parse_dtype(name: torch.dtype | str) -> torch.dtype:
-    """Parse the name of a floating point dtype, as configs write it."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InvalidArgumentError(
-            f"unknown dtype {name!r} for the base; known: float32, bfloat16, float16"
-        )
-    return dtype
+    empty_prompt_embeds = base.encode_prompts([""])["prompt_embeds"].cpu()  # [1, tokens, width]
+    return UNetFeatureEncoder(base.pipeline, base.noise_scheduler, empty_prompt_embeds, **options)
 
 
 def _format_error(error: Exception) -> str:

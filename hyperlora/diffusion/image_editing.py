@@ -1,4 +1,4 @@
-"""Edit images with an InstructPix2Pix base (2211.09800), several LoRAs in one batch."""
+"""Edit images with a base that takes an input image, several LoRAs in one batch."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -30,8 +30,8 @@ def edit_images(
     *,
     seeds: Sequence[int],
     instructions: Sequence[str] | str = "",
-    num_inference_steps: int = 20,
-    guidance_scale: float = 1.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     image_guidance_scale: float = 1.0,
     preserve_unedited: bool = False,
 ) -> list[Image.Image]:
@@ -45,10 +45,10 @@ def edit_images(
         seeds: n seeds.
         instructions: One instruction for all images or one for each; a blend of instructions
             (``hyperlora.prompt_blending``) is an instruction, too.
-        num_inference_steps: Denoising steps.
-        guidance_scale: InstructPix2Pix's text guidance scale in [0, 100]. At 1 there is no
-            classifier-free guidance and a step is one forward pass.
-        image_guidance_scale: InstructPix2Pix's image guidance scale in [0, 100].
+        num_inference_steps: Denoising steps; None for the family's default.
+        guidance_scale: Guidance by the instruction in [0, 100]; 1 is none, and a step is one
+            forward pass. None for the family's default, which is 1 for InstructPix2Pix.
+        image_guidance_scale: Guidance by the input image in [0, 100], of InstructPix2Pix alone.
         preserve_unedited: Whether to restore the input image where the edit changes nothing
             (``blend_edit_region``), at twice the cost. Other programs that load the LoRA file
             do not, and repaint the whole image.
@@ -62,22 +62,32 @@ def edit_images(
         LayoutMismatchError: The LoRA changes a component that the base lacks.
     """
     check_edit_base(base)
-    guidance_scales = [guidance_scale, image_guidance_scale]
-    check_sampling_inputs(base, len(images), lora, seeds, guidance_scales, sample_noun="image")
+    family = base.family
+    scale = guidance_scale
+    if scale is None:
+        scale = family.default_edit_guidance_scale or family.default_guidance_scale
+    check_sampling_inputs(
+        base, len(images), lora, seeds, [scale, image_guidance_scale], sample_noun="image"
+    )
     pixels = images if isinstance(images, Tensor) else _stack_images(images, base.resolution)
-    image_batch = pixels.to(base.pipeline.device)  # [n, 3, h, w]
+    image_batch = pixels.to(family.device)  # [n, 3, h, w]
 
     def sample_edits(lora: LoraWeights | None, instructions: list[str]) -> list[Image.Image]:
         """Sample one edited image per instruction, with or without a LoRA."""
-        with inject_base_lora(base, lora):  # also while the text encoder runs
-            edited: list[Image.Image] = base.pipeline(
-                prompt_embeds=base.encode_prompts(instructions)["encoder_hidden_states"],
-                image=image_batch,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                image_guidance_scale=image_guidance_scale,
-                generator=make_generators(seeds),
-            ).images
+        n = len(image_batch)
+        batches = [slice(n)] if family.edits_in_batches else [slice(i, i + 1) for i in range(n)]
+        edited: list[Image.Image] = []
+        for batch in batches:
+            batch_lora = lora[batch] if lora is not None and lora.batch_shape else lora
+            texts, image_pixels = instructions[batch], image_batch[batch]
+            with inject_base_lora(base, batch_lora):  # also while the text encoder runs
+                conditions = base.encode_prompts(texts, images=image_pixels)
+                edited += base.pipeline(
+                    **family.make_prompt_arguments(conditions),
+                    **family.make_edit_arguments(image_pixels, scale, image_guidance_scale),
+                    num_inference_steps=num_inference_steps or family.default_num_inference_steps,
+                    generator=make_generators(seeds[batch]),
+                ).images
         return edited
 
     if isinstance(instructions, str):
@@ -117,7 +127,8 @@ def check_edit_base(base: DiffusionBase) -> None:
     if not base.family.edits_images:
         raise InvalidArgumentError(
             f"base {base.id!r} is a {type(base.pipeline).__name__}, one that edits images was "
-            "expected: give --base an InstructPix2Pix pipeline"
+            "expected: give --base an InstructPix2Pix, FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit "
+            "pipeline"
         )
 
 

@@ -143,7 +143,7 @@ def _make_hook(target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:
         # The tokens of a prompt differ by little: bfloat16 would round the differences away.
         precision_context = (
             torch.autocast(x.device.type, enabled=False)
-            if target.is_text_projection
+            if target.is_text_projection and not x.is_meta  # meta tensors know no autocast
             else nullcontext()
         )
         with precision_context:
@@ -308,18 +308,19 @@ def split_text_encoders(
             raise LayoutMismatchError(
                 f"the LoRA changes {component}, which {type(pipe).__name__} lacks: use its own base"
             )
-        yield module, move_to_module(select_blocks(lora, [component]), module)
+        yield module, move_lora(select_blocks(lora, [component]), pipe._execution_device, module)
 
 
-def move_to_module(lora: LoraWeights, module: nn.Module) -> LoraWeights:
-    """Move a LoRA to the device and dtype of a module's parameters.
+def move_lora(lora: LoraWeights, device: torch.device, module: nn.Module) -> LoraWeights:
+    """Move a LoRA to the device and precision in which a module computes.
 
     Args:
         lora: With or without a batch axis.
+        device: Device of the pipeline, which an offloaded module leaves between its calls.
         module: With at least one parameter.
 
     Returns:
         The moved LoRA.
     """
-    reference = next(module.parameters())
-    return lora.apply(lambda factor: factor.to(reference.device, reference.dtype))
+    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    return lora.apply(lambda factor: factor.to(device, dtype))

@@ -1,30 +1,23 @@
 """The denoising loss of a base diffusion model; ``NoiseSchedule`` holds its equations."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.cpu import select_sdpa_kernel
+from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.noise_schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 
-class DenoiserOutput(Protocol):
-    """What a denoiser of diffusers returns."""
-
-    sample: Tensor
-    """Prediction, [batch, channels, h, w]."""
-
-
-Denoiser = Callable[..., DenoiserOutput]
-"""A UNet or transformer of diffusers: (model_input, timesteps, **conditions) to its output."""
+Predictor = Callable[[Tensor, Tensor, Conditions], Tensor]
+"""(noisy latents [n, c, h, w], timesteps [n], conditions) to the prediction [n, c, h, w], as
+``PipelineFamily.predict``."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +36,16 @@ class AuxLoss:
 
 
 def compute_denoising_loss(
-    denoiser: Denoiser,
+    predict: Predictor,
     scheduler: "SchedulerMixin",
     latents: Tensor,
+    conditions: Conditions,
     *,
     shift: float = 1.0,
     noise_sample: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
     x0_offset: Tensor | None = None,
-    cond_latents: Tensor | None = None,
     aux_loss: AuxLoss | None = None,
-    **model_kwargs: Tensor | dict[str, Tensor],
 ) -> Tensor:
     """Compute the squared error of a denoiser's output at random timesteps.
 
@@ -61,9 +53,10 @@ def compute_denoising_loss(
     training timesteps.
 
     Args:
-        denoiser: The denoiser as it is, possibly inside ``inject_lora``.
+        predict: Runs the denoiser, e.g. ``base.predict``, possibly inside ``inject_lora``.
         scheduler: DDPM-like or flow-matching scheduler of diffusers.
         latents: Clean latents x_0, [batch, channels, h, w].
+        conditions: Of the prompts, with ``image_latents`` where the base edits images.
         shift: Above 1, noisier timesteps are drawn more often (2403.03206, eq. 23): the prompt
             has the most influence there.
         noise_sample: The random numbers: u [batch] in [0, 1), which gives the timestep, and the
@@ -72,11 +65,7 @@ def compute_denoising_loss(
             loss keeps its scale.
         x0_offset: Shaped like ``latents``. It is added to the x_0 of the target in proportion to
             the noise level: an edit (2506.07992).
-        cond_latents: [batch, cond_channels, h, w], concatenated to the noisy latents as further
-            channels (InstructPix2Pix, 2211.09800).
         aux_loss: A further loss on the predicted x_0, added to the squared error.
-        **model_kwargs: The denoiser's own arguments: ``encoder_hidden_states`` and, for SDXL,
-            ``added_cond_kwargs``.
 
     Returns:
         Loss per sample, [batch].
@@ -89,8 +78,7 @@ def compute_denoising_loss(
         torch.rand(len(latents), device=latents.device),  # [B]
         torch.randn_like(latents),  # ε [B, C, h, w]
     )
-    # t = T s u / (1 + (s - 1) u) with the shift s, 2403.03206, eq. 23; rounded down
-    timesteps = (schedule.num_train_timesteps * shift * u / (1 + (shift - 1) * u)).long()  # [B]
+    timesteps = schedule.sample_timesteps(u, shift)  # [B]
     # x_t = α_t x_0 + σ_t ε, and what the denoiser should predict, each [B, C, h, w]
     noisy_latents, target = schedule.add_noise(latents, noise, timesteps)
     if x0_offset is not None:
@@ -99,12 +87,7 @@ def compute_denoising_loss(
         edited_x0 = latents + schedule.compute_noise_level(timesteps) * x0_offset
         target = schedule.compute_target(noisy_latents, edited_x0, timesteps)
 
-    model_input = noisy_latents  # [B, C, h, w]
-    if cond_latents is not None:
-        # clean latents of the image to edit, without noise: [B, C + cond_channels, h, w]
-        model_input = torch.cat([noisy_latents, cond_latents.to(noisy_latents)], 1)
-    with _select_attention_kernel(denoiser, latents):
-        model_output = denoiser(model_input, timesteps, **model_kwargs).sample  # [B, C, h, w]
+    model_output = predict(noisy_latents, timesteps, conditions)  # [B, C, h, w]
 
     # in float32, since half precision is too coarse for a mean of squares
     squared_error = F.mse_loss(model_output.float(), target.float(), reduction="none")
@@ -137,10 +120,3 @@ def compute_edit_region_weights(before: Tensor, after: Tensor, max_extra_weight:
     # mean over the channels, in standard deviations of all latents of the batch
     relative_change = (after - before).abs().mean(1, keepdim=True) / after.std()  # [B, 1, h, w]
     return 1 + max_extra_weight * relative_change.clamp(max=1)
-
-
-def _select_attention_kernel(denoiser: Denoiser, latents: Tensor) -> AbstractContextManager[object]:
-    """Choose a fast attention kernel; none if checkpointed blocks rerun outside of its context."""
-    is_checkpointing = getattr(denoiser, "is_gradient_checkpointing", False)
-    # latents[0, 0] is [h, w]: attention over all latent pixels has h·w tokens at most
-    return nullcontext() if is_checkpointing else select_sdpa_kernel(latents, latents[0, 0].numel())

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from hyperlora.diffusion.denoiser_calls import (
     DenoiserCall,
-    get_denoiser,
     intercept_denoiser,
     predict_per_lora,
 )
+from hyperlora.diffusion.families.base import Window
+from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.diffusion.lora_injection import (
     inject_lora,
-    move_to_module,
+    move_lora,
     split_denoiser,
     split_text_encoders,
 )
@@ -104,17 +105,18 @@ def compose_loras(
         raise InvalidArgumentError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
     config = config or CompositionConfig()
     scales = validate_weights(weights, len(loras))
-    name, denoiser = get_denoiser(pipe)
+    family = get_pipeline_family(pipe)
+    name, denoiser = family.denoiser_name, family.denoiser
     with ExitStack() as stack:
         for lora, scale in zip(loras, scales, strict=True):
             # contexts nest and their LoRAs add up: Σ wᵢ ΔWᵢ on the text encoders
             for module, text_lora in split_text_encoders(pipe, lora, name):
                 stack.enter_context(inject_lora(module, text_lora * scale))
         denoiser_loras = [
-            move_to_module(split_denoiser(lora, name), denoiser) * scale
+            move_lora(split_denoiser(lora, name), family.device, denoiser) * scale
             for lora, scale in zip(loras, scales, strict=True)
         ]
-        modules = {name: denoiser}
+        modules: Mapping[str, nn.Module] = {name: denoiser}
         if strategy == "merge" and schedule is None:  # Σ wᵢ ΔWᵢ is the same at every step
             for lora in denoiser_loras:
                 stack.enter_context(inject_lora(modules, lora))
@@ -280,23 +282,41 @@ def _make_spatial_handler(
     regions = config.regions or ()
 
     @cache  # the same for every step of an image
-    def compute_region_weights(latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def compute_windows(grid: tuple[int, int], multiple: int) -> Sequence[Window]:
+        """Round the boxes to windows whose edges are multiples of a denoiser's patch."""
+        rows, columns = grid
+        windows = compute_region_windows(regions, (rows // multiple, columns // multiple))
+        return [
+            (top * multiple, left * multiple, height * multiple, width * multiple)
+            for top, left, height, width in windows
+        ]
+
+    @cache
+    def compute_region_weights(
+        grid: tuple[int, int], multiple: int
+    ) -> tuple[Tensor, Tensor | None]:
         """Compute mᵢ [regions, h, w] and m₀ [h, w], None if the regions cover the image."""
-        region_masks = compute_region_masks(regions, latent_size)  # [regions, h, w]
+        if config.windowed:  # a window predicts all of its positions, and no other
+            region_masks = torch.zeros(len(regions), *grid)
+            for mask, (top, left, height, width) in zip(
+                region_masks, compute_windows(grid, multiple), strict=True
+            ):
+                mask[top : top + height, left : left + width] = 1
+        else:
+            region_masks = compute_region_masks(regions, grid)  # [regions, h, w]
         coverage = region_masks.sum(0)  # [h, w]
-        # Σᵢ mᵢ + m₀ = coverage / max(coverage, 1) + 1 - min(coverage, 1) = 1 at each position
         region_weights = region_masks / coverage.clamp_min(1)  # overlaps are averaged
-        is_covered = not bool((coverage < 1).any())  # then the base needs no forward pass
+        is_covered = not bool((coverage < 1).any())
         return region_weights, None if is_covered else 1 - coverage.clamp(max=1)
 
     def predict_spatial(call: DenoiserCall) -> Tensor:
         """Predict each position [n, c, h, w] with the LoRAs of its regions."""
-        region_weights, base_weight = compute_region_weights(call.latent_size)
+        grid, multiple = call.grid, call.family.grid_multiple
+        region_weights, base_weight = compute_region_weights(grid, multiple)
         loras = scheduled_loras.scale_loras(call)  # [regions + 1]
         # one prediction [n, c, h, w] per region, and the base's if it is needed
         if config.windowed:
-            windows = compute_region_windows(regions, call.latent_size)
-            model_outputs = _predict_windows(call, modules, loras, windows)
+            model_outputs = _predict_windows(call, modules, loras, compute_windows(grid, multiple))
             # call() itself is the base: no hooks are registered here
             model_outputs += [call()] if base_weight is not None else []
         else:
@@ -306,7 +326,7 @@ def _make_spatial_handler(
         # mᵢ and m₀, in the order of the predictions; [h, w] each
         masks = [*region_weights, *([base_weight] if base_weight is not None else [])]
         weighted_outputs = [
-            _reshape_mask(mask.to(model_output), call) * model_output
+            _multiply_mask(mask.to(model_output), model_output)
             for mask, model_output in zip(masks, model_outputs, strict=True)
         ]
         return torch.stack(weighted_outputs).sum(0)  # [n, c, h, w]
@@ -318,32 +338,38 @@ def _predict_windows(
     call: DenoiserCall,
     modules: Mapping[str, nn.Module],
     loras: LoraWeights,
-    windows: Sequence[tuple[int, int, int, int]],
+    windows: Sequence[Window],
 ) -> list[Tensor]:
     """Predict with LoRA i in window i (top, left, height, width); zeros outside the window."""
-    rows, columns = call.latent_size
+    rows, columns = call.grid
     full_outputs = []
-    for i, (top, left, height, width) in enumerate(windows):
+    for i, window in enumerate(windows):
+        top, left, height, width = window
         with inject_lora(modules, loras[i]):
-            # a window is an image of its own: [n, c, height, width], or [n, height * width, c]
-            model_output = call.crop_latents(top, left, height, width)()
+            # an image of its own: [n, c, height, width], or tokens [n, height * width, c]
+            model_output = call.crop_latents(window)()
         window_rows, window_columns = slice(top, top + height), slice(left, left + width)
-        if model_output.ndim == 4:  # [n, c, height, width]
-            full_output = model_output.new_zeros(*model_output.shape[:2], rows, columns)
+        if model_output.ndim > 3:  # [n, c, height, width], or with an axis of frames
+            full_output = model_output.new_zeros(*model_output.shape[:-2], rows, columns)
             full_output[..., window_rows, window_columns] = model_output  # [n, c, rows, columns]
-        else:  # packed: [n, height * width, c]
-            num_samples, _, channels = model_output.shape
-            # packed tokens are in row-major order
-            grid = model_output.new_zeros(num_samples, rows, columns, channels)
-            grid[:, window_rows, window_columns] = model_output.unflatten(1, (height, width))
-            full_output = grid.flatten(1, 2)  # [n, rows * columns, c]
+        else:  # the window's tokens come first, in row-major order
+            tokens = model_output[:, : height * width]
+            token_grid = tokens.new_zeros(len(tokens), rows, columns, tokens.shape[-1])
+            token_grid[:, window_rows, window_columns] = tokens.unflatten(1, (height, width))
+            full_output = token_grid.flatten(1, 2)  # [n, rows * columns, c]
         full_outputs.append(full_output)
     return full_outputs
 
 
-def _reshape_mask(mask: Tensor, call: DenoiserCall) -> Tensor:
-    """Reshape a mask [h, w] to broadcast against a prediction: [h * w, 1] for packed latents."""
-    return mask if call.sample.ndim == 4 else mask.flatten()[:, None]
+def _multiply_mask(mask: Tensor, model_output: Tensor) -> Tensor:
+    """Multiply a prediction by a mask [h, w].
+
+    Of tokens [n, tokens, c] the first h * w are the latents'; those of an input image are dropped,
+    as the pipeline does.
+    """
+    if model_output.ndim > 3:
+        return mask * model_output  # [n, c, h, w]
+    return mask.flatten()[:, None] * model_output[:, : mask.numel()]  # [n, h * w, c]
 
 
 def _normalize_weights(weights: Sequence[float] | None, num_loras: int) -> Tensor:

@@ -3,7 +3,10 @@
     x_t = α_t x_0 + σ_t ε
 
 DDPM (2006.11239):            α_t² + σ_t² = 1,  α_t² = alphas_cumprod[t]
-flow matching (2403.03206):   α_t + σ_t = 1,    σ_t = sigmas[t]
+flow matching (2403.03206):   α_t + σ_t = 1,    σ_t = t / num_train_timesteps
+
+Times t are those of ``scheduler.timesteps``: larger ones are noisier. DDPM knows whole numbers, an
+index each; flow matching any number, so its σ needs no table.
 
 What a denoiser predicts is a linear function of x_0 and ε, its *prediction type*.
 """
@@ -57,11 +60,11 @@ _PREDICTION_TYPES: Final[Mapping[str, _PredictionType]] = {
 
 
 class NoiseSchedule:
-    """The α_t, σ_t and prediction type of a scheduler's training timesteps.
+    """The α_t, σ_t and prediction type of a scheduler at any of its timesteps.
 
     Args:
-        scheduler: Any scheduler of diffusers with ``alphas_cumprod`` (DDPM and its samplers) or
-            ``sigmas`` (flow matching). Its prediction type must be ``epsilon``, ``v_prediction``
+        scheduler: Any scheduler of diffusers with ``alphas_cumprod`` (DDPM and its samplers), or
+            one of flow matching. Its prediction type must be ``epsilon``, ``v_prediction``
             or ``sample``; flow matching has one of its own.
 
     Raises:
@@ -69,12 +72,8 @@ class NoiseSchedule:
     """
 
     def __init__(self, scheduler: "SchedulerMixin") -> None:
-        # alphas_cumprod falls with t: index 0 is almost clean. The sigmas of diffusers fall, too,
-        # so there index 0 is noise alone.
-        self._is_flow_matching = not hasattr(scheduler, "alphas_cumprod")
-        self._values: Tensor = (
-            scheduler.sigmas if self._is_flow_matching else scheduler.alphas_cumprod
-        )  # [num_train_timesteps]
+        self._alphas_cumprod: Tensor | None = getattr(scheduler, "alphas_cumprod", None)  # [T]
+        self._is_flow_matching = self._alphas_cumprod is None
         name = "flow" if self._is_flow_matching else scheduler.config.prediction_type
         if name not in _PREDICTION_TYPES:
             known = ", ".join(_PREDICTION_TYPES)
@@ -82,29 +81,48 @@ class NoiseSchedule:
         self._prediction_type = _PREDICTION_TYPES[name]
         self.num_train_timesteps: int = scheduler.config.num_train_timesteps
 
+    def sample_timesteps(self, u: Tensor, shift: float = 1.0) -> Tensor:
+        """Map uniform random numbers to timesteps.
+
+        Args:
+            u: In [0, 1), [batch].
+            shift: Above 1, noisier timesteps are drawn more often (2403.03206, eq. 23).
+
+        Returns:
+            Timesteps [batch]: whole numbers for DDPM, floats for flow matching.
+        """
+        num_timesteps = self.num_train_timesteps
+        # t = T s u / (1 + (s - 1) u): u = 1 stays T, and the mean rises with the shift s
+        timesteps = num_timesteps * shift * u / (1 + (shift - 1) * u)  # [B], in [0, T]
+        if self._is_flow_matching:
+            # σ = 0 would make the ε that explains x_t undefined; samplers end at σ = 1/T, too
+            return timesteps.clamp(min=1.0)
+        return timesteps.long().clamp(max=num_timesteps - 1)  # u near 1 can round up to T
+
     def compute_alpha_sigma(
         self, timesteps: Tensor, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Look up α_t and σ_t.
+        """Compute α_t and σ_t.
 
         Args:
-            timesteps: Indices into the training schedule, [batch].
-            dtype: Of the result; None for the scheduler's own (float32).
+            timesteps: As ``sample_timesteps`` returns them, [batch].
+            dtype: Of the result; None for float32.
 
         Returns:
             α_t and σ_t, each [batch, 1, 1, 1].
         """
-        # σ_t or α_t², [B, 1, 1, 1]
-        values = self._values.to(timesteps.device, dtype)[timesteps].view(-1, 1, 1, 1)
-        if self._is_flow_matching:
-            return 1 - values, values  # α + σ = 1
+        if self._alphas_cumprod is None:
+            sigma = (timesteps / self.num_train_timesteps).to(dtype).view(-1, 1, 1, 1)
+            return 1 - sigma, sigma  # α + σ = 1
+        # α_t², [B, 1, 1, 1]
+        values = self._alphas_cumprod.to(timesteps.device, dtype)[timesteps].view(-1, 1, 1, 1)
         return values.sqrt(), (1 - values).sqrt()  # α² + σ² = 1
 
     def compute_noise_level(self, timesteps: Tensor) -> Tensor:
         """Compute the share of noise, σ_t / (α_t + σ_t): the σ of flow matching, for any schedule.
 
         Args:
-            timesteps: Indices into the training schedule, [batch].
+            timesteps: As ``sample_timesteps`` returns them, [batch].
 
         Returns:
             From 0 (clean) to 1 (noise alone), [batch, 1, 1, 1].
@@ -118,7 +136,7 @@ class NoiseSchedule:
         Args:
             x0: Clean latents, [batch, channels, h, w].
             noise: Standard normal, shaped like ``x0``.
-            timesteps: Indices into the training schedule, [batch].
+            timesteps: As ``sample_timesteps`` returns them, [batch].
 
         Returns:
             Noisy latents and target, both shaped like ``x0``.
@@ -133,7 +151,7 @@ class NoiseSchedule:
         Args:
             noisy_latents: [batch, channels, h, w].
             x0: Clean latents to be predicted, which need not be those that were noised.
-            timesteps: Indices into the training schedule, [batch].
+            timesteps: As ``sample_timesteps`` returns them, [batch].
 
         Returns:
             The output, shaped like ``x0``.
@@ -149,7 +167,7 @@ class NoiseSchedule:
         Args:
             noisy_latents: The denoiser's input, [batch, channels, h, w].
             model_output: The denoiser's output, of the same shape.
-            timesteps: Indices into the training schedule, [batch].
+            timesteps: As ``sample_timesteps`` returns them, [batch].
 
         Returns:
             Predicted clean latents, of the same shape.

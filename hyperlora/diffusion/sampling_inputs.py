@@ -7,8 +7,7 @@ from typing import Final
 import torch
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.diffusion.lora_injection import inject_lora
-from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
 
 MAX_GUIDANCE_SCALE: Final = 100.0
@@ -35,7 +34,6 @@ def check_sampling_inputs(
     Raises:
         InvalidArgumentError: The numbers of seeds or LoRAs differ from ``num_samples``, or a
             guidance scale is out of range.
-        LayoutMismatchError: The LoRA changes a component that the base lacks.
     """
     if len(seeds) != num_samples:
         raise InvalidArgumentError(
@@ -51,12 +49,6 @@ def check_sampling_inputs(
             f"guidance between 0 and {MAX_GUIDANCE_SCALE:g} expected, "
             f"got {' and '.join(map(str, guidance_scales))}"
         )
-    for component in lora.layout.components if lora is not None else ():
-        if component not in base.modules:
-            raise LayoutMismatchError(
-                f"the LoRA changes {component}, which base {base.id!r} lacks: "
-                "use the base it is for"
-            )
 
 
 def inject_base_lora(base: DiffusionBase, lora: LoraWeights | None) -> AbstractContextManager[None]:
@@ -69,9 +61,7 @@ def inject_base_lora(base: DiffusionBase, lora: LoraWeights | None) -> AbstractC
     Returns:
         A context manager.
     """
-    if lora is None:
-        return nullcontext()
-    return inject_lora({name: base.modules[name] for name in lora.layout.components}, lora)
+    return nullcontext() if lora is None else base.inject_lora(lora)
 
 
 def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:

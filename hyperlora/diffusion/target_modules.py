@@ -6,37 +6,29 @@ from typing import Final
 
 from torch import nn
 
+from hyperlora.diffusion.families.registry import get_denoiser_family
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.layout import LoraLayout, TargetModule
 
-_ATTENTION = r"(^|\.)(attn\d?|attention)\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
-_FEED_FORWARD = (
-    r"(^|\.)(ff(_context)?|img_mlp|txt_mlp)\.net\.(0\.proj|2)$|\.feed_forward\.w[123]$"
-    r"|^single_transformer_blocks\.\d+\.proj_(mlp|out)$"
-)
-_TIME = r"\.time_emb_proj$"
-_CONV = r"\.(conv1|conv2|conv_shortcut|conv|proj_in|proj_out)$"
-_TEXT = r"self_attn\.(q_proj|k_proj|v_proj|out_proj)$"
-TARGET_PRESETS: Final[Mapping[str, str]] = {
-    "attention": f"{_ATTENTION}|{_TEXT}",
-    "attention+mlp": f"{_ATTENTION}|{_FEED_FORWARD}|{_TIME}|{_TEXT}|\\.mlp\\.fc[12]$",
-    "attention+conv": f"{_ATTENTION}|{_CONV}|{_TEXT}",
-}
-"""Regular expressions of module paths.
-
+TARGET_PRESETS: Final = ("attention", "attention+mlp", "attention+conv")
+"""
 ``attention``: All projections of self- and cross-attention (UNet of SD 1.5: 128 target modules).
 ``attention+mlp``: Also feed-forward layers and the time embedding's projection in residual blocks,
     which small bases need.
 ``attention+conv``: Also convolutions (LoCon).
-
-Text encoders always contribute q, k, v and out: kohya's format needs all four.
 """
+_CLIP_ATTENTION = r"self_attn\.(q_proj|k_proj|v_proj|out_proj)$"
+"""Text encoders always contribute q, k, v and out: kohya's format needs all four."""
+_CLIP_FEED_FORWARD = r"\.mlp\.fc[12]$"
 
 
 def make_layout(
-    components: Mapping[str, nn.Module], preset: str, rank: int, base: str
+    components: Mapping[str, nn.Module],
+    preset: str,
+    rank: int,
+    base: str,
 ) -> LoraLayout:
-    """Make the layout of a preset.
+    """Make the layout of a preset; ``DiffusionBase.make_layout`` does for a whole base.
 
     Args:
         components: Modules by component name: ``unet`` or ``transformer``, ``text_encoder``,
@@ -49,16 +41,23 @@ def make_layout(
         The layout over the target modules of all components, in their order.
 
     Raises:
-        InvalidArgumentError: If the preset is unknown or the rank is below 1.
+        InvalidArgumentError: If the preset is unknown or not for this denoiser, or the rank is
+            below 1.
         LayoutMismatchError: If a component has no target module.
     """
     if preset not in TARGET_PRESETS:
         raise InvalidArgumentError(f"unknown preset {preset!r}; known: {', '.join(TARGET_PRESETS)}")
     if rank < 1:
         raise InvalidArgumentError(f"rank must be at least 1, got {rank}")
-    pattern = re.compile(TARGET_PRESETS[preset])
-    layouts = [
-        LoraLayout.from_module(module, name, lambda path: bool(pattern.search(path)), rank, base)
-        for name, module in components.items()
-    ]
-    return LoraLayout(tuple(target for layout in layouts for target in layout.targets), rank, base)
+    text_pattern = _CLIP_ATTENTION
+    if preset == "attention+mlp":
+        text_pattern = f"{_CLIP_ATTENTION}|{_CLIP_FEED_FORWARD}"
+    targets: list[TargetModule] = []
+    for name, module in components.items():
+        is_denoiser = name in ("unet", "transformer")
+        pattern = re.compile(
+            get_denoiser_family(module).get_target_pattern(preset) if is_denoiser else text_pattern
+        )
+        paths = {path for path, _ in module.named_modules() if pattern.search(path)}
+        targets += LoraLayout.from_module(module, name, paths.__contains__, rank, base).targets
+    return LoraLayout(tuple(targets), rank, base)

@@ -11,6 +11,7 @@ from hyperlora.diffusion.sampling_inputs import (
     inject_base_lora,
     make_generators,
 )
+from hyperlora.diffusion.schedulers import use_scheduler
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
 
@@ -22,11 +23,12 @@ def generate_images(
     lora: LoraWeights | None = None,
     *,
     seeds: Sequence[int],
-    num_inference_steps: int = 20,
-    guidance_scale: float = 3.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     width: int | None = None,
     height: int | None = None,
+    scheduler: str | None = None,
 ) -> list[Image.Image]:
     """Generate one image per prompt.
 
@@ -37,33 +39,44 @@ def generate_images(
         prompts: n prompts.
         lora: One LoRA for all prompts, a batch of n with LoRA i for prompt i, or None.
         seeds: n seeds.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Scale of classifier-free guidance in [0, 100].
+        num_inference_steps: Denoising steps; None for the family's default.
+        guidance_scale: Scale of classifier-free guidance in [0, 100], where 1 is none; or the scale
+            that a guidance-distilled base is told. None for the family's default.
         negative_prompt: Prompt of the unconditional branch, for all images.
-        width: Width in pixels, a multiple of 8; by default the resolution of the base.
-        height: Height in pixels, a multiple of 8; by default the resolution of the base.
+        width: Width in pixels; by default the resolution of the base.
+        height: Height in pixels, likewise.
+        scheduler: Name of one of ``base.family.schedulers``; None for the base's own.
 
     Returns:
         n images.
 
     Raises:
-        InvalidArgumentError: The numbers of seeds or LoRAs differ from that of the prompts, or a
-            size or the guidance scale is out of range.
+        InvalidArgumentError: The numbers of seeds or LoRAs differ from that of the prompts, a
+            size or the guidance scale is out of range, the scheduler is not for the base, or the
+            base takes no negative prompt.
         LayoutMismatchError: The LoRA changes a component that the base lacks.
     """
-    check_sampling_inputs(base, len(prompts), lora, seeds, [guidance_scale])
+    family = base.family
+    scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
+    check_sampling_inputs(base, len(prompts), lora, seeds, [scale])
+    multiple = max(8, family.pixel_multiple)
     for side in (width, height):
-        if side is not None and (side < 8 or side % 8):
+        if side is not None and (side < multiple or side % multiple):
             raise InvalidArgumentError(
-                f"width and height must be multiples of 8 pixels, got {side}"
+                f"width and height must be multiples of {multiple} pixels, got {side}"
             )
-    with inject_base_lora(base, lora):
-        return base.pipeline(
-            list(prompts),
-            negative_prompt=[negative_prompt] * len(prompts),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+    if negative_prompt and not family.takes_negative_prompts:
+        raise InvalidArgumentError(
+            f"the guidance of {type(base.pipeline).__name__} is distilled and takes no negative "
+            "prompt: leave it out"
+        )
+    with inject_base_lora(base, lora), use_scheduler(family, scheduler):
+        images = base.pipeline(
+            prompt=list(prompts),
+            num_inference_steps=num_inference_steps or family.default_num_inference_steps,
             width=width or base.resolution,
             height=height or base.resolution,
             generator=make_generators(seeds),
+            **family.make_guidance_arguments(scale, [negative_prompt] * len(prompts)),
         ).images
+    return [image.convert("RGB") for image in images]  # Qwen-Image 2.1 decodes alpha, too

@@ -150,11 +150,10 @@ class EditEvaluator:
 
     @torch.no_grad()
     def reconstruct_images(self, images: Tensor) -> Tensor:
-        """Encode and decode images [n, 3, h, w] with the VAE."""
+        """Encode and decode images [n, 3, h, w] with the VAE; the result is on their device."""
         batches = images.split(self.batch_size)
-        return torch.cat(
-            [self.base.decode_latents(self.base.encode_images(part)) for part in batches]
-        )
+        decoded = [self.base.decode_latents(self.base.encode_images(part)) for part in batches]
+        return torch.cat([part.to(images) for part in decoded])
 
     def evaluate(
         self,
@@ -287,9 +286,8 @@ class EditEvaluator:
 
     @torch.no_grad()
     def _encode_images(self, images: Tensor) -> Tensor:
-        return torch.cat(
-            [self.classifier.encoder.compute_pooled_features(part) for part in images.split(64)]
-        )
+        encode = self.classifier.encoder.compute_pooled_features
+        return torch.cat([encode(part).to(images.device) for part in images.split(64)])
 
 
 def _compute_masked_mean(error: Tensor, mask: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def format_edit_markdown(
             for result in results
         ]
         lines += [f"**{group or 'all edits'}** ({num_edits} edits)", ""]
-        lines += [*format_markdown_table(["", *METRICS, "seconds"], rows), ""]
+        lines += [*format_markdown_table(["LoRA", *METRICS, "seconds"], rows), ""]
     if any(edit.truth for edit in edits):
         accuracies = [result.compute_mean_by_kind("accuracy") for result in results]
         rows = [

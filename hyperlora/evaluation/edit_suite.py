@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyperlora.diffusion.conditions import EditConditions
+from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.image_editing import blend_edit_region
 from hyperlora.evaluation.edit_benchmark import EditBenchmark
@@ -71,31 +71,16 @@ def evaluate_edit_suite(
     Yields:
         The rows of the table, each as soon as it is done.
     """
+    benchmark = evaluator.benchmark
     yield from _evaluate_references(evaluator)
     yield (no_lora := evaluator.evaluate("no LoRA", None))
-
-    def add_preserved_result(result: EditResult) -> Iterator[EditResult]:
-        yield result
-        blended = blend_edit_region(evaluator.inputs, result.images, no_lora.images)
-        yield evaluator.score_images(f"{result.name} {PRESERVED_SUFFIX}", blended)
-
-    benchmark = evaluator.benchmark
+    add_preserved_result = partial(_add_preserved_result, evaluator, no_lora)
     if any(edit.instruction for edit in benchmark.edits):
         result = evaluator.evaluate(
             "text instruction", None, prompt_fn=lambda edit: edit.instruction
         )
         yield from add_preserved_result(result)
-        if any(edit.blend for edit in benchmark.edits):
-            yield evaluator.evaluate(
-                "text instruction, blended",
-                None,
-                prompt_fn=lambda edit: edit.blend or edit.instruction,
-            )
-        if model.network.text_substitution is not None:
-            instructions = [edit.instruction for edit in benchmark.edits]
-            rank = model.layout.rank
-            instruction_loras = make_lora_from_prompts(evaluator.base, instructions, rank)
-            yield evaluator.evaluate("text instruction as LoRA", instruction_loras)
+        yield from _evaluate_instruction_variants(evaluator, model)
     loras, seconds = generate_pair_loras(model, benchmark, 1)
     yield from add_preserved_result(evaluator.evaluate("one pair", loras, seconds=seconds))
     if model.zero_shot_prompts:
@@ -130,6 +115,30 @@ def _evaluate_references(evaluator: EditEvaluator) -> Iterator[EditResult]:
         for edit in evaluator.benchmark.edits
     ]
     yield evaluator.score_images("copy of A' (example output)", torch.cat(example_outputs))
+
+
+def _add_preserved_result(
+    evaluator: EditEvaluator, no_lora: EditResult, result: EditResult
+) -> Iterator[EditResult]:
+    """Yield a result, then the same images with the background preserved."""
+    yield result
+    blended = blend_edit_region(evaluator.inputs, result.images, no_lora.images)
+    yield evaluator.score_images(f"{result.name} {PRESERVED_SUFFIX}", blended)
+
+
+def _evaluate_instruction_variants(
+    evaluator: EditEvaluator, model: PairToLora
+) -> Iterator[EditResult]:
+    """Evaluate blended text instructions, and instructions as LoRAs, where there are such."""
+    edits = evaluator.benchmark.edits
+    if any(edit.blend for edit in edits):
+        yield evaluator.evaluate(
+            "text instruction, blended", None, prompt_fn=lambda edit: edit.blend or edit.instruction
+        )
+    if model.network.text_substitution is not None:
+        instructions = [edit.instruction for edit in edits]
+        loras = make_lora_from_prompts(evaluator.base, instructions, model.layout.rank)
+        yield evaluator.evaluate("text instruction as LoRA", loras)
 
 
 def evaluate_reversal(evaluator: EditEvaluator, model: PairToLora) -> ReversalErrors:
@@ -196,7 +205,8 @@ def generate_pair_loras(
         search_pair_lora(model, base, pairs) if base else model.forward(pairs[None])[0]
         for pairs in example_pairs
     ]
-    return LoraWeights.stack(loras), (time.perf_counter() - start_time) / len(loras)
+    stacked_loras = LoraWeights.stack(loras).to("cpu")  # which waits for an accelerator
+    return stacked_loras, (time.perf_counter() - start_time) / len(loras)
 
 
 def fit_pair_loras(
@@ -229,23 +239,22 @@ def fit_pair_loras(
     flat_loras = []
     for pair_batch in example_pairs.split(batch_size):
         before, after = (base.encode_images(pair_batch[:, side])[:, None] for side in (0, 1))
-        prompt_embeds = base.encode_prompts([""])["encoder_hidden_states"]  # [1, tokens, width]
-        conditions: EditConditions = {
-            "encoder_hidden_states": prompt_embeds.expand(len(pair_batch), 1, -1, -1),
-            "cond_latents": before / base.pipeline.vae.config.scaling_factor,
+        prompt_embeds = base.encode_prompts([""])["prompt_embeds"]  # [1, tokens, width]
+        conditions: Conditions = {
+            "prompt_embeds": prompt_embeds.expand(len(pair_batch), 1, -1, -1),
+            "image_latents": before,
         }
         init_codes = LoraWeights.zeros(layout, (len(pair_batch),), layout.init_std).flatten()
         unflatten = partial(LoraWeights.unflatten, layout)
         result = fine_tune_loras(
-            base.denoiser,
-            base.noise_scheduler,
+            base,
             TrainingExamples(after, conditions),
             init_codes,
             unflatten,
             config,
         )
         flat_loras.append(result.weights.flatten())
-    weights = LoraWeights.unflatten(layout, torch.cat(flat_loras))
+    weights = LoraWeights.unflatten(layout, torch.cat(flat_loras).cpu())
     return weights, (time.perf_counter() - start_time) / len(weights)
 
 

@@ -39,7 +39,7 @@ def compute_sample_diversity(samples: Tensor) -> float:
     """
     unit_rows = F.normalize(samples, dim=-1)
     num_samples = samples.shape[1]
-    is_same_sample = torch.eye(num_samples, dtype=torch.bool)
+    is_same_sample = torch.eye(num_samples, dtype=torch.bool, device=samples.device)
     cosines = (unit_rows @ unit_rows.mT)[:, ~is_same_sample]  # [n, s * (s - 1)]
     return 1 - float(cosines.mean()) if num_samples > 1 else 0.0
 
@@ -110,8 +110,8 @@ class IdentityScale:
         flat = embeddings.flatten(0, 1)  # [subjects * views, width]
         cosines = (flat @ flat.mT).unflatten(0, shape).unflatten(-1, shape)
         cosines = cosines.movedim(2, 1)  # [subjects, subjects, views, views]
-        is_same_subject = torch.eye(num_subjects, dtype=torch.bool)
-        is_same_view = torch.eye(num_views, dtype=torch.bool)
+        is_same_subject = torch.eye(num_subjects, dtype=torch.bool, device=embeddings.device)
+        is_same_view = torch.eye(num_views, dtype=torch.bool, device=embeddings.device)
         same, different = cosines[is_same_subject][:, ~is_same_view], cosines[~is_same_subject]
         different_cosine = float(different.mean()) if num_subjects > 1 else 0.0
         same_cosine = float(same.mean()) if num_views > 1 else 1.0

@@ -33,7 +33,7 @@ def format_markdown(results: Sequence[SubjectResult]) -> str:
         ]
         for result in results
     ]
-    header = ["", "identity", "prompt accuracy", "seconds per LoRA"]
+    header = ["LoRA", "identity", "prompt accuracy", "seconds per LoRA"]
     lines = format_markdown_table(header, rows)
     if attributes := _list_attributes(results):
         attribute_rows = [
@@ -167,10 +167,10 @@ def draw_contact_sheet(
     Returns:
         The sheet.
     """
-    font = ImageFont.load_default(size=12)
+    font = ImageFont.load_default(size=14)
     gap, max_text_width = 4, cell_size - 8
     title_lines = [_wrap_text(title, font, max_text_width) for title in column_titles]
-    header_height = 10 + 15 * max(len(lines) for lines in title_lines)
+    header_height = 10 + 17 * max(len(lines) for lines in title_lines)
     label_width = gap + (cell_size if row_labels else 0)
     width = label_width + len(column_titles) * (cell_size + gap)
     height = header_height + len(grid) * (cell_size + gap)

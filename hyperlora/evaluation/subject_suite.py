@@ -183,8 +183,7 @@ def fit_subject_loras(
         examples = make_photo_examples(base, photo_batch, f"a portrait of {trigger_phrase}")
         init_codes = LoraWeights.zeros(layout, (len(photo_batch),), layout.init_std).flatten()
         result = fine_tune_loras(
-            base.denoiser,
-            base.noise_scheduler,
+            base,
             examples,
             init_codes,
             partial(LoraWeights.unflatten, layout),
@@ -256,5 +255,5 @@ def _generate_best(
 def _measure_generation(generate_fn: Callable[[], LoraWeights]) -> tuple[LoraWeights, float]:
     """Generate LoRAs and measure the seconds per LoRA."""
     start_time = time.perf_counter()
-    loras = generate_fn()
+    loras = generate_fn().to("cpu")  # which waits for an accelerator
     return loras, (time.perf_counter() - start_time) / len(loras)

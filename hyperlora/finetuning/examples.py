@@ -1,12 +1,13 @@
 """Training examples of K subjects, the random draws of each step, and the validation draws."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hyperlora.diffusion.conditions import PromptConditions, map_tensors
+from hyperlora.diffusion.conditions import Conditions, map_tensors, pad_tokens
 
 NoiseSample = tuple[Tensor, Tensor]
 """(u, noise) for a batch of n: u [n] in [0, 1) gives the timestep, noise [n, c, h, w] is added."""
@@ -18,14 +19,17 @@ class TrainingExamples:
 
     Attributes:
         latents: Clean latents [K, n, c, h, w].
-        conditions: Keyword arguments of the denoiser for each example, [K, n, ...] each, e.g.
-            ``encoder_hidden_states`` [K, n, tokens, width]; nested as the denoiser takes them.
+        conditions: Of each example, [K, n, ...] each, e.g. ``prompt_embeds`` [K, n, tokens,
+            width].
+        prompts: Prompts of each example [K][n], for LoRAs of text encoders, which change the
+            conditions at every step. None where they are not needed.
         num_examples: Examples of each subject [K]; the remaining ones of the n are padding.
             None: all n.
     """
 
     latents: Tensor
-    conditions: PromptConditions
+    conditions: Conditions
+    prompts: Sequence[Sequence[str]] | None = None
     num_examples: Sequence[int] | None = None
 
     def count_examples(self, subject: int) -> int:
@@ -34,7 +38,7 @@ class TrainingExamples:
 
     def gather_examples(
         self, indices: Tensor, subjects: Tensor | None = None
-    ) -> tuple[Tensor, PromptConditions]:
+    ) -> tuple[Tensor, Conditions]:
         """Gather examples of several subjects into one batch.
 
         Args:
@@ -49,6 +53,29 @@ class TrainingExamples:
         conditions = map_tensors(lambda t: gather_rows(t, indices, subjects), self.conditions)
         return latents, conditions
 
+    def gather_prompts(self, indices: Tensor, subjects: Tensor | None = None) -> list[str]:
+        """Gather the prompts of the examples that ``gather_examples`` returns, in its order.
+
+        Args:
+            indices: Numbers of the examples [b, k].
+            subjects: Numbers of the k subjects [k]; all K by default.
+
+        Returns:
+            b * k prompts.
+        """
+        assert self.prompts is not None, "these examples were made without prompts"
+        numbers = range(indices.shape[1]) if subjects is None else subjects.tolist()
+        return [
+            self.prompts[subject][index]
+            for row in indices.tolist()
+            for subject, index in zip(numbers, row, strict=True)
+        ]
+
+    def to(self, device: torch.device | str) -> "TrainingExamples":
+        """Move latents and conditions, as ``Tensor.to`` does."""
+        conditions = map_tensors(lambda value: value.to(device), self.conditions)
+        return replace(self, latents=self.latents.to(device), conditions=conditions)
+
     def expand_subjects(self, num_subjects: int) -> "TrainingExamples":
         """Repeat the examples of one subject for ``num_subjects`` subjects, without a copy."""
 
@@ -60,7 +87,10 @@ class TrainingExamples:
             None if self.num_examples is None else tuple(self.num_examples) * num_subjects
         )
         return TrainingExamples(
-            expand_tensor(self.latents), map_tensors(expand_tensor, self.conditions), num_examples
+            expand_tensor(self.latents),
+            map_tensors(expand_tensor, self.conditions),
+            None if self.prompts is None else list(self.prompts) * num_subjects,
+            num_examples,
         )
 
     @classmethod
@@ -80,9 +110,20 @@ class TrainingExamples:
 
         return cls(
             cat_tensors(*(subject.latents for subject in subjects)),
-            map_tensors(cat_tensors, *(subject.conditions for subject in subjects)),
+            map_tensors(cat_tensors, *pad_tokens([subject.conditions for subject in subjects])),
+            _pad_prompts(subjects, max_examples),
             num_examples,
         )
+
+
+def _pad_prompts(subjects: Sequence[TrainingExamples], max_examples: int) -> list[list[str]] | None:
+    """Pad the prompts of each subject by its first one; None if a subject has none."""
+    rows = []
+    for subject in subjects:
+        if subject.prompts is None:
+            return None
+        rows += [[*row, *row[:1] * (max_examples - len(row))] for row in map(list, subject.prompts)]
+    return rows
 
 
 def gather_rows(values: Tensor, indices: Tensor, subjects: Tensor | None = None) -> Tensor:
@@ -99,6 +140,19 @@ def gather_rows(values: Tensor, indices: Tensor, subjects: Tensor | None = None)
     if subjects is None:
         subjects = torch.arange(indices.shape[1], device=indices.device)
     return values[subjects.expand_as(indices), indices].flatten(0, 1)
+
+
+def fork_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Put back the global random states of the CPU and a device after a ``with`` block.
+
+    Args:
+        device: The device of the computation. Others are left alone: to ask for its state would
+            start a card that is not used.
+
+    Returns:
+        A context manager.
+    """
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 class SubjectRng:
@@ -159,6 +213,16 @@ class ValidationProbe:
     noise: Tensor
     eval_every: int = 25
     patience: int | None = None
+
+    def to(self, device: torch.device | str) -> "ValidationProbe":
+        """Move the examples and the draws, as ``Tensor.to`` does."""
+        return replace(
+            self,
+            examples=self.examples.to(device),
+            indices=self.indices.to(device),
+            u=self.u.to(device),
+            noise=self.noise.to(device),
+        )
 
     @classmethod
     def from_examples(

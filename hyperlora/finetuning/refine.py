@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperlora.diffusion.conditions import map_tensors
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.finetuning.config import RefineConfig
-from hyperlora.finetuning.examples import TrainingExamples
+from hyperlora.finetuning.examples import TrainingExamples, fork_rng
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 
@@ -31,25 +31,28 @@ def refine_lora(
     loss on the photos. The same arguments give the same LoRAs.
 
     Args:
-        base: The frozen base, with all its modules on the device of the photos.
+        base: The frozen base.
         predicted: The LoRAs to refine, a batch [K].
         photos: Photos of each subject [K, views, 3, h, w] in [0, 1].
         config: Steps, ranks, learning rate and seed; by default ``RefineConfig()``.
         prompt: Prompt of every photo.
 
     Returns:
-        The refined LoRAs, a batch [K], of rank ``config.out_rank``.
+        The refined LoRAs, a batch [K], of rank ``config.out_rank``, on the device of the base.
+
+    Raises:
+        InvalidArgumentError: The base is offloaded so that no gradient flows through it.
     """
     config = config or RefineConfig()
+    predicted = predicted.to(base.device)
     layout = predicted.layout.with_rank(config.rank or DEFAULT_RANK)
     examples = make_photo_examples(base, photos, prompt)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with fork_rng(base.device):
         torch.manual_seed(config.seed)  # one random stream for the start and for the training
         init_lora = LoraWeights.zeros(layout, (), layout.init_std)
-        init_codes = init_lora.flatten().to(photos.device).expand(len(photos), -1)  # [K, P]
+        init_codes = init_lora.flatten().expand(len(photos), -1)  # [K, P]
         result = fine_tune_loras(
-            base.denoiser,
-            base.noise_scheduler,
+            base,
             examples,
             init_codes,
             partial(LoraWeights.unflatten, layout),
@@ -64,8 +67,8 @@ def make_photo_examples(base: DiffusionBase, photos: Tensor, prompt: str) -> Tra
 
     Args:
         base: The base that encodes photos and prompt.
-        photos: Photos of each subject [K, n, 3, h, w] in [0, 1]; resized to the resolution of the
-            base if they have another one.
+        photos: Photos of each subject [K, n, 3, h, w] in [0, 1], on any device; resized to the
+            resolution of the base if they have another one.
         prompt: The prompt of every photo.
 
     Returns:
@@ -82,4 +85,5 @@ def make_photo_examples(base: DiffusionBase, photos: Tensor, prompt: str) -> Tra
         lambda value: value[None].expand(num_subjects, num_photos, *value.shape[1:]),
         base.encode_prompts([prompt]),  # [1, ...]
     )  # [K, n, ...]
-    return TrainingExamples(latents, conditions)
+    prompts = [[prompt] * num_photos] * num_subjects
+    return TrainingExamples(latents, conditions, prompts)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hyperlora.cpu import select_sdpa_kernel
 from hyperlora.data.images import to_tensor
-from hyperlora.diffusion.conditions import PromptConditions, map_tensors
+from hyperlora.diffusion.conditions import Conditions, map_tensors
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.noise_schedule import NoiseSchedule
@@ -45,7 +45,7 @@ def refine_identity(
     keeps what the prompt describes. The same arguments give the same LoRAs.
 
     Args:
-        base: The frozen base, with all its modules on the device of the photos.
+        base: The frozen base.
         predicted: The LoRAs to refine, a batch [K].
         photos: Photos of each subject [K, views, 3, h, w] in [0, 1].
         identity_embedder: Maps images to identity embeddings of length 1.
@@ -54,24 +54,29 @@ def refine_identity(
         regularization_weight: λ, weight of the distance to the prediction without the LoRA on top.
 
     Returns:
-        The refined LoRAs, a batch [K], of rank ``config.out_rank``.
+        The refined LoRAs, a batch [K], of rank ``config.out_rank``, on the device of the base.
+
+    Raises:
+        InvalidArgumentError: The base is offloaded, so that no gradient flows through it.
     """
-    config = config or RefineConfig()
+    base.check_gradients()
+    config, device = config or RefineConfig(), base.device
+    predicted = predicted.to(device)
     num_subjects, batch_size = len(photos), config.batch_size
     layout = predicted.layout.with_rank(config.rank or predicted.layout.rank)
-    target_embeds = identity_embedder.embed_subjects(photos)  # [K, features]
+    target_embeds = identity_embedder.embed_subjects(photos).to(device)  # [K, features]
     self_images = _sample_self_images(base, predicted, prompts, config.seed)
     noise_schedule = NoiseSchedule(base.noise_scheduler)
     num_timesteps = noise_schedule.num_train_timesteps
     min_timestep, max_timestep = (int(share * num_timesteps) for share in TIMESTEP_RANGE)
-    init_lora = LoraWeights.init_batch(layout, num_subjects, config.seed, photos.device)
+    init_lora = LoraWeights.init_batch(layout, num_subjects, config.seed, device)
     codes = init_lora.flatten().requires_grad_()  # [K, P]
     optimizer = torch.optim.Adam([codes], config.lr)
     generator = torch.Generator().manual_seed(config.seed)
     for _ in config.fine_tune.iterate_steps():
         # noisy latents of random images of each subject; n = batch_size * K
         indices = torch.randint(len(prompts), (batch_size, num_subjects), generator=generator)
-        latents, conditions = self_images.gather_examples(indices.to(photos.device))  # [n, c, h, w]
+        latents, conditions = self_images.gather_examples(indices.to(device))  # [n, c, h, w]
         timesteps = torch.randint(
             min_timestep, max_timestep, (len(latents),), generator=generator
         ).to(latents.device)  # [n]
@@ -83,7 +88,7 @@ def refine_identity(
         with select_sdpa_kernel(noisy_latents, noisy_latents[0, 0].numel()):
             lora = predicted + LoraWeights.unflatten(layout, codes)
             pred_x0 = _predict_x0(base, lora, noisy_latents, timesteps, conditions)  # [n, c, h, w]
-            embeds = identity_embedder(base.decode_latents(pred_x0))  # [n, features]
+            embeds = identity_embedder(base.decode_latents(pred_x0)).to(device)  # [n, features]
         # loss = 1 - cos(f(D(x0)), f(photos)) + λ mean((x0 - x0_ref)²)
         cosine = (embeds * target_embeds.repeat(batch_size, 1)).sum(-1)  # [n]
         distance = F.mse_loss(pred_x0, reference_x0, reduction="none").mean((1, 2, 3))  # [n]
@@ -101,12 +106,14 @@ def _predict_x0(
     lora: LoraWeights,
     noisy_latents: Tensor,
     timesteps: Tensor,
-    conditions: PromptConditions,
+    conditions: Conditions,
 ) -> Tensor:
     """Predict the clean latents [n, c, h, w] with the LoRA in one denoiser call."""
     with inject_lora(base.denoiser, lora):
-        model_output = base.denoiser(noisy_latents, timesteps, **conditions).sample
-    return NoiseSchedule(base.noise_scheduler).predict_x0(noisy_latents, model_output, timesteps)
+        model_output = base.predict(noisy_latents, timesteps, conditions)
+    # in float32: half precision is too coarse for the difference of two predictions
+    schedule = NoiseSchedule(base.noise_scheduler)
+    return schedule.predict_x0(noisy_latents.float(), model_output.float(), timesteps)
 
 
 @torch.no_grad()

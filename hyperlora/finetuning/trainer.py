@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.conditions import Conditions
+from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.losses import compute_denoising_loss
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import (
@@ -17,10 +18,8 @@ from hyperlora.finetuning.examples import (
     ValidationProbe,
     gather_rows,
 )
+from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class FineTuneResult:
 
 
 def fine_tune_loras(
-    denoiser: nn.Module,
-    scheduler: "SchedulerMixin",
+    base: DiffusionBase,
     examples: TrainingExamples,
     init_codes: Tensor,
     decode_codes: Callable[[Tensor], LoraWeights],
@@ -59,9 +57,10 @@ def fine_tune_loras(
 ) -> FineTuneResult:
     """Fine-tune K LoRAs at once with Adam on the denoising loss, each independently.
 
+    All tensors are moved to the device of the base, where the results are too.
+
     Args:
-        denoiser: The frozen UNet or transformer.
-        scheduler: Its noise scheduler.
+        base: The frozen base.
         examples: The training examples of the K subjects.
         init_codes: Codes to start from [K, P].
         decode_codes: Maps codes [k, P] to LoRAs, a batch [k]. ``partial(LoraWeights.unflatten,
@@ -76,12 +75,22 @@ def fine_tune_loras(
 
     Returns:
         Codes, LoRAs and losses of all K subjects.
+
+    Raises:
+        InvalidArgumentError: The base is offloaded so that no gradient flows through it.
     """
-    num_subjects = len(init_codes)
-    active = torch.arange(num_subjects, device=init_codes.device)  # [k], subjects still optimized
+    base.check_gradients(("none", "model"))  # only the denoiser runs here, and so it stays
+    device, num_subjects = base.device, len(init_codes)
+    examples, init_codes = examples.to(device), init_codes.to(device)
+    prior_examples = prior_examples and prior_examples.to(device)
+    base_loras = base_loras and base_loras.to(device)
+    x0_offsets = None if x0_offsets is None else x0_offsets.to(device)
+    probe = probe and probe.to(device)
+    active = torch.arange(num_subjects, device=device)  # [k], subjects still optimized
     codes = init_codes.detach().clone().requires_grad_()  # [k, P]
     optimizer = torch.optim.Adam([codes], config.lr)
     rng = None if config.seeds is None else SubjectRng(config.seeds)
+    compute_loss = partial(_compute_batch_loss, base, config, rng)
     early_stopping = _EarlyStopping(init_codes.detach(), probe is not None)
     losses: list[Tensor] = []  # [K] each
     snapshots: dict[int, LoraWeights] = {}
@@ -93,32 +102,20 @@ def fine_tune_loras(
 
     def validate_step(probe: ValidationProbe, step: int) -> None:
         """Compute the validation losses of the active subjects and record them."""
-        with torch.no_grad(), inject_lora(denoiser, build_loras()):
-            val_losses = _compute_val_losses(denoiser, scheduler, probe, active)  # [k]
+        loras = build_loras()
+        with torch.no_grad(), base.inject_lora(loras):
+            val_losses = _compute_val_losses(base, loras.layout, probe, active)  # [k]
         early_stopping.update_best(active, codes, val_losses, step)
-
-    def compute_loss(examples: TrainingExamples, x0_offsets: Tensor | None = None) -> Tensor:
-        """Compute the mean loss of each active subject [k] over a random batch."""
-        indices, noise_sample = _sample_batch(examples, active, config, rng)
-        latents, conditions = examples.gather_examples(indices, active)  # [b * k, c, h, w]
-        loss = compute_denoising_loss(
-            denoiser,
-            scheduler,
-            latents,
-            shift=config.shift,
-            noise_sample=noise_sample,
-            x0_offset=None if x0_offsets is None else gather_rows(x0_offsets, indices, active),
-            **conditions,
-        )  # [b * k]
-        return loss.view(config.batch_size, len(active)).mean(0)
 
     if probe is not None:
         validate_step(probe, 0)
     for step in config.iterate_steps():
-        with inject_lora(denoiser, build_loras()):
-            loss = compute_loss(examples, x0_offsets)  # [k]
+        loras = build_loras()
+        with base.inject_lora(loras):
+            loss = compute_loss(loras.layout, examples, active, x0_offsets)  # [k]
             if prior_examples is not None:
-                loss = loss + config.prior_loss_weight * compute_loss(prior_examples)
+                prior_loss = compute_loss(loras.layout, prior_examples, active)  # [k]
+                loss = loss + config.prior_loss_weight * prior_loss
         # the sum over subjects gives each row of the codes the gradient of its own loss
         (codes.grad,) = torch.autograd.grad(loss.sum(), codes)
         optimizer.step()
@@ -135,11 +132,7 @@ def fine_tune_loras(
                 codes, optimizer = _select_active(codes, optimizer, active_mask)
             if not len(active):
                 break
-    final_codes = (
-        early_stopping.update_codes(active, codes)
-        if early_stopping.best_codes is None
-        else early_stopping.best_codes
-    )  # [K, P]
+    final_codes = early_stopping.get_final_codes(active, codes)  # [K, P]
     return FineTuneResult(
         codes=final_codes,
         weights=decode_codes(final_codes),
@@ -172,6 +165,10 @@ class _EarlyStopping:
         self.codes[active] = codes.detach()
         return self.codes
 
+    def get_final_codes(self, active: Tensor, codes: Tensor) -> Tensor:
+        """Return the best codes of all subjects [K, P], or the last ones if none are tracked."""
+        return self.update_codes(active, codes) if self.best_codes is None else self.best_codes
+
     def update_best(self, active: Tensor, codes: Tensor, losses: Tensor, step: int) -> None:
         """Record one validation: losses [k] and codes [k, P] of the active subjects [k]."""
         best_losses = self.best_losses[active]  # [k]
@@ -187,6 +184,30 @@ class _EarlyStopping:
         if patience is None:
             return torch.ones_like(active, dtype=torch.bool)
         return self.num_bad_checks[active] < patience
+
+
+def _compute_batch_loss(
+    base: DiffusionBase,
+    config: FineTuneConfig,
+    rng: SubjectRng | None,
+    layout: LoraLayout,
+    examples: TrainingExamples,
+    active: Tensor,
+    x0_offsets: Tensor | None = None,
+) -> Tensor:
+    """Compute the mean loss of each active subject [k] over a random batch."""
+    indices, noise_sample = _sample_batch(examples, active, config, rng)
+    latents, conditions = _gather_batch(base, layout, examples, indices, active)
+    loss = compute_denoising_loss(
+        base.predict,
+        base.noise_scheduler,
+        latents,
+        conditions,
+        shift=config.shift,
+        noise_sample=noise_sample,
+        x0_offset=None if x0_offsets is None else gather_rows(x0_offsets, indices, active),
+    )  # [b * k]
+    return loss.view(config.batch_size, len(active)).mean(0)
 
 
 def _sample_batch(
@@ -212,17 +233,38 @@ def _sample_batch(
     return indices, (u.flatten(), noise.flatten(0, 1))
 
 
+def _gather_batch(
+    base: DiffusionBase,
+    layout: LoraLayout,
+    examples: TrainingExamples,
+    indices: Tensor,
+    active: Tensor,
+) -> tuple[Tensor, Conditions]:
+    """Gather latents and conditions of examples [b, k]; LoRAs of text encoders encode anew."""
+    latents, conditions = examples.gather_examples(indices, active)  # [b * k, c, h, w]
+    if layout.components != (base.family.denoiser_name,):
+        prompts = examples.gather_prompts(indices, active)
+        conditions = {**conditions, **base.encode_prompts(prompts, requires_grad=True)}
+    return latents, conditions
+
+
 def _compute_val_losses(
-    denoiser: nn.Module, scheduler: "SchedulerMixin", probe: ValidationProbe, active: Tensor
+    base: DiffusionBase, layout: LoraLayout, probe: ValidationProbe, active: Tensor
 ) -> Tensor:
     """Compute the mean loss of each active subject over the draws of the probe [k]."""
     losses = []
     for indices, u, noise in zip(probe.indices, probe.u, probe.noise, strict=True):  # one draw
-        latents, conditions = probe.examples.gather_examples(indices[active][None], active)
+        latents, conditions = _gather_batch(
+            base, layout, probe.examples, indices[active][None], active
+        )
         noise_sample = (u[active], noise[active])  # [k], [k, c, h, w]
         losses.append(
             compute_denoising_loss(
-                denoiser, scheduler, latents, noise_sample=noise_sample, **conditions
+                base.predict,
+                base.noise_scheduler,
+                latents,
+                conditions,
+                noise_sample=noise_sample,
             )
         )  # [k]
     return torch.stack(losses).mean(0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperlora.data.batching import split_batches
+from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.diffusion_base import DiffusionBase, PromptCache
 from hyperlora.diffusion.image_editing import check_edit_base
 from hyperlora.diffusion.losses import compute_denoising_loss, compute_edit_region_weights
@@ -183,22 +184,23 @@ def _compute_instruction_errors(
     """Compute the denoising error of A' per instruction [instructions], all by the same noise."""
     noise = torch.randn(after.shape, generator=torch.Generator().manual_seed(0)).to(after)
     region_weights = compute_edit_region_weights(before, after, _EDIT_REGION_WEIGHT)
-    # InstructPix2Pix takes the unscaled latents of A as condition, as diffusers' pipeline does
-    cond_latents = before / base.pipeline.vae.config.scaling_factor
     items = [(text, pair_index) for text in instructions for pair_index in range(len(after))]
     losses = []
     for batch in split_batches(items, _BATCH_SIZE):
         pair_indices = [pair_index for _, pair_index in batch]
+        conditions: Conditions = {
+            **base.encode_prompts([text for text, _ in batch], cache),
+            "image_latents": before[pair_indices],
+        }
         u = torch.full((len(batch),), _TIMESTEP_FRACTION, device=after.device)
         losses.append(
             compute_denoising_loss(
-                base.denoiser,
+                base.predict,
                 base.noise_scheduler,
                 after[pair_indices],
+                conditions,
                 noise_sample=(u, noise[pair_indices]),
                 weight=region_weights[pair_indices],
-                cond_latents=cond_latents[pair_indices],
-                **base.encode_prompts([text for text, _ in batch], cache),
             )
         )
     return torch.cat(losses).view(len(instructions), len(after)).mean(1)

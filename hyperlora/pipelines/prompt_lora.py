@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.lora.text_substitution import TextSubstitution
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.pair_hypernetwork import PairHypernetwork
@@ -22,8 +21,8 @@ def encode_text(base: DiffusionBase, prompts: Sequence[str]) -> Tensor:
     Returns:
         [n, tokens, width] in float32, since the tokens of a prompt differ by little.
     """
-    with torch.autocast(base.pipeline.device.type, enabled=False):
-        return base.encode_prompts(list(prompts))["encoder_hidden_states"].float()
+    with torch.autocast(base.device.type, enabled=False):
+        return base.encode_prompts(list(prompts))["prompt_embeds"].float()
 
 
 def set_substitution_base(
@@ -37,9 +36,9 @@ def set_substitution_base(
         basis: Orthonormal directions [basis_size, width] of the text offsets; None for the
             embeddings themselves.
     """
-    layers = dict(base.denoiser.named_modules())
     empty_prompt_embeds = encode_text(base, [""])[0]  # [tokens, width]
-    weights = [layers[target.path].weight for target in substitution.targets]  # [out, width] each
+    layers = [base.denoiser.get_submodule(target.path) for target in substitution.targets]
+    weights = [_read_weight(layer, base.device) for layer in layers]  # [out, width] each
     substitution.set_base(empty_prompt_embeds, weights, basis)
 
 
@@ -70,7 +69,7 @@ def make_lora_from_prompts(
         base: The base of the LoRAs.
         prompts: One prompt per LoRA, which may be a blend.
         rank: The rank; a higher one comes nearer to the prompt.
-        preset: The target modules; see ``make_layout``.
+        preset: The target modules; see ``DiffusionBase.make_layout``.
 
     Returns:
         One LoRA per prompt (batch axis).
@@ -78,8 +77,7 @@ def make_lora_from_prompts(
     Raises:
         InvalidArgumentError: No target module of the preset reads text.
     """
-    component = next(iter(base.modules))
-    layout = make_layout({component: base.denoiser}, preset, rank, base.id)
+    layout = base.make_layout(preset, rank)
     return substitute_prompts(base, prompts, LoraWeights.zeros(layout, (len(prompts),)))
 
 
@@ -114,6 +112,15 @@ def substitute_prompts(
     )
     substituted_loras = substitution(
         *substitution.factorize(text_offsets),
-        other_loras.apply(lambda tensor: tensor.to(text_embeds.device)),
+        other_loras.to(text_embeds.device),
     )
-    return substituted_loras.apply(lambda tensor: tensor.to(loras.down[0]))
+    return substituted_loras.to(loras.device, loras.down[0].dtype)
+
+
+def _read_weight(layer: nn.Module, device: torch.device) -> Tensor:
+    """Read the weight of a layer, whose module may hold none while it is offloaded."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        weight: Tensor = layer.get_parameter("weight").to(device, torch.float32)
+    return weight

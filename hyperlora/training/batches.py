@@ -14,6 +14,8 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from hyperlora.diffusion.conditions import Conditions
+
 AttributeLabels = Mapping[str, Tensor]
 """Class indices [n] by attribute; ``IGNORE_INDEX`` where an attribute has no label."""
 
@@ -145,6 +147,8 @@ class SubjectBatch(Batch):
     """Targets as images [t * n, 3, h, w] in [0, 1]."""
     labels: AttributeLabels | None = None
     """Classes of the attributes that a target shows, each [t * n]."""
+    conditions: Conditions | None = None
+    """Embeddings of the captions [t * n, ...]; None for a text encoder that encodes them."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from hyperlora.cpu import disable_malloc_trim
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.pretrained import REPOSITORY_URL
 from hyperlora.training.callbacks import PerBatchSeed
 
 RUNS_DIR: Final = Path("runs")
@@ -56,14 +58,39 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+class _ConfigReader(TrainingCLI):
+    """Reads and checks a configuration; makes and runs nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
 def train(args: Sequence[str]) -> None:
-    """Run a subcommand of LightningCLI.
+    """Run a subcommand of LightningCLI, or print what one would take.
 
     Args:
         args: Command-line arguments, e.g. ``["fit", "--config", "configs/avatars/01_vae.yaml"]``.
+            With ``estimate`` instead of ``fit``, the memory of the training is printed.
+
+    Raises:
+        InvalidArgumentError: A config of the repository is given where there is no repository.
     """
+    _check_config_paths(args)
     disable_malloc_trim()
-    TrainingCLI(
+    if args[:1] == ["estimate"]:
+        cli = _run_cli(_ConfigReader, ["fit", *args[1:]])
+        from hyperlora.training.estimate_config import estimate_config
+
+        estimate_config(cli.config["fit"].as_dict()).print_table()
+    else:
+        _run_cli(TrainingCLI, args)
+
+
+def _run_cli(cli_class: type[TrainingCLI], args: Sequence[str]) -> TrainingCLI:
+    return cli_class(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
@@ -77,3 +104,12 @@ def train(args: Sequence[str]) -> None:
         },
         args=list(args),
     )
+
+
+def _check_config_paths(args: Sequence[str]) -> None:
+    for path in (Path(argument.removeprefix("--config=")) for argument in args):
+        if path.parts[:1] == ("configs",) and path.suffix == ".yaml" and not path.is_file():
+            raise InvalidArgumentError(
+                f"{str(path)!r} does not exist: the configs are no part of the package, "
+                f"run the command in a clone of {REPOSITORY_URL}"
+            )

@@ -73,12 +73,12 @@ def test_fit_pair_edit_moves_predicted_image(base: Any, pairs: Any) -> None:
     def compute_loss(lora: Any) -> float:
         with torch.no_grad(), inject_lora(base.denoiser, LoraWeights.stack([lora, lora])):
             losses = compute_denoising_loss(
-                base.denoiser,
+                base.predict,
                 base.noise_scheduler,
                 latents,
+                conditions,
                 noise_sample=noise_sample,
                 x0_offset=x0_offset,
-                **conditions,
             )
         return float(losses.mean())
 

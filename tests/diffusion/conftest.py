@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperlora.diffusion.denoiser_calls import get_denoiser
+from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.lora.weights import LoraWeights
 
@@ -22,11 +22,11 @@ class TinyPipeline:
 
     @property
     def name(self) -> str:
-        return get_denoiser(self.pipe)[0]
+        return get_pipeline_family(self.pipe).denoiser_name
 
     @property
     def denoiser(self) -> nn.Module:
-        return get_denoiser(self.pipe)[1]
+        return get_pipeline_family(self.pipe).denoiser
 
     def sample_latents(self, **overrides: Any) -> Tensor:
         return self.pipe(
@@ -45,7 +45,7 @@ class TinyPipeline:
     def merge_lora(self, lora: LoraWeights) -> "TinyPipeline":
         """Copy the pipeline with ΔW added to its weights."""
         pipe = deepcopy(self.pipe)
-        module = get_denoiser(pipe)[1]
+        module = get_pipeline_family(pipe).denoiser
         for target, delta in zip(lora.layout.targets, lora.get_delta_weights(), strict=True):
             weight = module.get_submodule(target.path).weight
             weight.data += delta.reshape(weight.shape)

@@ -18,27 +18,27 @@ def base(bundle: Any) -> DiffusionBase:
 
 def test_encode_prompts_sums_blends(base: DiffusionBase) -> None:
     blend = '("dark", "bright", "").blend(1.5, 0.25, -0.75)'
-    embeds = base.encode_prompts([blend, "dark", "bright", ""])["encoder_hidden_states"]
+    embeds = base.encode_prompts([blend, "dark", "bright", ""])["prompt_embeds"]
     blended, dark, bright, empty = embeds
     torch.testing.assert_close(blended, 1.5 * dark + 0.25 * bright - 0.75 * empty)
-    half = base.encode_prompts(['("dark", "bright").blend(0.5, 0.5)'])["encoder_hidden_states"]
+    half = base.encode_prompts(['("dark", "bright").blend(0.5, 0.5)'])["prompt_embeds"]
     torch.testing.assert_close(half[0], (dark + bright) / 2)
 
 
 def test_encode_prompts_does_not_depend_on_the_batch(base: DiffusionBase) -> None:
-    (alone,) = base.encode_prompts(["dark"])["encoder_hidden_states"]
-    batch = base.encode_prompts(["bright", "dark", "dark"])["encoder_hidden_states"]
+    (alone,) = base.encode_prompts(["dark"])["prompt_embeds"]
+    batch = base.encode_prompts(["bright", "dark", "dark"])["prompt_embeds"]
     assert torch.equal(alone, batch[2])
 
 
 def test_encode_prompts_reads_cached_prompts(base: DiffusionBase) -> None:
     prompts, cache = ["dark", '("dark", "bright", "").blend(1.5, 0.25, -0.75)', "dark"], {}
-    embeds = base.encode_prompts(prompts, cache)["encoder_hidden_states"]
-    torch.testing.assert_close(embeds, base.encode_prompts(prompts)["encoder_hidden_states"])
+    embeds = base.encode_prompts(prompts, cache)["prompt_embeds"]
+    torch.testing.assert_close(embeds, base.encode_prompts(prompts)["prompt_embeds"])
     assert set(cache) == {"dark", "bright", ""}
-    cache["dark"] = (torch.zeros_like(cache["dark"][0]), None)
-    embeds = base.encode_prompts(["dark", "bright"], cache)["encoder_hidden_states"]
-    assert embeds[0].abs().max() == 0 and torch.equal(embeds[1], cache["bright"][0])
+    cache["dark"] = {"prompt_embeds": torch.zeros_like(cache["dark"]["prompt_embeds"])}
+    embeds = base.encode_prompts(["dark", "bright"], cache)["prompt_embeds"]
+    assert embeds[0].abs().max() == 0 and torch.equal(embeds[1:], cache["bright"]["prompt_embeds"])
 
 
 def test_encode_prompts_encodes_each_prompt_with_its_lora(base: DiffusionBase) -> None:
@@ -47,9 +47,9 @@ def test_encode_prompts_encodes_each_prompt_with_its_lora(base: DiffusionBase) -
     generator = torch.Generator().manual_seed(0)
     loras = LoraWeights.unflatten(layout, 0.3 * torch.randn(2, layout.numel, generator=generator))
     with inject_lora(text_encoder, loras):
-        batch = base.encode_prompts(["dark", "dark"])["encoder_hidden_states"]
+        batch = base.encode_prompts(["dark", "dark"])["prompt_embeds"]
     for i in range(2):
         with inject_lora(text_encoder, loras[i]):
-            (alone,) = base.encode_prompts(["dark"])["encoder_hidden_states"]
+            (alone,) = base.encode_prompts(["dark"])["prompt_embeds"]
         torch.testing.assert_close(batch[i], alone)
     assert not torch.allclose(batch[0], batch[1], atol=1e-3)

@@ -1,14 +1,14 @@
 """The denoising loss: what its options add to it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
 from hyperlora.diffusion.noise_schedule import NoiseSchedule
 
+CONDITIONS: Conditions = {"prompt_embeds": torch.zeros(4, 1, 1)}
 SCHEDULERS = {
     **{kind: DDPMScheduler(prediction_type=kind) for kind in ("epsilon", "v_prediction", "sample")},
     "flow": FlowMatchEulerDiscreteScheduler(),
@@ -50,19 +50,21 @@ def test_x0_offset_moves_the_target_in_proportion_to_the_noise(name: str) -> Non
     schedule = NoiseSchedule(scheduler)
 
     def predict_offset_x0(
-        noisy_latents: torch.Tensor, timesteps: torch.Tensor, **_: torch.Tensor
-    ) -> SimpleNamespace:
+        noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
         noise_level = schedule.compute_noise_level(timesteps)
         noise_levels.append(noise_level.flatten())
         offset_x0 = x0 + noise_level * offset
-        return SimpleNamespace(sample=schedule.compute_target(noisy_latents, offset_x0, timesteps))
+        return schedule.compute_target(noisy_latents, offset_x0, timesteps)
 
     noise_sample = torch.tensor([0.05, 0.4, 0.6, 0.95]), noise
     loss = compute_denoising_loss(
-        predict_offset_x0, scheduler, x0, noise_sample=noise_sample, x0_offset=offset
+        predict_offset_x0, scheduler, x0, CONDITIONS, noise_sample=noise_sample, x0_offset=offset
     )
     assert float(loss.max()) < 1e-8
-    loss = compute_denoising_loss(predict_offset_x0, scheduler, x0, noise_sample=noise_sample)
+    loss = compute_denoising_loss(
+        predict_offset_x0, scheduler, x0, CONDITIONS, noise_sample=noise_sample
+    )
     assert float(loss.min()) > 1e-5
     assert float(noise_levels[0].min()) >= 0 and float(noise_levels[0].max()) <= 1
 
@@ -71,19 +73,21 @@ def test_weight_scales_the_error_of_each_latent_pixel() -> None:
     x0, noise = torch.randn(2, 2, 3, 4, 4)
     noise_sample = torch.tensor([0.3, 0.6]), noise
 
-    def predict_zero(model_input: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
-        return SimpleNamespace(sample=torch.zeros_like(model_input))
+    def predict_zero(noisy_latents: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.zeros_like(noisy_latents)
 
     scheduler = SCHEDULERS["epsilon"]
     corner = torch.zeros(4, 4)
     corner[0, 0] = 16.0
     weighted = compute_denoising_loss(
-        predict_zero, scheduler, x0, noise_sample=noise_sample, weight=corner
+        predict_zero, scheduler, x0, CONDITIONS, noise_sample=noise_sample, weight=corner
     )
     torch.testing.assert_close(weighted, noise[:, :, 0, 0].square().mean(1))
-    unweighted = compute_denoising_loss(predict_zero, scheduler, x0, noise_sample=noise_sample)
+    unweighted = compute_denoising_loss(
+        predict_zero, scheduler, x0, CONDITIONS, noise_sample=noise_sample
+    )
     uniform = compute_denoising_loss(
-        predict_zero, scheduler, x0, noise_sample=noise_sample, weight=torch.ones(4, 4)
+        predict_zero, scheduler, x0, CONDITIONS, noise_sample=noise_sample, weight=torch.ones(4, 4)
     )
     torch.testing.assert_close(uniform, unweighted)
 
@@ -95,17 +99,21 @@ def test_aux_loss_is_added_with_its_weight(name: str) -> None:
     schedule = NoiseSchedule(scheduler)
 
     def predict_brighter_x0(
-        noisy_latents: torch.Tensor, timesteps: torch.Tensor, **_: torch.Tensor
-    ) -> SimpleNamespace:
-        output = schedule.compute_target(noisy_latents, x0 + 0.5, timesteps)
-        return SimpleNamespace(sample=output)
+        noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        return schedule.compute_target(noisy_latents, x0 + 0.5, timesteps)
 
     def compute_mean_error(pred_x0: torch.Tensor) -> torch.Tensor:
         return (pred_x0 - x0).mean((1, 2, 3))
 
     def compute_loss(aux_loss: AuxLoss | None) -> torch.Tensor:
         return compute_denoising_loss(
-            predict_brighter_x0, scheduler, x0, noise_sample=noise_sample, aux_loss=aux_loss
+            predict_brighter_x0,
+            scheduler,
+            x0,
+            CONDITIONS,
+            noise_sample=noise_sample,
+            aux_loss=aux_loss,
         )
 
     denoising_loss = compute_loss(None)

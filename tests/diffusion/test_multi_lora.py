@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperlora.diffusion.denoiser_calls import DenoiserCall, predict_per_lora
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.diffusion.multi_lora import CompositionConfig, compose_loras
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
@@ -214,7 +215,7 @@ def test_compose_loras_sums_text_encoder_loras(bundle: Any) -> None:
     )
 
     def encode_prompt() -> Tensor:
-        return base.encode_prompts(["a portrait"])["encoder_hidden_states"]
+        return base.encode_prompts(["a portrait"])["prompt_embeds"]
 
     base_embeds = encode_prompt()
     with compose_loras(base.pipeline, [a, b], "composite", [1.0, 0.5]):
@@ -236,9 +237,15 @@ def test_predict_per_lora_halves_chunks_when_memory_runs_out(make_tiny_pipeline:
         return forward(sample, *args, **kwargs)
 
     forward, modules = tiny.denoiser.forward, {"unet": tiny.denoiser}
-    inputs = (torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 16))
-    outputs = predict_per_lora(DenoiserCall(run_with_memory_limit, inputs, {}), modules, loras)
-    expected = predict_per_lora(DenoiserCall(forward, inputs, {}), modules, loras)
+    family = get_pipeline_family(tiny.pipe)
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor(3),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+    }
+    limited = DenoiserCall(family, run_with_memory_limit, inputs)
+    outputs = predict_per_lora(limited, modules, loras)
+    expected = predict_per_lora(DenoiserCall(family, forward, inputs), modules, loras)
     assert batch_sizes == [10, 6, 4, 4, 2]
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
 

@@ -72,7 +72,7 @@ def compute_identity_similarity(
         noise = torch.randn(latents.shape, generator=generator)
         noisy_latents, _ = schedule.add_noise(latents, noise, timesteps)
         with inject_lora(base.denoiser, lora), torch.no_grad():
-            model_output = base.denoiser(noisy_latents, timesteps, **conditions).sample
+            model_output = base.predict(noisy_latents, timesteps, conditions)
             pred_x0 = schedule.predict_x0(noisy_latents, model_output, timesteps)
             similarity += (embedder(base.decode_latents(pred_x0)) * target_embeds).sum(-1)
     return similarity / 3

@@ -47,8 +47,7 @@ def run_fine_tuning(
 ) -> FineTuneResult:
     torch.manual_seed(1)
     return fine_tune_loras(
-        base.denoiser,
-        base.noise_scheduler,
+        base,
         examples,
         init_loras.flatten(),
         partial(LoraWeights.unflatten, init_loras.layout),
@@ -93,7 +92,8 @@ def test_fine_tune_loras_with_shift_draws_noisier_timesteps(
     timesteps: list[Tensor] = []
     mean_timesteps = []
     hook = base.denoiser.register_forward_pre_hook(
-        lambda _, args: timesteps.append(args[1].float().mean())
+        lambda _, args, kwargs: timesteps.append(kwargs["timestep"].float().mean()),
+        with_kwargs=True,
     )
     for shift in (1.0, 50.0):
         timesteps.clear()
@@ -113,11 +113,11 @@ def test_fine_tune_loras_adds_prior_loss(base: DiffusionBase, init_loras: LoraWe
 
 def test_gather_examples_orders_samples_as_inject_lora() -> None:
     examples = TrainingExamples(
-        torch.arange(6.0).view(3, 2, 1, 1, 1), {"a": {"b": torch.arange(6).view(3, 2, 1)}}
+        torch.arange(6.0).view(3, 2, 1, 1, 1), {"prompt_embeds": torch.arange(6).view(3, 2, 1, 1)}
     )
     latents, conditions = examples.gather_examples(torch.tensor([[0, 1, 0], [1, 1, 1]]))
     assert latents.flatten().tolist() == [0, 3, 4, 1, 3, 5]  # example j of subject i at j * K + i
-    assert conditions["a"]["b"].flatten().tolist() == [0, 3, 4, 1, 3, 5]
+    assert conditions["prompt_embeds"].flatten().tolist() == [0, 3, 4, 1, 3, 5]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_refine_lora_keeps_rank_and_lowers_loss_on_photos(
             torch.manual_seed(100 + seed)
             with inject_lora(base.denoiser, loras), torch.no_grad():
                 losses = compute_denoising_loss(
-                    base.denoiser, base.noise_scheduler, latents, **conditions
+                    base.predict, base.noise_scheduler, latents, conditions
                 )
             loss += losses.mean().item()
         return loss

@@ -8,6 +8,7 @@ another do so here too.
 import math
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from data_builder.cli import app
 from data_builder.datamodules.faces import IDENTITY_VECTOR_DIM
 from data_builder.datamodules.portraits import ATTRIBUTES
 from hyperlora import pretrained
-from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.training.cli import train
 from hyperlora.training.modules import hypernetwork, instruct_pix2pix, pair_hypernetwork
+from hyperlora.training.modules.frozen_base import load_training_base
 from tests.training.config_rules import CONFIGS, NAMES, RULES, make_command, read_config
 from tests.training.config_stages import Stages
 
@@ -47,12 +48,12 @@ def frozen_bases(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     loaded: list[tuple[Any, Any]] = []
 
     def load(name: str, **options: Any) -> Any:
-        base = load_diffusion_base(name, **options)
-        loaded.append((base, load_diffusion_base(name, **options)))
+        base = load_training_base(name, **options)
+        loaded.append((base, load_training_base(name, **options)))
         return base
 
     for module in (hypernetwork, pair_hypernetwork, instruct_pix2pix):
-        monkeypatch.setattr(module, "load_diffusion_base", load)
+        monkeypatch.setattr(module, "load_training_base", load)
     return loaded
 
 
@@ -111,6 +112,46 @@ def test_make_avatars_commands_parse(tmp_path: Path) -> None:
         name, *arguments = line.split()[1:]
         with typer.Context(group) as context:
             group.get_command(context, name).make_context(name, arguments, parent=context)
+
+
+def test_make_avatars_makes_what_each_step_needs(tmp_path: Path) -> None:
+    """Every stage and path that a header or a configuration names comes from an earlier step."""
+    made: set[str] = set()  # names of stages, files and folders
+    for line in _list_make_commands(tmp_path):
+        if match := re.search(r"--config configs/(\S+)\.yaml", line):
+            assert match[1] in NAMES, f"{line}: there is no such configuration"
+            config = read_config(match[1])
+            output_dir = config["model"]["init_args"]["output_dir"]
+            inputs = {*_read_needs(match[1]), *_list_paths(config)} - {output_dir}
+            outputs = {match[1].removeprefix("avatars/"), output_dir}
+        else:
+            paths = re.findall(r"(?:-[op] )?\b(?:runs|checkpoints)/\S+", line)
+            if line.startswith("cp "):
+                paths[-1] = f"-o {paths[-1]}"
+            outputs = {path[3:] for path in paths if path.startswith("-")}
+            inputs = {path for path in paths if not path.startswith("-")}
+        missing = {i for i in inputs if not any(f"{i}/".startswith(f"{m}/") for m in made)}
+        assert not missing, f"{line}: no earlier step makes {missing}"
+        made |= {output.rstrip("/") for output in outputs}
+    assert {"17_vae_decoder", "checkpoints/avatars/pair-to-lora"} <= made
+
+
+def _read_needs(name: str) -> list[str]:
+    """The stages and paths in the second line of a configuration, ``{a,b}`` expanded."""
+    line = (CONFIGS / f"{name}.yaml").read_text().splitlines()[1]
+    needs = re.findall(r"\b\d\d_\w+|\bruns/[\w/-]+(?:\{[^}]+\})?", line)
+    assert needs, f"{name}: {line!r} names no stage and no path"
+    split_needs = [need.rstrip("}").partition("{") for need in needs]
+    return [stem + part for stem, _, parts in split_needs for part in parts.split(",")]
+
+
+def _list_paths(value: Any) -> Iterator[str]:
+    """All strings in a configuration that are paths of this repository's outputs."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _list_paths(item)
+    elif isinstance(value, str) and value.startswith(("runs/", "checkpoints/")):
+        yield value
 
 
 def _list_make_commands(build_dir: Path) -> list[str]:

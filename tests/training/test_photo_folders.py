@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.data.subjects import list_subjects
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.training.datamodules.photo_folders import (
-    PhotoFolderDataModule,
+from hyperlora.training.datamodules.base import FolderDataModule
+from hyperlora.training.datamodules.photo_folders import PhotoFolderDataModule
+from hyperlora.training.datamodules.photo_samples import (
     personalize_caption,
     split_references,
 )
@@ -90,3 +91,8 @@ def test_photo_folders_refuse_a_batch_of_too_many_subjects(workspace: Path) -> N
         InvalidArgumentError, match=r"holds 2 subjects, one step takes 3: .*lower batch_size"
     ):
         PhotoFolderDataModule(folder, folder, resolution=16, batch_size=3).train_dataloader()
+
+
+def test_folder_data_module_without_a_dataset_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match=r"abstract method '?make_dataset"):
+        FolderDataModule()

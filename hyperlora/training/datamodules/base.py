@@ -1,7 +1,8 @@
 """``FolderDataModule``: what data modules over a user's own folders have in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
@@ -13,7 +14,7 @@ Sample = Mapping[str, object]
 """Fields of one sample, as ``collate_fn`` takes them."""
 
 
-class FolderDataModule(L.LightningDataModule):
+class FolderDataModule(L.LightningDataModule, ABC):
     """A data module whose hyperparameters are a folder, a batch size and a number of workers.
 
     Subclasses save ``folder``, ``batch_size`` and ``num_workers`` as hyperparameters, and define
@@ -27,9 +28,9 @@ class FolderDataModule(L.LightningDataModule):
     sample_noun: ClassVar[str] = "samples"
     collate_fn: ClassVar[Callable[..., Batch]]
 
-    def make_dataset(self, training: bool) -> Dataset[Sample]:
+    @abstractmethod
+    def make_dataset(self, training: bool) -> Dataset[Any]:
         """Make the dataset of training, or else of validation."""
-        raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Make the loader of shuffled training batches, without an incomplete last one.

@@ -6,6 +6,7 @@ from typing import Required, TypedDict
 import torch
 from torch import Tensor
 
+from hyperlora.diffusion.conditions import Conditions, cat_conditions
 from hyperlora.training.batches import SubjectBatch
 
 
@@ -25,6 +26,8 @@ class SubjectSample(TypedDict, total=False):
     """[t, 3, h, w] in [0, 1]."""
     labels: list[dict[str, int]]
     """t times the class index by attribute."""
+    conditions: list[Conditions]
+    """t times the embeddings of a caption, [1, ...] each."""
 
 
 def collate_subjects(samples: Sequence[SubjectSample]) -> SubjectBatch:
@@ -45,6 +48,11 @@ def collate_subjects(samples: Sequence[SubjectSample]) -> SubjectBatch:
         latents=_stack_targets([sample.get("latents") for sample in samples]),
         images=_stack_targets([sample.get("images") for sample in samples]),
         labels=_collate_labels(samples, num_targets) if "labels" in samples[0] else None,
+        conditions=(
+            cat_conditions([s["conditions"][j] for j in range(num_targets) for s in samples])
+            if "conditions" in samples[0]
+            else None
+        ),
     )
 
 

@@ -1,10 +1,31 @@
 """``FrozenBaseTraining``: what trainings through a frozen base model have in common."""
 
+from pathlib import Path
+from typing import Any
+
 import lightning as L
 from diffusers import ModelMixin
 
-from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.compute import ComputeConfig
+from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.training.auxiliary_losses import AttributeLoss
+
+
+def load_training_base(
+    name_or_path: str | Path, dtype: str = "float32", **pretrained_kwargs: Any
+) -> DiffusionBase:
+    """Load a base on the CPU, from which the trainer moves it to its device.
+
+    Args:
+        name_or_path: Folder of a pipeline, or a hub id.
+        dtype: Precision of all components: ``float32``, ``bfloat16`` or ``float16``.
+        pretrained_kwargs: Further arguments of ``DiffusionPipeline.from_pretrained``.
+
+    Returns:
+        The base.
+    """
+    compute = ComputeConfig(device="cpu", dtype=dtype)
+    return load_diffusion_base(name_or_path, compute, **pretrained_kwargs)
 
 
 class FrozenBaseTraining(L.LightningModule):

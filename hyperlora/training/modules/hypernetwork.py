@@ -8,10 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperlora.diffusion.diffusion_base import load_diffusion_base, make_unet_encoder
+from hyperlora.diffusion.diffusion_base import make_unet_encoder
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
-from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.features import ImageFeatures
 from hyperlora.models.hypernetwork import Hypernetwork
@@ -20,15 +19,17 @@ from hyperlora.pipelines.image_to_lora_base import ImageEncoder
 from hyperlora.pipelines.model_card import ModelCard
 from hyperlora.training.auxiliary_losses import AttributeLoss
 from hyperlora.training.batches import SubjectBatch
-from hyperlora.training.modules.frozen_base import FrozenBaseTraining
+from hyperlora.training.memory import check_network_size
+from hyperlora.training.modules.frozen_base import load_training_base
 from hyperlora.training.modules.options import Options
+from hyperlora.training.modules.pretrained_model import PretrainedModelTraining
 from hyperlora.training.optimizers import make_adamw_cosine
 
 UNET_ENCODER: Final = "unet"
 """Name of the encoder that takes features of the base's own UNet."""
 
 
-class HypernetworkTraining(FrozenBaseTraining):
+class HypernetworkTraining(PretrainedModelTraining):
     """Train on denoising images of a subject with the LoRA predicted from its photos.
 
     L = ‖ε̂ - ε‖² + ``code_loss_weight`` ‖θ̂ - θ‖² + ``delta_l2_weight`` ‖ΔW‖²
@@ -47,7 +48,7 @@ class HypernetworkTraining(FrozenBaseTraining):
         rank: Of the LoRAs.
         hypernetwork: Arguments of ``Hypernetwork``.
         encoder_options: Arguments of the encoder.
-        base_options: Arguments of ``load_diffusion_base``.
+        base_options: Arguments of ``load_training_base``.
         gradient_checkpointing: Whether the denoiser recomputes activations to save memory.
         code_targets: File with ``codes`` [num_subjects, ...] fitted to the first subjects
             (``data-builder fit-lidb-targets``); None for no regression.
@@ -61,6 +62,8 @@ class HypernetworkTraining(FrozenBaseTraining):
         lr: Peak learning rate of AdamW.
         card: Fields of the released ``ModelCard``.
     """
+
+    model: ImageToLora
 
     def __init__(
         self,
@@ -85,15 +88,18 @@ class HypernetworkTraining(FrozenBaseTraining):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.base = load_diffusion_base(base, **(base_options or {}))
-        layout = make_layout({self.denoiser_name: self.base.denoiser}, preset, rank, self.base.id)
+        self.base = load_training_base(base, **(base_options or {}))
+        layout = self.base.make_layout(preset, rank)
         image_encoder: ImageEncoder
         if encoder == UNET_ENCODER:
             image_encoder = make_unet_encoder(self.base, **(encoder_options or {}))
         else:
             image_encoder = load_image_encoder(encoder, encoder_options)
         if start_from is None:
-            network = Hypernetwork(layout, image_encoder.width, **(hypernetwork or {}))
+            options = hypernetwork or {}
+            with torch.device("meta"):  # a head that is too large must not be made
+                check_network_size(Hypernetwork(layout, image_encoder.width, **options))
+            network = Hypernetwork(layout, image_encoder.width, **options)
         else:
             pretrained = ImageToLora.from_pretrained(start_from, base=self.base)
             network = pretrained.hypernetwork.requires_grad_(True)
@@ -188,17 +194,12 @@ class HypernetworkTraining(FrozenBaseTraining):
             assert batch.images is not None, "a SubjectBatch needs latents or images"
             latents = self.base.encode_images(batch.images)  # [t * n, c, h, w]
         return compute_denoising_loss(
-            self.base.denoiser,
+            self.base.predict,
             self.base.noise_scheduler,
             latents.float(),  # bfloat16 would round away the little noise of early timesteps
+            batch.conditions or self.base.encode_prompts(batch.captions),
             aux_loss=aux_loss,
-            **self.base.encode_prompts(batch.captions),
         ).mean()
-
-    def on_train_end(self) -> None:
-        """Write the model."""
-        if self.trainer.is_global_zero:
-            self.model.save_pretrained(self.hparams["output_dir"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW for the hypernetwork, with one cosine cycle."""

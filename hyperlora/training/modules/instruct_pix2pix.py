@@ -15,18 +15,23 @@ from diffusers import UNet2DConditionModel as UNet
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from hyperlora.diffusion.diffusion_base import PromptCache, load_diffusion_base
+from hyperlora.diffusion.conditions import Conditions
+from hyperlora.diffusion.diffusion_base import PromptCache
+from hyperlora.diffusion.families.instruct_pix2pix import InstructPix2PixFamily
 from hyperlora.diffusion.losses import (
     AuxLoss,
     compute_denoising_loss,
     compute_edit_region_weights,
 )
+from hyperlora.diffusion.shared_components import SHARED_COMPONENTS_KEY
 from hyperlora.training.auxiliary_losses import AttributeLoss, LatentPreviewLoss
 from hyperlora.training.batches import EditBatch
-from hyperlora.training.modules.frozen_base import FrozenBaseTraining
+from hyperlora.training.modules.frozen_base import FrozenBaseTraining, load_training_base
 from hyperlora.training.modules.options import Options
 from hyperlora.training.optimizers import make_muon_cosine, split_muon_params
 from hyperlora.training.weight_surgery import prune_unet
+
+_SHARED_COMPONENTS = ("vae", "text_encoder", "tokenizer")
 
 
 class InstructPix2PixTraining(FrozenBaseTraining):
@@ -73,12 +78,13 @@ class InstructPix2PixTraining(FrozenBaseTraining):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.base = load_diffusion_base(base)
+        self.base = load_training_base(base)
         base_unet: UNet = self.base.denoiser
         base_config = dict(base_unet.config)
         # noisy latents and, as further channels, those of the image before the edit
         in_channels = 2 * base_config["in_channels"]
         self.unet = UNet.from_config(base_config | {"in_channels": in_channels} | (unet or {}))
+        self.edit_family = InstructPix2PixFamily(self.base.pipeline)
         self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
         self.preview_loss = (
             LatentPreviewLoss(base_config["out_channels"], preview_upscale)
@@ -95,7 +101,7 @@ class InstructPix2PixTraining(FrozenBaseTraining):
             self._load_unet(start_from, prediction_type)
 
     def _load_unet(self, start_from: str, prediction_type: str) -> None:
-        pretrained = load_diffusion_base(start_from)
+        pretrained = load_training_base(start_from)
         self.unet.load_state_dict(pretrained.denoiser.state_dict())
         old_prediction_type = pretrained.noise_scheduler.config.prediction_type
         if (old_prediction_type, prediction_type) == ("v_prediction", "sample"):
@@ -163,18 +169,23 @@ class InstructPix2PixTraining(FrozenBaseTraining):
     ) -> Tensor:
         """Compute the loss; the image before the edit is dropped where ``drop_mask`` [n] is set."""
         before, after = batch.before.float(), batch.after.float()  # [n, c, h, w]
-        # diffusers' pipeline conditions the UNet on unscaled latents
-        cond_latents = before / self.base.pipeline.vae.config.scaling_factor
+        conditions: Conditions = {
+            **self.base.encode_prompts(batch.instructions, self.prompt_cache),
+            "image_latents": before * ~drop_mask[:, None, None, None],
+        }
         return compute_denoising_loss(
-            self.unet,
+            self._predict,
             self.noise_scheduler,
             after,
+            conditions,
             shift=self.hparams["timestep_shift"],
             weight=compute_edit_region_weights(before, after, self.hparams["edit_region_weight"]),
-            cond_latents=cond_latents * ~drop_mask[:, None, None, None],
             aux_loss=aux_loss,
-            **self.base.encode_prompts(batch.instructions, self.prompt_cache),
         ).mean()
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """Run the UNet in training as the pipeline that it becomes will."""
+        return self.edit_family.predict(latents, timesteps, conditions, denoiser=self.unet)
 
     def on_train_end(self) -> None:
         """Write the pipeline."""
@@ -205,7 +216,7 @@ def save_edit_pipeline(
         unet: The UNet, which is converted to fp16 in place.
         noise_scheduler: Schedule and prediction type; None for those of the base.
     """
-    base_pipeline = load_diffusion_base(base_dir).pipeline
+    base_pipeline = load_training_base(base_dir).pipeline
     scheduler_config = noise_scheduler.config if noise_scheduler else base_pipeline.scheduler.config
     pipeline = StableDiffusionInstructPix2PixPipeline(
         vae=AutoencoderKL.from_pretrained(base_dir / "vae"),
@@ -218,11 +229,13 @@ def save_edit_pipeline(
         requires_safety_checker=False,
     )
     output_dir.mkdir(parents=True, exist_ok=True)
+    relative_base_dir = Path(os.path.relpath(base_dir.resolve(), output_dir.resolve()))
+    shared_components = dict.fromkeys(_SHARED_COMPONENTS, relative_base_dir.as_posix())
+    pipeline.register_to_config(**{SHARED_COMPONENTS_KEY: shared_components})
     pipeline.save_config(output_dir)
     pipeline.unet.save_pretrained(output_dir / "unet", max_shard_size="16MB")
     pipeline.scheduler.save_pretrained(output_dir / "scheduler")
-    for component in ("vae", "text_encoder", "tokenizer"):
+    for component in _SHARED_COMPONENTS:
         link = output_dir / component
-        target = os.path.relpath((base_dir / component).resolve(), output_dir.resolve())
         link.unlink(missing_ok=True)
-        link.symlink_to(target, target_is_directory=True)
+        link.symlink_to(relative_base_dir / component, target_is_directory=True)

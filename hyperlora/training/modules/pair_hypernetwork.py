@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from hyperlora.diffusion.diffusion_base import PromptCache, load_diffusion_base
+from hyperlora.diffusion.conditions import Conditions
+from hyperlora.diffusion.diffusion_base import PromptCache
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.losses import (
     AuxLoss,
     compute_denoising_loss,
     compute_edit_region_weights,
 )
-from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
@@ -27,8 +27,9 @@ from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.prompt_lora import set_instruction_texts
 from hyperlora.training.auxiliary_losses import AttributeLoss
 from hyperlora.training.batches import AttributeLabels, PairBatch
-from hyperlora.training.modules.frozen_base import FrozenBaseTraining
+from hyperlora.training.modules.frozen_base import load_training_base
 from hyperlora.training.modules.options import Options
+from hyperlora.training.modules.pretrained_model import PretrainedModelTraining
 from hyperlora.training.optimizers import make_adamw_cosine, make_muon_cosine
 
 
@@ -43,7 +44,7 @@ class _EditTarget:
     aux_loss: AuxLoss | None = None
 
 
-class PairHypernetworkTraining(FrozenBaseTraining):
+class PairHypernetworkTraining(PretrainedModelTraining):
     """Train a LoRA Δ = H(A, A') of a pair on making the same edit elsewhere, B to B'.
 
     L = ‖G(Δ; B) - B'‖² + ``reverse_weight`` ‖G(-Δ; B') - B‖² + ``delta_l2_weight`` ‖ΔW‖²
@@ -65,7 +66,7 @@ class PairHypernetworkTraining(FrozenBaseTraining):
         network: Arguments of ``PairHypernetwork``. ``instruction_head.vocabulary`` may be the
             path of a JSON file.
         encoder_options: Arguments of the encoder.
-        base_options: Arguments of ``load_diffusion_base``.
+        base_options: Arguments of ``load_training_base``.
         freeze_encoder: Whether the encoder stays as it is.
         freeze_instruction_head: Whether the instruction head stays as it is.
         gradient_checkpointing: Whether the denoiser recomputes activations to save memory.
@@ -90,6 +91,8 @@ class PairHypernetworkTraining(FrozenBaseTraining):
     Raises:
         InvalidArgumentError: There is no loss, or the vocabulary file cannot be read.
     """
+
+    model: PairToLora
 
     def __init__(
         self,
@@ -127,15 +130,14 @@ class PairHypernetworkTraining(FrozenBaseTraining):
                 "train on; give one of them"
             )
         self.save_hyperparameters()
-        self.base = load_diffusion_base(base, **(base_options or {}))
+        self.base = load_training_base(base, **(base_options or {}))
         self.prompt_cache: PromptCache = {}
         if start_from is not None:
             self.model = PairToLora.from_pretrained(start_from, base=self.base).requires_grad_(True)
         else:
-            denoisers = {self.denoiser_name: self.base.denoiser}
-            layout = make_layout(denoisers, preset, rank, self.base.id)
+            layout = self.base.make_layout(preset, rank)
             image_encoder = load_image_encoder(encoder, encoder_options)
-            options = _load_vocabulary(network or {})
+            options = load_vocabulary(network or {})
             self.model = PairToLora(
                 image_encoder,
                 PairHypernetwork(layout, image_encoder.width, **options),
@@ -314,26 +316,22 @@ class PairHypernetworkTraining(FrozenBaseTraining):
         self, weights: LoraWeights, target: _EditTarget, instructions: list[str]
     ) -> Tensor:
         """Compute the mean loss of one direction with LoRAs ``weights``."""
-        scaling_factor = self.base.pipeline.vae.config.scaling_factor
+        conditions: Conditions = {
+            **self.base.encode_prompts(instructions, self.prompt_cache),
+            "image_latents": target.input_latents,
+        }
         with inject_lora(self.base.denoiser, weights):
             return compute_denoising_loss(
-                self.base.denoiser,
+                self.base.predict,
                 self.base.noise_scheduler,
                 target.target_latents,
+                conditions,
                 shift=self.hparams["timestep_shift"],
                 weight=compute_edit_region_weights(
                     target.input_latents, target.target_latents, self.hparams["edit_region_weight"]
                 ),
-                # diffusers' pipeline conditions the UNet on unscaled latents
-                cond_latents=target.input_latents / scaling_factor,
                 aux_loss=target.aux_loss,
-                **self.base.encode_prompts(instructions, self.prompt_cache),
             ).mean()
-
-    def on_train_end(self) -> None:
-        """Write the model."""
-        if self.trainer.is_global_zero:
-            self.model.save_pretrained(self.hparams["output_dir"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW, or Muon for the instruction head's hidden matrices, with one cosine cycle."""
@@ -347,7 +345,7 @@ class PairHypernetworkTraining(FrozenBaseTraining):
         return make_muon_cosine(self, matrices, other_params, self.hparams["lr"])
 
 
-def _load_vocabulary(network: Options) -> Options:
+def load_vocabulary(network: Options) -> Options:
     """Replace the path of the instruction head's vocabulary by the content of the file."""
     head_options = network.get("instruction_head") or {}
     path = head_options.get("vocabulary")

@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from hyperlora.cpu import select_sdpa_kernel
+from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
 from hyperlora.training.auxiliary_losses import AttributeLoss
 from hyperlora.training.batches import CaptionedLatentBatch
@@ -133,14 +135,21 @@ class TextToImageTraining(L.LightningModule):
         ).input_ids.to(self.device)  # [n, tokens]
         prompt_embeds = self.text_encoder(input_ids)[0]  # [n, tokens, width]
         return compute_denoising_loss(
-            self.unet,
+            self._predict,
             self.scheduler,
             batch.latents,
+            {"prompt_embeds": prompt_embeds},
             shift=self.hparams["timestep_shift"],
             weight=self._make_focus_weights(batch.latents),
             aux_loss=aux_loss,
-            encoder_hidden_states=prompt_embeds,
         ).mean()
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """Run the UNet in training."""
+        prompt_embeds = conditions["prompt_embeds"]  # [n, tokens, width]
+        with select_sdpa_kernel(latents, latents[0, 0].numel()):
+            output: Tensor = self.unet(latents, timesteps, prompt_embeds, return_dict=False)[0]
+        return output
 
     def _make_focus_weights(self, latents: Tensor) -> Tensor | None:
         """Make loss weights [h, w] with a mean of 1, larger in the focus box."""

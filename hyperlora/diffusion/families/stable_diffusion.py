@@ -1,0 +1,82 @@
+"""Stable Diffusion 1 and 2 (2112.10752), and what every UNet family has in common."""
+
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from hyperlora.diffusion.conditions import Conditions
+from hyperlora.diffusion.families.base import (
+    DenoiserInputs,
+    PipelineFamily,
+)
+
+
+class StableDiffusionFamily(PipelineFamily):
+    """Adapter of Stable Diffusion 1 and 2: a UNet, CLIP, two branches of guidance in one batch."""
+
+    modelspec_name: ClassVar[str] = "stable-diffusion-v1"
+    denoiser_class_name = "UNet2DConditionModel"
+    denoiser_name = "unet"
+    adaptable_text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    schedulers = (
+        "DDIM",
+        "DDIMTrailing",
+        "DDPM",
+        "DEISMultistep",
+        "DPMSolverMultistep",
+        "DPMSolverMultistepKarras",
+        "DPMSolverMultistepSDE",
+        "DPMSolverMultistepSDEKarras",
+        "DPMSolverSinglestep",
+        "EulerAncestralDiscrete",
+        "EulerDiscrete",
+        "EulerDiscreteTrailing",
+        "HeunDiscrete",
+        "KDPM2AncestralDiscrete",
+        "KDPM2Discrete",
+        "LCM",
+        "LMSDiscrete",
+        "PNDM",
+        "TCD",
+        "UniPCMultistep",
+    )
+    default_guidance_scale = 3.0  # LoRAs of a subject oversaturate at the 7.5 of the base alone
+    default_num_inference_steps = 20
+    negative_branches: ClassVar[tuple[bool, ...]] = (True, False)
+    latents_input = "sample"
+    size_multiple = 1
+    attention_pattern = r"(^|\.)attn\d\.(to_[qkv]|to_out\.0)$"
+    feed_forward_pattern = r"(^|\.)ff\.net\.(0\.proj|2)$|\.time_emb_proj$"
+    convolution_pattern = r"\.(conv1|conv2|conv_shortcut|conv|proj_in|proj_out)$"
+
+    @property
+    @override
+    def resolution(self) -> int:
+        """Side in pixels of the square images that the UNet was trained on."""
+        return int(self.denoiser.config.sample_size * self.pipeline.vae_scale_factor)
+
+    @override
+    def encode_text(self, prompts: list[str], images: Tensor | None = None) -> Conditions:
+        """Encode n prompts with CLIP."""
+        return {"prompt_embeds": self.pipeline.encode_prompt(prompts, self.device, 1, False)[0]}
+
+    @override
+    def make_inputs(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditions: Conditions,
+        guidance_scale: float | None = None,
+    ) -> DenoiserInputs:
+        """Make the arguments of the UNet; see ``PipelineFamily.make_inputs``."""
+        return {
+            "sample": latents,
+            "timestep": timesteps.to(latents.device).expand(len(latents)),
+            "encoder_hidden_states": conditions["prompt_embeds"],
+        }
+
+    @override
+    def count_branches(self, num_samples: int) -> int:
+        """Count the branches along the batch axis of one call: 2 with guidance, else 1."""
+        return 2 if self.pipeline.do_classifier_free_guidance and num_samples >= 2 else 1

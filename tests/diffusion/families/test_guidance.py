@@ -1,0 +1,85 @@
+"""Branches of guidance: their number in each denoiser call, and how the pipeline combines them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperlora.diffusion.denoiser_calls import DenoiserCall, intercept_denoiser
+from hyperlora.diffusion.families.registry import get_pipeline_family
+from hyperlora.errors import InvalidArgumentError
+from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
+
+NUM_BATCHED_BRANCHES = {
+    "stable_diffusion": 2,
+    "stable_diffusion_xl": 2,
+    "instruct_pix2pix": 3,
+    "stable_diffusion_3": 2,
+    "z_image": 2,
+    "hidream": 2,
+}
+"""Families whose branches are one batch; others call the denoiser for each."""
+TELLING = [name for name in FACTORIES if name != "instruct_pix2pix_xl"]
+"""Families whose pipeline tells its guidance scale."""
+GUIDED = [name for name in TELLING if get_tiny_pipeline(name).guidance is not None]
+
+
+def record_branches(name: str, **arguments: Any) -> list[tuple[int, int]]:
+    """Return batch size and counted branches of each denoiser call of one run."""
+    tiny = get_tiny_pipeline(name)
+    family = get_pipeline_family(tiny.pipe)
+    counts: list[tuple[int, int]] = []
+
+    def record_counts(call: DenoiserCall) -> Tensor:
+        counts.append((call.num_samples, family.count_branches(call.num_samples)))
+        return call()
+
+    with intercept_denoiser(tiny.pipe, record_counts):
+        tiny.pipe(
+            prompt=list(tiny.prompts),
+            num_inference_steps=2,
+            output_type="latent",
+            **(tiny.arguments | arguments),
+        )
+    return counts
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_count_branches_is_one_without_guidance(name: str) -> None:
+    n = len(get_tiny_pipeline(name).prompts)
+    assert record_branches(name) == [(n, 1)] * 2
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_count_branches_counts_those_of_one_batch(name: str) -> None:
+    tiny = get_tiny_pipeline(name)
+    n, num_branches = len(tiny.prompts), NUM_BATCHED_BRANCHES.get(name, 1)
+    counts = record_branches(name, **(tiny.guidance or {}))
+    assert set(counts) == {(num_branches * n, num_branches)}
+    assert len(counts) == (2 if num_branches > 1 else 4)
+
+
+def test_count_branches_refuses_a_pipeline_that_does_not_tell_its_guidance() -> None:
+    family = get_pipeline_family(get_tiny_pipeline("instruct_pix2pix_xl").pipe)
+    with pytest.raises(InvalidArgumentError, match="does not tell its guidance scale"):
+        family.count_branches(2)
+
+
+@pytest.mark.parametrize("name", NUM_BATCHED_BRANCHES)
+def test_combine_branches_equals_the_pipeline(name: str) -> None:
+    tiny = get_tiny_pipeline(name)
+    family = get_pipeline_family(tiny.pipe)
+    guided: list[Tensor] = []
+
+    def record_guided(call: DenoiserCall) -> Tensor:
+        output = call()
+        guided.append(family.combine_branches(output))
+        return output
+
+    with intercept_denoiser(tiny.pipe, record_guided):
+        records = tiny.record_calls(tiny.prompts, **(tiny.guidance or {}))
+    sign = -1 if name in ("z_image", "hidream") else 1  # these pipelines negate afterwards
+    for output, record in zip(guided, records, strict=True):
+        prediction = sign * output.reshape(record.prediction.shape)
+        torch.testing.assert_close(prediction, record.prediction, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,74 @@
+"""Images become latents and latents images as in diffusers' own pipelines."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperlora.diffusion.families.registry import get_pipeline_family
+from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
+from tests.tiny_pipelines.base import TinyPipeline, make_image
+
+
+def sample_images(tiny: TinyPipeline, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the images that a pipeline samples, and the latents that it decoded."""
+    latents = []
+
+    def record_latents(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        latents.append(tensors["latents"])
+        return {}
+
+    images = tiny.pipe(
+        prompt=list(tiny.prompts),
+        num_inference_steps=1,
+        generator=torch.Generator().manual_seed(6),
+        output_type="pt",
+        callback_on_step_end=record_latents,
+        **(tiny.arguments | arguments),
+    ).images
+    return images, latents[-1]
+
+
+# the pipeline of InstructPix2Pix on SDXL shows its latents to no callback
+@pytest.mark.parametrize("name", sorted(FACTORIES.keys() - {"instruct_pix2pix_xl"}))
+def test_decode_latents_equals_the_pipeline(name: str) -> None:
+    tiny = get_tiny_pipeline(name)
+    images, latents = sample_images(tiny)
+    decoded = get_pipeline_family(tiny.pipe).decode_latents(tiny.unpack(latents))
+    opaque_images = images[:, :3]  # without the alpha of Qwen-Image 2.1
+    torch.testing.assert_close(decoded, opaque_images, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["flux_kontext", "flux2", "flux2_klein", "qwen_image_edit", "qwen_image_edit_plus"]
+)
+def test_encode_images_equals_the_pipeline(name: str) -> None:
+    pipe = get_tiny_pipeline(name).pipe
+    images = make_image(count=2)[..., :64]
+    pixels = pipe.image_processor.preprocess(images)
+    if name.startswith("qwen"):
+        pixels = pixels.unsqueeze(2)  # one frame
+    expected = pipe._encode_vae_image(pixels, generator=torch.Generator())
+    latents = get_pipeline_family(pipe).encode_images(images)
+    assert latents.ndim == 4
+    torch.testing.assert_close(latents, expected.view_as(latents), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2_klein", "qwen_image"])
+def test_resolution_is_the_side_of_images_by_default(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = get_tiny_pipeline(name)
+    monkeypatch.setattr(tiny.pipe, "default_sample_size", 12)
+    images, _ = sample_images(tiny, height=None, width=None)
+    resolution = get_pipeline_family(tiny.pipe).resolution
+    assert images.shape[-2:] == (resolution, resolution)
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2_klein", "qwen_image", "qwen_image_edit"])
+def test_decode_latents_is_differentiable(name: str) -> None:
+    family = get_pipeline_family(get_tiny_pipeline(name).pipe)
+    latents = family.encode_images(make_image()).requires_grad_()
+    family.decode_latents(latents).sum().backward()
+    assert latents.grad is not None and latents.grad.abs().max() > 0
