@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hyperlora.errors import LayoutMismatchError
 from hyperlora.lora.blocks import select_blocks
-from hyperlora.lora.layout import TargetModule
+from hyperlora.lora.layout import TargetModule, get_base_layer, list_layers
 from hyperlora.lora.weights import LoraWeights
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class _LoraInjection:
         self.handles: list[RemovableHandle] = []
         self.hooks: list[tuple[nn.Module, _ForwardHook]] = []
         # all shapes are checked here, before the first hook: a context opens whole or not at all
-        layers = {name: dict(module.named_modules()) for name, module in components.items()}
+        layers = {name: dict(list_layers(module)) for name, module in components.items()}
         layout = weights.layout
         for target, down, up in zip(layout.targets, weights.down, weights.up, strict=True):
             layer = layers.get(target.component, {}).get(target.path)
@@ -99,8 +99,10 @@ class _LoraInjection:
                     f"the base has no target module {target.name}: "
                     f"the LoRA ({layout.base}) is not for it"
                 )
-            _check_shape(target, layer)
-            self.hooks.append((layer, _make_hook(target, down, up)))
+            # a wrapper of PEFT adds its own LoRA before the hook adds this one
+            base_layer = get_base_layer(layer)
+            _check_shape(target, base_layer)
+            self.hooks.append((layer, _make_hook(base_layer, target, down, up)))
 
     @contextmanager
     def register_hooks(self) -> Iterator[None]:
@@ -132,10 +134,10 @@ def _check_shape(target: TargetModule, layer: nn.Module) -> None:
         )
 
 
-def _make_hook(target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:
-    """Make the hook that adds up (down x) to the output of one layer."""
+def _make_hook(layer: nn.Module, target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:
+    """Make the hook that adds up (down x) to the output of one layer, or of its wrapper."""
 
-    def forward_hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add up (down x); ``inputs`` starts with x."""
         x = inputs[0]  # [B, ..., in], or [B, in_channels, h, w]
         # a cast inside the graph: gradients reach the LoRA in its own dtype

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, TypedDict
@@ -108,9 +108,9 @@ class LoraLayout:
             LayoutMismatchError: No layer passes the filter.
         """
         targets = tuple(
-            _make_target(f"{component}.{path}", layer)
-            for path, layer in module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and filter_fn(path)
+            _make_target(f"{component}.{path}", get_base_layer(layer))
+            for path, layer in list_layers(module)
+            if filter_fn(path)
         )
         if not targets:
             raise LayoutMismatchError(
@@ -247,6 +247,31 @@ class LoraLayout:
             for target in data["targets"]
         )
         return cls(targets, data["rank"], data["base"])
+
+
+def list_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over the Linear and Conv2d layers of a module, as if PEFT had loaded no adapter.
+
+    Args:
+        module: A denoiser or text encoder.
+
+    Yields:
+        Path and layer; where PEFT has wrapped a layer, the wrapper, at the path of the layer.
+    """
+    wrapper_prefix: str | None = None
+    for path, layer in module.named_modules():
+        if wrapper_prefix is not None and path.startswith(wrapper_prefix):
+            continue  # the layer itself, and the factors of adapters
+        base_layer = get_base_layer(layer)
+        wrapper_prefix = None if base_layer is layer else f"{path}."
+        if isinstance(base_layer, nn.Linear | nn.Conv2d):
+            yield path, layer
+
+
+def get_base_layer(layer: nn.Module) -> nn.Module:
+    """Return the layer that a wrapper of PEFT adapts; any other layer itself."""
+    unwrap = getattr(layer, "get_base_layer", None)  # of peft's BaseTunerLayer
+    return unwrap() if callable(unwrap) else layer
 
 
 def _make_target(name: str, layer: nn.Linear | nn.Conv2d) -> TargetModule:

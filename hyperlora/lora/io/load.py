@@ -15,7 +15,7 @@ from hyperlora.lora.io.lora import Lora
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.safetensors_file import read_tensors
 from hyperlora.lora.io.state_dict import LoraFactors, detect_format, parse_state_dict
-from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout
+from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, list_layers
 from hyperlora.lora.weights import LoraWeights
 
 MAX_PARAMETERS: Final = 2 << 30
@@ -126,8 +126,7 @@ def _list_target_names(
     return frozenset(
         f"{component}.{path}"
         for component, module in (modules or {}).items()
-        for path, layer in module.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
+        for path, layer in list_layers(module)
     )
 
 
