@@ -12,6 +12,7 @@ from data_builder.audit.scoring import RowImages, compute_identity_scores, rende
 from data_builder.build.chunk_store import ChunkStore, check_complete
 from data_builder.build.plan import read_plan
 from data_builder.build.trainer import load_recipe_base
+from hyperlora.compute import ComputeConfig
 from hyperlora.data.lora_dataset import LoraDataset
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
 
@@ -37,7 +38,9 @@ class AuditConfig:
     num_inference_steps: int = 12
 
 
-def run_audit(build: Path, config: AuditConfig, partial: bool = False) -> list[Finding]:
+def run_audit(
+    build: Path, config: AuditConfig, partial: bool = False, device: str = "auto"
+) -> list[Finding]:
     """Audit the finished chunks of a build and write ``audit/findings.jsonl`` and
     ``audit/index.html``.
 
@@ -48,6 +51,7 @@ def run_audit(build: Path, config: AuditConfig, partial: bool = False) -> list[F
         build: Folder of the build.
         config: Settings of the audit.
         partial: Whether pending chunks are allowed.
+        device: As ``ComputeConfig`` takes it.
 
     Returns:
         One finding per row.
@@ -61,15 +65,19 @@ def run_audit(build: Path, config: AuditConfig, partial: bool = False) -> list[F
     finite_rows = [i for i in range(len(dataset)) if bool(dataset[i].isfinite().all())]
 
     def render(rows: list[int]) -> list[RowImages]:
-        base = load_recipe_base(plan.recipe)
         return render_rows(
-            plan, dataset, base, rows, num_inference_steps=config.num_inference_steps
+            plan,
+            dataset,
+            load_recipe_base(plan.recipe, device),
+            rows,
+            num_inference_steps=config.num_inference_steps,
         )
 
     row_images: list[RowImages] = []
     if config.evaluator is not None:
         row_images = render(_sample_rows(finite_rows, config.num_scored_rows))
         classifier = AttributeClassifier.from_pretrained(config.evaluator)
+        classifier.to(ComputeConfig(device=device).torch_device)
         scores, score_name = compute_identity_scores(row_images, classifier), "identity"
     else:
         scores = compute_loss_reductions(dataset)

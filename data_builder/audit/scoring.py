@@ -73,7 +73,6 @@ def render_rows(
             prompt for row in planned_loras for prompt in _make_prompts(row, plan, images_per_row)
         ]
         loras = dataset.get_weights([i for i in row_batch for _ in range(images_per_row)])
-        loras = loras.apply(lambda t: t.to(base.pipeline.device))
         batch_images = generate_images(
             base,
             prompts,

@@ -13,6 +13,7 @@ from numpy.lib.format import open_memmap
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hyperlora.compute import ComputeConfig
 from hyperlora.data.images import array_to_tensor, compute_sha256
 from hyperlora.diffusion.diffusion_base import load_diffusion_base, make_unet_encoder
 from hyperlora.encoders.attribute_classifier import load_image_encoder
@@ -96,7 +97,7 @@ def _make_latent_encode(images: np.ndarray, vae: str | Path) -> Encode:
 
 def _make_unet_encode(latents: np.ndarray, base: str | Path) -> Encode:
     """Load a base; return the encoding of ``latents`` [n, c, h, w] by its UNet."""
-    model = make_unet_encoder(load_diffusion_base(base))
+    model = make_unet_encoder(load_diffusion_base(base, ComputeConfig(dtype="float32")))
 
     def encode(start: int, stop: int) -> Tensor:
         """Encode latents to features [stop - start, num_tokens, width]."""

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
+
 if TYPE_CHECKING:
+    from hyperlora.compute import ComputeConfig
     from hyperlora.evaluation.benchmark import Benchmark
     from hyperlora.evaluation.edit_evaluator import EditEvaluator, EditResult
     from hyperlora.evaluation.subject_evaluator import SubjectResult
-    from hyperlora.lora.layout import LoraLayout
     from hyperlora.lora.weights import LoraWeights
 
 _MAX_SHEET_PROMPTS: Final = 5
@@ -19,7 +21,10 @@ _IMAGES_PER_EDIT: Final = 3
 """Edited images of each edit in ``edits.png``."""
 
 
+@add_compute_options("--device cpu")
 def run_demo(
+    *,
+    compute_options: ComputeOptions,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("demo"),
     method: Annotated[str, typer.Option(help="hypernetwork or difflora.")] = "hypernetwork",
     num_subjects: Annotated[
@@ -36,22 +41,24 @@ def run_demo(
     from hyperlora.encoders.attribute_classifier import AttributeClassifier
     from hyperlora.evaluation.benchmark import load_benchmark
     from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
+    from hyperlora.evaluation.subject_suite import BASELINE_NAME
     from hyperlora.lora.io.save import save_lora
     from hyperlora.lora.weights import LoraWeights
     from hyperlora.pipelines.auto import load_image_to_lora
 
     check_output_dir(output)
     disable_malloc_trim()
-    base = load_diffusion_base(pretrained.BASE_DIR)
-    model = load_image_to_lora(method=method, base=base)
+    compute = compute_options.make_config()
+    base = load_diffusion_base(pretrained.BASE_DIR, compute)
+    model = load_image_to_lora(method=method, base=base, compute=compute)
     benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, num_subjects)
-    evaluator = SubjectEvaluator(
-        base, AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR), benchmark
-    )
+    classifier = AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR)
+    evaluator = SubjectEvaluator(base, classifier.to(compute.torch_device), benchmark)
     model.forward(benchmark.photos[:1, :1])  # warm-up, which the time below leaves out
 
     start_time = time.perf_counter()
     loras = LoraWeights.stack([model.forward(photos[None, :1])[0] for photos in benchmark.photos])
+    loras = loras.to("cpu")  # which waits for an accelerator
     seconds_per_lora = (time.perf_counter() - start_time) / len(loras)
     output.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(benchmark.names):
@@ -60,69 +67,51 @@ def run_demo(
         kohya_path = output / f"{name}.kohya.safetensors"
         save_lora(loras[i], kohya_path, format="kohya", metadata=metadata)
 
-    results = {
-        "without LoRA": evaluator.evaluate("without LoRA", None, None),
-        "LoRA from one photo": evaluator.evaluate("with LoRA", loras),
-    }
-    finetuned_loras = _load_finetuned_loras(benchmark, model.layout)
-    if finetuned_loras is not None:
-        results["fine-tuned LoRA"] = evaluator.evaluate("fine-tuned", finetuned_loras)
-    _draw_subject_sheet(benchmark, list(results.values()), output / "demo.png")
-    _print_scores(results, f"{len(loras)} test subjects")
-    typer.echo(
-        f"{seconds_per_lora * 1000:.0f} ms from photo to LoRA on {torch.get_num_threads()} threads"
-    )
+    base_result = evaluator.evaluate(BASELINE_NAME, None)
+    lora_result = evaluator.evaluate("one photo", loras)
+    _draw_subject_sheet(benchmark, base_result, lora_result, output / "demo.png")
+    _print_scores([base_result, lora_result], f"{len(loras)} test subjects")
+    is_cpu = compute.torch_device.type == "cpu"
+    processor = f"{torch.get_num_threads()} threads" if is_cpu else str(compute.torch_device)
+    typer.echo(f"{seconds_per_lora * 1000:.0f} ms from photo to LoRA on {processor}")
     typer.echo(f"images: {output / 'demo.png'}; LoRA files (diffusers and kohya): {output}")
-    _run_edit_demo(output)
-
-
-def _load_finetuned_loras(benchmark: "Benchmark", layout: "LoraLayout") -> "LoraWeights | None":
-    """Load the LoRAs that were fine-tuned on the benchmark's photos, if all files are there."""
-    from hyperlora import pretrained
-    from hyperlora.lora.io.load import load_lora
-    from hyperlora.lora.weights import LoraWeights
-
-    folder = pretrained.BENCHMARK_DIR / "fitted"
-    paths = [folder / f"{name}.safetensors" for name in benchmark.names]
-    if not all(path.is_file() for path in paths):
-        return None
-    return LoraWeights.stack([load_lora(path, layout).weights for path in paths])
+    _run_edit_demo(output, compute)
 
 
 def _draw_subject_sheet(
-    benchmark: "Benchmark", results: "list[SubjectResult]", output_path: Path
+    benchmark: "Benchmark",
+    base_result: "SubjectResult",
+    lora_result: "SubjectResult",
+    output_path: Path,
 ) -> None:
-    """Write a row per subject: photo, base, LoRA by prompt, and perhaps a fine-tuned LoRA."""
+    """Write a row per subject: photo, base, and LoRA by prompt."""
+    from hyperlora.data.contact_sheet import draw_contact_sheet
     from hyperlora.data.images import to_image
-    from hyperlora.evaluation.report import draw_contact_sheet
 
-    base_result, lora_result, *finetuned_results = results
     prompts = [_strip_subject(prompt.prompt) for prompt in benchmark.prompts[:_MAX_SHEET_PROMPTS]]
     titles = ["photo", "same prompt, no LoRA", *prompts]
-    titles += ["fine-tuned LoRA"] * len(finetuned_results)
     grid = [
         [
             to_image(benchmark.photos[subject, 0]),
             base_result.images[subject][0],
             *lora_result.images[subject][: len(prompts)],
-            *(result.images[subject][0] for result in finetuned_results),
         ]
         for subject in range(len(benchmark.names))
     ]
     draw_contact_sheet(titles, grid, cell_size=160).save(output_path)
 
 
-def _print_scores(results: "dict[str, SubjectResult]", title: str) -> None:
+def _print_scores(results: "list[SubjectResult]", title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "identity", "prompt accuracy", title=title)
-    for name, result in results.items():
-        table.add_row(name, str(result.identity), str(result.prompt_accuracy or "–"))
+    table = Table("LoRA", "identity", "prompt accuracy", title=title)
+    for result in results:
+        table.add_row(result.name, str(result.identity), str(result.prompt_accuracy or "–"))
     Console().print(table)
 
 
-def _run_edit_demo(output_dir: Path) -> None:
+def _run_edit_demo(output_dir: Path, compute: "ComputeConfig") -> None:
     """Write ``edits.png`` and LoRA files: one edit of every kind and its reversal."""
     from hyperlora import pretrained
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
@@ -134,12 +123,12 @@ def _run_edit_demo(output_dir: Path) -> None:
     from hyperlora.lora.io.save import save_lora
     from hyperlora.pipelines.pair_to_lora import PairToLora
 
-    base = load_diffusion_base(pretrained.EDIT_BASE_DIR)
-    model = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=base)
+    base = load_diffusion_base(pretrained.EDIT_BASE_DIR, compute)
+    model = PairToLora.from_pretrained(pretrained.PAIR_TO_LORA_DIR, base=base, compute=compute)
     benchmark = load_edit_benchmark(pretrained.EDIT_BENCHMARK_DIR, base.resolution)
     evaluator = EditEvaluator(
         base,
-        AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR),
+        AttributeClassifier.from_pretrained(pretrained.EVALUATOR_DIR).to(compute.torch_device),
         benchmark,
         num_inference_steps=model.num_inference_steps,
     )
@@ -173,9 +162,9 @@ def _draw_edit_sheet(
     output_path: Path,
 ) -> None:
     """Write a row per edit: the pair, three inputs with their edits, and the first edit undone."""
+    from hyperlora.data.contact_sheet import draw_contact_sheet
     from hyperlora.data.images import stack_images, to_image
     from hyperlora.diffusion.image_editing import edit_images
-    from hyperlora.evaluation.report import draw_contact_sheet
 
     edits = evaluator.benchmark.edits
     first_indices = [sum(len(e.test_pairs) for e in edits[:i]) for i in range(len(edits))]

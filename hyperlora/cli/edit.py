@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 import typer
 from typer.core import TyperCommand
 
+from hyperlora.cli.compute_options import (
+    ComputeOptions,
+    add_compute_options,
+    warn_of_black_images,
+)
 from hyperlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -60,7 +65,10 @@ class EditCommand(TyperCommand):
         return super().parse_args(ctx, argv)
 
 
+@add_compute_options("fewer --images")
 def edit(
+    *,
+    compute_options: ComputeOptions,
     before: Annotated[
         Path | None, typer.Argument(help="Image before the edit.", show_default=False)
     ] = None,
@@ -186,9 +194,14 @@ def edit(
     for paths, image_pair in zip(pair_paths, image_pairs, strict=True):
         for warning in check_pair(*image_pair):
             typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {warning}", err=True)
-    edit_base = load_diffusion_base(base or pretrained.EDIT_BASE_DIR) if image_paths else None
-    pair_to_lora = PairToLora.from_pretrained(model or pretrained.PAIR_TO_LORA_DIR, base=edit_base)
-    lora = generate_edit_lora(pair_to_lora, image_pairs, config, edit_base or base)
+    compute = compute_options.make_config()
+    edit_base = None
+    if image_paths:
+        edit_base = load_diffusion_base(base or pretrained.EDIT_BASE_DIR, compute)
+    pair_to_lora = PairToLora.from_pretrained(
+        model or pretrained.PAIR_TO_LORA_DIR, base=edit_base, compute=compute
+    )
+    lora = generate_edit_lora(pair_to_lora, image_pairs, config, edit_base or base, compute)
     if output is not None:
         metadata = pair_to_lora.make_metadata(output.stem, pair_paths)
         replace(lora, metadata=metadata).save(output, format=config.format)
@@ -204,6 +217,7 @@ def edit(
             num_inference_steps=steps or pair_to_lora.num_inference_steps,
             preserve_unedited=preserve_unedited,
         )
+        warn_of_black_images(edited_images, compute)
         output_paths = _make_output_paths(image_paths or [], images_dir)
         for path, edited_image in zip(output_paths, edited_images, strict=True):
             save_image(edited_image, path)

@@ -1,19 +1,28 @@
 """``hyperlora evaluate``."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
 from hyperlora.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from hyperlora.compute import ComputeConfig
+    from hyperlora.pipelines.config import GenerationConfig
 
 _PHOTO_TASK = "Task subject"
 _TASKS: Final = ("subject", "edit")
 _DEFAULT_STEPS: Final = 20
 
 
+@add_compute_options("--device cpu")
 def evaluate(
+    *,
+    compute_options: ComputeOptions,
     benchmark_dir: Annotated[
         Path | None,
         typer.Argument(
@@ -113,30 +122,62 @@ def evaluate(
         raise InvalidArgumentError(f"unknown task {task!r}; known: {', '.join(_TASKS)}")
     if report_dir is not None:
         check_output_dir(report_dir)
-    if task == "edit":
-        _evaluate_edits(
-            benchmark_dir,
-            model,
-            base,
-            evaluator,
-            num_subjects,
-            finetune_steps,
-            lr,
-            steps,
-            report_dir,
-            as_json,
-        )
-        return
 
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from hyperlora import pretrained
     from hyperlora.cpu import disable_malloc_trim
+    from hyperlora.pipelines.config import GenerationConfig, LoraSampling
+
+    disable_malloc_trim()
+    options = _EvaluationOptions(
+        benchmark_dir=benchmark_dir,
+        model=model,
+        base=base,
+        evaluator=evaluator,
+        num_subjects=num_subjects,
+        finetune_steps=finetune_steps,
+        lr=lr,
+        steps=steps,
+        report_dir=report_dir,
+        as_json=as_json,
+        compute=compute_options.make_config(),
+    )
+    if task == "edit":
+        _evaluate_edits(options)
+        return
+    sampling = LoraSampling(seed, lora_sampling_steps, lora_guidance_scale)
+    config = GenerationConfig(sampling=sampling, num_candidates=num_candidates)
+    _evaluate_subjects(options, method, config, refine_steps, guidance_scale)
+
+
+@dataclass(frozen=True)
+class _EvaluationOptions:
+    """Options of both tasks, under their names on the command line."""
+
+    benchmark_dir: Path | None
+    model: str | None
+    base: str | None
+    evaluator: Path | None
+    num_subjects: int | None
+    finetune_steps: int
+    lr: float
+    steps: int | None
+    report_dir: Path | None
+    as_json: bool
+    compute: "ComputeConfig"
+
+
+def _evaluate_subjects(
+    options: _EvaluationOptions,
+    method: str | None,
+    config: "GenerationConfig",
+    refine_steps: int,
+    guidance_scale: float,
+) -> None:
+    """Score a model from photos."""
+    from hyperlora import pretrained
+    from hyperlora.cli.options import load_model_and_reranker
     from hyperlora.data.images import to_image
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.encoders.attribute_classifier import AttributeClassifier
-    from hyperlora.encoders.identity_similarity import IdentitySimilarity
     from hyperlora.evaluation.benchmark import load_benchmark
     from hyperlora.evaluation.report import build_json_report, format_markdown, write_report
     from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
@@ -145,54 +186,40 @@ def evaluate(
         SubjectSuiteConfig,
         evaluate_suite,
     )
-    from hyperlora.pipelines.auto import load_image_to_lora
-    from hyperlora.pipelines.config import GenerationConfig, LoraSampling
-    from hyperlora.pipelines.generate import validate_config
-    from hyperlora.pipelines.rerank import IdentityReranker, make_scoring_prompts
 
-    disable_malloc_trim()
-    evaluator_dir = evaluator or pretrained.EVALUATOR_DIR
-    diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR)
-    image_to_lora = load_image_to_lora(model, method, diffusion_base)
-    image_to_lora.layout.check_base(diffusion_base.id)
-    benchmark = load_benchmark(
-        benchmark_dir or pretrained.BENCHMARK_DIR, diffusion_base.resolution, num_subjects
+    base = load_diffusion_base(options.base or pretrained.BASE_DIR, options.compute)
+    model, reranker = load_model_and_reranker(
+        options.model, method, base, config, options.evaluator, options.compute
     )
-    subject_evaluator = SubjectEvaluator(
-        diffusion_base,
-        AttributeClassifier.from_pretrained(evaluator_dir),
+    classifier = AttributeClassifier.from_pretrained(options.evaluator or pretrained.EVALUATOR_DIR)
+    benchmark = load_benchmark(
+        options.benchmark_dir or pretrained.BENCHMARK_DIR, base.resolution, options.num_subjects
+    )
+    evaluator = SubjectEvaluator(
+        base,
+        classifier.to(options.compute.torch_device),
         benchmark,
-        steps or _DEFAULT_STEPS,
+        options.steps or _DEFAULT_STEPS,
         guidance_scale,
     )
-    finetune_baseline = (
-        FineTuneBaseline(num_steps=finetune_steps, lr=lr) if finetune_steps else None
-    )
-    sampling = LoraSampling(seed, lora_sampling_steps, lora_guidance_scale)
-    config = GenerationConfig(sampling=sampling, num_candidates=num_candidates)
-    validate_config(image_to_lora, config)
-    reranker = None
-    if config.needs_reranking:
-        reranker = IdentityReranker(
-            diffusion_base,
-            IdentitySimilarity.from_pretrained(evaluator_dir),
-            make_scoring_prompts(image_to_lora.trigger_phrase),
-        )
+    finetune_baseline = None
+    if options.finetune_steps:
+        finetune_baseline = FineTuneBaseline(num_steps=options.finetune_steps, lr=options.lr)
     suite_config = SubjectSuiteConfig(
         refine_steps=refine_steps,
         finetune_baseline=finetune_baseline,
-        sampling=sampling,
-        num_candidates=num_candidates,
+        sampling=config.sampling,
+        num_candidates=config.num_candidates,
         reranker=reranker,
     )
-    results = list(evaluate_suite(subject_evaluator, image_to_lora, suite_config))
-    if report_dir is not None:
-        write_report(report_dir, results, [to_image(p) for p in benchmark.photos[:, 0]])
-    if as_json:
+    results = list(evaluate_suite(evaluator, model, suite_config))
+    if options.report_dir is not None:
+        write_report(options.report_dir, results, [to_image(p) for p in benchmark.photos[:, 0]])
+    if options.as_json:
         report = {"num_subjects": len(benchmark.names), "results": build_json_report(results)}
         typer.echo(json.dumps(report))
         return
-    Console().print(Markdown(format_markdown(results)))
+    _print_markdown(format_markdown(results))
     if not benchmark.has_truth:
         typer.echo(
             "prompt accuracy needs prompts with known truth (prompts.json with truth): left out"
@@ -203,24 +230,9 @@ def evaluate(
         )
 
 
-def _evaluate_edits(
-    benchmark_dir: Path | None,
-    model: str | None,
-    base: str | None,
-    evaluator: Path | None,
-    num_edits: int | None,
-    finetune_steps: int,
-    lr: float,
-    steps: int | None,
-    report_dir: Path | None,
-    as_json: bool,
-) -> None:
+def _evaluate_edits(options: _EvaluationOptions) -> None:
     """Score a model from before/after pairs."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from hyperlora import pretrained
-    from hyperlora.cpu import disable_malloc_trim
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.diffusion.image_editing import check_edit_base
     from hyperlora.encoders.attribute_classifier import AttributeClassifier
@@ -234,28 +246,40 @@ def _evaluate_edits(
     from hyperlora.evaluation.edit_suite import evaluate_edit_suite, evaluate_reversal
     from hyperlora.pipelines.pair_to_lora import PairToLora
 
-    disable_malloc_trim()
-    edit_base = load_diffusion_base(base or pretrained.EDIT_BASE_DIR)
-    check_edit_base(edit_base)
-    pair_to_lora = PairToLora.from_pretrained(model or pretrained.PAIR_TO_LORA_DIR, base=edit_base)
-    benchmark = load_edit_benchmark(
-        benchmark_dir or pretrained.EDIT_BENCHMARK_DIR, edit_base.resolution, num_edits
+    compute = options.compute
+    base = load_diffusion_base(options.base or pretrained.EDIT_BASE_DIR, compute)
+    check_edit_base(base)
+    model = PairToLora.from_pretrained(
+        options.model or pretrained.PAIR_TO_LORA_DIR, base=base, compute=compute
     )
-    edit_evaluator = EditEvaluator(
-        edit_base,
-        AttributeClassifier.from_pretrained(evaluator or pretrained.EVALUATOR_DIR),
+    classifier = AttributeClassifier.from_pretrained(options.evaluator or pretrained.EVALUATOR_DIR)
+    benchmark = load_edit_benchmark(
+        options.benchmark_dir or pretrained.EDIT_BENCHMARK_DIR,
+        base.resolution,
+        options.num_subjects,
+    )
+    evaluator = EditEvaluator(
+        base,
+        classifier.to(compute.torch_device),
         benchmark,
-        steps or pair_to_lora.num_inference_steps,
+        options.steps or model.num_inference_steps,
     )
     results = list(
         evaluate_edit_suite(
-            edit_evaluator, pair_to_lora, finetune_steps=finetune_steps, finetune_lr=lr
+            evaluator, model, finetune_steps=options.finetune_steps, finetune_lr=options.lr
         )
     )
-    reversal_errors = evaluate_reversal(edit_evaluator, pair_to_lora)
-    if report_dir is not None:
-        write_edit_report(report_dir, results, reversal_errors)
-    if as_json:
+    reversal_errors = evaluate_reversal(evaluator, model)
+    if options.report_dir is not None:
+        write_edit_report(options.report_dir, results, reversal_errors)
+    if options.as_json:
         typer.echo(json.dumps(build_edit_json_report(results, reversal_errors)))
         return
-    Console().print(Markdown(format_edit_markdown(results, reversal_errors)))
+    _print_markdown(format_edit_markdown(results, reversal_errors))
+
+
+def _print_markdown(text: str) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ _REFINEMENT = "Refinement"
 _FOLDERS = "Many subjects"
 
 
+@add_compute_options("fewer photos or a smaller --batch-size")
 def generate(
+    *,
+    compute_options: ComputeOptions,
     photos: Annotated[
         list[Path] | None, typer.Argument(help="Photos of one subject.", show_default=False)
     ] = None,
@@ -155,31 +159,27 @@ def generate(
         config.check_folder(use_ray=ray is not None)
 
     from hyperlora import pretrained
+    from hyperlora.cli.options import load_model_and_reranker
+    from hyperlora.compute import ComputeConfig
     from hyperlora.cpu import disable_malloc_trim
     from hyperlora.data.images import read_image
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
-    from hyperlora.encoders.identity_similarity import IdentitySimilarity
-    from hyperlora.pipelines.auto import DEFAULT_METHOD, load_image_to_lora
-    from hyperlora.pipelines.generate import generate_files, validate_config
+    from hyperlora.pipelines.auto import DEFAULT_METHOD
+    from hyperlora.pipelines.generate import generate_files
     from hyperlora.pipelines.generate_folder import generate_folder
-    from hyperlora.pipelines.rerank import IdentityReranker, make_scoring_prompts
 
     disable_malloc_trim()
     # a photo that cannot be read is an error before any model is loaded
     images = [read_image(photo) for photo in photos or []]
     base_name_or_path = base or pretrained.BASE_DIR
-    diffusion_base = load_diffusion_base(base_name_or_path) if config.needs_base else None
-    image_to_lora = load_image_to_lora(model, method, diffusion_base)
-    if diffusion_base is not None:
-        image_to_lora.layout.check_base(diffusion_base.id)
-    validate_config(image_to_lora, config)
-    reranker = None
-    if diffusion_base is not None and config.needs_reranking:
-        reranker = IdentityReranker(
-            diffusion_base,
-            IdentitySimilarity.from_pretrained(evaluator or pretrained.EVALUATOR_DIR),
-            make_scoring_prompts(image_to_lora.trigger_phrase),
-        )
+    # with Ray this process only plans; each worker looks for the device on its own machine
+    compute = compute_options.make_config() if ray is None else ComputeConfig(device="cpu")
+    diffusion_base = None
+    if config.needs_base:
+        diffusion_base = load_diffusion_base(base_name_or_path, compute)
+    image_to_lora, reranker = load_model_and_reranker(
+        model, method, diffusion_base, config, evaluator, compute
+    )
     if input_dir is None:
         records = generate_files(
             image_to_lora, photos or [], output_path, config, diffusion_base, images, reranker
@@ -195,7 +195,9 @@ def generate(
                 str(model or bundled_model),
                 str(base_name_or_path) if refine_steps else None,
                 config,
+                asdict(compute_options),
             )
+            typer.echo(f"running in Ray workers, device {compute_options.device}", err=True)
         records = generate_folder(
             image_to_lora,
             input_dir,

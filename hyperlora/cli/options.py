@@ -1,4 +1,4 @@
-"""What several commands share: option parsing, checks of output paths, atomic image files."""
+"""What several commands share: options, checks of output paths, loading models, image files."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,12 @@ from hyperlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from hyperlora.compute import ComputeConfig
+    from hyperlora.diffusion.diffusion_base import DiffusionBase
+    from hyperlora.pipelines.config import GenerationConfig
+    from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
+    from hyperlora.pipelines.rerank import IdentityReranker
 
 MAX_LORA_WEIGHT: Final = 10.0
 """The largest absolute weight of a LoRA file on the command line."""
@@ -82,6 +88,55 @@ def check_output_dir(path: Path) -> None:
             f"cannot write into {str(path)!r}: no permission in {str(existing_parent)!r}, "
             "choose another folder"
         )
+
+
+def load_model_and_reranker(
+    model: str | None,
+    method: str | None,
+    base: "DiffusionBase | None",
+    config: "GenerationConfig",
+    evaluator_dir: Path | None,
+    compute: "ComputeConfig",
+) -> "tuple[ImageToLoraBase, IdentityReranker | None]":
+    """Load a model from photos, and what ranks its samples.
+
+    Args:
+        model: The folder or the hub id; None for the bundled model of ``method``.
+        method: The expected method; None accepts any.
+        base: The base, which the model must suit; None if it does not run.
+        config: The settings, which the model must suit.
+        evaluator_dir: Folder of the attribute classifier that ranks; None for the bundled one.
+        compute: The device of the model and of what ranks.
+
+    Returns:
+        The model, and the reranker; None if there is no base, or nothing to rank.
+
+    Raises:
+        InvalidArgumentError: The method is unknown, or the settings do not suit the model.
+        LayoutMismatchError: The model is for another base.
+        ModelLoadError: The model or the classifier cannot be loaded.
+    """
+    from hyperlora import pretrained
+    from hyperlora.encoders.identity_similarity import IdentitySimilarity
+    from hyperlora.pipelines.auto import load_image_to_lora
+    from hyperlora.pipelines.generate import validate_config
+    from hyperlora.pipelines.rerank import IdentityReranker, make_scoring_prompts
+
+    image_to_lora = load_image_to_lora(model, method, base, compute)
+    if base is not None:
+        image_to_lora.layout.check_base(base.id)
+    validate_config(image_to_lora, config)
+    if base is None or not config.needs_reranking:
+        return image_to_lora, None
+    identity_similarity = IdentitySimilarity.from_pretrained(
+        evaluator_dir or pretrained.EVALUATOR_DIR
+    )
+    reranker = IdentityReranker(
+        base,
+        identity_similarity.to(compute.torch_device),
+        make_scoring_prompts(image_to_lora.trigger_phrase),
+    )
+    return image_to_lora, reranker
 
 
 def save_image(image: "Image.Image", path: Path) -> None:

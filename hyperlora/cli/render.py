@@ -6,6 +6,11 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from hyperlora.cli.compute_options import (
+    ComputeOptions,
+    add_compute_options,
+    warn_of_black_images,
+)
 from hyperlora.cli.options import check_output_file, parse_weighted_path, save_image
 from hyperlora.errors import InvalidArgumentError
 
@@ -18,7 +23,10 @@ if TYPE_CHECKING:
 _COMPOSITION = "Several LoRAs"
 
 
+@add_compute_options("a smaller --width and --height")
 def render(
+    *,
+    compute_options: ComputeOptions,
     prompt: Annotated[
         str,
         typer.Option(help="Prompt with the LoRA's trigger phrase; may contain <lora:NAME:WEIGHT>."),
@@ -32,11 +40,32 @@ def render(
     ] = Path("."),
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; the base's default if not given.")
+    ] = None,
     guidance_scale: Annotated[
-        float, typer.Option(min=0, max=100, help="Classifier-free guidance.")
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Classifier-free guidance, 1 for none; the base's default if not given.",
+        ),
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="Prompt of what to avoid.")] = "",
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Sampler by diffusers' name, e.g. LCM or DPMSolverMultistepKarras; a wrong one "
+            "lists those of the base."
+        ),
+    ] = None,
+    negative_lora: Annotated[
+        str,
+        typer.Option(
+            help="LoRA on the negative branch of guidance: same, off, or another file.",
+            rich_help_panel=_COMPOSITION,
+        ),
+    ] = "same",
     width: Annotated[
         int | None, typer.Option(min=8, help="Pixels; the base's resolution by default.")
     ] = None,
@@ -100,18 +129,28 @@ def render(
         raise InvalidArgumentError(
             "--gamma guides the sum of all LoRAs: use it with --strategy merge and without steps"
         )
+    if negative_lora != "same" and (strategy != "merge" or not is_constant or gamma is not None):
+        raise InvalidArgumentError(
+            "--negative-lora is for the sum of all LoRAs: use it with --strategy merge, without "
+            "--gamma and without steps in prompts"
+        )
     disable_malloc_trim()
-    diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR)
+    compute = compute_options.make_config()
+    diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR, compute)
     loras = [_load_lora_for_base(path, diffusion_base) for path, _ in weighted_paths]
     loras += load_tagged_loras(lora_tags, lora_dir, diffusion_base.modules)
+    loras = [lora.to(diffusion_base.device) for lora in loras]
     weights = [weight for _, weight in weighted_paths] + [1.0] * len(lora_tags)
     schedule = None
     if not is_constant:
         schedule = partial(compute_tag_scales, lora_tags, num_constant=len(weighted_paths))
     config = CompositionConfig(switch_every=switch_every, regions=regions, windowed=windowed)
-    lora_context = _apply_loras(
-        diffusion_base, loras, weights, cast("Strategy", strategy), gamma, schedule, config
-    )
+    if negative_lora == "same":
+        lora_context = _apply_loras(
+            diffusion_base, loras, weights, cast("Strategy", strategy), gamma, schedule, config
+        )
+    else:
+        lora_context = _apply_loras_by_branch(diffusion_base, loras, weights, negative_lora)
     with lora_context:
         (image,) = generate_images(
             diffusion_base,
@@ -122,7 +161,9 @@ def render(
             negative_prompt=negative_prompt,
             width=width,
             height=height,
+            scheduler=scheduler,
         )
+    warn_of_black_images([image], compute)
     save_image(image, output)
     typer.echo(str(output))
 
@@ -150,6 +191,30 @@ def _apply_loras(
     return compose_loras(
         diffusion_base.pipeline, loras, strategy, weights, schedule=schedule, config=config
     )
+
+
+def _apply_loras_by_branch(
+    diffusion_base: "DiffusionBase",
+    loras: "list[LoraWeights]",
+    weights: list[float],
+    negative_lora: str,
+) -> AbstractContextManager[None]:
+    """Return the context to generate in: the sum of LoRAs, with another one on negative branches.
+
+    ``negative_lora`` is ``off`` or ``FILE`` or ``FILE:WEIGHT``.
+    """
+    from hyperlora.diffusion.negative_lora import inject_lora_by_branch
+    from hyperlora.lora.merge import merge
+
+    if not loras:
+        raise InvalidArgumentError(
+            "--negative-lora needs a LoRA on the positive branch: give --lora"
+        )
+    other = None
+    if negative_lora != "off":
+        path, weight = parse_weighted_path(negative_lora)
+        other = _load_lora_for_base(path, diffusion_base).to(diffusion_base.device) * weight
+    return inject_lora_by_branch(diffusion_base.pipeline, merge(loras, weights), other)
 
 
 def _load_lora_for_base(path: Path, diffusion_base: "DiffusionBase") -> "LoraWeights":

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
 from hyperlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -24,7 +26,10 @@ _RAY = "Ray Serve (extra `scale`)"
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
+@add_compute_options("--device cpu")
 def serve(
+    *,
+    compute_options: ComputeOptions,
     host: Annotated[
         str,
         typer.Option(help="Address to bind; 0.0.0.0 for other machines, which needs API keys."),
@@ -169,7 +174,9 @@ def serve(
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with (
         lock_directory(settings.state_dir),
-        _open_engine_factory(model_paths, settings, replica_range) as engine_factory,
+        _open_engine_factory(
+            model_paths, settings, replica_range, compute_options
+        ) as engine_factory,
     ):
         app = create_app(engine_factory, settings)
         if ui:
@@ -184,12 +191,13 @@ def _open_engine_factory(
     model_paths: "ModelPaths",
     settings: "ServiceSettings",
     replica_range: tuple[int, int | None] | None,
+    compute_options: ComputeOptions,
 ) -> "Iterator[EngineFactory]":
     """Load the models in this process, or in Ray replicas for as long as the context is open."""
     if replica_range is None:
         from hyperlora.service.engine.factory import make_engine_factory
 
-        yield make_engine_factory(model_paths, settings)
+        yield make_engine_factory(model_paths, settings, compute_options.make_config())
         return
     try:
         from hyperlora.service.ray_deployment import ScaleConfig, start_ray_engine
@@ -197,7 +205,9 @@ def _open_engine_factory(
         raise InvalidArgumentError(
             f"--ray needs {error.name}, which is not installed: add the extra `scale`"
         ) from error
-    with start_ray_engine(model_paths, settings, ScaleConfig(*replica_range)) as engine:
+    typer.echo(f"running in Ray replicas, device {compute_options.device}", err=True)
+    scale, options = ScaleConfig(*replica_range), asdict(compute_options)
+    with start_ray_engine(model_paths, settings, scale, options) as engine:
         yield lambda on_batch: engine
 
 

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from hyperlora.errors import HyperloraError, InvalidImageError
+from hyperlora.errors import HyperloraError, InvalidImageError, OutOfMemoryError
 from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
 
 JsonObject = dict[str, Any]
@@ -110,6 +110,10 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(HyperloraError)
     async def handle_hyperlora_error(request: Request, error: HyperloraError) -> JSONResponse:
         return make_problem(415 if isinstance(error, InvalidImageError) else 400, str(error))
+
+    @app.exception_handler(OutOfMemoryError)
+    async def handle_out_of_memory(request: Request, error: OutOfMemoryError) -> JSONResponse:
+        return make_problem(503, str(error))
 
     @app.exception_handler(QueueFullError)
     async def handle_queue_full(request: Request, error: QueueFullError) -> JSONResponse:

@@ -10,7 +10,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from hyperlora.compute import ComputeConfig
+from hyperlora.ray_connection import compute_worker_gpus
 from hyperlora.service.app import create_app
+from hyperlora.service.engine.base import EngineFactory
 from hyperlora.service.engine.factory import ModelPaths, make_engine_factory
 from hyperlora.service.engine.ray import RayEngine, Replica
 from hyperlora.service.file_store import lock_directory
@@ -45,13 +48,14 @@ class ScaleConfig:
         num_replicas: Replicas that always run.
         max_replicas: Replicas that run while requests wait; None for ``num_replicas``.
         num_cpus: CPU cores of each.
-        num_gpus: GPUs of each.
+        num_gpus: GPUs of each. By default one or a share of one, where the cluster has any and the
+            device is not the CPU.
     """
 
     num_replicas: int = 1
     max_replicas: int | None = None
     num_cpus: float = 1.0
-    num_gpus: float = 0.0
+    num_gpus: float | None = None
 
     @property
     def peak_replicas(self) -> int:
@@ -60,7 +64,10 @@ class ScaleConfig:
 
 
 def build_model_deployment(
-    models: ModelPaths, settings: ServiceSettings, scale: ScaleConfig
+    models: ModelPaths,
+    settings: ServiceSettings,
+    scale: ScaleConfig,
+    compute_options: Mapping[str, Any] | None = None,
 ) -> Application:
     """Build the deployment of replicas that hold the models.
 
@@ -71,10 +78,15 @@ def build_model_deployment(
         models: Which models.
         settings: Sizes of the queue and of batches.
         scale: Number and size of the replicas.
+        compute_options: Arguments of the ``ComputeConfig`` that each replica makes.
 
     Returns:
         The deployment, bound to its arguments.
     """
+    options, num_gpus = dict(compute_options or {}), scale.num_gpus
+    if num_gpus is None:
+        device = options.get("device", "auto")
+        num_gpus = compute_worker_gpus(ray, device, scale.peak_replicas)
     autoscaling_config = None
     if scale.peak_replicas > scale.num_replicas:
         autoscaling_config = AutoscalingConfig(
@@ -90,15 +102,25 @@ def build_model_deployment(
         max_queued_requests=settings.max_queue_size,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
-        ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
+        ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": num_gpus},
     )(Replica)
     replica_settings = replace(settings, key_digests=frozenset())  # replicas need no keys
-    return deployment.bind(partial(make_engine_factory, models, replica_settings))
+    return deployment.bind(partial(_load_models, models, replica_settings, options))
+
+
+def _load_models(
+    models: ModelPaths, settings: ServiceSettings, compute_options: Mapping[str, Any]
+) -> EngineFactory:
+    """Load the models in a replica, on the device that it finds on its own machine."""
+    return make_engine_factory(models, settings, ComputeConfig(**compute_options))
 
 
 @contextmanager
 def start_ray_engine(
-    models: ModelPaths, settings: ServiceSettings, scale: ScaleConfig
+    models: ModelPaths,
+    settings: ServiceSettings,
+    scale: ScaleConfig,
+    compute_options: Mapping[str, Any] | None = None,
 ) -> Iterator[RayEngine]:
     """Run an engine over replicas while the context is open.
 
@@ -109,6 +131,7 @@ def start_ray_engine(
         models: Which models.
         settings: Sizes of the queue and of batches.
         scale: Number and size of the replicas.
+        compute_options: Arguments of the ``ComputeConfig`` that each replica makes.
 
     Yields:
         The engine, whose models are loaded.
@@ -125,7 +148,7 @@ def start_ray_engine(
         # a local cluster ends as a whole: an orderly end may wait for a replica that starts
         if is_existing_cluster:
             stack.callback(serve.delete, APP_NAME)
-        deployment = build_model_deployment(models, settings, scale)
+        deployment = build_model_deployment(models, settings, scale, compute_options)
         handle = serve.run(
             deployment, name=APP_NAME, route_prefix=None, logging_config=_QUIET_LOGGING
         )
@@ -143,7 +166,7 @@ def build_application(args: Mapping[str, Any]) -> Application:
 
     Args:
         args: ``state``, ``keys`` (a file), ``replicas``, ``max_replicas``, ``cpus``, ``gpus``, and
-            the fields of ``ModelPaths``.
+            the fields of ``ComputeConfig`` and ``ModelPaths``.
 
     Returns:
         The application.
@@ -155,14 +178,16 @@ def build_application(args: Mapping[str, Any]) -> Application:
         num_replicas=int(options.pop("replicas", 1)),
         max_replicas=int(options.pop("max_replicas", 0)) or None,
         num_cpus=float(options.pop("cpus", 1)),
-        num_gpus=float(options.pop("gpus", 0)),
+        num_gpus=float(options.pop("gpus")) if "gpus" in options else None,
     )
+    compute_fields = [field.name for field in fields(ComputeConfig)]
+    compute_options = {name: options.pop(name) for name in compute_fields if name in options}
     models, settings = ModelPaths(**options), ServiceSettings(state_dir)
     ingress = serve.ingress(lambda: _make_app(settings, key_file))()
     deployment = serve.deployment(name=API_DEPLOYMENT, num_replicas=1, max_ongoing_requests=1024)(
         ingress
     )
-    return deployment.bind(build_model_deployment(models, settings, scale))
+    return deployment.bind(build_model_deployment(models, settings, scale, compute_options))
 
 
 def _make_app(settings: ServiceSettings, key_file: Path | None) -> FastAPI:

@@ -147,7 +147,7 @@ class PairToLora:
         from hyperlora.lora.io.lora import Lora
 
         pipeline = _load_pair_to_lora(model)
-        metadata = pipeline.make_metadata("change", pairs)
+        metadata = pipeline.make_metadata("edit", pairs)
         return (Lora(pipeline(pairs).weights, metadata).serialize(format="kohya"),)
 
 
@@ -269,14 +269,26 @@ def _request_lora(server: str, photos: list[bytes], rank: int) -> bytes:
 def _load_image_to_lora(name: str) -> "ImageToLoraBase":
     from hyperlora import ImageToLora, pretrained
 
-    return ImageToLora.from_pretrained(name or pretrained.IMAGE_TO_LORA_DIR)
+    return ImageToLora.from_pretrained(name or pretrained.IMAGE_TO_LORA_DIR).to(_find_device())
 
 
 @lru_cache(maxsize=1)
 def _load_pair_to_lora(name: str) -> "PairToLoraPipeline":
     from hyperlora import PairToLora, pretrained
 
-    return PairToLora.from_pretrained(name or pretrained.PAIR_TO_LORA_DIR)
+    return PairToLora.from_pretrained(name or pretrained.PAIR_TO_LORA_DIR).to(_find_device())
+
+
+def _find_device() -> torch.device:
+    """Return the device that ComfyUI computes on; outside of ComfyUI the accelerator or the CPU."""
+    try:
+        from comfy.model_management import get_torch_device
+    except ImportError:
+        from hyperlora.compute import ComputeConfig
+
+        return ComputeConfig().torch_device
+    device: torch.device = get_torch_device()
+    return device
 
 
 def _encode_png(image: torch.Tensor) -> bytes:

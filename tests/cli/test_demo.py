@@ -31,6 +31,8 @@ def test_demo_writes_sheets_and_loras(
     result = run("demo", "-o", tmp_path / "demo", "--num-subjects", 2)
     assert result.code == 0, result
     assert "ms from photo to LoRA" in result.out
+    rows = [line.split("│")[1].strip() for line in result.out.splitlines() if line.count("│") == 4]
+    assert rows == ["base, no LoRA", "one photo"]
     edits = tmp_path / "demo" / "edits"
     assert sorted(p.name for p in edits.iterdir()) == ["darker.safetensors", "inverted.safetensors"]
     names = sorted(p.name for p in (tmp_path / "demo").iterdir() if p != edits)

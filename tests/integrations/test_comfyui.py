@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from hyperlora.compute import ComputeConfig
 from hyperlora.data.images import to_image
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.lora.io.load import load_lora
@@ -95,6 +96,21 @@ def test_nodes_generate_apply_and_save_a_lora(
     assert (tmp_path / "loras" / names[1]).read_bytes() == lora
 
 
+def test_nodes_compute_where_comfyui_does(
+    pack: ModuleType, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["pack.nodes"]
+    assert module._find_device() == ComputeConfig().torch_device
+    management = SimpleNamespace(get_torch_device=lambda: torch.device("meta"))
+    monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
+    monkeypatch.setitem(sys.modules, "comfy.model_management", management)  # type: ignore[arg-type]
+    for name, folder in (("image", bundle.model), ("pair", bundle.pair_model)):
+        load = getattr(module, f"_load_{name}_to_lora")
+        load.cache_clear()
+        assert load(str(folder)).device == torch.device("meta")
+        load.cache_clear()
+
+
 def test_pair_node_generates_an_edit_lora(pack: ModuleType, bundle: Bundle) -> None:
     before = make_images(1)
     after = 1 - before
@@ -103,7 +119,7 @@ def test_pair_node_generates_an_edit_lora(pack: ModuleType, bundle: Bundle) -> N
     pipeline = PairToLora.from_pretrained(bundle.pair_model)
     pair = tuple(to_image(images[0].permute(2, 0, 1)) for images in (before, after))
     file = load_lora(lora, pipeline.layout)
-    assert file.format == "kohya"
+    assert (file.format, file.metadata.title) == ("kohya", "edit")
     torch.testing.assert_close(file.weights.flatten(), pipeline(pair).weights.flatten())
     with pytest.raises(ValueError, match="the same size is expected"):
         node.generate_lora(before, after[:, :10])

@@ -13,6 +13,7 @@ from PIL import Image
 from hyperlora.diffusion.image_editing import edit_images
 from hyperlora.lora.io.load import load_lora
 from hyperlora.service.engine.edits import EditEngine
+from hyperlora.service.engine.requests import EditLoraRequest
 from tests.service.conftest import assert_problem, make_photo, post_photos
 
 
@@ -54,6 +55,7 @@ def test_create_edit_lora_returns_the_file_of_the_pipeline(
     expected = edit_engine.model((BEFORE, AFTER), 0.5).weights
     torch.testing.assert_close(file.weights.flatten(), expected.flatten())
     assert file.metadata.title == "inverted" and len(file.metadata.reference_sha256) == 2
+    assert EditLoraRequest([(BEFORE, AFTER)]).title == "edit"
 
 
 def test_edit_image_returns_the_image_of_the_pipeline(

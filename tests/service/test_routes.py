@@ -23,6 +23,7 @@ from hyperlora.pipelines.generate import postprocess_loras
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.service.engine import loras as lora_engine
+from hyperlora.service.file_store import SUFFIXES, FileKind
 from tests.service.conftest import Models, StartClient, assert_problem, make_photo, post_photos
 
 
@@ -122,6 +123,24 @@ def test_create_lora_answers_json_and_stores_the_file(client: TestClient) -> Non
     assert client.delete(path).status_code == 204
     assert_problem(client.get(path), 404, "make it again")
     assert_problem(client.delete(path), 404, "no LoRA")
+
+
+@pytest.mark.parametrize(
+    ("kind", "noun", "media_type"),
+    [("lora", "LoRA", "application/octet-stream"), ("image", "image", "image/png")],
+)
+def test_stored_files_are_read_and_deleted_by_id(
+    client: TestClient, kind: FileKind, noun: str, media_type: str
+) -> None:
+    digest = client.app.state.service.files.store_bytes(b"content", kind)  # type: ignore[attr-defined]
+    path = f"/v1/{kind}s/{digest}"
+    response = client.get(path)
+    assert (response.content, response.headers["content-type"]) == (b"content", media_type)
+    assert f"{digest[:12]}{SUFFIXES[kind]}" in response.headers["content-disposition"]
+    assert client.get(path, headers={"If-None-Match": f'"{digest}"'}).status_code == 304
+    assert client.delete(path).status_code == 204
+    for request in (client.get, client.delete):
+        assert_problem(request(path), 404, f"no {noun} {digest} is stored here (any more)")
 
 
 def test_create_lora_stores_nothing_by_default(client: TestClient, tmp_path: Path) -> None:

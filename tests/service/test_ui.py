@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,10 @@ from hyperlora.service.settings import hash_key
 from hyperlora.service.ui.api_client import Api
 from hyperlora.service.ui.auth import COOKIE_NAME, decode_key_cookie
 from hyperlora.service.ui.components import make_file_name, render_similarity, render_warnings
-from hyperlora.service.ui.lora_tray import MAX_ITEMS, TrayItem, add_item
+from hyperlora.service.ui.compose_tab import build_compose_tab
+from hyperlora.service.ui.lora_tray import MAX_ITEMS, TrayItem, add_item, make_tray_state
+from hyperlora.service.ui.pair_tab import build_pair_tab
+from hyperlora.service.ui.photo_tab import build_photo_tab
 from hyperlora.service.ui.text import get_prompt_presets, make_snippet
 from tests.service.conftest import Models, StartClient, assert_problem, make_photo
 
@@ -176,6 +181,72 @@ def test_add_item_keeps_the_last_under_unique_names() -> None:
     assert [item.data[0] for item in items] == list(range(2, MAX_ITEMS + 2))
     assert len({item.name for item in items}) == MAX_ITEMS
     assert add_item(items, "again", items[0].data)[-1].name == "again"
+
+
+def get_handler(build_tab: Callable[[gr.Blocks, gr.State], None], name: str) -> Any:
+    """Lay out a tab, with a tray; return the event handler of a name."""
+    with gr.Blocks() as blocks:
+        build_tab(blocks, make_tray_state(60))
+    return next(function.fn for function in blocks.fns.values() if function.name == name)
+
+
+def write_photo(path: Path, shade: int = 100) -> str:
+    path.write_bytes(make_photo(shade))
+    return str(path)
+
+
+async def collect(updates: AsyncIterator[Any]) -> list[Any]:
+    return [update async for update in updates]
+
+
+def list_downloads(updates: list[dict[Any, Any]]) -> list[Path]:
+    """List the files behind the download buttons, in their order."""
+    values = [value for update in updates for value in update.values()]
+    return [Path(v.value["path"]) for v in values if isinstance(v, gr.DownloadButton)]
+
+
+def test_pair_tab_makes_files_and_edits_images(start_client: StartClient, tmp_path: Path) -> None:
+    client = start_client(with_ui=True)
+    create_lora = get_handler(lambda *_: build_pair_tab(Api(client.app)), "create_lora")  # type: ignore[arg-type]
+    before, after = write_photo(tmp_path / "a.png"), write_photo(tmp_path / "b.png", 0)
+    visitor = make_visitor(client)
+    updates = asyncio.run(collect(create_lora(before, after, None, 1.0, False, visitor)))
+    files = list_downloads(updates)
+    assert [path.name for path in files] == ["edit.safetensors", "edit-kohya.safetensors"]
+    loras = [load_lora(path) for path in files]
+    assert [(lora.format, lora.metadata.title) for lora in loras] == [
+        ("diffusers", "edit"),
+        ("kohya", "edit"),
+    ]
+    (edited_html,) = [v for v in updates[-1].values() if isinstance(v, str)]
+    assert edited_html.count("<img") == 2  # the edited image and the original
+
+    reverse_updates = asyncio.run(collect(create_lora(before, after, None, 1.0, True, visitor)))
+    reverse_lora = load_lora(list_downloads(reverse_updates)[0])
+    torch.testing.assert_close(
+        reverse_lora.weights.flatten(), (-loras[0].weights).flatten(), atol=1e-5, rtol=1e-3
+    )
+    with pytest.raises(gr.Error, match="the same image after the edit are needed"):
+        asyncio.run(collect(create_lora(before, None, None, 1.0, False, visitor)))
+
+
+def test_photo_and_compose_tabs_generate_images(start_client: StartClient, tmp_path: Path) -> None:
+    client = start_client(with_ui=True)
+    api, visitor = Api(client.app), make_visitor(client)  # type: ignore[arg-type]
+    photo = write_photo(tmp_path / "me.png")
+    create_lora = get_handler(partial(build_photo_tab, api), "create_lora")
+    updates = asyncio.run(collect(create_lora([photo], "a b", 1.0, "me", 4, 0, "LCM", [], visitor)))
+    assert [p.name for p in list_downloads(updates)] == ["me.safetensors", "me-kohya.safetensors"]
+    (tray,) = [v for update in updates for k, v in update.items() if isinstance(k, gr.State)]
+    assert [item.name for item in tray] == ["me"]
+    status_html, portraits_html = updates[-1].values()
+    assert "The LoRA took" in status_html and portraits_html.count("<img") == 8
+
+    generate_grid = get_handler(partial(build_compose_tab, api), "generate_grid")
+    pages = asyncio.run(collect(generate_grid(visitor, tray, "merge", "a b", 4, 0, "", 0.5, 1.0)))
+    assert "<h3>me</h3>" in pages[-1] and pages[-1].count("<img") == 4
+    with pytest.raises(gr.Error, match="There is no LoRA yet"):
+        asyncio.run(collect(generate_grid(visitor, [], "merge", "a b", 4, 0, "")))
 
 
 def test_serve_reports_a_missing_gradio(

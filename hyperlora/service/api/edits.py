@@ -8,11 +8,12 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.service.api.forms import Call, EditForm, read_pairs
 from hyperlora.service.api.responses import (
     ACCEPTED_RESPONSE,
+    MEDIA_TYPES,
     FileContent,
     encode_png_result,
-    get_stored_lora,
     make_binary_schema,
     make_file_response,
+    read_stored_file,
     run_or_enqueue,
 )
 from hyperlora.service.engine.callbacks import ProgressFn
@@ -21,7 +22,7 @@ from hyperlora.service.errors import build_problem_responses
 from hyperlora.service.state import AppState
 
 router = APIRouter(prefix="/v1/edits", tags=["Edits"])
-_FILE = make_binary_schema("image/png", "The edited image; its SHA-256 is the ETag")
+_FILE = make_binary_schema(MEDIA_TYPES["image"], "The edited image; its SHA-256 is the ETag")
 
 
 @router.post(
@@ -61,7 +62,7 @@ async def _read_request(form: EditForm, state: AppState) -> EditImageRequest:
         )
     lora = await form.lora.read() if form.lora is not None else None
     if form.lora_id is not None:
-        lora = get_stored_lora(state.files, form.lora_id)
+        lora = read_stored_file(state.files, form.lora_id, "lora")
     return EditImageRequest(
         image=await form.image.read(),
         pairs=pairs,

@@ -4,20 +4,22 @@ from hashlib import sha256
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
-from starlette.exceptions import HTTPException
 
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.service.api.forms import Call, get_state
+from hyperlora.service.api.forms import Call
 from hyperlora.service.api.responses import (
     ACCEPTED_RESPONSE,
+    MEDIA_TYPES,
     NOT_MODIFIED_RESPONSE,
     FileContent,
+    delete_stored_file,
     encode_base64,
     encode_png_result,
-    get_stored_lora,
     make_binary_schema,
     make_file_response,
     make_json_response,
+    make_stored_file_response,
+    read_stored_file,
     run_or_enqueue,
 )
 from hyperlora.service.api.schemas import FileId, ImageRequestBody, ImageResponse, LoraRef
@@ -28,7 +30,7 @@ from hyperlora.service.file_store import FileStore
 from hyperlora.service.security import Caller
 
 router = APIRouter(prefix="/v1/images", tags=["Images"])
-_FILE = make_binary_schema("image/png", "The image; its SHA-256 is the ETag")
+_FILE = make_binary_schema(MEDIA_TYPES["image"], "The image; its SHA-256 is the ETag")
 
 
 @router.post(
@@ -84,10 +86,7 @@ async def get_image(request: Request, owner: Caller, id: Annotated[FileId, Path(
     Returns:
         The PNG, or 304 if the caller has it.
     """
-    data = get_state(request).files.get_bytes(id, "image")
-    if data is None:
-        raise HTTPException(404, "no image of this id is stored here (any more)")
-    return make_file_response(request, FileContent(data, id, "image/png", f"{id[:12]}.png"))
+    return make_stored_file_response(request, id, "image")
 
 
 @router.delete(
@@ -104,9 +103,7 @@ async def delete_image(request: Request, owner: Caller, id: Annotated[FileId, Pa
     Returns:
         204.
     """
-    if not get_state(request).files.delete(id, "image"):
-        raise HTTPException(404, "no image of this id is stored here (any more)")
-    return Response(status_code=204)
+    return delete_stored_file(request, id, "image")
 
 
 def _make_request(body: ImageRequestBody, file_store: FileStore) -> ImageRequest:
@@ -123,6 +120,7 @@ def _make_request(body: ImageRequestBody, file_store: FileStore) -> ImageRequest
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
             negative_prompt=body.negative_prompt,
+            scheduler=body.scheduler,
             width=body.width,
             height=body.height,
         ),
@@ -136,4 +134,4 @@ def _get_lora_content(lora_ref: LoraRef, file_store: FileStore) -> bytes:
         )
     if lora_ref.content is not None:
         return lora_ref.content
-    return get_stored_lora(file_store, str(lora_ref.id))
+    return read_stored_file(file_store, str(lora_ref.id), "lora")

@@ -3,20 +3,22 @@
 import asyncio
 from functools import partial
 from hashlib import sha256
-from typing import Annotated, Final
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request, Response
-from starlette.exceptions import HTTPException
 
-from hyperlora.service.api.forms import Call, LoraForm, get_state
+from hyperlora.service.api.forms import Call, LoraForm
 from hyperlora.service.api.responses import (
     ACCEPTED_RESPONSE,
+    MEDIA_TYPES,
     NOT_MODIFIED_RESPONSE,
     FileContent,
+    delete_stored_file,
     encode_base64,
     make_binary_schema,
     make_file_response,
     make_json_response,
+    make_stored_file_response,
     run_or_enqueue,
 )
 from hyperlora.service.api.schemas import FileId, LoraResponse
@@ -24,8 +26,7 @@ from hyperlora.service.errors import build_problem_responses
 from hyperlora.service.security import Caller
 
 router = APIRouter(prefix="/v1/loras", tags=["LoRAs"])
-_MEDIA_TYPE: Final = "application/octet-stream"
-_FILE = make_binary_schema(_MEDIA_TYPE, "The .safetensors file; its SHA-256 is the ETag")
+_FILE = make_binary_schema(MEDIA_TYPES["lora"], "The .safetensors file; its SHA-256 is the ETag")
 
 
 @router.post(
@@ -66,7 +67,9 @@ async def create_lora(call: Call, form: Annotated[LoraForm, Depends()]) -> Respo
             content=encode_base64(data),
         )
         return make_json_response(body, digest, result.warnings)
-    file = FileContent(data, digest, _MEDIA_TYPE, f"{form.title}.safetensors", result.warnings)
+    file = FileContent(
+        data, digest, MEDIA_TYPES["lora"], f"{form.title}.safetensors", result.warnings
+    )
     return make_file_response(call.request, file)
 
 
@@ -88,13 +91,7 @@ async def get_lora(request: Request, owner: Caller, id: Annotated[FileId, Path()
     Returns:
         The file, or 304 if the caller has it.
     """
-    data = get_state(request).files.get_bytes(id, "lora")
-    if data is None:
-        raise HTTPException(
-            404, "no LoRA of this id is stored here (any more): make it again with store=true"
-        )
-    file = FileContent(data, id, _MEDIA_TYPE, f"{id[:12]}.safetensors")
-    return make_file_response(request, file)
+    return make_stored_file_response(request, id, "lora")
 
 
 @router.delete(
@@ -111,6 +108,4 @@ async def delete_lora(request: Request, owner: Caller, id: Annotated[FileId, Pat
     Returns:
         204.
     """
-    if not get_state(request).files.delete(id, "lora"):
-        raise HTTPException(404, "no LoRA of this id is stored here (any more)")
-    return Response(status_code=204)
+    return delete_stored_file(request, id, "lora")

@@ -3,7 +3,7 @@
 import asyncio
 import io
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, TypeVar
@@ -14,13 +14,13 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from hyperlora.service.api.forms import CallContext
+from hyperlora.service.api.forms import CallContext, get_state
 from hyperlora.service.api.schemas import JobInfo
 from hyperlora.service.engine.batcher import DeadlineExceededError
 from hyperlora.service.engine.callbacks import ProgressFn
 from hyperlora.service.engine.requests import EngineResult
 from hyperlora.service.errors import ClientDisconnectedError, JsonObject
-from hyperlora.service.file_store import FileKind, FileStore
+from hyperlora.service.file_store import SUFFIXES, FileKind, FileStore
 from hyperlora.service.jobs import Job
 
 ValueT = TypeVar("ValueT")
@@ -29,6 +29,11 @@ RunFn = Callable[[float, ProgressFn | None], Awaitable[EngineResult[bytes]]]
 """Makes a file within some seconds, and reports its progress."""
 ACCEPTED_RESPONSE: Final[JsonObject] = {"model": JobInfo, "description": "Accepted"}
 NOT_MODIFIED_RESPONSE: Final[JsonObject] = {"description": "The caller has this file"}
+MEDIA_TYPES: Final[Mapping[FileKind, str]] = {
+    "lora": "application/octet-stream",
+    "image": "image/png",
+}
+_FILE_NOUNS: Final[Mapping[FileKind, str]] = {"lora": "LoRA", "image": "image"}
 _DISCONNECT_POLL_S: Final = 0.1
 _RESULT_PATHS: Final = {"lora": "/v1/loras/", "image": "/v1/images/"}
 
@@ -114,26 +119,6 @@ def make_job_info(job: Job) -> JobInfo:
     )
 
 
-def get_stored_lora(file_store: FileStore, id: str) -> bytes:
-    """Read a stored LoRA.
-
-    Args:
-        file_store: The stored files.
-        id: SHA-256 of the file.
-
-    Returns:
-        The ``.safetensors`` file.
-
-    Raises:
-        HTTPException: 404 if it is not stored (any more).
-    """
-    if (data := file_store.get_bytes(id, "lora")) is None:
-        raise HTTPException(
-            404, f"no LoRA {id} is stored here (any more): make it again with store=true"
-        )
-    return data
-
-
 async def encode_png_result(image: Awaitable[EngineResult[Image.Image]]) -> EngineResult[bytes]:
     """Await an image and encode it as a PNG file, in another thread."""
     result = await image
@@ -173,7 +158,9 @@ class FileContent:
     def from_png(cls, result: EngineResult[bytes]) -> "FileContent":
         """Describe a PNG, named after its digest."""
         digest = sha256(result.value).hexdigest()
-        return cls(result.value, digest, "image/png", f"{digest[:12]}.png", result.warnings)
+        return cls(
+            result.value, digest, MEDIA_TYPES["image"], f"{digest[:12]}.png", result.warnings
+        )
 
 
 def make_file_response(request: Request, file: FileContent) -> Response:
@@ -194,6 +181,64 @@ def make_file_response(request: Request, file: FileContent) -> Response:
     if request.method == "GET" and known_digest == file.digest:
         return Response(status_code=304, headers=headers)
     return Response(file.data, 200, headers, file.media_type)
+
+
+def read_stored_file(file_store: FileStore, id: str, kind: FileKind) -> bytes:
+    """Read a stored file.
+
+    Args:
+        file_store: The stored files.
+        id: SHA-256 of the file.
+        kind: Kind of the file.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        HTTPException: 404 if it is not stored (any more).
+    """
+    if (data := file_store.get_bytes(id, kind)) is None:
+        hint = ": make it again with store=true" if kind == "lora" else ""
+        raise HTTPException(404, f"no {_FILE_NOUNS[kind]} {id} is stored here (any more){hint}")
+    return data
+
+
+def make_stored_file_response(request: Request, id: str, kind: FileKind) -> Response:
+    """Answer a stored file, named after its digest.
+
+    Args:
+        request: The HTTP request.
+        id: SHA-256 of the file.
+        kind: Kind of the file.
+
+    Returns:
+        200 with the file, or 304 if the caller has it.
+
+    Raises:
+        HTTPException: 404 if it is not stored (any more).
+    """
+    data = read_stored_file(get_state(request).files, id, kind)
+    file = FileContent(data, id, MEDIA_TYPES[kind], f"{id[:12]}{SUFFIXES[kind]}")
+    return make_file_response(request, file)
+
+
+def delete_stored_file(request: Request, id: str, kind: FileKind) -> Response:
+    """Delete a stored file.
+
+    Args:
+        request: The HTTP request.
+        id: SHA-256 of the file.
+        kind: Kind of the file.
+
+    Returns:
+        204.
+
+    Raises:
+        HTTPException: 404 if it is not stored (any more).
+    """
+    if not get_state(request).files.delete(id, kind):
+        raise HTTPException(404, f"no {_FILE_NOUNS[kind]} {id} is stored here (any more)")
+    return Response(status_code=204)
 
 
 def make_json_response(body: BaseModel, digest: str, warnings: Sequence[str] = ()) -> Response:

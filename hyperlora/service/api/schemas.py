@@ -58,8 +58,15 @@ class ImageRequestBody(BaseModel):
     windowed: bool = Field(False, description="Denoise each region as an image of its own.")
     negative_prompt: Annotated[str, StringConstraints(max_length=1000)] = ""
     seed: int = Field(0, ge=0, le=2**63 - 1)
-    num_inference_steps: int = Field(20, ge=1, le=50)
-    guidance_scale: Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)] = 3.0
+    num_inference_steps: int | None = Field(
+        None, ge=1, le=50, description="Denoising steps; the base's default if not given."
+    )
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None, ge=0, le=30, description="1 is no guidance; the base's default if not given."
+    )
+    scheduler: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        None, description="Sampler by diffusers' name, e.g. LCM; the base's own if not given."
+    )
     width: int | None = Field(None, ge=64, le=1024, multiple_of=8)
     height: int | None = Field(None, ge=64, le=1024, multiple_of=8)
 

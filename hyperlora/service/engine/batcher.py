@@ -1,20 +1,28 @@
 """``DynamicBatcher``: one thread owns the models and runs waiting requests in batches."""
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from traceback import clear_frames
 from typing import Any, Final, Generic, TypeVar
 
+from hyperlora.compute import empty_cache, is_out_of_memory
+from hyperlora.errors import OutOfMemoryError
 from hyperlora.service.engine.callbacks import BatchCallback
 
 PayloadT = TypeVar("PayloadT")
 ResultT = TypeVar("ResultT")
+_log = logging.getLogger("hyperlora.service")
 
 LOW_PRIORITY_MAX_WAIT_S: Final = 10.0
 """A payload of low priority that has waited longer than this is served by its age."""
+OUT_OF_MEMORY: Final = (
+    "the server ran out of memory over this request: ask for a smaller image, or for less at once"
+)
 _MAX_BATCH_WAITS: Final = 5
 """A batch stays open for at most so many times its spec's ``batch_timeout_s``."""
 
@@ -192,14 +200,28 @@ def _start_item(item: _AnyItem) -> bool:
 
 def _run_batch(batch: list[_AnyItem]) -> None:
     """Set every future; if the batch fails, run each remaining item alone."""
+    if (error := _try_batch(batch)) is None:
+        return
+    if len(batch) == 1:
+        batch[0].future.set_exception(error)
+        return
+    for item in batch:
+        if not item.future.done():
+            _run_batch([item])
+
+
+def _try_batch(batch: list[_AnyItem]) -> Exception | None:
+    """Set every future, or return the error; after it, memory that has run out is free again."""
     try:
         results = batch[0].spec.run([item.payload for item in batch])
         for item, result in zip(batch, results, strict=True):
             item.future.set_result(result)
     except Exception as error:
-        if len(batch) == 1:
-            batch[0].future.set_exception(error)
-            return
-        for item in batch:
-            if not item.future.done():
-                _run_batch([item])
+        if not is_out_of_memory(error):
+            return error
+        kind, size = batch[0].spec.kind, len(batch)
+        _log.warning("out of memory over %s (batch of %d): try serve --offload", kind, size)
+        clear_frames(error.__traceback__)  # which hold the tensors of the batch
+        empty_cache()
+        return OutOfMemoryError(OUT_OF_MEMORY)
+    return None

@@ -187,8 +187,8 @@ class EditEngine:
 
     @torch.no_grad()
     def _predict_batch(self, pairs: list[Tensor]) -> list[LoraWeights]:
-        """Predict one LoRA for each [pairs, 2, 3, size, size]."""
-        loras = self.model.generate(torch.stack(pairs), self.search)
+        """Predict one LoRA, on the CPU, for each [pairs, 2, 3, size, size]."""
+        loras = self.model.generate(torch.stack(pairs), self.search).to("cpu")
         return [loras[i] for i in range(len(pairs))]
 
     def _edit_batch(self, sampling: EditSampling, items: list[EditItem]) -> list[Image.Image]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hyperlora import pretrained
+from hyperlora.compute import ComputeConfig
 from hyperlora.cpu import disable_malloc_trim
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
@@ -38,12 +39,15 @@ class ModelPaths:
     extra_models: tuple[str, ...] = ()
 
 
-def make_engine_factory(paths: ModelPaths, settings: ServiceSettings) -> EngineFactory:
+def make_engine_factory(
+    paths: ModelPaths, settings: ServiceSettings, compute: ComputeConfig | None = None
+) -> EngineFactory:
     """Load the models of a server.
 
     Args:
         paths: Which models.
         settings: Sizes of the queue and of batches, and the folder of LoRA files.
+        compute: Device, precision and memory; None for what ``ComputeConfig`` finds by itself.
 
     Returns:
         A function that starts an engine over the models.
@@ -52,18 +56,21 @@ def make_engine_factory(paths: ModelPaths, settings: ServiceSettings) -> EngineF
         HyperloraError: If a model cannot be loaded.
     """
     disable_malloc_trim()
-    limits = settings.engine_limits
-    base = load_diffusion_base(paths.base)
-    model_names = (paths.model, *paths.extra_models)
-    photo_model, *extra_models = (load_image_to_lora(name, base=base) for name in model_names)
+    limits, compute = settings.engine_limits, compute or ComputeConfig()
+    base = load_diffusion_base(paths.base, compute)
+    photo_model, *extra_models = (
+        load_image_to_lora(name, base=base, compute=compute)
+        for name in (paths.model, *paths.extra_models)
+    )
     edit_engine = None
     if paths.enable_edits:
-        edit_base = load_diffusion_base(paths.edit_base)
-        pair_model = PairToLora.from_pretrained(paths.pair_model, base=edit_base)
+        edit_base = load_diffusion_base(paths.edit_base, compute)
+        pair_model = PairToLora.from_pretrained(paths.pair_model, base=edit_base, compute=compute)
         edit_engine = EditEngine(pair_model, edit_base, limits)
-    identity_similarity = (
-        IdentitySimilarity.from_pretrained(paths.evaluator) if paths.evaluator else None
-    )
+    identity_similarity = None
+    if paths.evaluator:
+        identity_similarity = IdentitySimilarity.from_pretrained(paths.evaluator)
+        identity_similarity.to(compute.torch_device)
 
     def make_engine(on_batch: BatchCallback) -> LocalEngine:
         return LocalEngine(

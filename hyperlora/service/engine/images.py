@@ -197,6 +197,7 @@ def _sample(
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         negative_prompt=sampling.negative_prompt,
+        scheduler=sampling.scheduler,
         width=sampling.width,
         height=sampling.height,
     )

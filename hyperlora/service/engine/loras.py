@@ -66,9 +66,10 @@ class RefinementTask:
             DeadlineExceededError: If the task is cancelled.
         """
         batch = LoraWeights.stack([self.weights])
-        return postprocess_loras(
+        refined = postprocess_loras(
             self.model, batch, [self.photos], self.config, self.base, self._report_step
-        )[0]
+        )
+        return refined[0].to("cpu")
 
     def _report_step(self, step: int) -> None:
         if self.cancelled.is_set():
@@ -160,9 +161,9 @@ def _decode_photo(
 def _predict_batch(
     model: ImageToLoraBase, sampling: LoraSampling, subjects: list[SubjectPhotos]
 ) -> list[PredictedLora]:
-    """Predict the LoRAs of several subjects in one forward pass."""
+    """Predict the LoRAs of several subjects, on the CPU, in one forward pass."""
     features = encode_subjects(model, subjects)
-    weights = predict_loras(model, features, sampling)
+    weights = predict_loras(model, features, sampling).to("cpu")
     warnings = check_photos(model.ood_detector, features.image)
     return [PredictedLora(weights[i], subject) for i, subject in enumerate(warnings)]
 

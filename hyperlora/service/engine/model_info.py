@@ -38,4 +38,6 @@ def describe_model(
         lora_format="kohya" if "unet" in layout.components else "diffusers",
         supports_identity_similarity=supports_identity_similarity,
         domain=detector.domain_name if detector is not None else "",
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
     )

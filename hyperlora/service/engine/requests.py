@@ -64,7 +64,7 @@ class EditLoraRequest(EngineRequest[bytes]):
     pairs: Sequence[tuple[bytes, bytes]]
     strength: float = 1.0
     format: LoraFormat = "diffusers"
-    title: str = "change"
+    title: str = "edit"
     consent: bool = False
 
 
@@ -73,16 +73,18 @@ class ImageSampling:
     """Settings of the sampler that all images of one batch share.
 
     Attributes:
-        num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance scale.
+        num_inference_steps: Denoising steps; None for the base's default.
+        guidance_scale: Classifier-free guidance scale, likewise.
         negative_prompt: Prompt of the unconditional branch.
+        scheduler: Sampler by diffusers' name; None for the base's own.
         width: Pixels; None for the base's resolution.
         height: Pixels; None for the base's resolution.
     """
 
-    num_inference_steps: int = 20
-    guidance_scale: float = 3.0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     negative_prompt: str = ""
+    scheduler: str | None = None
     width: int | None = None
     height: int | None = None
 
@@ -168,6 +170,8 @@ class ModelInfo:
             diffusers keys for transformers.
         supports_identity_similarity: Whether /v1/identity-similarity compares its images.
         domain: Photos the model is trained on, e.g. avatars; empty if it does not know.
+        device: Device that the model and its base compute on, e.g. cuda:0.
+        dtype: Precision of the base, e.g. bfloat16.
     """
 
     id: str
@@ -182,3 +186,5 @@ class ModelInfo:
     lora_format: str
     supports_identity_similarity: bool = False
     domain: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"

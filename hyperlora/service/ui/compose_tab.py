@@ -1,6 +1,7 @@
 """Compose: several LoRAs in one image, each with its weight."""
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
@@ -17,6 +18,43 @@ from hyperlora.service.ui.sampling import (
     sample_grid,
 )
 from hyperlora.service.ui.text import EMPTY_COMPOSITION, EMPTY_TRAY, STRATEGIES
+
+
+@dataclass(frozen=True)
+class _ComposeTab:
+    """Handler of the button."""
+
+    api: Api
+
+    async def generate_grid(
+        self,
+        visitor: gr.Request,
+        items: list[TrayItem],
+        strategy: str,
+        prompt: str,
+        num_steps: int,
+        seed: float | None,
+        scheduler: str,
+        *lora_weights: float,
+    ) -> AsyncIterator[str]:
+        """Generate a row of images with all LoRAs of the tray."""
+        if not items:
+            raise make_ui_error("there is no LoRA yet: make one from photos, or add a file")
+        request = GridRequest(
+            prompt,
+            [[item.data for item in items]],
+            seed,
+            int(num_steps),
+            scheduler,
+            strategy,
+            lora_weights[: len(items)],
+        )
+        title = " + ".join(item.name for item in items)
+        async with self.api.open_client(visitor) as client:
+            async for grid in sample_grid(client, request):
+                status_html = render_status("Generating …", compute_progress(grid))
+                yield status_html + render_section(title, "", grid[0])
+            yield render_section(title, "", grid[0])
 
 
 def build_compose_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
@@ -41,7 +79,7 @@ def build_compose_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
             strategy = gr.Radio(STRATEGIES, value="merge", label="How they work together")
             prompt = build_prompt_box(api, blocks)
             with gr.Accordion("More", open=False, elem_id="more-compose"):
-                num_steps, seed = build_sampling_options("compose")
+                num_steps, seed, scheduler = build_sampling_options("compose")
             with gr.Row():
                 clear_button = gr.Button("Clear", min_width=100)
                 generate_button = gr.Button(
@@ -50,37 +88,11 @@ def build_compose_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
         with gr.Column(scale=7, min_width=300):
             result_html = gr.HTML(EMPTY_COMPOSITION, elem_id="composition")
 
-    async def generate_grid(
-        visitor: gr.Request,
-        items: list[TrayItem],
-        strategy: str,
-        prompt: str,
-        num_steps: int,
-        seed: float | None,
-        *lora_weights: float,
-    ) -> AsyncIterator[str]:
-        if not items:
-            raise make_ui_error("there is no LoRA yet: make one from photos, or add a file")
-        request = GridRequest(
-            prompt,
-            [[item.data for item in items]],
-            seed,
-            int(num_steps),
-            strategy,
-            lora_weights[: len(items)],
-        )
-        title = " + ".join(item.name for item in items)
-        async with api.open_client(visitor) as client:
-            async for grid in sample_grid(client, request):
-                status_html = render_status("Generating …", compute_progress(grid))
-                yield status_html + render_section(title, "", grid[0])
-            yield render_section(title, "", grid[0])
-
-    inputs: list[Block] = [tray, strategy, prompt, num_steps, seed, *weights]
+    inputs: list[Block] = [tray, strategy, prompt, num_steps, seed, scheduler, *weights]
     files.upload(_add_uploads, [files, tray], [tray, files], **EVENT_OPTIONS)
     tray.change(_update_sliders, tray, [empty_message, *weights], **EVENT_OPTIONS)
     clear_button.click(lambda: ([], EMPTY_COMPOSITION), None, [tray, result_html], **EVENT_OPTIONS)
-    generate_button.click(generate_grid, inputs, result_html, **EVENT_OPTIONS)
+    generate_button.click(_ComposeTab(api).generate_grid, inputs, result_html, **EVENT_OPTIONS)
 
 
 def _add_uploads(paths: list[str] | None, items: list[TrayItem]) -> tuple[list[TrayItem], None]:

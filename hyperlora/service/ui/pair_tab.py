@@ -1,13 +1,21 @@
 """From a pair: the LoRA of an edit, and the same edit on other images."""
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final
 
 import gradio as gr
 from gradio.blocks import Block
 from PIL import Image
 
 from hyperlora.errors import InvalidImageError
-from hyperlora.service.ui.api_client import Api, Upload, make_ui_error, read_uploads
+from hyperlora.service.ui.api_client import (
+    Api,
+    RecordingClient,
+    Upload,
+    make_ui_error,
+    read_uploads,
+)
 from hyperlora.service.ui.components import (
     EVENT_OPTIONS,
     Updates,
@@ -21,6 +29,73 @@ from hyperlora.service.ui.components import (
 )
 from hyperlora.service.ui.sampling import run_tasks
 from hyperlora.service.ui.text import EMPTY_EDITS, make_edit_snippet
+
+_TITLE: Final = "edit"
+"""Title of the LoRA, and name of its file."""
+
+
+@dataclass(frozen=True)
+class _PairTab:
+    """Handler of the button, and the components that it updates."""
+
+    api: Api
+    status_html: gr.HTML
+    edited_html: gr.HTML
+    diffusers: gr.DownloadButton
+    kohya: gr.DownloadButton
+    code_block: gr.Code
+    result: gr.Column
+
+    async def create_lora(
+        self,
+        before: str | None,
+        after: str | None,
+        other_images: list[Upload] | None,
+        strength: float,
+        reverse: bool,
+        visitor: gr.Request,
+    ) -> AsyncIterator[Updates]:
+        """Make the LoRA of the edit and its files, and edit the other images."""
+        if not before or not after:
+            raise make_ui_error("an image before and the same image after the edit are needed")
+        pair = (read_uploads([before])[0], read_uploads([after])[0])
+        pair = pair[::-1] if reverse else pair
+        images = read_uploads(other_images) or [pair[0]]
+        async with self.api.open_client(visitor) as client:
+            first_status = render_status("Making the LoRA of the edit …", 0)
+            yield {self.status_html: gr.HTML(first_status, visible=True)}
+            lora = await client.create_edit_lora([pair], title=_TITLE, strength=strength)
+            kohya_lora = await client.create_edit_lora(
+                [pair], title=_TITLE, strength=strength, format="kohya"
+            )
+            model_info = await client.load_model_info("pair-to-lora")
+            snippet = make_edit_snippet(model_info.base, f"{_TITLE}.safetensors")
+            yield {
+                self.diffusers: update_download(self.diffusers, lora, _TITLE),
+                self.kohya: update_download(self.kohya, kohya_lora, _TITLE, kohya=True),
+                self.code_block: gr.Code(snippet),
+                self.result: gr.Column(visible=True),
+            }
+            async for updates in self._edit_images(client, images, lora):
+                yield updates
+
+    async def _edit_images(
+        self, client: RecordingClient, images: list[bytes], lora: bytes
+    ) -> AsyncIterator[Updates]:
+        """Edit images, and show each as soon as it is there."""
+        warnings_html = render_warnings(client.unique_warnings)
+        edited_images: list[Image.Image | None] = [None] * len(images)
+        async with run_tasks(client.edit_image(image, lora=lora) for image in images) as tasks:
+            for i, task in enumerate(tasks):
+                yield {
+                    self.status_html: warnings_html + render_status("Editing …", i / len(tasks)),
+                    self.edited_html: _render_images(images, edited_images),
+                }
+                edited_images[i] = await task
+        yield {
+            self.status_html: gr.HTML(warnings_html, visible=bool(warnings_html)),
+            self.edited_html: _render_images(images, edited_images),
+        }
 
 
 def build_pair_tab(api: Api) -> None:
@@ -55,50 +130,10 @@ def build_pair_tab(api: Api) -> None:
                     kohya = gr.DownloadButton("Download for ComfyUI, A1111", size="md")
                 code_block = make_code_block()
 
-    async def create_lora(
-        before: str | None,
-        after: str | None,
-        other_images: list[Upload] | None,
-        strength: float,
-        reverse: bool,
-        visitor: gr.Request,
-    ) -> AsyncIterator[Updates]:
-        if not before or not after:
-            raise make_ui_error("an image before and the same image after the edit are needed")
-        pair = (read_uploads([before])[0], read_uploads([after])[0])
-        pair = pair[::-1] if reverse else pair
-        images = read_uploads(other_images) or [pair[0]]
-        async with api.open_client(visitor) as client:
-            first_status = render_status("Making the LoRA of the edit …", 0)
-            yield {status_html: gr.HTML(first_status, visible=True)}
-            lora = await client.create_edit_lora([pair], title="change", strength=strength)
-            kohya_lora = await client.create_edit_lora(
-                [pair], title="change", strength=strength, format="kohya"
-            )
-            model_info = await client.load_model_info("pair-to-lora")
-            yield {
-                diffusers: update_download(diffusers, lora, "change"),
-                kohya: update_download(kohya, kohya_lora, "change", kohya=True),
-                code_block: gr.Code(make_edit_snippet(model_info.base, "change.safetensors")),
-                result: gr.Column(visible=True),
-            }
-            warnings_html = render_warnings(client.unique_warnings)
-            edited_images: list[Image.Image | None] = [None] * len(images)
-            async with run_tasks(client.edit_image(image, lora=lora) for image in images) as tasks:
-                for i, task in enumerate(tasks):
-                    yield {
-                        status_html: warnings_html + render_status("Editing …", i / len(tasks)),
-                        edited_html: _render_images(images, edited_images),
-                    }
-                    edited_images[i] = await task
-            yield {
-                status_html: gr.HTML(warnings_html, visible=bool(warnings_html)),
-                edited_html: _render_images(images, edited_images),
-            }
-
+    tab = _PairTab(api, status_html, edited_html, diffusers, kohya, code_block, result)
     inputs: list[Block] = [before, after, other_images, strength, reverse]
     outputs: list[Block] = [status_html, edited_html, diffusers, kohya, code_block, result]
-    create_event = create_button.click(create_lora, inputs, outputs, **EVENT_OPTIONS)
+    create_event = create_button.click(tab.create_lora, inputs, outputs, **EVENT_OPTIONS)
     create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **EVENT_OPTIONS)
 
 

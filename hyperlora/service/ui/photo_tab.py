@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import gradio as gr
 from gradio.blocks import Block
@@ -42,6 +43,86 @@ from hyperlora.service.ui.text import (
 )
 
 
+@dataclass(frozen=True)
+class _PhotoTab:
+    """Handler of the button, and the components that it updates."""
+
+    api: Api
+    tray: gr.State
+    status_html: gr.HTML
+    portraits_html: gr.HTML
+    diffusers: gr.DownloadButton
+    kohya: gr.DownloadButton
+    code_block: gr.Code
+    result: gr.Column
+
+    async def create_lora(
+        self,
+        photos: list[Upload] | None,
+        prompt: str,
+        strength: float,
+        name: str,
+        num_steps: int,
+        seed: float | None,
+        scheduler: str,
+        tray_items: list[TrayItem],
+        visitor: gr.Request,
+    ) -> AsyncIterator[Updates]:
+        """Make the LoRA, its files and portraits."""
+        files = read_uploads(photos)
+        if not files:
+            raise make_ui_error("there is no photo yet: drop one, paste one, or use the camera")
+        async with self.api.open_client(visitor) as client:
+            yield {self.status_html: gr.HTML(render_status("Making the LoRA …", 0), visible=True)}
+            start_time = time.perf_counter()
+            lora = await client.create_lora(files, title=name, strength=strength)
+            elapsed_text = f"The LoRA took {time.perf_counter() - start_time:.1f} s"
+            kohya_lora = await client.create_lora(
+                files, title=name, strength=strength, format="kohya"
+            )
+            model_info = (await client.load_model_infos())[0]
+            prompt = prompt.strip() or next(iter(get_prompt_presets(model_info).values()))
+            snippet = make_snippet(model_info.base, f"{make_file_name(name)}.safetensors", prompt)
+            yield {
+                self.diffusers: update_download(self.diffusers, lora, name),
+                self.kohya: update_download(self.kohya, kohya_lora, name, kohya=True),
+                self.code_block: gr.Code(snippet),
+                self.result: gr.Column(visible=True),
+                self.tray: add_item(tray_items, name, lora),
+            }
+            request = GridRequest(prompt, [[lora], []], seed, int(num_steps), scheduler)
+            scored_files = files if model_info.supports_identity_similarity else []
+            async for updates in self._generate_portraits(
+                client, request, scored_files, elapsed_text
+            ):
+                yield updates
+
+    async def _generate_portraits(
+        self,
+        client: RecordingClient,
+        request: GridRequest,
+        photo_files: list[bytes],
+        elapsed_text: str,
+    ) -> AsyncIterator[Updates]:
+        """Generate the grid, then score it against the photos unless the API warned of them."""
+        warnings_html = render_warnings(client.unique_warnings)
+        async for grid in sample_grid(client, request):
+            progress_html = render_status(
+                f"{elapsed_text}; generating portraits …", compute_progress(grid)
+            )
+            yield {
+                self.status_html: warnings_html + progress_html,
+                self.portraits_html: _render_portraits(grid),
+            }
+        similarities = None
+        if photo_files and not warnings_html:
+            similarities = await _compute_similarities(client, photo_files, grid)
+        yield {
+            self.status_html: warnings_html + render_status(f"{elapsed_text}."),
+            self.portraits_html: _render_portraits(grid, similarities),
+        }
+
+
 def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
     """Lay out the tab and connect its events.
 
@@ -70,7 +151,7 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the LoRA")
             with gr.Accordion("More", open=False, elem_id="more-photos"):
                 name = gr.Textbox("me", label="Name of the file", max_length=60)
-                num_steps, seed = build_sampling_options("photos")
+                num_steps, seed, scheduler = build_sampling_options("photos")
             create_button = gr.Button("Make the LoRA", variant="primary", size="lg", elem_id="make")
         with gr.Column(scale=7, min_width=300):
             status_html = gr.HTML(visible=False, elem_id="status")
@@ -85,55 +166,8 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
                     )
                 code_block = make_code_block()
 
-    async def create_lora(
-        photos: list[Upload] | None,
-        prompt: str,
-        strength: float,
-        name: str,
-        num_steps: int,
-        seed: float | None,
-        tray_items: list[TrayItem],
-        visitor: gr.Request,
-    ) -> AsyncIterator[Updates]:
-        files = read_uploads(photos)
-        if not files:
-            raise make_ui_error("there is no photo yet: drop one, paste one, or use the camera")
-        async with api.open_client(visitor) as client:
-            yield {status_html: gr.HTML(render_status("Making the LoRA …", 0), visible=True)}
-            start_time = time.perf_counter()
-            lora = await client.create_lora(files, title=name, strength=strength)
-            elapsed_text = f"The LoRA took {time.perf_counter() - start_time:.1f} s"
-            kohya_lora = await client.create_lora(
-                files, title=name, strength=strength, format="kohya"
-            )
-            model_info, warnings = (await client.load_model_infos())[0], client.unique_warnings
-            prompt = prompt.strip() or next(iter(get_prompt_presets(model_info).values()))
-            snippet = make_snippet(model_info.base, f"{make_file_name(name)}.safetensors", prompt)
-            yield {
-                diffusers: update_download(diffusers, lora, name),
-                kohya: update_download(kohya, kohya_lora, name, kohya=True),
-                code_block: gr.Code(snippet),
-                result: gr.Column(visible=True),
-                tray: add_item(tray_items, name, lora),
-            }
-            request = GridRequest(prompt, [[lora], []], seed, int(num_steps))
-            async for grid in sample_grid(client, request):
-                progress_html = render_status(
-                    f"{elapsed_text}; generating portraits …", compute_progress(grid)
-                )
-                yield {
-                    status_html: render_warnings(warnings) + progress_html,
-                    portraits_html: _render_portraits(grid),
-                }
-            similarities = None
-            if model_info.supports_identity_similarity and not warnings:
-                similarities = await _compute_similarities(client, files, grid)
-            yield {
-                status_html: render_warnings(warnings) + render_status(f"{elapsed_text}."),
-                portraits_html: _render_portraits(grid, similarities),
-            }
-
-    inputs: list[Block] = [photos, prompt, strength, name, num_steps, seed, tray]
+    tab = _PhotoTab(api, tray, status_html, portraits_html, diffusers, kohya, code_block, result)
+    inputs: list[Block] = [photos, prompt, strength, name, num_steps, seed, scheduler, tray]
     outputs: list[Block] = [
         status_html,
         portraits_html,
@@ -143,7 +177,7 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
         result,
         tray,
     ]
-    create_event = create_button.click(create_lora, inputs, outputs, **EVENT_OPTIONS)
+    create_event = create_button.click(tab.create_lora, inputs, outputs, **EVENT_OPTIONS)
     create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **EVENT_OPTIONS)
     camera.input(_add_camera_photo, [camera, photos], [photos, camera], **EVENT_OPTIONS)
 

@@ -18,6 +18,16 @@ IMAGES_PER_ROW: Final = 4
 ImageRow = list[Image.Image | None]
 """A row of images; None for one that is not there yet."""
 
+SCHEDULERS: Final = (
+    "LCM",
+    "TCD",
+    "EulerDiscrete",
+    "DPMSolverMultistepKarras",
+    "UniPCMultistep",
+    "FlowMatchEulerDiscrete",
+)
+"""Samplers that the page suggests; a base refuses those that are not for it."""
+
 
 @dataclass(frozen=True)
 class GridRequest:
@@ -28,6 +38,7 @@ class GridRequest:
         lora_rows: LoRA files of each row.
         seed: Seed of the first image of each row; an emptied field is None.
         num_inference_steps: Denoising steps.
+        scheduler: Sampler by diffusers' name; empty for the base's own.
         strategy: How the LoRAs of a row are combined.
         lora_weights: One weight per LoRA of each row; None for 1.
     """
@@ -36,6 +47,7 @@ class GridRequest:
     lora_rows: Sequence[Sequence[bytes]]
     seed: float | None
     num_inference_steps: int
+    scheduler: str = ""
     strategy: str = "merge"
     lora_weights: Sequence[float] | None = None
 
@@ -60,6 +72,7 @@ async def sample_grid(
             request.lora_rows[row],
             seed=int(request.seed or 0) + column,
             num_inference_steps=request.num_inference_steps,
+            scheduler=request.scheduler or None,
             strategy=request.strategy,
             weights=request.lora_weights,
         )
@@ -135,10 +148,19 @@ def build_prompt_box(api: Api, blocks: gr.Blocks) -> gr.Textbox:
     return prompt
 
 
-def build_sampling_options(tab: str) -> tuple[gr.Slider, gr.Number]:
-    """Build the inputs for denoising steps and for the seed of the first image."""
+def build_sampling_options(tab: str) -> tuple[gr.Slider, gr.Number, gr.Dropdown]:
+    """Build the inputs for denoising steps, the seed of the first image, and the sampler."""
     with gr.Row():
         return (
-            gr.Slider(4, 50, 20, step=1, label="Steps", min_width=140, elem_id=f"steps-{tab}"),
+            gr.Slider(1, 50, 20, step=1, label="Steps", min_width=140, elem_id=f"steps-{tab}"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=100),
+            gr.Dropdown(
+                [("the base's own", ""), *SCHEDULERS],
+                value="",
+                label="Sampler",
+                info="any name of diffusers",
+                allow_custom_value=True,
+                min_width=160,
+                elem_id=f"scheduler-{tab}",
+            ),
         )
