@@ -8,6 +8,7 @@ from typing import Any, Final
 from huggingface_hub import hf_hub_download
 
 from hyperlora import pretrained
+from hyperlora.compute import ComputeConfig
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError, ModelLoadError
 from hyperlora.pipelines.image_to_lora import ImageToLora
@@ -27,6 +28,7 @@ def load_image_to_lora(
     name_or_path: str | Path | None = None,
     method: str | None = None,
     base: DiffusionBase | None = None,
+    compute: ComputeConfig | None = None,
 ) -> ImageToLoraBase:
     """Load a model from photos; its ``config.json`` names the class.
 
@@ -34,6 +36,7 @@ def load_image_to_lora(
         name_or_path: The folder or the hub id; None for the bundled model of ``method``.
         method: The expected method, ``hypernetwork`` or ``difflora``; None accepts any.
         base: The base, which spares a second load by a model that encodes photos with it.
+        compute: The device of the model; None for the CPU.
 
     Returns:
         The model.
@@ -54,7 +57,7 @@ def load_image_to_lora(
             "leave out --method, or give --model"
         )
     model_class = METHODS[model_method or method or DEFAULT_METHOD]
-    model: ImageToLoraBase = model_class.from_pretrained(name_or_path, base=base)
+    model: ImageToLoraBase = model_class.from_pretrained(name_or_path, base=base, compute=compute)
     return model
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyperlora import pretrained
+from hyperlora.compute import ComputeConfig
 from hyperlora.diffusion.diffusion_base import DiffusionBase, get_base_id, load_diffusion_base
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.lora import Lora
@@ -17,6 +18,7 @@ def generate_edit_lora(
     pairs: Sequence[ImageSourcePair],
     config: EditConfig,
     base: DiffusionBase | str | Path | None = None,
+    compute: ComputeConfig | None = None,
 ) -> Lora:
     """Generate the LoRA of an edit, with or without a search for an instruction.
 
@@ -26,6 +28,7 @@ def generate_edit_lora(
         config: Direction, strength and search.
         base: The base that the search runs: loaded already, or the folder or hub id to load if
             there is anything to search. None for the bundled base of edits.
+        compute: Device, precision and memory of a base that is loaded.
 
     Returns:
         The LoRA.
@@ -39,13 +42,14 @@ def generate_edit_lora(
     candidate_prompts = [*model.zero_shot_prompts, *config.candidate_prompts]
     search = None
     if config.search and candidate_prompts:
-        search = InstructionSearch(_resolve_search_base(model, base), candidate_prompts)
+        search_base = _resolve_search_base(model, base, compute)
+        search = InstructionSearch(search_base, candidate_prompts)
     directed_pairs = [pair[::-1] for pair in pairs] if config.reverse else pairs
     return model(directed_pairs, config.strength, search)
 
 
 def _resolve_search_base(
-    model: PairToLora, base: DiffusionBase | str | Path | None
+    model: PairToLora, base: DiffusionBase | str | Path | None, compute: ComputeConfig | None
 ) -> DiffusionBase:
     """Load the base of the search if it is not loaded yet."""
     if isinstance(base, DiffusionBase):
@@ -57,6 +61,6 @@ def _resolve_search_base(
             f"the search runs the base of the LoRA, {model.layout.base!r}: "
             "give --base or --no-search"
         )
-    loaded_base = load_diffusion_base(base or pretrained.EDIT_BASE_DIR)
+    loaded_base = load_diffusion_base(base or pretrained.EDIT_BASE_DIR, compute)
     model.layout.check_base(loaded_base.id)
     return loaded_base

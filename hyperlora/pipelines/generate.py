@@ -209,7 +209,7 @@ def encode_subjects(model: ImageToLoraBase, subjects: Sequence[SubjectPhotos]) -
         The input of the model's ``generate_from_features``.
     """
     pixels = torch.stack([photos.encoder_pixels for photos in subjects])
-    return model.encode_photos(pixels.to(model.device))  # [batch, views, 3, size, size]
+    return model.encode_photos(pixels)  # of [batch, views, 3, size, size]
 
 
 @torch.no_grad()
@@ -262,7 +262,7 @@ def postprocess_loras(
             model,
             base,
             weights,
-            torch.stack(pixels).to(model.device),  # [batch, views, 3, h, w]
+            torch.stack(pixels),  # [batch, views, 3, h, w]
             num_steps=config.refine_steps,
             out_rank=rank,
             method=config.refine_method,
@@ -310,7 +310,10 @@ def generate_files(
     subjects = [SubjectPhotos.from_images(images, model, pixel_base)]
     features = encode_subjects(model, subjects)
     samples = generate_candidates(model, features, subjects, config, reranker)
-    loras = [postprocess_loras(model, weights, subjects, config, base)[0] for weights in samples]
+    loras = [
+        postprocess_loras(model, weights, subjects, config, base)[0].to("cpu")
+        for weights in samples
+    ]
     (warnings,) = check_photos(model.ood_detector, features.image)
     seconds = (time.perf_counter() - start_time) / config.num_loras
     output_paths = make_numbered_paths(output_path, config.num_loras)

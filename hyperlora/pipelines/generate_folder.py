@@ -86,15 +86,6 @@ def generate_folder(
         InvalidArgumentError: The settings do not suit a folder or the model.
     """
     config.check_folder()
-    if batch_generator is None:
-
-        def batch_generator(
-            batches: Sequence[Sequence[Subject]],
-        ) -> Iterator[Sequence[FileResult]]:
-            """Generate batches in this process."""
-            for batch in batches:
-                yield generate_batch(model, batch, config, base, reranker)
-
     subjects = list_subjects(folder)
     output_dir.mkdir(parents=True, exist_ok=True)
     index_path, config_hash = output_dir / INDEX_NAME, _compute_config_hash(model, config)
@@ -116,18 +107,28 @@ def generate_folder(
         # the old index stands until the new one is whole; lines are added to the new one below
         os.replace(temp_index_path, index_path)
         batches = list(split_batches(pending_subjects, batch_size))
-        for results in track(
-            batch_generator(batches), "LoRAs", "LoRAs", len(pending_subjects), batch_size
-        ):
-            new_records = []
-            for record, file_bytes in results:
-                if record.file:
-                    write_bytes(file_bytes, output_dir / record.file)
-                    record = replace(record, config_hash=config_hash)
-                new_records.append(record)
+        if batch_generator is not None:
+            batch_results = batch_generator(batches)
+        else:
+            batch_results = (generate_batch(model, b, config, base, reranker) for b in batches)
+        num_pending = len(pending_subjects)
+        for results in track(batch_results, "LoRAs", "LoRAs", num_pending, batch_size):
+            new_records = _write_files(results, output_dir, config_hash)
             _write_records(index_file, new_records)
             records += new_records
     return records
+
+
+def _write_files(
+    results: Sequence[FileResult], output_dir: Path, config_hash: str
+) -> list[GenerationRecord]:
+    """Write the files of a batch; return its records, those of files with the hash."""
+    for record, file_bytes in results:
+        if record.file:
+            write_bytes(file_bytes, output_dir / record.file)
+    return [
+        replace(record, config_hash=config_hash) if record.file else record for record, _ in results
+    ]
 
 
 def generate_batch(

@@ -4,16 +4,22 @@ import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
+from hyperlora.compute import ComputeConfig
 from hyperlora.data.subjects import Subject
 from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.generate import GenerationRecord
 from hyperlora.pipelines.generate_folder import BatchGenerator, FileResult, generate_batch
-from hyperlora.ray_connection import connect_ray
+from hyperlora.ray_connection import compute_worker_gpus, connect_ray
 
 
 def make_ray_batch_generator(
-    address: str, model_name_or_path: str, base_name_or_path: str | None, config: GenerationConfig
+    address: str,
+    model_name_or_path: str,
+    base_name_or_path: str | None,
+    config: GenerationConfig,
+    compute_options: Mapping[str, Any] | None = None,
 ) -> BatchGenerator:
     """Make a ``batch_generator`` of ``generate_folder`` that runs on a Ray cluster.
 
@@ -25,6 +31,8 @@ def make_ray_batch_generator(
         model_name_or_path: The model, a name that every node can load.
         base_name_or_path: The base for refinement, likewise; None for none.
         config: The settings.
+        compute_options: Arguments of the ``ComputeConfig`` that each worker makes. With another
+            device than the CPU it reserves a GPU, where the cluster has any.
 
     Returns:
         The generator of batches.
@@ -34,6 +42,7 @@ def make_ray_batch_generator(
     """
     config.check_folder(use_ray=True)
     ray = connect_ray(address)
+    options = dict(compute_options or {})
 
     def generate_batches(batches: Sequence[Sequence[Subject]]) -> Iterator[Sequence[FileResult]]:
         """Generate batches on the workers of the cluster."""
@@ -43,7 +52,7 @@ def make_ray_batch_generator(
 
         data.DataContext.get_current().enable_progress_bars = False
         resources = ray.cluster_resources()
-        num_gpus = 1 if resources.get("GPU") else 0
+        num_gpus = compute_worker_gpus(ray, options.get("device", "auto"))
         # one GPU per worker; without GPUs one CPU, and one is left for this process
         num_free = resources["GPU"] if num_gpus else resources.get("CPU", 1) - 1
         num_workers = max(1, int(num_free))
@@ -51,7 +60,7 @@ def make_ray_batch_generator(
         outputs = dataset.map_batches(
             _Worker,
             batch_size=1,
-            fn_constructor_args=(model_name_or_path, base_name_or_path, config),
+            fn_constructor_args=(model_name_or_path, base_name_or_path, config, options),
             num_cpus=0 if num_gpus else 1,
             num_gpus=num_gpus,
             compute=data.ActorPoolStrategy(min_size=1, max_size=min(num_workers, len(batches))),
@@ -70,13 +79,18 @@ class _Worker:
     """The model in one process of the cluster."""
 
     def __init__(
-        self, model_name_or_path: str, base_name_or_path: str | None, config: GenerationConfig
+        self,
+        model_name_or_path: str,
+        base_name_or_path: str | None,
+        config: GenerationConfig,
+        compute_options: Mapping[str, Any],
     ) -> None:
         from hyperlora.diffusion.diffusion_base import load_diffusion_base
         from hyperlora.pipelines.auto import load_image_to_lora
 
-        self.base = load_diffusion_base(base_name_or_path) if base_name_or_path else None
-        self.model = load_image_to_lora(model_name_or_path, base=self.base)
+        compute = ComputeConfig(**compute_options)
+        self.base = load_diffusion_base(base_name_or_path, compute) if base_name_or_path else None
+        self.model = load_image_to_lora(model_name_or_path, base=self.base, compute=compute)
         self.config = config
 
     def __call__(self, batch: Mapping[str, Sequence[bytes]]) -> Mapping[str, Sequence[object]]:

@@ -6,6 +6,7 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor
 
+from hyperlora.compute import ComputeConfig
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base, make_unet_encoder
 from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.errors import ModelLoadError
@@ -21,7 +22,7 @@ _UNET_ENCODER_NAME: Final = "unet"
 
 
 class ImageToLora(ImageToLoraBase):
-    """An image encoder and the hypernetwork that it conditions (HyperDreamBooth, 2307.06949).
+    """An image encoder and the hypernetwork that it conditions, after HyperDreamBooth (2307.06949).
 
     Example: ``ImageToLora.from_pretrained(folder_or_hub_id)(["me.jpg"]).save("me.safetensors")``
     writes a LoRA for the base ``layout.base``.
@@ -58,14 +59,45 @@ class ImageToLora(ImageToLoraBase):
         Args:
             config: The content of ``config.json``.
             layout: The layout of the LoRAs.
-            folder: The model's folder, where a relative path of ``card.base`` begins.
-            base: The base of a ``UNetFeatureEncoder``; loaded by ``card.base`` if needed and None.
+            folder: The model's folder.
+            base: The base of a ``UNetFeatureEncoder``.
 
         Returns:
             The network.
+
+        Raises:
+            ModelLoadError: A ``UNetFeatureEncoder`` has no base.
         """
-        encoder = _make_encoder(config, folder, base)
+        options = dict(config["encoder"])
+        encoder: ImageEncoder
+        if options["name"] != _UNET_ENCODER_NAME:
+            encoder = TimmEncoder(**options)
+        elif base is None:
+            raise ModelLoadError(f"{folder} encodes photos with its base: give the base too")
+        else:
+            del options["name"]
+            encoder = make_unet_encoder(base, **options)
         return cls(encoder, Hypernetwork(layout, **config["hypernetwork"]))
+
+    @classmethod
+    def load_encoder_base(
+        cls, config: dict[str, Any], folder: Path, compute: ComputeConfig | None = None
+    ) -> DiffusionBase | None:
+        """Load the base of a ``UNetFeatureEncoder`` by ``card.base``.
+
+        Args:
+            config: The content of ``config.json``.
+            folder: The model's folder, where a relative path of ``card.base`` begins.
+            compute: Device and precision of the base.
+
+        Returns:
+            The base; None for another encoder, or a card without base.
+        """
+        name_or_path = ModelCard.from_dict(config["card"]).base
+        if config["encoder"]["name"] != _UNET_ENCODER_NAME or not name_or_path:
+            return None
+        base_dir = folder / name_or_path
+        return load_diffusion_base(base_dir if base_dir.is_dir() else name_or_path, compute)
 
     def generate_from_features(
         self, features: EncodedPhotos, sampling: LoraSampling | None = None
@@ -92,16 +124,3 @@ class ImageToLora(ImageToLoraBase):
             The image features [batch, views, tokens, width].
         """
         return EncodedPhotos(self.encoder(photos))
-
-
-def _make_encoder(config: dict[str, Any], folder: Path, base: DiffusionBase | None) -> ImageEncoder:
-    options = dict(config["encoder"])
-    if options["name"] != _UNET_ENCODER_NAME:
-        return TimmEncoder(**options)
-    if base is None:
-        if not (name_or_path := ModelCard.from_dict(config["card"]).base):
-            raise ModelLoadError(f"{folder} encodes photos with its base: give the base too")
-        base_dir = folder / name_or_path
-        base = load_diffusion_base(base_dir if base_dir.is_dir() else name_or_path)
-    del options["name"]
-    return make_unet_encoder(base, **options)

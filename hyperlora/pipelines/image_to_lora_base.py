@@ -117,17 +117,17 @@ class ImageToLoraBase(PretrainedModel):
             torch.stack([to_tensor(read_image(photo), self.photo_size) for photo in photos])
             for photos in subjects
         ]
-        return self.forward(torch.stack(pixels).to(self.device))
+        return self.forward(torch.stack(pixels))
 
     def forward(self, photos: Tensor, sampling: LoraSampling | None = None) -> LoraWeights:
         """Generate the LoRAs of several subjects from pixels.
 
         Args:
-            photos: [batch, views, 3, size, size] in [0, 1].
+            photos: [batch, views, 3, size, size] in [0, 1], on any device.
             sampling: Seed and steps of a model that ``is_generative``.
 
         Returns:
-            One LoRA per subject (batch axis).
+            One LoRA per subject (batch axis), on the device of the model.
         """
         return self.generate_from_features(self.encode_photos(photos), sampling)
 

@@ -1,4 +1,4 @@
-"""``LoraDiffusion``: a diffusion over LoRAs, guided by photos (DiffLoRA, 2408.06740).
+"""``LoraDiffusion``: a diffusion over LoRAs, guided by photos, after DiffLoRA (2408.06740).
 
 photos ─ encoder (and face pack) ─▶ mixture ─▶ denoiser: noise ─▶ latents ─▶ codec ─▶ LoRA
 """
@@ -136,7 +136,7 @@ class LoraDiffusion(ImageToLoraBase):
         """Encode the photos of several subjects, and the faces on them.
 
         Args:
-            photos: [batch, views, 3, size, size] in [0, 1].
+            photos: [batch, views, 3, size, size] in [0, 1], on any device.
             allow_no_face: Whether a photo without a face gets an embedding of zeros, as in
                 training, instead of an error.
 
@@ -147,6 +147,7 @@ class LoraDiffusion(ImageToLoraBase):
         Raises:
             InvalidImageError: A face is needed, and a photo shows none.
         """
+        photos = photos.to(self.device)
         image_features = self.encoder(photos)  # [batch, views, tokens, width]
         if self.face_analyzer is None:
             face_embeddings = photos.new_zeros(*photos.shape[:2], FACE_EMBED_DIM)

@@ -31,7 +31,7 @@ class ModelCard:
 
     trigger_phrase: str = ""
     license: str = ""
-    architecture: str = "stable-diffusion-v1"
+    architecture: str = ""
     resolution: int | None = None
     base: str = ""
     strength: float = 1.0

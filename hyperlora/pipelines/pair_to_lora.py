@@ -209,20 +209,21 @@ class PairToLora(PretrainedModel):
                 encoder's size if None.
 
         Returns:
-            [pairs, 2, 3, size, size] in [0, 1], on the model's device.
+            [pairs, 2, 3, size, size] in [0, 1].
         """
         size = image_size or self.encoder.image_size
-        pixels = [torch.stack([to_tensor(image, size) for image in pair]) for pair in pairs]
-        return torch.stack(pixels).to(self.device)
+        return torch.stack(
+            [torch.stack([to_tensor(image, size) for image in pair]) for pair in pairs]
+        )
 
     def forward(self, pairs: Tensor) -> LoraWeights:
         """Generate the LoRAs of several edits in one forward pass.
 
         Args:
-            pairs: [batch, views, 2, 3, size, size] in [0, 1].
+            pairs: [batch, views, 2, 3, size, size] in [0, 1], on any device.
 
         Returns:
-            One LoRA per edit (batch axis).
+            One LoRA per edit (batch axis), on the device of the model.
         """
         before, after = self.encoder(pairs[:, :, 0]), self.encoder(pairs[:, :, 1])
         return self.generate_from_features(before, after)

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Final, Self
 
+import huggingface_hub
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -15,12 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hyperlora.compute import ComputeConfig, is_out_of_memory
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError, ModelLoadError, format_reason
+from hyperlora.hub_connection import require_cache_if_offline
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.model_card import ModelCard
+from hyperlora.pipelines.readme import GENERATED_MARK, make_readme
 from hyperlora.pipelines.state_dict_keys import rename_state_dict_keys
+from hyperlora.pretrained import check_bundle
 
 CLASS_NAME_KEY: Final = "_class_name"
 """The key of ``config.json`` with the name of the pipeline's class, as in diffusers."""
@@ -37,9 +42,12 @@ class PretrainedModel(nn.Module, ModelHubMixin, ABC):
 
     Attributes:
         card: License, trigger phrase and recommended settings.
+        readme: ``README.md`` of the folder, which ``push_to_hub`` uploads; empty for one that
+            follows from the model alone.
     """
 
     card: ModelCard
+    readme: str = ""
 
     @property
     @abstractmethod
@@ -61,11 +69,27 @@ class PretrainedModel(nn.Module, ModelHubMixin, ABC):
             config: The content of ``config.json``.
             layout: The layout of the LoRAs.
             folder: The model's folder, where the config's relative paths begin.
-            base: The base, for a network that encodes images with it; loaded if needed and None.
+            base: The base, for a network that encodes images with it.
 
         Returns:
             The network.
         """
+
+    @classmethod
+    def load_encoder_base(
+        cls, config: dict[str, Any], folder: Path, compute: ComputeConfig | None = None
+    ) -> DiffusionBase | None:
+        """Load the base with which the model encodes images.
+
+        Args:
+            config: The content of ``config.json``.
+            folder: The model's folder, where the config's relative paths begin.
+            compute: Device and precision of the base.
+
+        Returns:
+            The base; None for a model that has an encoder of its own.
+        """
+        return None
 
     def load_sidecars(self, *folders: Path) -> None:
         """Read the optional files of the model, once its weights are loaded.
@@ -83,8 +107,23 @@ class PretrainedModel(nn.Module, ModelHubMixin, ABC):
         """Scale generated LoRAs by the strength of the model card."""
         return weights * self.card.strength if self.card.strength != 1 else weights
 
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> huggingface_hub.ModelCard:
+        """Make the ``README.md`` that ``save_pretrained`` and ``push_to_hub`` write.
+
+        Args:
+            *args: Not used.
+            **kwargs: Not used.
+
+        Returns:
+            ``readme``, or the facts that the model itself holds.
+        """
+        return huggingface_hub.ModelCard(self.readme or make_readme(self))
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the three files; weights in float16."""
+        """Write the three files; weights in float16. A generated README is written anew."""
+        readme_path = save_directory / "README.md"
+        if readme_path.is_file() and GENERATED_MARK in readme_path.read_text(encoding="utf-8"):
+            readme_path.unlink()
         config = {CLASS_NAME_KEY: type(self).__name__, **self.to_config()}
         (save_directory / "config.json").write_text(
             json.dumps(config | {"card": self.card.to_dict()}, indent=1)
@@ -103,17 +142,21 @@ class PretrainedModel(nn.Module, ModelHubMixin, ABC):
 
         Args:
             pretrained_model_name_or_path: The folder or the hub id.
-            **kwargs: ``base``, a ``DiffusionBase`` that spares a second load of it, and what
+            **kwargs: ``base``, a ``DiffusionBase`` that spares a second load of it; ``compute``, a
+                ``ComputeConfig`` with the device of the model; and what
                 ``ModelHubMixin.from_pretrained`` takes.
 
         Returns:
-            The model.
+            The model in float32, by default on the CPU.
 
         Raises:
             ModelLoadError: There is no such folder or hub id, or it holds another class of model
                 or damaged files.
             LayoutMismatchError: The model is for another base than ``base``.
         """
+        check_bundle(pretrained_model_name_or_path)
+        if not Path(pretrained_model_name_or_path).exists():
+            require_cache_if_offline()
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, HFValidationError) as error:
@@ -143,6 +186,8 @@ class PretrainedModel(nn.Module, ModelHubMixin, ABC):
             layout = read_layout(folder)
             if (base := kwargs.get("base")) is not None:
                 layout.check_base(base.id)
+            compute = kwargs.get("compute")
+            base = base or cls.load_encoder_base(config, folder, compute)
             model = cls.from_config(config, layout, folder, base)
             model.card = ModelCard.from_dict(config["card"])
             model.load_state_dict(
@@ -157,12 +202,16 @@ class PretrainedModel(nn.Module, ModelHubMixin, ABC):
             SafetensorError,
             InvalidArgumentError,
         ) as error:
+            if is_out_of_memory(error):  # a RuntimeError, too, and no damage
+                raise
             raise ModelLoadError(
                 f"{folder} holds a damaged {cls.__name__} model ({format_reason(error)}): "
                 "fetch it again"
             ) from error
         model.load_sidecars(folder, *_resolve_weight_sources(folder, config).values())
-        return model.eval().requires_grad_(False)
+        if (folder / "README.md").is_file():
+            model.readme = (folder / "README.md").read_text(encoding="utf-8")
+        return model.to(compute.torch_device if compute else None).eval().requires_grad_(False)
 
     @classmethod
     def _check_class_name(cls, config: dict[str, Any], folder: Path) -> None:

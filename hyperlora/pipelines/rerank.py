@@ -56,7 +56,7 @@ class IdentityReranker:
         )
         size = self.identity_similarity.image_size
         pixels = torch.stack([to_tensor(image, size) for image in images])
-        similarities = self.identity_similarity(photos.cpu(), pixels)  # [n * prompts]
+        similarities = self.identity_similarity(photos, pixels)  # [n * prompts]
         return similarities.view(num_loras, num_prompts).mean(1)
 
 

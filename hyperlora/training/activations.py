@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import torch
@@ -136,7 +136,8 @@ def estimate_activation_bytes(
     is_flow_matching = not type(denoiser).__name__.startswith("UNet")
     dtype = torch.float32 if is_flow_matching else torch.int64
     timesteps = torch.empty(num_samples, dtype=dtype, device="meta")
-    weights = _make_meta_loras(layout, num_samples)
+    targets = tuple(t for t in layout.targets if t.component == family.denoiser_name)
+    weights = _make_meta_loras(replace(layout, targets=targets), num_samples)
     owned = [*denoiser.parameters(), *denoiser.buffers(), *weights.down, *weights.up]
     counter = _StorageCounter(owned)
     with (

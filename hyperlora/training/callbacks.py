@@ -1,17 +1,17 @@
 """Random seeds that depend on the position in a training run, not on its history."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 _EPOCH_SEED: Final = 0
 _STEP_SEED: Final = 1
-_SAMPLE_SEED: Final = 2
+_FETCH_SEED: Final = 2
 
 
 class PerBatchSeed(L.Callback):
@@ -21,9 +21,9 @@ class PerBatchSeed(L.Callback):
     run would repeat those of its first steps. With this callback, n devices equal one
     device that accumulates n batches.
 
-    A resumed run begins with the batch after the last one that it trained on. It equals a run that
-    was never interrupted, bit for bit, if the data loader has no workers. Workers draw other
-    augmentations after a break in the midst of an epoch.
+    A resumed run begins with the batch after the last one that it trained on, and equals a run that
+    was never interrupted, bit for bit. With workers this needs a data set whose samples depend on
+    their indices alone, as those of ``PhotoFolderDataModule`` do.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -35,13 +35,16 @@ class PerBatchSeed(L.Callback):
         """
         self.on_train_epoch_start(trainer, pl_module)
         loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress
         num_skipped = 0 if progress.is_last_batch else progress.current.processed
-        batches = _SeededBatches(loader.batch_sampler, lambda: trainer.current_epoch, num_skipped)
-        # torch forbids to replace it in a loader, and Lightning has begun to iterate over the old
-        object.__setattr__(loader, "batch_sampler", batches)
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        sampler = _SeededSampler(getattr(loader, name), trainer, num_skipped)
+        # torch forbids to replace it in a loader; Lightning, and workers that persist, have begun
+        # to iterate over the old one
+        object.__setattr__(loader, name, sampler)
+        loader._iterator = None
         iter(trainer.fit_loop._data_fetcher)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -75,30 +78,35 @@ class PerBatchSeed(L.Callback):
         torch.manual_seed(_compute_seed(_STEP_SEED, batch_number))
 
 
-class _SeededBatches:
-    """The batches of a sampler, each loaded after seeding the global generator by its first index.
+class _SeededSampler:
+    """What a sampler gives, each time after seeding the global generator.
 
     Args:
-        batches: A batch sampler.
-        get_epoch: Returns the current epoch.
+        sampler: A sampler, or a batch sampler.
+        trainer: The running trainer.
         num_skipped: Batches of the first epoch that are left out, since they were trained on.
     """
 
-    def __init__(
-        self, batches: Iterable[Sequence[int]], get_epoch: Callable[[], int], num_skipped: int
-    ) -> None:
-        self.batches, self.get_epoch, self.num_skipped = batches, get_epoch, num_skipped
+    def __init__(self, sampler: Iterable[object], trainer: L.Trainer, num_skipped: int) -> None:
+        self.sampler, self.trainer, self.num_skipped = sampler, trainer, num_skipped
 
     def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
+        return len(self.sampler)  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Sequence[int]]:
+    def __iter__(self) -> Iterator[object]:
         num_skipped, self.num_skipped = self.num_skipped, 0
-        epoch = self.get_epoch()
-        for i, indices in enumerate(self.batches):
+        trainer, epoch = self.trainer, self.trainer.current_epoch
+        self.set_epoch(epoch)  # workers fetch before Lightning does so
+        for i, indices in enumerate(self.sampler):
             if i >= num_skipped:
-                torch.manual_seed(_compute_seed(_SAMPLE_SEED, epoch, int(indices[0])))
+                batch_number = i * trainer.world_size + trainer.global_rank
+                torch.manual_seed(_compute_seed(_FETCH_SEED, epoch, batch_number))
                 yield indices
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of a sampler that has epochs."""
+        if (set_epoch := getattr(self.sampler, "set_epoch", None)) is not None:
+            set_epoch(epoch)
 
 
 def _compute_seed(*position: int) -> int:

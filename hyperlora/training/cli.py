@@ -1,16 +1,18 @@
 """``hyperlora train``: LightningCLI over every LightningModule and DataModule, by class path."""
 
+import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from hyperlora.cpu import disable_malloc_trim
-from hyperlora.errors import InvalidArgumentError
+from hyperlora.errors import HyperloraError, InvalidArgumentError
 from hyperlora.pretrained import REPOSITORY_URL
 from hyperlora.training.callbacks import PerBatchSeed
 
@@ -24,7 +26,8 @@ class TrainingCLI(LightningCLI):
     """LightningCLI with a key ``run_name`` that decides where a run writes.
 
     ``runs/<run_name>`` receives ``last.ckpt``, written every ``checkpoint.every_n_train_steps``
-    steps, and the metrics as CSV. ``--ckpt_path runs/<run_name>/last.ckpt`` resumes the run.
+    steps, and the metrics as CSV and for TensorBoard. ``--ckpt_path runs/<run_name>/last.ckpt``
+    resumes the run.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -50,11 +53,39 @@ class TrainingCLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = run_dir
 
+    def _parse_ckpt_path(self) -> None:
+        """Resume as the configuration says: Lightning would prefer what the checkpoint was made by.
+
+        Then ``lr`` or ``output_dir`` on the command line would have no effect.
+        """
+
+    def instantiate_classes(self) -> None:
+        """Instantiate all classes.
+
+        Raises:
+            HyperloraError: A class refuses its arguments: its own sentence, which jsonargparse
+                would hide among all arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, HyperloraError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
     def instantiate_trainer(self, **kwargs: object) -> L.Trainer:
-        """Instantiate the trainer, with a CSV logger unless the configuration has another."""
+        """Instantiate the trainer, with CSV and TensorBoard unless the configuration has loggers.
+
+        TensorBoard comes with the extra ``train``, and is left out where it is not installed.
+        """
         trainer_config = self.config_init[self.subcommand].trainer
         if trainer_config.logger is None:
-            kwargs["logger"] = CSVLogger(trainer_config.default_root_dir)
+            run_dir = trainer_config.default_root_dir
+            loggers: list[Logger] = [CSVLogger(run_dir)]
+            if find_spec("tensorboard"):
+                loggers.append(TensorBoardLogger(run_dir, name="tensorboard"))
+            kwargs["logger"] = loggers
         return super().instantiate_trainer(**kwargs)
 
 
@@ -81,15 +112,28 @@ def train(args: Sequence[str]) -> None:
     _check_config_paths(args)
     disable_malloc_trim()
     if args[:1] == ["estimate"]:
-        cli = _run_cli(_ConfigReader, ["fit", *args[1:]])
         from hyperlora.training.estimate_config import estimate_config
 
-        estimate_config(cli.config["fit"].as_dict()).print_table()
+        estimate_config(parse_config(args[1:])).print_table()
     else:
         _run_cli(TrainingCLI, args)
 
 
+def parse_config(args: Sequence[str]) -> dict[str, Any]:
+    """Read and check the arguments of ``fit`` without making anything.
+
+    Args:
+        args: What follows ``fit`` on the command line.
+
+    Returns:
+        All options, with their defaults.
+    """
+    return _run_cli(_ConfigReader, ["fit", *args]).config["fit"].as_dict()
+
+
 def _run_cli(cli_class: type[TrainingCLI], args: Sequence[str]) -> TrainingCLI:
+    # it warns that sys.argv is not used, which is what `args` is for
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
     return cli_class(
         L.LightningModule,
         L.LightningDataModule,

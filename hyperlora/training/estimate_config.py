@@ -50,7 +50,23 @@ def estimate_config(config: Mapping[str, Any]) -> TrainingMemory:
             "the memory of a training whose encoder is the UNet cannot be estimated: "
             "begin it, and it prints the same table"
         )
-    base = make_meta_base(model["base"], (model["base_options"] or {}).get("dtype", "float32"))
+    if model.get("text_encoders"):
+        raise InvalidArgumentError(
+            "the memory of LoRAs of text encoders cannot be estimated without the base: begin the "
+            "training, and it prints the same table"
+        )
+    if model["start_from"]:
+        raise InvalidArgumentError(
+            f"the network of {model['start_from']!r} decides the memory: begin the training, and "
+            "it prints the same table"
+        )
+    devices = str(trainer["devices"])  # a number, "auto" or a list
+    num_devices = int(devices) if devices.isdecimal() else 1
+    base = make_meta_base(
+        model["base"],
+        (model["base_options"] or {}).get("dtype", "float32"),
+        num_devices if model["shard_base"] else 1,
+    )
     layout = make_layout(
         {base.family.denoiser_name: base.denoiser}, model["preset"], model["rank"], model["base"]
     )
@@ -74,6 +90,7 @@ def estimate_config(config: Mapping[str, Any]) -> TrainingMemory:
             options=TrainerOptions(
                 has_average=any(path.endswith("WeightAveraging") for path in callbacks),
                 is_mixed=str(trainer["precision"]).endswith("-mixed"),
+                num_devices=num_devices,
             ),
         )
     )

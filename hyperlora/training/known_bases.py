@@ -1,8 +1,8 @@
 """The sizes of common bases: what a training takes can be computed without their weights."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
@@ -153,12 +153,13 @@ class MetaBase:
     rows: list[MemoryRow]
 
 
-def make_meta_base(name_or_path: str, dtype: str = "float32") -> MetaBase:
+def make_meta_base(name_or_path: str, dtype: str = "float32", num_shards: int = 1) -> MetaBase:
     """Make a base without numbers.
 
     Args:
         name_or_path: Folder of a pipeline, or a hub id of ``KNOWN_BASES``.
         dtype: Precision of all components.
+        num_shards: Devices over which denoiser and text encoders are spread.
 
     Returns:
         The base.
@@ -167,7 +168,8 @@ def make_meta_base(name_or_path: str, dtype: str = "float32") -> MetaBase:
         InvalidArgumentError: There is no such folder, and the id is not known.
     """
     if (Path(name_or_path) / "model_index.json").is_file():
-        return _read_meta_base(Path(name_or_path), dtype)
+        base = _read_meta_base(Path(name_or_path), dtype)
+        return replace(base, rows=_shard_rows(base.rows, num_shards))
     if name_or_path not in KNOWN_BASES:
         raise InvalidArgumentError(
             f"the size of {name_or_path!r} is not known: give the folder of the pipeline, or one "
@@ -178,7 +180,22 @@ def make_meta_base(name_or_path: str, dtype: str = "float32") -> MetaBase:
     with torch.device("meta"):
         denoiser = getattr(diffusers, family_class.denoiser_class_name)(**known.denoiser_config)
     num_params = dict(known.num_other_params)
-    return _make_meta_base(family_class, denoiser, num_params, dtype, vae_scale_factor=8)
+    base = _make_meta_base(family_class, denoiser, num_params, dtype, vae_scale_factor=8)
+    return replace(base, rows=_shard_rows(base.rows, num_shards))
+
+
+def _shard_rows(rows: Sequence[MemoryRow], num_shards: int) -> list[MemoryRow]:
+    """Divide the bytes of all but the VAE; blocks are nearly all of a denoiser."""
+    return [
+        row
+        if num_shards == 1 or row.name.startswith("vae ")
+        else replace(
+            row,
+            name=row.name.replace("frozen", f"frozen, {num_shards} shards"),
+            num_bytes=(row.num_bytes or 0) // num_shards,
+        )
+        for row in rows
+    ]
 
 
 def _read_meta_base(folder: Path, dtype: str) -> MetaBase:

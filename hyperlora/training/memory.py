@@ -13,6 +13,7 @@ from torch import nn
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.training.sharding import count_sharded_bytes
 
 Part = Literal["base", "encoder", "network", "activations"]
 """What a row belongs to, for the advice in a refusal."""
@@ -67,6 +68,13 @@ class TrainingMemory:
     def num_trained_params(self) -> int:
         """Parameters of the network that is trained."""
         return sum(row.num_params or 0 for row in self.rows if row.part == "network")
+
+    def describe(self) -> str:
+        """Describe the sums in one line, as the headers of configurations do."""
+        return (
+            f"{format_bytes(self.num_bytes)} per device, "
+            f"{format_count(self.num_trained_params)} trained parameters"
+        )
 
     def print_table(self, device_bytes: int | None = None, device_name: str = "") -> None:
         """Print the table.
@@ -173,22 +181,25 @@ def make_network_rows(network: nn.Module, options: TrainerOptions) -> list[Memor
     return rows + [MemoryRow(name, None, size, "network") for name, size in extras.items() if size]
 
 
-def make_frozen_row(name: str, module: nn.Module, part: Part) -> MemoryRow:
+def make_frozen_row(name: str, module: nn.Module, part: Part, num_shards: int = 1) -> MemoryRow:
     """Make the row of a frozen module at the precision of its weights.
 
     Args:
         name: What it is.
         module: With or without numbers.
         part: ``base`` or ``encoder``.
+        num_shards: Devices over which its blocks are spread.
 
     Returns:
         The row.
     """
     parameters = list(module.parameters())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-    num_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    num_bytes = count_sharded_bytes(module, num_shards)
     num_params = sum(p.numel() for p in parameters)
-    return MemoryRow(f"{name} ({', '.join(dtypes)}, frozen)", num_params, num_bytes, part)
+    shards = "" if num_shards == 1 else f", {num_shards} shards"
+    name = f"{name} ({', '.join(dtypes)}, frozen{shards})"
+    return MemoryRow(name, num_params, num_bytes, part)
 
 
 def describe_lora(layout: LoraLayout) -> str:

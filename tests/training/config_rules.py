@@ -16,6 +16,7 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.pipelines.pair_to_lora import PairToLora
+from tests.tiny_pipelines.base import SIDE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(
@@ -80,11 +81,13 @@ def _make_photo_rule(name: str, *arguments: str) -> Rule:
     )
 
 
-def _make_pair_rule(*arguments: str, needs: tuple[str, ...] = ()) -> Rule:
+def _make_pair_rule(
+    *arguments: str, base: str = "instruct_pix2pix", needs: tuple[str, ...] = ()
+) -> Rule:
     return Rule(
         PairToLora.from_pretrained,
         (
-            "--model.init_args.base=tiny/instruct_pix2pix",
+            f"--model.init_args.base=tiny/{base}",
             *TINY_ENCODER,
             "--data.init_args.batch_size=2",
             "--data.init_args.num_workers=0",
@@ -106,6 +109,7 @@ _TINY_EDIT_UNET = (
     "--model.init_args.unet.block_out_channels=[64,96,16]",
     "--data.init_args.batch_size=4",
 )
+_TINY_RESOLUTION = f"--data.init_args.resolution={SIDE}"
 _FOUR_IDENTITIES = "--data.init_args.identities_per_batch=4"
 _FOUR_SAMPLES = "--data.init_args.batch_size=4"
 _TWO_SAMPLES = "--data.init_args.batch_size=2"
@@ -211,6 +215,14 @@ RULES = {
     "sd15/hypernetwork": _make_photo_rule("sd15"),
     "sd15/hyperdreambooth_paper": _make_photo_rule("sd15"),
     "sdxl/hypernetwork": _make_photo_rule("sdxl"),
+    "sd3/hypernetwork": _make_photo_rule("stable_diffusion_3", _TINY_RESOLUTION),
+    "flux2/klein_hypernetwork": _make_photo_rule("flux2_klein", _TINY_RESOLUTION),
+    "flux2/dev_hypernetwork": _make_photo_rule("flux2", _TINY_RESOLUTION),
+    "z_image/hypernetwork": _make_photo_rule("z_image", _TINY_RESOLUTION),
+    "qwen_image/hypernetwork": _make_photo_rule("qwen_image", _TINY_RESOLUTION),
+    "qwen_image/edit_pair_hypernetwork": _make_pair_rule(
+        *SMALL_NETWORK, _TINY_RESOLUTION, base="qwen_image_edit_plus"
+    ),
 }
 
 

@@ -13,6 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tiny_pipelines import get_tiny_pipeline
+
+TRANSFORMERS = (
+    "stable_diffusion_3",
+    "flux2",
+    "flux2_klein",
+    "z_image",
+    "qwen_image",
+    "qwen_image_edit_plus",
+)
+"""Tiny pipelines with a transformer that configurations train on."""
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -21,12 +32,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, bundle: Any) -> Path:
     """A folder with ``configs`` and:
 
     * ``tiny/sd15``, ``tiny/sdxl``, ``tiny/instruct_pix2pix``: bases for 16x16 pixels.
+    * ``tiny/NAME`` for each of ``TRANSFORMERS``: bases for 32x32 pixels.
     * ``photos/train``, ``photos/validation``, ``photos/single``: folders of subjects.
     * ``pairs/seed-data-edit``, ``pairs/magic-brush`` (a saved dataset), ``pairs/validation``.
     """
     root = tmp_path_factory.mktemp("workspace")
     (root / "configs").symlink_to(CONFIGS)
     _save_bases(root / "tiny", bundle.base)
+    for name in TRANSFORMERS:
+        get_tiny_pipeline(name).pipe.save_pretrained(root / "tiny" / name)
     _save_photos(root / "photos/train", num_subjects=4, num_photos=3)
     _save_photos(root / "photos/validation", num_subjects=2, num_photos=2)
     _save_photos(root / "photos/single", num_subjects=4, num_photos=1)

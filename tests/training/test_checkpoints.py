@@ -59,11 +59,14 @@ def load_checkpoint(run_dir: Path, name: str) -> dict[str, Any]:
     return torch.load(path, weights_only=False)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("step", [2, 4])  # in the midst of an epoch, and at its end
-def test_resumed_run_equals_one_without_a_break(run_dir: Path, step: int) -> None:
+def test_resumed_run_equals_one_without_a_break(run_dir: Path, step: int, num_workers: int) -> None:
     (path,) = run_dir.glob(f"*step={step}.ckpt")
-    name = f"resumed-{step}"
-    train([*ARGUMENTS, *make_run_arguments(name), f"--ckpt_path={path}"])
+    name = f"resumed-{step}-{num_workers}"
+    workers = f"--data.init_args.num_workers={num_workers}"
+    train([*ARGUMENTS, *make_run_arguments(name), workers, f"--ckpt_path={path}"])
+    assert (run_dir.with_name(name) / "out/config.json").is_file()  # not where the checkpoint says
     straight = load_checkpoint(run_dir, "step=6")
     resumed = load_checkpoint(run_dir.with_name(name), "step=6")
     for key in ("state_dict", "current_model_state", "averaging_state"):

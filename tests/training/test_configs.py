@@ -30,7 +30,14 @@ from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.training.cli import train
 from hyperlora.training.modules import hypernetwork, instruct_pix2pix, pair_hypernetwork
 from hyperlora.training.modules.frozen_base import load_training_base
-from tests.training.config_rules import CONFIGS, NAMES, RULES, make_command, read_config
+from tests.training.config_rules import (
+    CONFIGS,
+    NAMES,
+    RULES,
+    get_run_dir,
+    make_command,
+    read_config,
+)
 from tests.training.config_stages import Stages
 
 HEADER = ("trains", "needs", "writes", "time on", "reproduces")
@@ -183,6 +190,8 @@ def test_config_trains_and_resumes(
         math.isfinite(value) for metrics in straight.losses.values() for value in metrics.values()
     )
     _check_output(RULES[name].load(Path(model["output_dir"])))
+    if "ValidationPortraits" in (CONFIGS / f"{name}.yaml").read_text():
+        assert len(list((get_run_dir(name) / "portraits").glob("*.png"))) == 2
 
     resumed = stages.resume(name)
     assert resumed.losses == {

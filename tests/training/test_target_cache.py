@@ -59,8 +59,7 @@ def forbid_base(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("photos", ["train", "single"])
+@pytest.mark.parametrize(("name", "photos"), [("sd15", "train"), ("sdxl", "single")])
 def test_cached_targets_are_what_the_base_computes(
     workspace: Path, tmp_path: Path, name: str, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +202,12 @@ def test_training_without_vae_and_text_encoder_has_the_same_losses(
         "--model.init_args.base_options.dtype=float32",
         "--data.init_args.folder=photos/single",
     ]
+    # noise takes the memory format of the latents: the VAE's is another than that of files
+
+    def encode_images(base: DiffusionBase, images: torch.Tensor) -> torch.Tensor:
+        return base.family.encode_images(images).contiguous()
+
+    monkeypatch.setattr(DiffusionBase, "encode_images", encode_images)
     train(command)
     losses = read_losses(name)
     base_options = {**BASE_OPTIONS["sd15"], "dtype": "float32"}
@@ -217,6 +222,5 @@ def test_training_without_vae_and_text_encoder_has_the_same_losses(
     )
     cached_losses = read_losses(name)
     assert cached_losses.keys() == losses.keys()
-    print("LOSSES", losses, cached_losses)
     for step, metrics in losses.items():
         assert cached_losses[step]["train/loss"] == pytest.approx(metrics["train/loss"], rel=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -106,7 +107,8 @@ class FaceIndex:
         Args:
             photos: An id and the photo.
         """
-        path = self.folder / f"{self._name}-{os.getpid()}.jsonl" if self.folder else None
+        process = f"{platform.node()}-{os.getpid()}"
+        path = self.folder / f"{self._name}-{process}.jsonl" if self.folder else None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         for photo_id, photo in photos:
@@ -201,7 +203,7 @@ def filter_subjects(
         InvalidArgumentError: No photo is left.
     """
     num_photos_by_reason: dict[str, int] = {}
-    kept_subjects = []
+    remaining_subjects = []
     for subject in subjects:
         photos = []
         for photo in subject.photos:
@@ -211,13 +213,13 @@ def filter_subjects(
             else:
                 num_photos_by_reason[reason] = num_photos_by_reason.get(reason, 0) + 1
         if photos:
-            kept_subjects.append(replace(subject, photos=tuple(photos)))
-    if not kept_subjects:
+            remaining_subjects.append(replace(subject, photos=tuple(photos)))
+    if not remaining_subjects:
         raise InvalidArgumentError(
             f"no photo is good enough ({format_counts(num_photos_by_reason)}): "
             "lower the limits of faces, or use other photos"
         )
-    return kept_subjects, num_photos_by_reason
+    return remaining_subjects, num_photos_by_reason
 
 
 def format_counts(num_photos_by_reason: dict[str, int]) -> str:

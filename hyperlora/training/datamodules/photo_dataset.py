@@ -235,7 +235,7 @@ class PhotoStreamDataset(IterableDataset[SubjectBatch]):
         rng = np.random.default_rng([self.seed, self.rank, worker.id if worker else 0])
         samples_by_size: dict[ImageSize, list[SubjectSample]] = {}
         num_left_out: dict[str, int] = {}
-        for number, subject in enumerate(self._iterate_shuffled(rng, num_left_out)):
+        for number, subject in enumerate(self._shuffle_subjects(rng, num_left_out)):
             try:
                 plan = plan_sample(subject, number, self.maker.config, rng, self.get_size)
                 sample = self.maker.make(subject, plan)
@@ -248,7 +248,7 @@ class PhotoStreamDataset(IterableDataset[SubjectBatch]):
                 yield collate_subjects(samples)
                 samples_by_size[plan.size] = []
 
-    def _iterate_shuffled(
+    def _shuffle_subjects(
         self, rng: np.random.Generator, num_left_out: dict[str, int]
     ) -> Iterator[SubjectPhotos]:
         """Iterate over subjects in pass after pass, each drawn from a few that are at hand."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from hyperlora.data.aspect_buckets import SIDE_MULTIPLE
 from hyperlora.data.hub_subjects import HubStream
-from hyperlora.data.subject_sources import SubjectSourceConfig, open_subject_source
+from hyperlora.data.open_subject_source import SubjectSourceConfig, open_subject_source
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.progress import track
 from hyperlora.training.augmentation import AugmentationConfig
@@ -193,7 +193,7 @@ class PhotoFolderDataModule(FolderDataModule):
             sampler=sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=num_workers > 0,
+            pin_memory=num_workers > 0 and torch.accelerator.is_available(),
         )
 
     def _get_name(self, training: bool) -> str:

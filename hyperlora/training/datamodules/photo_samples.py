@@ -111,7 +111,7 @@ def plan_sample(
     photos, num_generated = subject.photos, len(subject.generated_views)
     order = rng.permutation(len(photos)).tolist()
     if num_generated:
-        references, targets = _split_generated(order, len(photos), num_generated, config, rng)
+        references, targets = _split_with_views(order, len(photos), num_generated, config, rng)
     else:
         references, targets = split_references(order, config.num_views, config.num_targets)
     size = (config.resolution, config.resolution)
@@ -148,7 +148,7 @@ def count_crops(subject: SubjectPhotos, config: SampleConfig) -> int:
     return max(config.num_crops, SINGLE_PHOTO_CROPS) if is_single else config.num_crops
 
 
-def _split_generated(
+def _split_with_views(
     order: Sequence[int],
     num_photos: int,
     num_generated: int,

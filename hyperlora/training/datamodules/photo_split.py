@@ -1,5 +1,6 @@
 """``PhotoSplit``: the subjects of training or of validation, and what is known of their photos."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -203,8 +204,8 @@ def handle_single_photos(split: PhotoSplit, single_photos: SinglePhotos) -> Phot
     if not any(has_one):
         return split
     consequence = {
-        "views": "reference and target are different crops of it, so likeness is learned less well "
-        "than from several photos",
+        "views": "reference and target are different crops of it, so LoRAs keep more of the photo "
+        "and less of the identity than with several photos",
         "identical": "it is its own target, so the network learns to copy it",
         "skip": "they are left out",
     }[single_photos]
@@ -246,13 +247,13 @@ def assign_buckets(split: PhotoSplit, resolution: int) -> PhotoSplit:
     subjects, counts = filter_subjects(
         split.subjects, lambda photo: None if photo.key in sizes else "cannot be read"
     )
-    counted = [sum(size == bucket for size in sizes.values()) for bucket in buckets]
-    used = [f"{w}×{h}: {n}" for (w, h), n in zip(buckets, counted, strict=True) if n]
+    counts_by_size = Counter(sizes.values())
+    size_counts = [f"{w}×{h}: {counts_by_size[w, h]}" for w, h in sorted(counts_by_size)]
     bucketed = replace(
         split,
         subjects=subjects,
         get_size=_KnownSizes(sizes),
-        notes=[*split.notes, f"{split.maker.config.source}: buckets {', '.join(used)}."],
+        notes=[*split.notes, f"{split.maker.config.source}: buckets {', '.join(size_counts)}."],
     )
     bucketed.add_counts(counts)
     return bucketed

@@ -9,6 +9,7 @@ from diffusers import ModelMixin
 from hyperlora.compute import ComputeConfig
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.training.auxiliary_losses import AttributeLoss
+from hyperlora.training.sharding import shard_base
 
 
 def load_training_base(
@@ -34,13 +35,18 @@ class FrozenBaseTraining(L.LightningModule):
     Neither the ``DiffusionBase`` nor the ``AttributeLoss`` is an ``nn.Module``. So they are no
     submodules: no checkpoint and no optimizer holds them, and they are moved to the device here.
 
+    So strategies that shard the LightningModule leave the base alone. ``shards_base`` spreads it
+    over the devices of any data-parallel strategy.
+
     Attributes:
         base: The frozen base, set by the constructor of the subclass.
         attribute_loss: The auxiliary loss, set by the constructor of the subclass.
+        shards_base: Whether each device holds a part of the base (``shard_base``).
     """
 
     base: DiffusionBase
     attribute_loss: AttributeLoss
+    shards_base: bool = False
 
     @property
     def denoiser_name(self) -> str:
@@ -54,5 +60,7 @@ class FrozenBaseTraining(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Move the base and the attribute classifier to the device of the training."""
+        if self.shards_base and self.trainer.world_size > 1:
+            shard_base(self.base, self.device)
         self.base.pipeline.to(self.device)
         self.attribute_loss.to(self.device)

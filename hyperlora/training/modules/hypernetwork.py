@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.diffusion_base import make_unet_encoder
-from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
 from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.features import ImageFeatures
@@ -45,15 +45,18 @@ class HypernetworkTraining(PretrainedModelTraining):
             ``AttributeClassifier``, or a timm id. It stays frozen.
         output_dir: Folder that receives the ``ImageToLora`` when training ends.
         preset: Target modules: ``attention``, ``attention+mlp`` or ``attention+conv``.
+        text_encoders: Whether the CLIP text encoders are adapted, too.
         rank: Of the LoRAs.
         hypernetwork: Arguments of ``Hypernetwork``.
         encoder_options: Arguments of the encoder.
         base_options: Arguments of ``load_training_base``.
         gradient_checkpointing: Whether the denoiser recomputes activations to save memory.
+        shard_base: Whether several devices share one base, each with a part of its weights.
         code_targets: File with ``codes`` [num_subjects, ...] fitted to the first subjects
             (``data-builder fit-lidb-targets``); None for no regression.
         code_loss_weight: Weight of the regression to them.
         delta_l2_weight: Weight of the mean squared norm of ΔW.
+        timestep_shift: s of ``compute_denoising_loss``: above 1, noisier timesteps come more often.
         attribute_classifier: Folder of a classifier of latents for the auxiliary loss. Prompt and
             photos determine all attributes of a target.
         attribute_loss_weight: Weight of its cross-entropy with the labels of the batch.
@@ -71,14 +74,17 @@ class HypernetworkTraining(PretrainedModelTraining):
         encoder: str,
         output_dir: str,
         preset: str = "attention",
+        text_encoders: bool = False,
         rank: int = 4,
         hypernetwork: Options | None = None,
         encoder_options: Options | None = None,
         base_options: Options | None = None,
         gradient_checkpointing: bool = False,
+        shard_base: bool = False,
         code_targets: str | None = None,
         code_loss_weight: float = 0.0,
         delta_l2_weight: float = 1e-3,
+        timestep_shift: float = 1.0,
         attribute_classifier: str | None = None,
         attribute_loss_weight: float = 0.0,
         start_from: str | None = None,
@@ -89,7 +95,8 @@ class HypernetworkTraining(PretrainedModelTraining):
         super().__init__()
         self.save_hyperparameters()
         self.base = load_training_base(base, **(base_options or {}))
-        layout = self.base.make_layout(preset, rank)
+        self.shards_base = shard_base
+        layout = self.base.make_layout(preset, rank, text_encoders=text_encoders)
         image_encoder: ImageEncoder
         if encoder == UNET_ENCODER:
             image_encoder = make_unet_encoder(self.base, **(encoder_options or {}))
@@ -105,7 +112,9 @@ class HypernetworkTraining(PretrainedModelTraining):
             network = pretrained.hypernetwork.requires_grad_(True)
             network.layout.check_compatible(layout)
         self.model = ImageToLora(
-            image_encoder.requires_grad_(False), network, ModelCard.from_dict(card or {})
+            image_encoder.requires_grad_(False),
+            network,
+            ModelCard.from_dict({"architecture": self.base.architecture} | (card or {})),
         )
         self.attribute_loss = AttributeLoss(attribute_classifier, attribute_loss_weight)
         self.code_targets = load_file(code_targets)["codes"] if code_targets else None
@@ -128,7 +137,7 @@ class HypernetworkTraining(PretrainedModelTraining):
         num_views = int(torch.randint(1, max_views + 1, ()))
         codes = self.model.hypernetwork.predict_codes(ImageFeatures(features.tokens[:, :num_views]))
         weights = self.model.hypernetwork.decode_codes(codes)
-        with inject_lora(self.base.denoiser, weights):
+        with self.base.inject_lora(weights):
             denoising_loss = self._compute_denoising_loss(
                 batch, self.attribute_loss.make_aux_loss(batch.labels)
             )
@@ -167,7 +176,7 @@ class HypernetworkTraining(PretrainedModelTraining):
         }
         devices = [self.device] if self.device.type == "cuda" else []
         for name, weights in controls.items():
-            with torch.random.fork_rng(devices), inject_lora(self.base.denoiser, weights):
+            with torch.random.fork_rng(devices), self.base.inject_lora(weights):
                 torch.manual_seed(batch_idx)
                 loss = self._compute_denoising_loss(batch)
             self.log(
@@ -197,9 +206,16 @@ class HypernetworkTraining(PretrainedModelTraining):
             self.base.predict,
             self.base.noise_scheduler,
             latents.float(),  # bfloat16 would round away the little noise of early timesteps
-            batch.conditions or self.base.encode_prompts(batch.captions),
+            self._encode_captions(batch),
+            shift=self.hparams["timestep_shift"],
             aux_loss=aux_loss,
         ).mean()
+
+    def _encode_captions(self, batch: SubjectBatch) -> Conditions:
+        """Return the conditions of the targets; LoRAs of text encoders change them every time."""
+        if self.hparams["text_encoders"]:
+            return self.base.encode_prompts(batch.captions, requires_grad=True)
+        return batch.conditions or self.base.encode_prompts(batch.captions)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW for the hypernetwork, with one cosine cycle."""

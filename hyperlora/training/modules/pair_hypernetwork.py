@@ -1,8 +1,6 @@
 """Train a network from before/after pairs to LoRAs, through the frozen edit base."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,11 +10,7 @@ from torch import Tensor
 from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.diffusion_base import PromptCache
 from hyperlora.diffusion.lora_injection import inject_lora
-from hyperlora.diffusion.losses import (
-    AuxLoss,
-    compute_denoising_loss,
-    compute_edit_region_weights,
-)
+from hyperlora.diffusion.losses import compute_denoising_loss, compute_edit_region_weights
 from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
@@ -26,22 +20,17 @@ from hyperlora.pipelines.model_card import ModelCard
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.prompt_lora import set_instruction_texts
 from hyperlora.training.auxiliary_losses import AttributeLoss
-from hyperlora.training.batches import AttributeLabels, PairBatch
+from hyperlora.training.batches import PairBatch
+from hyperlora.training.modules.edit_targets import (
+    EditTarget,
+    swap_features,
+    swap_labels,
+    swap_sides,
+)
 from hyperlora.training.modules.frozen_base import load_training_base
 from hyperlora.training.modules.options import Options
 from hyperlora.training.modules.pretrained_model import PretrainedModelTraining
 from hyperlora.training.optimizers import make_adamw_cosine, make_muon_cosine
-
-
-@dataclass(frozen=True)
-class _EditTarget:
-    """One direction of an edit: latents to start from and to reach, with labels of the latter."""
-
-    input_latents: Tensor
-    """[n, c, h, w]."""
-    target_latents: Tensor
-    """[n, c, h, w]."""
-    aux_loss: AuxLoss | None = None
 
 
 class PairHypernetworkTraining(PretrainedModelTraining):
@@ -70,6 +59,7 @@ class PairHypernetworkTraining(PretrainedModelTraining):
         freeze_encoder: Whether the encoder stays as it is.
         freeze_instruction_head: Whether the instruction head stays as it is.
         gradient_checkpointing: Whether the denoiser recomputes activations to save memory.
+        shard_base: Whether several devices share one base, each with a part of its weights.
         start_from: Folder of a ``PairToLora`` to continue from (the paper's second stage).
         reverse_weight: Weight of undoing the edit with -Δ.
         swap_prob: Probability of swapping the two sides of a sample (the paper's exchange).
@@ -107,6 +97,7 @@ class PairHypernetworkTraining(PretrainedModelTraining):
         freeze_encoder: bool = False,
         freeze_instruction_head: bool = False,
         gradient_checkpointing: bool = False,
+        shard_base: bool = False,
         start_from: str | None = None,
         reverse_weight: float = 1.0,
         swap_prob: float = 0.5,
@@ -131,6 +122,7 @@ class PairHypernetworkTraining(PretrainedModelTraining):
             )
         self.save_hyperparameters()
         self.base = load_training_base(base, **(base_options or {}))
+        self.shards_base = shard_base
         self.prompt_cache: PromptCache = {}
         if start_from is not None:
             self.model = PairToLora.from_pretrained(start_from, base=self.base).requires_grad_(True)
@@ -141,7 +133,7 @@ class PairHypernetworkTraining(PretrainedModelTraining):
             self.model = PairToLora(
                 image_encoder,
                 PairHypernetwork(layout, image_encoder.width, **options),
-                ModelCard.from_dict(card or {}),
+                ModelCard.from_dict({"architecture": self.base.architecture} | (card or {})),
             )
         self.model.encoder.requires_grad_(not freeze_encoder)
         if self.model.network.instruction_head is not None:
@@ -173,7 +165,7 @@ class PairHypernetworkTraining(PretrainedModelTraining):
         n, num_pairs = batch.encoder_input.shape[:2]
         swap_mask = torch.rand(n, device=self.device) < self.hparams["swap_prob"]  # [n]
         num_views = int(torch.randint(1, min(num_pairs, self.hparams["max_views"]) + 1, ()))
-        pair_features = _swap_features(*self._encode_pairs(batch, num_views), swap_mask)
+        pair_features = swap_features(*self._encode_pairs(batch, num_views), swap_mask)
         if self.model.network.instruction_head is not None:
             # input statistics are only learned where batches are large: without the base
             self.model.network.instruction_head.input_norm.train(
@@ -195,13 +187,9 @@ class PairHypernetworkTraining(PretrainedModelTraining):
         self, batch: PairBatch, swap_mask: Tensor, weights: LoraWeights
     ) -> Tensor:
         """Compute the denoising losses of making the edit and of undoing it."""
-        before, after = self._get_edit_latents(batch)
-        swap_latents = swap_mask.view(-1, 1, 1, 1)  # [n, 1, 1, 1]
-        before, after = (
-            torch.where(swap_latents, after, before),
-            torch.where(swap_latents, before, after),
-        )
-        labels_before, labels_after = _swap_labels(batch, swap_mask)
+        before, after = swap_sides(*self._get_edit_latents(batch), swap_mask)
+        image_before, image_after = self._get_input_images(batch, swap_mask, before, after)
+        labels_before, labels_after = swap_labels(batch, swap_mask)
         use_instruction = (torch.rand(len(swap_mask)) < self.hparams["instruction_prob"]).tolist()
         instructions = [
             instruction if is_used and not is_swapped else ""
@@ -209,15 +197,13 @@ class PairHypernetworkTraining(PretrainedModelTraining):
                 batch.instructions, use_instruction, swap_mask.tolist(), strict=True
             )
         ]
-        forward = _EditTarget(
-            before, after, self.attribute_loss.make_aux_loss(labels_after, weight=1.0)
-        )
+        aux_loss = self.attribute_loss.make_aux_loss(labels_after, weight=1.0)
+        forward = EditTarget(before, after, aux_loss, image_before)
         loss = self._compute_denoising_loss(weights, forward, instructions)
         self.log("train/loss", loss, prog_bar=True)
         if self.hparams["reverse_weight"]:
-            reverse = _EditTarget(
-                after, before, self.attribute_loss.make_aux_loss(labels_before, weight=1.0)
-            )
+            aux_loss = self.attribute_loss.make_aux_loss(labels_before, weight=1.0)
+            reverse = EditTarget(after, before, aux_loss, image_after)
             reverse_loss = self._compute_denoising_loss(-weights, reverse, [""] * len(instructions))
             self.log("train/reverse_loss", reverse_loss, prog_bar=True)
             loss = loss + self.hparams["reverse_weight"] * reverse_loss
@@ -278,7 +264,10 @@ class PairHypernetworkTraining(PretrainedModelTraining):
             return
         own_loras = self.model.generate_from_features(*pair_features)
         before, after = self._get_edit_latents(batch)
-        forward, reverse = _EditTarget(before, after), _EditTarget(after, before)
+        no_swap = torch.zeros(n, dtype=torch.bool, device=self.device)
+        image_before, image_after = self._get_input_images(batch, no_swap, before, after)
+        forward = EditTarget(before, after, input_images=image_before)
+        reverse = EditTarget(after, before, input_images=image_after)
         cases = {
             "base": (own_loras * 0.0, forward),
             "own": (own_loras, forward),
@@ -312,12 +301,24 @@ class PairHypernetworkTraining(PretrainedModelTraining):
         before, after = batch.images.unbind(1)
         return self.base.encode_images(before).float(), self.base.encode_images(after).float()
 
+    def _get_input_images(
+        self, batch: PairBatch, swap_mask: Tensor, before: Tensor, after: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return both sides as images for a text encoder that sees them, else None."""
+        if not self.base.family.encodes_images_in_prompts:
+            return None, None
+        if batch.images is not None:
+            image_before, image_after = batch.images.unbind(1)
+            return swap_sides(image_before, image_after, swap_mask)
+        with torch.no_grad():
+            return self.base.decode_latents(before), self.base.decode_latents(after)
+
     def _compute_denoising_loss(
-        self, weights: LoraWeights, target: _EditTarget, instructions: list[str]
+        self, weights: LoraWeights, target: EditTarget, instructions: list[str]
     ) -> Tensor:
         """Compute the mean loss of one direction with LoRAs ``weights``."""
         conditions: Conditions = {
-            **self.base.encode_prompts(instructions, self.prompt_cache),
+            **self.base.encode_prompts(instructions, self.prompt_cache, target.input_images),
             "image_latents": target.input_latents,
         }
         with inject_lora(self.base.denoiser, weights):
@@ -359,31 +360,3 @@ def load_vocabulary(network: Options) -> Options:
             "`python -m data_builder draw-pairs` writes one beside its images"
         ) from error
     return network | {"instruction_head": head_options | {"vocabulary": vocabulary}}
-
-
-def _swap_features(
-    before: ImageFeatures, after: ImageFeatures, swap_mask: Tensor
-) -> tuple[ImageFeatures, ImageFeatures]:
-    """Swap the sides of the samples ``swap_mask`` [n]."""
-    swap_tokens = swap_mask.view(-1, 1, 1, 1)  # [n, 1, 1, 1], of [n, views, tokens, width]
-    return (
-        ImageFeatures(torch.where(swap_tokens, after.tokens, before.tokens)),
-        ImageFeatures(torch.where(swap_tokens, before.tokens, after.tokens)),
-    )
-
-
-def _swap_labels(
-    batch: PairBatch, swap_mask: Tensor
-) -> tuple[AttributeLabels | None, AttributeLabels | None]:
-    """Swap the labels of the samples ``swap_mask`` [n], if there are any."""
-    before, after = batch.labels_before, batch.labels_after
-    if before is None or after is None:
-        return None, None
-    return _select_labels(swap_mask, after, before), _select_labels(swap_mask, before, after)
-
-
-def _select_labels(
-    mask: Tensor, labels: Mapping[str, Tensor], other_labels: Mapping[str, Tensor]
-) -> AttributeLabels:
-    """Take ``labels`` where ``mask`` [n] is set and ``other_labels`` elsewhere."""
-    return {k: torch.where(mask, labels[k], other_labels[k]) for k in labels}

@@ -72,13 +72,14 @@ class PretrainedModelTraining(FrozenBaseTraining):
 
     def estimate_memory(self) -> TrainingMemory:
         """Estimate the memory of this training on each device of its trainer."""
-        components = self.base.pipeline.components.items()
+        num_devices = self.trainer.world_size
+        num_shards = num_devices if self.shards_base else 1
         datamodule = getattr(self.trainer, "datamodule", None)
         return estimate_memory(
             TrainingParts(
                 base_rows=[
-                    make_frozen_row(name, module, "base")
-                    for name, module in components
+                    make_frozen_row(name, module, "base", 1 if name == "vae" else num_shards)
+                    for name, module in self.base.pipeline.components.items()
                     if isinstance(module, nn.Module)
                 ],
                 family=self.base.family,
@@ -97,7 +98,7 @@ class PretrainedModelTraining(FrozenBaseTraining):
                         isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks
                     ),
                     is_mixed=str(self.trainer.precision).endswith("-mixed"),
-                    num_devices=self.trainer.world_size,
+                    num_devices=num_devices,
                 ),
             )
         )

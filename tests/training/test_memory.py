@@ -1,0 +1,259 @@
+"""The table of a training's memory: its figures, what it refuses, and the real sizes of bases."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from hyperlora.diffusion.families.registry import get_pipeline_family
+from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.training import activations, memory
+from hyperlora.training.activations import estimate_activation_bytes, make_meta_denoiser
+from hyperlora.training.cli import parse_config, train
+from hyperlora.training.estimate_config import estimate_config
+from hyperlora.training.known_bases import KNOWN_BASES, make_meta_base
+from hyperlora.training.memory import (
+    MemoryRow,
+    TrainerOptions,
+    TrainingMemory,
+    check_network_size,
+    make_network_rows,
+)
+from hyperlora.training.modules.frozen_base import load_training_base
+from tests.tiny_pipelines import get_tiny_pipeline
+from tests.tiny_pipelines.base import SIDE
+from tests.training.config_rules import CONFIGS, NAMES, make_command, read_config
+from tests.training.conftest import TRANSFORMERS
+
+PUBLISHED_SIZES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 0.860,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2.567,
+    "stabilityai/stable-diffusion-3.5-medium": 2.24,
+    "black-forest-labs/FLUX.2-klein-4B": 3.88,
+    "black-forest-labs/FLUX.2-klein-9B": 9.08,
+    "black-forest-labs/FLUX.2-dev": 32.2,
+    "Tongyi-MAI/Z-Image": 6.15,
+    "Qwen/Qwen-Image": 20.4,
+    "Qwen/Qwen-Image-Edit-2509": 20.4,
+}
+"""Billions of parameters of the denoiser."""
+HEADERS = {
+    name: match[1]
+    for name in NAMES
+    if (match := re.search("^# memory: (.*)$", (CONFIGS / f"{name}.yaml").read_text(), re.M))
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_known_base_has_the_published_size(name: str) -> None:
+    base = make_meta_base(name, "bfloat16")
+    count = sum(p.numel() for p in base.denoiser.parameters())
+    assert count / 1e9 == pytest.approx(PUBLISHED_SIZES[name], rel=0.005)
+    assert base.rows[0].num_bytes == 2 * count
+    assert len(base.rows) >= 3
+
+
+def test_every_config_of_a_real_base_states_its_memory() -> None:
+    bases = {name: read_config(name)["model"]["init_args"].get("base") for name in NAMES}
+    expected = {
+        name
+        for name, base in bases.items()
+        if base in KNOWN_BASES and not read_config(name)["model"]["init_args"].get("start_from")
+    }
+    assert HEADERS.keys() == expected
+    assert len(HEADERS) >= 9
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_config_header_equals_the_estimate(name: str) -> None:
+    estimate = estimate_config(parse_config(["--config", str(CONFIGS / f"{name}.yaml")]))
+    assert HEADERS[name] == estimate.describe()
+    assert estimate.num_trained_params <= 300e6
+
+
+def test_direct_head_on_sdxl_is_refused_before_it_is_made() -> None:
+    base = make_meta_base("stabilityai/stable-diffusion-xl-base-1.0")
+    layout = make_layout({"unet": base.denoiser}, "attention", 4, "sdxl")
+    with torch.device("meta"):
+        network = Hypernetwork(layout, 768, width=768, depth=4, num_heads=12, head="direct")
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r"^the network has 7\.09 B parameters, training it takes 113\.5 GB and .* has .*: "
+        r"choose another head .*, a lower rank or a smaller preset$",
+    ):
+        check_network_size(network)
+
+
+def test_small_network_is_not_refused() -> None:
+    check_network_size(nn.Linear(4, 4, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "use_checkpointing", "is_half", "option"),
+    [
+        ({"network": 9, "base": 2}, False, True, "choose another head"),
+        ({"activations": 9, "base": 2}, False, True, "gradient_checkpointing: true"),
+        ({"activations": 9, "base": 2}, True, True, "batch_size"),
+        ({"network": 1, "base": 9}, False, False, "dtype: bfloat16"),
+        ({"network": 1, "base": 9}, False, True, "shard_base: true"),
+    ],
+)
+def test_refusal_names_the_option_of_the_largest_part(
+    sizes: dict[Any, int], use_checkpointing: bool, is_half: bool, option: str
+) -> None:
+    rows = [MemoryRow(part, None, size * 10**9, part) for part, size in sizes.items()]
+    estimate = TrainingMemory(rows, "", use_checkpointing, is_half)
+    estimate.check_fits(sum(sizes.values()) * 10**9, "cuda")
+    with pytest.raises(InvalidArgumentError, match=rf"cuda has 8\.0 GB.*: .*{option}"):
+        estimate.check_fits(8 * 10**9, "cuda")
+
+
+def test_network_rows_count_every_trained_parameter_once() -> None:
+    layout = load_layout()
+    network = Hypernetwork(layout, 12, width=16, num_heads=2, head_options={"size": 3})
+    network.memory_proj.requires_grad_(False)
+    rows = make_network_rows(network, TrainerOptions(True, True, 2))
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    decoder, head, *others = rows
+    assert (decoder.num_params or 0) + (head.num_params or 0) == trained
+    in_head = [network.head, network.code_proj, network.init_codes]
+    assert head.num_params == sum(
+        part.numel() if isinstance(part, Tensor) else sum(p.numel() for p in part.parameters())
+        for part in in_head
+    )
+    # gradients, two moments, average, half precision, buckets of DDP
+    assert [row.num_bytes for row in others] == [n * trained for n in (4, 8, 4, 2, 4)]
+
+
+def load_layout() -> Any:
+    tiny = get_tiny_pipeline("z_image")
+    return make_layout({"transformer": tiny.denoiser}, "attention", 2, "tiny")
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", *TRANSFORMERS])
+def test_activations_equal_those_that_autograd_saves(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a real forward pass, with as many tokens and without the scores of attention."""
+    tiny = get_tiny_pipeline(name)
+    family = get_pipeline_family(tiny.pipe)
+    layout = make_layout({family.denoiser_name: family.denoiser}, "attention", 2, "tiny")
+    weights = LoraWeights.zeros(layout, (2,), 0.1).apply(lambda t: t.requires_grad_())
+    images = torch.rand(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        latents = family.encode_images(images)
+        conditions = family.encode_text(["a cat", "a dog"], images)
+        if family.edits_images:
+            conditions["image_latents"] = latents
+    timesteps = torch.tensor([500, 600])
+    model = family.denoiser
+    owned = [*model.parameters(), *model.buffers(), *weights.down, *weights.up]
+    counter = activations._StorageCounter(owned)
+    with (
+        activations._FlashAttentionMode(),
+        saved_tensors_hooks(counter.pack, lambda t: t),
+        inject_lora(model, weights),
+    ):
+        family.predict(latents, timesteps, conditions)
+
+    class_name = type(model).__name__
+    shapes = activations._SHAPES[class_name]
+    monkeypatch.setattr(family, "text_encoder_area", 0, raising=False)
+    num_tokens = conditions["prompt_embeds"].shape[1]
+    shapes = replace(shapes, num_text_tokens=num_tokens)
+    monkeypatch.setitem(activations._SHAPES, class_name, shapes)
+    estimate = estimate_activations(family, layout, 2, SIDE, False)
+    assert estimate == pytest.approx(counter.num_bytes, rel=0.02)
+    assert 0 < estimate_activations(family, layout, 2, SIDE, True) < estimate
+
+
+def estimate_activations(
+    family: Any, layout: Any, num_samples: int, resolution: int, use_checkpointing: bool
+) -> int:
+    denoiser = make_meta_denoiser(family.denoiser)
+    estimate = estimate_activation_bytes(
+        family, denoiser, layout, num_samples, resolution, use_checkpointing
+    )
+    assert estimate is not None
+    return estimate
+
+
+def test_activations_of_an_unknown_denoiser_are_left_open() -> None:
+    tiny = get_tiny_pipeline("chroma")
+    family = get_pipeline_family(tiny.pipe)
+    layout = make_layout({"transformer": family.denoiser}, "attention", 2, "tiny")
+    assert estimate_activation_bytes(family, tiny.denoiser, layout, 1, SIDE, False) is None
+
+
+@pytest.mark.parametrize("name", ["z_image", "qwen_image_edit_plus"])
+def test_meta_base_of_a_folder_equals_the_loaded_one(name: str, workspace: Path) -> None:
+    folder = str(workspace / "tiny" / name)
+    meta, base = make_meta_base(folder), load_training_base(folder)
+    counts = {
+        component: sum(p.numel() for p in module.parameters())
+        for component, module in base.pipeline.components.items()
+        if isinstance(module, nn.Module)
+    }
+    names = [row.name.split(" ")[0] for row in meta.rows]
+    assert dict(zip(names, (row.num_params for row in meta.rows), strict=True)) == counts
+    assert meta.family.pipeline.vae_scale_factor == base.pipeline.vae_scale_factor
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_training_prints_its_table_and_refuses_what_cannot_fit(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workspace)
+    name = "z_image/hypernetwork"
+    arguments = [
+        *make_command(name),
+        "--run_name=memory",
+        "--model.init_args.output_dir=runs/memory",
+    ]
+    monkeypatch.setattr(memory, "get_device_bytes", lambda device: 10**12)
+    monkeypatch.setattr(
+        "hyperlora.training.modules.pretrained_model.get_device_bytes", lambda device: 10**5
+    )
+    with pytest.raises(InvalidArgumentError, match=r"the training takes about .* and cpu has 0\.1"):
+        train(arguments)
+    table = capsys.readouterr().out
+    for part in ("transformer (bfloat16, frozen)", "decoder", "head", "moments", "activations"):
+        assert part in table
+    assert "LoRA for tiny/z_image: rank 16, 16 targets, " in table
+
+
+@pytest.mark.slow
+def test_estimate_of_a_folder_equals_the_table_of_the_training(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One device and the same options; a trainer adds none of its own."""
+    from hyperlora.training.estimate import BatchSize
+    from hyperlora.training.modules.hypernetwork import HypernetworkTraining
+
+    monkeypatch.chdir(workspace)
+    command = make_command("flux2/klein_hypernetwork")[1:]
+    config = parse_config(command)
+    estimate = estimate_config(config)
+    init_args = config["model"]["init_args"]
+    module = HypernetworkTraining(**init_args)
+
+    class Trainer:
+        world_size, precision, callbacks, datamodule = 1, "bf16-mixed", (), None
+
+    monkeypatch.setattr(HypernetworkTraining, "trainer", Trainer)
+    monkeypatch.setattr(BatchSize, "from_config", lambda *args: BatchSize(2, 1, SIDE, 1))
+    rows = {row.name: row.num_bytes for row in module.estimate_memory().rows}
+    expected = {row.name: row.num_bytes for row in estimate.rows}
+    expected.pop("moving average of the weights")
+    assert json.loads(json.dumps(rows)) == expected
