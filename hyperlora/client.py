@@ -9,12 +9,18 @@ Errors of the server are raised as ``ApiError`` with its message.
 
 import io
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, NotRequired, Self, TypedDict
+from typing import Any, Final, Generic, Self, TypedDict, TypeVar
 
-import httpx
+try:
+    import httpx
+except ImportError as error:
+    raise ImportError(
+        "Client and AsyncClient need the extra: pip install 'hyperlora[client]'"
+    ) from error
 from PIL import Image
 
 from hyperlora.errors import HyperloraError
@@ -28,11 +34,25 @@ FormValue = str | int | float | bool
 _PAIR_FIELDS: Final = ("before", "after")
 _TIMEOUT_S: Final = 150.0
 _File = tuple[str, tuple[str, bytes]]  # form field, (file name, content)
+_ResultT = TypeVar("_ResultT")
 
 
-class _Form(TypedDict):
+class _RequestContent(TypedDict, total=False):
+    """Arguments of httpx: a multipart form, or JSON."""
+
     files: list[_File]
-    data: NotRequired[dict[str, str]]
+    data: dict[str, str]
+    json: dict[str, object]
+
+
+@dataclass(frozen=True)
+class _Request(Generic[_ResultT]):
+    """A request to one endpoint, and how its result is read from the response."""
+
+    method: str
+    path: str
+    content: _RequestContent
+    read_result: Callable[[httpx.Response], _ResultT]
 
 
 class ApiError(HyperloraError):
@@ -78,15 +98,15 @@ class Client:
         Raises:
             ApiError: The server refused the request.
         """
-        form = _build_photo_form(photos, options)
-        return _check_response(self._http.post("/v1/loras", **form)).content
+        return self._send(_build_lora_request(_build_files("photos", photos), options))
 
     def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: FormValue) -> bytes:
         """Generate a LoRA of the edit between the images of pairs.
 
         Args:
             pairs: Images before and after the edit.
-            **options: Further form fields, e.g. ``format``, ``strength``, ``instruction``.
+            **options: Further form fields, e.g. ``format`` and ``strength``, which undoes the edit
+                where it is below 0.
 
         Returns:
             A ``.safetensors`` file.
@@ -94,8 +114,7 @@ class Client:
         Raises:
             ApiError: The server refused the request.
         """
-        form = _build_pair_form(pairs, options)
-        return _check_response(self._http.post("/v1/loras", **form)).content
+        return self._send(_build_lora_request(_build_pair_files(pairs), options))
 
     def edit_image(
         self,
@@ -118,8 +137,7 @@ class Client:
         Raises:
             ApiError: The server refused the request.
         """
-        form = _build_edit_form(image, pairs, lora, options)
-        return _decode_image(_check_response(self._http.post("/v1/edits", **form)))
+        return self._send(_build_edit_request(image, pairs, lora, options))
 
     def generate_image(
         self,
@@ -142,8 +160,7 @@ class Client:
         Raises:
             ApiError: The server refused the request.
         """
-        body = _build_image_request(prompt, loras, weights, options)
-        return _decode_image(_check_response(self._http.post("/v1/images", json=body)))
+        return self._send(_build_image_request(prompt, loras, weights, options))
 
     def compute_identity_similarity(
         self, photos: Sequence[ImageInput], images: Sequence[ImageInput]
@@ -160,9 +177,7 @@ class Client:
         Raises:
             ApiError: The server refused the request.
         """
-        form = _build_similarity_form(photos, images)
-        response = _check_response(self._http.post("/v1/identity-similarity", **form))
-        return list(response.json()["similarities"])
+        return self._send(_build_similarity_request(photos, images))
 
     def list_models(self) -> list[dict[str, Any]]:
         """List the models of the server, as JSON.
@@ -170,7 +185,11 @@ class Client:
         Raises:
             ApiError: The server refused the request.
         """
-        return list(_check_response(self._http.get("/v1/models")).json())
+        return self._send(_MODELS_REQUEST)
+
+    def _send(self, request: _Request[_ResultT]) -> _ResultT:
+        response = self._http.request(request.method, request.path, **request.content)
+        return request.read_result(_check_response(response))
 
     def __enter__(self) -> Self:
         """Return the client; leaving the context closes its connections."""
@@ -204,8 +223,7 @@ class AsyncClient:
             photos: See ``Client.create_lora``.
             **options: See ``Client.create_lora``.
         """
-        form = _build_photo_form(photos, options)
-        return _check_response(await self._http.post("/v1/loras", **form)).content
+        return await self._send(_build_lora_request(_build_files("photos", photos), options))
 
     async def create_edit_lora(
         self, pairs: Sequence[ImageInputPair], **options: FormValue
@@ -216,8 +234,7 @@ class AsyncClient:
             pairs: See ``Client.create_edit_lora``.
             **options: See ``Client.create_edit_lora``.
         """
-        form = _build_pair_form(pairs, options)
-        return _check_response(await self._http.post("/v1/loras", **form)).content
+        return await self._send(_build_lora_request(_build_pair_files(pairs), options))
 
     async def edit_image(
         self,
@@ -234,8 +251,7 @@ class AsyncClient:
             lora: See ``Client.edit_image``.
             **options: See ``Client.edit_image``.
         """
-        form = _build_edit_form(image, pairs, lora, options)
-        return _decode_image(_check_response(await self._http.post("/v1/edits", **form)))
+        return await self._send(_build_edit_request(image, pairs, lora, options))
 
     async def generate_image(
         self,
@@ -252,8 +268,7 @@ class AsyncClient:
             weights: See ``Client.generate_image``.
             **options: See ``Client.generate_image``.
         """
-        body = _build_image_request(prompt, loras, weights, options)
-        return _decode_image(_check_response(await self._http.post("/v1/images", json=body)))
+        return await self._send(_build_image_request(prompt, loras, weights, options))
 
     async def compute_identity_similarity(
         self, photos: Sequence[ImageInput], images: Sequence[ImageInput]
@@ -264,13 +279,15 @@ class AsyncClient:
             photos: See ``Client.compute_identity_similarity``.
             images: See ``Client.compute_identity_similarity``.
         """
-        form = _build_similarity_form(photos, images)
-        response = _check_response(await self._http.post("/v1/identity-similarity", **form))
-        return list(response.json()["similarities"])
+        return await self._send(_build_similarity_request(photos, images))
 
     async def list_models(self) -> list[dict[str, Any]]:
         """List the models of the server, as JSON."""
-        return list(_check_response(await self._http.get("/v1/models")).json())
+        return await self._send(_MODELS_REQUEST)
+
+    async def _send(self, request: _Request[_ResultT]) -> _ResultT:
+        response = await self._http.request(request.method, request.path, **request.content)
+        return request.read_result(_check_response(response))
 
     async def __aenter__(self) -> Self:
         """Return the client; leaving the context closes its connections."""
@@ -288,43 +305,21 @@ def _make_httpx_options(
     return {"base_url": base_url, "headers": headers, "timeout": _TIMEOUT_S} | options
 
 
-def _build_photo_form(photos: Sequence[ImageInput], options: Mapping[str, FormValue]) -> _Form:
-    return {"files": _build_files("photos", photos), "data": _format_options(options)}
+def _build_lora_request(files: list[_File], options: Mapping[str, FormValue]) -> _Request[bytes]:
+    content = _build_form(files, options)
+    return _Request("POST", "/v1/loras", content, lambda response: response.content)
 
 
-def _build_pair_form(pairs: Sequence[ImageInputPair], options: Mapping[str, FormValue]) -> _Form:
-    files = [
-        (side, (f"{i}", _read_image_bytes(image)))
-        for i, pair in enumerate(pairs)
-        for side, image in zip(_PAIR_FIELDS, pair, strict=True)
-    ]
-    return {"files": files, "data": _format_options(options)}
-
-
-def _build_edit_form(
+def _build_edit_request(
     image: ImageInput,
     pairs: Sequence[ImageInputPair],
     lora: bytes | None,
     options: Mapping[str, FormValue],
-) -> _Form:
-    form = _build_pair_form(pairs, options)
-    form["files"].append(("image", ("image", _read_image_bytes(image))))
+) -> _Request[Image.Image]:
+    files = [*_build_pair_files(pairs), ("image", ("image", _read_image_bytes(image)))]
     if lora:
-        form["files"].append(("lora", ("lora", lora)))
-    return form
-
-
-def _build_similarity_form(photos: Sequence[ImageInput], images: Sequence[ImageInput]) -> _Form:
-    return {"files": _build_files("photos", photos) + _build_files("images", images)}
-
-
-def _build_files(field: str, images: Sequence[ImageInput]) -> list[_File]:
-    """Files of one form field, with their index as names."""
-    return [(field, (f"{i}", _read_image_bytes(image))) for i, image in enumerate(images)]
-
-
-def _format_options(options: Mapping[str, FormValue]) -> dict[str, str]:
-    return {name: str(value) for name, value in options.items()}
+        files.append(("lora", ("lora", lora)))
+    return _Request("POST", "/v1/edits", _build_form(files, options), _decode_image)
 
 
 def _build_image_request(
@@ -332,15 +327,49 @@ def _build_image_request(
     loras: Sequence[bytes | str],
     weights: Sequence[float] | None,
     options: Mapping[str, object],
-) -> dict[str, object]:
-    """The JSON body of ``POST /v1/images``."""
+) -> _Request[Image.Image]:
     lora_refs = [
         {"id": lora, "weight": weight}
         if isinstance(lora, str)
         else {"content": b64encode(lora).decode(), "weight": weight}
         for lora, weight in zip(loras, weights or [1.0] * len(loras), strict=True)
     ]
-    return {"prompt": prompt, "loras": lora_refs, **options}
+    body = {"prompt": prompt, "loras": lora_refs, **options}
+    return _Request("POST", "/v1/images", {"json": body}, _decode_image)
+
+
+def _build_similarity_request(
+    photos: Sequence[ImageInput], images: Sequence[ImageInput]
+) -> _Request[list[float]]:
+    files = _build_files("photos", photos) + _build_files("images", images)
+    return _Request(
+        "POST",
+        "/v1/identity-similarity",
+        {"files": files},
+        lambda response: list(response.json()["similarities"]),
+    )
+
+
+_MODELS_REQUEST: Final[_Request[list[dict[str, Any]]]] = _Request(
+    "GET", "/v1/models", {}, lambda response: list(response.json())
+)
+
+
+def _build_form(files: list[_File], options: Mapping[str, FormValue]) -> _RequestContent:
+    return {"files": files, "data": {name: str(value) for name, value in options.items()}}
+
+
+def _build_files(field: str, images: Sequence[ImageInput]) -> list[_File]:
+    """Files of one form field, with their index as names."""
+    return [(field, (f"{i}", _read_image_bytes(image))) for i, image in enumerate(images)]
+
+
+def _build_pair_files(pairs: Sequence[ImageInputPair]) -> list[_File]:
+    return [
+        (side, (f"{i}", _read_image_bytes(image)))
+        for i, pair in enumerate(pairs)
+        for side, image in zip(_PAIR_FIELDS, pair, strict=True)
+    ]
 
 
 def _read_image_bytes(image: ImageInput) -> bytes:

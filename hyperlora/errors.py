@@ -28,6 +28,10 @@ class InvalidArgumentError(HyperloraError):
     """Arguments are out of range or contradict each other."""
 
 
+class OutOfMemoryError(HyperloraError):
+    """The memory of the device is used up."""
+
+
 def format_reason(error: BaseException, max_length: int = 200) -> str:
     """Format an error of another library for use inside a sentence.
 

@@ -1,6 +1,7 @@
 """Connection to a Ray cluster."""
 
 import os
+from math import ceil
 from types import ModuleType
 
 from hyperlora.errors import InvalidArgumentError, format_reason
@@ -37,3 +38,23 @@ def connect_ray(address: str) -> ModuleType:
                 f"start one, or leave --ray"
             ) from error
     return ray
+
+
+def compute_worker_gpus(ray: ModuleType, device: str, num_workers: int = 1) -> float:
+    """Compute how much of a GPU each worker reserves.
+
+    Ray hides the GPUs that a worker has not reserved, and shows it those that it has. There the
+    device ``auto`` finds the GPU.
+
+    Args:
+        ray: The connected module.
+        device: ``device`` of the ``ComputeConfig`` that the workers make.
+        num_workers: Workers that must run at the same time; several may share a GPU.
+
+    Returns:
+        A whole GPU or a fraction, 0 for the CPU and on a cluster without GPUs.
+    """
+    if device == "cpu" or not ray.is_initialized():
+        return 0.0
+    num_gpus = ray.cluster_resources().get("GPU", 0.0)
+    return 1 / ceil(num_workers / num_gpus) if num_gpus else 0.0

@@ -203,7 +203,7 @@ def difflora(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("difflora")
-    card = ModelCard(num_inference_steps=3, resolution=16)
+    card = ModelCard(num_inference_steps=3, resolution=16, architecture="stable-diffusion-v1")
     LoraDiffusion(image_to_lora.encoder, mixture, denoiser, codec, None, card).save_pretrained(
         folder
     )
@@ -251,7 +251,7 @@ def _save_model(bundle: Bundle) -> None:
     with torch.no_grad():
         # zero at initialization, where every photo gives the same LoRA
         network.code_proj.normal_(std=0.1)
-    card = ModelCard(trigger_phrase="sks person", resolution=16)
+    card = ModelCard(trigger_phrase="sks person", resolution=16, architecture="stable-diffusion-v1")
     ImageToLora(encoder, network, card).save_pretrained(bundle.model)
 
 
@@ -319,7 +319,8 @@ def _save_pair_model(bundle: Bundle) -> None:
     )
     with torch.no_grad():
         network.hypernetwork.code_proj.normal_(std=0.3)
-    PairToLora(encoder, network, ModelCard(resolution=16)).save_pretrained(bundle.pair_model)
+    card = ModelCard(resolution=16, architecture="stable-diffusion-v1")
+    PairToLora(encoder, network, card).save_pretrained(bundle.pair_model)
 
 
 def _save_edit_benchmark(folder: Path) -> None:

@@ -23,7 +23,7 @@ def test_imports_keep_the_contracts(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0, capsys.readouterr().out
 
 
-TOP_LEVEL = {"errors", "progress", "features", "pretrained", "cpu"}
+TOP_LEVEL = {"errors", "progress", "features", "pretrained", "cpu", "compute", "ray_connection"}
 ALLOWED_IMPORTS = {
     "evaluation": {"pipelines", "finetuning", "diffusion", "encoders", "data", "lora"},
     "service": {

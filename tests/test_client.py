@@ -1,12 +1,16 @@
 """The clients against a real server on a port."""
 
 import asyncio
+import inspect
+import io
+import re
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import uvicorn
@@ -80,3 +84,79 @@ def test_api_error_has_the_message_of_the_server(server: str) -> None:
     assert error.value.status_code == 415
     with Client(server) as client, pytest.raises(ApiError, match="an API key"):
         client.list_models()
+
+
+CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str, tuple[bytes, ...]]] = {
+    "create_lora": (([b"one"],), {"rank": 2}, "POST /v1/loras", (b"one", b'"rank"')),
+    "create_edit_lora": (
+        ([(b"one", b"two")],),
+        {"strength": 0.5},
+        "POST /v1/loras",
+        (b'"before"', b"one", b'"after"', b"two", b"0.5"),
+    ),
+    "edit_image": (
+        (b"one", [(b"two", b"three")], b"four"),
+        {"seed": 7},
+        "POST /v1/edits",
+        (b'"image"', b"one", b'"before"', b"two", b'"after"', b"three", b'"lora"', b"four", b"7"),
+    ),
+    "generate_image": (
+        ("a b", [b"one", "id"], [0.5, 2.0]),
+        {"seed": 7},
+        "POST /v1/images",
+        (b'"a b"', b'"b25l"', b"0.5", b'"id"', b"2.0", b'"seed"'),
+    ),
+    "compute_identity_similarity": (
+        ([b"one"], [b"two"]),
+        {},
+        "POST /v1/identity-similarity",
+        (b'"photos"', b"one", b'"images"', b"two"),
+    ),
+    "list_models": ((), {}, "GET /v1/models", ()),
+}
+"""Of every method: arguments, options, the endpoint that it calls, and parts of the body."""
+
+
+def make_response(path: str) -> httpx.Response:
+    if path == "/v1/models":
+        return httpx.Response(200, json=[{"id": "x"}])
+    if path == "/v1/identity-similarity":
+        return httpx.Response(200, json={"similarities": [0.25]})
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(buffer, "PNG")
+    return httpx.Response(200, content=buffer.getvalue())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_clients_send_the_same_request_and_read_the_same_result(name: str) -> None:
+    args, options, endpoint, parts = CALLS[name]
+    requests: list[tuple[str, bytes]] = []
+
+    def handle_request(request: httpx.Request) -> httpx.Response:
+        body = re.sub(rb"--[0-9a-f]{32}", b"--", request.read())  # boundaries are random
+        requests.append((f"{request.method} {request.url.path}", body))
+        return make_response(request.url.path)
+
+    async def call_async_client() -> Any:
+        async with AsyncClient(transport=httpx.MockTransport(handle_request)) as client:
+            return await getattr(client, name)(*args, **options)
+
+    with Client(transport=httpx.MockTransport(handle_request)) as client:
+        result = getattr(client, name)(*args, **options)
+    assert asyncio.run(call_async_client()) == result
+    (sent_endpoint, body), async_request = requests
+    assert async_request == (sent_endpoint, body)
+    assert sent_endpoint == endpoint and all(part in body for part in parts)
+
+
+def test_clients_have_the_same_methods() -> None:
+    methods, async_methods = (
+        {
+            name: str(inspect.signature(method))
+            for name, method in inspect.getmembers(client_class, inspect.isfunction)
+            if not name.startswith("_")
+        }
+        for client_class in (Client, AsyncClient)
+    )
+    assert methods == async_methods
+    assert methods.keys() == CALLS.keys()

@@ -14,12 +14,12 @@ from PIL import Image
 
 from benchmarks.quality.concept_loras import AvatarEvaluation
 from hyperlora.cpu import disable_malloc_trim
+from hyperlora.data.contact_sheet import draw_contact_sheet
 from hyperlora.data.images import stack_images, to_image
 from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
 from hyperlora.diffusion.multi_lora import CompositionConfig, Strategy, compose_loras
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.evaluation.metrics import Score
-from hyperlora.evaluation.report import draw_contact_sheet
 
 CONCEPTS = {
     "garment": ("garment", "spacesuit"),

@@ -103,7 +103,7 @@ def draw_layers() -> str:
         (["diffusion"], BLUE),
         (["data", "encoders", "models"], GREEN),
         (["lora", "features"], GREEN),
-        (["progress", "cpu", "pretrained", "client"], GRAY),
+        (["progress", "compute", "pretrained", "client"], GRAY),
         (["errors"], GRAY),
     ]
     notes = [
@@ -114,7 +114,7 @@ def draw_layers() -> str:
         "a base model with LoRAs on it (diffusers)",
         "images → features → weights (torch, timm)",
         "what a LoRA is (torch, safetensors)",
-        "small helpers, prompt_blending among them",
+        "small helpers, such as device and precision",
         "one sentence per error",
     ]
     parts = []

@@ -23,6 +23,19 @@ TRAINING_PACKAGES = (
     "hyperlora.training.datamodules",
     "data_builder.datamodules",
 )
+NESTED_CLASSES = (
+    "hyperlora.data.open_subject_source.SubjectSourceConfig",
+    "hyperlora.training.augmentation.AugmentationConfig",
+    "hyperlora.training.datamodules.face_filter.FaceFilterConfig",
+    "hyperlora.training.datamodules.target_cache.TargetCacheConfig",
+)
+"""Classes of keys that hold further keys."""
+CALLBACKS = (
+    "hyperlora.training.weight_averaging.TrainedWeightAveraging",
+    "hyperlora.training.weight_averaging.BestCheckpoint",
+    "hyperlora.training.portraits.ValidationPortraits",
+)
+"""Callbacks that a config may name under ``trainer.callbacks``."""
 HTTP_METHODS = ("get", "post", "delete", "put", "patch")
 MEDIA_TYPE_NAMES = {"multipart/form-data": "form", "application/json": "JSON"}
 
@@ -76,7 +89,7 @@ def format_config_page() -> str:
         "",
         "| key | meaning |",
         "|---|---|",
-        "| `run_name` | the run writes `runs/<run_name>/last.ckpt` and its metrics as CSV there |",
+        "| `run_name` | the run writes its checkpoints and metrics to `runs/<run_name>` |",
         "| `checkpoint.every_n_train_steps` | steps between checkpoints; 250 by default |",
         "| `trainer` | arguments of Lightning's `Trainer`, such as `max_steps` and `precision` |",
         "| `model`, `data` | `class_path` and `init_args` of one class of this page each |",
@@ -84,8 +97,11 @@ def format_config_page() -> str:
     ]
     for package in TRAINING_PACKAGES:
         for cls in _iter_classes(package):
-            lines += ["", f"## {cls.__name__}", "", f"`{cls.__module__}.{cls.__qualname__}`", ""]
-            lines += _format_class(cls)
+            lines += _format_class_section(cls)
+    for paths in (NESTED_CLASSES, CALLBACKS):
+        for path in paths:
+            module_name, _, name = path.rpartition(".")
+            lines += _format_class_section(getattr(import_module(module_name), name))
     return "\n".join(lines) + "\n"
 
 
@@ -196,6 +212,11 @@ def _has_own_steps(cls: type) -> bool:
     if hasattr(cls, "training_step"):
         return getattr(cls.training_step, "__module__", "").split(".")[0] != "lightning"
     return hasattr(cls, "train_dataloader") and cls.__name__ != "FolderDataModule"
+
+
+def _format_class_section(cls: type) -> Iterator[str]:
+    yield from ("", f"## {cls.__name__}", "", f"`{cls.__module__}.{cls.__qualname__}`", "")
+    yield from _format_class(cls)
 
 
 def _format_class(cls: type) -> Iterator[str]:

@@ -29,6 +29,7 @@ from hyperlora.diffusion.shared_components import load_shared_components
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.unet_encoder import UNetFeatureEncoder
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError, ModelLoadError
+from hyperlora.hub_connection import format_offline_error, require_cache_if_offline
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pretrained import check_bundle
@@ -170,6 +171,18 @@ class DiffusionBase:
         components = {self.family.denoiser_name: self.denoiser, **text_modules}
         return make_layout(components, preset, rank, self.id)
 
+    def check_generates_images(self) -> None:
+        """Check that the base generates images from prompts alone.
+
+        Raises:
+            InvalidArgumentError: It needs an input image.
+        """
+        if self.family.requires_input_image:
+            raise InvalidArgumentError(
+                f"base {self.id!r} is a {type(self.pipeline).__name__}, which edits images and "
+                "generates none from a prompt alone: give another base, or edit with it"
+            )
+
     def inject_lora(self, lora: LoraWeights) -> AbstractContextManager[None]:
         """Inject a LoRA into the components that it changes, within a ``with`` block.
 
@@ -274,6 +287,7 @@ def load_diffusion_base(
         raise ModelLoadError(
             f"{folder} is no diffusers pipeline: model_index.json expected, none found; give --base"
         )
+    is_offline = not folder.exists() and require_cache_if_offline()
     logging.disable_progress_bar()  # "Loading pipeline components" is no news to a user
     transformers_logging.disable_progress_bar()
     try:
@@ -284,6 +298,8 @@ def load_diffusion_base(
             name_or_path, dtype=compute.torch_dtype, **pretrained_kwargs
         )
     except (OSError, ValueError, json.JSONDecodeError) as error:
+        if is_offline:
+            raise ModelLoadError(format_offline_error(f"base {str(name_or_path)!r}")) from error
         raise ModelLoadError(
             f"base {str(name_or_path)!r} cannot be loaded as a diffusers pipeline: "
             f"{_format_error(error)}"

@@ -126,7 +126,7 @@ def _check_shape(target: TargetModule, layer: nn.Module) -> None:
     shape = None
     if isinstance(layer, nn.Linear | nn.Conv2d):
         # W is [out, in], or [out, in_channels, kh, kw] with in = in_channels · kh · kw
-        shape = layer.weight[0].numel(), layer.weight.shape[0]
+        shape = layer.weight.shape[1:].numel(), layer.weight.shape[0]
     expected_shape = target.in_features, target.out_features
     if shape != expected_shape:
         raise LayoutMismatchError(

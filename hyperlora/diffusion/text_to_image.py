@@ -53,9 +53,10 @@ def generate_images(
     Raises:
         InvalidArgumentError: The numbers of seeds or LoRAs differ from that of the prompts, a
             size or the guidance scale is out of range, the scheduler is not for the base, or the
-            base takes no negative prompt.
+            base takes no negative prompt or generates nothing without an input image.
         LayoutMismatchError: The LoRA changes a component that the base lacks.
     """
+    base.check_generates_images()
     family = base.family
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     check_sampling_inputs(base, len(prompts), lora, seeds, [scale])
@@ -74,9 +75,8 @@ def generate_images(
         images = base.pipeline(
             prompt=list(prompts),
             num_inference_steps=num_inference_steps or family.default_num_inference_steps,
-            width=width or base.resolution,
-            height=height or base.resolution,
             generator=make_generators(seeds),
+            **family.make_size_arguments(width or base.resolution, height or base.resolution),
             **family.make_guidance_arguments(scale, [negative_prompt] * len(prompts)),
         ).images
     return [image.convert("RGB") for image in images]  # Qwen-Image 2.1 decodes alpha, too

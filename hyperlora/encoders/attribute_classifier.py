@@ -95,10 +95,11 @@ class AttributeClassifier(nn.Module):
         """Classify images.
 
         Args:
-            images: [n, 3, height, width] in [0, 1], or scaled latents [n, channels, size, size].
+            images: [n, 3, height, width] in [0, 1], or scaled latents [n, channels, size, size];
+                on any device.
 
         Returns:
-            The outputs of all heads.
+            The outputs of all heads, on the device of the classifier.
         """
         features = self.encoder.compute_pooled_features(images)  # [n, width]
         logits = {name: head(features) for name, head in self.heads.items()}  # [n, classes]
@@ -185,20 +186,20 @@ def predict_in_batches(
 
     Args:
         classifier: The classifier.
-        images: [n, 3, height, width] in [0, 1].
+        images: [n, 3, height, width] in [0, 1], on any device.
         batch_size: Images per forward pass.
 
     Returns:
-        The outputs for all n images.
+        The outputs for all n images, on the device of the images.
     """
-    predictions = [classifier(batch) for batch in images.split(batch_size)]
+    predictions: list[AttributePrediction] = [classifier(part) for part in images.split(batch_size)]
     logits = {
-        name: torch.cat([prediction.logits[name] for prediction in predictions])
+        name: torch.cat([prediction.logits[name] for prediction in predictions]).to(images.device)
         for name in predictions[0].logits
     }
     geometry = torch.cat([prediction.geometry for prediction in predictions])
     identity = torch.cat([prediction.identity for prediction in predictions])
-    return AttributePrediction(logits, geometry, identity)
+    return AttributePrediction(logits, geometry.to(images.device), identity.to(images.device))
 
 
 class LatentResNet(nn.Module):
@@ -234,7 +235,7 @@ class LatentResNet(nn.Module):
 
     def compute_pooled_features(self, latents: Tensor) -> Tensor:
         """Compute features [n, width] of scaled latents [n, channels, size, size]."""
-        return self.pool(self.body(latents))
+        return self.pool(self.body(latents.to(next(self.parameters()))))
 
 
 class _ResidualBlock(nn.Module):

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from hyperlora.errors import InvalidArgumentError, InvalidImageError, ModelLoadError
+from hyperlora.pretrained import REPOSITORY_URL
 
 if TYPE_CHECKING:
     from insightface.app.common import Face as InsightFace
@@ -177,7 +178,8 @@ def _find_pack_dir(pack: str) -> Path:
             return folder.resolve()
     raise ModelLoadError(
         f"there is no face pack {pack!r}: "
-        f"give a folder of ONNX models, or the name of one in {models_dir}"
+        f"give a folder of ONNX models, or the name of one in {models_dir}; "
+        f"{REPOSITORY_URL} holds one for drawn faces, checkpoints/avatars/face-pack"
     )
 
 

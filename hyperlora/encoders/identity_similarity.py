@@ -43,6 +43,11 @@ class IdentitySimilarity:
             )
         return cls(classifier, *classifier.identity_scale)
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move the classifier, in place as ``nn.Module.to`` does."""
+        self.classifier.to(device)
+        return self
+
     @property
     def image_size(self) -> int:
         """Height and width in pixels of the classifier's images."""
@@ -53,8 +58,8 @@ class IdentitySimilarity:
         """Score images against the photos of one subject.
 
         Args:
-            photos: [views, 3, height, width] in [0, 1].
-            images: [n, 3, height, width] in [0, 1].
+            photos: [views, 3, height, width] in [0, 1], on any device.
+            images: [n, 3, height, width] in [0, 1], on any device.
 
         Returns:
             [n]: 0 is a stranger, 1 another real photo of the subject.

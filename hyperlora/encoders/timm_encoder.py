@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperlora.errors import InvalidArgumentError
+from hyperlora.errors import InvalidArgumentError, ModelLoadError
 from hyperlora.features import ImageFeatures
+from hyperlora.hub_connection import format_offline_error, require_cache_if_offline
 
 
 class TimmEncoderConfig(TypedDict):
@@ -33,6 +34,9 @@ class TimmEncoder(nn.Module):
         patch_pixels: If above 0, every token also holds its own patch of the image, resized to
             this many pixels a side. The backbone must then give a feature map.
 
+    Raises:
+        ModelLoadError: The weights are not in the cache, and the hub cannot be reached.
+
     Attributes:
         config: The arguments that rebuild the encoder.
         mean: Mean of the backbone's normalization, [3, 1, 1].
@@ -52,9 +56,15 @@ class TimmEncoder(nn.Module):
         patch_pixels: int = 0,
     ) -> None:
         super().__init__()
-        self.backbone = timm.create_model(
-            name, pretrained=pretrained, num_classes=0, **(options or {})
-        )
+        is_offline = pretrained and require_cache_if_offline()
+        try:
+            self.backbone = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, **(options or {})
+            )
+        except OSError as error:
+            if is_offline:
+                raise ModelLoadError(format_offline_error(f"encoder {name!r}")) from error
+            raise
         self.image_size = image_size
         data_config = timm.data.resolve_data_config({}, model=self.backbone)
         mean = torch.tensor(data_config["mean"]).view(3, 1, 1)
@@ -82,10 +92,10 @@ class TimmEncoder(nn.Module):
         """Encode photos.
 
         Args:
-            images: [batch, views, 3, height, width] in [0, 1].
+            images: [batch, views, 3, height, width] in [0, 1], on any device.
 
         Returns:
-            Tokens [batch, views, tokens, width].
+            Tokens [batch, views, tokens, width], on the device of the encoder.
 
         Raises:
             InvalidArgumentError: ``patch_pixels`` is set and the backbone has no feature map.
@@ -126,8 +136,8 @@ class TimmEncoder(nn.Module):
         return self.backbone.forward_head(features, pre_logits=True)
 
     def _normalize_images(self, images: Tensor) -> Tensor:
-        """Resize images [n, 3, h, w] in [0, 1] and normalize them as the backbone expects."""
-        size = (self.image_size, self.image_size)
+        """Resize images [n, 3, h, w] in [0, 1] and normalize them, on the encoder's device."""
+        images, size = images.to(self.mean), (self.image_size, self.image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(
                 images, size, mode="bicubic", antialias=True, align_corners=False

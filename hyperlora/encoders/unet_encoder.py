@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from hyperlora.features import ImageFeatures
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 _NOISE_SEED: Final = 0
 
@@ -27,11 +27,10 @@ class UNetFeatureEncoder(nn.Module):
 
     The features are those with which the base itself denoises, and need no further network. All
     decoder blocks are resized to one grid and concatenated. Every photo gets the same noise. The
-    modules of the base are not registered, so they are in no state dict.
+    modules of the base are not registered: they are in no state dict, and stay where they are.
 
     Args:
-        vae: The autoencoder of the base.
-        unet: The denoiser of the base.
+        pipeline: The pipeline of the base, whose VAE and UNet encode on its own device.
         noise_scheduler: Its ``add_noise`` makes noisy latents.
         empty_prompt_embeds: Text embeddings of the empty prompt, [1, tokens, width].
         timestep: The timestep of the noise.
@@ -47,16 +46,15 @@ class UNetFeatureEncoder(nn.Module):
 
     def __init__(
         self,
-        vae: "AutoencoderKL",
-        unet: "UNet2DConditionModel",
+        pipeline: "DiffusionPipeline",
         noise_scheduler: "SchedulerMixin",
         empty_prompt_embeds: Tensor,
         timestep: int = 60,
         grid_size: int = 8,
     ) -> None:
         super().__init__()
-        # a tuple, so that torch does not register the modules
-        self._base_components = (vae, unet, noise_scheduler)
+        self._pipeline, self._noise_scheduler = pipeline, noise_scheduler
+        vae, unet = pipeline.vae, pipeline.unet
         self.config: UNetEncoderConfig = {
             "name": "unet",
             "timestep": timestep,
@@ -74,8 +72,7 @@ class UNetFeatureEncoder(nn.Module):
     @property
     def width(self) -> int:
         """Numbers per token: channels of the middle block and all decoder blocks."""
-        _, unet, _ = self._base_components
-        channels = unet.config.block_out_channels
+        channels = self._pipeline.unet.config.block_out_channels
         return int(channels[-1] + sum(channels))
 
     @torch.no_grad()
@@ -83,15 +80,16 @@ class UNetFeatureEncoder(nn.Module):
         """Encode photos.
 
         Args:
-            images: [batch, views, 3, height, width] in [0, 1].
+            images: [batch, views, 3, height, width] in [0, 1], on any device.
 
         Returns:
-            Tokens [batch, views, grid_size², width].
+            Tokens [batch, views, grid_size², width] in float32, on the device of the encoder.
         """
-        vae, _, _ = self._base_components
-        pixels, size = images.flatten(0, 1), (self.image_size, self.image_size)  # [n, 3, h, w]
+        vae, size = self._pipeline.vae, (self.image_size, self.image_size)
+        pixels = images.flatten(0, 1)  # [n, 3, h, w]
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = pixels.to(self._pipeline._execution_device, vae.dtype)
         latents = vae.encode(pixels * 2 - 1).latent_dist.mean * vae.config.scaling_factor
         tokens = self.encode_latents(latents)  # [n, grid_size², width]
         return ImageFeatures(tokens.unflatten(0, images.shape[:2]))
@@ -101,12 +99,13 @@ class UNetFeatureEncoder(nn.Module):
         """Encode scaled latents.
 
         Args:
-            latents: [n, channels, height, width].
+            latents: [n, channels, height, width], on any device.
 
         Returns:
-            Tokens [n, grid_size², width].
+            Tokens [n, grid_size², width] in float32, on the device of the encoder.
         """
-        _, unet, noise_scheduler = self._base_components
+        unet = self._pipeline.unet
+        latents = latents.to(self._pipeline._execution_device, unet.dtype)
         block_outputs: list[Tensor] = []
 
         def _save_output(
@@ -118,14 +117,16 @@ class UNetFeatureEncoder(nn.Module):
         handles = [block.register_forward_hook(_save_output) for block in blocks]
         try:
             timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
-            noise = self.noise.expand_as(latents)  # [n, c, h, w]
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)  # [n, c, h, w]
-            prompt_embeds = self.empty_prompt_embeds.expand(len(latents), -1, -1)
+            noise = self.noise.to(latents).expand_as(latents)  # [n, c, h, w]
+            noisy_latents = self._noise_scheduler.add_noise(latents, noise, timesteps)
+            prompt_embeds = self.empty_prompt_embeds.to(latents).expand(len(latents), -1, -1)
             unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds)
         finally:
             for handle in handles:
                 handle.remove()
-        feature_maps = [_resize_feature_map(x, self.grid_size) for x in block_outputs]
+        feature_maps = [
+            _resize_feature_map(x.to(self.noise), self.grid_size) for x in block_outputs
+        ]
         return torch.cat(feature_maps, 1).flatten(2).mT  # [n, grid², width]
 
 

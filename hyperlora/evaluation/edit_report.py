@@ -8,10 +8,10 @@ from typing import Final
 
 from PIL import Image
 
+from hyperlora.data.contact_sheet import draw_contact_sheet
 from hyperlora.data.images import to_image
 from hyperlora.evaluation.edit_evaluator import METRICS, EditResult
 from hyperlora.evaluation.edit_suite import PRESERVED_SUFFIX, ReversalErrors
-from hyperlora.evaluation.report import draw_contact_sheet
 from hyperlora.evaluation.tables import (
     format_markdown_table,
     format_seconds,

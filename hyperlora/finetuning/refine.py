@@ -73,7 +73,11 @@ def make_photo_examples(base: DiffusionBase, photos: Tensor, prompt: str) -> Tra
 
     Returns:
         Latents [K, n, c, h/f, w/f] with the conditions of the prompt.
+
+    Raises:
+        InvalidArgumentError: The base generates nothing without an input image.
     """
+    base.check_generates_images()
     num_subjects, num_photos = photos.shape[:2]
     size = (base.resolution, base.resolution)
     pixels = photos.flatten(0, 1)  # [K * n, 3, h, w]

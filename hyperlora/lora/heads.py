@@ -11,16 +11,27 @@ Every target has two codes of ``code_size`` numbers, c for ``down`` and c' for `
 A_aux and B_aux are fixed, random and orthogonal, rebuilt from a seed. D_i and U_i are learned
 together with the network. A zero code for ``up`` gives ΔW = 0 (softmax: at initialization only).
 
+Codes and learned numbers of the targets together, for n targets, m of them different in shape:
+
+    head                        numbers of one code           learned numbers
+    lidb                        r max(a, b)                   none
+    basis, softmax              s (basis per rank: s r)       n s r (in + out)
+    basis, ``share_by_shape``   s                             m s r (in + out), and n r in for D_0
+    direct                      r max(in, out)                none
+
+A hypernetwork of width d adds 2 n d weights for each number of a code.
+
 Shapes in comments: *B is any number of batch axes, r the rank, s ``size``, in and out the features.
 """
 
+from collections.abc import Callable, Hashable
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
 
@@ -98,21 +109,38 @@ class LowRankBasisHead(nn.Module):
         coefficients_per_rank: Whether each of the ``rank`` vectors of a direction has its own
             coefficient. The factors then span ``rank`` times as many dimensions with the same
             number of learned directions.
+        share_by_shape: Whether targets of equal shape share their directions, each with
+            coefficients and D_0 of its own. A transformer repeats few shapes in many blocks, so a
+            large ``size`` then costs little.
 
     Attributes:
         code_size: Length of one code: ``size``, times the rank with ``coefficients_per_rank``.
         down_bias: D_0 per target, [rank, in_features].
-        down_basis: D_i per target, [size, rank * in_features].
-        up_basis: U_i per target, [size, out_features * rank].
+        down_basis: D_i per group of targets, [size, rank * in_features]. A group is one target, or
+            with ``share_by_shape`` all that have equal inputs.
+        up_basis: U_i per group of targets, [size, out_features * rank]. A group is one target, or
+            with ``share_by_shape`` all that have equal ``out_features``.
     """
 
     def __init__(
-        self, layout: LoraLayout, size: int = 48, coefficients_per_rank: bool = False
+        self,
+        layout: LoraLayout,
+        size: int = 48,
+        coefficients_per_rank: bool = False,
+        share_by_shape: bool = False,
     ) -> None:
         super().__init__()
         rank = layout.rank
         self.layout, self.size, self.coefficients_per_rank = layout, size, coefficients_per_rank
+        self.share_by_shape = share_by_shape
         self.code_size = size * rank if coefficients_per_rank else size
+        # the group of each target, and one target of each group
+        self.down_groups, down_targets = _group_targets(
+            layout, lambda target: (target.in_features, target.kernel_size), share_by_shape
+        )
+        self.up_groups, up_targets = _group_targets(
+            layout, lambda target: target.out_features, share_by_shape
+        )
         # std in^-1/2 keeps the variance of x in D_0 x; std (s r)^-1/2 of U_i keeps it in ΔW x, as a
         # sum over s directions and r ranks, where coefficients have variance 1
         self.down_bias = nn.ParameterList(  # [r, in] each
@@ -121,11 +149,11 @@ class LowRankBasisHead(nn.Module):
         )
         self.down_basis = nn.ParameterList(  # [s, r * in] each
             torch.randn(size, rank * target.in_features) * target.in_features**-0.5
-            for target in layout.targets
+            for target in down_targets
         )
         self.up_basis = nn.ParameterList(  # [s, out * r] each
             torch.randn(size, target.out_features * rank) * (size * rank) ** -0.5
-            for target in layout.targets
+            for target in up_targets
         )
 
     def init_codes(self) -> Tensor:
@@ -150,8 +178,10 @@ class LowRankBasisHead(nn.Module):
         """
         rank, downs, ups = self.layout.rank, [], []
         for i, target in enumerate(self.layout.targets):
-            down_basis = self.down_basis[i].unflatten(-1, (rank, target.in_features))  # [s, r, in]
-            up_basis = self.up_basis[i].unflatten(-1, (target.out_features, rank))  # [s, out, r]
+            down_basis = self.down_basis[self.down_groups[i]]  # [s, r * in]
+            up_basis = self.up_basis[self.up_groups[i]]  # [s, out * r]
+            down_basis = down_basis.unflatten(-1, (rank, target.in_features))  # [s, r, in]
+            up_basis = up_basis.unflatten(-1, (target.out_features, rank))  # [s, out, r]
             # the last axis is r, or 1 if a direction has one coefficient; einsum broadcasts the 1
             c_down = down[..., i, :].unflatten(-1, (self.size, -1))  # [*B, s, r or 1]
             c_up = up[..., i, :].unflatten(-1, (self.size, -1))  # [*B, s, r or 1]
@@ -270,6 +300,21 @@ def make_head(head_type: str, layout: LoraLayout, **options: Any) -> Head:
     if head_type not in _HEADS:
         raise InvalidArgumentError(f"unknown head {head_type!r}; known: {', '.join(_HEADS)}")
     return _HEADS[head_type](layout, **options)
+
+
+def _group_targets(
+    layout: LoraLayout, key_fn: Callable[[TargetModule], Hashable], share: bool
+) -> tuple[list[int], list[TargetModule]]:
+    """Number the groups of targets with equal keys, or one group per target without sharing.
+
+    Returns:
+        The group of each target, and the first target of each group.
+    """
+    keys = [key_fn(target) if share else i for i, target in enumerate(layout.targets)]
+    first_indices = {key: i for i, key in reversed(list(enumerate(keys)))}
+    group_keys = list(dict.fromkeys(keys))
+    groups = [group_keys.index(key) for key in keys]
+    return groups, [layout.targets[first_indices[key]] for key in group_keys]
 
 
 def _make_orthogonal_matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:

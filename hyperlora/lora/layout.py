@@ -274,9 +274,10 @@ def get_base_layer(layer: nn.Module) -> nn.Module:
     return unwrap() if callable(unwrap) else layer
 
 
-def _make_target(name: str, layer: nn.Linear | nn.Conv2d) -> TargetModule:
+def _make_target(name: str, layer: nn.Module) -> TargetModule:
     if isinstance(layer, nn.Linear):
         return TargetModule(name, layer.in_features, layer.out_features)
+    assert isinstance(layer, nn.Conv2d)
     height, width = int(layer.kernel_size[0]), int(layer.kernel_size[1])
     # the kernel [out, in_channels / groups, height, width] as a matrix: one row per output channel
     in_features = layer.in_channels // layer.groups * height * width

@@ -66,7 +66,7 @@ def merge(
         return merged if rank is None else merged.resize(rank)
     stacked = pad_and_stack(loras)
     if method == "linear":
-        merged = _merge_linear(stacked, torch.tensor(weights))
+        merged = _merge_linear(stacked, torch.tensor(weights, device=stacked.device))
         return merged if rank is None else merged.resize(rank)
     prune_fn = _make_prune_fn(method, torch.tensor(weights), density)
     return _merge_pruned_deltas(stacked, prune_fn, rank or stacked.layout.rank, seed)
@@ -89,7 +89,7 @@ def pad_and_stack(loras: Sequence[LoraWeights]) -> LoraWeights:
         factors = [
             pad_factors(*lora_factors[target], layout.rank)
             if target in lora_factors
-            else _make_zero_factors(target, layout.rank)
+            else _make_zero_factors(target, layout.rank, loras[0].down[0])
             for lora_factors in factors_by_target
         ]
         downs.append(torch.stack([down for down, _ in factors]))  # [loras, r, in]
@@ -138,7 +138,7 @@ def compare_deltas(reference: LoraWeights, estimate: LoraWeights) -> tuple[Tenso
 
 def _compute_delta_dot(a: LoraWeights, b: LoraWeights) -> Tensor:
     """⟨ΔW_a, ΔW_b⟩ = Σ tr(up_aᵀ up_b · down_b down_aᵀ), without forming ΔW; [*batch]."""
-    dots = torch.zeros(a.batch_shape, device=a.down[0].device)
+    dots = torch.zeros(a.batch_shape, device=a.device)
     for down_a, up_a, down_b, up_b in zip(a.down, a.up, b.down, b.up, strict=True):
         up_products = up_a.mT @ up_b  # [*B, r_a, r_b]
         down_products = down_a @ down_b.mT  # [*B, r_a, r_b]
@@ -198,11 +198,8 @@ def _map_factors(lora: LoraWeights) -> dict[TargetModule, tuple[Tensor, Tensor]]
     return dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True))
 
 
-def _make_zero_factors(
-    target: TargetModule, rank: int, reference: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _make_zero_factors(target: TargetModule, rank: int, reference: Tensor) -> tuple[Tensor, Tensor]:
     """``down`` and ``up`` of ΔW = 0, of the dtype and device of ``reference``."""
-    reference = torch.empty(0) if reference is None else reference
     down = reference.new_zeros(rank, target.in_features)  # [r, in]
     up = reference.new_zeros(target.out_features, rank)  # [out, r]
     return down, up
@@ -261,12 +258,13 @@ def _merge_pruned_deltas(
 ) -> LoraWeights:
     """Prune and add target by target, since all ΔW of a large base do not fit into memory."""
     downs, ups = [], []
-    # dare draws from the global generator of the CPU, whose state is put back afterwards
+    # dare draws from the global generator of the CPU, whose state is put back afterwards; on the
+    # CPU also where the LoRAs are elsewhere, so that a seed gives the same LoRA everywhere
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for down, up in zip(stacked.down, stacked.up, strict=True):
-            deltas = list(up @ down)  # [out, in] per LoRA
-            merged_delta = prune_fn(deltas)  # [out, in]
+            deltas = list((up @ down).cpu())  # [out, in] per LoRA
+            merged_delta = prune_fn(deltas).to(stacked.device)  # [out, in]
             merged_up, merged_down = compute_low_rank_factors(merged_delta, rank)
             downs.append(merged_down)  # [r, in], with the new rank r
             ups.append(merged_up)  # [out, r]

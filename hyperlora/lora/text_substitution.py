@@ -114,7 +114,8 @@ class TextSubstitution(nn.Module):
         """
         # pinv(eᵀ) = (e⁺)ᵀ. Tokens of the empty prompt are alike: the largest singular value can be
         # 10⁴ times the smallest, which costs four of the seven digits of float32.
-        pinv = torch.linalg.pinv(empty_prompt_embeds.double().mT, rtol=PINV_RTOL)
+        # On the CPU, since MPS has no float64.
+        pinv = torch.linalg.pinv(empty_prompt_embeds.cpu().double().mT, rtol=PINV_RTOL)
         self.empty_text_pinv.copy_(pinv)  # [tokens, width]
         for i, weight in enumerate(weights):
             # offset = a b B gives (W Bᵀ) bᵀ for up, so B is multiplied in once, here

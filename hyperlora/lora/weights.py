@@ -157,10 +157,27 @@ class LoraWeights:
     def shuffle_batch(self) -> "LoraWeights":
         """Rotate the batch by one, as a control: every sample gets the LoRA of another one."""
         # sample i gets LoRA i - 1; a random permutation could leave some samples their own
-        return self[torch.arange(len(self), device=self.down[0].device).roll(1)]
+        return self[torch.arange(len(self), device=self.device).roll(1)]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the factors."""
+        return self.down[0].device
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LoraWeights":
+        """Move every tensor, as ``Tensor.to`` does.
+
+        Args:
+            device: Where the tensors are to be.
+            dtype: Their precision; by default as it is.
+
+        Returns:
+            The LoRA there.
+        """
+        return self.apply(lambda t: t.to(device, dtype))
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> "LoraWeights":
-        """Apply ``fn`` to every tensor, e.g. ``lambda t: t.to("cuda")``."""
+        """Apply ``fn`` to every tensor, e.g. ``torch.Tensor.double``."""
         return LoraWeights(self.layout, tuple(map(fn, self.down)), tuple(map(fn, self.up)))
 
     def detach(self) -> "LoraWeights":

@@ -30,8 +30,8 @@ def prune_basis(network: Hypernetwork, codes: Tensor, basis_size: int) -> Hypern
         The pruned network.
 
     Raises:
-        InvalidArgumentError: If the head is not a low-rank basis or has a coefficient per rank, or
-            if ``basis_size`` is out of range.
+        InvalidArgumentError: If the head is not a low-rank basis, has a coefficient per rank or is
+            shared by shape, or if ``basis_size`` is out of range.
     """
     old_head = network.head
     if (
@@ -47,6 +47,10 @@ def prune_basis(network: Hypernetwork, codes: Tensor, basis_size: int) -> Hypern
         raise InvalidArgumentError(
             "a basis mixed per rank cannot be pruned: "
             "it has one coefficient for each vector of a direction"
+        )
+    if old_head.share_by_shape:
+        raise InvalidArgumentError(
+            "a basis shared by shape cannot be pruned: one target has the directions of others too"
         )
     pruned_config = {**network.config, "head_options": {"size": basis_size}}
     pruned = Hypernetwork(network.layout, **pruned_config)  # type: ignore[arg-type]
@@ -111,7 +115,7 @@ def _fit_projection(
     """
     gram = (directions @ directions.mT).double()  # G [K, K]
     # Cholesky needs a positive definite G, also where directions depend on each other
-    ridge = 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    ridge = 1e-8 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
     gram_cholesky = torch.linalg.cholesky(gram + ridge)  # L [K, K], lower triangular
     # rows of Vᵀ, largest singular value first, [min(n, K), K]
     _, _, components = torch.linalg.svd(codes.double() @ gram_cholesky, full_matrices=False)

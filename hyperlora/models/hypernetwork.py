@@ -6,8 +6,8 @@
 The decoder T has one token per LoRA factor: ``down`` and ``up`` of every target module. A code in
 θ is a short vector per factor, which a head of ``hyperlora.lora.heads`` expands to the factor.
 
-With the head ``lidb`` and s > 1 this is HyperDreamBooth. With a learned basis and s = 1 it is the
-end-to-end variant that this project trains.
+With the head ``lidb`` and s > 1 it has the form of HyperDreamBooth. The shipped networks have a
+learned basis and s = 1, and were trained end to end through the base.
 """
 
 from typing import TypedDict

@@ -145,7 +145,8 @@ class InstructionHead(nn.Module):
             The basis, orthonormal rows [basis_size, cross_attention_dim].
         """
         # Σ e eᵀ over all prompts and tokens [E, E]. Not centered: an offset of 0 must stay 0.
-        second_moments = torch.einsum("ste,stf->ef", text_offsets.double(), text_offsets.double())
+        offsets = text_offsets.cpu().double()  # MPS has no float64
+        second_moments = torch.einsum("ste,stf->ef", offsets, offsets)
         # eigh: one vector per column, in rising order. Here one per row, largest first.
         eigenvectors = torch.linalg.eigh(second_moments).eigenvectors.mT.flip(0)  # [E, E]
         basis = eigenvectors[: self.text_b.shape[-1]].to(text_offsets)  # [k, E]

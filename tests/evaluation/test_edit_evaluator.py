@@ -90,6 +90,7 @@ def test_evaluate_edit_suite_has_every_control(
     )  # antisymmetric: the reversed pair gives -Δ
     write_edit_report(tmp_path / "report", rows, reversal)
     text = (tmp_path / "report" / "report.md").read_text()
+    assert text.count("| LoRA | accuracy |") == len(evaluator.benchmark.groups)
     assert (
         "| negated LoRA + background preserved |" in text
         and f"{reversal.negated_lora.mean / reversal.vae_round_trip.mean:.2f} ×" in text

@@ -28,6 +28,7 @@ def test_format_markdown_compares_subject_by_subject() -> None:
             SubjectResult("one photo, refined 40 steps", better, None, role="variant"),
         ]
     )
+    assert text.startswith("| LoRA | identity |")
     assert "against one photo: one photo, refined 40 steps +0.010 ± 0.000." in text
 
 

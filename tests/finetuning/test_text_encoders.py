@@ -103,3 +103,45 @@ def test_gradients_flow_only_where_they_are_asked_for() -> None:
         embeds = base.encode_prompts(["a"], requires_grad=True)["prompt_embeds"]
     (gradient,) = torch.autograd.grad(embeds.square().sum(), flat)
     assert gradient.abs().max() > 0
+
+
+def test_hypernetwork_training_reaches_text_encoders(bundle: Any, tmp_path: Path) -> None:
+    from hyperlora.training.batches import SubjectBatch
+    from hyperlora.training.modules.hypernetwork import HypernetworkTraining
+
+    sizes = {"width": 16, "depth": 1, "num_heads": 2, "head_options": {"size": 4}}
+    module = HypernetworkTraining(
+        base=str(bundle.base),
+        encoder="vit_tiny_patch16_224",
+        encoder_options={
+            "image_size": 16,
+            "options": {
+                "img_size": 16,
+                "patch_size": 8,
+                "embed_dim": 16,
+                "depth": 1,
+                "num_heads": 2,
+            },
+        },
+        output_dir=str(tmp_path),
+        text_encoders=True,
+        hypernetwork=sizes,
+    )
+    torch.nn.init.normal_(module.model.hypernetwork.code_proj, std=0.3)
+    assert module.model.layout.components == ("unet", "text_encoder")
+    batch = SubjectBatch(
+        captions=["a red hat", "a dog"],
+        subject_ids=torch.arange(2),
+        photos=torch.rand(2, 1, 3, 16, 16),
+        images=torch.rand(2, 3, 16, 16),
+    )
+    weights = module.model.forward(batch.photos)
+    factors = [
+        factor
+        for target, factor in zip(weights.layout.targets, weights.up, strict=True)
+        if target.component == "text_encoder"
+    ]
+    with module.base.inject_lora(weights):
+        loss = module._compute_denoising_loss(batch)
+    gradients = torch.autograd.grad(loss, factors)
+    assert all(gradient.abs().amax((1, 2)).min() > 0 for gradient in gradients)  # of each subject

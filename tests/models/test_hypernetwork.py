@@ -21,6 +21,7 @@ LAYOUT = LoraLayout(
 HEADS = [
     ("basis", {"size": 5}, 1),
     ("basis", {"size": 5, "coefficients_per_rank": True}, 1),
+    ("basis", {"size": 5, "share_by_shape": True}, 1),
     ("lidb", {"a": 10, "b": 7, "seed": 3}, 1),
     ("lidb", {"a": 10, "b": 7}, 4),
 ]
@@ -83,6 +84,42 @@ def test_coefficients_per_rank_extend_the_low_rank_basis() -> None:
     (factor, *_) = per_rank_head(codes, codes).up
     torch.testing.assert_close(factor[0, :, 1], head.up_basis[0][4].unflatten(-1, (40, 2))[:, 1])
     assert not factor[0, :, 0].any(), "the direction's other vector has its own coefficient"
+
+
+def test_shared_basis_equals_its_formula() -> None:
+    """Targets of equal inputs or outputs mix the same directions, each from its own D_0."""
+    targets = (
+        TargetModule("unet.a", 24, 40),
+        TargetModule("unet.b", 24, 16),
+        TargetModule("unet.c", 36, 16),
+        TargetModule("unet.d", 9 * 4, 40, (3, 3)),  # of no equal inputs: a convolution
+        TargetModule("unet.e", 24, 40),
+    )
+    torch.manual_seed(0)
+    head = LowRankBasisHead(LoraLayout(targets, 2, "tiny"), 5, share_by_shape=True)
+    assert [d.shape for d in head.down_basis] == [(5, 48), (5, 72), (5, 72)]
+    assert [u.shape for u in head.up_basis] == [(5, 80), (5, 32)]
+    assert len(head.down_bias) == len(targets)
+    down_codes, up_codes = torch.randn(2, 3, len(targets), 5)
+    weights = head(down_codes, up_codes)
+    groups = zip((0, 0, 1, 2, 0), (0, 1, 1, 0, 0), strict=True)
+    for i, (down_group, up_group) in enumerate(groups):
+        for sample in range(3):
+            down, up = head.down_bias[i].clone(), torch.zeros(targets[i].out_features, 2)
+            for k in range(5):
+                down += down_codes[sample, i, k] * head.down_basis[down_group][k].view(2, -1)
+                up += up_codes[sample, i, k] * head.up_basis[up_group][k].view(-1, 2)
+            torch.testing.assert_close(weights.down[i][sample], down)
+            torch.testing.assert_close(weights.up[i][sample], up)
+
+
+def test_shared_basis_of_different_shapes_equals_the_unshared_one() -> None:
+    torch.manual_seed(0)
+    head = LowRankBasisHead(LAYOUT, 5)
+    shared_head = LowRankBasisHead(LAYOUT, 5, share_by_shape=True)
+    shared_head.load_state_dict(head.state_dict())
+    down, up = torch.randn(2, 4, 3, 5)
+    assert torch.equal(shared_head(down, up).flatten(), head(down, up).flatten())
 
 
 def test_iterations_change_codes_of_the_same_shape() -> None:

@@ -40,7 +40,7 @@ def make_stable_diffusion_3() -> TinyPipeline:
         caption_projection_dim=16,
         pooled_projection_dim=WIDTH,
         out_channels=4,
-        pos_embed_max_size=SIDE // 4,
+        pos_embed_max_size=SIDE,
     )
     clip, t5 = make_clip_tokenizer(), make_t5_tokenizer()
     pipe = StableDiffusion3Pipeline(

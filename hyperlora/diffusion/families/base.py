@@ -51,6 +51,8 @@ class PipelineFamily(ABC):
     """Text encoders that can take a LoRA: those of CLIP."""
     edits_images: ClassVar[bool] = False
     """Whether the pipeline edits an input image by an instruction."""
+    requires_input_image: ClassVar[bool] = False
+    """Whether the pipeline generates nothing without an input image."""
     encodes_images_in_prompts: ClassVar[bool] = False
     """Whether the text encoder sees the input image of an edit, too."""
     size_multiple: ClassVar[int]
@@ -171,6 +173,15 @@ class PipelineFamily(ABC):
         """
         return {"guidance_scale": guidance_scale, "negative_prompt": negative_prompts}
 
+    def make_size_arguments(self, width: int, height: int) -> dict[str, Any]:
+        """Make the arguments of ``pipeline(...)`` for the size of images.
+
+        Args:
+            width: In pixels, a multiple of ``pixel_multiple``.
+            height: Likewise.
+        """
+        return {"width": width, "height": height}
+
     def make_edit_arguments(
         self, images: Tensor, guidance_scale: float, image_guidance_scale: float
     ) -> dict[str, Any]:
@@ -233,7 +244,15 @@ class PipelineFamily(ABC):
         """
 
     def read_output(self, output: Any, latents: Tensor) -> Tensor:  # noqa: ANN401 - tensor or list
-        """Return the prediction [n, c, h, w] that a denoiser's raw output holds for ``latents``."""
+        """Return the prediction that a denoiser's raw output holds.
+
+        Args:
+            output: What the denoiser returned, e.g. tokens or a list.
+            latents: Its noisy latents [n, c, h, w].
+
+        Returns:
+            [n, c, h, w].
+        """
         return output
 
     def predict(
@@ -360,7 +379,15 @@ class PipelineFamily(ABC):
 
 
 def broadcast_timesteps(timesteps: Tensor, latents: Tensor) -> Tensor:
-    """Return timesteps [n] on the device of the latents, in their dtype if they are floats."""
+    """Move timesteps to the device of the latents, and to their dtype if they are floats.
+
+    Args:
+        timesteps: One [] or one for each sample [n].
+        latents: [n, ...].
+
+    Returns:
+        [n].
+    """
     dtype = latents.dtype if timesteps.is_floating_point() else timesteps.dtype
     return timesteps.to(latents.device, dtype).expand(len(latents))
 

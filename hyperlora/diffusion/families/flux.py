@@ -109,8 +109,13 @@ class FluxKontextFamily(FluxFamily):
     ) -> dict[str, Any]:
         """Make input images that keep their size."""
         height, width = images.shape[-2:]
-        size = {"height": height, "width": width, "max_area": height * width}
+        size = self.make_size_arguments(width, height)
         return {"image": images, "guidance_scale": guidance_scale, "_auto_resize": False, **size}
+
+    @override
+    def make_size_arguments(self, width: int, height: int) -> dict[str, Any]:
+        """Make the size, and its area: the pipeline would scale to 1024² pixels."""
+        return {"width": width, "height": height, "max_area": width * height}
 
     @override
     def make_inputs(
@@ -139,7 +144,15 @@ class FluxKontextFamily(FluxFamily):
 
 
 def make_position_ids(latents: Tensor, index: int = 0) -> Tensor:
-    """Make the position ids (index, row, column) of the patches [h/2 w/2, 3] of latents."""
+    """Make the position ids of the 2x2 patches of latents.
+
+    Args:
+        latents: [n, c, h, w].
+        index: 0 for noisy latents, 1 for those of an input image.
+
+    Returns:
+        (index, row, column) of each patch [h/2 w/2, 3].
+    """
     rows, columns = (side // 2 for side in latents.shape[-2:])
     ids = torch.cartesian_prod(torch.arange(1) + index, torch.arange(rows), torch.arange(columns))
     return ids.to(latents)

@@ -16,7 +16,7 @@ from hyperlora.errors import InvalidArgumentError
 class _InputImageChannels(StableDiffusionFamily):
     """The input image enters as further channels of the UNet; guidance has three branches."""
 
-    edits_images = True
+    edits_images = requires_input_image = True
     negative_branches = (False, True, True)
     default_edit_guidance_scale = 1.0  # a LoRA is the whole edit: one forward pass for each step
 

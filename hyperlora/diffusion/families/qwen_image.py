@@ -124,7 +124,7 @@ class QwenImageEditFamily(QwenImageFamily):
     """
 
     modelspec_name = "qwen-image-edit"
-    edits_images = True
+    edits_images = requires_input_image = True
     encodes_images_in_prompts = True
     edits_in_batches = False
     text_encoder_area: ClassVar[int] = 1024**2

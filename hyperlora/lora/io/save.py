@@ -36,7 +36,7 @@ def save_lora(
     """Write one LoRA to a ``.safetensors`` file, whole or not at all; ``load_lora`` is the inverse.
 
     Args:
-        weights: One LoRA, without batch axis.
+        weights: One LoRA, without batch axis, on any device.
         path: The file; missing folders are made.
         format: The key names. ``diffusers`` (``unet.….lora_A.weight``) is for diffusers and, for
             transformers, ComfyUI. ``kohya`` is for A1111, Forge and ComfyUI with Stable Diffusion
@@ -82,6 +82,7 @@ def serialize_lora(
     """
     metadata = metadata or LoraMetadata()
     _validate_weights(weights, format, dtype)
+    weights = weights.detach().to("cpu")
     tensors = _convert_to_peft(weights, dtype, use_sgm_names=format == "sgm")
     if non_finite_key := find_non_finite(tensors):
         raise InvalidArgumentError(
