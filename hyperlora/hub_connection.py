@@ -29,7 +29,7 @@ def require_cache_if_offline() -> bool:
     return is_offline_mode()
 
 
-def is_cached(repo_id: str) -> bool:
+def is_in_cache(repo_id: str) -> bool:
     """Return whether the cache holds any file of a model on the hub."""
     folder = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
     return any(folder.glob("snapshots/*/*"))

@@ -204,7 +204,7 @@ VAE_ON_ITS_OWN_DEVICE = ("flux2", "qwen_image", "krea_2")
 """Families that ask the VAE for its device, which is another one while it is offloaded."""
 
 
-@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+@pytest.mark.parametrize("offload", ["none", "sequential"])
 @pytest.mark.parametrize("name", FACTORIES)
 def test_families_predict_the_same(name: str, offload: Any, request: pytest.FixtureRequest) -> None:
     tiny = get_tiny_pipeline(name)

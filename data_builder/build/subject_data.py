@@ -159,6 +159,7 @@ def _make_examples(
     captions = [
         [photo.caption] if photo.caption else list(recipe.prompt_templates) for photo in photos
     ]
+    base.check_generates_images()
     prompts = [text.replace("{}", recipe.identifier) for group in captions for text in group]
     pixels = torch.stack([to_tensor(image, base.resolution) for image in images])
     latents = base.encode_images(pixels)  # [images, c, h, w]

@@ -25,7 +25,7 @@ class ComputeOptions:
     device: Annotated[
         str,
         typer.Option(
-            help="auto (the accelerator if there is one), cpu, cuda, cuda:N or mps.",
+            help="auto (the accelerator if there is one), cpu, cuda, cuda:N, mps or xpu.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"

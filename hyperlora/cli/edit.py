@@ -95,7 +95,7 @@ def edit(
         str | None, typer.Option(help="Model from before/after pairs: folder or hub id.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="InstructPix2Pix base model: folder or hub id.")
+        str | None, typer.Option(help="Base that edits images: folder or hub id.")
     ] = None,
     image_paths: Annotated[
         list[Path] | None,

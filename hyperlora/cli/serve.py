@@ -69,7 +69,7 @@ def serve(
     ] = None,
     edit_base: Annotated[
         str | None,
-        typer.Option(help="InstructPix2Pix base model: folder or hub id.", rich_help_panel=_MODELS),
+        typer.Option(help="Base that edits images: folder or hub id.", rich_help_panel=_MODELS),
     ] = None,
     evaluator: Annotated[
         str | None,

@@ -49,12 +49,12 @@ def _check_downloads(args: Sequence[str]) -> None:
         return
     from hyperlora.hub_connection import (
         format_offline_error,
-        is_cached,
+        is_in_cache,
         require_cache_if_offline,
     )
 
     for noun, repo_id in repo_ids.items():
-        if not is_cached(repo_id) and require_cache_if_offline():
+        if not is_in_cache(repo_id) and require_cache_if_offline():
             raise ModelLoadError(format_offline_error(noun))
 
 

@@ -106,7 +106,7 @@ class TrainedWeightAveraging(WeightAveraging):
             self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
 
     def _swap_models(self, pl_module: L.LightningModule) -> None:
-        super()._swap_models(_collect_trained(pl_module))
+        super()._swap_models(_collect_trainable_params(pl_module))
         self._is_swapped = not self._is_swapped
 
 
@@ -114,11 +114,11 @@ class _TrainedAverage(AveragedModel):
     """The average of the parameters of a module that have gradients."""
 
     def __init__(self, module: nn.Module, **kwargs: Any) -> None:
-        super().__init__(_collect_trained(module), **kwargs)
+        super().__init__(_collect_trainable_params(module), **kwargs)
 
     def update_parameters(self, model: nn.Module) -> None:
         """Add the trained parameters of ``model`` to the average."""
-        super().update_parameters(_collect_trained(model))
+        super().update_parameters(_collect_trainable_params(model))
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -159,6 +159,6 @@ def _list_trained_names(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
-def _collect_trained(module: nn.Module) -> nn.ParameterList:
+def _collect_trainable_params(module: nn.Module) -> nn.ParameterList:
     """Collect the parameters that have gradients: the same objects, not copies."""
     return nn.ParameterList(p for p in module.parameters() if p.requires_grad)

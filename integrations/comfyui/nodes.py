@@ -7,6 +7,7 @@ ComfyUI reads kohya's keys for UNets and diffusers' keys for transformers, so th
 import io
 import os
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict, TypeVar
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
+    from hyperlora.lora.io.keys import LoraFormat
     from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
     from hyperlora.pipelines.pair_to_lora import PairToLora as PairToLoraPipeline
 
@@ -86,7 +88,7 @@ class ImagesToLora:
         subject = SubjectPhotos.from_images([read_image(photo) for photo in photos], pipeline)
         config = GenerationConfig(
             rank=rank or None,
-            format="kohya" if "unet" in pipeline.layout.components else "diffusers",
+            format=_choose_format(pipeline.layout.components),
         )
         weights = generate_loras(pipeline, [subject], config)[0]
         lora = Lora(weights, pipeline.make_metadata("LoRA", photos))
@@ -100,7 +102,7 @@ class PairToLora:
     FUNCTION = "generate_lora"
     RETURN_TYPES = ("HYPERLORA",)
     DESCRIPTION = (
-        "A LoRA of the edit between an image before and after it, for an InstructPix2Pix model."
+        "A LoRA of the edit between an image before and after it, for a model that edits images."
     )
 
     @classmethod
@@ -148,7 +150,8 @@ class PairToLora:
 
         pipeline = _load_pair_to_lora(model)
         metadata = pipeline.make_metadata("edit", pairs)
-        return (Lora(pipeline(pairs).weights, metadata).serialize(format="kohya"),)
+        format = _choose_format(pipeline.layout.components)
+        return (Lora(pipeline(pairs).weights, metadata).serialize(format=format),)
 
 
 class ApplyLora:
@@ -263,6 +266,11 @@ def _request_lora(server: str, photos: list[bytes], rank: int) -> bytes:
         lora_format = client.list_models()[0]["lora_format"]
         rank_option = {"rank": rank} if rank else {}
         return client.create_lora(photos, format=lora_format, **rank_option)
+
+
+def _choose_format(components: Sequence[str]) -> "LoraFormat":
+    """Choose the keys that ComfyUI reads: kohya's for UNets, diffusers' for transformers."""
+    return "kohya" if "unet" in components else "diffusers"
 
 
 @lru_cache(maxsize=1)

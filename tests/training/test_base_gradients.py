@@ -10,6 +10,7 @@ from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.losses import compute_denoising_loss
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.training.modules.frozen_base import load_training_base
+from hyperlora.training.sharding import list_block_names
 from tests.tiny_pipelines.base import SIDE
 from tests.training.conftest import TRANSFORMERS
 
@@ -23,16 +24,25 @@ def test_gradients_through_bfloat16_and_checkpoints(name: str, workspace: Path) 
     full = compute_gradient(load_training_base(folder), is_mixed=False)
     assert full.isfinite().all()
     assert full.norm() > 0
+    # without checkpoints another kernel of attention is chosen, which rounds differently
+    assert (
+        measure_error(compute_gradient(checkpoint(folder, "float32"), is_mixed=False), full) < 1e-4
+    )
+    half = compute_gradient(load_training_base(folder, dtype="bfloat16"), is_mixed=True)
+    assert measure_error(half, full) < 0.1
+    recomputed = compute_gradient(checkpoint(folder, "bfloat16"), is_mixed=True)
+    assert measure_error(recomputed, full) < 0.1
 
-    base = load_training_base(folder, dtype="bfloat16")
-    half = compute_gradient(base, is_mixed=True)
+
+def checkpoint(folder: Path, dtype: str) -> DiffusionBase:
+    """Load a base that recomputes activations."""
+    base = load_training_base(folder, dtype=dtype)
     base.denoiser.enable_gradient_checkpointing()
-    num_recomputed = count_forward_passes(base)
-    recomputed = compute_gradient(base, is_mixed=True)
-    assert num_recomputed[0] > 0, "the denoiser recomputes nothing"
-    torch.testing.assert_close(recomputed, half, rtol=0, atol=0)
-    assert torch.cosine_similarity(half, full, 0) > 0.99
-    assert half.norm() == pytest.approx(full.norm(), rel=0.05)
+    return base
+
+
+def measure_error(gradient: Tensor, reference: Tensor) -> float:
+    return float((gradient - reference).norm() / reference.norm())
 
 
 def compute_gradient(base: DiffusionBase, is_mixed: bool) -> Tensor:
@@ -59,20 +69,22 @@ def compute_gradient(base: DiffusionBase, is_mixed: bool) -> Tensor:
             conditions,
             noise_sample=(uniform, noise),
         ).mean()
+    count = count_recomputed_blocks(base)
     loss.backward()
+    assert (count[0] > 0) == base.denoiser.is_gradient_checkpointing
     assert flat.grad is not None
     assert all(p.grad is None for p in base.denoiser.parameters())
     return flat.grad.flatten()
 
 
-def count_forward_passes(base: DiffusionBase) -> list[int]:
-    """Count the passes of blocks in the backward pass, when gradients are being computed."""
+def count_recomputed_blocks(base: DiffusionBase) -> list[int]:
+    """Count the forward passes of blocks during backward passes, in a list."""
     count = [0]
 
     def record(*_: object) -> None:
         count[0] += torch._C._current_graph_task_id() != -1
 
     for module in base.denoiser.modules():
-        if type(module).__name__ in (base.denoiser._repeated_blocks or ()):
+        if type(module).__name__ in list_block_names(base.denoiser):
             module.register_forward_pre_hook(record)
     return count

@@ -163,7 +163,11 @@ class Flux2KleinFamily(Flux2Family):
 
     modelspec_name = "Flux.2-klein-4b"
 
-    takes_negative_prompts = True
+    @property
+    @override
+    def takes_negative_prompts(self) -> bool:  # type: ignore[override]
+        """Whether the checkpoint has guidance at all: distilled ones have none."""
+        return not self.pipeline.config.is_distilled
 
     @override
     def make_guidance_arguments(
