@@ -3,6 +3,7 @@
 The mock raises where tensors of the CPU and of the card meet (``tests/mock_cuda.py``).
 """
 
+import pickle
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -44,7 +45,9 @@ from hyperlora.lora.merge import (
 from hyperlora.lora.parametrizations import PARAMETRIZATIONS, make_parametrization
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.pipelines import generate_ray
 from hyperlora.pipelines.auto import load_image_to_lora
+from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.instruction_search import InstructionSearch
 from hyperlora.pipelines.pair_to_lora import PairToLora
@@ -200,16 +203,10 @@ def test_parametrizations_expand_codes_on_their_device(kind: str) -> None:
 # ---- bases ----
 
 
-VAE_ON_ITS_OWN_DEVICE = ("flux2", "qwen_image", "krea_2")
-"""Families that ask the VAE for its device, which is another one while it is offloaded."""
-
-
 @pytest.mark.parametrize("offload", ["none", "sequential"])
 @pytest.mark.parametrize("name", FACTORIES)
-def test_families_predict_the_same(name: str, offload: Any, request: pytest.FixtureRequest) -> None:
+def test_families_predict_the_same(name: str, offload: Any) -> None:
     tiny = get_tiny_pipeline(name)
-    if offload != "none" and name.startswith(VAE_ON_ITS_OWN_DEVICE):
-        request.applymarker(pytest.mark.xfail(reason="use family.device, not vae.device"))
 
     def predict(compute: ComputeConfig) -> Any:
         base = DiffusionBase("tiny", deepcopy(tiny.pipe))
@@ -363,3 +360,20 @@ def test_injected_loras_may_come_from_the_cpu(bundle: Bundle) -> None:
             return base.predict(latents, torch.tensor([10, 900]), conditions)
 
     assert_same_on_card(predict)
+
+
+def test_ray_workers_return_errors_for_the_user(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_worker(**options: Any) -> Any:
+        worker = generate_ray._Worker(str(bundle.model), None, GenerationConfig(), options)
+        return pickle.loads(worker({"subjects": [pickle.dumps([])]})["error"][0])
+
+    assert run_worker(device="cpu") is None
+    assert "unknown device 'gpu'" in str(run_worker(device="gpu"))
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generate_ray, "generate_batch", fail)
+    assert "out of memory: try a smaller --batch-size" in str(run_worker(device="cpu"))

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hyperlora.compute import ComputeConfig
+from hyperlora.compute import ComputeConfig, is_out_of_memory
 from hyperlora.data.subjects import Subject
+from hyperlora.errors import HyperloraError, OutOfMemoryError
 from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.generate import GenerationRecord
 from hyperlora.pipelines.generate_folder import BatchGenerator, FileResult, generate_batch
@@ -66,6 +67,8 @@ def make_ray_batch_generator(
             compute=data.ActorPoolStrategy(min_size=1, max_size=min(num_workers, len(batches))),
         )
         for row in outputs.iter_rows():
+            if (error := pickle.loads(row["error"])) is not None:
+                raise error
             records, file_contents = json.loads(row["records"]), pickle.loads(row["files"])
             yield [
                 (GenerationRecord(**record), file_bytes)
@@ -76,7 +79,10 @@ def make_ray_batch_generator(
 
 
 class _Worker:
-    """The model in one process of the cluster."""
+    """The model in one process of the cluster.
+
+    Errors for the user are returned, not raised: Ray tries again after those of a constructor.
+    """
 
     def __init__(
         self,
@@ -88,16 +94,37 @@ class _Worker:
         from hyperlora.diffusion.diffusion_base import load_diffusion_base
         from hyperlora.pipelines.auto import load_image_to_lora
 
-        compute = ComputeConfig(**compute_options)
-        self.base = load_diffusion_base(base_name_or_path, compute) if base_name_or_path else None
-        self.model = load_image_to_lora(model_name_or_path, base=self.base, compute=compute)
         self.config = config
+        self.error: HyperloraError | None = None
+        try:
+            compute = ComputeConfig(**compute_options)
+            self.base = None
+            if base_name_or_path:
+                self.base = load_diffusion_base(base_name_or_path, compute)
+            self.model = load_image_to_lora(model_name_or_path, base=self.base, compute=compute)
+        except (HyperloraError, RuntimeError, MemoryError) as error:
+            self.error = _make_user_error(error)
 
     def __call__(self, batch: Mapping[str, Sequence[bytes]]) -> Mapping[str, Sequence[object]]:
-        """Generate one batch of pickled subjects: records as JSON, and pickled files."""
-        subjects = pickle.loads(batch["subjects"][0])
-        results = generate_batch(self.model, subjects, self.config, self.base)
+        """Generate one batch of pickled subjects: records as JSON, pickled files and error."""
+        results, error = list[FileResult](), self.error
+        if error is None:
+            try:
+                subjects = pickle.loads(batch["subjects"][0])
+                results = generate_batch(self.model, subjects, self.config, self.base)
+            except (HyperloraError, RuntimeError, MemoryError) as batch_error:
+                error = _make_user_error(batch_error)
         return {
             "records": [json.dumps([asdict(record) for record, _ in results])],
             "files": [pickle.dumps([file_bytes for _, file_bytes in results])],
+            "error": [pickle.dumps(error)],
         }
+
+
+def _make_user_error(error: Exception) -> HyperloraError:
+    """Return an error that a user can solve; raise any other again."""
+    if isinstance(error, HyperloraError):
+        return error.with_traceback(None)
+    if not is_out_of_memory(error):
+        raise error
+    return OutOfMemoryError("a worker ran out of memory: try a smaller --batch-size")

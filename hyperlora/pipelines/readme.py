@@ -1,16 +1,17 @@
 """``make_readme``: the ``README.md`` of a released model, which the hub shows as its model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from huggingface_hub import ModelCardData
 
-from hyperlora.pretrained import REPOSITORY_URL
+from torch import nn
 
-if TYPE_CHECKING:
-    from hyperlora.pipelines.pretrained_model import PretrainedModel
+from hyperlora.lora.layout import LoraLayout
+from hyperlora.pipelines.model_card import ModelCard
+from hyperlora.pretrained import REPOSITORY_URL
 
 GENERATED_MARK: Final = "<!-- written by hyperlora; a README.md without this line is kept -->"
 """The line that tells a generated README from one that was written by hand."""
@@ -31,6 +32,19 @@ _METRICS: Final[Mapping[str, str]] = {
 """What the metrics of validation mean, in the order in which they are shown."""
 
 
+class DescribedModel(Protocol):
+    """What a README tells of a ``PretrainedModel``."""
+
+    card: ModelCard
+
+    @property
+    def layout(self) -> LoraLayout:
+        """The layout of the LoRAs."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters."""
+
+
 @dataclass(frozen=True)
 class TrainingRecord:
     """How a model was trained.
@@ -46,7 +60,7 @@ class TrainingRecord:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def make_readme(model: "PretrainedModel", record: TrainingRecord | None = None) -> str:
+def make_readme(model: DescribedModel, record: TrainingRecord | None = None) -> str:
     """Write the model card of a released model.
 
     Args:
@@ -63,7 +77,7 @@ def make_readme(model: "PretrainedModel", record: TrainingRecord | None = None) 
     return "\n\n".join(sections) + "\n"
 
 
-def _make_header(model: "PretrainedModel") -> str:
+def _make_header(model: DescribedModel) -> str:
     data = ModelCardData(
         base_model=model.layout.base,
         library_name="hyperlora",
@@ -73,7 +87,7 @@ def _make_header(model: "PretrainedModel") -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _make_introduction(model: "PretrainedModel") -> str:
+def _make_introduction(model: DescribedModel) -> str:
     layout, card = model.layout, model.card
     side = f"{card.resolution} × {card.resolution} pixels" if card.resolution else "not recorded"
     rows = {
@@ -92,7 +106,7 @@ def _make_introduction(model: "PretrainedModel") -> str:
     )
 
 
-def _make_usage(model: "PretrainedModel") -> str:
+def _make_usage(model: DescribedModel) -> str:
     name, trigger = type(model).__name__, model.card.trigger_phrase
     lines = [
         "from diffusers import DiffusionPipeline",

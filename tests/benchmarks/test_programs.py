@@ -66,6 +66,11 @@ RUNS = [
     ),
     ("quality.face_analysis", "{portraits} --num-faceless 2", r"noise: 0 of 2 with a face"),
     (
+        "quality.dit_overfit",
+        "flux2_klein --pretrain-steps 1 --steps 1 --num-subjects 1 --num-tests 1",
+        r"(?s)Flux2Transformer2DModel of .*\| own \|.*\| shuffled \|",
+    ),
+    (
         "quality.hypernetwork_comparison",
         "tiny={bundle.model} --num-subjects 2 --steps 1 --refine-steps 1",
         r"\| tiny: one photo, refined 1 steps \|",
@@ -101,6 +106,11 @@ RUNS = [
         "speed.composite_inference",
         "--num-loras 2 --steps 2 --num-images 1",
         r"latents differ by at most (0.0e\+00|\d\.\de-0[5-9])",
+    ),
+    (
+        "speed.lora_file_writing",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5 --rank 1",
+        r"(?s)\| 128 \| 0\.\d+ \| diffusers, float32 \|.*\| kohya, float16 \|",
     ),
     ("speed.lora_generation", "--num-photos 2 --finetune-steps 1", r"one pass is \d+x, refined"),
     (

@@ -87,6 +87,7 @@ def test_run_build_on_ray_survives_a_dead_node(bundle: Any, cluster: Any, tmp_pa
 
 
 def test_generate_folder_on_ray_equals_local(bundle: Any, cluster: Any, tmp_path: Path) -> None:
+    from hyperlora.errors import InvalidArgumentError
     from hyperlora.lora.io.load import load_lora
     from hyperlora.pipelines.generate import GenerationConfig
     from hyperlora.pipelines.generate_folder import generate_folder
@@ -95,6 +96,13 @@ def test_generate_folder_on_ray_equals_local(bundle: Any, cluster: Any, tmp_path
 
     model, config = ImageToLora.from_pretrained(bundle.model), GenerationConfig()
     here = generate_folder(model, bundle.subjects, tmp_path / "here", config, batch_size=2)
+    wrong_generator = make_ray_batch_generator(
+        "local", str(bundle.model), None, config, {"device": "gpu"}
+    )
+    with pytest.raises(InvalidArgumentError, match="unknown device 'gpu'"):
+        generate_folder(
+            model, bundle.subjects, tmp_path / "no", config, batch_generator=wrong_generator
+        )
     batch_generator = make_ray_batch_generator("local", str(bundle.model), None, config)
     there = generate_folder(
         model,

@@ -11,6 +11,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from hyperlora.compute import ComputeConfig
+from hyperlora.lora.io.load import load_lora
 from hyperlora.ray_connection import compute_worker_gpus
 from hyperlora.service.app import create_app
 from hyperlora.service.engine import batcher
@@ -54,7 +55,7 @@ def card_client(
 
 
 def test_every_route_runs_on_a_card(card_client: TestClient, client: TestClient) -> None:
-    """The answers are those of a server on the CPU."""
+    """As on a server on the CPU; the LoRAs and the similarity are the same."""
     models = card_client.get("/v1/models").json()
     assert [(m["device"], m["dtype"]) for m in models] == [("cuda:0", "float32")] * 3
     on_cpu = client.get("/v1/models").json()
@@ -65,6 +66,7 @@ def test_every_route_runs_on_a_card(card_client: TestClient, client: TestClient)
     photos = [("photos", make_photo(10)), ("images", make_photo(200))]
     pair = [("before", BEFORE), ("after", AFTER)]
     image = ("image", make_photo(60))
+    loras, similarities = [], []
     for server in (card_client, client):
         answers = [
             post_photos(server),
@@ -84,6 +86,14 @@ def test_every_route_runs_on_a_card(card_client: TestClient, client: TestClient)
         assert [answer.status_code for answer in answers] == [200] * len(answers), [
             answer.text[:200] for answer in answers if answer.status_code != 200
         ]
+        loras.append([load_lora(answer.content).weights for answer in answers[:4]])
+        similarities += answers[-1].json()["similarities"]
+    for on_card, on_cpu_lora in zip(*loras, strict=True):
+        for delta, expected in zip(
+            on_card.get_delta_weights(), on_cpu_lora.get_delta_weights(), strict=True
+        ):
+            torch.testing.assert_close(delta, expected, atol=1e-3, rtol=1e-3)
+    assert similarities[0] == pytest.approx(similarities[1], abs=1e-3)
 
 
 def test_out_of_memory_answers_503_and_the_server_goes_on(

@@ -10,8 +10,8 @@ An adapter translates them into the arguments of its denoiser: packed tokens, li
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from hyperlora.cpu import select_sdpa_kernel
 from hyperlora.diffusion.conditions import Conditions
+from hyperlora.diffusion.families.vae_precision import run_in_safe_precision
 from hyperlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline, ModelMixin
 
 DenoiserInputs = dict[str, Any]
 """Keyword arguments of one denoiser call, by the names of its ``forward``."""
@@ -209,7 +210,7 @@ class PipelineFamily(ABC):
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [n, 3, h, w] in [0, 1] to scaled latents, the means of the posterior."""
         vae = self.pipeline.vae
-        with _run_in_safe_precision(vae):
+        with run_in_safe_precision(vae):
             pixels = (images * 2 - 1).to(self.device, vae.dtype)  # [n, 3, h, w] in [-1, 1]
             mean = vae.encode(pixels).latent_dist.mean  # [n, c, h/f, w/f]
         return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
@@ -390,16 +391,3 @@ def broadcast_timesteps(timesteps: Tensor, latents: Tensor) -> Tensor:
     """
     dtype = latents.dtype if timesteps.is_floating_point() else timesteps.dtype
     return timesteps.to(latents.device, dtype).expand(len(latents))
-
-
-@contextmanager
-def _run_in_safe_precision(vae: "AutoencoderKL") -> Iterator[None]:
-    """Run a VAE in float32 where its float16 overflows, as SDXL's does, within a ``with`` block."""
-    needs_upcasting = vae.dtype == torch.float16 and vae.config.force_upcast
-    if needs_upcasting:
-        vae.to(dtype=torch.float32)
-    try:
-        yield
-    finally:
-        if needs_upcasting:
-            vae.to(dtype=torch.float16)

@@ -76,7 +76,7 @@ class Flux2Family(PositionedTokensFamily):
         such sides, and first shrinks those of more than 1024² pixels.
         """
         vae = self.pipeline.vae
-        pixels = (images * 2 - 1).to(vae.device, vae.dtype)  # [n, 3, h, w] in [-1, 1]
+        pixels = (images * 2 - 1).to(self.device, vae.dtype)  # [n, 3, h, w] in [-1, 1]
         patches = F.pixel_unshuffle(vae.encode(pixels).latent_dist.mean, 2)  # [n, 4 c, h', w']
         mean, std = self._get_patch_statistics(patches)
         return (patches - mean) / std

@@ -10,12 +10,12 @@ def encode_frames(vae: Any, pixels: Tensor) -> Tensor:  # noqa: ANN401 - one of 
 
     Args:
         vae: ``AutoencoderKLQwenImage`` or ``AutoencoderKLQwenImage21``.
-        pixels: [n, c, h, w] in [-1, 1].
+        pixels: [n, c, h, w] in [-1, 1], on the device where the VAE computes.
 
     Returns:
         Latents [n, c, h/f, w/f].
     """
-    frames = pixels.to(vae.device, vae.dtype).unsqueeze(2)  # [n, c, 1, h, w]
+    frames = pixels.to(vae.dtype).unsqueeze(2)  # [n, c, 1, h, w]
     raw = vae.encode(frames).latent_dist.mean.squeeze(2)
     mean, std = _get_statistics(vae, raw)
     return (raw - mean) / std

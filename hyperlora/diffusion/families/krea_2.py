@@ -58,7 +58,7 @@ class Krea2Family(PipelineFamily):
     @override
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [n, 3, h, w] in [0, 1] to scaled latents, the means of the posterior."""
-        return encode_frames(self.pipeline.vae, images * 2 - 1)
+        return encode_frames(self.pipeline.vae, (images * 2 - 1).to(self.device))
 
     @override
     def decode_latents(self, latents: Tensor) -> Tensor:

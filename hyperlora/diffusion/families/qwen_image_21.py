@@ -53,7 +53,8 @@ class QwenImage21Family(PipelineFamily):
     @override
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [n, 3, h, w] in [0, 1], made opaque, to scaled latents."""
-        opaque_images = F.pad(images * 2 - 1, (0, 0, 0, 0, 0, 1), value=1.0)  # alpha: 1
+        pixels = (images * 2 - 1).to(self.device)  # [n, 3, h, w] in [-1, 1]
+        opaque_images = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)  # alpha: 1
         return encode_frames(self.pipeline.vae, opaque_images)
 
     @override
