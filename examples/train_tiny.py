@@ -29,9 +29,8 @@ evaluator = IdentitySimilarity.from_pretrained("checkpoints/avatars/evaluator")
 
 
 def draw(seeds, scene):
-    return stack_images(
-        [render_portrait(sample_identity(s), sample_scene(s, scene)) for s in seeds]
-    )
+    people = [(sample_identity(seed), sample_scene(seed, scene)) for seed in seeds]
+    return stack_images([render_portrait(*person) for person in people])
 
 
 @torch.no_grad()
@@ -62,10 +61,8 @@ for step in range(NUM_STEPS + 1):
         print(f"step {step:3d}: identity {measure_identity(network):.2f}")
     batch = torch.randperm(NUM_PEOPLE)[:16]
     with inject_lora(base.denoiser, network(ImageFeatures(tokens[batch]))):  # a LoRA per sample
-        conditions = {"prompt_embeds": text[batch]}
-        loss = compute_denoising_loss(  # shift: identity shows where there is much noise
-            base.predict, base.noise_scheduler, latents[batch], conditions, shift=3.0
-        ).mean()
+        inputs = latents[batch], {"prompt_embeds": text[batch]}
+        loss = compute_denoising_loss(base.predict, base.noise_scheduler, *inputs, shift=3).mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -10,6 +10,8 @@ from urllib.request import getproxies
 
 import huggingface_hub.constants
 from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 PROBE_TIMEOUT_S: Final = 3.0
 """Seconds after which a hub that does not answer counts as unreachable."""
@@ -27,6 +29,15 @@ def require_cache_if_offline() -> bool:
     if not is_offline_mode() and not can_reach_hub():
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     return is_offline_mode()
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether a name can be an id on the hub, as ``someone/something``, and not a path."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def is_in_cache(repo_id: str) -> bool:

@@ -1,7 +1,7 @@
 """Overfit eight people through a hypernetwork and a tiny transformer of Z-Image or FLUX.2 klein.
 
     python -m benchmarks.quality.dit_overfit [z_image | flux2_klein] [--pretrain-steps 600]
-        [--steps 400] [--num-subjects 8] [--rank 4]
+        [--steps 400] [--num-subjects 8] [--rank 4] [--rounds 32]
 
 The transformer has the real class at a tiny size. There is no pretrained one of that size, so it is
 first trained on portraits of other people than the eight, with one fixed random prompt embedding in
@@ -26,6 +26,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hyperlora import pretrained
 from hyperlora.data.images import read_image, to_tensor
@@ -44,8 +45,6 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 WIDTH: Final = 96
 TEXT_WIDTH: Final = 32
 BATCH_SIZE: Final = 16
-EVALUATION_ROUNDS: Final = 32
-"""Draws of noise and timestep for each portrait in the evaluation."""
 
 
 def make_transformer(base: str, channels: int) -> nn.Module:
@@ -168,9 +167,20 @@ def train_hypernetwork(
 
 @torch.no_grad()
 def evaluate(
-    denoiser: Denoiser, network: Hypernetwork, features: Tensor, latents: Tensor
+    denoiser: Denoiser, network: Hypernetwork, features: Tensor, latents: Tensor, num_rounds: int
 ) -> dict[str, Tensor]:
-    """Compute the losses per person and their controls, all with the same noise."""
+    """Compute the losses per person and their controls, all with the same noise.
+
+    Args:
+        denoiser: The frozen transformer.
+        network: The trained network.
+        features: [people, portraits, tokens, width]; the first portrait makes the LoRA.
+        latents: [people, portraits, c, h, w]; the others are denoised.
+        num_rounds: Draws of noise and timestep for each portrait.
+
+    Returns:
+        Mean loss of each person [people] by the name of the LoRA.
+    """
     loras = network(ImageFeatures(features[:, :1]))
     cases: dict[str, LoraWeights] = {
         "base": loras * 0.0,
@@ -183,7 +193,7 @@ def evaluate(
         with inject_lora(denoiser.transformer, weights):
             rounds = [
                 denoiser.compute_loss(latents[:, target])
-                for _ in range(EVALUATION_ROUNDS)
+                for _ in range(num_rounds)
                 for target in range(1, latents.shape[1])
             ]
         losses[name] = torch.stack(rounds).mean(0)  # [people]
@@ -198,10 +208,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--num-subjects", type=int, default=8)
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=32, help="Draws of noise per portrait.")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     start = time.perf_counter()
     features, latents = load_subjects()
+    if arguments.base == "flux2_klein":  # its latents are 2 x 2 patches, one token each
+        latents = F.pixel_unshuffle(latents, 2)
     n = arguments.num_subjects
     denoiser = Denoiser(arguments.base, latents.shape[2])
     pretrain(denoiser, latents[n:].flatten(0, 1), arguments.pretrain_steps)
@@ -211,7 +224,7 @@ def main() -> None:
     start = time.perf_counter()
     train_hypernetwork(denoiser, network, features[:n], latents[:n], arguments.steps)
     train_time_s = time.perf_counter() - start
-    losses = evaluate(denoiser, network, features[:n], latents[:n])
+    losses = evaluate(denoiser, network, features[:n], latents[:n], arguments.rounds)
     num_params = sum(p.numel() for p in denoiser.transformer.parameters())
     print(
         f"{type(denoiser.transformer).__name__} of {num_params / 1e6:.2f} M parameters, "

@@ -29,7 +29,7 @@ from hyperlora.diffusion.shared_components import load_shared_components
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.unet_encoder import UNetFeatureEncoder
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError, ModelLoadError
-from hyperlora.hub_connection import format_offline_error, require_cache_if_offline
+from hyperlora.hub_connection import format_offline_error, is_repo_id, require_cache_if_offline
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pretrained import check_bundle
@@ -287,7 +287,8 @@ def load_diffusion_base(
         raise ModelLoadError(
             f"{folder} is no diffusers pipeline: model_index.json expected, none found; give --base"
         )
-    is_offline = not folder.exists() and require_cache_if_offline()
+    is_hub_id = not folder.exists() and is_repo_id(str(name_or_path))
+    is_offline = is_hub_id and require_cache_if_offline()
     logging.disable_progress_bar()  # "Loading pipeline components" is no news to a user
     transformers_logging.disable_progress_bar()
     try:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from huggingface_hub import ModelCardData
-
 from torch import nn
 
 from hyperlora.lora.layout import LoraLayout

@@ -67,7 +67,7 @@ RUNS = [
     ("quality.face_analysis", "{portraits} --num-faceless 2", r"noise: 0 of 2 with a face"),
     (
         "quality.dit_overfit",
-        "flux2_klein --pretrain-steps 1 --steps 1 --num-subjects 1 --num-tests 1",
+        "flux2_klein --pretrain-steps 1 --steps 1 --num-subjects 2 --rounds 1",
         r"(?s)Flux2Transformer2DModel of .*\| own \|.*\| shuffled \|",
     ),
     (
