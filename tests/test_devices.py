@@ -55,7 +55,7 @@ from hyperlora.pipelines.prompt_lora import make_lora_from_prompts
 from hyperlora.pipelines.rerank import IdentityReranker
 from tests.conftest import Bundle
 from tests.mock_cuda import mock_cuda
-from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
+from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline, mark_heavy
 from tests.tiny_pipelines.base import make_image
 
 Compute = Callable[[ComputeConfig], Any]
@@ -204,7 +204,7 @@ def test_parametrizations_expand_codes_on_their_device(kind: str) -> None:
 
 
 @pytest.mark.parametrize("offload", ["none", "sequential"])
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", mark_heavy(FACTORIES))
 def test_families_predict_the_same(name: str, offload: Any) -> None:
     tiny = get_tiny_pipeline(name)
 

@@ -1,7 +1,7 @@
 """Overfit eight people through a hypernetwork and a tiny transformer of Z-Image or FLUX.2 klein.
 
-    python -m benchmarks.quality.dit_overfit [z_image | flux2_klein] [--pretrain-steps 600]
-        [--steps 400] [--num-subjects 8] [--rank 4] [--rounds 32]
+    python -m benchmarks.quality.dit_overfit [z_image | flux2_klein] [--pretrain-steps 1200]
+        [--steps 600] [--num-subjects 8] [--rank 4] [--rounds 32]
 
 The transformer has the real class at a tiny size. There is no pretrained one of that size, so it is
 first trained on portraits of other people than the eight, with one fixed random prompt embedding in
@@ -204,8 +204,8 @@ def main() -> None:
     """Parse the command line and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("base", nargs="?", choices=["z_image", "flux2_klein"], default="z_image")
-    parser.add_argument("--pretrain-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--pretrain-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--num-subjects", type=int, default=8)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=32, help="Draws of noise per portrait.")

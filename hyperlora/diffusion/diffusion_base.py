@@ -229,7 +229,12 @@ class DiffusionBase:
         Raises:
             InvalidArgumentError: A blend cannot be parsed.
         """
-        with torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()):
+        with (
+            torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()),
+            # half precision would make embeddings depend on the other prompts of a batch, and a
+            # resumed run, whose cache is empty, differ from one that was not interrupted
+            torch.autocast(self.device.type, enabled=False),
+        ):
             return self._encode_prompts(prompts, cache, images)
 
     def _encode_prompts(

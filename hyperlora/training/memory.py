@@ -1,9 +1,9 @@
 """The memory of a training: a table of its parts, and a refusal of what cannot fit."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -15,6 +15,7 @@ from hyperlora.lora.layout import LoraLayout
 from hyperlora.models.hypernetwork import Hypernetwork
 from hyperlora.training.sharding import count_sharded_bytes
 
+_Network = TypeVar("_Network", bound=nn.Module)
 Part = Literal["base", "encoder", "network", "activations"]
 """What a row belongs to, for the advice in a refusal."""
 BYTES_PER_TRAINED_PARAM: Final = 16
@@ -210,11 +211,28 @@ def describe_lora(layout: LoraLayout) -> str:
     )
 
 
-def check_network_size(network: nn.Module) -> None:
-    """Refuse a network that no training on this machine can hold, before it is made.
+def make_checked_network(make_network: Callable[[], _Network]) -> _Network:
+    """Make a network, unless no training on this machine can hold it.
 
     Args:
-        network: On the meta device.
+        make_network: Makes it; called a first time without memory for the weights.
+
+    Returns:
+        The network.
+
+    Raises:
+        InvalidArgumentError: It is too large.
+    """
+    with torch.device("meta"):
+        check_network_size(make_network())
+    return make_network()
+
+
+def check_network_size(network: nn.Module) -> None:
+    """Refuse a network that no training on this machine can hold.
+
+    Args:
+        network: With or without numbers.
 
     Raises:
         InvalidArgumentError: Weights, gradients and moments exceed the memory of the accelerator,

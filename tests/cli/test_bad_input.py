@@ -449,5 +449,5 @@ def test_commands_fail_cleanly_in_real_process(
     )
     assert_refused(result, "cannot be loaded")
     result = run_process("generate", bundle.photo, "-o", out, "--model", bundle.model)
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (0, "running on cpu, float32\n")
     assert out.is_file()

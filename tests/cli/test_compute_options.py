@@ -18,6 +18,7 @@ from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.lora.io.load import load_lora
 from tests.conftest import Bundle
 from tests.mock_cuda import mock_cuda
+from tests.tiny_pipelines import mark_heavy
 
 RunCommand = Callable[..., Any]
 VERBS = ("render", "edit", "generate", "evaluate", "evaluate-edits", "demo", "serve")
@@ -72,7 +73,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[ComputeConfig]:
     return configs
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", mark_heavy(VERBS, VERBS[:5]))
 def test_options_reach_the_base(
     run: RunCommand, arguments: dict[str, list[Any]], loaded: list[ComputeConfig], verb: str
 ) -> None:
@@ -92,7 +93,7 @@ def test_options_reach_the_base(
         json.loads(result.out)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", mark_heavy(VERBS, VERBS[:5]))
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -162,7 +163,7 @@ def run_on_both(run: RunCommand, folder: Path, *arguments: Any, offload: str = "
         assert float((value.float() - expected[name].float()).abs().max()) <= tolerance, name
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "serve"])
+@pytest.mark.parametrize("verb", mark_heavy(VERBS[:6], VERBS[:4]))
 def test_commands_run_on_a_card(
     run: RunCommand, arguments: dict[str, list[Any]], tmp_path: Path, verb: str
 ) -> None:
@@ -224,7 +225,7 @@ def test_baselines_of_an_evaluation_run_on_a_card(
         run_on_both(run, tmp_path, *arguments["evaluate-edits"], *options[:2])
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "serve"])
+@pytest.mark.parametrize("verb", mark_heavy(VERBS[:6], VERBS[:4]))
 def test_commands_run_in_half_precision(
     run: RunCommand, arguments: dict[str, list[Any]], verb: str
 ) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.diffusion.families.registry import FAMILIES
 from hyperlora.lora.io.load import load_lora
-from tests.tiny_pipelines import FACTORIES
+from tests.tiny_pipelines import FACTORIES, FAST, mark_heavy
 
 NAMES = [name for name in FACTORIES if not name.endswith(("_edit", "_distilled", "_turbo"))] + [
     "qwen_image_edit"
@@ -59,7 +59,7 @@ def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(family, "resolution", property(lambda self: 64))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=mark_heavy(NAMES, (*FAST, "qwen_image_edit")))
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FamilyFiles:
     from hyperlora.encoders.timm_encoder import TimmEncoder
     from hyperlora.models.hypernetwork import Hypernetwork

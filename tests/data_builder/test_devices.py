@@ -25,6 +25,7 @@ from hyperlora.finetuning.refine import make_photo_examples
 from hyperlora.lora.io.load import load_lora
 from tests.conftest import Bundle
 from tests.mock_cuda import mock_cuda
+from tests.tiny_pipelines import mark_heavy
 
 RECIPES: dict[str, dict[str, Any]] = {
     "zero": {"init": "zero", "patience": 1, "num_crops": 2, "flip": True},
@@ -35,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", mark_heavy(RECIPES, ("network",)))
 def test_builds_and_audits_run_on_a_card(
     bundle: Bundle, photos: Path, make_recipe: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:

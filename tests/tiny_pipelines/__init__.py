@@ -1,8 +1,10 @@
 """Tiny pipelines of the real diffusers classes, one for each supported family."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Final
+from typing import Any, Final
+
+import pytest
 
 from tests.tiny_pipelines import flux2, more_transformers, qwen_image, transformers, unets
 from tests.tiny_pipelines.base import TinyPipeline
@@ -32,6 +34,15 @@ FACTORIES: Final[Mapping[str, Callable[[], TinyPipeline]]] = {
     "qwen_image_edit": qwen_image.make_qwen_image_edit,
     "qwen_image_edit_plus": qwen_image.make_qwen_image_edit_plus,
 }
+
+
+FAST: Final = ("stable_diffusion", "instruct_pix2pix", "flux2_klein", "z_image", "qwen_image")
+"""One family of each kind, for tests that take seconds on each."""
+
+
+def mark_heavy(names: Iterable[str], fast: Sequence[str] = FAST) -> list[Any]:
+    """Make parameters of a test that runs by default on the fast families alone."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.heavy) for name in names]
 
 
 @cache

@@ -234,6 +234,32 @@ def test_training_prints_its_table_and_refuses_what_cannot_fit(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["z_image/hypernetwork", "qwen_image/edit_pair_hypernetwork"])
+def test_network_that_is_too_large_is_not_made(
+    name: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(memory, "get_device_bytes", lambda device: 10**5)
+    with pytest.raises(InvalidArgumentError, match=r"^the network has .* and cpu has 0\.1 MB: "):
+        train(make_command(name))
+
+
+def test_strategies_that_shard_the_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    from hyperlora.training.modules.hypernetwork import HypernetworkTraining
+
+    class Trainer:
+        strategy = FSDPStrategy()
+
+    monkeypatch.setattr(HypernetworkTraining, "trainer", Trainer)
+    module = HypernetworkTraining.__new__(HypernetworkTraining)
+    with pytest.raises(InvalidArgumentError, match="use strategy ddp with shard_base: true"):
+        module.setup("fit")
+
+
+@pytest.mark.slow
 def test_estimate_of_a_folder_equals_the_table_of_the_training(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

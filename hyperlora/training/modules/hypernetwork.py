@@ -19,7 +19,7 @@ from hyperlora.pipelines.image_to_lora_base import ImageEncoder
 from hyperlora.pipelines.model_card import ModelCard
 from hyperlora.training.auxiliary_losses import AttributeLoss
 from hyperlora.training.batches import SubjectBatch
-from hyperlora.training.memory import check_network_size
+from hyperlora.training.memory import make_checked_network
 from hyperlora.training.modules.frozen_base import load_training_base
 from hyperlora.training.modules.options import Options
 from hyperlora.training.modules.pretrained_model import PretrainedModelTraining
@@ -104,9 +104,9 @@ class HypernetworkTraining(PretrainedModelTraining):
             image_encoder = load_image_encoder(encoder, encoder_options)
         if start_from is None:
             options = hypernetwork or {}
-            with torch.device("meta"):  # a head that is too large must not be made
-                check_network_size(Hypernetwork(layout, image_encoder.width, **options))
-            network = Hypernetwork(layout, image_encoder.width, **options)
+            network = make_checked_network(
+                lambda: Hypernetwork(layout, image_encoder.width, **options)
+            )
         else:
             pretrained = ImageToLora.from_pretrained(start_from, base=self.base)
             network = pretrained.hypernetwork.requires_grad_(True)

@@ -21,6 +21,7 @@ from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.prompt_lora import set_instruction_texts
 from hyperlora.training.auxiliary_losses import AttributeLoss
 from hyperlora.training.batches import PairBatch
+from hyperlora.training.memory import make_checked_network
 from hyperlora.training.modules.edit_targets import (
     EditTarget,
     swap_features,
@@ -132,7 +133,9 @@ class PairHypernetworkTraining(PretrainedModelTraining):
             options = load_vocabulary(network or {})
             self.model = PairToLora(
                 image_encoder,
-                PairHypernetwork(layout, image_encoder.width, **options),
+                make_checked_network(
+                    lambda: PairHypernetwork(layout, image_encoder.width, **options)
+                ),
                 ModelCard.from_dict({"architecture": self.base.architecture} | (card or {})),
             )
         self.model.encoder.requires_grad_(not freeze_encoder)

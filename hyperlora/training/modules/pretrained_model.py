@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from hyperlora.errors import ModelLoadError
+from hyperlora.errors import InvalidArgumentError, ModelLoadError
 from hyperlora.pipelines.pretrained_model import PretrainedModel
 from hyperlora.pipelines.readme import TrainingRecord, make_readme
 from hyperlora.training.activations import make_meta_denoiser
@@ -60,10 +61,16 @@ class PretrainedModelTraining(FrozenBaseTraining):
             stage: ``fit``, or another for which nothing is done.
 
         Raises:
-            InvalidArgumentError: The device has too little memory; the text names an option.
+            InvalidArgumentError: The device has too little memory, or the strategy shards the
+                wrong part; the text names an option.
         """
         if stage != "fit":
             return
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise InvalidArgumentError(
+                "this strategy would shard the network that is trained, and not the frozen base: "
+                "use strategy ddp with shard_base: true"
+            )
         device = self.trainer.strategy.root_device
         memory, device_bytes = self.estimate_memory(), get_device_bytes(device)
         if self.trainer.is_global_zero:

@@ -20,7 +20,7 @@ from hyperlora.diffusion.schedulers import use_scheduler
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
-from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
+from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline, mark_heavy
 
 EDITING = [
     name for name in FACTORIES if get_pipeline_family(get_tiny_pipeline(name).pipe).edits_images
@@ -101,7 +101,7 @@ def test_negative_prompt_is_followed_or_refused(name: str) -> None:
         assert (guided[0] - guided[1]).abs().max() > 0.002
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", mark_heavy(GENERATING))
 def test_each_scheduler_of_a_family_samples(name: str) -> None:
     base, results = make_base(name), {}
     for scheduler in base.family.schedulers:
@@ -118,7 +118,7 @@ def test_each_scheduler_of_a_family_samples(name: str) -> None:
     assert type(base.pipeline.scheduler).__name__ == original
 
 
-@pytest.mark.parametrize("name", FLOW_MATCHING)
+@pytest.mark.parametrize("name", mark_heavy(FLOW_MATCHING))
 def test_solvers_of_a_flow_agree_where_steps_are_many(name: str) -> None:
     tiny = get_tiny_pipeline(name)
     family = get_pipeline_family(tiny.pipe)
