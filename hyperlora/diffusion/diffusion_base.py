@@ -259,10 +259,11 @@ class DiffusionBase:
         """Encode those of n plain prompts that the cache lacks; concatenate all."""
         if len(cache) > CACHE_SIZE:
             cache.clear()
-        if new_prompts := [prompt for prompt in prompts if prompt not in cache]:
-            conditions = self.family.encode_text(new_prompts)
-            for i, prompt in enumerate(new_prompts):
-                cache[prompt] = map_tensors(lambda t, i=i: t[i : i + 1], conditions)
+        for prompt in prompts:
+            if prompt not in cache:
+                # alone: in half precision the others of a batch would change its rounding, so that
+                # the embedding would depend on what the cache held before
+                cache[prompt] = self.family.encode_text([prompt])
         return cat_conditions([cache[prompt] for prompt in prompts])
 
 

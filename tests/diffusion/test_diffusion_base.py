@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
+from hyperlora.compute import ComputeConfig
+from hyperlora.diffusion.diffusion_base import DiffusionBase, PromptCache, load_diffusion_base
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.lora.weights import LoraWeights
@@ -53,3 +54,14 @@ def test_encode_prompts_encodes_each_prompt_with_its_lora(base: DiffusionBase) -
             (alone,) = base.encode_prompts(["dark"])["prompt_embeds"]
         torch.testing.assert_close(batch[i], alone)
     assert not torch.allclose(batch[0], batch[1], atol=1e-3)
+
+
+def test_prompt_cache_does_not_depend_on_its_history(bundle: Any) -> None:
+    """In half precision, so that a resumed training repeats what it would have computed."""
+    base = load_diffusion_base(bundle.base, ComputeConfig(device="cpu", dtype="bfloat16"))
+    prompts = ["a cat", "a dog on a hill", "rain"]
+    together: PromptCache = {}
+    base.encode_prompts(prompts, together)
+    for prompt in prompts:
+        alone = base.encode_prompts([prompt], {})
+        assert torch.equal(alone["prompt_embeds"], together[prompt]["prompt_embeds"])
