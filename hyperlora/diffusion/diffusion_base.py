@@ -82,7 +82,8 @@ class DiffusionBase:
     def device(self) -> torch.device:
         """Device on which the base computes, also where it is offloaded."""
         denoiser = self.denoiser
-        if hasattr(denoiser, "_hf_hook") or hasattr(denoiser, "_diffusers_hook"):  # offloaded
+        is_offloaded = hasattr(denoiser, "_hf_hook") or hasattr(denoiser, "_diffusers_hook")
+        if denoiser is None or is_offloaded:  # None: loaded to encode images and prompts alone
             return self.family.device
         return next(denoiser.parameters()).device  # diffusers takes milliseconds to say it
 

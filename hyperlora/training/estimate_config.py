@@ -62,9 +62,11 @@ def estimate_config(config: Mapping[str, Any]) -> TrainingMemory:
         )
     devices = str(trainer["devices"])  # a number, "auto" or a list
     num_devices = int(devices) if devices.isdecimal() else 1
+    base_options = model["base_options"] or {}
+    left_out = {name for name, value in base_options.items() if value is None}
     base = make_meta_base(
         model["base"],
-        (model["base_options"] or {}).get("dtype", "float32"),
+        base_options.get("dtype", "float32"),
         num_devices if model["shard_base"] else 1,
     )
     layout = make_layout(
@@ -79,7 +81,7 @@ def estimate_config(config: Mapping[str, Any]) -> TrainingMemory:
     callbacks = [str(callback["class_path"]) for callback in trainer["callbacks"] or []]
     return estimate_memory(
         TrainingParts(
-            base_rows=base.rows,
+            base_rows=[row for row in base.rows if row.name.split(" ")[0] not in left_out],
             family=base.family,
             denoiser=base.denoiser,
             encoder=encoder,

@@ -81,6 +81,20 @@ def test_config_header_equals_the_estimate(name: str) -> None:
     assert estimate.num_trained_params <= 300e6
 
 
+def test_estimate_follows_the_command_line() -> None:
+    """Four devices share the base; a cache of embeddings spares the text encoder."""
+    config = ["--config", str(CONFIGS / "flux2/dev_hypernetwork.yaml")]
+    whole = estimate_config(parse_config(config))
+    shared = estimate_config(parse_config([*config, "--trainer.devices=4"]))
+    base_bytes = sum(row.num_bytes or 0 for row in whole.rows[:2])  # transformer, text encoder
+    in_transit = 4 * whole.num_trained_params
+    assert shared.num_bytes == pytest.approx(whole.num_bytes - 0.75 * base_bytes + in_transit)
+    options = "{dtype: bfloat16, text_encoder: null, vae: null}"
+    cached = estimate_config(parse_config([*config, f"--model.init_args.base_options={options}"]))
+    others = sum(row.num_bytes or 0 for row in whole.rows[1:3])
+    assert cached.num_bytes == whole.num_bytes - others
+
+
 def test_direct_head_on_sdxl_is_refused_before_it_is_made() -> None:
     base = make_meta_base("stabilityai/stable-diffusion-xl-base-1.0")
     layout = make_layout({"unet": base.denoiser}, "attention", 4, "sdxl")

@@ -120,6 +120,26 @@ def test_portraits_are_scored_by_an_identity_classifier(
     assert f"| identity score, own LoRA | {own:.4f} |" in checkpoint_scores
 
 
+def test_image_is_logged_to_weights_and_biases() -> None:
+    """By its logger alone, since the package is not installed."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    from hyperlora.training.portraits import log_image
+
+    calls: list[tuple[Any, ...]] = []
+
+    class Recorder(WandbLogger):
+        def __init__(self) -> None:
+            pass
+
+        def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+            calls.append((key, images, step))
+
+    image = Image.new("RGB", (2, 2))
+    log_image([Recorder()], "val/portraits", image, 7)
+    assert calls == [("val/portraits", [image], 7)]
+
+
 def test_portraits_are_left_out_without_a_text_encoder(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
