@@ -107,13 +107,14 @@ def make_flux_kontext() -> TinyPipeline:
     from diffusers import FluxKontextPipeline
 
     pipe = FluxKontextPipeline(**_make_flux_components(True))
+    images = make_image(count=len(PROMPTS))
     arguments = SIZE | {
-        "image": make_image(count=len(PROMPTS)),
+        "image": images,
         "guidance_scale": 3.5,
         "max_area": SIDE**2,
         "_auto_resize": False,
     }
-    return TinyPipeline(pipe, arguments, _unpack_flux(pipe))
+    return TinyPipeline(pipe, arguments, _unpack_flux(pipe), images=images)
 
 
 def make_z_image() -> TinyPipeline:

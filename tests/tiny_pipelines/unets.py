@@ -94,15 +94,17 @@ def make_instruct_pix2pix() -> TinyPipeline:
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     pipe = StableDiffusionInstructPix2PixPipeline(**_make_components(_make_unet(8)), **NO_CHECKER)
-    arguments = {"image": make_image(count=len(PROMPTS)), "guidance_scale": 1.0}
+    images = make_image(count=len(PROMPTS))
+    arguments = {"image": images, "guidance_scale": 1.0}
     scales = {"guidance_scale": 3.0, "image_guidance_scale": 1.5}
-    return TinyPipeline(pipe, arguments, guidance=NEGATIVE | scales)
+    return TinyPipeline(pipe, arguments, guidance=NEGATIVE | scales, images=images)
 
 
 def make_instruct_pix2pix_xl() -> TinyPipeline:
     from diffusers import StableDiffusionXLInstructPix2PixPipeline
 
     pipe = StableDiffusionXLInstructPix2PixPipeline(**_make_xl_components(_make_xl_unet(8)))
-    arguments = SIZE | {"image": make_image(count=len(PROMPTS)), "guidance_scale": 1.0}
+    images = make_image(count=len(PROMPTS))
+    arguments = SIZE | {"image": images, "guidance_scale": 1.0}
     scales = {"guidance_scale": 3.0, "image_guidance_scale": 1.5}
-    return TinyPipeline(pipe, arguments, guidance=NEGATIVE | scales)
+    return TinyPipeline(pipe, arguments, guidance=NEGATIVE | scales, images=images)

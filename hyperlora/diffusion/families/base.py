@@ -81,6 +81,8 @@ class PipelineFamily(ABC):
     """Whether a prompt can be given of what to avoid."""
     edits_in_batches: ClassVar[bool] = True
     """Whether one call edits several images, each by its own instruction."""
+    batches_branches: ClassVar[bool] = False
+    """Whether the guidance branches are one batch; otherwise each is a call of its own."""
     negative_branches: ClassVar[tuple[bool, ...]] = (False, True)
     """Which guidance branches are negative: in order in a batch, or as calls of one step."""
     grid_multiple: ClassVar[int] = 1
@@ -125,9 +127,9 @@ class PipelineFamily(ABC):
         return self.pipeline._execution_device
 
     @property
-    @abstractmethod
     def resolution(self) -> int:
-        """Side in pixels of the square images that the denoiser was trained on."""
+        """Side in pixels of the square images that the pipeline samples by default."""
+        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
 
     @property
     def pixel_multiple(self) -> int:
@@ -334,7 +336,9 @@ class PipelineFamily(ABC):
         Returns:
             1 without classifier-free guidance in this call, else the number of its branches.
         """
-        return 1
+        num_branches = len(self.negative_branches)
+        is_guided = self.batches_branches and self.pipeline.do_classifier_free_guidance
+        return num_branches if is_guided and num_samples >= num_branches else 1
 
     def combine_branches(self, model_output: Tensor, guidance_scale: float | None = None) -> Tensor:
         """Apply classifier-free guidance (2207.12598): ε(∅) + w (ε(c) - ε(∅)).

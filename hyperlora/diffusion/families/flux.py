@@ -30,21 +30,6 @@ class FluxFamily(PositionedTokensFamily):
         r"|^single_transformer_blocks\.\d+\.proj_(mlp|out)$"
     )
     unbatched_inputs = frozenset({"img_ids", "txt_ids"})
-    takes_negative_prompts = False
-    schedulers: ClassVar[tuple[str, ...]] = (
-        "FlowMatchEulerDiscrete",
-        "FlowMatchLCM",
-        "DPMSolverMultistep",
-        "UniPCMultistep",
-    )
-    training_guidance_scale = 3.5
-    """Guidance that dev is told in training: the pipeline's default, so that it fits its use."""
-
-    @property
-    @override
-    def resolution(self) -> int:
-        """Side in pixels of the images that the pipeline samples by default; the model has none."""
-        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
 
     @override
     def encode_text(self, prompts: list[str], images: Tensor | None = None) -> Conditions:
@@ -53,13 +38,6 @@ class FluxFamily(PositionedTokensFamily):
             prompts, None, device=self.device
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
-
-    @override
-    def make_guidance_arguments(
-        self, guidance_scale: float, negative_prompts: list[str]
-    ) -> dict[str, Any]:
-        """Make the scale that dev is told; its guidance is distilled, so no prompt is negative."""
-        return {"guidance_scale": guidance_scale}
 
     @override
     def make_inputs(
@@ -75,7 +53,7 @@ class FluxFamily(PositionedTokensFamily):
         return {
             "hidden_states": pack_patches(latents),  # [n, h/2 w/2, 4 c]
             "timestep": broadcast_timesteps(timesteps, latents) / 1000,  # σ
-            "guidance": self._make_guidance(latents, guidance_scale),
+            "guidance": self.make_guidance(latents, guidance_scale),
             "pooled_projections": conditions["pooled_prompt_embeds"],
             "encoder_hidden_states": prompt_embeds,
             "txt_ids": prompt_embeds.new_zeros(num_tokens, 3),  # [tokens, 3]
@@ -86,13 +64,6 @@ class FluxFamily(PositionedTokensFamily):
     def read_output(self, output: Any, latents: Tensor) -> Tensor:
         """Unpack the tokens [n, h/2 w/2, 4 c] of the transformer to [n, c, h, w]."""
         return unpack_patches(output, latents.shape[-2:])
-
-    def _make_guidance(self, latents: Tensor, guidance_scale: float | None) -> Tensor | None:
-        """Make the embedded guidance [n] of dev; None for schnell."""
-        if not self.denoiser.config.guidance_embeds:
-            return None
-        scale = self.training_guidance_scale if guidance_scale is None else guidance_scale
-        return torch.full((len(latents),), scale, device=latents.device)  # float32
 
 
 class FluxKontextFamily(FluxFamily):

@@ -1,6 +1,6 @@
 """FLUX.2: dev and klein, which generate images and edit them."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,22 +35,7 @@ class Flux2Family(PositionedTokensFamily):
     )
     feed_forward_pattern = r"(^|\.)ff(_context)?\.linear_(in|out)$"
     default_guidance_scale = 4.0
-    takes_negative_prompts = False
-    schedulers: ClassVar[tuple[str, ...]] = (
-        "FlowMatchEulerDiscrete",
-        "FlowMatchLCM",
-        "DPMSolverMultistep",
-        "UniPCMultistep",
-    )
     edits_in_batches = False
-    training_guidance_scale = 4.0
-    """Guidance that dev is told in training: the pipeline's default, so that it fits its use."""
-
-    @property
-    @override
-    def resolution(self) -> int:
-        """Side in pixels of the images that the pipeline samples by default; the model has none."""
-        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
 
     @property
     @override
@@ -91,13 +76,6 @@ class Flux2Family(PositionedTokensFamily):
         return (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @override
-    def make_guidance_arguments(
-        self, guidance_scale: float, negative_prompts: list[str]
-    ) -> dict[str, Any]:
-        """Make the scale that dev is told; its guidance is distilled, so no prompt is negative."""
-        return {"guidance_scale": guidance_scale}
-
-    @override
     def make_edit_arguments(
         self, images: Tensor, guidance_scale: float, image_guidance_scale: float
     ) -> dict[str, Any]:
@@ -127,7 +105,7 @@ class Flux2Family(PositionedTokensFamily):
         return {
             "hidden_states": tokens,
             "timestep": broadcast_timesteps(timesteps, latents) / 1000,  # σ
-            "guidance": self._make_guidance(latents, guidance_scale),
+            "guidance": self.make_guidance(latents, guidance_scale),
             "encoder_hidden_states": prompt_embeds,  # [n, tokens, width]
             "txt_ids": make_position_ids(prompt_embeds, num_tokens=prompt_embeds.shape[1]),
             "img_ids": position_ids,
@@ -145,13 +123,6 @@ class Flux2Family(PositionedTokensFamily):
         mean = vae.bn.running_mean[:, None, None].to(patches)
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()[:, None, None].to(patches)
         return mean, std
-
-    def _make_guidance(self, latents: Tensor, guidance_scale: float | None) -> Tensor | None:
-        """Make the embedded guidance [n] of dev; None for klein."""
-        if not self.denoiser.config.guidance_embeds:
-            return None
-        scale = self.training_guidance_scale if guidance_scale is None else guidance_scale
-        return torch.full((len(latents),), scale, device=latents.device)  # float32
 
 
 class Flux2KleinFamily(Flux2Family):

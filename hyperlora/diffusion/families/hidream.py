@@ -29,17 +29,12 @@ class HiDreamFamily(PipelineFamily):
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
     timestep_input = "timesteps"
     batch_axis_1_inputs = frozenset({"encoder_hidden_states_llama3"})
+    batches_branches = True
     negative_branches = (True, False)
     default_guidance_scale = 5.0
     size_multiple = grid_multiple = 2
     attention_pattern = r"(^|\.)attn1\.to_(q|k|v|out)(_t)?$"
     feed_forward_pattern = r"(^|\.)ff_[it]\.((experts\.\d+|shared_experts)\.)?w[123]$"
-
-    @property
-    @override
-    def resolution(self) -> int:
-        """Side in pixels of square images; the pipeline scales other sizes to the same area."""
-        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
 
     @override
     def encode_text(self, prompts: list[str], images: Tensor | None = None) -> HiDreamConditions:
@@ -113,11 +108,6 @@ class HiDreamFamily(PipelineFamily):
         return super().predict(
             latents, timesteps, conditions, denoiser=denoiser, guidance_scale=guidance_scale
         )
-
-    @override
-    def count_branches(self, num_samples: int) -> int:
-        """Count the branches along the batch axis of one call: 2 with guidance, else 1."""
-        return 2 if self.pipeline.do_classifier_free_guidance and num_samples >= 2 else 1
 
 
 def _enable_expert_gradients(transformer: nn.Module) -> None:

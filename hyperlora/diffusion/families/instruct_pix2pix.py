@@ -49,11 +49,6 @@ class _InputImageChannels(StableDiffusionFamily):
         return inputs
 
     @override
-    def count_branches(self, num_samples: int) -> int:
-        """Count the branches: text and image, image only, neither; or 1 without guidance."""
-        return 3 if super().count_branches(num_samples) > 1 else 1
-
-    @override
     def combine_branches(self, model_output: Tensor, guidance_scale: float | None = None) -> Tensor:
         """Apply guidance with two scales (2211.09800, eq. 3).
 

@@ -1,4 +1,6 @@
-"""``PositionedTokensFamily``: denoisers that take tokens with position ids, as FLUX does."""
+"""``PositionedTokensFamily``: what FLUX.1, FLUX.2 and their kin have in common."""
+
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,8 +12,39 @@ from hyperlora.diffusion.families.base import DenoiserInputs, PipelineFamily, Wi
 class PositionedTokensFamily(PipelineFamily):
     """Adapter of denoisers whose tokens have ids (0, row, column, ...) in ``img_ids``.
 
-    Tokens of an input image have another first id, and follow those of the noisy latents.
+    Tokens of an input image have another first id, and follow those of the noisy latents. Guidance
+    is distilled where the denoiser embeds its scale: then no prompt is negative.
     """
+
+    takes_negative_prompts: ClassVar[bool] = False
+    schedulers: ClassVar[tuple[str, ...]] = (
+        "FlowMatchEulerDiscrete",
+        "FlowMatchLCM",
+        "DPMSolverMultistep",
+        "UniPCMultistep",
+    )
+
+    @override
+    def make_guidance_arguments(
+        self, guidance_scale: float, negative_prompts: list[str]
+    ) -> dict[str, Any]:
+        """Make the scale that the denoiser embeds."""
+        return {"guidance_scale": guidance_scale}
+
+    def make_guidance(self, latents: Tensor, guidance_scale: float | None) -> Tensor | None:
+        """Make the guidance that a denoiser embeds.
+
+        Args:
+            latents: [n, ...].
+            guidance_scale: None for the default of samples, so that training fits use.
+
+        Returns:
+            [n] in float32; None for a denoiser that embeds none.
+        """
+        if not self.denoiser.config.guidance_embeds:
+            return None
+        scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        return torch.full((len(latents),), scale, device=latents.device)
 
     @override
     def get_grid(self, inputs: DenoiserInputs) -> tuple[int, int]:

@@ -36,12 +36,6 @@ class QwenImageFamily(PipelineFamily):
     max_prompt_tokens: ClassVar[int] = 512
     """Tokens of a prompt that the pipeline keeps; its ``encode_prompt`` alone keeps 1024."""
 
-    @property
-    @override
-    def resolution(self) -> int:
-        """Side in pixels of the images that the pipeline samples by default; the model has none."""
-        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
-
     @override
     def encode_text(self, prompts: list[str], images: Tensor | None = None) -> Conditions:
         """Encode n prompts with Qwen2.5-VL, padded to the longest; ``images`` are not used."""

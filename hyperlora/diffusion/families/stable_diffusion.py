@@ -43,6 +43,7 @@ class StableDiffusionFamily(PipelineFamily):
     )
     default_guidance_scale = 3.0  # LoRAs of a subject oversaturate at the 7.5 of the base alone
     default_num_inference_steps = 20
+    batches_branches = True
     negative_branches: ClassVar[tuple[bool, ...]] = (True, False)
     latents_input = "sample"
     size_multiple = 1
@@ -75,8 +76,3 @@ class StableDiffusionFamily(PipelineFamily):
             "timestep": timesteps.to(latents.device).expand(len(latents)),
             "encoder_hidden_states": conditions["prompt_embeds"],
         }
-
-    @override
-    def count_branches(self, num_samples: int) -> int:
-        """Count the branches along the batch axis of one call: 2 with guidance, else 1."""
-        return 2 if self.pipeline.do_classifier_free_guidance and num_samples >= 2 else 1

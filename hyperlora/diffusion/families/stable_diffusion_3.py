@@ -25,16 +25,11 @@ class StableDiffusion3Family(PipelineFamily):
         "DPMSolverMultistep",
         "UniPCMultistep",
     )
+    batches_branches = True
     negative_branches = (True, False)
     size_multiple = grid_multiple = 2
     attention_pattern = r"(^|\.)attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
     feed_forward_pattern = r"(^|\.)ff(_context)?\.net\.(0\.proj|2)$"
-
-    @property
-    @override
-    def resolution(self) -> int:
-        """Side in pixels of the square images that the pipeline samples by default."""
-        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
 
     @override
     def encode_text(self, prompts: list[str], images: Tensor | None = None) -> Conditions:
@@ -60,8 +55,3 @@ class StableDiffusion3Family(PipelineFamily):
             "encoder_hidden_states": conditions["prompt_embeds"],
             "pooled_projections": conditions["pooled_prompt_embeds"],
         }
-
-    @override
-    def count_branches(self, num_samples: int) -> int:
-        """Count the branches along the batch axis of one call: 2 with guidance, else 1."""
-        return 2 if self.pipeline.do_classifier_free_guidance and num_samples >= 2 else 1

@@ -21,6 +21,7 @@ class ZImageFamily(PipelineFamily):
 
     modelspec_name = "z-image"
     denoiser_class_name = "ZImageTransformer2DModel"
+    batches_branches = True
     schedulers = ("FlowMatchEulerDiscrete", "FlowMatchLCM")
     latents_input = "x"
     timestep_input = "t"
@@ -93,11 +94,6 @@ class ZImageFamily(PipelineFamily):
     def read_output(self, output: Any, latents: Tensor) -> Tensor:
         """Stack n times [c, 1, h, w] and turn x_0 - ε into the scheduler's velocity ε - x_0."""
         return -torch.stack(list(output)).squeeze(2)
-
-    @override
-    def count_branches(self, num_samples: int) -> int:
-        """Count the branches along the batch axis of one call: 2 with guidance, else 1."""
-        return 2 if self.pipeline.do_classifier_free_guidance and num_samples >= 2 else 1
 
     @override
     def combine_branches(self, model_output: Tensor, guidance_scale: float | None = None) -> Tensor:

@@ -1,10 +1,24 @@
-"""What tests of families record of a running pipeline."""
+"""What tests of families encode, and record of a running pipeline."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from hyperlora.diffusion.families.registry import get_pipeline_family
+from tests.tiny_pipelines.base import TinyPipeline
+
+
+@torch.no_grad()
+def make_conditions(tiny: TinyPipeline) -> Any:
+    """Encode the prompts, and the input images where there are some."""
+    family = get_pipeline_family(tiny.pipe)
+    conditions: Any = family.encode_text(list(tiny.prompts), tiny.images)
+    if tiny.images is not None:
+        conditions["image_latents"] = family.encode_images(tiny.images)
+    return conditions
 
 
 @contextmanager

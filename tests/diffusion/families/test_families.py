@@ -7,28 +7,15 @@ import torch
 from torch import Tensor
 
 from hyperlora.diffusion.families.registry import FAMILIES, get_pipeline_family
+from tests.diffusion.families.calls import make_conditions
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
-from tests.tiny_pipelines.base import TinyPipeline
-
-
-def make_conditions(tiny: TinyPipeline) -> Any:
-    """Encode the prompts, and the input image where the family takes one."""
-    family = get_pipeline_family(tiny.pipe)
-    images = tiny.arguments.get("image") if tiny.images is None else tiny.images
-    with torch.no_grad():
-        conditions: Any = family.encode_text(list(tiny.prompts), images)
-        if family.edits_images and images is not None:
-            conditions["image_latents"] = family.encode_images(images)
-    return conditions
 
 
 def assert_same_inputs(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Compare arguments; None, empty dicts and a time for all samples are what they stand for."""
     actual, expected = (
-        {k: v for k, v in d.items() if v not in ({},) and v is not None}
-        if not any(isinstance(v, Tensor) for v in d.values())
-        else {k: v for k, v in d.items() if v is not None and not (isinstance(v, dict) and not v)}
-        for d in (actual, expected)
+        {name: value for name, value in inputs.items() if isinstance(value, Tensor) or value}
+        for inputs in (actual, expected)
     )
     assert actual.keys() == expected.keys()
     for name, value in expected.items():

@@ -1,18 +1,14 @@
 """Chroma, Lumina 2, HiDream, Krea 2 and Qwen-Image 2.1: what goes beyond one prediction."""
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperlora.diffusion.families.base import PipelineFamily
 from hyperlora.diffusion.families.registry import get_pipeline_family
-from hyperlora.diffusion.lora_injection import inject_lora
-from hyperlora.lora.layout import LoraLayout
-from hyperlora.lora.weights import LoraWeights
-from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
+from tests.tiny_pipelines import get_tiny_pipeline
 from tests.tiny_pipelines.base import PROMPTS, TinyPipeline, make_image
 
 NAMES = ["chroma", "lumina_2", "hidream", "krea_2", "krea_2_turbo", "qwen_image_21"]
@@ -42,90 +38,6 @@ def test_pipeline_takes_encoded_prompts(name: str) -> None:
     family = get_pipeline_family(tiny.pipe)
     arguments = family.make_prompt_arguments(encode(family))
     torch.testing.assert_close(sample(tiny, **arguments), sample(tiny, prompt=list(PROMPTS)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_guidance_has_the_counted_branches(name: str) -> None:
-    tiny = get_tiny_pipeline(name)
-    family = get_pipeline_family(tiny.pipe)
-    assert tiny.guidance is not None
-    for record in tiny.record_calls(PROMPTS, **tiny.guidance):
-        num_samples = len(record.inputs["hidden_states"])
-        assert num_samples == len(PROMPTS) * family.count_branches(num_samples)
-        if num_samples > len(PROMPTS):
-            latents = torch.cat([record.sample] * 2)
-            guided = family.combine_branches(family.read_output(record.output, latents))
-            torch.testing.assert_close(guided, record.prediction, **CLOSE)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_inputs_in_bfloat16_equal_the_pipeline(name: str) -> None:
-    tiny = FACTORIES[name]()  # not the shared one: it changes its dtype
-    tiny.pipe.set_progress_bar_config(disable=True)
-    tiny.pipe.to(dtype=torch.bfloat16)
-    for module in tiny.pipe.components.values():
-        if isinstance(module, nn.Module):
-            module.eval()
-    family = get_pipeline_family(tiny.pipe)
-    conditions = encode(family)
-    for record in tiny.record_calls(PROMPTS):
-        inputs = family.make_inputs(tiny.unpack(record.sample), record.timestep, conditions)
-        for key, value in record.inputs.items():
-            if isinstance(value, Tensor):
-                torch.testing.assert_close(inputs[key], value, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_latents_and_prompts(name: str) -> None:
-    tiny = get_tiny_pipeline(name)
-    family = get_pipeline_family(tiny.pipe)
-    record = tiny.record_calls(PROMPTS)[1]
-    conditions = encode(family)
-    embeds = conditions["prompt_embeds"].clone().requires_grad_()
-    latents = tiny.unpack(record.sample).clone().requires_grad_()
-    conditions["prompt_embeds"] = embeds
-    prediction = family.predict(latents, record.timestep, conditions)
-    torch.testing.assert_close(prediction, tiny.unpack(record.prediction), **CLOSE)
-    gradients = torch.autograd.grad(prediction.square().sum(), [latents, embeds])
-    for gradient in gradients:
-        assert gradient.isfinite().all()
-        assert gradient.flatten(1).norm(dim=1).gt(0).all()
-
-    family.denoiser.enable_gradient_checkpointing()
-    try:
-        prediction = family.predict(latents, record.timestep, conditions)
-    finally:
-        family.denoiser.disable_gradient_checkpointing()
-    torch.testing.assert_close(prediction, tiny.unpack(record.prediction), **CLOSE)
-    actual = torch.autograd.grad(prediction.square().sum(), [latents, embeds])
-    torch.testing.assert_close(actual, gradients, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("preset", ["attention", "attention+mlp"])
-def test_one_lora_per_sample_equals_each_alone(name: str, preset: str) -> None:
-    if (name, preset) == ("hidream", "attention+mlp"):
-        pytest.skip("routed experts see the tokens of all samples as one list")
-    tiny = get_tiny_pipeline(name)
-    family = get_pipeline_family(tiny.pipe)
-    record = tiny.record_calls(PROMPTS)[1]
-    latents, conditions = tiny.unpack(record.sample), encode(family)
-    pattern = re.compile(family.get_target_pattern(preset))
-    layout = LoraLayout.from_module(
-        family.denoiser, "transformer", lambda path: bool(pattern.search(path)), 2, "tiny"
-    )
-    generator = torch.Generator().manual_seed(0)
-    flat = 0.3 * torch.randn(len(PROMPTS), layout.numel, generator=generator)
-    loras = LoraWeights.unflatten(layout, flat)
-    with torch.no_grad():
-        with inject_lora(family.denoiser, loras):
-            together = family.predict(latents, record.timestep, conditions)
-        for i, prediction in enumerate(together):
-            with inject_lora(family.denoiser, loras[i]):
-                alone = family.predict(latents, record.timestep, conditions)
-            torch.testing.assert_close(prediction, alone[i], atol=1e-4, rtol=1e-4)
-    base = tiny.unpack(record.prediction)
-    assert (together - base).flatten(1).norm(dim=1).gt(1e-3).all()
 
 
 def test_encode_images_of_qwen_image_21_equals_the_pipeline() -> None:

@@ -9,14 +9,11 @@ from torch import Tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.losses import compute_denoising_loss
 from hyperlora.diffusion.noise_schedule import NoiseSchedule
+from tests.diffusion.families.calls import make_conditions
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
 
 NAMES = [name for name in FACTORIES if get_tiny_pipeline(name).arguments.get("image") is None]
 FLOWS = [name for name in NAMES if not name.startswith("stable_diffusion") or name.endswith("_3")]
-
-
-def make_conditions(base: DiffusionBase, prompts: tuple[str, ...]) -> Any:
-    return base.encode_prompts(list(prompts))
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -38,12 +35,12 @@ def test_noise_is_told_as_at_the_first_step_of_the_pipeline(name: str) -> None:
             record_predict,
             base.noise_scheduler,
             torch.zeros_like(latents),
-            make_conditions(base, tiny.prompts),
+            make_conditions(tiny),
             noise_sample=(u, noise),
         )
     ((noisy_latents, timesteps),) = calls
     torch.testing.assert_close(noisy_latents, 0.999 * noise)
-    inputs = base.family.make_inputs(noisy_latents, timesteps, make_conditions(base, tiny.prompts))
+    inputs = base.family.make_inputs(noisy_latents, timesteps, make_conditions(tiny))
     told = inputs[base.family.timestep_input].float()
     expected = torch.as_tensor(record.inputs[base.family.timestep_input]).float().expand_as(told)
     full_range = 1000.0 if float(told.abs().max()) > 2 else 1.0
@@ -69,7 +66,7 @@ def test_loss_equals_the_error_of_the_pipelines_prediction(name: str) -> None:
             base.predict,
             base.noise_scheduler,
             clean_latents,
-            make_conditions(base, tiny.prompts),
+            make_conditions(tiny),
             noise_sample=(u, noise),
         )
     target = noise if name in ("stable_diffusion", "stable_diffusion_xl") else noise - clean_latents
