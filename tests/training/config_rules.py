@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
@@ -109,6 +111,17 @@ _TINY_EDIT_UNET = (
     "--model.init_args.unet.block_out_channels=[64,96,16]",
     "--data.init_args.batch_size=4",
 )
+
+
+def _load_text_to_image(folder: Path) -> Any:
+    """Load a trained base; plain diffusers gets one precision, whatever the files hold."""
+    stored = load_file(folder / "text_encoder/model.safetensors").values()
+    assert {tensor.dtype for tensor in stored} == {torch.float16}
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
+    return load_diffusion_base(folder)
+
+
 _TINY_RESOLUTION = f"--data.init_args.resolution={SIDE}"
 _FOUR_IDENTITIES = "--data.init_args.identities_per_batch=4"
 _FOUR_SAMPLES = "--data.init_args.batch_size=4"
@@ -122,10 +135,10 @@ RULES = {
         AutoencoderKL.from_pretrained, (_FOUR_SAMPLES,), ("avatars/01_vae",)
     ),
     "avatars/03_text_to_image": Rule(
-        load_diffusion_base, _make_tiny_unet(32), ("avatars/02_vae_refine", "tokenizer")
+        _load_text_to_image, _make_tiny_unet(32), ("avatars/02_vae_refine", "tokenizer")
     ),
     "avatars/04_text_to_image_wide": Rule(
-        load_diffusion_base,
+        _load_text_to_image,
         (*_make_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"),
         ("avatars/03_text_to_image",),
     ),
@@ -135,7 +148,7 @@ RULES = {
         ("avatars/02_vae_refine",),
     ),
     "avatars/06_text_to_image_attributes": Rule(
-        load_diffusion_base,
+        _load_text_to_image,
         (*_make_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"),
         ("avatars/04_text_to_image_wide", "avatars/05_latent_classifier"),
     ),

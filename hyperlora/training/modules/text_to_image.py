@@ -178,11 +178,13 @@ class TextToImageTraining(L.LightningModule):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.to(torch.float16)
-        # from_pretrained without dtype loads diffusers models as float32, but transformers models
-        # as stored: a float16 text encoder would not match
-        pipeline.text_encoder.float()
-        pipeline.save_pretrained(Path(self.hparams["output_dir"]), max_shard_size="16MB")
+        output_dir = Path(self.hparams["output_dir"])
+        pipeline.to(torch.float16).save_pretrained(output_dir, max_shard_size="16MB")
+        # without a dtype argument diffusers loads its models as float32, transformers as the config
+        # says: both must match
+        text_encoder_config = CLIPTextConfig.from_pretrained(output_dir / "text_encoder")
+        text_encoder_config.dtype = torch.float32
+        text_encoder_config.save_pretrained(output_dir / "text_encoder")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make AdamW with one cosine cycle."""
