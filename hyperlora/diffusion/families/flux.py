@@ -31,6 +31,15 @@ class FluxFamily(PositionedTokensFamily):
     )
     unbatched_inputs = frozenset({"img_ids", "txt_ids"})
 
+    @property
+    @override
+    def architecture(self) -> str:
+        """Architecture name in modelspec metadata; FLUX.1 schnell is told no guidance scale."""
+        is_dev = self.modelspec_name == FluxFamily.modelspec_name
+        if is_dev and self.denoiser is not None and not self.denoiser.config.guidance_embeds:
+            return "flux-1-schnell"
+        return self.modelspec_name
+
     @override
     def encode_text(self, prompts: list[str], images: Tensor | None = None) -> Conditions:
         """Encode n prompts with T5; CLIP gives the pooled embeddings."""

@@ -27,7 +27,7 @@ class QwenImageFamily(PipelineFamily):
     pipeline then rescales each guided token to the norm of the conditional one.
     """
 
-    modelspec_name: ClassVar[str] = "qwen-image"
+    modelspec_name: ClassVar[str] = "Qwen-Image"
     denoiser_class_name = "QwenImageTransformer2DModel"
     listed_inputs = frozenset({"img_shapes"})
     size_multiple = 2
@@ -117,7 +117,7 @@ class QwenImageEditFamily(QwenImageFamily):
     ``encode_text`` does so too; ``encode_images`` takes images as they are.
     """
 
-    modelspec_name = "qwen-image-edit"
+    modelspec_name = "Qwen-Image-Edit"
     edits_images = requires_input_image = True
     encodes_images_in_prompts = True
     edits_in_batches = False
@@ -199,7 +199,7 @@ class QwenImageEditPlusFamily(QwenImageEditFamily):
     The pipeline takes several input images for one instruction; the adapter takes one for each.
     """
 
-    modelspec_name = "qwen-image-edit-plus"
+    modelspec_name = "Qwen-Image-Edit-Plus"
     text_encoder_area = 384**2
 
 

@@ -10,6 +10,7 @@ from hyperlora.diffusion.families.base import (
     DenoiserInputs,
     PipelineFamily,
 )
+from hyperlora.lora.io.architectures import CUSTOM_UNET
 
 
 class StableDiffusionFamily(PipelineFamily):
@@ -50,6 +51,21 @@ class StableDiffusionFamily(PipelineFamily):
     attention_pattern = r"(^|\.)attn\d\.(to_[qkv]|to_out\.0)$"
     feed_forward_pattern = r"(^|\.)ff\.net\.(0\.proj|2)$|\.time_emb_proj$"
     convolution_pattern = r"\.(conv1|conv2|conv_shortcut|conv|proj_in|proj_out)$"
+
+    @property
+    @override
+    def architecture(self) -> str:
+        """Architecture name in modelspec metadata: by text width version 1, 2 or none of both."""
+        if self.denoiser is None:  # loaded to encode images and prompts alone
+            return self.modelspec_name
+        match self.denoiser.config.cross_attention_dim:
+            case 768:
+                return self.modelspec_name
+            case 1024:
+                predicts_v = self.pipeline.scheduler.config.prediction_type == "v_prediction"
+                return f"stable-diffusion-v2-{'768-v' if predicts_v else '512'}"
+            case _:
+                return CUSTOM_UNET
 
     @property
     @override

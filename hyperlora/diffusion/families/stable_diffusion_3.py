@@ -14,7 +14,7 @@ from hyperlora.diffusion.families.base import (
 class StableDiffusion3Family(PipelineFamily):
     """Adapter of Stable Diffusion 3: an MMDiT, two CLIP encoders and T5."""
 
-    modelspec_name = "stable-diffusion-v3-medium"
+    modelspec_name = "stable-diffusion-3-3-medium"
     denoiser_class_name = "SD3Transformer2DModel"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     adaptable_text_encoders = ("text_encoder", "text_encoder_2")
@@ -30,6 +30,16 @@ class StableDiffusion3Family(PipelineFamily):
     size_multiple = grid_multiple = 2
     attention_pattern = r"(^|\.)attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$"
     feed_forward_pattern = r"(^|\.)ff(_context)?\.net\.(0\.proj|2)$"
+
+    @property
+    @override
+    def architecture(self) -> str:
+        """Architecture name in modelspec metadata, told apart as kohya's trainer does."""
+        config = self.denoiser.config if self.denoiser is not None else None
+        if config is None or config.qk_norm is None:
+            return self.modelspec_name
+        size = "medium" if config.dual_attention_layers else "large"
+        return f"stable-diffusion-3-3-5-{size}"
 
     @override
     def encode_text(self, prompts: list[str], images: Tensor | None = None) -> Conditions:

@@ -16,6 +16,12 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     modelspec_name: ClassVar[str] = "stable-diffusion-xl-v1-base"
     text_encoder_names = adaptable_text_encoders = ("text_encoder", "text_encoder_2")
 
+    @property
+    @override
+    def architecture(self) -> str:
+        """Architecture name in modelspec metadata."""
+        return self.modelspec_name
+
     @override
     def encode_text(self, prompts: list[str], images: Tensor | None = None) -> Conditions:
         """Encode n prompts with both text encoders; the second one gives the pooled embeddings."""

@@ -19,7 +19,7 @@ from hyperlora.diffusion.families.base import (
 class ZImageFamily(PipelineFamily):
     """Adapter of Z-Image: lists of samples, prompts of their own lengths, time that runs upward."""
 
-    modelspec_name = "z-image"
+    modelspec_name = "Z-Image"
     denoiser_class_name = "ZImageTransformer2DModel"
     batches_branches = True
     schedulers = ("FlowMatchEulerDiscrete", "FlowMatchLCM")

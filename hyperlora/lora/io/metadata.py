@@ -1,6 +1,8 @@
 """``LoraMetadata``: the metadata of a LoRA file.
 
-Keys begin with ``modelspec.`` (for galleries), ``ss_`` (for kohya's tools) or ``hyperlora.``.
+Keys begin with ``modelspec.`` (for galleries), ``ss_`` (for kohya's tools) or ``hyperlora.``. The
+base is ``hyperlora.base`` alone: ``ss_sd_model_name`` names the checkpoint that a LoRA was trained
+on, and LoRAs of different checkpoints of one architecture fit each other.
 """
 
 import json
@@ -13,18 +15,15 @@ from math import isfinite
 from typing import Final
 
 from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
-from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.io.architectures import (
+    get_base_version,
+    get_network_module,
+    parse_architecture,
+)
+from hyperlora.lora.io.hashes import HASH_KEYS
+from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout
 
 MODELSPEC_VERSION: Final = "1.0.1"
-KOHYA_BASE_VERSIONS: Final[Mapping[str, str]] = {
-    "stable-diffusion-v1": "sd_v1",
-    "stable-diffusion-v2-512": "sd_v2",
-    "stable-diffusion-v2-768-v": "sd_v2_v",
-    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
-    "stable-diffusion-3": "sd3",
-    "flux-1-dev": "flux1",
-}
-"""Architecture of modelspec -> kohya's ``ss_base_model_version``; others are written unchanged."""
 _TEXT_KEYS: Final[Mapping[str, str]] = {
     "title": "modelspec.title",
     "trigger_phrase": "modelspec.trigger_phrase",
@@ -36,6 +35,7 @@ _TEXT_KEYS: Final[Mapping[str, str]] = {
     "generator_version": "hyperlora.generator_version",
     "encoder": "hyperlora.encoder",
     "encoder_license": "hyperlora.encoder_license",
+    "output_name": "ss_output_name",
 }
 _RESERVED_KEYS: Final = frozenset(
     {
@@ -56,6 +56,12 @@ _RESERVED_KEYS: Final = frozenset(
     }
 )
 """Keys computed from the weights or from fields that are not plain text."""
+_TRIGGER_KEYS: Final = ("ss_tag_frequency", "ss_datasets")
+"""Keys in which LoRA managers look for trigger words; a trainer's own are kept."""
+_STALE_KEYS: Final = HASH_KEYS | {"modelspec.implementation_version"}
+_OWN_KEYS: Final = _RESERVED_KEYS | _STALE_KEYS | set(_TEXT_KEYS.values())
+_STALE_PREFIX: Final = "modelspec.hash_"
+"""What is no longer true of a file that is written anew."""
 
 
 @cache
@@ -80,6 +86,7 @@ class LoraMetadata:
         layout_fingerprint: ``LoraLayout.fingerprint``, set by ``save_lora``.
         encoder: The image encoder of the photos.
         encoder_license: Its license.
+        output_name: The name by which A1111 calls the LoRA in prompts, set by ``save_lora``.
         reference_sha256: SHA-256 of the photos.
         recommended_strength: Factor of ΔW at which the LoRA works best.
         extra: Any other keys, e.g. ``modelspec.author`` or ``ss_tag_frequency``.
@@ -99,17 +106,23 @@ class LoraMetadata:
     encoder_license: str = ""
     reference_sha256: tuple[str, ...] = ()
     recommended_strength: float = 1.0
+    output_name: str = ""
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def with_defaults(self, layout: LoraLayout) -> "LoraMetadata":
-        """Set base, fingerprint and, where missing, a title and today's date (UTC)."""
+        """Set base, fingerprint and, where missing, a title and today's date (UTC).
+
+        A layout of unknown base leaves the base that the metadata names.
+        """
         today = datetime.now(UTC).date().isoformat()
+        base = self.base_model if layout.base == UNKNOWN_BASE else layout.base
+        named_layout = replace(layout, base=base or UNKNOWN_BASE)
         return replace(
             self,
-            title=self.title or f"LoRA for {layout.base}",
+            title=self.title or self.output_name or f"LoRA for {base or UNKNOWN_BASE}",
             date=self.date or today,
-            base_model=layout.base,
-            layout_fingerprint=layout.fingerprint,
+            base_model=base,
+            layout_fingerprint=named_layout.fingerprint,
         )
 
     def to_safetensors_metadata(self, layout: LoraLayout) -> dict[str, str]:
@@ -126,7 +139,7 @@ class LoraMetadata:
         Raises:
             InvalidArgumentError: ``extra`` has a key that belongs to a field.
         """
-        if reserved := sorted(self.extra.keys() & (_RESERVED_KEYS | set(_TEXT_KEYS.values()))):
+        if reserved := sorted(self.extra.keys() & _OWN_KEYS):
             raise InvalidArgumentError(
                 f"the extra metadata key {reserved[0]!r} is reserved: "
                 f"use the field of LoraMetadata instead"
@@ -137,17 +150,17 @@ class LoraMetadata:
         }
         if self.resolution:
             optional["modelspec.resolution"] = "{}x{}".format(*self.resolution)
+        if module := get_network_module(self.architecture, layout):
+            optional["ss_network_module"] = module
         return {
+            **self._make_trigger_fields(),
             **self.extra,
             **optional,
             "modelspec.sai_model_spec": MODELSPEC_VERSION,
             "modelspec.architecture": f"{self.architecture or 'unknown'}/lora",
             "modelspec.implementation": "diffusers",
             "ss_v2": str(self.architecture.startswith("stable-diffusion-v2")),
-            "ss_base_model_version": KOHYA_BASE_VERSIONS.get(
-                self.architecture, self.architecture or "unknown"
-            ),
-            "ss_network_module": "networks.lora",
+            "ss_base_model_version": get_base_version(self.architecture),
             "ss_network_dim": str(rank),
             "ss_network_alpha": str(float(rank)),
             "ss_network_args": json.dumps(
@@ -156,6 +169,33 @@ class LoraMetadata:
             "hyperlora.reference_sha256": json.dumps(self.reference_sha256),
             "hyperlora.recommended_strength": repr(float(self.recommended_strength)),
         }
+
+    def _make_trigger_fields(self) -> dict[str, str]:
+        """The trigger phrase as kohya's trainer writes the captions of a folder of images."""
+        if not self.trigger_phrase or self.extra.keys() & set(_TRIGGER_KEYS):
+            return {}  # nothing to say, or a trainer said it
+        num_images = max(len(self.reference_sha256), 1)
+        folder = f"1_{self.trigger_phrase}"  # kohya's "<repeats>_<class tokens>"
+        tag_frequency = {folder: {self.trigger_phrase: num_images}}
+        dataset = {
+            "is_dreambooth": True,
+            "num_train_images": num_images,
+            "num_reg_images": 0,
+            "resolution": self.resolution,
+            "tag_frequency": tag_frequency,
+            "subsets": [
+                {
+                    "img_count": num_images,
+                    "num_repeats": 1,
+                    "image_dir": folder,
+                    "class_tokens": self.trigger_phrase,
+                    "is_reg": False,
+                }
+            ],
+        }
+        return dict(
+            zip(_TRIGGER_KEYS, (json.dumps(tag_frequency), json.dumps([dataset])), strict=True)
+        )
 
     @classmethod
     def from_safetensors_metadata(cls, metadata: Mapping[str, str]) -> "LoraMetadata":
@@ -167,15 +207,14 @@ class LoraMetadata:
             metadata: Strings by key.
 
         Returns:
-            The metadata; the base of kohya's files is their ``ss_sd_model_name``.
+            The metadata. Hashes are left out: they are of that file alone.
 
         Raises:
             InvalidLoraFileError: A ``hyperlora.`` key is malformed.
         """
         text_fields = {name: metadata.get(key, "") for name, key in _TEXT_KEYS.items()}
-        text_fields["base_model"] = text_fields["base_model"] or metadata.get(
-            "ss_sd_model_name", ""
-        )
+        if text_fields["base_model"] == UNKNOWN_BASE:  # older versions wrote it
+            text_fields["base_model"] = ""
         try:
             sha256 = json.loads(metadata.get("hyperlora.reference_sha256", "[]"))
             strength = float(metadata.get("hyperlora.recommended_strength", "1.0"))
@@ -192,8 +231,7 @@ class LoraMetadata:
                 "the file's own hyperlora metadata is malformed: "
                 "reference_sha256 is no list of texts"
             )
-        own_keys = _RESERVED_KEYS | set(_TEXT_KEYS.values())
-        return cls(
+        parsed = cls(
             title=text_fields["title"],
             base_model=text_fields["base_model"],
             trigger_phrase=text_fields["trigger_phrase"],
@@ -204,23 +242,23 @@ class LoraMetadata:
             layout_fingerprint=text_fields["layout_fingerprint"],
             encoder=text_fields["encoder"],
             encoder_license=text_fields["encoder_license"],
-            architecture=_parse_architecture(metadata),
+            output_name=text_fields["output_name"],
+            architecture=parse_architecture(metadata),
             resolution=_parse_resolution(metadata.get("modelspec.resolution", "")),
             reference_sha256=tuple(sha256),
             recommended_strength=strength,
-            extra={key: value for key, value in metadata.items() if key not in own_keys},
         )
-
-
-def _parse_architecture(metadata: Mapping[str, str]) -> str:
-    """modelspec's name, or what stands for it in kohya's files."""
-    if spec := metadata.get("modelspec.architecture", "").removesuffix("/lora"):
-        return "" if spec == "unknown" else spec
-    base_version = metadata.get("ss_base_model_version", "")
-    return next(
-        (name for name, kohya_name in KOHYA_BASE_VERSIONS.items() if kohya_name == base_version),
-        base_version,
-    )
+        trigger_fields = parsed._make_trigger_fields()
+        return replace(
+            parsed,
+            extra={
+                key: value
+                for key, value in metadata.items()
+                if key not in _OWN_KEYS
+                and not key.startswith(_STALE_PREFIX)
+                and trigger_fields.get(key) != value
+            },
+        )
 
 
 def _parse_resolution(text: str) -> tuple[int, int] | None:

@@ -109,7 +109,7 @@ def test_from_safetensors_metadata_reads_other_tools() -> None:
         }
     )
     assert foreign.architecture == "stable-diffusion-xl-v1-base"
-    assert foreign.base_model == "sdxl.safetensors"
+    assert (foreign.base_model, foreign.extra["ss_sd_model_name"]) == ("", "sdxl.safetensors")
     assert foreign.resolution is None
     assert LoraMetadata.from_safetensors_metadata({}).title == ""
 
