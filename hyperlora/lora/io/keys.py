@@ -15,7 +15,7 @@ from typing import Final, Literal, get_args
 
 from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 
-LoraFormat = Literal["diffusers", "kohya", "sgm"]
+LoraFormat = Literal["diffusers", "kohya", "sgm", "comfyui"]
 """The key names of a LoRA file; see ``save_lora``."""
 LORA_FORMATS: Final[tuple[LoraFormat, ...]] = get_args(LoraFormat)
 KOHYA_PREFIXES: Final[Mapping[str, tuple[str, ...]]] = {

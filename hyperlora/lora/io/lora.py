@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hyperlora.lora.io.keys import LoraFormat
+from hyperlora.lora.io.formats import FormatChoice
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora, serialize_lora
 from hyperlora.lora.weights import LoraWeights
@@ -30,7 +30,7 @@ class Lora:
         self,
         path: str | PathLike[str],
         *,
-        format: LoraFormat = "diffusers",
+        format: FormatChoice = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> Path:
         """Write the LoRA to a ``.safetensors`` file, whole or not at all.
@@ -49,7 +49,7 @@ class Lora:
         return save_lora(self.weights, path, format=format, metadata=self.metadata, dtype=dtype)
 
     def serialize(
-        self, *, format: LoraFormat = "diffusers", dtype: torch.dtype = torch.float32
+        self, *, format: FormatChoice = "auto", dtype: torch.dtype = torch.float32
     ) -> bytes:
         """Compute the bytes that ``save`` writes.
 
