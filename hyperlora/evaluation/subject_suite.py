@@ -18,8 +18,9 @@ from hyperlora.finetuning.refine import make_photo_examples
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import GenerationConfig, LoraSampling
-from hyperlora.pipelines.generate import SubjectPhotos, generate_candidates
+from hyperlora.pipelines.generate import generate_candidates
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
+from hyperlora.pipelines.photo_model import SubjectPhotos
 from hyperlora.pipelines.refine_generated import refine_predictions
 from hyperlora.pipelines.rerank import IdentityReranker
 

@@ -14,7 +14,10 @@ from hyperlora.errors import InvalidArgumentError, ModelLoadError
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
+from hyperlora.pipelines.photo_model import AnyPhotoModel
 from hyperlora.pipelines.pretrained_model import CLASS_NAME_KEY
+from hyperlora.pipelines.released.registry import open_released_model
+from hyperlora.pipelines.released.released_model import ReleasedOptions
 
 METHODS: Final[Mapping[str, type[ImageToLoraBase]]] = {
     "hypernetwork": ImageToLora,
@@ -61,9 +64,51 @@ def load_image_to_lora(
     return model
 
 
-def get_method_name(model: ImageToLoraBase) -> str:
-    """Return the method of a model, as ``--method`` names it."""
-    return next(name for name, model_class in METHODS.items() if isinstance(model, model_class))
+def load_photo_model(
+    name_or_path: str | Path | None = None,
+    method: str | None = None,
+    base: DiffusionBase | None = None,
+    compute: ComputeConfig | None = None,
+    options: ReleasedOptions | None = None,
+) -> AnyPhotoModel:
+    """Load a model from photos: one of hyperlora's own, or a network that others released.
+
+    Args:
+        name_or_path: The folder or the hub id, also with ``:VARIANT``; None for the bundled model
+            of ``method``.
+        method: The expected method; None accepts any.
+        base: The base, which spares a second load by a model that encodes photos with it.
+        compute: The device of the model; None for the CPU.
+        options: Where the parts of a released network come from.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidArgumentError: The method is unknown, or an extra is not installed.
+        ModelLoadError: The model is of another method, cannot be loaded or is not known.
+        LayoutMismatchError: The model is for another base than ``base``.
+    """
+    if name_or_path is None or is_own_model(name_or_path):
+        return load_image_to_lora(name_or_path, method, base, compute)
+    if method is not None:
+        raise InvalidArgumentError(
+            f"--method is for models of hyperlora, and {str(name_or_path)!r} is none: leave it out"
+        )
+    return open_released_model(str(name_or_path), options, compute)
+
+
+def is_own_model(name_or_path: str | Path) -> bool:
+    """Return whether a folder or hub id is a model of hyperlora, or cannot be told.
+
+    Args:
+        name_or_path: The folder or the hub id, perhaps with ``:VARIANT``.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        own_files = ("config.json", "layout.json", "model.safetensors")
+        return not any(folder.iterdir()) or any((folder / name).is_file() for name in own_files[:2])
+    return read_method_name(name_or_path) is not None
 
 
 def read_method_name(name_or_path: str | Path) -> str | None:

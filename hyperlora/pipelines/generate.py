@@ -7,65 +7,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from hyperlora.data.images import read_image, to_tensor
+from hyperlora.data.images import read_image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import GenerationConfig, LoraSampling
-from hyperlora.pipelines.image_to_lora_base import EncodedPhotos, ImageToLoraBase
-from hyperlora.pipelines.input_checks import check_photos
+from hyperlora.pipelines.photo_model import AnyPhotoModel, FeaturesT, PhotoModel, SubjectPhotos
 from hyperlora.pipelines.refine_generated import check_refine_method, refine_predictions
 from hyperlora.pipelines.rerank import IdentityReranker
-
-
-@dataclass(frozen=True)
-class SubjectPhotos:
-    """The photos of one subject, decoded once.
-
-    Attributes:
-        encoder_pixels: [views, 3, size, size] in [0, 1], of the model's ``photo_size``.
-        base_pixels: [views, 3, resolution, resolution] in [0, 1], of the base's resolution; None
-            if the base does not run.
-    """
-
-    encoder_pixels: Tensor
-    base_pixels: Tensor | None = None
-
-    @classmethod
-    def from_images(
-        cls,
-        images: Sequence[Image.Image],
-        model: ImageToLoraBase,
-        base: DiffusionBase | None = None,
-    ) -> "SubjectPhotos":
-        """Convert the photos of a subject to pixels.
-
-        Args:
-            images: RGB images of any size.
-            model: The model that encodes them.
-            base: The base that refines or reranks LoRAs of them, if any.
-
-        Returns:
-            The pixels for the model and the base.
-        """
-        encoder_pixels = torch.stack([to_tensor(image, model.photo_size) for image in images])
-        if base is None:
-            return cls(encoder_pixels)
-        return cls(
-            encoder_pixels, torch.stack([to_tensor(image, base.resolution) for image in images])
-        )
-
-    @classmethod
-    def cat(cls, parts: Sequence["SubjectPhotos"]) -> "SubjectPhotos":
-        """Concatenate photos of one subject that were decoded separately."""
-        base_pixels = [part.base_pixels for part in parts if part.base_pixels is not None]
-        return cls(
-            torch.cat([part.encoder_pixels for part in parts]),
-            torch.cat(base_pixels) if base_pixels else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -92,11 +43,11 @@ class GenerationRecord:
 
 
 def generate_loras(
-    model: ImageToLoraBase,
+    model: PhotoModel[FeaturesT],
     subjects: Sequence[SubjectPhotos],
     config: GenerationConfig,
     base: DiffusionBase | None = None,
-    features: EncodedPhotos | None = None,
+    features: FeaturesT | None = None,
     reranker: IdentityReranker | None = None,
 ) -> LoraWeights:
     """Generate the LoRAs of several subjects, refined, resized and scaled.
@@ -117,14 +68,14 @@ def generate_loras(
             they need is missing.
     """
     validate_config(model, config)
-    photo_features = features if features is not None else encode_subjects(model, subjects)
+    photo_features = features if features is not None else model.encode_subjects(subjects)
     (weights,) = generate_candidates(
         model, photo_features, subjects, replace(config, num_loras=1), reranker
     )
     return postprocess_loras(model, weights, subjects, config, base)
 
 
-def validate_config(model: ImageToLoraBase, config: GenerationConfig) -> None:
+def validate_config(model: AnyPhotoModel, config: GenerationConfig) -> None:
     """Check that settings suit a model.
 
     Args:
@@ -154,8 +105,8 @@ def validate_config(model: ImageToLoraBase, config: GenerationConfig) -> None:
 
 @torch.no_grad()
 def generate_candidates(
-    model: ImageToLoraBase,
-    features: EncodedPhotos,
+    model: PhotoModel[FeaturesT],
+    features: FeaturesT,
     subjects: Sequence[SubjectPhotos],
     config: GenerationConfig,
     reranker: IdentityReranker | None = None,
@@ -190,6 +141,7 @@ def generate_candidates(
     rankings = []  # per subject, candidates from the best
     for i, photos in enumerate(subjects):
         pixels = photos.encoder_pixels if photos.base_pixels is None else photos.base_pixels
+        assert pixels is not None  # the reranker has a base
         scores = reranker(LoraWeights.stack([lora[i] for lora in candidates]), pixels)
         rankings.append(scores.argsort(descending=True).tolist())
     return [
@@ -198,23 +150,9 @@ def generate_candidates(
     ]
 
 
-def encode_subjects(model: ImageToLoraBase, subjects: Sequence[SubjectPhotos]) -> EncodedPhotos:
-    """Encode the photos of several subjects.
-
-    Args:
-        model: The model.
-        subjects: Subjects with equally many photos each.
-
-    Returns:
-        The input of the model's ``generate_from_features``.
-    """
-    pixels = torch.stack([photos.encoder_pixels for photos in subjects])
-    return model.encode_photos(pixels)  # of [batch, views, 3, size, size]
-
-
 @torch.no_grad()
 def predict_loras(
-    model: ImageToLoraBase, features: EncodedPhotos, sampling: LoraSampling | None = None
+    model: PhotoModel[FeaturesT], features: FeaturesT, sampling: LoraSampling | None = None
 ) -> LoraWeights:
     """Generate LoRAs from encoded photos without gradients, as ``generate_from_features``.
 
@@ -230,7 +168,7 @@ def predict_loras(
 
 
 def postprocess_loras(
-    model: ImageToLoraBase,
+    model: AnyPhotoModel,
     weights: LoraWeights,
     subjects: Sequence[SubjectPhotos],
     config: GenerationConfig,
@@ -253,7 +191,7 @@ def postprocess_loras(
     Raises:
         InvalidArgumentError: There are steps of refinement and no base.
     """
-    rank = config.rank or model.layout.rank
+    rank = config.rank or weights.layout.rank
     if config.refine_steps:
         if base is None:
             raise InvalidArgumentError("refinement runs the base model: give it too")
@@ -275,7 +213,7 @@ def postprocess_loras(
 
 
 def generate_files(
-    model: ImageToLoraBase,
+    model: AnyPhotoModel,
     photo_paths: Sequence[Path],
     output_path: Path,
     config: GenerationConfig,
@@ -308,13 +246,13 @@ def generate_files(
         images = [read_image(path) for path in photo_paths]
     pixel_base = base or (reranker.base if reranker else None)
     subjects = [SubjectPhotos.from_images(images, model, pixel_base)]
-    features = encode_subjects(model, subjects)
+    features = model.encode_subjects(subjects)
     samples = generate_candidates(model, features, subjects, config, reranker)
     loras = [
         postprocess_loras(model, weights, subjects, config, base)[0].to("cpu")
         for weights in samples
     ]
-    (warnings,) = check_photos(model.ood_detector, features.image)
+    (warnings,) = model.list_warnings(features)
     seconds = (time.perf_counter() - start_time) / config.num_loras
     output_paths = make_numbered_paths(output_path, config.num_loras)
     for weights, path in zip(loras, output_paths, strict=True):

@@ -11,12 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final, TextIO
 
-import torch
 from PIL import Image
 
 from hyperlora.data.batching import split_batches
 from hyperlora.data.images import read_image
-from hyperlora.data.subjects import Subject, list_subjects
+from hyperlora.data.subjects import SkippedPhoto, Subject, list_subjects
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import HyperloraError, InvalidImageError
 from hyperlora.lora.io.safetensors_file import write_bytes
@@ -25,12 +24,9 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.generate import (
     GenerationRecord,
-    SubjectPhotos,
-    encode_subjects,
     generate_loras,
 )
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
-from hyperlora.pipelines.input_checks import check_photos
+from hyperlora.pipelines.photo_model import AnyPhotoModel, SubjectPhotos
 from hyperlora.pipelines.rerank import IdentityReranker
 from hyperlora.progress import track
 
@@ -53,7 +49,7 @@ class _LoadedSubject:
 
 
 def generate_folder(
-    model: ImageToLoraBase,
+    model: AnyPhotoModel,
     folder: Path,
     output_dir: Path,
     config: GenerationConfig,
@@ -64,7 +60,7 @@ def generate_folder(
 ) -> list[GenerationRecord]:
     """Write one LoRA file per subject of a folder, and ``index.jsonl``.
 
-    A photo that cannot be read is recorded and skipped; its subject uses the others. A subject in
+    A photo that is not read is recorded and skipped; its subject uses the others. A subject in
     the index is skipped if its file exists and is of this model, these settings and as many photos.
 
     Args:
@@ -86,7 +82,8 @@ def generate_folder(
         InvalidArgumentError: The settings do not suit a folder or the model.
     """
     config.check_folder()
-    subjects = list_subjects(folder)
+    skipped_photos: list[SkippedPhoto] = []
+    subjects = list_subjects(folder, skipped_photos=skipped_photos)
     output_dir.mkdir(parents=True, exist_ok=True)
     index_path, config_hash = output_dir / INDEX_NAME, _compute_config_hash(model, config)
     previous_records = {
@@ -101,6 +98,7 @@ def generate_folder(
     ]
     pending_names = {subject.name for subject in pending_subjects}
     records = [record for name, record in previous_records.items() if name not in pending_names]
+    records += [_make_failure(photo.path.stem, 0, str(photo))[0] for photo in skipped_photos]
     temp_index_path = index_path.with_suffix(".tmp")
     with temp_index_path.open("w") as index_file:
         _write_records(index_file, records)
@@ -132,7 +130,7 @@ def _write_files(
 
 
 def generate_batch(
-    model: ImageToLoraBase,
+    model: AnyPhotoModel,
     subjects: Sequence[Subject],
     config: GenerationConfig,
     base: DiffusionBase | None = None,
@@ -165,22 +163,45 @@ def generate_batch(
             loaded_subjects.append(_LoadedSubject(subject.name, paths, pixels))
     loaded_subjects.sort(key=_count_photos)
     for _, group in groupby(loaded_subjects, key=_count_photos):
-        members = list(group)
-        photos = [member.pixels for member in members]
-        features = encode_subjects(model, photos)
-        warnings = check_photos(model.ood_detector, features.image)
-        weights = generate_loras(model, photos, config, base, features, reranker)
-        for i, member in enumerate(members):
-            record, file_bytes = _serialize_member(model, member, weights[i], config)
+        for record, file_bytes in _generate_members(model, list(group), config, base, reranker):
             if record.file:
                 seconds = (time.perf_counter() - start_time) / len(subjects)
-                record = replace(record, seconds=seconds, warnings=warnings[i])
+                record = replace(record, seconds=seconds)
             results.append((record, file_bytes))
     return results
 
 
+def _generate_members(
+    model: AnyPhotoModel,
+    members: list[_LoadedSubject],
+    config: GenerationConfig,
+    base: DiffusionBase | None,
+    reranker: IdentityReranker | None,
+) -> list[FileResult]:
+    """Generate the files of subjects with equally many photos.
+
+    If the model refuses the photos of one of them, e.g. without a face, each runs alone.
+    """
+    photos = [member.pixels for member in members]
+    try:
+        features = model.encode_subjects(photos)
+    except InvalidImageError as error:
+        if len(members) == 1:
+            name = members[0].name
+            return [_make_failure(name, len(members[0].photo_paths), f"{name!r}: {error}")]
+        groups = (_generate_members(model, [m], config, base, reranker) for m in members)
+        return [result for group in groups for result in group]
+    warnings = model.list_warnings(features)
+    weights = generate_loras(model, photos, config, base, features, reranker)
+    results = []
+    for i, member in enumerate(members):
+        record, file_bytes = _serialize_member(model, member, weights[i], config)
+        results.append((replace(record, warnings=warnings[i]), file_bytes))
+    return results
+
+
 def _serialize_member(
-    model: ImageToLoraBase, member: _LoadedSubject, weights: LoraWeights, config: GenerationConfig
+    model: AnyPhotoModel, member: _LoadedSubject, weights: LoraWeights, config: GenerationConfig
 ) -> FileResult:
     """Serialize one subject's LoRA; a LoRA that cannot be written does not end the folder."""
     metadata = model.make_metadata(member.name, member.photo_paths)
@@ -231,11 +252,10 @@ def _read_photos(subject: Subject) -> tuple[list[Path], list[Image.Image], list[
     return paths, images, problems
 
 
-def _compute_config_hash(model: ImageToLoraBase, config: GenerationConfig) -> str:
+def _compute_config_hash(model: AnyPhotoModel, config: GenerationConfig) -> str:
     """Compute a hash of the model's layout and weights and of the settings."""
     hasher = hashlib.sha256(f"{model.layout.fingerprint} {config}".encode())
-    for tensor in model.state_dict().values():
-        hasher.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    hasher.update(model.compute_fingerprint().encode())
     return hasher.hexdigest()[:16]
 
 

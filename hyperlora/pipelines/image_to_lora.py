@@ -1,7 +1,7 @@
 """``ImageToLora``: photos of a subject in, LoRA weights out, in one forward pass."""
 
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class ImageToLora(ImageToLoraBase):
         card: License, trigger phrase and strength. ``card.base`` is the base of a
             ``UNetFeatureEncoder``.
     """
+
+    method: ClassVar[str] = "hypernetwork"
 
     def __init__(
         self, encoder: ImageEncoder, hypernetwork: Hypernetwork, card: ModelCard | None = None

@@ -1,26 +1,24 @@
 """``ImageToLoraBase``: what all models from photos to LoRAs have in common."""
 
-import os
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hyperlora.data.images import ImageSource, read_image, to_tensor
 from hyperlora.encoders.identity_embedder import IdentityEmbedder
 from hyperlora.encoders.ood_detector import OodDetector
 from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.encoders.unet_encoder import UNetFeatureEncoder
-from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
-from hyperlora.lora.io.lora import Lora
-from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import LoraSampling
+from hyperlora.pipelines.input_checks import check_photos
+from hyperlora.pipelines.model_card import ModelCard
+from hyperlora.pipelines.photo_model import PhotoModel, SubjectPhotos
 from hyperlora.pipelines.pretrained_model import PretrainedModel
 
 ImageEncoder = TimmEncoder | UNetFeatureEncoder
@@ -41,17 +39,16 @@ class EncodedPhotos:
     face: ImageFeatures | None = None
 
 
-class ImageToLoraBase(PretrainedModel):
+class ImageToLoraBase(PhotoModel[EncodedPhotos], PretrainedModel):
     """A model that generates a LoRA from one or several photos of a subject.
 
     Attributes:
-        is_generative: Whether other seeds give other LoRAs of the same photos.
         encoder: The image encoder.
         ood_detector: Detects photos unlike those of training; None if the model has no such file.
         identity_embedder: Embeds identities, for refinement; None if the model has no such file.
     """
 
-    is_generative: ClassVar[bool] = False
+    card: ModelCard
     encoder: ImageEncoder
     ood_detector: OodDetector | None = None
     identity_embedder: IdentityEmbedder | None = None
@@ -71,53 +68,28 @@ class ImageToLoraBase(PretrainedModel):
         """The name and the license of the image encoder, for file metadata."""
         return str(self.encoder.config["name"]), self.encoder.license
 
-    @torch.no_grad()
-    def __call__(self, images: ImageSource | Sequence[ImageSource], strength: float = 1.0) -> Lora:
-        """Generate a LoRA from one or several photos of the same subject.
+    def encode_subjects(self, subjects: Sequence[SubjectPhotos]) -> EncodedPhotos:
+        """Encode the photos of several subjects.
 
         Args:
-            images: A photo or several: paths, file bytes or PIL images of any size.
-            strength: A factor of the LoRA.
+            subjects: Subjects with equally many photos each.
 
         Returns:
-            The LoRA with complete file metadata; its title is the name of the first file.
-
-        Raises:
-            InvalidImageError: A photo cannot be read.
-            InvalidArgumentError: There is no photo.
+            The input of ``generate_from_features``.
         """
-        photos = (
-            list(images)
-            if isinstance(images, Sequence) and not isinstance(images, str | bytes)
-            else [images]
-        )
-        weights = self.generate_batch([photos])[0]
-        lora = Lora(weights, self.make_metadata(_make_title(photos), photos))
-        return lora * strength if strength != 1 else lora
+        pixels = [photos.encoder_pixels for photos in subjects if photos.encoder_pixels is not None]
+        return self.encode_photos(torch.stack(pixels))  # of [batch, views, 3, size, size]
 
-    @torch.no_grad()
-    def generate_batch(self, subjects: Sequence[Sequence[ImageSource]]) -> LoraWeights:
-        """Generate the LoRAs of several subjects in one forward pass.
+    def list_warnings(self, features: EncodedPhotos) -> list[tuple[str, ...]]:
+        """List for each subject what may be wrong with its photos."""
+        return check_photos(self.ood_detector, features.image)
 
-        Args:
-            subjects: The photos of each subject, equally many for all.
-
-        Returns:
-            One LoRA per subject (batch axis).
-
-        Raises:
-            InvalidImageError: A photo cannot be read.
-            InvalidArgumentError: A subject has no photo, or another number than the first.
-        """
-        if not subjects or not all(subjects) or len({len(photos) for photos in subjects}) > 1:
-            raise InvalidArgumentError(
-                "every subject needs at least one photo, and all of a batch equally many"
-            )
-        pixels = [
-            torch.stack([to_tensor(read_image(photo), self.photo_size) for photo in photos])
-            for photos in subjects
-        ]
-        return self.forward(torch.stack(pixels))
+    def compute_fingerprint(self) -> str:
+        """Compute the SHA-256 of the weights."""
+        hasher = hashlib.sha256()
+        for tensor in self.state_dict().values():
+            hasher.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return hasher.hexdigest()
 
     def forward(self, photos: Tensor, sampling: LoraSampling | None = None) -> LoraWeights:
         """Generate the LoRAs of several subjects from pixels.
@@ -130,25 +102,6 @@ class ImageToLoraBase(PretrainedModel):
             One LoRA per subject (batch axis), on the device of the model.
         """
         return self.generate_from_features(self.encode_photos(photos), sampling)
-
-    def make_metadata(
-        self, title: str, images: Sequence[ImageSource], **extra: str
-    ) -> LoraMetadata:
-        """Make the file metadata of a LoRA of this model.
-
-        Args:
-            title: The name of the LoRA.
-            images: The photos that it is generated from; PIL images are not recorded.
-            **extra: Further keys of the file, e.g. ``hyperlora.consent``.
-
-        Returns:
-            Title, trigger phrase, licenses, architecture, resolution and SHA-256 of the photos.
-
-        Raises:
-            InvalidImageError: A path of ``images`` cannot be read.
-        """
-        metadata = self.card.make_metadata(title, images, self.encoder_provenance, extra)
-        return replace(metadata, trigger_phrase=self.trigger_phrase)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -198,9 +151,3 @@ class ImageToLoraBase(PretrainedModel):
         Returns:
             One LoRA per subject (batch axis).
         """
-
-
-def _make_title(images: Sequence[ImageSource]) -> str:
-    """Return the name of the first file without its suffix; empty for bytes and PIL images."""
-    first = images[0]
-    return Path(first).stem if isinstance(first, str | os.PathLike) else ""

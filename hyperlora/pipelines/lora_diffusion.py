@@ -48,6 +48,7 @@ class LoraDiffusion(ImageToLoraBase):
             the size of photos if there is a face analyzer and the encoder's own size is smaller.
     """
 
+    method: ClassVar[str] = "difflora"
     is_generative: ClassVar[bool] = True
     encoder: TimmEncoder
 

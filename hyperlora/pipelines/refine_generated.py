@@ -13,7 +13,7 @@ from hyperlora.finetuning.refine import refine_lora
 from hyperlora.finetuning.refine_identity import refine_identity
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import RefineMethod
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
+from hyperlora.pipelines.photo_model import AnyPhotoModel
 
 _CHUNK_SIZE: Final = 4
 """Subjects whose images are decoded at once: gradients keep every activation of the decoder."""
@@ -22,7 +22,7 @@ _NUM_PLAIN_SCENES: Final = 8
 
 
 def refine_predictions(
-    model: ImageToLoraBase,
+    model: AnyPhotoModel,
     base: DiffusionBase,
     predicted: LoraWeights,
     photos: Tensor,
@@ -73,7 +73,7 @@ def refine_predictions(
     return LoraWeights.unflatten(refined_chunks[0].layout, rows)
 
 
-def check_refine_method(model: ImageToLoraBase, method: str | None) -> None:
+def check_refine_method(model: AnyPhotoModel, method: str | None) -> None:
     """Check that a model can be refined by a method.
 
     Args:

@@ -1,13 +1,13 @@
 """Nodes for ComfyUI: a LoRA from images or from before/after pairs; apply a LoRA; save a LoRA.
 
 A LoRA travels between nodes as the bytes of a ``.safetensors`` file, of the type HYPERLORA.
-ComfyUI reads kohya's keys for UNets and diffusers' keys for transformers, so the file has these.
+The file has the key names of ``auto``, all of which ComfyUI reads, but for Lumina 2: there it has
+ComfyUI's own.
 """
 
 import io
 import os
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict, TypeVar
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
-    from hyperlora.lora.io.keys import LoraFormat
+    from hyperlora.lora.io.lora import Lora
     from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
     from hyperlora.pipelines.pair_to_lora import PairToLora as PairToLoraPipeline
 
@@ -82,17 +82,17 @@ class ImagesToLora:
         from hyperlora.data.images import read_image
         from hyperlora.lora.io.lora import Lora
         from hyperlora.pipelines.config import GenerationConfig
-        from hyperlora.pipelines.generate import SubjectPhotos, generate_loras
+        from hyperlora.pipelines.generate import generate_loras
+        from hyperlora.pipelines.photo_model import SubjectPhotos
 
         pipeline = _load_image_to_lora(model)
         subject = SubjectPhotos.from_images([read_image(photo) for photo in photos], pipeline)
         config = GenerationConfig(
             rank=rank or None,
-            format=_choose_format(pipeline.layout.components),
         )
         weights = generate_loras(pipeline, [subject], config)[0]
         lora = Lora(weights, pipeline.make_metadata("LoRA", photos))
-        return (lora.serialize(format=config.format),)
+        return (_serialize_lora(lora),)
 
 
 class PairToLora:
@@ -145,13 +145,12 @@ class PairToLora:
             from hyperlora import Client
 
             with Client(server, os.environ.get(API_KEY_ENV)) as client:
-                return (client.create_edit_lora(pairs, format="kohya"),)
+                return (client.create_edit_lora(pairs),)
         from hyperlora.lora.io.lora import Lora
 
         pipeline = _load_pair_to_lora(model)
         metadata = pipeline.make_metadata("edit", pairs)
-        format = _choose_format(pipeline.layout.components)
-        return (Lora(pipeline(pairs).weights, metadata).serialize(format=format),)
+        return (_serialize_lora(Lora(pipeline(pairs).weights, metadata)),)
 
 
 class ApplyLora:
@@ -263,14 +262,24 @@ def _request_lora(server: str, photos: list[bytes], rank: int) -> bytes:
     from hyperlora import Client
 
     with Client(server, os.environ.get(API_KEY_ENV)) as client:
-        lora_format = client.list_models()[0]["lora_format"]
+        model_info = client.list_models()[0]
+        is_unread = model_info["lora_format"] == "diffusers" and (
+            "ComfyUI" not in model_info["lora_readers"]
+        )
         rank_option = {"rank": rank} if rank else {}
+        lora_format = "comfyui" if is_unread else "auto"
         return client.create_lora(photos, format=lora_format, **rank_option)
 
 
-def _choose_format(components: Sequence[str]) -> "LoraFormat":
-    """Choose the keys that ComfyUI reads: kohya's for UNets, diffusers' for transformers."""
-    return "kohya" if "unet" in components else "diffusers"
+def _serialize_lora(lora: "Lora") -> bytes:
+    """Write a LoRA with key names that ComfyUI reads: those of ``auto``, else its own."""
+    from hyperlora.lora.io.formats import READERS, detect_family, list_readers, resolve_format
+
+    layout, architecture = lora.weights.layout, lora.metadata.architecture
+    readers = list_readers(layout, resolve_format("auto", layout, architecture), architecture)
+    own_readers = READERS.get(detect_family(layout, architecture), {}).get("comfyui", ())
+    is_unread = "ComfyUI" not in readers and "ComfyUI" in own_readers
+    return lora.serialize(format="comfyui" if is_unread else "auto")
 
 
 @lru_cache(maxsize=1)

@@ -19,11 +19,11 @@ from hyperlora.models.image_feature_mixer import MixedImageFeatures
 from hyperlora.pipelines import generate
 from hyperlora.pipelines.auto import load_image_to_lora
 from hyperlora.pipelines.config import GenerationConfig, LoraSampling
-from hyperlora.pipelines.generate import SubjectPhotos
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.input_checks import check_photos
 from hyperlora.pipelines.lora_diffusion import FACE_EMBED_DIM, LoraDiffusion, make_face_analyzer
 from hyperlora.pipelines.model_card import ModelCard
+from hyperlora.pipelines.photo_model import SubjectPhotos
 
 RunCommand = Callable[..., Any]
 
@@ -110,7 +110,7 @@ def test_num_candidates_keeps_best_samples(
 def test_generate_candidates_returns_best_first(difflora: Path) -> None:
     model = load_image_to_lora(difflora)
     subjects = [SubjectPhotos(torch.rand(1, 3, 16, 16)) for _ in range(2)]
-    features = generate.encode_subjects(model, subjects)
+    features = model.encode_subjects(subjects)
     candidates = [model.generate_from_features(features, LoraSampling(seed)) for seed in range(4)]
     reranker: Any = lambda loras, photos: loras.flatten().sum(-1)  # noqa: E731
     best, second_best = generate.generate_candidates(

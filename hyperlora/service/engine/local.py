@@ -9,7 +9,7 @@ from PIL import Image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
+from hyperlora.pipelines.photo_model import AnyPhotoModel
 from hyperlora.service.engine.callbacks import BatchCallback, ProgressFn
 from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.images import ImageEngine
@@ -54,7 +54,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: ImageToLoraBase,
+        model: AnyPhotoModel,
         base: DiffusionBase,
         lora_dir: Path | None = None,
         *,
@@ -62,7 +62,7 @@ class LocalEngine:
         on_batch: BatchCallback | None = None,
         edit_engine: EditEngine | None = None,
         identity_similarity: IdentitySimilarity | None = None,
-        extra_models: Sequence[ImageToLoraBase] = (),
+        extra_models: Sequence[AnyPhotoModel] = (),
     ) -> None:
         limits = limits or EngineLimits()
         self.lora_engine = LoraEngine([model, *extra_models], base, limits.max_lora_batch)

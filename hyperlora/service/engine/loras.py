@@ -6,25 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from hyperlora.data.image_formats import UPLOAD_FORMATS
 from hyperlora.data.images import read_image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.lora import Lora
 from hyperlora.lora.weights import LoraWeights
-from hyperlora.pipelines.auto import get_method_name
 from hyperlora.pipelines.config import GenerationConfig, LoraSampling
 from hyperlora.pipelines.generate import (
-    SubjectPhotos,
-    encode_subjects,
     postprocess_loras,
     predict_loras,
     validate_config,
 )
-from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
-from hyperlora.pipelines.input_checks import check_photos
+from hyperlora.pipelines.photo_model import AnyPhotoModel, SubjectPhotos
 from hyperlora.service.engine.batcher import BatchSpec, DeadlineExceededError
 from hyperlora.service.engine.callbacks import ProgressFn
-from hyperlora.service.engine.lora_files import make_consent_metadata, serialize_result
+from hyperlora.service.engine.lora_files import (
+    list_format_warnings,
+    make_consent_metadata,
+    serialize_result,
+)
 from hyperlora.service.engine.requests import EngineResult, LoraRequest
 from hyperlora.service.engine.worker import ModelWorker
 
@@ -51,7 +52,7 @@ class RefinementTask:
         cancelled: Set when the caller leaves; the next step then ends the task.
     """
 
-    model: ImageToLoraBase
+    model: AnyPhotoModel
     base: DiffusionBase
     config: GenerationConfig
     weights: LoraWeights
@@ -92,13 +93,13 @@ class LoraEngine:
     """
 
     def __init__(
-        self, models: Sequence[ImageToLoraBase], base: DiffusionBase, max_batch_size: int
+        self, models: Sequence[AnyPhotoModel], base: DiffusionBase, max_batch_size: int
     ) -> None:
         self.base, self.max_batch_size = base, max_batch_size
-        self.models_by_method: dict[str, ImageToLoraBase] = {}
+        self.models_by_method: dict[str, AnyPhotoModel] = {}
         for model in models:
-            model.layout.check_base(base.id)
-            method = get_method_name(model)
+            model.check_base(base)
+            method = model.method
             if self.models_by_method.setdefault(method, model) is not model:
                 raise InvalidArgumentError(
                     f"a server holds one model of a method, two of {method} were given"
@@ -139,9 +140,11 @@ class LoraEngine:
             task = RefinementTask(model, self.base, config, weights, photos, on_progress)
             weights = await _refine(task, worker, timeout_s)
         data = await asyncio.to_thread(_serialize_lora, model, weights, request)
-        return EngineResult(data, predicted.warnings)
+        architecture = self.base.family.architecture
+        format_warnings = list_format_warnings(weights.layout, config.format, architecture)
+        return EngineResult(data, (*predicted.warnings, *format_warnings))
 
-    def _get_model(self, method: str | None) -> ImageToLoraBase:
+    def _get_model(self, method: str | None) -> AnyPhotoModel:
         if method is None:
             return next(iter(self.models_by_method.values()))
         if method not in self.models_by_method:
@@ -152,19 +155,17 @@ class LoraEngine:
         return self.models_by_method[method]
 
 
-def _decode_photo(
-    model: ImageToLoraBase, base: DiffusionBase | None, photo: bytes
-) -> SubjectPhotos:
-    return SubjectPhotos.from_images([read_image(photo)], model, base)
+def _decode_photo(model: AnyPhotoModel, base: DiffusionBase | None, photo: bytes) -> SubjectPhotos:
+    return SubjectPhotos.from_images([read_image(photo, UPLOAD_FORMATS)], model, base)
 
 
 def _predict_batch(
-    model: ImageToLoraBase, sampling: LoraSampling, subjects: list[SubjectPhotos]
+    model: AnyPhotoModel, sampling: LoraSampling, subjects: list[SubjectPhotos]
 ) -> list[PredictedLora]:
     """Predict the LoRAs of several subjects, on the CPU, in one forward pass."""
-    features = encode_subjects(model, subjects)
+    features = model.encode_subjects(subjects)
     weights = predict_loras(model, features, sampling).to("cpu")
-    warnings = check_photos(model.ood_detector, features.image)
+    warnings = model.list_warnings(features)
     return [PredictedLora(weights[i], subject) for i, subject in enumerate(warnings)]
 
 
@@ -182,7 +183,7 @@ def _refine_batch(tasks: list[RefinementTask]) -> list[LoraWeights]:
     return [task.run() for task in tasks]
 
 
-def _serialize_lora(model: ImageToLoraBase, weights: LoraWeights, request: LoraRequest) -> bytes:
+def _serialize_lora(model: AnyPhotoModel, weights: LoraWeights, request: LoraRequest) -> bytes:
     if not request.config.refine_steps:
         weights = postprocess_loras(model, weights, (), request.config)
     extra = make_consent_metadata(request.consent)

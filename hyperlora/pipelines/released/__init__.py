@@ -1,0 +1,1 @@
+"""Networks that others released, read from their own files: kind, facts, models."""
