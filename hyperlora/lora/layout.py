@@ -11,6 +11,8 @@ from torch import nn
 
 from hyperlora.errors import LayoutMismatchError
 
+COMPILED_CHILD: Final = "_orig_mod"
+"""Where the wrapper that ``torch.compile`` returns keeps its module."""
 UNKNOWN_BASE: Final = "unknown"
 """The base of a LoRA whose file does not name one."""
 
@@ -62,6 +64,15 @@ class TargetModule:
         return self.name.split(".", 1)[1]
 
     @property
+    def shape_text(self) -> str:
+        """The shape of ΔW for messages, e.g. ``27→64 (3x3 conv)``."""
+        shape = f"{self.in_features}→{self.out_features}"
+        if self.kernel_size is None:
+            return shape
+        height, width = self.kernel_size
+        return f"{shape} ({height}x{width} conv)"
+
+    @property
     def is_text_projection(self) -> bool:
         """Whether the module projects text tokens to keys or values (cross-attention of UNets)."""
         return self.path.endswith((".attn2.to_k", ".attn2.to_v"))
@@ -108,7 +119,7 @@ class LoraLayout:
             LayoutMismatchError: No layer passes the filter.
         """
         targets = tuple(
-            _make_target(f"{component}.{path}", get_base_layer(layer))
+            make_target(f"{component}.{path}", get_base_layer(layer))
             for path, layer in list_layers(module)
             if filter_fn(path)
         )
@@ -196,8 +207,8 @@ class LoraLayout:
         for name, target in own_targets.items():
             if target != other_targets[name]:
                 raise LayoutMismatchError(
-                    f"target {name} is {_format_shape(other_targets[name])} in the LoRA, "
-                    f"{_format_shape(target)} expected"
+                    f"target {name} is {other_targets[name].shape_text} in the LoRA, "
+                    f"{target.shape_text} expected"
                 )
         # equal names and shapes, so only the order is left: flat vectors would be mixed up
         if self.targets != other.targets:
@@ -210,10 +221,12 @@ class LoraLayout:
     def check_base(self, base: str) -> None:
         """Check that LoRAs of this layout are for the base model ``base``.
 
+        An unknown base fits every other: then the shapes of the targets decide.
+
         Raises:
             LayoutMismatchError: They are for another base model.
         """
-        if self.base != base:
+        if self.base != base and UNKNOWN_BASE not in (self.base, base):
             raise LayoutMismatchError(
                 f"the LoRA is for base {self.base!r}, this base is {base!r}: use its own base"
             )
@@ -250,22 +263,41 @@ class LoraLayout:
 
 
 def list_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over the Linear and Conv2d layers of a module, as if PEFT had loaded no adapter.
+    """Iterate over the Linear and Conv2d layers of a module, as if nothing wrapped any of them.
 
     Args:
-        module: A denoiser or text encoder.
+        module: A denoiser or text encoder; it or parts of it may be compiled or wrapped by PEFT.
 
     Yields:
         Path and layer; where PEFT has wrapped a layer, the wrapper, at the path of the layer.
     """
     wrapper_prefix: str | None = None
-    for path, layer in module.named_modules():
+    for path, layer in unwrap_module(module).named_modules():
         if wrapper_prefix is not None and path.startswith(wrapper_prefix):
             continue  # the layer itself, and the factors of adapters
+        wrapper_prefix = None
+        if COMPILED_CHILD in layer._modules:
+            continue  # the wrapper of torch.compile, whose child follows
         base_layer = get_base_layer(layer)
-        wrapper_prefix = None if base_layer is layer else f"{path}."
+        if base_layer is not layer:
+            wrapper_prefix = f"{path}."
         if isinstance(base_layer, nn.Linear | nn.Conv2d):
-            yield path, layer
+            yield ".".join(part for part in path.split(".") if part != COMPILED_CHILD), layer
+
+
+def unwrap_module(module: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers of torch.compile and PEFT; any other module itself.
+
+    Args:
+        module: A denoiser or text encoder, as a pipeline holds it.
+    """
+    while True:
+        if (compiled := module._modules.get(COMPILED_CHILD)) is not None:
+            module = compiled
+        elif callable(unwrap := getattr(module, "get_base_model", None)):  # of peft's PeftModel
+            module = unwrap()
+        else:
+            return module
 
 
 def get_base_layer(layer: nn.Module) -> nn.Module:
@@ -274,7 +306,16 @@ def get_base_layer(layer: nn.Module) -> nn.Module:
     return unwrap() if callable(unwrap) else layer
 
 
-def _make_target(name: str, layer: nn.Module) -> TargetModule:
+def make_target(name: str, layer: nn.Module) -> TargetModule:
+    """Make the target of a layer, from its settings, since quantized weights have other shapes.
+
+    Args:
+        name: ``component.module.path``.
+        layer: A Linear or Conv2d layer.
+
+    Returns:
+        The target.
+    """
     if isinstance(layer, nn.Linear):
         return TargetModule(name, layer.in_features, layer.out_features)
     assert isinstance(layer, nn.Conv2d)
@@ -286,11 +327,3 @@ def _make_target(name: str, layer: nn.Module) -> TargetModule:
 
 def _make_kernel_size(sizes: Sequence[int] | None) -> tuple[int, int] | None:
     return (sizes[0], sizes[1]) if sizes else None  # JSON has lists, which equal no tuple
-
-
-def _format_shape(target: TargetModule) -> str:
-    shape = f"{target.in_features}→{target.out_features}"
-    if target.kernel_size is None:
-        return shape
-    height, width = target.kernel_size
-    return f"{shape} ({height}x{width} conv)"

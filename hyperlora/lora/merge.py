@@ -180,15 +180,15 @@ def _merge_layouts(loras: Sequence[LoraWeights]) -> LoraLayout:
             raise InvalidArgumentError(
                 f"single LoRAs expected, got a batch of {list(lora.batch_shape)}: index it first"
             )
-        # a LoRA of unknown base fits every base, so the first known one decides
-        if base == UNKNOWN_BASE:
+        lora.layout.check_base(base)
+        if base == UNKNOWN_BASE:  # which fits every base, so the first known one decides
             base = lora.layout.base
-        elif lora.layout.base != UNKNOWN_BASE:
-            lora.layout.check_base(base)
         for target in lora.layout.targets:
-            if targets.setdefault(target.name, target) != target:
+            if (known_target := targets.setdefault(target.name, target)) != target:
                 raise LayoutMismatchError(
-                    f"target {target.name} has two shapes: the LoRAs are for different bases"
+                    f"target {target.name} is {known_target.shape_text} in a LoRA and "
+                    f"{target.shape_text} in another, so they are for different bases: "
+                    f"combine LoRAs of one base"
                 )
     return LoraLayout(tuple(targets.values()), max(lora.layout.rank for lora in loras), base)
 
