@@ -59,6 +59,11 @@ class TensorFiles:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
+    def read_first_row(self, name: str) -> bytes:
+        """Read the bytes of the first row of one tensor, for a fingerprint."""
+        row: Tensor = self._files[name].get_slice(name)[:1]
+        return row.contiguous().view(torch.uint8).numpy().tobytes()
+
     def __enter__(self) -> Self:
         """Return itself."""
         return self

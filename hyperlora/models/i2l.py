@@ -95,6 +95,7 @@ class I2lConfig:
         bottleneck_dim: c.
         num_tokens: L, the tokens per image; 0 for a decoder of embeddings alone.
         token_bottleneck_dim: m; 0 likewise.
+        embedding_dim: Width of x.
     """
 
     family: I2lFamily
@@ -103,6 +104,7 @@ class I2lConfig:
     bottleneck_dim: int
     num_tokens: int = 0
     token_bottleneck_dim: int = 0
+    embedding_dim: int = EMBEDDING_DIM
 
     @cached_property
     def tensor_shapes(self) -> dict[str, Shape]:
@@ -116,7 +118,7 @@ class I2lConfig:
                     for j, target in enumerate(group):
                         for name, size in zip("ab", self.target_sizes[target], strict=True):
                             proj = f"{block}.layers.{j}.proj_{name}"
-                            shapes[f"{proj}.proj_in.weight"] = (c, EMBEDDING_DIM)
+                            shapes[f"{proj}.proj_in.weight"] = (c, self.embedding_dim)
                             shapes[f"{proj}.proj_out.weight"] = (rank * size, c)
                     if self.num_tokens:
                         m = self.token_bottleneck_dim
@@ -225,18 +227,26 @@ def infer_i2l_config(shapes: Mapping[str, Shape], file_name: str) -> I2lConfig:
             for layer in [f"{first_prefix}blocks.{g * first_blocks}.layers.{j}"]
         }
         block = f"{first_prefix}blocks.0"
-        bottleneck_dim = shapes[f"{block}.layers.0.proj_a.proj_in.weight"][0]
+        bottleneck_dim, embedding_dim = shapes[f"{block}.layers.0.proj_a.proj_in.weight"]
         num_tokens = token_bottleneck_dim = 0
         if f"{block}.proj_residual.proj_in.weight" in shapes:
             token_bottleneck_dim = shapes[f"{block}.proj_residual.proj_in.weight"][0]
             num_features = shapes[f"{block}.proj_residual.proj_out.weight"][1]
             num_tokens = num_features // token_bottleneck_dim
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise ModelLoadError(
             f"{file_name} is no i2L network (v1): it lacks the tensors of one ({error}); give the "
             "network's own file"
         ) from error
-    config = I2lConfig(family, num_blocks, sizes, bottleneck_dim, num_tokens, token_bottleneck_dim)
+    config = I2lConfig(
+        family,
+        num_blocks,
+        sizes,
+        bottleneck_dim,
+        num_tokens,
+        token_bottleneck_dim,
+        embedding_dim,
+    )
     expected = config.tensor_shapes
     names = expected.keys() | shapes.keys()
     if different := sorted(name for name in names if expected.get(name) != shapes.get(name)):
@@ -275,7 +285,7 @@ def decode_i2l(
     Args:
         config: Sizes of the decoder.
         read_tensor: Reads its tensors, of any precision; the computation is in float32.
-        embeddings: [images, 5632].
+        embeddings: [images, embedding_dim].
         base: Id of the base.
         tokens: [images, num_tokens, 3584], for a decoder with tokens.
 
