@@ -25,7 +25,7 @@ from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import fork_rng
 from hyperlora.finetuning.refine import make_photo_examples
 from hyperlora.finetuning.trainer import fine_tune_loras
-from hyperlora.lora.io.keys import LoraFormat
+from hyperlora.lora.io.formats import FormatChoice
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
@@ -169,7 +169,7 @@ def build_differential_lora(
     config: DifferentialLoraConfig,
     *,
     compute: ComputeConfig | None = None,
-    format: LoraFormat = "diffusers",
+    format: FormatChoice = "auto",
     grid_path: Path | None = None,
     grid_prompt: str = "a portrait of a person",
 ) -> None:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Final, cast
 import typer
 
 from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
+from hyperlora.cli.options import FORMAT_HELP
 
 if TYPE_CHECKING:
-    from hyperlora.lora.io.keys import LoraFormat
+    from hyperlora.lora.io.formats import FormatChoice
 
 # offload is left out: gradients flow through the base
 _OPTION_NAMES: Final = ("device", "dtype")
@@ -34,7 +35,7 @@ def fit_differential_lora(
     ] = 4,
     finetune_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
-    format: Annotated[str, typer.Option(help="diffusers, kohya or sgm (SDXL).")] = "diffusers",
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
 ) -> None:
     """Fit a LoRA to each image of before/after pairs and write the difference: a slider."""
     from data_builder.baselines.differential_lora import (
@@ -49,7 +50,7 @@ def fit_differential_lora(
         output,
         DifferentialLoraConfig(preset, rank, finetune_steps, lr),
         compute=compute_options.make_config(),
-        format=cast("LoraFormat", format),
+        format=cast("FormatChoice", format),
         grid_path=slider_grid,
         grid_prompt=prompt,
     )

@@ -64,8 +64,6 @@ def run_demo(
     for i, name in enumerate(benchmark.names):
         metadata = model.make_metadata(name, [])
         save_lora(loras[i], output / f"{name}.safetensors", metadata=metadata)
-        kohya_path = output / f"{name}.kohya.safetensors"
-        save_lora(loras[i], kohya_path, format="kohya", metadata=metadata)
 
     base_result = evaluator.evaluate(BASELINE_NAME, None)
     lora_result = evaluator.evaluate("one photo", loras)
@@ -74,7 +72,7 @@ def run_demo(
     is_cpu = compute.torch_device.type == "cpu"
     processor = f"{torch.get_num_threads()} threads" if is_cpu else str(compute.torch_device)
     typer.echo(f"{seconds_per_lora * 1000:.0f} ms from photo to LoRA on {processor}")
-    typer.echo(f"images: {output / 'demo.png'}; LoRA files (diffusers and kohya): {output}")
+    typer.echo(f"images: {output / 'demo.png'}; LoRA files: {output}")
     _run_edit_demo(output, compute)
 
 

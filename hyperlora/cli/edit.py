@@ -12,10 +12,11 @@ from hyperlora.cli.compute_options import (
     add_compute_options,
     warn_of_black_images,
 )
+from hyperlora.cli.options import FORMAT_HELP, warn_of_lost_readers
 from hyperlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from hyperlora.pipelines.config import EditFormat
+    from hyperlora.lora.io.formats import FormatChoice
 
 _PAIR_SEPARATOR: Final = "\n"
 """Joins the two paths of ``--pair``, which typer hands over as one value."""
@@ -82,9 +83,7 @@ def edit(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="LoRA file of the edit to write.")
     ] = None,
-    format: Annotated[
-        str, typer.Option(help="Key names of the file: diffusers or kohya.")
-    ] = "diffusers",
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
     strength: Annotated[
         float, typer.Option(help="Factor of the edit, from -10 to 10; below 0 undoes it.")
     ] = 1.0,
@@ -166,7 +165,7 @@ def edit(
             "what should become of the edit? Give -o FILE, or --images IMAGE, or both"
         )
     config = EditConfig(
-        format=cast("EditFormat", format),
+        format=cast("FormatChoice", format),
         strength=strength,
         reverse=reverse,
         search=not no_search,
@@ -205,6 +204,7 @@ def edit(
     if output is not None:
         metadata = pair_to_lora.make_metadata(output.stem, pair_paths)
         replace(lora, metadata=metadata).save(output, format=config.format)
+        warn_of_lost_readers(lora.weights.layout, config.format, metadata.architecture)
         layout = lora.weights.layout
         typer.echo(f"{output}: rank {layout.rank} for {layout.base}")
     if edit_base is not None:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
+from hyperlora.cli.options import FORMAT_HELP, warn_of_lost_readers
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
 if TYPE_CHECKING:
-    from hyperlora.lora.io.keys import LoraFormat
+    from hyperlora.lora.io.formats import FormatChoice
     from hyperlora.pipelines.config import GenerationConfig, RefineMethod
     from hyperlora.pipelines.generate import GenerationRecord
 
@@ -48,9 +49,7 @@ def generate(
             help="Base model: folder or hub id; used by --refine-steps and --num-candidates."
         ),
     ] = None,
-    format: Annotated[
-        str, typer.Option(help="Key names of the file: diffusers, kohya or sgm (SDXL).")
-    ] = "diffusers",
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
     rank: Annotated[
         int | None, typer.Option(min=1, help="LoRA rank; the model's own by default.")
     ] = None,
@@ -146,7 +145,7 @@ def generate(
     if ray and input_dir is None:
         raise InvalidArgumentError("--ray is for many subjects: give --input-dir FOLDER too")
     config = GenerationConfig(
-        format=cast("LoraFormat", format),
+        format=cast("FormatChoice", format),
         rank=rank,
         strength=strength,
         refine_steps=refine_steps,
@@ -208,6 +207,8 @@ def generate(
             batch_generator,
             reranker,
         )
+    architecture = image_to_lora.make_metadata("", []).architecture
+    warn_of_lost_readers(image_to_lora.layout, config.format, architecture)
     rank_and_base = f"rank {rank or image_to_lora.layout.rank} for {image_to_lora.layout.base}"
     _report_records(records, output_path, input_dir, config, as_json, rank_and_base)
 

@@ -4,18 +4,24 @@ Every command prints the relative error of the written file against the exact re
 ‖ΔW - ΔŴ‖ / ‖ΔW‖.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
-from hyperlora.cli.options import check_output_dir, check_output_file, parse_weighted_path
+from hyperlora.cli.options import (
+    FORMAT_HELP,
+    check_output_dir,
+    check_output_file,
+    parse_weighted_path,
+    warn_of_lost_readers,
+)
 from hyperlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from hyperlora.lora.io.keys import LoraFormat
+    from hyperlora.lora.io.formats import FormatChoice
     from hyperlora.lora.io.load import LoraFile
     from hyperlora.lora.io.metadata import LoraMetadata
     from hyperlora.lora.weights import LoraWeights
@@ -23,9 +29,12 @@ if TYPE_CHECKING:
 _Output = Annotated[Path, typer.Option("-o", "--output", help="LoRA file to write.")]
 _Format = Annotated[
     str | None,
-    typer.Option(help="Key names: diffusers, kohya or sgm (SDXL); the input's by default."),
+    typer.Option(help=f"{FORMAT_HELP[:-1]}; the input's by default."),
 ]
-_Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, float16 or bfloat16; the input's by default."),
+]
 _Rank = Annotated[
     int | None, typer.Option(min=1, help="Rank of the result, by SVD; exact by default.")
 ]
@@ -43,14 +52,13 @@ _DTYPES: Final = ("float32", "float16", "bfloat16")
 def convert(
     file: Annotated[Path, typer.Argument(help="LoRA file.")],
     output: _Output,
-    format: Annotated[
-        str, typer.Option(help="Key names: diffusers, kohya or sgm (SDXL).")
-    ] = "diffusers",
-    dtype: _Dtype = "float32",
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)] = "auto",
+    dtype: _Dtype = None,
 ) -> None:
     """Convert a LoRA file to the key names of other tools."""
     lora_file = _load_lora_file(file)
     weights = lora_file.weights
+    dtype = _choose_dtype(dtype, [lora_file])
     _save_lora_with_error(weights, weights, output, lora_file.metadata, format, dtype)
 
 
@@ -66,13 +74,14 @@ def combine(
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed of the values that dare drops.")] = 0,
     format: _Format = None,
-    dtype: _Dtype = "float32",
+    dtype: _Dtype = None,
 ) -> None:
     """Merge LoRA files: the exact weighted sum (ranks add up), or one of lower rank."""
+    from hyperlora.lora.io.combined import merge_metadata
     from hyperlora.lora.merge import merge
 
     weighted_paths = [parse_weighted_path(text) for text in files]
-    lora_files = [_load_lora_file(path) for path, _ in weighted_paths]
+    lora_files = _load_compatible_files([path for path, _ in weighted_paths])
     loras = [lora_file.weights for lora_file in lora_files]
     weights = [weight for _, weight in weighted_paths]
     exact = merge(loras, weights)
@@ -81,8 +90,11 @@ def combine(
         f"{weight:g} {lora_file.metadata.title or path.stem}"
         for (path, weight), lora_file in zip(weighted_paths, lora_files, strict=True)
     ]
-    metadata = _merge_metadata(lora_files, " + ".join(names))
-    _save_lora_with_error(merged, exact, output, metadata, format or lora_files[0].format, dtype)
+    metadata = merge_metadata(lora_files, " + ".join(names))
+    dtype = _choose_dtype(dtype, lora_files)
+    _save_lora_with_error(
+        merged, exact, output, metadata, _choose_format(format, lora_files[0]), dtype
+    )
 
 
 def diff(
@@ -91,21 +103,24 @@ def diff(
     output: _Output,
     rank: _Rank = None,
     format: _Format = None,
-    dtype: _Dtype = "float32",
+    dtype: _Dtype = None,
 ) -> None:
     """Subtract LoRA files: AFTER - BEFORE."""
+    from hyperlora.lora.io.combined import merge_metadata
     from hyperlora.lora.merge import merge
 
-    lora_files = [_load_lora_file(after), _load_lora_file(before)]
+    lora_files = _load_compatible_files([after, before])
     exact = merge([lora_file.weights for lora_file in lora_files], [1.0, -1.0])
     difference = exact if rank is None else exact.resize(rank)
     names = [
         lora_file.metadata.title or path.stem
         for path, lora_file in zip((after, before), lora_files, strict=True)
     ]
-    metadata = _merge_metadata(lora_files, " - ".join(names))
+    metadata = merge_metadata(lora_files, " - ".join(names))
+    metadata = replace(metadata, trigger_phrase=lora_files[0].metadata.trigger_phrase)
+    dtype = _choose_dtype(dtype, lora_files)
     _save_lora_with_error(
-        difference, exact, output, metadata, format or lora_files[0].format, dtype
+        difference, exact, output, metadata, _choose_format(format, lora_files[0]), dtype
     )
 
 
@@ -114,13 +129,17 @@ def resize(
     output: _Output,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the result.")],
     format: _Format = None,
-    dtype: _Dtype = "float32",
+    dtype: _Dtype = None,
 ) -> None:
     """Change the rank of a LoRA file, with the least error (SVD)."""
+    from hyperlora.lora.io.combined import renew_metadata
+
     lora_file = _load_lora_file(file)
-    resized, metadata = lora_file.weights.resize(rank), lora_file.metadata
+    resized = lora_file.weights.resize(rank)
+    metadata = renew_metadata(lora_file.metadata, f"rank {rank}")
+    dtype = _choose_dtype(dtype, [lora_file])
     _save_lora_with_error(
-        resized, lora_file.weights, output, metadata, format or lora_file.format, dtype
+        resized, lora_file.weights, output, metadata, _choose_format(format, lora_file), dtype
     )
 
 
@@ -134,10 +153,11 @@ def scale(
         list[str] | None, typer.Option(help="BLOCK=FACTOR, e.g. unet.mid_block=0; repeat.")
     ] = None,
     format: _Format = None,
-    dtype: _Dtype = "float32",
+    dtype: _Dtype = None,
 ) -> None:
     """Scale a LoRA file, or some of its blocks."""
     from hyperlora.lora.blocks import scale_blocks
+    from hyperlora.lora.io.combined import renew_metadata
     from hyperlora.lora.merge import validate_weights
 
     if factor is None and not block:
@@ -148,8 +168,13 @@ def scale(
     lora_file = _load_lora_file(file)
     (global_factor,) = validate_weights([1.0 if factor is None else factor], 1)
     scaled = scale_blocks(lora_file.weights, block_factors) * global_factor
+    factors = {"": global_factor, **block_factors} if factor is not None else block_factors
+    title_suffix = ", ".join(f"{name} x{value:g}".strip() for name, value in factors.items())
+    metadata = renew_metadata(lora_file.metadata, title_suffix)
+    metadata = replace(metadata, recommended_strength=1.0)  # the factor is what the user wants
+    dtype = _choose_dtype(dtype, [lora_file])
     _save_lora_with_error(
-        scaled, scaled, output, lora_file.metadata, format or lora_file.format, dtype
+        scaled, scaled, output, metadata, _choose_format(format, lora_file), dtype
     )
 
 
@@ -163,7 +188,7 @@ def split(
         typer.Option(help="NAME=BLOCK[,BLOCK...]; repeat. B-LoRA's blocks of SDXL by default."),
     ] = None,
     format: _Format = None,
-    dtype: _Dtype = "float32",
+    dtype: _Dtype = None,
 ) -> None:
     """Split a LoRA file by blocks, e.g. into content and style."""
     from hyperlora.lora.blocks import select_blocks
@@ -182,17 +207,40 @@ def split(
         name: select_blocks(lora_file.weights, blocks.split(","))
         for name, blocks in blocks_by_part.items()
     }
+    dtype = _choose_dtype(dtype, [lora_file])
     for name, weights in loras_by_part.items():
         title = f"{lora_file.metadata.title or file.stem} ({name})"
         metadata = replace(lora_file.metadata, title=title)
         path = output / f"{name}.safetensors"
-        _save_lora_with_error(weights, weights, path, metadata, format or lora_file.format, dtype)
+        _save_lora_with_error(
+            weights, weights, path, metadata, _choose_format(format, lora_file), dtype
+        )
 
 
 def _load_lora_file(path: Path) -> "LoraFile":
     from hyperlora.lora.io.load import load_lora
 
     return load_lora(path)
+
+
+def _load_compatible_files(paths: Sequence[Path]) -> "list[LoraFile]":
+    """Load LoRA files of one architecture."""
+    from hyperlora.lora.io.combined import check_files_compatible
+
+    lora_files = [_load_lora_file(path) for path in paths]
+    check_files_compatible([path.name for path in paths], lora_files)
+    return lora_files
+
+
+def _choose_dtype(dtype: str | None, lora_files: "Sequence[LoraFile]") -> str:
+    """The dtype of the user, else that of the files."""
+    from hyperlora.lora.io.combined import choose_dtype
+
+    if dtype is None:
+        return str(choose_dtype(lora_files)).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise InvalidArgumentError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
+    return dtype
 
 
 def _save_lora_with_error(
@@ -203,53 +251,44 @@ def _save_lora_with_error(
     format: str,
     dtype: str,
 ) -> None:
-    """Write a LoRA, read it back and print its relative error against ``reference``."""
+    """Write a LoRA and print its relative error against ``reference``.
+
+    The file is read in memory as the next command will read it, and written only then.
+    """
     import torch
 
+    from hyperlora.lora.io.formats import resolve_format
     from hyperlora.lora.io.load import load_lora
-    from hyperlora.lora.io.save import save_lora
+    from hyperlora.lora.io.safetensors_file import write_bytes
+    from hyperlora.lora.io.save import serialize_lora
     from hyperlora.lora.merge import compute_relative_error
 
     check_output_file(output_path, ".safetensors")
-    if dtype not in _DTYPES:
-        raise InvalidArgumentError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
-    save_lora(
-        weights,
-        output_path,
-        format=cast("LoraFormat", format),
-        metadata=replace(metadata, date=""),
-        dtype=getattr(torch, dtype),
-    )
-    error = compute_relative_error(load_lora(output_path).weights, reference)
+    architecture = metadata.architecture
+    file_format = resolve_format(cast("FormatChoice", format), weights.layout, architecture)
+    torch_dtype = getattr(torch, dtype)
+    file_metadata = replace(metadata, date="", output_name=output_path.stem)
+    data = serialize_lora(weights, format=file_format, metadata=file_metadata, dtype=torch_dtype)
+    load_lora(data)  # without its base, which serialize_lora knows
+    rounded_weights = weights.apply(lambda tensor: tensor.to(torch_dtype).float())
+    error = compute_relative_error(rounded_weights, reference)
+    write_bytes(data, output_path)
     typer.echo(
         f"{output_path}: rank {weights.layout.rank}, {len(weights.layout.targets)} targets, "
-        f"{format}, error {error:.2g}"
+        f"{file_format}, {dtype}, error {error:.2g}"
     )
+    warn_of_lost_readers(weights.layout, file_format, architecture)
 
 
-def _merge_metadata(lora_files: "Sequence[LoraFile]", title: str) -> "LoraMetadata":
-    """Merge metadata: what the files share, and every trigger phrase, license and photo."""
-    all_metadata = [lora_file.metadata for lora_file in lora_files]
-    return replace(
-        all_metadata[0],
-        title=title,
-        trigger_phrase=_join_unique(metadata.trigger_phrase for metadata in all_metadata),
-        license=_join_unique(metadata.license for metadata in all_metadata),
-        encoder=_join_unique(metadata.encoder for metadata in all_metadata),
-        encoder_license=_join_unique(metadata.encoder_license for metadata in all_metadata),
-        reference_sha256=tuple(
-            dict.fromkeys(
-                sha256 for metadata in all_metadata for sha256 in metadata.reference_sha256
-            )
-        ),
-        recommended_strength=1.0,
-        extra={},
-    )
+def _choose_format(format: str | None, lora_file: "LoraFile") -> str:
+    """The format of the user, else that of the file where it can be written for its base."""
+    if format is not None:
+        return format
+    from hyperlora.lora.io.formats import detect_family, list_writable_formats
 
-
-def _join_unique(texts: Iterable[str]) -> str:
-    """Join texts that are not empty, each once, in their order."""
-    return ", ".join(dict.fromkeys(filter(None, texts)))
+    family = detect_family(lora_file.weights.layout, lora_file.metadata.architecture)
+    is_writable = lora_file.format in list_writable_formats(family, lora_file.weights.layout)
+    return lora_file.format if is_writable else "auto"
 
 
 def _parse_name_value(text: str) -> tuple[str, str]:

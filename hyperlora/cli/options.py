@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import typer
 from typer.core import TyperCommand
 
 from hyperlora.errors import InvalidArgumentError
@@ -13,10 +14,14 @@ if TYPE_CHECKING:
 
     from hyperlora.compute import ComputeConfig
     from hyperlora.diffusion.diffusion_base import DiffusionBase
+    from hyperlora.lora.io.formats import FormatChoice
+    from hyperlora.lora.layout import LoraLayout
     from hyperlora.pipelines.config import GenerationConfig
     from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
     from hyperlora.pipelines.rerank import IdentityReranker
 
+FORMAT_HELP: Final = "Key names of the file: auto, diffusers, kohya, sgm (SDXL) or comfyui (DiTs)."
+"""Help of ``--format``; ``auto`` is what most programs read."""
 MAX_LORA_WEIGHT: Final = 10.0
 """The largest absolute weight of a LoRA file on the command line."""
 
@@ -137,6 +142,21 @@ def load_model_and_reranker(
         make_scoring_prompts(image_to_lora.trigger_phrase),
     )
     return image_to_lora, reranker
+
+
+def warn_of_lost_readers(layout: "LoraLayout", format: "FormatChoice", architecture: str) -> None:
+    """Print a line on stderr if programs cannot read a file that another format would serve.
+
+    Args:
+        layout: The layout of the LoRA in the file.
+        format: What the user asked for.
+        architecture: modelspec's name of the base; empty for unknown.
+    """
+    from hyperlora.lora.io.formats import describe_lost_readers, resolve_format
+
+    file_format = resolve_format(format, layout, architecture)
+    if sentence := describe_lost_readers(layout, file_format, architecture):
+        typer.echo(f"note: {sentence}", err=True)
 
 
 def save_image(image: "Image.Image", path: Path) -> None:

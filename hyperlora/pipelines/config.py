@@ -1,15 +1,13 @@
 """Settings of the pipelines, validated when they are made."""
 
 from dataclasses import dataclass, field
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.io.keys import LORA_FORMATS, LoraFormat
+from hyperlora.lora.io.formats import FORMAT_CHOICES, FormatChoice
 
 RefineMethod = Literal["identity", "photos"]
 """The objective of refinement: the identity in generated images, or the photos' diffusion loss."""
-EditFormat = Literal["diffusers", "kohya"]
-"""The key names of an edit LoRA's file."""
 MAX_STRENGTH: Final = 10.0
 """The largest absolute value of a strength."""
 
@@ -48,7 +46,7 @@ class GenerationConfig:
         InvalidArgumentError: A value is out of range, or two values exclude each other.
     """
 
-    format: LoraFormat = "diffusers"
+    format: FormatChoice = "auto"
     rank: int | None = None
     strength: float = 1.0
     refine_steps: int = 0
@@ -58,7 +56,7 @@ class GenerationConfig:
     num_loras: int = 1
 
     def __post_init__(self) -> None:
-        _check_format(self.format, LORA_FORMATS)
+        _check_format(self.format)
         _check_strength(self.strength)
         rank = 1 if self.rank is None else self.rank
         if min(rank, self.num_loras, self.num_candidates) < 1 or self.refine_steps < 0:
@@ -116,14 +114,14 @@ class EditConfig:
         InvalidArgumentError: A value is out of range, or two values exclude each other.
     """
 
-    format: EditFormat = "diffusers"
+    format: FormatChoice = "auto"
     strength: float = 1.0
     reverse: bool = False
     search: bool = True
     candidate_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_format(self.format, get_args(EditFormat))
+        _check_format(self.format)
         if self.candidate_prompts and not self.search:
             raise InvalidArgumentError(
                 "--candidate-prompt and --no-search given: trying prompts is the search, "
@@ -132,9 +130,9 @@ class EditConfig:
         _check_strength(self.strength)
 
 
-def _check_format(format: str, known_formats: tuple[str, ...]) -> None:
-    if format not in known_formats:
-        raise InvalidArgumentError(f"unknown format {format!r}; known: {', '.join(known_formats)}")
+def _check_format(format: str) -> None:
+    if format not in FORMAT_CHOICES:
+        raise InvalidArgumentError(f"unknown format {format!r}; known: {', '.join(FORMAT_CHOICES)}")
 
 
 def _check_strength(strength: float) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
+from hyperlora.errors import InvalidArgumentError
 
 COMFYUI_PREFIX: Final = "diffusion_model."
 """Beginning of the keys of a denoiser."""
@@ -128,39 +128,15 @@ COMFYUI_LAYERS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 
 ComfyUI knows the other layers of Qwen-Image, Z-Image and HiDream by diffusers' names.
 """
-_OTHER_LAYERS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
-    "Z-Image": {
-        f"{blocks}.{{}}.attention.{layer}": parts
-        for blocks in _LUMINA_BLOCKS
-        for layer, parts in {
-            "qkv": tuple(f"{blocks}.{{}}.attention.to_{p}" for p in "qkv"),
-            "out": (f"{blocks}.{{}}.attention.to_out.0",),
-        }.items()
-    }
-}
-"""Layers that files of other programs fuse, although ComfyUI knows diffusers' names too."""
-_FAMILY_BY_PATH: Final = {
-    r"joint_blocks\.": "SD3",
-    r"(double|single)_blocks\.": "FLUX.1",
-    r"(blocks|txtfusion\.\w+)\.\d+\.(attn|mlp)\.": "Krea 2",
-    r"(layers|noise_refiner|context_refiner)\.\d+\.": "Z-Image",
-    r"transformer_blocks\.\d+\.": "Qwen-Image 2.1",
-    r"(double|single)_stream_blocks\.\d+\.": "HiDream",
-}
-"""Beginning of ComfyUI's paths -> family, before shapes tell those with equal names apart."""
-_LUMINA_DIM: Final = 2304
-"""Width of Lumina 2."""
 _OWN_NAME_FAMILIES: Final = ("Qwen-Image", "Qwen-Image 2.1", "Z-Image", "HiDream")
 KOHYA_SUFFIX_FAMILIES: Final = ("FLUX.1", "Chroma")
-"""Families of whose ``diffusion_model.`` keys diffusers reads ``lora_down`` and ``lora_up`` only."""
+"""Families whose ``diffusion_model.`` keys diffusers reads with kohya's suffixes alone."""
 _MLP_RATIO: Final = 4
 """Rows of FLUX.1's ``proj_mlp`` per row of its query."""
-_FLUX_2_RATIOS: Final = {"linear1": 9, "linear2": 1 / 4, "mlp.0": 6, "mlp.2": 1 / 3}
-"""Rows per column of FLUX.2's layers, whose MLP is gated and three times as wide as its tokens."""
 
 
 def fuse_factors(factors_by_name: Mapping[str, Factors], family: str) -> dict[str, Factors]:
-    """Convert the factors of diffusers' layers to those of ComfyUI's; ``split_factors`` is the inverse.
+    """Convert the factors of diffusers' layers to those of ComfyUI's.
 
     Args:
         factors_by_name: Factors by name of the target, ``<component>.<path>``, in files' spelling.
@@ -174,9 +150,7 @@ def fuse_factors(factors_by_name: Mapping[str, Factors], family: str) -> dict[st
             a fused layer is unknown.
     """
     layer_by_part = {
-        part: (layer, parts)
-        for layer, parts in COMFYUI_LAYERS[family].items()
-        for part in parts
+        part: (layer, parts) for layer, parts in COMFYUI_LAYERS[family].items() for part in parts
     }
     fused: dict[str, Factors] = {}
     for name, factors in factors_by_name.items():
@@ -202,38 +176,6 @@ def fuse_factors(factors_by_name: Mapping[str, Factors], family: str) -> dict[st
     return fused
 
 
-def split_factors(factors_by_key: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Convert the factors of ComfyUI's layers to those of diffusers'.
-
-    Args:
-        factors_by_key: Factors by ComfyUI's name, without suffix.
-
-    Returns:
-        Factors by name of the target in files' spelling, without the ranks that are zero there.
-
-    Raises:
-        InvalidLoraFileError: A layer is of no known family.
-    """
-    split: dict[str, Factors] = {}
-    family = _detect_family(factors_by_key)
-    for key, factors in factors_by_key.items():
-        for component, prefix in _TEXT_ENCODER_PREFIXES.items():
-            if key.startswith(prefix):
-                split[component + key.removeprefix(prefix)] = factors
-        if not key.startswith(COMFYUI_PREFIX):
-            continue
-        path = key.removeprefix(COMFYUI_PREFIX)
-        template, number = _make_template(path)
-        if parts := (COMFYUI_LAYERS[family] | _OTHER_LAYERS.get(family, {})).get(template):
-            names = [f"transformer.{part.format(number)}" for part in parts]
-            split |= _split_parts(names, factors)
-        elif family in _OWN_NAME_FAMILIES:
-            split[f"transformer.{path}"] = factors
-        else:
-            raise InvalidLoraFileError(f"ComfyUI key {key!r} names no layer of {family}")
-    return split
-
-
 def _make_template(path: str) -> tuple[str, str]:
     """Replace the number of the block by ``{}``: ``layers.3.w1`` is ``layers.{}.w1`` and ``3``."""
     match = re.search(r"(?<=\.)\d+(?=\.)", path)
@@ -242,43 +184,12 @@ def _make_template(path: str) -> tuple[str, str]:
     return f"{path[: match.start()]}{{}}{path[match.end() :]}", match[0]
 
 
-def _detect_family(factors_by_key: Mapping[str, Factors]) -> str:
-    """Detect the family of a file by the names and shapes of its layers."""
-    factors_by_path = {
-        key.removeprefix(COMFYUI_PREFIX): factors
-        for key, factors in factors_by_key.items()
-        if key.startswith(COMFYUI_PREFIX)
-    }
-    for pattern, family in _FAMILY_BY_PATH.items():
-        if any(re.match(pattern, path) for path in factors_by_path):
-            break
-    else:
-        raise InvalidLoraFileError(
-            "the diffusion_model keys of this LoRA name no layer of a known transformer"
-        )
-    ratios = {path: len(up) / down.shape[1] for path, (down, up) in factors_by_path.items()}
-    if family == "FLUX.1" and any(
-        path.endswith(layer) and ratio == flux_2_ratio
-        for path, ratio in ratios.items()
-        for layer, flux_2_ratio in _FLUX_2_RATIOS.items()
-    ):
-        return "FLUX.2"
-    if family == "Z-Image" and any(
-        path.endswith(".adaLN_modulation.1")
-        or (path.endswith(".attention.qkv") and ratio != 3)
-        or (path.endswith(".feed_forward.w1") and factors_by_path[path][0].shape[1] == _LUMINA_DIM)
-        for path, ratio in ratios.items()
-    ):
-        return "Lumina 2"
-    return family
-
-
 def _join_parts(names: Sequence[str], factors_by_name: Mapping[str, Factors]) -> Factors:
     """Stack the factors of a fused layer's parts; a missing part changes nothing."""
     present = {name: factors_by_name[name] for name in names if name in factors_by_name}
     if len(names) == 1:
         return present[names[0]]
-    any_down, any_up = next(iter(present.values()))
+    _, any_up = next(iter(present.values()))
     widths = [
         present[name][1].shape[0] if name in present else _guess_width(name, present)
         for name in names
@@ -313,30 +224,3 @@ def _guess_width(name: str, present: Mapping[str, Factors]) -> int:
         f"ComfyUI fuses {name} with the query, and its width is unknown: adapt it too, or save "
         "this LoRA as diffusers"
     )
-
-
-def _split_parts(names: Sequence[str], factors: Factors) -> dict[str, Factors]:
-    """Split a fused layer; parts and ranks which are zero are left out."""
-    down, up = factors  # [r, in], [Σ out, r]
-    if len(names) == 1:
-        return {names[0]: factors}
-    widths = _compute_widths(names, down.shape[1], up.shape[0])
-    split: dict[str, Factors] = {}
-    for name, rows in zip(names, up.split(widths), strict=True):
-        columns = rows.any(0)  # [r]
-        if columns.any():
-            split[name] = (down[columns], rows[:, columns])
-    # of a LoRA that changes nothing every part stays
-    return split or {
-        name: (down, rows) for name, rows in zip(names, up.split(widths), strict=True)
-    }
-
-
-def _compute_widths(names: Sequence[str], in_features: int, out_features: int) -> list[int]:
-    """Rows of each part of a fused layer."""
-    if names[-1].endswith(".proj_mlp"):
-        return [*[in_features] * 3, out_features - 3 * in_features]
-    if len(names) == 3 and out_features != 3 * in_features:
-        narrow = (out_features - in_features) // 2  # grouped-query attention
-        return [in_features, narrow, out_features - in_features - narrow]
-    return [out_features // len(names)] * len(names)

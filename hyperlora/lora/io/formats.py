@@ -8,14 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Final, Literal, get_args
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.io.architectures import CUSTOM_UNET, find_architecture
 from hyperlora.lora.io.keys import KOHYA_PREFIXES, LoraFormat
 from hyperlora.lora.layout import LoraLayout, TargetModule
 
 FormatChoice = Literal["auto", "diffusers", "kohya", "sgm", "comfyui"]
 """A format to write, or ``auto`` for the one that most programs read."""
 FORMAT_CHOICES: Final[tuple[FormatChoice, ...]] = get_args(FormatChoice)
-FORMAT_HELP: Final = "Key names of the file: auto, diffusers, kohya, sgm (SDXL) or comfyui (DiTs)."
-"""Help of the option in every command."""
 UNET_FAMILIES: Final = ("SD 1.x", "SD 2.x", "SDXL")
 """Families whose denoiser is a UNet."""
 
@@ -39,22 +38,22 @@ READERS: Final[Mapping[str, Mapping[LoraFormat, tuple[str, ...]]]] = {
 }
 """Programs that read every target of a file, by family of bases and by format."""
 
-_FAMILY_BY_ARCHITECTURE: Final = {
-    r"stable-diffusion-xl|sdxl": "SDXL",
-    r"stable-diffusion-v1|sd_v1": "SD 1.x",
-    r"stable-diffusion-v2|sd_v2": "SD 2.x",
-    r"stable-diffusion-v?3|sd3": "SD3",
-    r"flux[-.]?2": "FLUX.2",
-    r"flux": "FLUX.1",
-    r"chroma": "Chroma",
-    r"qwen-image-2\.1": "Qwen-Image 2.1",
-    r"qwen-image": "Qwen-Image",
-    r"z-image": "Z-Image",
-    r"lumina-(image-)?2": "Lumina 2",
-    r"hidream": "HiDream",
-    r"krea-2": "Krea 2",
+_FAMILY_BY_GROUP: Final = {
+    "sd1": "SD 1.x",
+    "sd2": "SD 2.x",
+    "sdxl": "SDXL",
+    "sd3": "SD3",
+    "flux1": "FLUX.1",
+    "chroma": "Chroma",
+    "flux2": "FLUX.2",
+    "qwen-image": "Qwen-Image",
+    "qwen-image-2.1": "Qwen-Image 2.1",
+    "z-image": "Z-Image",
+    "lumina2": "Lumina 2",
+    "hidream-i1": "HiDream",
+    "krea-2": "Krea 2",
 }
-"""Beginning of modelspec's architecture -> family."""
+"""``Architecture.group`` -> family."""
 _FAMILY_BY_TRANSFORMER_PATH: Final = {
     r"^single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)$": "FLUX.2",
     r"\.ff(_context)?\.linear_(in|out)$": "FLUX.2",
@@ -96,16 +95,13 @@ def detect_family(layout: LoraLayout, architecture: str = "") -> str:
         architecture: modelspec's name of the base; empty for unknown.
 
     Returns:
-        A key of ``READERS``; empty where nothing tells, e.g. for a text encoder alone.
+        A key of ``READERS``; empty where nothing tells, e.g. for a text encoder alone, and for a
+        UNet of no family.
     """
-    named_family = next(
-        (
-            family
-            for pattern, family in _FAMILY_BY_ARCHITECTURE.items()
-            if re.match(pattern, architecture, re.IGNORECASE)
-        ),
-        "",
-    )
+    if architecture == CUSTOM_UNET:
+        return ""
+    entry = find_architecture(architecture)
+    named_family = _FAMILY_BY_GROUP.get(entry.group, "") if entry else ""
     components = layout.components
     if "transformer" in components:
         if named_family and named_family not in UNET_FAMILIES:
@@ -119,9 +115,7 @@ def detect_family(layout: LoraLayout, architecture: str = "") -> str:
     return _detect_unet_family(unet_targets, named_family)
 
 
-def resolve_format(
-    format: FormatChoice, layout: LoraLayout, architecture: str = ""
-) -> LoraFormat:
+def resolve_format(format: FormatChoice, layout: LoraLayout, architecture: str = "") -> LoraFormat:
     """Resolve ``auto`` to the format that most programs read, and check any other.
 
     Stable Diffusion 1 and 2 get ``kohya``, SDXL ``sgm``, transformers ``diffusers``.
@@ -144,10 +138,11 @@ def resolve_format(
     family = detect_family(layout, architecture)
     if format == "auto":
         return _choose_format(family, layout)
-    if format == "sgm" and family and family in READERS and "sgm" not in READERS[family]:
+    is_other_base = bool(family) and family != "SDXL"
+    if format == "sgm" and (is_other_base or architecture == CUSTOM_UNET):
         raise InvalidArgumentError(
-            f"sgm names are those of SDXL, and this LoRA is for {family}: use format "
-            f"{_choose_format(family, layout)}"
+            f"sgm names are those of SDXL, and this LoRA is for {family or architecture}: use "
+            f"format {_choose_format(family, layout)}"
         )
     if format == "comfyui" and ("transformer" not in layout.components or not family):
         base = family or "an unknown base"
@@ -156,6 +151,23 @@ def resolve_format(
             f"{_choose_format(family, layout)}"
         )
     return format
+
+
+def list_writable_formats(family: str, layout: LoraLayout) -> tuple[LoraFormat, ...]:
+    """List the formats that have names for a base.
+
+    Args:
+        family: See ``detect_family``.
+        layout: The targets of the LoRA.
+
+    Returns:
+        Formats; of files of other programs some have more than are written.
+    """
+    if "transformer" in layout.components:
+        return ("diffusers", "comfyui") if family else ("diffusers",)
+    is_kohya = set(layout.components) <= KOHYA_PREFIXES.keys()
+    formats: tuple[LoraFormat, ...] = ("diffusers", "kohya") if is_kohya else ("diffusers",)
+    return (*formats, "sgm") if is_kohya and family in ("SDXL", "") else formats
 
 
 def list_readers(layout: LoraLayout, format: LoraFormat, architecture: str = "") -> tuple[str, ...]:

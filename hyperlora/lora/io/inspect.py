@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hyperlora.lora.io.formats import list_readers
 from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
@@ -22,6 +23,7 @@ class LoraInfo:
     Attributes:
         name: The file name.
         format: The key names of the file.
+        readers: Programs that read the file whole, by ``formats.READERS``.
         size_bytes: The size of the file.
         base: The id of the base model.
         fingerprint: The fingerprint of the layout.
@@ -36,6 +38,7 @@ class LoraInfo:
 
     name: str
     format: LoraFormat
+    readers: tuple[str, ...]
     size_bytes: int
     base: str
     fingerprint: str
@@ -81,6 +84,7 @@ def inspect_lora(
     return LoraInfo(
         name=Path(path).name,
         format=file.format,
+        readers=list_readers(file_layout, file.format, file.metadata.architecture),
         size_bytes=file.size_bytes,
         base=file_layout.base,
         fingerprint=file_layout.fingerprint,

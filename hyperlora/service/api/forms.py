@@ -1,5 +1,6 @@
 """Forms of the routes that take files, and the headers that they share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -7,10 +8,11 @@ from fastapi import Depends, File, Form, Header, Request, UploadFile
 from starlette.exceptions import HTTPException
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.io.formats import FormatChoice
 from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.pipelines.config import GenerationConfig, LoraSampling, RefineMethod
 from hyperlora.service.api.schemas import FileId, Weight
-from hyperlora.service.engine.requests import EditLoraRequest, LoraRequest
+from hyperlora.service.engine.requests import EditLoraRequest, LoraRequest, ModelInfo
 from hyperlora.service.security import Caller
 from hyperlora.service.state import AppState
 
@@ -82,7 +84,9 @@ class LoraForm:
     after: Annotated[
         list[UploadFile] | None, File(description="The same images after it, in this order.")
     ] = None
-    format: Annotated[LoraFormat, Form()] = "diffusers"
+    format: Annotated[
+        FormatChoice, Form(description="Key names; auto is what most programs read of this base.")
+    ] = "auto"
     rank: Annotated[int | None, Form(ge=1, le=128, description="The model's own if not given.")] = (
         None
     )
@@ -143,6 +147,23 @@ class LoraForm:
         )
         files = [await photo.read() for photo in photos]
         return LoraRequest(files, config, self.title, self.consent, self.method)
+
+    def find_file_format(self, model_infos: Sequence[ModelInfo]) -> LoraFormat:
+        """Find the format of the file, where the form leaves it open.
+
+        Args:
+            model_infos: The models of the server.
+
+        Returns:
+            The format of the file that the form asks for.
+        """
+        if self.format != "auto":
+            return self.format
+        is_pair = bool(self.before)
+        for model_info in model_infos:
+            if (model_info.kind == "pair-to-lora") == is_pair:
+                return model_info.lora_format
+        return "diffusers"
 
     def _check_pair_options(self) -> None:
         if self.refine_steps or self.refine_method or self.rank or self.method or self.seed:

@@ -62,7 +62,7 @@ async def create_lora(call: Call, form: Annotated[LoraForm, Depends()]) -> Respo
         body = LoraResponse(
             sha256=digest,
             size=len(data),
-            format=form.format,
+            format=form.find_file_format(state.engine.list_models()),
             stored=form.store,
             content=encode_base64(data),
         )

@@ -7,9 +7,10 @@ from typing import Final
 import torch
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.lora.io.keys import LoraFormat
+from hyperlora.lora.io.formats import FormatChoice, describe_lost_readers, resolve_format
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.lora import Lora
+from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.merge import pad_and_stack
 from hyperlora.lora.weights import LoraWeights
 
@@ -51,7 +52,7 @@ def assign_base(weights: LoraWeights, base: DiffusionBase) -> LoraWeights:
     return replace(weights, layout=replace(weights.layout, base=base.id))
 
 
-def serialize_result(lora: Lora, format: LoraFormat) -> bytes:
+def serialize_result(lora: Lora, format: FormatChoice) -> bytes:
     """Write one LoRA of a batch to the bytes of a file.
 
     Args:
@@ -63,6 +64,25 @@ def serialize_result(lora: Lora, format: LoraFormat) -> bytes:
     """
     contiguous = replace(lora, weights=lora.weights.apply(torch.Tensor.contiguous))
     return contiguous.serialize(format=format)
+
+
+def list_format_warnings(
+    layout: LoraLayout, format: FormatChoice, architecture: str
+) -> tuple[str, ...]:
+    """List what to tell a caller who asks for a format that some programs cannot read.
+
+    Args:
+        layout: The layout of the LoRA.
+        format: What the caller asks for; nothing is said of ``auto``.
+        architecture: modelspec's name of the base.
+
+    Returns:
+        One sentence, or none.
+    """
+    if format == "auto":
+        return ()
+    file_format = resolve_format(format, layout, architecture)
+    return tuple(filter(None, (describe_lost_readers(layout, file_format, architecture),)))
 
 
 def make_consent_metadata(consent: bool) -> dict[str, str]:

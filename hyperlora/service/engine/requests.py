@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 from PIL import Image
 
 from hyperlora.diffusion.multi_lora import Strategy
+from hyperlora.lora.io.formats import FormatChoice
 from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.pipelines.config import GenerationConfig
 
@@ -63,7 +64,7 @@ class EditLoraRequest(EngineRequest[bytes]):
 
     pairs: Sequence[tuple[bytes, bytes]]
     strength: float = 1.0
-    format: LoraFormat = "diffusers"
+    format: FormatChoice = "auto"
     title: str = "edit"
     consent: bool = False
 
@@ -166,8 +167,8 @@ class ModelInfo:
         trigger_phrase: Phrase for the subject in a prompt; may be empty.
         license: License of the model.
         resolution: Pixels per side of images of the base.
-        lora_format: What A1111, Forge and ComfyUI read for this base: kohya keys for UNets,
-            diffusers keys for transformers.
+        lora_format: Key names of a file where a request leaves the format open.
+        lora_readers: Programs that read such a file whole, by ``formats.READERS``.
         supports_identity_similarity: Whether /v1/identity-similarity compares its images.
         domain: Photos the model is trained on, e.g. avatars; empty if it does not know.
         device: Device that the model and its base compute on, e.g. cuda:0.
@@ -183,7 +184,8 @@ class ModelInfo:
     trigger_phrase: str
     license: str
     resolution: int
-    lora_format: str
+    lora_format: LoraFormat
+    lora_readers: tuple[str, ...] = ()
     supports_identity_similarity: bool = False
     domain: str = ""
     device: str = "cpu"

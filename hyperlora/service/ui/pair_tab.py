@@ -41,8 +41,7 @@ class _PairTab:
     api: Api
     status_html: gr.HTML
     edited_html: gr.HTML
-    diffusers: gr.DownloadButton
-    kohya: gr.DownloadButton
+    download: gr.DownloadButton
     code_block: gr.Code
     result: gr.Column
 
@@ -65,14 +64,12 @@ class _PairTab:
             first_status = render_status("Making the LoRA of the edit …", 0)
             yield {self.status_html: gr.HTML(first_status, visible=True)}
             lora = await client.create_edit_lora([pair], title=_TITLE, strength=strength)
-            kohya_lora = await client.create_edit_lora(
-                [pair], title=_TITLE, strength=strength, format="kohya"
-            )
             model_info = await client.load_model_info("pair-to-lora")
             snippet = make_edit_snippet(model_info.base, f"{_TITLE}.safetensors")
             yield {
-                self.diffusers: update_download(self.diffusers, lora, _TITLE),
-                self.kohya: update_download(self.kohya, kohya_lora, _TITLE, kohya=True),
+                self.download: update_download(
+                    self.download, lora, _TITLE, model_info.lora_readers
+                ),
                 self.code_block: gr.Code(snippet),
                 self.result: gr.Column(visible=True),
             }
@@ -125,14 +122,12 @@ def build_pair_tab(api: Api) -> None:
             status_html = gr.HTML(visible=False)
             edited_html = gr.HTML(EMPTY_EDITS, elem_id="edited")
             with gr.Column(visible=False) as result:
-                with gr.Row():
-                    diffusers = gr.DownloadButton("Download for diffusers", size="md")
-                    kohya = gr.DownloadButton("Download for ComfyUI, A1111", size="md")
+                download = gr.DownloadButton("Download", size="md")
                 code_block = make_code_block()
 
-    tab = _PairTab(api, status_html, edited_html, diffusers, kohya, code_block, result)
+    tab = _PairTab(api, status_html, edited_html, download, code_block, result)
     inputs: list[Block] = [before, after, other_images, strength, reverse]
-    outputs: list[Block] = [status_html, edited_html, diffusers, kohya, code_block, result]
+    outputs: list[Block] = [status_html, edited_html, download, code_block, result]
     create_event = create_button.click(tab.create_lora, inputs, outputs, **EVENT_OPTIONS)
     create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **EVENT_OPTIONS)
 

@@ -51,8 +51,7 @@ class _PhotoTab:
     tray: gr.State
     status_html: gr.HTML
     portraits_html: gr.HTML
-    diffusers: gr.DownloadButton
-    kohya: gr.DownloadButton
+    download: gr.DownloadButton
     code_block: gr.Code
     result: gr.Column
 
@@ -77,15 +76,11 @@ class _PhotoTab:
             start_time = time.perf_counter()
             lora = await client.create_lora(files, title=name, strength=strength)
             elapsed_text = f"The LoRA took {time.perf_counter() - start_time:.1f} s"
-            kohya_lora = await client.create_lora(
-                files, title=name, strength=strength, format="kohya"
-            )
             model_info = (await client.load_model_infos())[0]
             prompt = prompt.strip() or next(iter(get_prompt_presets(model_info).values()))
             snippet = make_snippet(model_info.base, f"{make_file_name(name)}.safetensors", prompt)
             yield {
-                self.diffusers: update_download(self.diffusers, lora, name),
-                self.kohya: update_download(self.kohya, kohya_lora, name, kohya=True),
+                self.download: update_download(self.download, lora, name, model_info.lora_readers),
                 self.code_block: gr.Code(snippet),
                 self.result: gr.Column(visible=True),
                 self.tray: add_item(tray_items, name, lora),
@@ -157,22 +152,15 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
             status_html = gr.HTML(visible=False, elem_id="status")
             portraits_html = gr.HTML(EMPTY_PORTRAITS, elem_id="portraits")
             with gr.Column(visible=False) as result:
-                with gr.Row():
-                    diffusers = gr.DownloadButton(
-                        "Download for diffusers", size="md", elem_id="download"
-                    )
-                    kohya = gr.DownloadButton(
-                        "Download for ComfyUI, A1111", size="md", elem_id="download-kohya"
-                    )
+                download = gr.DownloadButton("Download", size="md", elem_id="download")
                 code_block = make_code_block()
 
-    tab = _PhotoTab(api, tray, status_html, portraits_html, diffusers, kohya, code_block, result)
+    tab = _PhotoTab(api, tray, status_html, portraits_html, download, code_block, result)
     inputs: list[Block] = [photos, prompt, strength, name, num_steps, seed, scheduler, tray]
     outputs: list[Block] = [
         status_html,
         portraits_html,
-        diffusers,
-        kohya,
+        download,
         code_block,
         result,
         tray,
