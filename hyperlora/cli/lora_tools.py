@@ -92,9 +92,7 @@ def combine(
     ]
     metadata = merge_metadata(lora_files, " + ".join(names))
     dtype = _choose_dtype(dtype, lora_files)
-    _save_lora_with_error(
-        merged, exact, output, metadata, _choose_format(format, lora_files[0]), dtype
-    )
+    _save_lora_with_error(merged, exact, output, metadata, format or lora_files[0].format, dtype)
 
 
 def diff(
@@ -120,7 +118,7 @@ def diff(
     metadata = replace(metadata, trigger_phrase=lora_files[0].metadata.trigger_phrase)
     dtype = _choose_dtype(dtype, lora_files)
     _save_lora_with_error(
-        difference, exact, output, metadata, _choose_format(format, lora_files[0]), dtype
+        difference, exact, output, metadata, format or lora_files[0].format, dtype
     )
 
 
@@ -139,7 +137,7 @@ def resize(
     metadata = renew_metadata(lora_file.metadata, f"rank {rank}")
     dtype = _choose_dtype(dtype, [lora_file])
     _save_lora_with_error(
-        resized, lora_file.weights, output, metadata, _choose_format(format, lora_file), dtype
+        resized, lora_file.weights, output, metadata, format or lora_file.format, dtype
     )
 
 
@@ -173,9 +171,7 @@ def scale(
     metadata = renew_metadata(lora_file.metadata, title_suffix)
     metadata = replace(metadata, recommended_strength=1.0)  # the factor is what the user wants
     dtype = _choose_dtype(dtype, [lora_file])
-    _save_lora_with_error(
-        scaled, scaled, output, metadata, _choose_format(format, lora_file), dtype
-    )
+    _save_lora_with_error(scaled, scaled, output, metadata, format or lora_file.format, dtype)
 
 
 def split(
@@ -212,9 +208,7 @@ def split(
         title = f"{lora_file.metadata.title or file.stem} ({name})"
         metadata = replace(lora_file.metadata, title=title)
         path = output / f"{name}.safetensors"
-        _save_lora_with_error(
-            weights, weights, path, metadata, _choose_format(format, lora_file), dtype
-        )
+        _save_lora_with_error(weights, weights, path, metadata, format or lora_file.format, dtype)
 
 
 def _load_lora_file(path: Path) -> "LoraFile":
@@ -278,17 +272,6 @@ def _save_lora_with_error(
         f"{file_format}, {dtype}, error {error:.2g}"
     )
     warn_of_lost_readers(weights.layout, file_format, architecture)
-
-
-def _choose_format(format: str | None, lora_file: "LoraFile") -> str:
-    """The format of the user, else that of the file where it can be written for its base."""
-    if format is not None:
-        return format
-    from hyperlora.lora.io.formats import detect_family, list_writable_formats
-
-    family = detect_family(lora_file.weights.layout, lora_file.metadata.architecture)
-    is_writable = lora_file.format in list_writable_formats(family, lora_file.weights.layout)
-    return lora_file.format if is_writable else "auto"
 
 
 def _parse_name_value(text: str) -> tuple[str, str]:

@@ -153,23 +153,6 @@ def resolve_format(format: FormatChoice, layout: LoraLayout, architecture: str =
     return format
 
 
-def list_writable_formats(family: str, layout: LoraLayout) -> tuple[LoraFormat, ...]:
-    """List the formats that have names for a base.
-
-    Args:
-        family: See ``detect_family``.
-        layout: The targets of the LoRA.
-
-    Returns:
-        Formats; of files of other programs some have more than are written.
-    """
-    if "transformer" in layout.components:
-        return ("diffusers", "comfyui") if family else ("diffusers",)
-    is_kohya = set(layout.components) <= KOHYA_PREFIXES.keys()
-    formats: tuple[LoraFormat, ...] = ("diffusers", "kohya") if is_kohya else ("diffusers",)
-    return (*formats, "sgm") if is_kohya and family in ("SDXL", "") else formats
-
-
 def list_readers(layout: LoraLayout, format: LoraFormat, architecture: str = "") -> tuple[str, ...]:
     """List the programs that read every target of a file.
 
