@@ -18,7 +18,6 @@ from hyperlora.diffusion.denoiser_calls import (
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.diffusion.lora_injection import (
     inject_lora,
-    move_lora,
     split_denoiser,
     split_text_encoders,
 )
@@ -66,9 +65,13 @@ def apply_autolora_guidance(
         if value is not None and not isfinite(value):
             raise InvalidArgumentError(f"{label} must be a finite number, got {value}")
     family = get_pipeline_family(pipe)
-    denoiser_name, denoiser = family.denoiser_name, family.denoiser
-    denoiser_lora = move_lora(split_denoiser(lora, denoiser_name), family.device, denoiser)
-    stacked_loras = pad_and_stack([denoiser_lora * 0.0, denoiser_lora])  # [2]: base, LoRA
+    modules = {family.denoiser_name: family.denoiser}
+    denoiser_loras = split_denoiser(family, [lora])
+    stacked_loras = (
+        pad_and_stack([denoiser_loras[0] * 0.0, *denoiser_loras])  # [2]: base, LoRA
+        if denoiser_loras
+        else None
+    )
 
     def predict_with_guidance(call: DenoiserCall) -> Tensor:
         """Predict e, once for each guidance branch [branches * n, c, h, w]."""
@@ -78,8 +81,12 @@ def apply_autolora_guidance(
                 "separate guidance scales need both branches in one batch: "
                 "use a guidance scale above 1"
             )
-        # ε and ε_L, each [branches * n, c, h, w]
-        base_output, lora_output = predict_per_lora(call, {denoiser_name: denoiser}, stacked_loras)
+        # ε and ε_L, each [branches * n, c, h, w]; equal for a LoRA of text encoders alone
+        base_output, lora_output = (
+            [call()] * 2
+            if stacked_loras is None
+            else predict_per_lora(call, modules, stacked_loras)
+        )
         # ε^{w} = ε(∅) + w (ε(c) - ε(∅)); without branches, ε and ε_L stand for them
         if num_branches > 1:
             base_output = family.combine_branches(base_output, base_scale)  # ε^{w1} [n, c, h, w]
@@ -90,7 +97,7 @@ def apply_autolora_guidance(
 
     # on the text encoders the LoRA acts at full strength, for any γ
     with ExitStack() as stack:
-        for module, text_lora in split_text_encoders(pipe, lora, denoiser_name):
+        for module, text_lora in split_text_encoders(pipe, lora, family.denoiser_name):
             stack.enter_context(inject_lora(module, text_lora))
         stack.enter_context(intercept_denoiser(pipe, predict_with_guidance))
         yield

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hyperlora.diffusion.families.base import PipelineFamily, Window
 from hyperlora.diffusion.families.registry import get_pipeline_family
-from hyperlora.diffusion.lora_injection import inject_lora
+from hyperlora.diffusion.lora_injection import inject_lora, pause_compilation
+from hyperlora.lora.layout import unwrap_module
 from hyperlora.lora.weights import LoraWeights
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def intercept_denoiser(
         InvalidArgumentError: The pipeline has no family.
     """
     family = get_pipeline_family(pipe)
-    module = family.denoiser
+    module = unwrap_module(family.denoiser)
     instance_forward = module.__dict__.get("forward")
     forward = module.forward
     signature = inspect.signature(type(module).forward)
@@ -139,7 +140,8 @@ def intercept_denoiser(
 
     module.forward = call_handler
     try:
-        yield
+        with pause_compilation(family.denoiser):
+            yield
     finally:
         if instance_forward is None:
             del module.forward

@@ -8,7 +8,7 @@ copy of W.
 Shapes in comments: B = repeats * k samples for k LoRAs, r the rank, in and out the features.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, TypeVar
 
@@ -17,18 +17,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from hyperlora.errors import LayoutMismatchError
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.blocks import select_blocks
-from hyperlora.lora.layout import TargetModule, get_base_layer, list_layers
+from hyperlora.lora.layout import (
+    COMPILED_CHILD,
+    TargetModule,
+    get_base_layer,
+    list_layers,
+    make_target,
+)
 from hyperlora.lora.weights import LoraWeights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from hyperlora.diffusion.families.base import PipelineFamily
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _CHECKPOINT_ATTRIBUTE: Final = "_gradient_checkpointing_func"
 """Where blocks of diffusers and transformers keep their checkpoint function."""
+_FUSED_PROJECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""diffusers' fused projections of an attention, and those that they replace."""
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
@@ -43,7 +57,7 @@ def inject_lora(model: nn.Module | Mapping[str, nn.Module], weights: LoraWeights
     """Add LoRAs to every forward pass of a model while the context is open.
 
     Contexts nest, and their LoRAs add up. Gradient checkpointing recomputes with the same LoRAs,
-    also after the context has closed.
+    also after the context has closed. A compiled model runs uncompiled meanwhile.
 
     Args:
         model: The one component that the LoRA adapts, or a mapping of component names (``unet``,
@@ -55,6 +69,7 @@ def inject_lora(model: nn.Module | Mapping[str, nn.Module], weights: LoraWeights
     Raises:
         LayoutMismatchError: If a target module is missing or has another shape, if the LoRA has
             more than one batch axis, or if a batch is no multiple of k.
+        InvalidArgumentError: If a target module is fused with others and therefore never runs.
     """
     if len(weights.batch_shape) > 1:
         raise LayoutMismatchError(
@@ -74,7 +89,34 @@ def inject_lora(model: nn.Module | Mapping[str, nn.Module], weights: LoraWeights
         stack.enter_context(injection.register_hooks())
         for module in model.values():
             stack.enter_context(_intercept_checkpointing(module, injection))
+            stack.enter_context(pause_compilation(module))
         yield
+
+
+@contextmanager
+def pause_compilation(module: nn.Module) -> Iterator[None]:
+    """Run all compiled functions uncompiled within a ``with`` block, if a module is compiled.
+
+    Compiled code checks no hooks: it would run without the LoRA, and say nothing.
+
+    Args:
+        module: A denoiser or text encoder, as a pipeline holds it.
+
+    Yields:
+        Nothing.
+    """
+    with torch.compiler.set_stance("force_eager") if _is_compiled(module) else nullcontext():
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has wrapped a module or a part of it, or its forward method."""
+    return any(
+        part._compiled_call_impl is not None  # of ``module.compile()``
+        or COMPILED_CHILD in part._modules  # of ``torch.compile(module)``
+        or hasattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for part in module.modules()
+    )
 
 
 class _LoraInjection:
@@ -91,6 +133,7 @@ class _LoraInjection:
         self.hooks: list[tuple[nn.Module, _ForwardHook]] = []
         # all shapes are checked here, before the first hook: a context opens whole or not at all
         layers = {name: dict(list_layers(module)) for name, module in components.items()}
+        fused_layers = {layer for module in components.values() for layer in _list_fused(module)}
         layout = weights.layout
         for target, down, up in zip(layout.targets, weights.down, weights.up, strict=True):
             layer = layers.get(target.component, {}).get(target.path)
@@ -98,6 +141,11 @@ class _LoraInjection:
                 raise LayoutMismatchError(
                     f"the base has no target module {target.name}: "
                     f"the LoRA ({layout.base}) is not for it"
+                )
+            if layer in fused_layers:
+                raise InvalidArgumentError(
+                    f"target module {target.name} is fused with others and never runs: call "
+                    "unfuse_qkv_projections on the pipeline before it samples with a LoRA"
                 )
             # a wrapper of PEFT adds its own LoRA before the hook adds this one
             base_layer = get_base_layer(layer)
@@ -123,15 +171,22 @@ class _LoraInjection:
 
 def _check_shape(target: TargetModule, layer: nn.Module) -> None:
     """Raise ``LayoutMismatchError`` unless the layer has the target's features."""
-    shape = None
-    if isinstance(layer, nn.Linear | nn.Conv2d):
-        # W is [out, in], or [out, in_channels, kh, kw] with in = in_channels · kh · kw
-        shape = layer.weight.shape[1:].numel(), layer.weight.shape[0]
+    layer_target = make_target(target.name, layer)
+    shape = layer_target.in_features, layer_target.out_features
     expected_shape = target.in_features, target.out_features
     if shape != expected_shape:
         raise LayoutMismatchError(
             f"target module {target.name} is {shape} in the base, {expected_shape} in the LoRA"
         )
+
+
+def _list_fused(module: nn.Module) -> Iterator[nn.Module]:
+    """Iterate over projections that diffusers' ``fuse_qkv_projections`` has put out of use."""
+    for attention in module.modules():
+        if getattr(attention, "fused_projections", False):
+            for fused_name, names in _FUSED_PROJECTIONS.items():
+                if hasattr(attention, fused_name):
+                    yield from (getattr(attention, name) for name in names)
 
 
 def _make_hook(layer: nn.Module, target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:
@@ -150,7 +205,7 @@ def _make_hook(layer: nn.Module, target: TargetModule, down: Tensor, up: Tensor)
         )
         with precision_context:
             lora_output = (
-                _apply_conv_lora(layer, x, x_down, x_up, target)
+                _apply_conv_lora(layer, x, x_down, x_up)
                 if isinstance(layer, nn.Conv2d)
                 else _apply_linear_lora(x, x_down, x_up)
             )
@@ -181,26 +236,20 @@ def _apply_linear_lora(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return output.reshape(*x.shape[:-1], up.shape[-2])  # [B, ..., out]
 
 
-def _apply_conv_lora(
-    layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor, target: TargetModule
-) -> Tensor:
+def _apply_conv_lora(layer: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Compute LoCon: a convolution like the layer's own to ``rank`` channels, then a 1x1 one.
 
     Args:
-        layer: The adapted layer, for stride, padding and dilation.
+        layer: The adapted layer, for kernel size, stride, padding and dilation.
         x: [samples, in_channels, h, w].
         down: [rank, in_channels * kernel_h * kernel_w] or with the batch axis [k].
         up: [out_channels, rank] or with the batch axis [k].
-        target: The adapted module, for the kernel size.
 
     Returns:
         [samples, out_channels, h_out, w_out].
     """
-    assert target.kernel_size is not None
-    kernel_height, kernel_width = target.kernel_size
-    in_channels = target.in_features // (kernel_height * kernel_width)
     # [r, in_channels, kh, kw], or [k * r, in_channels, kh, kw] with the batch axis
-    kernel = down.reshape(-1, in_channels, kernel_height, kernel_width)
+    kernel = down.reshape(-1, layer.in_channels, *layer.kernel_size)
     if down.ndim == 2:
         # [B, r, h_out, w_out]; stride and padding belong to down, so sizes match the layer's
         hidden = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
@@ -265,25 +314,26 @@ def _wrap_checkpoint_fn(
     return run_checkpoint
 
 
-def split_denoiser(lora: LoraWeights, denoiser_name: str) -> LoraWeights:
-    """Select the denoiser's part of a LoRA.
+def split_denoiser(family: "PipelineFamily", loras: Sequence[LoraWeights]) -> list[LoraWeights]:
+    """Select the denoiser's parts of LoRAs.
 
     Args:
-        lora: Of any components.
-        denoiser_name: ``unet`` or ``transformer``.
+        family: Adapter of the pipeline.
+        loras: Of any components.
 
     Returns:
-        The LoRA of the denoiser's target modules.
-
-    Raises:
-        LayoutMismatchError: If the LoRA does not adapt the denoiser.
+        One LoRA of the denoiser for each, on its device and in its dtype: of zeros where a LoRA
+        adapts text encoders alone. Empty if all of them do.
     """
-    components = lora.layout.components
-    if denoiser_name not in components:
-        raise LayoutMismatchError(
-            f"the LoRA changes {', '.join(components)}, but nothing in the {denoiser_name}"
-        )
-    return lora if components == (denoiser_name,) else select_blocks(lora, [denoiser_name])
+    name = family.denoiser_name
+    parts = [
+        move_lora(select_blocks(lora, [name]), family.device, family.denoiser)
+        if name in lora.layout.components
+        else None
+        for lora in loras
+    ]
+    zeros = next((part * 0.0 for part in parts if part is not None), None)
+    return [zeros if part is None else part for part in parts] if zeros is not None else []
 
 
 def split_text_encoders(
@@ -324,5 +374,7 @@ def move_lora(lora: LoraWeights, device: torch.device, module: nn.Module) -> Lor
     Returns:
         The moved LoRA.
     """
-    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    # weights of 8 bits are quantized or cast layer by layer, and computed with in another precision
+    dtypes = (p.dtype for p in module.parameters() if p.is_floating_point() and p.itemsize > 1)
+    dtype = next(dtypes, torch.float32)
     return lora.apply(lambda factor: factor.to(device, dtype))

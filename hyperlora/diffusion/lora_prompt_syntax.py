@@ -5,10 +5,14 @@
 The first number is the weight in text encoder and denoiser, the second that in the denoiser.
 Parameters ``te`` and ``unet`` name the two. ``start``, ``stop`` and ``step`` limit the denoising
 steps in which the LoRA is active: below 1 a fraction of the steps, else a step number from 0.
+
+As in A1111, ``lyco`` is the same as ``lora``. Upper and lower case, blanks and full-width signs
+change nothing in a tag, and a tag of any other kind is refused.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Final
@@ -23,7 +27,19 @@ from hyperlora.lora.weights import LoraWeights
 
 MAX_WEIGHT: Final = 10.0
 MAX_STEP: Final = 10_000
-_LORA_TAG: Final = re.compile(r"<lora:([^<>]*)>")
+_BLANKS: Final = " \t\r\n\u00a0\u200b\u3000\ufeff"
+_LORA_KINDS: Final = ("lora", "lyco")
+"""A1111 takes ``lyco`` for the same thing."""
+_TAG: Final = re.compile(
+    # each sign also full-width, as Chinese and Japanese keyboards write it, or as HTML escapes it;
+    # a backslash before it comes from Markdown
+    r"\\*(?:[<\uff1c]|&lt;)[\s\u200b]*(?P<kind>\w+)[\s\u200b]*[:\uff1a]"
+    r"(?P<body>[^<>\uff1c\uff1e]*?)\\*(?:[>\uff1e]|&gt;)"
+)
+"""A1111's ``<kind:...>``, where blanks change nothing."""
+_BROKEN_TAG: Final = re.compile(
+    r"(?:<|&lt;)[\s\u200b]*(?:lora|lyco)\b|\b(?:lora|lyco)[\s\u200b]*:[^<>]*>", re.IGNORECASE
+)
 _PARAMETER_NAMES: Final = ("te", "unet", "start", "stop", "step")
 
 
@@ -75,15 +91,35 @@ def parse_lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
         The prompt without tags, and the tags in order.
 
     Raises:
-        InvalidArgumentError: A tag cannot be parsed, or its weight is outside [-10, 10].
+        InvalidArgumentError: A tag cannot be parsed, is none of a LoRA, or its weight is outside
+            [-10, 10].
     """
-    tags = tuple(_parse_tag(text) for text in _LORA_TAG.findall(prompt))
-    clean_prompt = re.sub(r"\s+", " ", _LORA_TAG.sub(" ", prompt)).replace(" ,", ",").strip(" ,")
-    if "<lora" in clean_prompt:
+    tags = tuple(_parse_tag(match) for match in _TAG.finditer(prompt))
+    clean_prompt = re.sub(r"\s+", " ", _TAG.sub(" ", prompt)).replace(" ,", ",").strip(" ,")
+    if _BROKEN_TAG.search(unicodedata.normalize("NFKC", clean_prompt)):
         raise InvalidArgumentError(
-            "the prompt has a <lora:...> that is not closed: write <lora:name:weight>"
+            "the prompt has a <lora:...> that is not opened or not closed: write <lora:name:weight>"
         )
     return clean_prompt, tags
+
+
+def check_no_lora_tags(prompts: Iterable[str], noun: str = "prompt") -> None:
+    """Check that no text has a tag, which its reader would take for words.
+
+    Args:
+        prompts: Texts that are encoded as they are.
+        noun: What such a text is called in the error message.
+
+    Raises:
+        InvalidArgumentError: A text has a tag.
+    """
+    for prompt in prompts:
+        _, tags = parse_lora_tags(prompt)
+        if tags:
+            raise InvalidArgumentError(
+                f"the {noun} names the LoRA {tags[0].name!r} by a tag, which only the prompt of "
+                f"an image may have: give the LoRA itself, or move the tag there"
+            )
 
 
 def load_tagged_loras(
@@ -138,19 +174,20 @@ def _scale_tagged_lora(tag: LoraTag, lora: LoraWeights) -> LoraWeights:
     return scale_blocks(lora, component_weights)
 
 
-def _parse_tag(body: str) -> LoraTag:
-    """Parse what stands between ``<lora:`` and ``>``."""
-    name, *parameters = (part.strip() for part in body.split(":"))
-    tag_text = f"<lora:{body}>"
+def _parse_tag(match: re.Match[str]) -> LoraTag:
+    """Parse a tag, with its kind and what follows the first colon as groups."""
+    kind, body = unicodedata.normalize("NFKC", match["kind"]), match["body"].strip(_BLANKS)
+    tag_text = f"<{kind}:{body}>"
+    if kind.lower() not in _LORA_KINDS:
+        raise InvalidArgumentError(
+            f"{tag_text} is no LoRA, and {kind!r} is not supported in prompts: leave it out, or "
+            "write <lora:name:weight>"
+        )
+    name, parameters = _split_body(body)
     if not name:
         raise InvalidArgumentError(f"{tag_text} names no LoRA: write <lora:name:weight>")
     positional = [p for p in parameters if "=" not in p]
-    named = dict(p.split("=", 1) for p in parameters if "=" in p)
-    if unknown_names := sorted(named.keys() - set(_PARAMETER_NAMES)):
-        raise InvalidArgumentError(
-            f"{tag_text} has the unknown parameter {unknown_names[0]!r}; "
-            f"known: {', '.join(_PARAMETER_NAMES)}"
-        )
+    named = _parse_named(parameters, tag_text)
     if len(positional) > 2:
         raise InvalidArgumentError(
             f"{tag_text} has {len(positional)} weights: one for both, or text encoder and unet"
@@ -163,7 +200,48 @@ def _parse_tag(body: str) -> LoraTag:
     start = _parse_number(named.get("start", first_step or "0"), tag_text, 0, MAX_STEP)
     stop_text = named.get("stop", last_step)
     stop = _parse_number(stop_text, tag_text, 0, MAX_STEP) if stop_text else None
+    # a fraction and a step number cannot be compared before the number of steps is known
+    if stop is not None and stop <= start and (stop < 1) == (start < 1):
+        raise InvalidArgumentError(f"{tag_text} stops at {stop:g}, but only starts at {start:g}")
     return LoraTag(name, text_encoder_weight, denoiser_weight, start, stop)
+
+
+def _split_body(body: str) -> tuple[str, list[str]]:
+    """Split what follows ``<lora:`` into name and parameters.
+
+    A name may hold colons itself, if a weight follows: in ``a:b:0.8`` it is ``a:b``.
+    """
+    parts = [part.strip(_BLANKS) for part in re.split("[:\uff1a]", body)]
+    num_name_parts = 1
+    if _is_parameter(parts[-1]):
+        num_name_parts = max(
+            [i + 1 for i, part in enumerate(parts) if not _is_parameter(part)] or [1]
+        )
+    name = ":".join(parts[:num_name_parts])
+    return name, [unicodedata.normalize("NFKC", part) for part in parts[num_name_parts:]]
+
+
+def _is_parameter(part: str) -> bool:
+    """Whether a part of a tag is a number or ``key=value``."""
+    try:
+        float(part)
+    except ValueError:
+        return "=" in part
+    return True
+
+
+def _parse_named(parameters: Sequence[str], tag_text: str) -> dict[str, str]:
+    """Parse the parameters of the form ``key=value``."""
+    pairs = [parameter.split("=", 1) for parameter in parameters if "=" in parameter]
+    named = {key.strip().lower(): value.strip() for key, value in pairs}
+    if unknown_names := sorted(named.keys() - set(_PARAMETER_NAMES)):
+        raise InvalidArgumentError(
+            f"{tag_text} has the unknown parameter {unknown_names[0]!r}; "
+            f"known: {', '.join(_PARAMETER_NAMES)}"
+        )
+    if len(named) < len(pairs):
+        raise InvalidArgumentError(f"{tag_text} gives a parameter twice: give each one once")
+    return named
 
 
 def _parse_number(text: str, tag_text: str, minimum: float, maximum: float) -> float:

@@ -24,7 +24,6 @@ from hyperlora.diffusion.families.base import Window
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.diffusion.lora_injection import (
     inject_lora,
-    move_lora,
     split_denoiser,
     split_text_encoders,
 )
@@ -81,8 +80,8 @@ def compose_loras(
     """Sample with several LoRAs within a ``with`` block, on a UNet or a transformer.
 
     A pipeline encodes its prompt once. LoRAs of text encoders are therefore summed by their
-    weights in every strategy. With ``spatial``, the mean is taken where regions overlap, and the
-    base alone predicts where there is none.
+    weights in every strategy, also a LoRA that adapts nothing else. With ``spatial``, the mean is
+    taken where regions overlap, and the base alone predicts where there is none.
 
     Example: ``with compose_loras(pipe, [me, you], "composite"): pipe("two friends").images[0]``
 
@@ -105,22 +104,23 @@ def compose_loras(
         raise InvalidArgumentError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
     config = config or CompositionConfig()
     scales = validate_weights(weights, len(loras))
+    if strategy == "spatial":
+        _validate_regions(config.regions, len(loras))
     family = get_pipeline_family(pipe)
-    name, denoiser = family.denoiser_name, family.denoiser
+    name = family.denoiser_name
     with ExitStack() as stack:
         for lora, scale in zip(loras, scales, strict=True):
             # contexts nest and their LoRAs add up: Σ wᵢ ΔWᵢ on the text encoders
             for module, text_lora in split_text_encoders(pipe, lora, name):
                 stack.enter_context(inject_lora(module, text_lora * scale))
-        denoiser_loras = [
-            move_lora(split_denoiser(lora, name), family.device, denoiser) * scale
-            for lora, scale in zip(loras, scales, strict=True)
-        ]
-        modules: Mapping[str, nn.Module] = {name: denoiser}
+        denoiser_loras = split_denoiser(
+            family, [lora * scale for lora, scale in zip(loras, scales, strict=True)]
+        )
+        modules: Mapping[str, nn.Module] = {name: family.denoiser}
         if strategy == "merge" and schedule is None:  # Σ wᵢ ΔWᵢ is the same at every step
             for lora in denoiser_loras:
                 stack.enter_context(inject_lora(modules, lora))
-        else:
+        elif denoiser_loras:  # else they adapt text encoders alone
             handler = _make_handler(pipe, modules, denoiser_loras, strategy, schedule, config)
             stack.enter_context(intercept_denoiser(pipe, handler))
         yield
@@ -199,7 +199,6 @@ def _make_handler(
         return _make_composite_handler(
             modules, scheduled_loras, composite_weights, config.chunk_size
         )
-    _validate_regions(config.regions, num_loras)
     # a last LoRA of zeros gives the base's prediction for positions outside all regions
     stacked_loras = pad_and_stack([*loras, loras[0] * 0.0])  # [k + 1]
     scheduled_loras = _ScheduledLoras(pipe, stacked_loras, schedule, num_loras)

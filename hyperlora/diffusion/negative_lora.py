@@ -11,10 +11,10 @@ from hyperlora.diffusion.denoiser_calls import DenoiserCall, intercept_denoiser
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.diffusion.lora_injection import (
     inject_lora,
-    move_lora,
     split_denoiser,
     split_text_encoders,
 )
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.merge import pad_and_stack
 from hyperlora.lora.weights import LoraWeights
 
@@ -43,20 +43,30 @@ def inject_lora_by_branch(
 
     Raises:
         LayoutMismatchError: A LoRA is for another base.
-        InvalidArgumentError: While sampling, if the pipeline does not tell its guidance.
+        InvalidArgumentError: The negative LoRA changes text encoders alone; or, while sampling, the
+            pipeline does not tell its guidance.
     """
     family = get_pipeline_family(pipe)
-    name, denoiser = family.denoiser_name, family.denoiser
-    positive = move_lora(split_denoiser(lora, name), family.device, denoiser)
-    negative = positive * 0.0
-    if negative_lora is not None:
-        negative = move_lora(split_denoiser(negative_lora, name), family.device, denoiser)
-    stacked_loras = pad_and_stack([positive, negative])  # [2]
+    name = family.denoiser_name
+    if negative_lora is not None and name not in negative_lora.layout.components:
+        raise InvalidArgumentError(
+            f"the LoRA of the negative branch changes {', '.join(negative_lora.layout.components)} "
+            f"alone, but all prompts are encoded with the positive one: use a LoRA of the {name}"
+        )
+    denoiser_loras = split_denoiser(
+        family, [lora] if negative_lora is None else [lora, negative_lora]
+    )
+    stacked_loras = None  # of a LoRA of text encoders alone, which has no branches
+    if denoiser_loras:
+        denoiser_loras += [denoiser_loras[0] * 0.0] if negative_lora is None else []
+        stacked_loras = pad_and_stack(denoiser_loras)  # [2]
     last_latents: object = None
 
     def predict_by_branch(call: DenoiserCall) -> Tensor:
         """Predict each branch with its LoRA."""
         nonlocal last_latents
+        if stacked_loras is None:
+            return call()
         num_branches = family.count_branches(call.num_samples)
         latents = call.inputs[family.latents_input]
         if num_branches > 1:  # one batch: LoRA i for sample i
@@ -66,7 +76,7 @@ def inject_lora_by_branch(
         else:  # the negative call of a step follows with the same latents
             loras = stacked_loras[int(latents is last_latents)]
         last_latents = latents
-        with inject_lora({name: denoiser}, loras):
+        with inject_lora({name: family.denoiser}, loras):
             return call()
 
     with ExitStack() as stack:

@@ -1,14 +1,14 @@
 """Presets: the Linear and Conv2d layers of a denoiser or text encoder that take a LoRA."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from torch import nn
 
 from hyperlora.diffusion.families.registry import get_denoiser_family
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.layout import LoraLayout, TargetModule
+from hyperlora.lora.layout import LoraLayout, TargetModule, list_layers
 
 TARGET_PRESETS: Final = ("attention", "attention+mlp", "attention+conv")
 """
@@ -41,8 +41,8 @@ def make_layout(
         The layout over the target modules of all components, in their order.
 
     Raises:
-        InvalidArgumentError: If the preset is unknown or not for this denoiser, or the rank is
-            below 1.
+        InvalidArgumentError: If the preset is unknown or not for this denoiser, if a part that it
+            names matches nothing, or if the rank is below 1.
         LayoutMismatchError: If a component has no target module.
     """
     if preset not in TARGET_PRESETS:
@@ -58,6 +58,24 @@ def make_layout(
         pattern = re.compile(
             get_denoiser_family(module).get_target_pattern(preset) if is_denoiser else text_pattern
         )
-        paths = {path for path, _ in module.named_modules() if pattern.search(path)}
+        paths = {path for path, _ in list_layers(module) if pattern.search(path)}
+        if is_denoiser:
+            _check_parts(module, preset, paths)
         targets += LoraLayout.from_module(module, name, paths.__contains__, rank, base).targets
     return LoraLayout(tuple(targets), rank, base)
+
+
+def _check_parts(denoiser: nn.Module, preset: str, paths: Collection[str]) -> None:
+    """Raise ``InvalidArgumentError`` if the denoiser has nothing of a part that a preset names."""
+    family = get_denoiser_family(denoiser)
+    patterns = {
+        "attention": family.attention_pattern,
+        "mlp": family.feed_forward_pattern,
+        "conv": family.convolution_pattern or "",
+    }
+    for part in preset.split("+"):
+        if not any(re.search(patterns[part], path) for path in paths):
+            raise InvalidArgumentError(
+                f"preset {preset!r} names {part}, and the {family.denoiser_name} of this "
+                f"{family.modelspec_name} base has no such layer: use another preset"
+            )

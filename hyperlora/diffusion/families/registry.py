@@ -26,6 +26,7 @@ from hyperlora.diffusion.families.stable_diffusion_3 import StableDiffusion3Fami
 from hyperlora.diffusion.families.stable_diffusion_xl import StableDiffusionXLFamily
 from hyperlora.diffusion.families.z_image import ZImageFamily
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.layout import unwrap_module
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +90,7 @@ def get_denoiser_family(denoiser: nn.Module) -> type[PipelineFamily]:
     Raises:
         InvalidArgumentError: No family has this class of denoiser.
     """
-    module = getattr(denoiser, "_orig_mod", denoiser)  # where torch.compile keeps it
+    module = unwrap_module(denoiser)
     for family in FAMILIES.values():
         if family.denoiser_class_name == type(module).__name__:
             return family
