@@ -87,12 +87,14 @@ class PhotoModel(ABC, Generic[FeaturesT]):
     Attributes:
         method: The name of the method, as ``--method`` names it.
         is_generative: Whether other seeds give other LoRAs of the same photos.
+        file_dtype: The precision of the files of its LoRAs.
         card: License, trigger phrase and recommended settings.
         identity_embedder: Embeds identities, for refinement; None for a model without one.
     """
 
     method: ClassVar[str]
     is_generative: ClassVar[bool] = False
+    file_dtype: ClassVar[torch.dtype] = torch.float32
     card: ModelCard
     identity_embedder: IdentityEmbedder | None = None
 
@@ -138,6 +140,17 @@ class PhotoModel(ABC, Generic[FeaturesT]):
         Returns:
             One LoRA per subject (batch axis), of the targets of ``layout`` at any rank.
         """
+
+    def generate_negative(self, features: FeaturesT) -> LoraWeights | None:
+        """Generate the LoRAs of the negative branch of guidance, for a model that has such.
+
+        Args:
+            features: What ``encode_subjects`` returns.
+
+        Returns:
+            One LoRA per subject (batch axis); None if the negative branch has the same or none.
+        """
+        return None
 
     @abstractmethod
     def list_warnings(self, features: FeaturesT) -> list[tuple[str, ...]]:

@@ -27,14 +27,14 @@ class ReleasedOptions:
         face_pack: Folder of a face pack, or its name in insightface's own folder; None for the one
             that the network was trained with.
         encoder: Folder or hub id of the image encoder; None for the one of the network's card.
-        trust_remote_code: Whether code of the repository may run.
+        trust_remote_code: SHA-256 of the code of the repository that may run; None for none.
     """
 
     revision: str | None = None
     offline: bool = False
     face_pack: str | None = None
     encoder: str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: str | None = None
 
 
 class ReleasedModel(PhotoModel[FeaturesT]):
