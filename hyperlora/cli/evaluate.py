@@ -186,11 +186,17 @@ def _evaluate_subjects(
         SubjectSuiteConfig,
         evaluate_suite,
     )
+    from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 
     base = load_diffusion_base(options.base or pretrained.BASE_DIR, options.compute)
     model, reranker = load_model_and_reranker(
         options.model, method, base, config, options.evaluator, options.compute
     )
+    if not isinstance(model, ImageToLoraBase):
+        raise InvalidArgumentError(
+            f"{options.model!r} is a network that others released, and this benchmark is for "
+            "hyperlora's own models: leave out --model"
+        )
     classifier = AttributeClassifier.from_pretrained(options.evaluator or pretrained.EVALUATOR_DIR)
     benchmark = load_benchmark(
         options.benchmark_dir or pretrained.BENCHMARK_DIR, base.resolution, options.num_subjects

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SAMPLING = "Sampling (--method difflora)"
 _REFINEMENT = "Refinement"
 _FOLDERS = "Many subjects"
+_RELEASED = "Networks that others released (--model ORG/NAME[:VARIANT])"
 
 
 @add_compute_options("fewer photos or a smaller --batch-size")
@@ -41,7 +42,11 @@ def generate(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model from photos: folder or hub id, of either method.")
+        str | None,
+        typer.Option(
+            help="Model from photos: folder or hub id, also of networks that others released, "
+            "e.g. bytedance-research/HyperLoRA:edit."
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -136,6 +141,29 @@ def generate(
             help="Run on the Ray cluster at this address, or on `local`.", rich_help_panel=_FOLDERS
         ),
     ] = None,
+    face_pack: Annotated[
+        str | None,
+        typer.Option(
+            help="Face pack of insightface: folder or name.",
+            show_default="the network's own",
+            rich_help_panel=_RELEASED,
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Image encoder: folder or hub id.",
+            show_default="the network's own",
+            rich_help_panel=_RELEASED,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_RELEASED),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option(help="Fetch nothing.", rich_help_panel=_RELEASED)
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generate a LoRA file from one or several photos of a subject."""
@@ -158,7 +186,7 @@ def generate(
         config.check_folder(use_ray=ray is not None)
 
     from hyperlora import pretrained
-    from hyperlora.cli.options import load_model_and_reranker
+    from hyperlora.cli.options import load_model_and_reranker, print_facts
     from hyperlora.compute import ComputeConfig
     from hyperlora.cpu import disable_malloc_trim
     from hyperlora.data.images import read_image
@@ -166,6 +194,7 @@ def generate(
     from hyperlora.pipelines.auto import DEFAULT_METHOD
     from hyperlora.pipelines.generate import generate_files
     from hyperlora.pipelines.generate_folder import generate_folder
+    from hyperlora.pipelines.released.released_model import ReleasedOptions
 
     disable_malloc_trim()
     # a photo that cannot be read is an error before any model is loaded
@@ -176,9 +205,13 @@ def generate(
     diffusion_base = None
     if config.needs_base:
         diffusion_base = load_diffusion_base(base_name_or_path, compute)
-    image_to_lora, reranker = load_model_and_reranker(
-        model, method, diffusion_base, config, evaluator, compute
+    released_options = ReleasedOptions(
+        revision=revision, offline=offline, face_pack=face_pack, encoder=encoder
     )
+    image_to_lora, reranker = load_model_and_reranker(
+        model, method, diffusion_base, config, evaluator, compute, released_options
+    )
+    print_facts(image_to_lora)
     if input_dir is None:
         records = generate_files(
             image_to_lora, photos or [], output_path, config, diffusion_base, images, reranker
@@ -195,6 +228,7 @@ def generate(
                 str(base_name_or_path) if refine_steps else None,
                 config,
                 asdict(compute_options),
+                released_options,
             )
             typer.echo(f"running in Ray workers, device {compute_options.device}", err=True)
         records = generate_folder(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from hyperlora.lora.io.formats import FormatChoice
     from hyperlora.lora.layout import LoraLayout
     from hyperlora.pipelines.config import GenerationConfig
-    from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
+    from hyperlora.pipelines.photo_model import AnyPhotoModel
+    from hyperlora.pipelines.released.released_model import ReleasedOptions
     from hyperlora.pipelines.rerank import IdentityReranker
 
 FORMAT_HELP: Final = "Key names of the file: auto, diffusers, kohya, sgm (SDXL) or comfyui (DiTs)."
@@ -102,7 +103,8 @@ def load_model_and_reranker(
     config: "GenerationConfig",
     evaluator_dir: Path | None,
     compute: "ComputeConfig",
-) -> "tuple[ImageToLoraBase, IdentityReranker | None]":
+    released_options: "ReleasedOptions | None" = None,
+) -> "tuple[AnyPhotoModel, IdentityReranker | None]":
     """Load a model from photos, and what ranks its samples.
 
     Args:
@@ -112,6 +114,7 @@ def load_model_and_reranker(
         config: The settings, which the model must suit.
         evaluator_dir: Folder of the attribute classifier that ranks; None for the bundled one.
         compute: The device of the model and of what ranks.
+        released_options: Where the parts of a network that others released come from.
 
     Returns:
         The model, and the reranker; None if there is no base, or nothing to rank.
@@ -123,13 +126,13 @@ def load_model_and_reranker(
     """
     from hyperlora import pretrained
     from hyperlora.encoders.identity_similarity import IdentitySimilarity
-    from hyperlora.pipelines.auto import load_image_to_lora
+    from hyperlora.pipelines.auto import load_photo_model
     from hyperlora.pipelines.generate import validate_config
     from hyperlora.pipelines.rerank import IdentityReranker, make_scoring_prompts
 
-    image_to_lora = load_image_to_lora(model, method, base, compute)
+    image_to_lora = load_photo_model(model, method, base, compute, released_options)
     if base is not None:
-        image_to_lora.layout.check_base(base.id)
+        image_to_lora.check_base(base)
     validate_config(image_to_lora, config)
     if base is None or not config.needs_reranking:
         return image_to_lora, None
@@ -142,6 +145,26 @@ def load_model_and_reranker(
         make_scoring_prompts(image_to_lora.trigger_phrase),
     )
     return image_to_lora, reranker
+
+
+def print_facts(model: "AnyPhotoModel") -> None:
+    """Print licenses, trigger phrase and strength of a network that others released, on stderr.
+
+    Args:
+        model: Any model from photos; for hyperlora's own nothing is printed.
+    """
+    from hyperlora.pipelines.released.released_model import ReleasedModel
+
+    if not isinstance(model, ReleasedModel):
+        return
+    facts = model.facts
+    typer.echo(f"note: {facts.format_notice()}", err=True)
+    if facts.trigger_phrase:
+        typer.echo(
+            f"note: begin every prompt with {facts.trigger_phrase!r}, and use the LoRA at a "
+            f"strength of about {facts.strength:g}",
+            err=True,
+        )
 
 
 def warn_of_lost_readers(layout: "LoraLayout", format: "FormatChoice", architecture: str) -> None:

@@ -97,7 +97,7 @@ class FaceAnalyzer:
                 "faces need the extra: pip install 'hyperlora[face]'"
             ) from error
         self.pack = str(pack)
-        self.pack_dir = _find_pack_dir(self.pack)
+        self.pack_dir = find_pack_dir(self.pack)
         self.license = _read_license(self.pack_dir)
         warnings.filterwarnings(
             "ignore", category=FutureWarning, module=r"insightface\."
@@ -170,8 +170,12 @@ def _convert_face(face: "InsightFace") -> Face:
     )
 
 
-def _find_pack_dir(pack: str) -> Path:
-    """The folder of a pack, given by path or by name."""
+def find_pack_dir(pack: str) -> Path:
+    """Find the folder of a pack, given by path or by name.
+
+    Raises:
+        ModelLoadError: There is none.
+    """
     models_dir = Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface")).expanduser() / "models"
     for folder in (Path(pack), models_dir / pack):
         if folder.is_dir():

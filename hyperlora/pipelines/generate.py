@@ -257,7 +257,7 @@ def generate_files(
     output_paths = make_numbered_paths(output_path, config.num_loras)
     for weights, path in zip(loras, output_paths, strict=True):
         metadata = model.make_metadata(path.stem, photo_paths)
-        save_lora(weights, path, format=config.format, metadata=metadata)
+        save_lora(weights, path, format=config.format, metadata=metadata, dtype=model.file_dtype)
     return [
         GenerationRecord(path.stem, path.name, len(photo_paths), seconds, warnings=warnings)
         for path in output_paths

@@ -207,7 +207,9 @@ def _serialize_member(
     metadata = model.make_metadata(member.name, member.photo_paths)
     num_photos = len(member.photo_paths)
     try:
-        file_bytes = serialize_lora(weights, format=config.format, metadata=metadata)
+        file_bytes = serialize_lora(
+            weights, format=config.format, metadata=metadata, dtype=model.file_dtype
+        )
     except HyperloraError as error:  # e.g. weights that are NaN
         return _make_failure(member.name, num_photos, f"{member.name!r}: {error}")
     file_name = f"{make_file_stem(member.name)}.safetensors"

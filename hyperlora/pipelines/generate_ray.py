@@ -12,6 +12,7 @@ from hyperlora.errors import HyperloraError, OutOfMemoryError
 from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.generate import GenerationRecord
 from hyperlora.pipelines.generate_folder import BatchGenerator, FileResult, generate_batch
+from hyperlora.pipelines.released.released_model import ReleasedOptions
 from hyperlora.ray_connection import compute_worker_gpus, connect_ray
 
 
@@ -21,6 +22,7 @@ def make_ray_batch_generator(
     base_name_or_path: str | None,
     config: GenerationConfig,
     compute_options: Mapping[str, Any] | None = None,
+    released_options: ReleasedOptions | None = None,
 ) -> BatchGenerator:
     """Make a ``batch_generator`` of ``generate_folder`` that runs on a Ray cluster.
 
@@ -34,6 +36,7 @@ def make_ray_batch_generator(
         config: The settings.
         compute_options: Arguments of the ``ComputeConfig`` that each worker makes. With another
             device than the CPU it reserves a GPU, where the cluster has any.
+        released_options: Where the parts of a network that others released come from, likewise.
 
     Returns:
         The generator of batches.
@@ -61,7 +64,13 @@ def make_ray_batch_generator(
         outputs = dataset.map_batches(
             _Worker,
             batch_size=1,
-            fn_constructor_args=(model_name_or_path, base_name_or_path, config, options),
+            fn_constructor_args=(
+                model_name_or_path,
+                base_name_or_path,
+                config,
+                options,
+                released_options,
+            ),
             num_cpus=0 if num_gpus else 1,
             num_gpus=num_gpus,
             compute=data.ActorPoolStrategy(min_size=1, max_size=min(num_workers, len(batches))),
@@ -90,9 +99,10 @@ class _Worker:
         base_name_or_path: str | None,
         config: GenerationConfig,
         compute_options: Mapping[str, Any],
+        released_options: ReleasedOptions | None = None,
     ) -> None:
         from hyperlora.diffusion.diffusion_base import load_diffusion_base
-        from hyperlora.pipelines.auto import load_image_to_lora
+        from hyperlora.pipelines.auto import load_photo_model
 
         self.config = config
         self.error: HyperloraError | None = None
@@ -101,7 +111,9 @@ class _Worker:
             self.base = None
             if base_name_or_path:
                 self.base = load_diffusion_base(base_name_or_path, compute)
-            self.model = load_image_to_lora(model_name_or_path, base=self.base, compute=compute)
+            self.model = load_photo_model(
+                model_name_or_path, base=self.base, compute=compute, options=released_options
+            )
         except (HyperloraError, RuntimeError, MemoryError) as error:
             self.error = _make_user_error(error)
 

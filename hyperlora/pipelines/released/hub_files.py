@@ -8,12 +8,19 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import huggingface_hub
 import huggingface_hub.constants
-from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -106,6 +113,21 @@ class ReleasedFiles(ABC):
         if len(start) < header_end <= self.sizes[path]:
             start += self.read_range(path, len(start), header_end)
         return parse_header(start, self.sizes[path], f"{self.name}/{path}")
+
+    def fetch_tensors(self, path: str, prefix: str) -> Path:
+        """Fetch those tensors of a safetensors file whose names begin with a prefix.
+
+        Args:
+            path: The path in the repository.
+            prefix: The beginning of the names, e.g. ``vision_model.``.
+
+        Returns:
+            A file with these tensors; with all of them where the whole file is here already.
+
+        Raises:
+            ModelLoadError: As ``fetch``, or the file has no such tensor.
+        """
+        return self.fetch(path)
 
     def check_file(self, path: str) -> None:
         """Check that the repository has a file.
@@ -232,6 +254,33 @@ class HubFiles(ReleasedFiles):
                 )
             ),
         )
+
+    def fetch_tensors(self, path: str, prefix: str) -> Path:
+        """Fetch some tensors by HTTP ranges, unless the cache has the whole file.
+
+        Args:
+            path: The path in the repository.
+            prefix: The beginning of their names.
+
+        Returns:
+            The file.
+
+        Raises:
+            ModelLoadError: The hub does not answer, or the file has no such tensor.
+        """
+        header = self.read_header(path)
+        part, ranges, num_bytes = header.make_part(prefix)
+        if not ranges:
+            raise ModelLoadError(f"{self.name}/{path} has no tensor {prefix}*: give another one")
+        whole_file = try_to_load_from_cache(self.name, path, revision=self.revision)
+        if isinstance(whole_file, str):
+            return Path(whole_file)
+        url = hf_hub_url(
+            self.name, path, revision=self.revision, endpoint=huggingface_hub.constants.ENDPOINT
+        )
+        name = f"{PurePosixPath(path).stem}-{prefix.strip('.')}.safetensors"
+        target = get_cache_dir() / "hub" / self.name / self.revision / name
+        return fetch_file(RangeSource(url, num_bytes, part, ranges, build_hf_headers()), target)
 
 
 class ModelScopeFiles(ReleasedFiles):

@@ -1,6 +1,7 @@
 """``TensorHeader``: names, types and shapes of the tensors of a safetensors file."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -69,6 +70,37 @@ class TensorHeader:
             for text in (f"{name}:{'_'.join(map(str, entry.shape))}", name)
         ]
         return hashlib.md5(",".join(sorted(names)).encode(), usedforsecurity=False).hexdigest()
+
+    def make_part(self, prefix: str) -> tuple[bytes, list[tuple[int, int]], int]:
+        """Plan a safetensors file of those tensors whose names begin with a prefix.
+
+        Args:
+            prefix: The beginning of the names.
+
+        Returns:
+            The new file's header, the ranges of this file that follow it (first byte and byte
+            behind the last, joined where they touch), and the size of the new file.
+        """
+        chosen = sorted(
+            ((name, entry) for name, entry in self.tensors.items() if name.startswith(prefix)),
+            key=lambda item: item[1].begin,
+        )
+        ranges: list[tuple[int, int]] = []
+        entries: dict[str, object] = {}
+        offset = 0
+        for name, entry in chosen:
+            num_bytes = entry.end - entry.begin
+            offsets = [offset, offset + num_bytes]
+            entries[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+            offset += num_bytes
+            if ranges and ranges[-1][1] == entry.begin:
+                ranges[-1] = (ranges[-1][0], entry.end)
+            else:
+                ranges.append((entry.begin, entry.end))
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        return header, ranges, len(header) + offset
 
 
 def parse_header(start: bytes, file_bytes: int, file_name: str) -> TensorHeader:
