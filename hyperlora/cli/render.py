@@ -221,7 +221,7 @@ def _load_lora_for_base(path: Path, diffusion_base: "DiffusionBase") -> "LoraWei
     """Load a LoRA file; note on stderr if it is for another base of the same shape."""
     from hyperlora.lora.io.load import load_lora
 
-    lora_file = load_lora(path, modules=diffusion_base.modules)
+    lora_file = load_lora(path, modules=diffusion_base.modules, base_id=diffusion_base.id)
     if (trained_base := lora_file.metadata.base_model) not in ("", diffusion_base.id):
         typer.echo(
             f"note: {path.name} was made for {trained_base!r}, not for this base "

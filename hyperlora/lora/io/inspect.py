@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hyperlora.lora.io.formats import list_readers
 from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
-from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LoraInfo:
         format: The key names of the file.
         readers: Programs that read the file whole, by ``formats.READERS``.
         size_bytes: The size of the file.
-        base: The id of the base model.
+        base: The id of the base model that the file names, ``UNKNOWN_BASE`` if it names none.
         fingerprint: The fingerprint of the layout.
         components: Components of the base model that the LoRA adapts.
         num_targets: Number of adapted modules.
@@ -86,8 +86,8 @@ def inspect_lora(
         format=file.format,
         readers=list_readers(file_layout, file.format, file.metadata.architecture),
         size_bytes=file.size_bytes,
-        base=file_layout.base,
-        fingerprint=file_layout.fingerprint,
+        base=file.metadata.base_model or UNKNOWN_BASE,
+        fingerprint=replace(file_layout, base=file.metadata.base_model or UNKNOWN_BASE).fingerprint,
         components=file_layout.components,
         num_targets=len(file_layout.targets),
         num_parameters=file_layout.numel,
