@@ -6,16 +6,15 @@ Expected output:
 """
 
 import torch
-from PIL import Image
 
 from hyperlora import PairToLora, load_diffusion_base
-from hyperlora.data.images import stack_images
+from hyperlora.data.images import read_image, stack_images
 from hyperlora.diffusion.image_editing import edit_images
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
 
 FOLDER = "checkpoints/avatars/test-edits/000-glasses"
 before, after = f"{FOLDER}/shown-0_before.webp", f"{FOLDER}/shown-0_after.webp"  # takes them off
-other = Image.open(f"{FOLDER}/other-0_before.webp").convert("RGB")
+other = read_image(f"{FOLDER}/other-0_before.webp")
 
 model = PairToLora.from_pretrained("checkpoints/avatars/pair-to-lora")
 lora = model((before, after))

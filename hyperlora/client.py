@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError(
         "Client and AsyncClient need the extra: pip install 'hyperlora[client]'"
     ) from error
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hyperlora.errors import HyperloraError
 
@@ -378,13 +378,18 @@ def _read_image_bytes(image: ImageInput) -> bytes:
         return image
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        upright_image = ImageOps.exif_transpose(image)  # PNG has no orientation
+        profile = image.info.get("icc_profile")
+        if image.mode == "CMYK":  # PNG has no such pixels
+            upright_image.save(buffer, "JPEG", quality=100, subsampling=0, icc_profile=profile)
+        else:
+            upright_image.save(buffer, "PNG", icc_profile=profile)
         return buffer.getvalue()
     return Path(image).read_bytes()
 
 
 def _decode_image(response: httpx.Response) -> Image.Image:
-    image = Image.open(io.BytesIO(response.content))
+    image = Image.open(io.BytesIO(response.content), formats=("PNG", "JPEG", "WEBP"))
     image.load()
     return image
 

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from PIL import Image
 
 from data_builder.sources.types import SourceConfig, SubjectEntry
+from hyperlora.data.captions import CAPTION_COLUMNS, parse_caption
 from hyperlora.data.hub_dataset import is_saved_dataset, load_hub_dataset
+from hyperlora.data.hub_subjects import IMAGE_COLUMNS
 from hyperlora.data.images import read_image
+from hyperlora.data.photos import get_cell_bytes
 from hyperlora.data.subjects import list_subjects
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IMAGE_COLUMNS: Final = ("image", "img", "photo", "picture", "jpg", "png", "webp")
 SUBJECT_COLUMNS: Final = ("subject", "identity", "celeb_id", "person", "label", "name", "id")
-CAPTION_COLUMNS: Final = ("caption", "text", "prompt")
 _PHOTO_COLUMN: Final = "_photo"
 """Name of the image column once it is found: its own name may be used by another role."""
 
@@ -146,7 +147,7 @@ class HubSource:
         )
         photos: dict[str, list[tuple[str, str | None]]] = {}
         for i, (name, caption) in enumerate(zip(names, captions, strict=True)):
-            photos.setdefault(name, []).append((str(i), str(caption) if caption else None))
+            photos.setdefault(name, []).append((str(i), parse_caption(caption)))
         for name, entries in photos.items():
             split = self.split if self.split in ("train", "validation", "test") else None
             yield SubjectEntry(name, tuple(entries), split)
@@ -160,12 +161,7 @@ class HubSource:
         Raises:
             InvalidImageError: If the row holds no readable image.
         """
-        cell = self._rows[int(ref)][_PHOTO_COLUMN] or {}
-        data = cell.get("bytes")
-        if data is None and cell.get("path"):
-            data = Path(cell["path"]).read_bytes()
-        if not data:
-            raise InvalidImageError(f"row {ref} of {self.path!r} holds no image: remove the row")
+        data = get_cell_bytes(self._rows[int(ref)][_PHOTO_COLUMN], f"row {ref} of {self.path!r}")
         try:
             return read_image(data), hashlib.sha256(data).hexdigest()
         except InvalidImageError as error:

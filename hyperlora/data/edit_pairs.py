@@ -1,7 +1,7 @@
 """Before/after pairs from plain folders and from the layouts of the public datasets of edits.
 
-* A folder of ``NAME_before.png`` and ``NAME_after.png``, and perhaps ``NAME.txt`` with the
-  instruction.
+* A folder of ``NAME_before.png`` and ``NAME_after.png``, and perhaps ``NAME.txt`` or
+  ``NAME.caption`` with the instruction.
 * InstructPix2Pix's ``clip-filtered`` folders: ``seeds.json``, and in each sub-folder
   ``prompt.json``, ``SEED_0.jpg`` and ``SEED_1.jpg`` (2211.09800).
 * SEED-Data-Edit: ``*.jsonl`` with ``source_image``, ``target_image`` and ``instruction``, paths
@@ -12,15 +12,18 @@
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, overload
 
 from PIL import Image
 
+from hyperlora.data.captions import CaptionReader, parse_caption, read_text
 from hyperlora.data.hub_dataset import is_saved_dataset, load_hub_dataset
+from hyperlora.data.image_formats import IMAGE_FORMATS
 from hyperlora.data.images import ImageSource, list_entries, list_image_files, read_image
+from hyperlora.data.photos import get_cell_bytes
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
 
 _BEFORE_COLUMNS: Final = ("source_img", "original_image", "source_image", "input_image", "before")
@@ -89,8 +92,13 @@ def list_named_pairs(folder: str | Path) -> list[ImagePair]:
     sides_by_name: dict[str, dict[str, Path]] = {}
     for path in list_image_files(folder):
         name, _, side = path.stem.rpartition("_")
-        if side in ("before", "after"):
-            sides_by_name.setdefault(name, {})[side] = path
+        side = side.lower()
+        if side not in ("before", "after"):
+            continue
+        if (first := sides_by_name.setdefault(name, {}).setdefault(side, path)) is not path:
+            raise InvalidImageError(
+                f"{str(path)!r} and {first.name!r} are both the image {side}: remove one of them"
+            )
     if not sides_by_name:
         raise InvalidImageError(
             f"{str(folder)!r} holds no pair: "
@@ -103,12 +111,13 @@ def list_named_pairs(folder: str | Path) -> list[ImagePair]:
             f"{str(path)!r} has no image {opposite_side[side]} beside it: "
             "add it, or remove this one"
         )
+    reader = CaptionReader(Path(folder))
     return [
         ImagePair(
             name,
             sides["before"],
             sides["after"],
-            _read_text(sides["before"].with_name(f"{name}.txt")),
+            reader.read_text_of(Path(folder), name) or "",
         )
         for name, sides in sorted(sides_by_name.items())
     ]
@@ -127,7 +136,7 @@ class HubEditPairs(Sequence[ImagePair]):
 
     def __init__(self, source: str, split: str) -> None:
         dataset = load_hub_dataset(source, split, "pairs")
-        self.dataset, self.source = dataset, source
+        self.source = source
         self.image_columns = [
             _find_column(dataset.column_names, names, source)
             for names in (_BEFORE_COLUMNS, _AFTER_COLUMNS)
@@ -135,6 +144,11 @@ class HubEditPairs(Sequence[ImagePair]):
         self.instruction_column = next(
             (name for name in _INSTRUCTION_COLUMNS if name in dataset.column_names), None
         )
+        import datasets
+
+        for name in self.image_columns:  # ``read_image`` decodes, and converts colors
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        self.dataset = dataset
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -149,13 +163,10 @@ class HubEditPairs(Sequence[ImagePair]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.dataset[index]
-        before, after = (row[name] for name in self.image_columns)
-        return ImagePair(
-            f"{self.source}#{index}",
-            before,
-            after,
-            str(row[self.instruction_column]) if self.instruction_column else "",
-        )
+        name = f"{self.source}#{index}"
+        before, after = (get_cell_bytes(row[column], name) for column in self.image_columns)
+        instruction = parse_caption(row[self.instruction_column]) if self.instruction_column else ""
+        return ImagePair(name, before, after, instruction or "")
 
 
 def _read_instruct_pix2pix(folder: Path) -> Iterator[ImagePair]:
@@ -168,7 +179,7 @@ def _read_instruct_pix2pix(folder: Path) -> Iterator[ImagePair]:
 
 def _read_seed_data_edit(folder: Path) -> Iterator[ImagePair]:
     for file in sorted(folder.glob("*.jsonl")):
-        for line_index, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+        for line_index, line in enumerate(read_text(file).splitlines()):
             if not line.strip():
                 continue
             try:
@@ -195,23 +206,22 @@ def _find_column(column_names: Sequence[str], candidates: Sequence[str], source:
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except (InvalidImageError, ValueError) as error:
         raise InvalidArgumentError(
             f"{str(path)!r} cannot be read as JSON ({error}): fetch the dataset again"
         ) from error
 
 
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-
-
-def read_image_pair(before: ImageSource, after: ImageSource) -> tuple[Image.Image, Image.Image]:
+def read_image_pair(
+    before: ImageSource, after: ImageSource, formats: Collection[str] = IMAGE_FORMATS
+) -> tuple[Image.Image, Image.Image]:
     """Read the two images of a pair.
 
     Args:
         before: The image before the edit.
         after: The image after it.
+        formats: Formats that are read, as in ``read_image``.
 
     Returns:
         Both images in RGB.
@@ -220,7 +230,7 @@ def read_image_pair(before: ImageSource, after: ImageSource) -> tuple[Image.Imag
         InvalidImageError: An image cannot be read.
         InvalidArgumentError: Their sizes differ, so that pixels do not correspond.
     """
-    before_image, after_image = read_image(before), read_image(after)
+    before_image, after_image = read_image(before, formats), read_image(after, formats)
     if before_image.size != after_image.size:
         raise InvalidArgumentError(
             f"the image before is {before_image.width}×{before_image.height}, "

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from hyperlora.data.captions import CAPTION_COLUMNS, parse_caption
 from hyperlora.data.hub_dataset import load_hub_dataset
+from hyperlora.data.image_formats import IMAGE_SUFFIXES
 from hyperlora.data.photos import EncodedPhoto, RowPhoto, SubjectPhotos, get_cell_bytes
-from hyperlora.data.subject_layouts import CAPTION_COLUMNS, IDENTITY_COLUMNS
+from hyperlora.data.subject_layouts import IDENTITY_COLUMNS
 from hyperlora.data.subject_sources import (
     MAX_PHOTOS_PER_SUBJECT,
     SubjectSource,
@@ -23,7 +25,11 @@ from hyperlora.errors import InvalidArgumentError, InvalidImageError, format_rea
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-IMAGE_COLUMNS: Final = ("image", "img", "photo", "picture", "jpg", "jpeg", "png", "webp")
+IMAGE_COLUMNS: Final = (
+    *("image", "img", "photo", "picture", "jpg", "jpeg", "png", "webp"),
+    *sorted(suffix[1:] for suffix in IMAGE_SUFFIXES),
+)
+"""Usual names of the column of images; in a shard these are suffixes of files."""
 _SHARD_IDENTITY_COLUMNS: Final = ("cls", "id")
 _SHARD_CAPTION_COLUMNS: Final = ("txt",)
 _READ_ERRORS: Final = (OSError, ValueError, KeyError, tarfile.TarError)
@@ -75,7 +81,7 @@ class HubSource(SubjectSource):
         photos: dict[str, list[RowPhoto]] = {}
         for i in range(len(rows)):
             subject = str(identities[i]) if identities else f"row-{i:06d}"
-            caption = str(captions[i]) if captions and captions[i] else None
+            caption = parse_caption(captions[i]) if captions else None
             photo = RowPhoto(f"row-{i:06d}", caption, encoded_rows, names.image, i)
             photos.setdefault(subject, []).append(photo)
         if not photos:
@@ -236,10 +242,9 @@ def _read_row(row: dict[str, Any], names: _ColumnNames, index: int) -> tuple[str
     else:
         folder = key.rpartition("/")[0]
         name = folder or key
-    caption = _get_field(row, names.caption) if names.caption else None
-    text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else caption
+    caption = parse_caption(_get_field(row, names.caption)) if names.caption else None
     data = get_cell_bytes(row[names.image], key)
-    return name, EncodedPhoto(key, str(text).strip() or None if text else None, data)
+    return name, EncodedPhoto(key, caption, data)
 
 
 def _find_columns(

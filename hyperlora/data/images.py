@@ -3,39 +3,56 @@
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
-from PIL.JpegImagePlugin import jpeg_factory
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
+from hyperlora.data.color import convert_to_srgb
+from hyperlora.data.image_formats import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    UPLOAD_FORMATS,
+    detect_format,
+    explain_format,
+    find_decoder,
+    format_kind,
+    get_format_of_suffix,
+)
 from hyperlora.errors import InvalidImageError, format_reason
 
 MAX_PIXELS: Final = 25_000_000
 """The largest image that is decoded."""
 MAX_BYTES: Final = 50_000_000
 """The largest image file that is read."""
-IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+_IGNORED_NAMES: Final = frozenset(
+    {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
+)
+"""What operating systems and servers put into folders, besides hidden files."""
+_HEADER_SIZE_FORMATS: Final = frozenset({"PNG", "JPEG", "WEBP"})
+"""Formats whose header has size and orientation; decoders of others may turn the image."""
+_FIRST_SIDEWAYS_ORIENTATION: Final = 5
+"""EXIF orientations from 5 to 8 exchange width and height."""
 _MAX_PIXELS_MESSAGE: Final = f"at most {MAX_PIXELS // 10**6} megapixels are read"
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 
-def read_image(source: ImageSource) -> Image.Image:
+def read_image(source: ImageSource, formats: Collection[str] = IMAGE_FORMATS) -> Image.Image:
     """Read an image as it is meant to be seen.
 
-    The result is upright, the first frame, with transparency over white, in 8-bit RGB, without
-    EXIF, GPS or ICC. The size is read from the header before anything is decoded.
+    The result is upright, the first frame, in sRGB, with transparency over white, in 8-bit RGB,
+    without EXIF, GPS or ICC. The size is read from the header before anything is decoded.
 
     Args:
-        source: A file, the bytes of one, or a PIL image. Files and bytes must be PNG, JPEG or WEBP
-            by content, of at most ``MAX_BYTES`` and ``MAX_PIXELS``. A PIL image may have any
-            format and is not changed.
+        source: A file, the bytes of one, or a PIL image. Files and bytes have a format by content,
+            and at most ``MAX_BYTES`` and ``MAX_PIXELS``. A PIL image may have any format and is
+            not changed.
+        formats: Formats that are read, of ``IMAGE_FORMATS``; ``UPLOAD_FORMATS`` for strangers'
+            files.
 
     Returns:
         The image.
@@ -45,24 +62,33 @@ def read_image(source: ImageSource) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _decode_image(source, "the given image")
-    data, source_name = _read_bytes(source), _format_source_name(source)
-    format_name, decoder = _detect_format(data, source_name)
-    try:
-        image = decoder(io.BytesIO(data))
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:  # PIL's WEBP checks by itself
-        raise InvalidImageError(
-            f"{source_name}, a {format_name} file, is huge, {_MAX_PIXELS_MESSAGE}: scale it down"
-        ) from error
-    except Exception as error:  # decoders raise anything on hostile bytes
-        raise _make_damaged_error(f"{source_name}, a {format_name} file,", error) from error
-    return _decode_image(image, f"{source_name}, a {format_name} file,")
+    data = _read_bytes(source)
+    image, source_name = _open_image(data, source, formats)
+    return _decode_image(image, source_name)
+
+
+def read_image_size(data: bytes) -> tuple[int, int]:
+    """Read width and height of an upright image, where possible from its header.
+
+    Args:
+        data: The file.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        InvalidImageError: ``read_image`` would not read it.
+    """
+    if detect_format(data) not in _HEADER_SIZE_FORMATS:
+        return read_image(data).size
+    image, _ = _open_image(data, data, IMAGE_FORMATS)
+    width, height = image.size
+    is_sideways = _read_orientation(image) >= _FIRST_SIDEWAYS_ORIENTATION
+    return (height, width) if is_sideways else (width, height)
 
 
 def list_image_files(folder: str | os.PathLike[str], *, root_dir: Path | None = None) -> list[Path]:
-    """List the PNG, JPEG and WEBP files directly in a folder, by their suffix.
+    """List the image files directly in a folder, by their suffix.
 
     Args:
         folder: The folder; hidden files are skipped.
@@ -83,14 +109,14 @@ def list_image_files(folder: str | os.PathLike[str], *, root_dir: Path | None = 
     ]
     if not paths:
         raise InvalidImageError(
-            f"{str(folder)!r} holds no PNG, JPEG or WEBP image: "
+            f"{str(folder)!r} holds no image, such as PNG, JPEG, WEBP or HEIC: "
             "put at least one there (no links elsewhere)"
         )
     return paths
 
 
 def list_entries(folder: Path) -> list[Path]:
-    """List what a folder contains, without hidden names.
+    """List what a folder contains, without hidden names and those of operating systems.
 
     Args:
         folder: The folder.
@@ -102,7 +128,11 @@ def list_entries(folder: Path) -> list[Path]:
         InvalidImageError: The path is no folder, or it cannot be read.
     """
     try:
-        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+        return sorted(
+            p
+            for p in folder.iterdir()
+            if not p.name.startswith(".") and p.name not in _IGNORED_NAMES
+        )
     except FileNotFoundError as error:
         raise InvalidImageError(f"there is no folder {str(folder)!r}: check the path") from error
     except NotADirectoryError as error:
@@ -133,13 +163,14 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
     """Convert an image to a square tensor: the center square, resized (bicubic, antialiased).
 
     Args:
-        image: An image of any size; other modes than RGB are converted as ``read_image`` does.
+        image: An image of any size; what is not plain RGB is converted as ``read_image`` does.
         size: Pixels per side.
 
     Returns:
         [3, size, size] in [0, 1].
     """
-    rgb = image if image.mode == "RGB" else read_image(image)
+    # an image that ``read_image`` returned has no profile and no EXIF
+    rgb = image if image.mode == "RGB" and not image.info else read_image(image)
     square = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float().div(255)
 
@@ -220,22 +251,48 @@ def _format_source_name(source: str | os.PathLike[str] | bytes) -> str:
     )
 
 
-def _detect_format(
-    data: bytes, source_name: str
-) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
-    """Detect the format by the first bytes, and return its name and its decoder.
+def _open_image(
+    data: bytes, source: str | os.PathLike[str] | bytes, formats: Collection[str]
+) -> tuple[Image.Image, str]:
+    """Open an image with the decoder of its content; return it with a name for messages."""
+    source_name = _format_source_name(source)
+    format_name = detect_format(data)
+    if not format_name and not isinstance(source, bytes):
+        format_name = get_format_of_suffix(Path(source))
+        format_name = "" if format_name in IMAGE_FORMATS else format_name
+    if not format_name or format_name not in formats:
+        raise InvalidImageError(_format_refusal(source_name, data, format_name, formats))
+    decoder = find_decoder(format_name)
+    if decoder is None:
+        raise InvalidImageError(
+            f"{source_name} is {format_kind(format_name)}, {explain_format(format_name)}"
+        )
+    source_name = f"{source_name}, {format_kind(format_name).removesuffix(' image')} file,"
+    try:
+        return decoder(io.BytesIO(data)), source_name
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # some decoders check by themselves
+        raise InvalidImageError(
+            f"{source_name} is huge, {_MAX_PIXELS_MESSAGE}: scale it down"
+        ) from error
+    except Exception as error:  # decoders raise anything on hostile bytes
+        raise _make_damaged_error(source_name, error) from error
 
-    Without ``Image.open``, PIL's other fifty decoders never run, nor does its warning about large
-    images, which only a filter for the whole process could silence.
-    """
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG", PngImageFile
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG", jpeg_factory
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP", WebPImageFile
-    problem = "is empty" if not data else "is another kind of file"
-    raise InvalidImageError(
+
+def _format_refusal(
+    source_name: str, data: bytes, format_name: str, formats: Collection[str]
+) -> str:
+    """Say which kind of file was found in place of an image."""
+    if format_name and format_name not in IMAGE_FORMATS and formats is not UPLOAD_FORMATS:
+        return f"{source_name} is {format_kind(format_name)}, {explain_format(format_name)}"
+    problem = "is another kind of file"
+    if not data:
+        problem = "is empty"
+    elif format_name:
+        problem = f"is {format_kind(format_name)}"
+    return (
         f"{source_name} {problem}, a PNG, JPEG or WEBP image was expected: save it as one of these"
     )
 
@@ -270,12 +327,14 @@ def _convert_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
         )
     if image.mode.startswith("I"):
         rgb = _convert_16_bit_to_rgb(image, source_name)
-    elif image.has_transparency_data:
-        image = image.convert("LA") if image.mode == "La" else image
-        rgba = image.convert("RGBA")
-        rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
     else:
-        rgb = image.convert("RGB")
+        image = convert_to_srgb(image)
+        if image.has_transparency_data:
+            image = image.convert("LA") if image.mode == "La" else image
+            rgba = image.convert("RGBA")
+            rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+        else:
+            rgb = image.convert("RGB")
     rgb.info = {}
     return rgb
 
@@ -288,10 +347,12 @@ def _convert_16_bit_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
             f"{source_name} has pixels from {low} to {high}, 0 to 65535 expected: "
             "scale it to 8 or 16 bits"
         )
-    gray = ((pixels + 128) // 257).astype(np.uint8)
+    gray = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    gray.info["icc_profile"] = image.info.get("icc_profile")
+    rgb = np.array(convert_to_srgb(gray).convert("RGB"))
     if isinstance(transparent_value := image.info.get("transparency"), int):
-        gray[pixels == transparent_value] = 255
-    return Image.fromarray(gray).convert("RGB")
+        rgb[pixels == transparent_value] = 255
+    return Image.fromarray(rgb)
 
 
 def _read_orientation(image: Image.Image) -> int:

@@ -1,23 +1,19 @@
 """``Photo``: a photo that is read when it is needed, from a file, a data set or a shard."""
 
 import hashlib
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from PIL import ExifTags, Image
+from PIL import Image
 
-from hyperlora.data.images import read_image
+from hyperlora.data.images import read_image, read_image_size
 from hyperlora.errors import InvalidImageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_FIRST_SIDEWAYS_ORIENTATION: Final = 5
-"""EXIF orientations from 5 to 8 exchange width and height."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +58,10 @@ class Photo(ABC):
         Raises:
             InvalidImageError: It is missing or no image.
         """
-        data = self.read_bytes()
         try:
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-                width, height = image.size
-        except Exception:  # decoders raise anything; a full read says what is wrong
-            return self.read_image().size
-        is_sideways = isinstance(orientation, int) and orientation <= 8
-        is_sideways = is_sideways and orientation >= _FIRST_SIDEWAYS_ORIENTATION
-        return (height, width) if is_sideways else (width, height)
+            return read_image_size(self.read_bytes())
+        except InvalidImageError as error:
+            raise InvalidImageError(f"{self.key}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -151,11 +141,13 @@ class SubjectPhotos:
         name: The name of the subject.
         photos: Its photos, at least one.
         generated_views: Images of the subject made by a model; references, but never targets.
+        repeats: How often a training sees the subject in an epoch.
     """
 
     name: str
     photos: tuple[Photo, ...]
     generated_views: tuple[Photo, ...] = ()
+    repeats: int = 1
 
     @property
     def references(self) -> Sequence[Photo]:

@@ -9,14 +9,22 @@
   ``file_name``, perhaps ``person_id`` and ``text``.
 """
 
-import csv
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from hyperlora.data.images import IMAGE_SUFFIXES, is_within, list_entries
+from hyperlora.data.captions import (
+    FILE_COLUMNS,
+    METADATA_NAMES,
+    find_metadata,
+    get_caption,
+    get_first,
+    read_rows,
+    read_text,
+)
+from hyperlora.data.image_formats import PHOTO_SUFFIXES
+from hyperlora.data.images import is_within, list_entries
 from hyperlora.errors import InvalidImageError
 
 SubjectLayout = Literal["folders", "strangers", "identity_file", "metadata"]
@@ -29,9 +37,6 @@ IDENTITY_COLUMNS: Final = (
     *("label", "name"),
 )
 """Usual names of the column that says who is shown, the surest first."""
-CAPTION_COLUMNS: Final = ("text", "caption", "prompt")
-_FILE_COLUMNS: Final = ("file_name", "image", "filename", "file")
-_METADATA_NAMES: Final = ("metadata.jsonl", "metadata.csv")
 _MIN_NUMBERED_IMAGES: Final = 10
 """Images per folder, on average, below which numbered folders are subjects."""
 _MAX_DEPTH: Final = 4
@@ -52,7 +57,7 @@ def recognize_layout(folder: Path) -> SubjectLayout:
         InvalidImageError: The folder cannot be read.
     """
     entries = list_entries(folder)
-    if any(path.name in _METADATA_NAMES for path in entries):
+    if any(path.name in METADATA_NAMES for path in entries):
         return "metadata"
     if find_identity_file(folder) is not None:
         return "identity_file"
@@ -74,7 +79,7 @@ def has_numbered_folders(folder: Path) -> bool:
     names = sorted(p.name for p in list_entries(folder) if p.is_dir())
     if not names or not all(name.isdecimal() and len(name) == len(names[0]) for name in names):
         return False
-    if any(p.suffix.lower() in IMAGE_SUFFIXES for p in list_entries(folder)):
+    if any(p.suffix.lower() in PHOTO_SUFFIXES for p in list_entries(folder)):
         return False
     starts = [int(name) for name in names]
     step = min((second - first for first, second in pairwise(starts)), default=1000)
@@ -99,7 +104,7 @@ def list_strangers(folder: Path) -> dict[str, list[PhotoEntry]]:
         One photo by subject; the name is the path without suffix, or only its last part where
         these are unique.
     """
-    paths = [path for path in _walk_images(folder, folder) if is_within(path, folder)]
+    paths = [path for path in walk_photos(folder, folder) if is_within(path, folder)]
     stems = [path.stem for path in paths]
     if len(set(stems)) == len(stems):
         return {path.stem: [(path, None)] for path in paths}
@@ -158,7 +163,7 @@ def read_identity_file(folder: Path, skip_reasons: list[str]) -> dict[str, list[
         }
     subjects: dict[str, list[PhotoEntry]] = {}
     missing = []
-    for image in _walk_images(folder, folder):
+    for image in walk_photos(folder, folder):
         names = [image.name, image.stem, image.stem.lstrip("0") or "0"]
         names = names if mapping_path is not None else [image.name, f"{image.stem}.jpg"]
         identity = next((identities[name] for name in names if name in identities), None)
@@ -189,7 +194,7 @@ def read_metadata(folder: Path, skip_reasons: list[str]) -> dict[str, list[Photo
     Raises:
         InvalidImageError: There is no such file, or it cannot be understood.
     """
-    path = next((folder / name for name in _METADATA_NAMES if (folder / name).is_file()), None)
+    path = find_metadata(folder)
     if path is None:
         raise InvalidImageError(
             f"{str(folder)!r} holds no metadata: put metadata.csv or metadata.jsonl there, "
@@ -198,22 +203,22 @@ def read_metadata(folder: Path, skip_reasons: list[str]) -> dict[str, list[Photo
     subjects: dict[str, list[PhotoEntry]] = {}
     missing, unnamed = [], []
     column = find_metadata_column(folder)
-    for row in _read_rows(path):
-        file_name = _get_first(row, _FILE_COLUMNS)
+    for row in read_rows(path):
+        file_name = get_first(row, FILE_COLUMNS)
         if file_name is None:
             raise InvalidImageError(
                 f"{str(path)!r} has the columns {', '.join(row)}, file_name expected: "
                 "name the column of images so"
             )
-        image = folder / file_name
+        image = _locate_image(folder, file_name)
         if not image.is_file() or not is_within(image, folder):
             missing.append(file_name)
             continue
-        name = _get_first(row, (column,)) if column else _get_folder_name(Path(file_name))
+        name = get_first(row, (column,)) if column else _get_folder_name(image.relative_to(folder))
         if name is None:
             unnamed.append(file_name)
             continue
-        subjects.setdefault(name, []).append((image, _get_first(row, CAPTION_COLUMNS)))
+        subjects.setdefault(name, []).append((image, get_caption(row)))
     if missing:
         skip_reasons.append(
             f"{len(missing)} rows of {path.name} name files that are not there "
@@ -222,6 +227,14 @@ def read_metadata(folder: Path, skip_reasons: list[str]) -> dict[str, list[Photo
     if unnamed:
         skip_reasons.append(f"{len(unnamed)} rows have no {column} ({_join_first(unnamed)})")
     return subjects
+
+
+def list_photos_without_row(folder: Path) -> list[Path]:
+    """List the photos below a folder of which its metadata say nothing."""
+    path = find_metadata(folder)
+    names = (get_first(row, FILE_COLUMNS) for row in read_rows(path)) if path else ()
+    known = {_locate_image(folder, name) for name in names if name}
+    return [photo for photo in walk_photos(folder, folder) if photo not in known]
 
 
 def find_metadata_column(folder: Path) -> str | None:
@@ -233,9 +246,15 @@ def find_metadata_column(folder: Path) -> str | None:
     Returns:
         Its name; None if the first row has none of the usual ones.
     """
-    path = next((folder / name for name in _METADATA_NAMES if (folder / name).is_file()), None)
-    first_row = next(_read_rows(path), {}) if path else {}
+    path = find_metadata(folder)
+    first_row = next(read_rows(path), {}) if path else {}
     return next((name for name in IDENTITY_COLUMNS if name in first_row), None)
+
+
+def _locate_image(folder: Path, file_name: str) -> Path:
+    """The image of a row; programs on Windows write its folders with backslashes."""
+    path = folder / file_name
+    return path if path.is_file() else folder / file_name.replace("\\", "/")
 
 
 def _get_folder_name(path: Path) -> str:
@@ -243,41 +262,9 @@ def _get_folder_name(path: Path) -> str:
     return path.parts[0] if len(path.parts) > 1 else path.stem
 
 
-def _get_first(row: Mapping[str, object], columns: Sequence[str]) -> str | None:
-    """The value of the first column that a row has; None if it is empty."""
-    value = next((row[name] for name in columns if row.get(name) is not None), None)
-    return str(value).strip() or None if value is not None else None
-
-
-def _read_rows(path: Path) -> Iterator[Mapping[str, object]]:
-    """Read the rows of a CSV or JSONL file."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                yield from csv.DictReader(file)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise InvalidImageError(
-                            f"{str(path)!r}, line {number}: an object was expected, as "
-                            '{"file_name": "1.jpg", "person_id": "anna"}'
-                        )
-                    yield row
-    except (OSError, ValueError, csv.Error) as error:
-        raise InvalidImageError(f"{str(path)!r} cannot be read ({error}): save it again") from error
-
-
 def _read_table(path: Path, num_words: int | None) -> Iterator[list[str]]:
     """Read the words of each line; None: any number of them."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidImageError(
-            f"{str(path)!r} cannot be read ({error}): fetch it again"
-        ) from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.split()
         if not words:
             continue
@@ -289,17 +276,26 @@ def _read_table(path: Path, num_words: int | None) -> Iterator[list[str]]:
         yield words
 
 
-def _walk_images(folder: Path, root: Path, depth: int = 0) -> Iterator[Path]:
-    """All images below a folder, sorted, without hidden names."""
+def walk_photos(folder: Path, root: Path, depth: int = 0) -> Iterator[Path]:
+    """Iterate over all photos below a folder, also those that are not read.
+
+    Args:
+        folder: The folder.
+        root: Links out of this folder are not followed.
+        depth: How far ``folder`` lies below ``root``.
+
+    Yields:
+        The files, sorted, without hidden names.
+    """
     for path in list_entries(folder):
         if path.is_dir() and depth < _MAX_DEPTH and is_within(path, root):
-            yield from _walk_images(path, root, depth + 1)
-        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            yield from walk_photos(path, root, depth + 1)
+        elif path.suffix.lower() in PHOTO_SUFFIXES and path.is_file():
             yield path
 
 
 def _list_images(folder: Path) -> list[Path]:
-    return [p for p in list_entries(folder) if p.suffix.lower() in IMAGE_SUFFIXES]
+    return [p for p in list_entries(folder) if p.suffix.lower() in PHOTO_SUFFIXES]
 
 
 def _join_first(names: Sequence[str]) -> str:

@@ -82,6 +82,7 @@ class FolderSource(SubjectSource):
                     FilePhoto(str(path.relative_to(root)), caption, path)
                     for path, caption in zip(subject.photos, subject.captions, strict=True)
                 ),
+                repeats=subject.repeats,
             )
             for subject in list_subjects(root, self.skip_reasons, layout)
         ]
@@ -102,7 +103,9 @@ class FolderSource(SubjectSource):
             case "strangers":
                 return "every photo shows someone else"
         if any(len(Path(photo.key).parts) > 1 for s in subjects for photo in s.photos):
-            return "a sub-folder for each subject"
+            has_repeats = any(subject.repeats > 1 for subject in subjects)
+            repeats_note = ", repeated as kohya's names of folders say" if has_repeats else ""
+            return f"a sub-folder for each subject{repeats_note}"
         note = "no sub-folders: every photo shows someone else"
         if names := find_repeated_names([subject.name for subject in subjects]):
             note += f" (put {', '.join(names)} into one sub-folder if they show one person)"

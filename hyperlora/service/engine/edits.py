@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from hyperlora.data.edit_pairs import read_image_pair
+from hyperlora.data.image_formats import UPLOAD_FORMATS
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.image_editing import check_edit_base, edit_images
@@ -21,6 +22,7 @@ from hyperlora.pipelines.instruction_search import InstructionSearch
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.service.engine.batcher import BatchSpec
 from hyperlora.service.engine.lora_files import (
+    list_format_warnings,
     load_request_lora,
     make_consent_metadata,
     serialize_result,
@@ -112,7 +114,9 @@ class EditEngine:
         pairs = await self._decode_pairs(request.pairs, worker)
         weights = await self._predict_lora(pairs, request.strength, worker, timeout_s)
         data = await asyncio.to_thread(self._serialize_lora, weights, request)
-        return EngineResult(data, pairs.warnings)
+        architecture = self.base.family.architecture
+        format_warnings = list_format_warnings(weights.layout, request.format, architecture)
+        return EngineResult(data, (*pairs.warnings, *format_warnings))
 
     async def edit_image(
         self, request: EditImageRequest, worker: ModelWorker, timeout_s: float
@@ -165,12 +169,13 @@ class EditEngine:
         )
 
     def _decode_pair(self, pair: tuple[bytes, bytes]) -> DecodedPairs:
-        images = read_image_pair(*pair)
+        images = read_image_pair(*pair, formats=UPLOAD_FORMATS)
         pixels = self.model.stack_pairs([images], self.model.get_pair_size(self.search))
         return DecodedPairs(pixels, tuple(check_pair(*images)))
 
     def _decode_image(self, data: bytes) -> Tensor:
-        return to_tensor(read_image(data), self.base.resolution)  # [3, resolution, resolution]
+        pixels = read_image(data, UPLOAD_FORMATS)
+        return to_tensor(pixels, self.base.resolution)  # [3, resolution, resolution]
 
     async def _predict_lora(
         self, pairs: DecodedPairs, strength: float, worker: ModelWorker, timeout_s: float

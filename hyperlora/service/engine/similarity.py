@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hyperlora.data.image_formats import UPLOAD_FORMATS
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.service.engine.batcher import BatchSpec
@@ -49,7 +50,7 @@ async def compute_similarity(
 
 
 def _decode_image(size: int, data: bytes) -> Tensor:
-    return to_tensor(read_image(data), size)  # [3, size, size]
+    return to_tensor(read_image(data, UPLOAD_FORMATS), size)  # [3, size, size]
 
 
 def _compute_batch(

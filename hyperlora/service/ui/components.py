@@ -13,6 +13,7 @@ from gradio.data_classes import ImageData
 from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image, ImageOps
 
+from hyperlora.data.image_formats import UPLOAD_FORMATS
 from hyperlora.data.images import read_image
 from hyperlora.service.ui.text import format_score, get_similarity_label
 
@@ -137,7 +138,7 @@ def make_thumbnail(data: bytes, size: int = 256) -> Image.Image:
     Returns:
         The center square.
     """
-    return ImageOps.fit(read_image(data), (size, size))
+    return ImageOps.fit(read_image(data, UPLOAD_FORMATS), (size, size))
 
 
 def make_code_block() -> gr.Code:
@@ -153,7 +154,7 @@ def make_code_block() -> gr.Code:
 
 
 def update_download(
-    button: gr.DownloadButton, data: bytes, name: str, kohya: bool = False
+    button: gr.DownloadButton, data: bytes, name: str, readers: Sequence[str]
 ) -> gr.DownloadButton:
     """Put a LoRA file behind a button.
 
@@ -161,14 +162,14 @@ def update_download(
         button: The button.
         data: The ``.safetensors`` file.
         name: What the visitor calls the LoRA.
-        kohya: Whether the file has kohya's keys; its name then ends in ``-kohya``.
+        readers: Programs that read the file.
 
     Returns:
         The update of the button.
     """
-    file_name = f"{make_file_name(name)}{'-kohya' if kohya else ''}.safetensors"
-    path = save_bytes_to_cache(data, file_name, button.GRADIO_CACHE)
-    return gr.DownloadButton(value=path, interactive=True)
+    path = save_bytes_to_cache(data, f"{make_file_name(name)}.safetensors", button.GRADIO_CACHE)
+    label = f"Download for {', '.join(readers)}" if readers else "Download"
+    return gr.DownloadButton(label, value=path, interactive=True)
 
 
 def make_file_name(name: str) -> str:

@@ -84,7 +84,9 @@ class PhotoDataset(Dataset[SubjectBatch]):
 
 @dataclass(frozen=True)
 class EpochPlanner:
-    """Plans the batches of an epoch: every subject once, in a random order.
+    """Plans the batches of an epoch: every subject once, or as often as it is repeated.
+
+    The order is random.
 
     With buckets, a batch has targets of one size. A bucket whose subjects do not fill its last
     batch repeats some, with other photos or views.
@@ -111,7 +113,8 @@ class EpochPlanner:
         """
         rng = np.random.default_rng([self.seed, epoch])
         plans_by_size: dict[ImageSize, list[SamplePlan]] = {}
-        for index in rng.permutation(len(self.subjects)).tolist():
+        indices = np.repeat(np.arange(len(self.subjects)), [s.repeats for s in self.subjects])
+        for index in rng.permutation(indices).tolist():
             plan = self._plan_sample(index, rng)
             plans_by_size.setdefault(plan.size, []).append(plan)
         batches: list[BatchPlan] = []
@@ -127,7 +130,7 @@ class EpochPlanner:
     @property
     def num_training_batches(self) -> int:
         """Batches of a training epoch, the same number in each."""
-        return len(self.subjects) // self.batch_size
+        return sum(subject.repeats for subject in self.subjects) // self.batch_size
 
     def plan_validation(self, epoch: int) -> list[BatchPlan]:
         """Plan the batches of validation, always the same, in the order of the subjects.
