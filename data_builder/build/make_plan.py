@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from data_builder.build.plan import (
     Plan,
@@ -13,7 +14,8 @@ from data_builder.build.plan import (
 from data_builder.sources.crops import CENTER_CROPPER, Cropper
 from data_builder.sources.sources import AvatarSource, Source, source_to_dict
 from data_builder.sources.types import Photo, SubjectEntry
-from hyperlora.errors import InvalidArgumentError, InvalidImageError
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.errors import InvalidArgumentError, InvalidImageError, ModelLoadError
 from hyperlora.progress import track
 
 
@@ -69,6 +71,37 @@ def make_plan(
         tuple(map(replace_invalid_utf8, warnings)),
         dict(metadata or {}),
     )
+
+
+def check_recipe_base(recipe: Recipe) -> None:
+    """Check that a base can be fitted as a recipe says, from the base's configuration alone.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        InvalidArgumentError: The preset matches nothing, or no target can have the rank.
+        ModelLoadError: The base is a folder without a pipeline.
+    """
+    from hyperlora.training.known_bases import KNOWN_BASES, make_meta_base
+
+    folder = Path(recipe.base)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ModelLoadError(
+            f"{folder} is no diffusers pipeline: model_index.json expected, none found; give --base"
+        )
+    if not folder.exists() and recipe.base not in KNOWN_BASES:
+        return  # of the hub, and read when the plan runs
+    try:
+        meta_base = make_meta_base(recipe.base)
+    except KeyError as error:
+        raise InvalidArgumentError(
+            f"base {recipe.base!r} is a pipeline without a supported {error}: give another --base"
+        ) from error
+    components = {meta_base.family.denoiser_name: meta_base.denoiser}
+    layout = make_layout(components, recipe.denoiser_preset, recipe.rank, recipe.base)
+    if recipe.inner_rank is not None:
+        layout.check_rank(recipe.inner_rank, "inner-rank")
 
 
 def _read_photos(

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Final
 
 from data_builder.sources.types import Photo, SourceConfig, parse_photo
+from hyperlora.diffusion.target_modules import TARGET_PRESETS
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
+from hyperlora.seeds import validate_seed
 
 PLAN_FILE: Final = "plan.json"
 PLAN_KEY: Final = "hyperlora.plan"
@@ -99,11 +101,19 @@ class Recipe:
     storage_dtype: str = "float16"
     seed: int = 0
 
+    @property
+    def denoiser_preset(self) -> str:
+        """Preset of the adapted modules, with convolutions for ``locon``."""
+        return "attention+conv" if self.parametrization == "locon" else self.preset
+
     def validate(self) -> None:
         """Raise ``InvalidArgumentError`` for values that are unknown, out of range or do not fit
         together.
         """
+        validate_seed(self.seed)
         choices = {
+            "preset": TARGET_PRESETS,
+            "dtype": ("float32", "bfloat16", "float16"),
             "init": INIT_METHODS,
             "parametrization": PARAMETRIZATIONS,
             "storage_dtype": STORAGE_DTYPES,
@@ -127,6 +137,11 @@ class Recipe:
                 raise InvalidArgumentError(
                     f"the template {template!r} must name the subject once, as {{}}: "
                     "a portrait of {}"
+                )
+        for name in ("lr", "prior_loss_weight"):
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise InvalidArgumentError(
+                    f"{_format_option(name)} must be 0 or more and finite, got {value}"
                 )
         for name in _POSITIVE_FIELDS:
             if (value := getattr(self, name)) < 1:

@@ -201,9 +201,9 @@ def _load_init_network(recipe: Recipe, base: DiffusionBase) -> ImageToLora | Non
 def _make_layout(recipe: Recipe, base: DiffusionBase, network: ImageToLora | None) -> LoraLayout:
     """Make the layout of the stored LoRAs."""
     if network is not None:
+        network.layout.check_rank(recipe.rank)
         return network.layout.with_rank(recipe.rank)
-    preset = "attention+conv" if recipe.parametrization == "locon" else recipe.preset
-    return base.make_layout(preset, recipe.rank, text_encoders=recipe.text_encoders)
+    return base.make_layout(recipe.denoiser_preset, recipe.rank, text_encoders=recipe.text_encoders)
 
 
 def _compute_init_mean(recipe: Recipe, layout: LoraLayout) -> Tensor | None:

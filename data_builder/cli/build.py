@@ -9,6 +9,7 @@ import typer
 
 from data_builder.cli.options import BuildDir, OutputDir
 from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
+from hyperlora.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from data_builder.build.pack import RowKey
@@ -90,7 +91,7 @@ def plan(
     storage_dtype: Annotated[
         str, typer.Option(help="Precision on disk: float32, float16, bfloat16.")
     ] = "float16",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all random choices.")] = 0,
     portraits_per_identity: Annotated[
         int, typer.Option(min=1, help="Portraits of each avatar.")
     ] = 4,
@@ -117,7 +118,7 @@ def plan(
     """Plan a dataset of LoRAs: read all photos once and list what is skipped."""
     from data_builder.build.batch_size import CPU_BATCH_SIZE, scale_batch_size
     from data_builder.build.export_sample import read_recipe
-    from data_builder.build.make_plan import make_plan, summarize_plan
+    from data_builder.build.make_plan import check_recipe_base, make_plan, summarize_plan
     from data_builder.build.plan import Recipe, write_plan
     from data_builder.sources.crops import make_cropper
     from data_builder.sources.sources import parse_source
@@ -136,6 +137,7 @@ def plan(
     if recipe is not None:
         final_recipe = replace(read_recipe(recipe), base=final_recipe.base)
     final_recipe.validate()
+    check_recipe_base(final_recipe)
     photo_source = parse_source(
         source,
         portraits_per_identity=portraits_per_identity,
@@ -316,7 +318,9 @@ def import_loras(
         layout = infer_layout(lora_files_dir, dict(diffusion_base.modules), diffusion_base.id)
     else:
         layout = diffusion_base.make_layout(preset, rank or 4)
-    layout = layout.with_rank(rank or layout.rank)
+    if rank is not None:
+        layout.check_rank(rank)
+        layout = layout.with_rank(rank)
     import_report = import_lora_files(lora_files_dir, output, layout, rows_per_shard)
     for line in (*import_report.errors, *import_report.warnings):
         typer.echo(line, err=True)

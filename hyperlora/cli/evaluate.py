@@ -9,6 +9,7 @@ import typer
 
 from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from hyperlora.compute import ComputeConfig
@@ -84,6 +85,7 @@ def evaluate(
         int,
         typer.Option(
             min=0,
+            max=MAX_SEED,
             help="Seed of the first subject's sample; then seed + 1, ... (difflora).",
             rich_help_panel=_PHOTO_TASK,
         ),

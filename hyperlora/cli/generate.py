@@ -10,6 +10,7 @@ import typer
 from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
 from hyperlora.cli.options import FORMAT_HELP, warn_of_lost_readers
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
+from hyperlora.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from hyperlora.lora.io.formats import FormatChoice
@@ -98,7 +99,10 @@ def generate(
     seed: Annotated[
         int,
         typer.Option(
-            min=0, help="Seed of the first sample; then seed + 1, ...", rich_help_panel=_SAMPLING
+            min=0,
+            max=MAX_SEED,
+            help="Seed of the first sample; then seed + 1, ...",
+            rich_help_panel=_SAMPLING,
         ),
     ] = 0,
     lora_sampling_steps: Annotated[

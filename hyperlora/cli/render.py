@@ -13,6 +13,7 @@ from hyperlora.cli.compute_options import (
 )
 from hyperlora.cli.options import check_output_file, parse_weighted_path, save_image
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from hyperlora.diffusion.diffusion_base import DiffusionBase
@@ -39,7 +40,7 @@ def render(
         Path, typer.Option(help="Folder of the LoRA files that <lora:NAME> names.")
     ] = Path("."),
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps; the base's default if not given.")
     ] = None,
@@ -115,6 +116,7 @@ def render(
     from hyperlora.cpu import disable_malloc_trim
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
     from hyperlora.diffusion.lora_prompt_syntax import (
+        check_no_lora_tags,
         compute_tag_scales,
         load_tagged_loras,
         parse_lora_tags,
@@ -123,6 +125,7 @@ def render(
     from hyperlora.diffusion.text_to_image import generate_images
 
     text, lora_tags = parse_lora_tags(prompt)
+    check_no_lora_tags([negative_prompt], "negative prompt")
     is_constant = all(tag.is_constant for tag in lora_tags)
     regions = [_parse_region(text) for text in region] if region else None
     if gamma is not None and (strategy != "merge" or not is_constant):

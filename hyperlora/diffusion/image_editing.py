@@ -9,7 +9,9 @@ from torch import Tensor
 
 from hyperlora.data.images import to_image, to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.diffusion.lora_prompt_syntax import check_no_lora_tags
 from hyperlora.diffusion.sampling_inputs import (
+    check_num_steps,
     check_sampling_inputs,
     inject_base_lora,
     make_generators,
@@ -58,7 +60,8 @@ def edit_images(
 
     Raises:
         InvalidArgumentError: The base does not edit images, the numbers of seeds or LoRAs differ
-            from that of the images, or a guidance scale is out of range.
+            from that of the images, a seed, the steps or a guidance scale is out of range, or an
+            instruction names a LoRA by a tag.
         LayoutMismatchError: The LoRA changes a component that the base lacks.
     """
     check_edit_base(base)
@@ -69,6 +72,10 @@ def edit_images(
     check_sampling_inputs(
         base, len(images), lora, seeds, [scale, image_guidance_scale], sample_noun="image"
     )
+    check_num_steps(base, num_inference_steps)
+    if isinstance(instructions, str):
+        instructions = [instructions] * len(images)
+    check_no_lora_tags(instructions, "instruction")
     pixels = images if isinstance(images, Tensor) else _stack_images(images, base.resolution)
     image_batch = pixels.to(family.device)  # [n, 3, h, w]
 
@@ -90,8 +97,6 @@ def edit_images(
                 ).images
         return edited
 
-    if isinstance(instructions, str):
-        instructions = [instructions] * len(images)
     edited = sample_edits(lora, list(instructions))
     if not preserve_unedited:
         return edited

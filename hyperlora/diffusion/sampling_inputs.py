@@ -9,6 +9,7 @@ import torch
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.seeds import validate_seed
 
 MAX_GUIDANCE_SCALE: Final = 100.0
 
@@ -32,9 +33,11 @@ def check_sampling_inputs(
         sample_noun: What a sample is called in error messages.
 
     Raises:
-        InvalidArgumentError: The numbers of seeds or LoRAs differ from ``num_samples``, or a
-            guidance scale is out of range.
+        InvalidArgumentError: The numbers of seeds or LoRAs differ from ``num_samples``, or a seed
+            or a guidance scale is out of range.
     """
+    for seed in seeds:
+        validate_seed(seed)
     if len(seeds) != num_samples:
         raise InvalidArgumentError(
             f"{num_samples} {sample_noun}s need as many seeds, got {len(seeds)}"
@@ -48,6 +51,23 @@ def check_sampling_inputs(
         raise InvalidArgumentError(
             f"guidance between 0 and {MAX_GUIDANCE_SCALE:g} expected, "
             f"got {' and '.join(map(str, guidance_scales))}"
+        )
+
+
+def check_num_steps(base: DiffusionBase, num_inference_steps: int | None) -> None:
+    """Check that a sampler can take a number of denoising steps.
+
+    Args:
+        base: The base that samples.
+        num_inference_steps: Denoising steps; None for the family's default.
+
+    Raises:
+        InvalidArgumentError: They are none, or more than the timesteps of the base's training.
+    """
+    max_steps = int(base.noise_scheduler.config.num_train_timesteps)
+    if num_inference_steps is not None and not 1 <= num_inference_steps <= max_steps:
+        raise InvalidArgumentError(
+            f"1 to {max_steps} denoising steps expected, got {num_inference_steps}"
         )
 
 

@@ -34,7 +34,7 @@ def make_layout(
         components: Modules by component name: ``unet`` or ``transformer``, ``text_encoder``,
             ``text_encoder_2``.
         preset: One of ``TARGET_PRESETS``.
-        rank: Of the LoRA, at least 1.
+        rank: Of the LoRA, from 1 to the width of the widest target.
         base: Id of the base diffusion model.
 
     Returns:
@@ -42,13 +42,11 @@ def make_layout(
 
     Raises:
         InvalidArgumentError: If the preset is unknown or not for this denoiser, if a part that it
-            names matches nothing, or if the rank is below 1.
+            names matches nothing, or if the rank is below 1 or above what any target has.
         LayoutMismatchError: If a component has no target module.
     """
     if preset not in TARGET_PRESETS:
         raise InvalidArgumentError(f"unknown preset {preset!r}; known: {', '.join(TARGET_PRESETS)}")
-    if rank < 1:
-        raise InvalidArgumentError(f"rank must be at least 1, got {rank}")
     text_pattern = _CLIP_ATTENTION
     if preset == "attention+mlp":
         text_pattern = f"{_CLIP_ATTENTION}|{_CLIP_FEED_FORWARD}"
@@ -62,7 +60,9 @@ def make_layout(
         if is_denoiser:
             _check_parts(module, preset, paths)
         targets += LoraLayout.from_module(module, name, paths.__contains__, rank, base).targets
-    return LoraLayout(tuple(targets), rank, base)
+    layout = LoraLayout(tuple(targets), rank, base)
+    layout.check_rank(rank)
+    return layout
 
 
 def _check_parts(denoiser: nn.Module, preset: str, paths: Collection[str]) -> None:

@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.diffusion.lora_prompt_syntax import check_no_lora_tags
 from hyperlora.diffusion.sampling_inputs import (
+    check_num_steps,
     check_sampling_inputs,
     inject_base_lora,
     make_generators,
@@ -52,14 +54,18 @@ def generate_images(
 
     Raises:
         InvalidArgumentError: The numbers of seeds or LoRAs differ from that of the prompts, a
-            size or the guidance scale is out of range, the scheduler is not for the base, or the
-            base takes no negative prompt or generates nothing without an input image.
+            seed, a size, the steps or the guidance scale is out of range, the scheduler is not for
+            the base, a prompt names a LoRA by a tag, or the base takes no negative prompt or
+            generates nothing without an input image.
         LayoutMismatchError: The LoRA changes a component that the base lacks.
     """
     base.check_generates_images()
     family = base.family
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     check_sampling_inputs(base, len(prompts), lora, seeds, [scale])
+    check_num_steps(base, num_inference_steps)
+    check_no_lora_tags(prompts)
+    check_no_lora_tags([negative_prompt], "negative prompt")
     multiple = max(8, family.pixel_multiple)
     for side in (width, height):
         if side is not None and (side < multiple or side % multiple):

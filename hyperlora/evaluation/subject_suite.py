@@ -23,6 +23,7 @@ from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.photo_model import SubjectPhotos
 from hyperlora.pipelines.refine_generated import refine_predictions
 from hyperlora.pipelines.rerank import IdentityReranker
+from hyperlora.seeds import compute_seed
 
 BASELINE_NAME: Final = "base, no LoRA"
 """Name of the row of the base model."""
@@ -230,7 +231,9 @@ def generate_sequentially(
     sampling = sampling or LoraSampling()
     with torch.no_grad():
         loras = [
-            model.forward(subject_photos[None], replace(sampling, seed=sampling.seed + i))[0]
+            model.forward(
+                subject_photos[None], replace(sampling, seed=compute_seed(sampling.seed, i))
+            )[0]
             for i, subject_photos in enumerate(photos)
         ]
     return LoraWeights.stack(loras)
@@ -242,7 +245,7 @@ def _generate_best(
     """Generate several LoRAs per subject and keep the one that the reranker ranks first."""
     num_candidates, loras = config.num_candidates, []
     for i, subject_photos in enumerate(photos):
-        seed = config.sampling.seed + num_candidates * i
+        seed = compute_seed(config.sampling.seed, num_candidates * i)
         generation_config = GenerationConfig(
             num_candidates=num_candidates, sampling=replace(config.sampling, seed=seed)
         )

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from math import isfinite
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.layout import LoraLayout
 from hyperlora.progress import track
+from hyperlora.seeds import validate_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class FineTuneConfig:
             raise InvalidArgumentError(
                 f"num_paired_groups must be at least 1, got {self.num_paired_groups}"
             )
+        for seed in self.seeds or ():
+            validate_seed(seed)
         if self.seeds is not None and self.num_paired_groups > 1:
             raise InvalidArgumentError(
                 "num_paired_groups and seeds exclude each other: give one of them"
@@ -92,9 +96,23 @@ class RefineConfig:
 
     def __post_init__(self) -> None:
         check_optimizer_settings(self.num_steps, self.lr, self.batch_size)
+        validate_seed(self.seed)
         for name, rank in (("rank", self.rank), ("out_rank", self.out_rank)):
             if rank is not None and rank < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, got {rank}")
+
+    def check_ranks(self, layout: LoraLayout) -> None:
+        """Check that the weights of a base can have the ranks.
+
+        Args:
+            layout: The targets.
+
+        Raises:
+            InvalidArgumentError: A rank is above what any target has.
+        """
+        for name, rank in (("rank", self.rank), ("out_rank", self.out_rank)):
+            if rank is not None:
+                layout.check_rank(rank, name)
 
     @property
     def fine_tune(self) -> FineTuneConfig:

@@ -45,6 +45,7 @@ def refine_lora(
     """
     config = config or RefineConfig()
     predicted = predicted.to(base.device)
+    config.check_ranks(predicted.layout)
     layout = predicted.layout.with_rank(config.rank or DEFAULT_RANK)
     examples = make_photo_examples(base, photos, prompt)
     with fork_rng(base.device):

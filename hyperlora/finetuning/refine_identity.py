@@ -18,6 +18,7 @@ from hyperlora.encoders.identity_embedder import IdentityEmbedder
 from hyperlora.finetuning.config import RefineConfig
 from hyperlora.finetuning.examples import TrainingExamples
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.seeds import compute_seed
 
 TIMESTEP_RANGE: Final = (0.2, 0.9)
 """Range of training timesteps, as fractions of all: identity is visible in x0 at neither end."""
@@ -63,6 +64,7 @@ def refine_identity(
     config, device = config or RefineConfig(), base.device
     predicted = predicted.to(device)
     num_subjects, batch_size = len(photos), config.batch_size
+    config.check_ranks(predicted.layout)
     layout = predicted.layout.with_rank(config.rank or predicted.layout.rank)
     target_embeds = identity_embedder.embed_subjects(photos).to(device)  # [K, features]
     self_images = _sample_self_images(base, predicted, prompts, config.seed)
@@ -131,7 +133,7 @@ def _sample_self_images(
             base,
             prompts,
             loras[[i] * num_prompts],
-            seeds=range(seed, seed + num_prompts),
+            seeds=[compute_seed(seed, j) for j in range(num_prompts)],
             num_inference_steps=num_inference_steps,
         )
         pixels = torch.stack([to_tensor(image, base.resolution) for image in images])

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.seeds import compute_seed, validate_seed
 
 
 class LiDB(nn.Module):
@@ -55,7 +56,7 @@ class LiDB(nn.Module):
         super().__init__()
         self.layout, self.a, self.b, self.seed = layout, a, b, seed
         self.code_size = layout.rank * max(a, b)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(validate_seed(seed))
         for i, target in enumerate(layout.targets):
             a_aux = _make_orthogonal_matrix(target.out_features, a, generator)  # [out, a]
             b_aux = _make_orthogonal_matrix(target.in_features, b, generator).mT  # [b, in]
@@ -70,7 +71,7 @@ class LiDB(nn.Module):
             [2 * targets, code_size]: random codes for ``down``, then zeros for ``up``.
         """
         # + 1: another stream than that of the auxiliary matrices
-        generator = torch.Generator().manual_seed(self.seed + 1)
+        generator = torch.Generator().manual_seed(compute_seed(self.seed, 1))
         num_targets = len(self.layout.targets)
         # std b^-1/2: rows of B_train, and so those of down = B_train B_aux, have norms about 1
         down = torch.randn(num_targets, self.code_size, generator=generator) * self.b**-0.5

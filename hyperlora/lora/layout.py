@@ -9,7 +9,7 @@ from typing import Final, TypedDict
 
 from torch import nn
 
-from hyperlora.errors import LayoutMismatchError
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 
 COMPILED_CHILD: Final = "_orig_mod"
 """Where the wrapper that ``torch.compile`` returns keeps its module."""
@@ -170,6 +170,29 @@ class LoraLayout:
         }
         # 64 of the 256 bits; 2³² layouts would be needed for a likely collision
         return hashlib.sha256(json.dumps(encoding, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def max_rank(self) -> int:
+        """The highest rank of a ΔW of the widest target; a LoRA of a higher rank adds nothing."""
+        return max(min(target.in_features, target.out_features) for target in self.targets)
+
+    def check_rank(self, rank: int, name: str = "rank") -> None:
+        """Check a rank that a user chooses.
+
+        Args:
+            rank: The rank.
+            name: What it is called in the error message.
+
+        Raises:
+            InvalidArgumentError: It is below 1 or above ``max_rank``.
+        """
+        if rank < 1:
+            raise InvalidArgumentError(f"{name} must be at least 1, got {rank}")
+        if rank > self.max_rank:
+            raise InvalidArgumentError(
+                f"{name} {rank} asked for, but no weight of {self.base!r} has more than "
+                f"{self.max_rank}: give at most that"
+            )
 
     def with_rank(self, rank: int) -> "LoraLayout":
         """Copy the layout at another rank."""

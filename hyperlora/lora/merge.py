@@ -19,6 +19,7 @@ from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.factors import compute_low_rank_factors, pad_factors
 from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.seeds import validate_seed
 
 MERGE_METHODS: Final = ("concat", "svd", "linear", "ties", "dare", "dare_ties", "magnitude")
 _MAX_DENSITY: Final = 1 - 1e-7  # at 1, PEFT warns and prunes nothing
@@ -56,9 +57,10 @@ def merge(
         )
     if not 0 < density <= 1:
         raise InvalidArgumentError(f"density above 0 and at most 1 expected, got {density}")
-    if rank is not None and rank < 1:
-        raise InvalidArgumentError(f"rank must be at least 1, got {rank}")
+    validate_seed(seed)
     weights = validate_weights(weights, len(loras))
+    if rank is not None:
+        _merge_layouts(loras).check_rank(rank)
     if method in ("concat", "svd"):
         merged = _add_loras([lora * weight for lora, weight in zip(loras, weights, strict=True)])
         if method == "svd" and rank is None:

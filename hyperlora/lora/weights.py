@@ -304,7 +304,12 @@ class LoraWeights:
 
         Returns:
             LoRAs whose ``down`` and ``up`` have equal singular values.
+
+        Raises:
+            InvalidArgumentError: The rank is below 1, or grows above what any target has.
         """
+        if rank < 1 or rank > self.layout.rank:
+            self.layout.check_rank(rank)
         # per target: the lost part of ΔW has the norm √(Σ_{i > rank} s_i²), the least possible
         factors = [
             resize_factors(down, up, rank) for down, up in zip(self.down, self.up, strict=True)

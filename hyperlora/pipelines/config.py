@@ -1,10 +1,12 @@
 """Settings of the pipelines, validated when they are made."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Final, Literal
 
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.formats import FORMAT_CHOICES, FormatChoice
+from hyperlora.seeds import validate_seed
 
 RefineMethod = Literal["identity", "photos"]
 """The objective of refinement: the identity in generated images, or the photos' diffusion loss."""
@@ -20,11 +22,25 @@ class LoraSampling:
         seed: The seed of the noise; the LoRAs of one subject take ``seed``, ``seed + 1``, ...
         num_inference_steps: Denoising steps over LoRA latents; None for the model card's value.
         guidance_scale: Classifier-free guidance by the photos; None for the model card's value.
+
+    Raises:
+        InvalidArgumentError: A value is out of range.
     """
 
     seed: int = 0
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        validate_seed(self.seed)
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise InvalidArgumentError(
+                f"num_inference_steps must be at least 1, got {self.num_inference_steps}"
+            )
+        if self.guidance_scale is not None and not isfinite(self.guidance_scale):
+            raise InvalidArgumentError(
+                f"guidance_scale must be a finite number, got {self.guidance_scale}"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hyperlora.pipelines.config import GenerationConfig, LoraSampling
 from hyperlora.pipelines.photo_model import AnyPhotoModel, FeaturesT, PhotoModel, SubjectPhotos
 from hyperlora.pipelines.refine_generated import check_refine_method, refine_predictions
 from hyperlora.pipelines.rerank import IdentityReranker
+from hyperlora.seeds import compute_seed
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,8 @@ def validate_config(model: AnyPhotoModel, config: GenerationConfig) -> None:
             samples or a seed are given, or the model cannot be refined by the method.
     """
     check_refine_method(model, config.refine_method)
-    rank = config.rank or model.layout.rank
-    max_rank = max(min(t.in_features, t.out_features) for t in model.layout.targets)
-    if rank > max_rank:
-        raise InvalidArgumentError(
-            f"rank {rank} asked for, but no weight of {model.layout.base!r} has more than "
-            f"{max_rank}"
-        )
+    if config.rank is not None:
+        model.layout.check_rank(config.rank)
     num_samples = max(config.num_loras, config.num_candidates)
     if not model.is_generative and (num_samples > 1 or config.sampling != LoraSampling()):
         raise InvalidArgumentError(
@@ -127,10 +123,11 @@ def generate_candidates(
         InvalidArgumentError: There are more candidates than LoRAs, and no reranker.
     """
     num_candidates = max(config.num_loras, config.num_candidates)
-    seeds = range(config.sampling.seed, config.sampling.seed + num_candidates)
     candidates = [
-        model.generate_from_features(features, replace(config.sampling, seed=seed))
-        for seed in seeds
+        model.generate_from_features(
+            features, replace(config.sampling, seed=compute_seed(config.sampling.seed, i))
+        )
+        for i in range(num_candidates)
     ]
     if num_candidates == 1 or (reranker is None and not config.needs_reranking):
         return candidates

@@ -59,6 +59,19 @@ class TrainingCLI(LightningCLI):
         Then ``lr`` or ``output_dir`` on the command line would have no effect.
         """
 
+    def _set_seed(self) -> None:
+        """Seed everything.
+
+        Raises:
+            InvalidArgumentError: The seed is one that numpy does not take.
+        """
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise InvalidArgumentError(
+                f"seed_everything from 0 to {2**32 - 1} expected, which numpy takes, got {seed}"
+            )
+        super()._set_seed()
+
     def instantiate_classes(self) -> None:
         """Instantiate all classes.
 

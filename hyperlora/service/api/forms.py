@@ -11,6 +11,7 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.formats import FormatChoice
 from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.pipelines.config import GenerationConfig, LoraSampling, RefineMethod
+from hyperlora.seeds import MAX_SEED
 from hyperlora.service.api.schemas import FileId, Weight
 from hyperlora.service.engine.requests import EditLoraRequest, LoraRequest, ModelInfo
 from hyperlora.service.security import Caller
@@ -104,7 +105,7 @@ class LoraForm:
     method: Annotated[
         Method | None, Form(description="Which model; the server's first if not given.")
     ] = None
-    seed: Annotated[int, Form(ge=0, lt=1 << 63, description="Another sample (difflora).")] = 0
+    seed: Annotated[int, Form(ge=0, le=MAX_SEED, description="Another sample (difflora).")] = 0
     title: Annotated[
         str, Form(max_length=100, description="Name of the file, also in its metadata.")
     ] = "LoRA"
@@ -190,7 +191,7 @@ class EditForm:
     instruction: Annotated[
         str, Form(max_length=1000, description="Edit prompt, besides the LoRA or instead.")
     ] = ""
-    seed: Annotated[int, Form(ge=0, le=2**63 - 1)] = 0
+    seed: Annotated[int, Form(ge=0, le=MAX_SEED)] = 0
     num_inference_steps: Annotated[
         int | None, Form(ge=1, le=50, description="The model's own if not given.")
     ] = None

@@ -6,6 +6,7 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, StringConstraint
 
 from hyperlora.diffusion.multi_lora import Strategy
 from hyperlora.lora.io.keys import LoraFormat
+from hyperlora.seeds import MAX_SEED
 from hyperlora.service.jobs import JobKind, JobState
 
 FileId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -57,7 +58,7 @@ class ImageRequestBody(BaseModel):
     )
     windowed: bool = Field(False, description="Denoise each region as an image of its own.")
     negative_prompt: Annotated[str, StringConstraints(max_length=1000)] = ""
-    seed: int = Field(0, ge=0, le=2**63 - 1)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     num_inference_steps: int | None = Field(
         None, ge=1, le=50, description="Denoising steps; the base's default if not given."
     )

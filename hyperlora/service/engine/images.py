@@ -14,6 +14,7 @@ from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.lora_prompt_syntax import (
     LoraTag,
+    check_no_lora_tags,
     compute_tag_scales,
     load_tagged_loras,
     parse_lora_tags,
@@ -117,6 +118,7 @@ class ImageEngine:
             InvalidArgumentError: If the settings exclude each other.
         """
         prompt, tags = parse_lora_tags(request.prompt)
+        check_no_lora_tags([request.sampling.negative_prompt], "negative prompt")
         if tags and self.lora_dir is None:
             raise InvalidArgumentError(
                 "this server has no folder of LoRAs to name: "

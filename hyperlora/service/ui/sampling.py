@@ -153,7 +153,7 @@ def build_sampling_options(tab: str) -> tuple[gr.Slider, gr.Number, gr.Dropdown]
     with gr.Row():
         return (
             gr.Slider(1, 50, 20, step=1, label="Steps", min_width=140, elem_id=f"steps-{tab}"),
-            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=100),
+            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=100),
             gr.Dropdown(
                 [("the base's own", ""), *SCHEDULERS],
                 value="",
