@@ -14,6 +14,7 @@ from hyperlora.cli.compute_options import (
 )
 from hyperlora.cli.options import FORMAT_HELP, warn_of_lost_readers
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from hyperlora.lora.io.formats import FormatChoice
@@ -91,7 +92,8 @@ def edit(
         bool, typer.Option("--reverse", help="Swap before and after: undo the edit.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="Model from before/after pairs: folder or hub id.")
+        str | None,
+        typer.Option(help="Model from before/after pairs: folder or hub id, also LoRWeB."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base that edits images: folder or hub id.")
@@ -132,7 +134,7 @@ def edit(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.", rich_help_panel=_IMAGES),
+        typer.Option(min=0, max=MAX_SEED, help="Seed of the noise.", rich_help_panel=_IMAGES),
     ] = 0,
     candidate_prompts: Annotated[
         list[str] | None,
@@ -156,6 +158,7 @@ def edit(
     """Generate a LoRA from an image before and after an edit, and edit other images with it."""
     from dataclasses import replace
 
+    from hyperlora.cli.edit_by_sheet import SheetDrawing, check_sheet_counts, edit_by_sheets
     from hyperlora.cli.options import check_output_dir, check_output_file, save_image
     from hyperlora.pipelines.config import EditConfig
 
@@ -185,6 +188,8 @@ def edit(
     from hyperlora.pipelines.edit import generate_edit_lora
     from hyperlora.pipelines.input_checks import check_pair
     from hyperlora.pipelines.pair_to_lora import PairToLora
+    from hyperlora.pipelines.released.lorweb import LorwebModel, find_lorweb
+    from hyperlora.pipelines.released.released_model import ReleasedOptions
 
     disable_malloc_trim()
     # an image that cannot be read is an error before any model is loaded
@@ -194,6 +199,19 @@ def edit(
         for warning in check_pair(*image_pair):
             typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {warning}", err=True)
     compute = compute_options.make_config()
+    if model is not None and (lorweb_files := find_lorweb(model)) is not None:
+        check_sheet_counts(len(pair_paths), len(input_images), output, config)
+        result_paths = _make_output_paths(image_paths or [], images_dir)
+        edit_by_sheets(
+            LorwebModel.from_files(*lorweb_files, ReleasedOptions(), compute),
+            pair_paths[0],
+            list(zip(image_paths or [], result_paths, strict=True)),
+            output,
+            config,
+            SheetDrawing(base, instruction, steps, seed),
+            compute,
+        )
+        return
     edit_base = None
     if image_paths:
         edit_base = load_diffusion_base(base or pretrained.EDIT_BASE_DIR, compute)

@@ -52,6 +52,9 @@ class ReleasedCard:
         strength: The recommended factor of the LoRA.
         negative_rule: The LoRA on the negative branch of guidance.
         download_bytes: Bytes of the network and its encoders.
+        num_inference_steps: Denoising steps of the authors' examples; None if they name none.
+        guidance_scale: Their classifier-free guidance, likewise.
+        shift: Their shift of the noise schedule (``FlowMatchEulerDiscreteScheduler``), likewise.
     """
 
     kind: ReleasedKind
@@ -66,6 +69,9 @@ class ReleasedCard:
     strength: float = 1.0
     negative_rule: NegativeRule = "same"
     download_bytes: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    shift: float | None = None
 
     @property
     def is_commercial(self) -> bool | None:
@@ -104,7 +110,16 @@ class ReleasedCard:
             keys["hyperlora.prompt_prefix"] = self.trigger_phrase
         if self.negative_rule != "same":
             keys["hyperlora.negative_lora"] = self.negative_rule
-        return keys
+        return keys | self.list_settings()
+
+    def list_settings(self) -> dict[str, str]:
+        """List the authors' settings of a drawing that are known, by their keys in a file."""
+        settings = {
+            "hyperlora.num_inference_steps": self.num_inference_steps,
+            "hyperlora.guidance_scale": self.guidance_scale,
+            "hyperlora.shift": self.shift,
+        }
+        return {key: f"{value:g}" for key, value in settings.items() if value is not None}
 
     def format_notice(self) -> str:
         """Format the licenses of all parts as one sentence."""
@@ -140,6 +155,8 @@ def _make_hyperlora_card(variant: str, purpose: str) -> ReleasedCard:
         trigger_phrase="fcsks fxhks fhyks, ",
         strength=0.8,
         download_bytes=5_200_000_000,
+        num_inference_steps=20,
+        guidance_scale=5.0,
     )
 
 
@@ -157,6 +174,9 @@ def _make_i2l_card(
         parts=(ModelPart("network", network, "Apache-2.0", True), _SIGLIP2, _DINOV3),
         negative_rule="off" if is_z_image else "same",
         download_bytes=num_bytes,
+        num_inference_steps=50,
+        guidance_scale=4.0 if is_z_image else None,
+        shift=8.0 if is_z_image else None,
     )
 
 
@@ -196,6 +216,8 @@ RELEASED_CARDS: Final[tuple[ReleasedCard, ...]] = (
             ),
         ),
         download_bytes=3_400_000_000,
+        num_inference_steps=28,
+        guidance_scale=2.5,
     ),
 )
 """Every known network and variant."""

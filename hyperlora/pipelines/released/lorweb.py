@@ -26,7 +26,7 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.lorweb import NUM_QUERY_IMAGES, list_lorweb_targets, mix_lorweb
 from hyperlora.pipelines.released.cards import ReleasedCard, find_card
 from hyperlora.pipelines.released.hub_files import ReleasedFiles, open_files
-from hyperlora.pipelines.released.recognize import Recognition
+from hyperlora.pipelines.released.recognize import Recognition, recognize
 from hyperlora.pipelines.released.released_model import ReleasedOptions
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 CLIP_ID: Final = "openai/clip-vit-large-patch14"
 CLIP_FILE: Final = "model.safetensors"
-GUIDANCE_SCALE: Final = 2.5
-DEFAULT_NUM_INFERENCE_STEPS: Final = 28
 _SHEET_MULTIPLE: Final = 32
 """Pixels that the sides of a sheet are multiples of: two quadrants of whole 2x2 latent patches."""
 
@@ -195,6 +193,34 @@ class LorwebModel:
         return replace(metadata, recommended_strength=self.facts.strength)
 
 
+def find_lorweb(name: str) -> tuple[ReleasedFiles, Recognition] | None:
+    """Find LoRWeB where a name stands for it; nothing but headers is read.
+
+    Args:
+        name: A folder or hub id.
+
+    Returns:
+        What ``LorwebModel.from_files`` takes; None for a model of hyperlora itself, and for what
+        cannot be found.
+
+    Raises:
+        ModelLoadError: The network makes no LoRAs of edits, or is not whole.
+    """
+    try:
+        files = open_files(name)
+    except ModelLoadError:
+        return None
+    if "config.json" in files.sizes or not any(p.endswith(".safetensors") for p in files.sizes):
+        return None
+    recognition = recognize(files)
+    if recognition.kind != "lorweb":
+        raise ModelLoadError(
+            f"{name!r} makes LoRAs of photos (kind {recognition.kind}), not of edits: "
+            "use `hyperlora generate`"
+        )
+    return files, recognition
+
+
 def make_sheet(before: Image.Image, after: Image.Image, image: Image.Image) -> Image.Image:
     """Make the two-by-two sheet (before, after / image, image), all at the size of ``before``.
 
@@ -250,7 +276,7 @@ def edit_sheet(
         lora: What ``LorwebModel.generate`` returns for it.
         seed: Seed of the noise.
         instruction: Text that says what the edit is.
-        num_inference_steps: Denoising steps; None for 28.
+        num_inference_steps: Denoising steps; None for the authors' number.
 
     Returns:
         The edited image, at half of the sides at which the sheet is drawn.
@@ -259,6 +285,7 @@ def edit_sheet(
         InvalidArgumentError: The base does not edit images.
         LayoutMismatchError: The LoRA is for another base.
     """
+    facts = find_card("lorweb")
     sides = _scale_sides(sheet.size, base.resolution)
     pixels = stack_images([sheet.resize(sides, Image.Resampling.BICUBIC)])  # [1, 3, h, w]
     (edited,) = edit_images(
@@ -267,8 +294,8 @@ def edit_sheet(
         lora,
         seeds=[seed],
         instructions=instruction,
-        num_inference_steps=num_inference_steps or DEFAULT_NUM_INFERENCE_STEPS,
-        guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=num_inference_steps or facts.num_inference_steps,
+        guidance_scale=facts.guidance_scale,
     )
     return cut_sheet(edited)[-1]
 

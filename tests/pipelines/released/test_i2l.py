@@ -164,6 +164,8 @@ def test_header_names_licenses_and_use(folder: Path, tmp_path: Path) -> None:
     assert metadata["hyperlora.base"] == "Tongyi-MAI/Z-Image"
     assert metadata["hyperlora.negative_lora"] == "off"
     assert metadata["hyperlora.recommended_strength"] == "1.0"
+    settings = ("num_inference_steps", "guidance_scale", "shift")
+    assert [metadata[f"hyperlora.{name}"] for name in settings] == ["50", "4", "8"]
     assert "modelspec.trigger_phrase" not in metadata
     assert json.loads(metadata["hyperlora.reference_sha256"]) == []
 
