@@ -214,7 +214,10 @@ def split(
 def _load_lora_file(path: Path) -> "LoraFile":
     from hyperlora.lora.io.load import load_lora
 
-    return load_lora(path)
+    lora_file = load_lora(path)
+    for note in lora_file.notes:
+        typer.echo(f"note: {path.name}: {note}", err=True)
+    return lora_file
 
 
 def _load_compatible_files(paths: Sequence[Path]) -> "list[LoraFile]":

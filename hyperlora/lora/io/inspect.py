@@ -33,6 +33,8 @@ class LoraInfo:
         rank_counts: Number of targets per rank, before padding.
         norm: Frobenius norm of ΔW over all targets.
         component_norms: The same per component.
+        dtype: The precision of the file.
+        notes: What was left out of the file or assumed of it.
         metadata: The metadata of the file.
     """
 
@@ -48,6 +50,8 @@ class LoraInfo:
     rank_counts: dict[int, int]
     norm: float
     component_norms: dict[str, float]
+    dtype: str
+    notes: tuple[str, ...]
     metadata: LoraMetadata
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,5 +100,7 @@ def inspect_lora(
         component_norms={
             component: squared_norm**0.5 for component, squared_norm in squared_norms.items()
         },
+        dtype=str(file.dtype).removeprefix("torch."),
+        notes=file.notes,
         metadata=file.metadata,
     )

@@ -26,19 +26,24 @@ def load_lora(
     layout: LoraLayout | None = None,
     modules: Mapping[str, nn.Module] | None = None,
     max_parameters: int = MAX_PARAMETERS,
+    base_id: str = "",
 ) -> LoraFile:
-    """Read a ``.safetensors`` file with keys of diffusers or kohya.
+    """Read a LoRA file with the keys of any program.
 
-    Targets of smaller rank are zero-padded to the largest. With neither ``layout`` nor ``modules``,
-    targets and shapes are those of the file (CLIP text encoders under ``text_model.``), and the
-    base is what the metadata says or ``UNKNOWN_BASE``.
+    LoHa, LoKr and Tucker LoCon become plain LoRAs with the same ΔW. Targets of smaller rank are
+    zero-padded to the largest. With neither ``layout`` nor ``modules``, targets and shapes are
+    those of the file (CLIP text encoders under ``text_model.``), and the base is what the metadata
+    says or ``UNKNOWN_BASE``.
 
     Args:
-        source: The path of the file, or its bytes.
+        source: The path of a ``.safetensors`` file or of a folder that PEFT's ``save_pretrained``
+            wrote, or the bytes of a file.
         layout: The file must have exactly these targets, at any rank.
         modules: The modules of the loaded base by component, e.g. ``{"unet": unet}``. The file may
             adapt any part of them and nothing else.
         max_parameters: Numbers that the LoRA may have at its largest rank; checked before padding.
+        base_id: The id of the loaded base. With ``modules`` it is the base of the result, whatever
+            base the file names, or ``UNKNOWN_BASE`` if it is empty.
 
     Returns:
         The content of the file.
@@ -48,4 +53,4 @@ def load_lora(
         LayoutMismatchError: The file is not for this base.
         InvalidArgumentError: Both ``layout`` and ``modules`` are given.
     """
-    return LoraFile(**vars(read_lora(source, layout, modules, max_parameters)))
+    return LoraFile(**vars(read_lora(source, layout, modules, max_parameters, base_id)))

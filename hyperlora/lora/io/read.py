@@ -3,26 +3,33 @@
 ``load_lora`` is the public function; this one also checks files that ``save_lora`` is to write.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 
 from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError, LayoutMismatchError
 from hyperlora.lora.factors import pad_factors
-from hyperlora.lora.io.keys import LoraFormat, list_kohya_stems, parse_kohya_stem
+from hyperlora.lora.io.keys import COMPONENTS, LoraFormat
 from hyperlora.lora.io.metadata import LoraMetadata
+from hyperlora.lora.io.peft_folder import find_source, read_config
 from hyperlora.lora.io.safetensors_file import read_tensors
-from hyperlora.lora.io.state_dict import LoraFactors, detect_format, parse_state_dict
+from hyperlora.lora.io.state_dict import LoraFactors, check_keys, group_tensors, parse_adapters
+from hyperlora.lora.io.target_names import TargetResolver
 from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, list_layers
 from hyperlora.lora.weights import LoraWeights
 
 MAX_PARAMETERS: Final = 2 << 30
 """Numbers that a file may have after padding to its largest rank."""
-_DEFAULT_LAYERS_PER_BLOCK: Final = 2
+_MAX_NAMES: Final = 5
+_MAX_NAME_LENGTH: Final = 80
+_MISSING_ALPHA_NOTE: Final = (
+    "the file is PEFT's, whose alpha stands in adapter_config.json: without it alpha is the rank"
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class LoraContent:
         format: The key names of the file.
         ranks: The rank of each target before padding, in layout order.
         size_bytes: The size of the file.
+        dtype: The precision of the factors in the file, float8 and float64 included.
+        notes: Sentences on what was left out of the file or assumed of it, for users.
     """
 
     weights: LoraWeights
@@ -42,6 +51,8 @@ class LoraContent:
     format: LoraFormat
     ranks: tuple[int, ...]
     size_bytes: int
+    dtype: torch.dtype = torch.float32
+    notes: tuple[str, ...] = ()
 
 
 def read_lora(
@@ -49,19 +60,24 @@ def read_lora(
     layout: LoraLayout | None = None,
     modules: Mapping[str, nn.Module] | None = None,
     max_parameters: int = MAX_PARAMETERS,
+    base_id: str = "",
 ) -> LoraContent:
-    """Read a ``.safetensors`` file with keys of diffusers or kohya.
+    """Read a LoRA file with the keys of any program.
 
-    Targets of smaller rank are zero-padded to the largest. With neither ``layout`` nor ``modules``,
-    targets and shapes are those of the file (CLIP text encoders under ``text_model.``), and the
-    base is what the metadata says or ``UNKNOWN_BASE``.
+    LoHa, LoKr and Tucker LoCon become plain LoRAs with the same ΔW. Targets of smaller rank are
+    zero-padded to the largest. With neither ``layout`` nor ``modules``, targets and shapes are
+    those of the file (CLIP text encoders under ``text_model.``), and the base is what the metadata
+    says or ``UNKNOWN_BASE``.
 
     Args:
-        source: The path of the file, or its bytes.
+        source: The path of a ``.safetensors`` file or of a folder that PEFT's ``save_pretrained``
+            wrote, or the bytes of a file.
         layout: The file must have exactly these targets, at any rank.
         modules: The modules of the loaded base by component, e.g. ``{"unet": unet}``. The file may
             adapt any part of them and nothing else.
         max_parameters: Numbers that the LoRA may have at its largest rank; checked before padding.
+        base_id: The id of the loaded base. With ``modules`` it is the base of the result, whatever
+            base the file names, or ``UNKNOWN_BASE`` if it is empty.
 
     Returns:
         The content of the file.
@@ -76,17 +92,37 @@ def read_lora(
             "pass layout (a file for exactly these targets) or modules (any part of this base), "
             "not both"
         )
-    file = source if isinstance(source, bytes) else Path(source)
-    file_name = "the LoRA" if isinstance(file, bytes) else file.name
-    tensors, metadata = read_tensors(file, file_name)
+    lora_source = find_source(source if isinstance(source, bytes) else Path(source))
+    file_name = lora_source.name
+    notes: list[str] = []
+
+    def select_keys(keys: Collection[str]) -> Collection[str]:
+        """Select the keys of the LoRA, and note the others."""
+        lora_keys, other_keys = check_keys(keys, file_name)
+        if not lora_keys:
+            raise InvalidLoraFileError(
+                f"{file_name} holds no LoRA: no key ends as those of one do, e.g. {other_keys[0]!r}"
+            )
+        if other_keys:
+            notes.append(_describe_left_out(other_keys))
+        return lora_keys
+
+    tensors, metadata = read_tensors(lora_source.file, file_name, select_keys)
     lora_metadata = LoraMetadata.from_safetensors_metadata(metadata)
-    known_names = _list_target_names(layout, modules)
-    factors_by_name = parse_state_dict(
-        tensors,
-        metadata,
-        _make_name_resolver(detect_format(tensors), known_names, modules),
-        file_name,
+    config, component = read_config(lora_source, metadata)
+    adapters = group_tensors(tensors, file_name)
+    if not config.fields and all(
+        stem.startswith("base_model.model.") and "alpha" not in roles
+        for stem, roles in adapters.tensors.items()
+    ):
+        notes.append(_MISSING_ALPHA_NOTE)
+    resolver = TargetResolver(layout, modules, component)
+    factors_by_name = parse_adapters(
+        adapters, config, lambda shapes: resolver.resolve(shapes, file_name), max_parameters
     )
+    factors_by_name = {
+        name: factors.fit(resolver.targets.get(name)) for name, factors in factors_by_name.items()
+    }
     claimed_base = metadata.get("hyperlora.base", "")
     if layout is not None:
         _check_same_targets(factors_by_name.keys(), layout, claimed_base, file_name)
@@ -94,6 +130,8 @@ def read_lora(
     else:
         base = lora_metadata.base_model or UNKNOWN_BASE
         expected = _make_file_layout(factors_by_name, modules, base, file_name)
+        if modules is not None:  # they are the base now: files of one base add up
+            expected = replace(expected, base=base_id or UNKNOWN_BASE)
     ordered_factors = [factors_by_name[target.name] for target in expected.targets]
     base = claimed_base if layout is not None and claimed_base else expected.base
     file_layout = LoraLayout(
@@ -103,50 +141,29 @@ def read_lora(
     )
     expected.check_compatible(file_layout, ignore_rank=True)
     _check_size(file_layout, max_parameters, file_name)
-    weights = _pad_to_rank(ordered_factors, file_layout)
-    size_bytes = len(file) if isinstance(file, bytes) else file.stat().st_size
     return LoraContent(
-        weights,
-        lora_metadata,
-        detect_format(tensors),
-        tuple(factors.rank for factors in ordered_factors),
-        size_bytes,
+        weights=_pad_to_rank(ordered_factors, file_layout),
+        metadata=lora_metadata,
+        format=adapters.detect_format(file_layout.components),
+        ranks=tuple(factors.rank for factors in ordered_factors),
+        size_bytes=lora_source.size_bytes,
+        dtype=_find_dtype(tensors),
+        notes=tuple(notes),
     )
 
 
-def _list_target_names(
-    layout: LoraLayout | None, modules: Mapping[str, nn.Module] | None
-) -> frozenset[str]:
-    """Target names that the file may use; empty if nothing is known of the base."""
-    if layout is not None:
-        return frozenset(target.name for target in layout.targets)
-    return frozenset(
-        f"{component}.{path}"
-        for component, module in (modules or {}).items()
-        for path, layer in list_layers(module)
-    )
+def _describe_left_out(keys: Sequence[str]) -> str:
+    """Name the keys that belong to no LoRA."""
+    names = ", ".join(repr(key[:_MAX_NAME_LENGTH]) for key in keys[:_MAX_NAMES])
+    more = f" and {len(keys) - _MAX_NAMES} more" if len(keys) > _MAX_NAMES else ""
+    count = "1 key that belongs" if len(keys) == 1 else f"{len(keys)} keys that belong"
+    return f"left out {count} to no LoRA: {names}{more}"
 
 
-def _make_name_resolver(
-    format: LoraFormat, known_names: Collection[str], modules: Mapping[str, nn.Module] | None
-) -> Callable[[str], str]:
-    """Function from the stem of a file key to the target's name in the base."""
-    stems = {stem: name for name in known_names for stem in list_kohya_stems(name)}
-    config = getattr((modules or {}).get("unet"), "config", None)
-    layers_per_block = getattr(config, "layers_per_block", None)
-    if not isinstance(layers_per_block, int):
-        layers_per_block = _DEFAULT_LAYERS_PER_BLOCK
-
-    def resolve_name(stem: str) -> str:
-        """Convert the stem of a file key to the target's name in the base."""
-        if format == "kohya":
-            stem = stems.get(stem) or parse_kohya_stem(stem, layers_per_block)
-        component, path = stem.split(".", 1)
-        flat_path = path.removeprefix("text_model.")
-        spellings = (stem, f"{component}.{flat_path}", f"{component}.text_model.{flat_path}")
-        return next((spelling for spelling in spellings if spelling in known_names), stem)
-
-    return resolve_name
+def _find_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of all factors, float32 if they have several."""
+    dtypes = {tensor.dtype for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _check_same_targets(
@@ -190,12 +207,23 @@ def _select_layout(
     modules: Mapping[str, nn.Module], names: Collection[str], base: str, file_name: str
 ) -> LoraLayout:
     """The layout of the named modules of the loaded base, in its order and with its shapes."""
-    known_names = _list_target_names(None, modules)
+    known_names = {
+        f"{component}.{path}"
+        for component, module in modules.items()
+        for path, _ in list_layers(module)
+    }
     if unknown := sorted(set(names) - known_names):
+        components = dict.fromkeys(name.split(".", 1)[0] for name in unknown)
+        missing = [name for name in components if name in COMPONENTS and name not in modules]
+        hint = (
+            f"give {', '.join(missing)} of the base, too, or use the base it was made for"
+            if missing
+            else "use the base it was made for"
+        )
         raise LayoutMismatchError(
             f"{file_name} (base {base!r}, {len(names)} targets) has {len(unknown)} targets that "
             f"this base lacks, e.g. {unknown[0]} ({len(known_names)} targets possible in "
-            f"{', '.join(modules)}): use the base it was made for"
+            f"{', '.join(modules)}): {hint}"
         )
     layouts = []
     for component, module in modules.items():

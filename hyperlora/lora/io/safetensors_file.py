@@ -4,7 +4,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final, TypedDict
 from uuid import uuid4
@@ -17,13 +17,36 @@ from torch import Tensor
 from hyperlora.errors import InvalidLoraFileError
 
 MAX_BYTES: Final = 4 << 30
-MAX_HEADER_BYTES: Final = 16 << 20
+MAX_HEADER_BYTES: Final = 100_000_000
+"""Of safetensors itself, for files on disk."""
+MAX_UPLOAD_HEADER_BYTES: Final = 16 << 20
+"""For files that are sent as bytes."""
 MAX_TENSORS: Final = 20_000
 MAX_KEY_LENGTH: Final = 300
 _DTYPE_NAMES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_DTYPES: Final = frozenset(_DTYPE_NAMES.values())
-_ALPHA_DTYPES: Final = _DTYPES | {"I64", "I32", "F64"}
-_KEY_PATTERN: Final = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+_ALPHA_DTYPES: Final = _DTYPES | {"I64", "I32", "I16", "I8", "U8"}
+_KEY_PATTERN: Final = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+_MISTAKEN_FILES: Final = (
+    (
+        re.compile(rb"version https://git-lfs"),
+        "a git-LFS pointer, not the file that it points to: fetch it with git lfs pull",
+    ),
+    (
+        re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|!--|html|head|\?xml)", re.IGNORECASE),
+        "a web page, not a LoRA: download the file itself, logged in where the site asks for it",
+    ),
+    (
+        re.compile(rb"PK\x03\x04|\x80[\x02-\x05]"),
+        "not a safetensors file but a zip archive or a pickle, which can run code: "
+        "it is never opened",
+    ),
+    (
+        re.compile(rb"\s*\{\s*\""),
+        "JSON, not a LoRA: often the error message of a download that failed",
+    ),
+)
+"""First bytes of what is often saved under the name of a LoRA."""
 
 
 class _TensorEntry(TypedDict):
@@ -32,7 +55,11 @@ class _TensorEntry(TypedDict):
     data_offsets: list[int]
 
 
-def read_tensors(source: Path | bytes, file_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    source: Path | bytes,
+    file_name: str,
+    select_fn: Callable[[Collection[str]], Collection[str]] = lambda keys: keys,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file after checking size, number, names, dtypes and finiteness of its tensors.
 
     Nothing is ever unpickled.
@@ -40,6 +67,7 @@ def read_tensors(source: Path | bytes, file_name: str) -> tuple[dict[str, Tensor
     Args:
         source: The path of a ``.safetensors`` file, or the bytes of one.
         file_name: The name of the file in error messages.
+        select_fn: Function from all keys to those to read; others may hold anything.
 
     Returns:
         The tensors by key, in the order of the file, and the metadata.
@@ -48,7 +76,7 @@ def read_tensors(source: Path | bytes, file_name: str) -> tuple[dict[str, Tensor
         InvalidLoraFileError: The file is missing, too large, malformed or holds NaN or infinity.
     """
     if isinstance(source, Path):
-        if source.suffix != ".safetensors":
+        if source.suffix.lower() != ".safetensors":
             raise InvalidLoraFileError(
                 f"{file_name} is not a .safetensors file: "
                 f"other formats can run code and are never opened"
@@ -66,7 +94,9 @@ def read_tensors(source: Path | bytes, file_name: str) -> tuple[dict[str, Tensor
         raise InvalidLoraFileError(
             f"{file_name} holds {len(entries)} tensors, expected 1 to {MAX_TENSORS}"
         )
-    for key, entry in entries.items():
+    keys = select_fn(list(entries))
+    for key in keys:
+        entry = entries[key]
         if len(key) > MAX_KEY_LENGTH or not _KEY_PATTERN.fullmatch(key):
             raise InvalidLoraFileError(
                 f"{file_name} has a tensor named {key[:80]!r}, which is no module path"
@@ -85,12 +115,14 @@ def read_tensors(source: Path | bytes, file_name: str) -> tuple[dict[str, Tensor
         raise InvalidLoraFileError(
             f"{file_name} is not a sound safetensors file: {error}"
         ) from error
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
+    ordered_tensors = {key: tensors[key] for key in keys}  # safetensors' order is random
+    for key, tensor in ordered_tensors.items():
+        has_own_range = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        # float64 has numbers that float32 lacks, and float8 cannot be asked
+        if not (tensor if has_own_range else tensor.float()).isfinite().all():
             raise InvalidLoraFileError(
                 f"tensor {key} of {file_name} holds NaN or infinity: the LoRA is broken"
             )
-    ordered_tensors = {key: tensors[key] for key in entries}  # safetensors' order is random
     return ordered_tensors, metadata
 
 
@@ -188,12 +220,19 @@ def read_header(source: Path | bytes, size: int, file_name: str) -> dict[str, ob
     Raises:
         InvalidLoraFileError: The header is malformed or too large.
     """
+    max_header_bytes = MAX_UPLOAD_HEADER_BYTES if isinstance(source, bytes) else MAX_HEADER_BYTES
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
+        beginning = file.read(64)
+        header_bytes = int.from_bytes(beginning[:8], "little")
+        if not 2 <= header_bytes <= min(max_header_bytes, size - 8):
+            for pattern, kind in _MISTAKEN_FILES:
+                if pattern.match(beginning):
+                    raise InvalidLoraFileError(f"{file_name} is {kind}")
             raise InvalidLoraFileError(
-                f"{file_name} is not a safetensors file: its header claims {header_bytes} bytes"
+                f"{file_name} is not a safetensors file: its header claims {header_bytes} bytes, "
+                f"at most {min(max_header_bytes, max(size - 8, 0)):,} are expected"
             )
+        file.seek(8)
         raw = file.read(header_bytes)
 
     def check_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,38 +1,32 @@
-"""Parse the tensors of a LoRA file to pairs with alpha folded in, without knowing the base."""
+"""Parse the tensors of a LoRA file to pairs with alpha folded in."""
 
-import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import sqrt
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Final
 
 from torch import Tensor
 
 from hyperlora.errors import InvalidLoraFileError
-from hyperlora.lora.io.keys import (
-    COMPONENTS,
-    KOHYA_PREFIXES,
-    LoraFormat,
-    convert_key_to_peft,
-)
+from hyperlora.lora.io.adapter_config import AdapterConfig
+from hyperlora.lora.io.comfyui_keys import COMFYUI_PREFIX
+from hyperlora.lora.io.converters import Piece
+from hyperlora.lora.io.keys import LoraFormat
+from hyperlora.lora.io.lycoris import PlainFactors, convert_to_plain, count_plain_numbers
+from hyperlora.lora.io.spellings import find_refused_kind, parse_key, split_stem
+from hyperlora.lora.io.target_names import StemShape
 from hyperlora.lora.layout import TargetModule
 
-_FACTOR_BY_SUFFIX: Final = {
-    "lora_A.weight": "down",
-    "lora_down.weight": "down",
-    "lora_B.weight": "up",
-    "lora_up.weight": "up",
+_SGM_STEM: Final = re.compile(
+    r"lora_unet_(?:input_blocks|middle_block|output_blocks|time_embed_\d|label_emb|out_\d)"
+)
+_KERNEL_BY_PATH: Final = {
+    re.compile(r"(?:.+\.)?(?:conv[12]|conv_in|conv_out|conv)"): (3, 3),
+    re.compile(r"(?:.+\.)?conv_shortcut"): (1, 1),
 }
-_KEY_PATTERN: Final = re.compile(r"(?P<stem>.+)\.(?P<side>lora_(?:A|B|down|up)\.weight|alpha)")
-_MAX_CONFIG_VALUE: Final = 1e9
-_PLAIN_PATTERN: Final = re.compile(r"\^?[\w.]+\$?", re.ASCII)
-_UNSUPPORTED_MARKERS: Final = {
-    "DoRA": ("dora_scale", "lora_magnitude_vector"),
-    "LoHa": ("hada_",),
-    "LoKr": ("lokr_",),
-    "a CP-decomposed LoCon": ("lora_mid",),
-}
+"""Kernels of UNets, for factors that files hold as matrices."""
 
 
 @dataclass(frozen=True)
@@ -60,95 +54,183 @@ class LoraFactors:
         kernel_size = (self.down.shape[2], self.down.shape[3]) if self.down.ndim == 4 else None
         return TargetModule(self.name, self.down[0].numel(), self.up.shape[0], kernel_size)
 
+    def fit(self, target: TargetModule | None) -> "LoraFactors":
+        """Reshape matrices to kernels and back, as the adapted module has them.
 
-def detect_format(tensors: Mapping[str, Tensor]) -> LoraFormat:
-    """Return ``kohya`` if the first key has one of its prefixes, else ``diffusers``."""
-    prefixes = tuple(prefix for group in KOHYA_PREFIXES.values() for prefix in group)
-    return "kohya" if next(iter(tensors)).startswith(prefixes) else "diffusers"
+        Args:
+            target: The module; None if it is not known.
+
+        Returns:
+            The same ΔW; the factors as they are if they do not fit the module.
+        """
+        kernel_size = None if target is None else target.kernel_size
+        if target is None and self.name.startswith("unet."):
+            path = self.name.removeprefix("unet.")
+            kernels = (size for p, size in _KERNEL_BY_PATH.items() if p.fullmatch(path))
+            kernel_size = next(kernels, None)
+        own_kernel_size = self.target.kernel_size
+        if kernel_size == own_kernel_size or (target is None and kernel_size is None):
+            return self
+        if kernel_size is None:
+            is_point = own_kernel_size == (1, 1)
+            return (
+                replace(self, down=self.down.flatten(1), up=self.up.flatten(1))
+                if is_point
+                else self
+            )
+        if own_kernel_size is None and self.down.shape[1] % prod(kernel_size) == 0:
+            down = self.down.reshape(self.rank, -1, *kernel_size)
+            return replace(self, down=down, up=self.up[..., None, None])
+        return self
 
 
-def parse_state_dict(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    name_fn: Callable[[str], str],
-    file_name: str,
-) -> dict[str, LoraFactors]:
-    """Group the tensors of a file to pairs in float32, with alpha / rank multiplied into ``up``.
+@dataclass(frozen=True)
+class Adapters:
+    """The tensors of a file by module.
+
+    Attributes:
+        tensors: Tensors by role, by stem.
+        file_name: The name of the file in error messages.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    file_name: str
+
+    def detect_format(self, components: Collection[str]) -> LoraFormat:
+        """Detect the format in which the file is best written again.
+
+        Args:
+            components: Components that the file adapts.
+
+        Returns:
+            The key names of its first module; ``diffusers`` for spellings that are never written.
+        """
+        stem = next(iter(self.tensors))
+        is_kohya = stem.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"))
+        if "transformer" in components:
+            return "comfyui" if stem.startswith(COMFYUI_PREFIX) else "diffusers"
+        if any(map(_SGM_STEM.match, self.tensors)):
+            return "sgm"
+        return "kohya" if is_kohya or stem.startswith(COMFYUI_PREFIX) else "diffusers"
+
+
+def check_keys(keys: Iterable[str], file_name: str) -> tuple[list[str], list[str]]:
+    """Divide the keys of a file into those of a LoRA and bystanders.
+
+    Args:
+        keys: The keys.
+        file_name: The name of the file in error messages.
+
+    Returns:
+        The keys of the LoRA, and those that can be left out.
+
+    Raises:
+        InvalidLoraFileError: Leaving a key out would change images.
+    """
+    lora_keys: list[str] = []
+    other_keys: list[str] = []
+    for key in keys:
+        if parse_key(key) is not None:
+            lora_keys.append(key)
+        elif kind := find_refused_kind(key):
+            raise InvalidLoraFileError(
+                f"{file_name} {kind} (key {key}): only LoRA, LoCon, LoHa and LoKr are read"
+            )
+        else:
+            other_keys.append(key)
+    return lora_keys, other_keys
+
+
+def group_tensors(tensors: Mapping[str, Tensor], file_name: str) -> Adapters:
+    """Group the tensors of a LoRA by module.
 
     Args:
         tensors: The tensors by key.
-        metadata: The metadata of the file; its ``lora_adapter_metadata`` has the alphas of
-            diffusers' files. In kohya's files they are tensors.
-        name_fn: Function from the stem of a key to the name of the target.
         file_name: The name of the file in error messages.
+
+    Returns:
+        The tensors by stem and role.
+
+    Raises:
+        InvalidLoraFileError: A module has two tensors for one role.
+    """
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        parsed = parse_key(key)
+        assert parsed is not None
+        if parsed.role in groups[parsed.stem]:
+            raise InvalidLoraFileError(
+                f"{file_name} has two keys for {parsed.role} of {parsed.stem}, one of them {key}"
+            )
+        groups[parsed.stem][parsed.role] = tensor
+    return Adapters(dict(groups), file_name)
+
+
+def parse_adapters(
+    adapters: Adapters,
+    config: AdapterConfig,
+    resolve_fn: Callable[[Sequence[StemShape]], Mapping[str, Sequence[Piece]]],
+    max_parameters: int,
+) -> dict[str, LoraFactors]:
+    """Convert the modules of a file to pairs in float32, with the scale multiplied into ``up``.
+
+    Args:
+        adapters: The tensors of the file.
+        config: Alphas of PEFT's and diffusers' files. In kohya's files they are tensors.
+        resolve_fn: Function from modules to their targets.
+        max_parameters: Numbers that the pairs may have.
 
     Returns:
         Pairs by target name.
 
     Raises:
-        InvalidLoraFileError: Keys are unknown or duplicate, a factor is missing, or shapes do not
-            fit each other.
+        InvalidLoraFileError: A factor is missing, shapes do not fit each other, or two modules are
+            one target.
     """
-    is_kohya = detect_format(tensors) == "kohya"
-    tensors_by_stem: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        stem, role = _parse_key(key, is_kohya, file_name)
-        if role in tensors_by_stem.setdefault(stem, {}):
-            raise InvalidLoraFileError(
-                f"{file_name} has two keys for {role} of {stem}, one of them {key}"
-            )
-        tensors_by_stem[stem][role] = tensor
-    config = {} if is_kohya else _parse_adapter_config(metadata, file_name)
+    file_name = adapters.file_name
+    num_numbers = sum(map(count_plain_numbers, adapters.tensors.values()))
+    if num_numbers > max_parameters:
+        raise InvalidLoraFileError(
+            f"{file_name} would unfold to {num_numbers:,} numbers as a plain LoRA: too many"
+        )
+    factors = {
+        stem: _make_plain_factors(stem, tensors, file_name)
+        for stem, tensors in adapters.tensors.items()
+    }
+    shapes = [
+        StemShape(stem, plain.up.shape[0], plain.down[0].numel()) for stem, plain in factors.items()
+    ]
     factors_by_name: dict[str, LoraFactors] = {}
-    for stem, stem_tensors in tensors_by_stem.items():
-        name = name_fn(stem)
-        if name in factors_by_name:
-            raise InvalidLoraFileError(
-                f"{file_name} has two LoRAs for target {name}, one of them under {stem}"
-            )
-        factors_by_name[name] = _fold_alpha(name, stem, stem_tensors, config, file_name)
+    for stem, pieces in resolve_fn(shapes).items():
+        plain, tensors = factors[stem], adapters.tensors[stem]
+        scale = _compute_scale(stem, pieces[0].name, tensors, plain, config, file_name)
+        pair = LoraFactors(stem, plain.down.float(), (plain.up.double() * scale).float())
+        for name, piece in _split_pair(pair, pieces):
+            if name in factors_by_name:
+                raise InvalidLoraFileError(
+                    f"{file_name} has two LoRAs for target {name}, one of them under {stem}"
+                )
+            factors_by_name[name] = piece
     return factors_by_name
 
 
-def _parse_key(key: str, is_kohya: bool, file_name: str) -> tuple[str, str]:
-    """Stem of a key, and ``down``, ``up`` or ``alpha``."""
-    for kind, markers in _UNSUPPORTED_MARKERS.items():
-        if any(marker in key for marker in markers):
-            raise InvalidLoraFileError(
-                f"{file_name} is {kind} (key {key}): "
-                f"only plain LoRA and LoCon are read, convert it first"
-            )
-    match = _KEY_PATTERN.fullmatch(key if is_kohya else convert_key_to_peft(key))
-    if match is None:
-        raise InvalidLoraFileError(f"{file_name} has the key {key}, which belongs to no LoRA pair")
-    stem, role = match["stem"], _FACTOR_BY_SUFFIX.get(match["side"], "alpha")
-    prefixes = (
-        [p for group in KOHYA_PREFIXES.values() for p in group]
-        if is_kohya
-        else [f"{c}." for c in COMPONENTS]
-    )
-    if not stem.startswith(tuple(prefixes)):
+def _make_plain_factors(stem: str, tensors: Mapping[str, Tensor], file_name: str) -> PlainFactors:
+    """The factors of one module, checked."""
+    shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in tensors.items())
+    try:
+        plain = convert_to_plain(tensors)
+    except (ValueError, RuntimeError, IndexError) as error:
         raise InvalidLoraFileError(
-            f"{file_name} has the key {key}, expected it to start with one of {', '.join(prefixes)}"
-        )
-    return stem, role
-
-
-def _fold_alpha(
-    name: str,
-    stem: str,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, object],
-    file_name: str,
-) -> LoraFactors:
-    """The pair of one target, checked, with ``up`` scaled by alpha / rank."""
-    down, up, alpha = tensors.get("down"), tensors.get("up"), tensors.get("alpha")
-    if down is None or up is None:
-        missing = "down" if down is None else "up"
+            f"{stem} of {file_name} is {shapes}, which do not fit each other"
+        ) from error
+    if plain is None:
+        missing = "down" if "down" not in tensors else "up"
+        if any(role.startswith(("hada_", "lokr_")) for role in tensors):
+            missing = "other half"
         raise InvalidLoraFileError(
             f"{file_name} has {' and '.join(sorted(tensors))} of {stem} but no {missing}"
         )
-    shapes = f"down {list(down.shape)}, up {list(up.shape)}"
+    down, up = plain.down, plain.up
     if (
         down.ndim != up.ndim
         or down.ndim not in (2, 4)
@@ -158,75 +240,54 @@ def _fold_alpha(
         raise InvalidLoraFileError(
             f"{stem} of {file_name} is {shapes}, which is no Linear or convolution LoRA"
         )
-    rank = down.shape[0]
-    if up.shape[1] != rank:
+    if up.shape[1] != down.shape[0]:
         raise InvalidLoraFileError(
             f"{stem} of {file_name} is {shapes}: "
-            f"the ranks {rank} and {up.shape[1]} differ inside the pair"
+            f"the ranks {down.shape[0]} and {up.shape[1]} differ inside the pair"
         )
-    scale = _compute_scale(config, name, rank, file_name)
-    if alpha is not None:
-        if alpha.numel() != 1 or config:
-            raise InvalidLoraFileError(
-                f"alpha of {stem} of {file_name} is not one number given once: "
-                f"shape {list(alpha.shape)}"
-            )
-        scale = float(alpha.item()) / rank
-    return LoraFactors(name, down.float(), up.float() * scale)
+    return plain
 
 
-def _parse_adapter_config(metadata: Mapping[str, str], file_name: str) -> dict[str, object]:
-    """diffusers' ``lora_adapter_metadata``: fields of PEFT's ``LoraConfig``, {} if absent.
-
-    Keys are ``<component>.<field>``.
-    """
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidLoraFileError(
-            f"{file_name} has a lora_adapter_metadata that is no JSON"
-        ) from error
-    if not isinstance(config, dict):
-        raise InvalidLoraFileError(f"{file_name} has a lora_adapter_metadata that is no table")
-    if dora := [key for key, value in config.items() if key.endswith(".use_dora") and value]:
-        raise InvalidLoraFileError(
-            f"{file_name} is DoRA ({dora[0]} in its metadata): only plain LoRA and LoCon are read"
-        )
-    return config
-
-
-def _compute_scale(config: Mapping[str, object], name: str, rank: int, file_name: str) -> float:
-    """alpha / rank (rsLoRA: alpha / √rank) as PEFT computes it; 1 without adapter metadata."""
-    component, path = name.split(".", 1)
-    fields = {
-        key.split(".", 1)[1]: value
-        for key, value in config.items()
-        if key.startswith(f"{component}.")
-    }
-    if not fields:
-        return 1.0
-    config_rank = _resolve_pattern_value(fields, "rank_pattern", "r", path, file_name)
-    if config_rank != rank:
-        raise InvalidLoraFileError(
-            f"{name} of {file_name} has rank {rank}, its lora_adapter_metadata says {config_rank:g}"
-        )
-    alpha = _resolve_pattern_value(fields, "alpha_pattern", "lora_alpha", path, file_name)
-    return alpha / (sqrt(rank) if fields.get("use_rslora") else rank)
-
-
-def _resolve_pattern_value(
-    fields: Mapping[str, object], pattern_field: str, default_field: str, path: str, file_name: str
+def _compute_scale(
+    stem: str,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    plain: PlainFactors,
+    config: AdapterConfig,
+    file_name: str,
 ) -> float:
-    """The value for a path: that of the pattern which matches it, else the default."""
-    from peft.utils.other import get_pattern_key
+    """The scale of ΔW: alpha of the tensors or of the config over the rank, else 1."""
+    component, path = name.split(".", 1)
+    has_own_rank = "down" in tensors
+    config_scale: float | None = None
+    if "." in stem:  # kohya's programs read tensors only
+        file_path = split_stem(stem).path  # as the patterns of the config spell it
+        config_scale = config.compute_scale(
+            component, file_path if "." in file_path else path, plain.down.shape[0], has_own_rank
+        )
+    alpha = tensors.get("alpha")
+    if alpha is None:
+        return 1.0 if config_scale is None else config_scale
+    if alpha.numel() != 1 or config_scale is not None:
+        raise InvalidLoraFileError(
+            f"alpha of {stem} of {file_name} is not one number given once: "
+            f"shape {list(alpha.shape)}"
+        )
+    return 1.0 if plain.scale_rank is None else float(alpha.double().item()) / plain.scale_rank
 
-    patterns = fields.get(pattern_field) or {}
-    # only plain patterns: matching an arbitrary regular expression could take forever
-    if isinstance(patterns, dict) and all(map(_PLAIN_PATTERN.fullmatch, patterns)):
-        value = patterns.get(get_pattern_key(patterns.keys(), path), fields.get(default_field))
-        # the comparison also refuses NaN, and integers that no float holds
-        if isinstance(value, int | float) and abs(value) < _MAX_CONFIG_VALUE:
-            return float(value)
-    raise InvalidLoraFileError(
-        f"{file_name} has no sound {default_field} and {pattern_field} in its lora_adapter_metadata"
-    )
+
+def _split_pair(pair: LoraFactors, pieces: Sequence[Piece]) -> list[tuple[str, LoraFactors]]:
+    """The targets of one pair; of fused ones without the targets and ranks that are zero."""
+    if len(pieces) == 1:
+        (piece,) = pieces
+        up = pair.up if piece.rows is None else pair.up[piece.rows]
+        return [(piece.name, LoraFactors(piece.name, pair.down, up))]
+    split: list[tuple[str, LoraFactors]] = []
+    whole: list[tuple[str, LoraFactors]] = []
+    for piece in pieces:
+        up = pair.up[piece.rows]
+        whole.append((piece.name, LoraFactors(piece.name, pair.down, up)))
+        columns = up.flatten(1).any(0)  # [rank]
+        if columns.any():
+            split.append((piece.name, LoraFactors(piece.name, pair.down[columns], up[:, columns])))
+    return split or whole  # of a LoRA that changes nothing every target stays

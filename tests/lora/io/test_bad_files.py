@@ -19,7 +19,7 @@ from hyperlora.errors import (
     InvalidLoraFileError,
     LayoutMismatchError,
 )
-from hyperlora.lora.io import safetensors_file
+from hyperlora.lora.io import adapter_config, safetensors_file
 from hyperlora.lora.io.inspect import inspect_lora
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
@@ -66,9 +66,13 @@ BAD_STATES: dict[str, tuple[dict[str, Tensor], str]] = {
         make_pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.int8)},
         "has dtype I8",
     ),
-    "double weights": (
-        make_pair() | {f"{Q}.lora_A.weight": torch.ones(2, 3, dtype=torch.float64)},
-        "has dtype F64",
+    "double weights that float32 lacks": (
+        make_pair() | {f"{Q}.lora_A.weight": torch.full((2, 3), 1e300, dtype=torch.float64)},
+        "holds NaN or infinity",
+    ),
+    "float8 NaN": (
+        make_pair() | {f"{Q}.lora_A.weight": torch.full((2, 3), torch.nan).to(torch.float8_e4m3fn)},
+        "holds NaN or infinity",
     ),
     "down without up": (drop_keys(make_pair(), "lora_B") | make_pair(K), rf"down of {Q} but no up"),
     "up without down": (drop_keys(make_pair(), "lora_A") | make_pair(K), rf"up of {Q} but no down"),
@@ -95,30 +99,65 @@ BAD_STATES: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "unknown key": (
         make_pair() | {"unet.conv_in.weight": torch.ones(2)},
-        "unet.conv_in.weight, which belongs to no LoRA",
+        r"has a tensor which belongs to no LoRA \(key unet.conv_in.weight\)",
     ),
-    "bias": (make_pair() | {f"{Q}.lora_B.bias": torch.ones(4)}, "belongs to no LoRA pair"),
+    "bias": (make_pair() | {f"{Q}.lora_B.bias": torch.ones(4)}, "has LoRAs with biases"),
+    "difference of biases": (
+        make_kohya_pair() | {f"{STEM}.diff_b": torch.ones(4)},
+        r"changes biases \(key lora_unet.*diff_b\)",
+    ),
+    "difference of a norm": (
+        make_kohya_pair() | {"lora_unet_mid_block_attentions_0_norm.diff": torch.ones(4)},
+        "changes whole weights, e.g. of norms",
+    ),
+    "LyCORIS norm": (
+        make_kohya_pair() | {"lora_unet_mid_block_attentions_0_norm.w_norm": torch.ones(4)},
+        "changes whole weights",
+    ),
+    "OFT": (make_kohya_pair() | {f"{STEM}.oft_blocks": torch.ones(4)}, "is OFT"),
+    "embeddings' LoRA": (
+        make_pair() | {"text_encoder.x.lora_embedding_A": torch.ones(4)},
+        "has LoRAs of embeddings",
+    ),
+    "nothing of a LoRA": ({"global_step": torch.ones(1)}, "holds no LoRA.*'global_step'"),
     "unknown component": (
         make_pair("vae.decoder.x"),
-        "vae.decoder.x.* expected it to start with one of unet.",
+        "LoRA under vae.decoder.x, which names no module of a known base",
     ),
-    "peft's own file": (make_pair("base_model.model.x"), "expected it to start with"),
+    "path of no base": (make_pair("base_model.model.x"), "names no module of a known base"),
     "one target twice": (
         make_pair("unet.mid_block.attn1.to_q") | make_pair("unet.mid_block.attn1.processor.to_q"),
         "two keys for down of unet.mid_block.attn1.to_q",
     ),
     "DoRA": (make_pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)}, "is DoRA"),
-    "LoHa": ({f"{STEM}.hada_w1_a": torch.ones(2, 2)}, "is LoHa .* convert it first"),
-    "LoKr": ({f"{STEM}.lokr_w1": torch.ones(2, 2)}, "is LoKr"),
+    "DoRA of kohya": (make_kohya_pair() | {f"{STEM}.dora_scale": torch.ones(4)}, "is DoRA"),
+    "half a LoHa": ({f"{STEM}.hada_w1_a": torch.ones(2, 2)}, "hada_w1_a of lora_unet.*no other"),
+    "half a LoKr": ({f"{STEM}.lokr_w1": torch.ones(2, 2)}, "lokr_w1 of lora_unet.*no other half"),
+    "LoKr of two ranks": (
+        {
+            f"{STEM}.lokr_w1": torch.ones(2, 2),
+            f"{STEM}.lokr_w2_a": torch.ones(4, 3),
+            f"{STEM}.lokr_w2_b": torch.ones(2, 4),
+        },
+        "which do not fit each other",
+    ),
+    "LoHa of two sizes": (
+        {
+            f"{STEM}.hada_w1_a": torch.ones(4, 2),
+            f"{STEM}.hada_w1_b": torch.ones(2, 5),
+            f"{STEM}.hada_w2_a": torch.ones(4, 2),
+            f"{STEM}.hada_w2_b": torch.ones(2, 6),
+        },
+        "which do not fit each other",
+    ),
     "kohya without up": (drop_keys(make_kohya_pair(), "lora_up"), "down of lora_unet.* but no up"),
     "kohya of another model": (
-        make_kohya_pair("lora_unet_double_blocks_0_img_attn_proj"),
-        "double_blocks_0.* base",
+        make_kohya_pair("lora_unet_double_blocks_0_img_attn_who"),
+        "double_blocks_0.*names no module of a known base",
     ),
-    "kohya key among diffusers'": (make_pair() | make_kohya_pair(), "expected it to start with"),
     "kohya bad block number": (
         make_kohya_pair("lora_unet_input_blocks_x_1_proj_in"),
-        "names no target",
+        "names no module",
     ),
     "one kohya target twice": (
         make_kohya_pair("lora_te_text_model_encoder_layers_0_mlp_fc1")
@@ -168,15 +207,34 @@ BAD_CONFIGS = {
         {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": [1]},
         "alpha_pattern",
     ),
+    "pattern is no expression": (
+        {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {"(to_q": 1}},
+        "'\\(to_q' in its alpha_pattern, which is no regular expression",
+    ),
     "pattern takes forever": (
-        {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {"(a+)+$": 1}},
-        "alpha_pattern",
+        {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {r"(\w|\w\w|\w\w\w|\.|\w\.)*[A-Z]": 1}},
+        "alpha_pattern that takes longer than",
+    ),
+    "too many expressions": (
+        {"unet.r": 2, "unet.rank_pattern": {f"to_[qk]{i}": 2 for i in range(300)}},
+        "300 of them regular expressions",
+    ),
+    "endless pattern": (
+        {"unet.r": 2, "unet.rank_pattern": {"to_q|" * 200: 2}},
+        "patterns of up to 1000 characters",
+    ),
+    "PiSSA": (
+        {"unet.r": 2, "unet.lora_alpha": 2, "unet.init_lora_weights": "pissa"},
+        "changes the base, too",
     ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_load_lora_refuses_bad_adapter_metadata(case: str, tmp_path: Path) -> None:
+def test_load_lora_refuses_bad_adapter_metadata(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_config, "MATCH_TIMEOUT_S", 0.2)
     config, sentence = BAD_CONFIGS[case]
     text = config if isinstance(config, str) else json.dumps(config)
     save_file(make_pair(), tmp_path / "bad.safetensors", metadata={"lora_adapter_metadata": text})
@@ -191,7 +249,15 @@ def make_file(header: bytes, data: bytes = b"") -> bytes:
 ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 BAD_BYTES = {
     "empty": (b"", "not a safetensors file"),
-    "pickle": (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00", "not a safetensors file"),
+    "pickle": (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00", "a zip archive or a pickle"),
+    "zip": (b"PK\x03\x04" + b"x" * 60, "a zip archive or a pickle"),
+    "web page": (b"\n<!DOCTYPE html><html><body>Log in</body></html>", "is a web page"),
+    "bare web page": (b"<HTML><title>404</title></HTML>", "is a web page"),
+    "LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "is a git-LFS pointer.*git lfs pull",
+    ),
+    "answer in JSON": (b'{"error": "not found", "code": 404}', "is JSON, not a LoRA"),
     "header longer than the file": (struct.pack("<Q", 1 << 40) + b"{}", "header claims"),
     "no JSON": (make_file(b"nonsense"), "no JSON"),
     "deep JSON": (make_file(b"[" * 100_000), "no JSON"),

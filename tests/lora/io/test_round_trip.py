@@ -187,7 +187,7 @@ def test_load_lora_folds_alpha_of_adapter_metadata(
     modules: dict[str, nn.Module], random_lora: Make, tmp_path: Path, rslora: bool, scale: float
 ) -> None:
     lora = random_lora({"unet": modules["unet"]}, "attention", rank=4)
-    path = save_lora(lora, tmp_path / "x.safetensors")
+    path = save_lora(lora, tmp_path / "x.safetensors", format="diffusers")
     special = lora.layout.targets[3]
     config = {
         "unet.r": 4,
