@@ -11,6 +11,7 @@ from hyperlora import pretrained
 from hyperlora.compute import ComputeConfig
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError, ModelLoadError
+from hyperlora.hub_connection import require_cache_if_offline
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
@@ -99,16 +100,23 @@ def load_photo_model(
 
 
 def is_own_model(name_or_path: str | Path) -> bool:
-    """Return whether a folder or hub id is a model of hyperlora, or cannot be told.
+    """Return whether a folder or hub id is a model of hyperlora, whole or in part.
 
     Args:
         name_or_path: The folder or the hub id, perhaps with ``:VARIANT``.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
-        own_files = ("config.json", "layout.json", "model.safetensors")
-        return not any(folder.iterdir()) or any((folder / name).is_file() for name in own_files[:2])
-    return read_method_name(name_or_path) is not None
+    if not folder.is_dir():
+        return read_method_name(name_or_path) is not None
+    if (folder / "layout.json").is_file() or not any(folder.iterdir()):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True  # a damaged one
+    return isinstance(config, dict) and CLASS_NAME_KEY in config and "card" in config
 
 
 def read_method_name(name_or_path: str | Path) -> str | None:
@@ -120,6 +128,8 @@ def read_method_name(name_or_path: str | Path) -> str | None:
     Returns:
         The name of the method; None if the file cannot be read or names no model from photos.
     """
+    if not Path(name_or_path).exists():
+        require_cache_if_offline()
     try:
         config_path = (
             Path(name_or_path) / "config.json"

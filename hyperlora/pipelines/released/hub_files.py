@@ -388,7 +388,7 @@ def open_files(name: str, revision: str | None = None, offline: bool = False) ->
         return FolderFiles(Path(path), variant)
     if not is_repo_id(path) or "/" not in path:
         raise ModelLoadError(
-            f"model {path!r} is neither a folder nor a hub id (ORG/NAME): check its name"
+            f"model {path!r} is neither a folder nor a reachable hub id (ORG/NAME): check its name"
         )
     if offline or require_cache_if_offline():
         if (cached := _find_cached_files(path, variant, revision)) is not None:
@@ -420,8 +420,8 @@ def _open_modelscope(
         return ModelScopeFiles(repo_id, variant, revision)
     except ModelLoadError as error:
         raise ModelLoadError(
-            f"model {repo_id!r} was found neither on the hub nor on ModelScope ({reason}): "
-            "check its name and the connection, or give a folder"
+            f"model {repo_id!r} is neither a folder nor a reachable hub id ({reason}, and "
+            "ModelScope has none): check its name and the connection, or give a folder"
         ) from error
 
 
