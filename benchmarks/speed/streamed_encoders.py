@@ -131,7 +131,9 @@ def main() -> None:
                 ]
                 with measure_own_memory() as peaks:
                     start = time.perf_counter()
-                    encoder = encoder_class(path, config, dtype=_DTYPES[arguments.dtype])
+                    dtype = _DTYPES[arguments.dtype]
+                    options = {} if dtype is None else {"dtype": dtype}
+                    encoder = encoder_class(path, config, **options)
                     opened, cpu_start = time.perf_counter(), time.process_time()
                     embeddings = encoder.encode(images)
                     seconds = time.perf_counter() - opened

@@ -124,6 +124,11 @@ RUNS = [
         r"final loss (\d\.\d{3})\d and \1",
     ),
     (
+        "speed.streamed_encoders",
+        "clip --layers 1 --images 2",
+        r"\| clip \| 0\.\d\d \| 2 \| float32 \|",
+    ),
+    (
         "speed.time_to_identity",
         "{bundle.benchmark} --num-subjects 2 --batch-size 1 --steps 1 2 --warm-steps 0 1"
         " --timed-steps 1",

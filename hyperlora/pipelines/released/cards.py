@@ -190,13 +190,12 @@ RELEASED_CARDS: Final[tuple[ReleasedCard, ...]] = (
         "DiffSynth-Studio/Z-Image-i2L",
         18_990_000_000,
     ),
-    *(
-        _make_i2l_card(variant, purpose, _QWEN_IMAGE, "DiffSynth-Studio/Qwen-Image-i2L", num_bytes)
-        for variant, purpose, num_bytes in (
-            ("style", "style of images", 20_570_000_000),
-            ("coarse", "content of images", 48_210_000_000),
-            ("fine", "details of images, on top of coarse", 47_510_000_000),
-        )
+    _make_i2l_card(
+        "style",
+        "style of images",
+        _QWEN_IMAGE,
+        "DiffSynth-Studio/Qwen-Image-i2L",
+        20_570_000_000,
     ),
     ReleasedCard(
         kind="lorweb",
