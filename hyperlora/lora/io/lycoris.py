@@ -143,11 +143,17 @@ def _convert_lokr(weights: Mapping[str, Tensor]) -> PlainFactors | None:
     if first is None or second is None:
         return None
     (up_1, down_1, _, rank_1), (up_2, down_2, kernel, rank_2) = first, second
-    up = torch.kron(up_1, up_2)  # [a · c, r1 · r2]
-    down = torch.kron(down_1, down_2)  # [r1 · r2, b · d · kh · kw]
+    up = _kron(up_1, up_2)  # [a · c, r1 · r2]
+    down = _kron(down_1, down_2)  # [r1 · r2, b · d · kh · kw]
     in_channels = down.shape[1] // prod(kernel)
     # as LyCORIS and ComfyUI: alpha is over the rank of the factorized side, and void without one
     return _make_factors(up, down, in_channels, kernel, rank_2 or rank_1)
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    """``torch.kron`` of matrices, which fails on some transposed ones."""
+    product = torch.einsum("ab,cd->acbd", first, second)
+    return product.reshape(len(first) * len(second), -1)
 
 
 def _factorize_side(

@@ -104,7 +104,7 @@ def read_lora(
                 f"{file_name} holds no LoRA: no key ends as those of one do, e.g. {other_keys[0]!r}"
             )
         if other_keys:
-            notes.append(_describe_left_out(other_keys))
+            notes.append(_describe_left_out(sorted(other_keys)))
         return lora_keys
 
     tensors, metadata = read_tensors(lora_source.file, file_name, select_keys)
