@@ -38,16 +38,18 @@ def build_tokenizer(output_dir: Path, max_length: int = 48) -> CLIPTokenizer:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=4000,
+        # letters at the ends of words get their ids here; the trainer would number them in the
+        # order of a hash map, another one in every run, and break ties of merges by that
+        special_tokens=[f"{letter}</w>" for letter in alphabet],
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     bpe.train_from_iterator(corpus, trainer)
     bpe_vocab = bpe.get_vocab()
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = sorted(bpe_vocab, key=lambda t: bpe_vocab[t])
-    tokens += [f"{c}</w>" for c in alphabet if f"{c}</w>" not in bpe_vocab] + [
-        _BOS_TOKEN,
-        _EOS_TOKEN,
-    ]
+    tokens = [*sorted(bpe_vocab, key=lambda t: bpe_vocab[t]), _BOS_TOKEN, _EOS_TOKEN]
     tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=merges,

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 
-_MIN_STD: Final = 1e-8
+_MIN_STD: Final = 2.0**-24
+"""The smallest positive number of float16, in which models are saved: a smaller standard deviation
+would be 0 in the file."""
 
 
 class LoraNormalizer(nn.Module):

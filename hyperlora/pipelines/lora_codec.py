@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hyperlora.data.lora_dataset import LoraDataset
 from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.normalization import LoraNormalizer
 from hyperlora.lora.weights import LoraWeights
@@ -151,8 +152,18 @@ class LoraCodec(PretrainedModel):
 
     @torch.no_grad()
     def calibrate(self, rows: Tensor) -> None:
-        """Set ``latent_std`` to the standard deviation of the latents of rows [n, P]."""
+        """Set ``latent_std`` to the standard deviation of the latents of rows [n, P].
+
+        Raises:
+            InvalidArgumentError: All latents are equal, or some are no numbers.
+        """
         self.latent_std.fill_(1.0)
         chunks = rows.split(_CALIBRATION_BATCH_SIZE)
         latents = torch.cat([self.encode_flat(chunk) for chunk in chunks])  # [n, tokens, width]
-        self.latent_std.copy_(latents.std())
+        std = latents.std()
+        if not 0 < std.half() < torch.inf:  # models are saved in float16
+            raise InvalidArgumentError(
+                f"the latents of {len(rows):,} LoRAs have a standard deviation of {float(std):g}, "
+                "a positive number was expected: the LoRAs must differ, fit them with more steps"
+            )
+        self.latent_std.copy_(std)

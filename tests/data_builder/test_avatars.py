@@ -20,6 +20,7 @@ from data_builder.avatars.portrait_dataset import (
     draw_portraits,
 )
 from data_builder.avatars.rendering import render_portrait
+from data_builder.avatars.tokenizer import build_tokenizer
 from data_builder.datamodules.feature_cache import load_cached_latents
 from data_builder.datamodules.portraits import ATTRIBUTES, make_attribute_labels
 from hyperlora.training.auxiliary_losses import IGNORE_INDEX
@@ -36,6 +37,16 @@ def test_render_portrait_is_deterministic():
         render_pixels(sample_identity(7), sample_scene(7, 3)),
         render_pixels(sample_identity(7), sample_scene(7, 3)),
     )
+
+
+def test_build_tokenizer_is_deterministic(tmp_path):
+    """So that a base trained again reads a prompt as the same tokens."""
+    tokenizers = [build_tokenizer(tmp_path / name) for name in ("a", "b")]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+    words = "a smiling person with round glasses"
+    assert tokenizers[0].tokenize(words) == [f"{word}</w>" for word in words.split()]
 
 
 def test_splits_are_disjoint_and_identities_differ():

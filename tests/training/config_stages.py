@@ -129,6 +129,7 @@ def _build_loras() -> None:
         "checkpoints/avatars/base",
         preset="attention",
         rank=1,
+        init="zero",  # factors of each subject: LoRAs differ even where no step is an improvement
         finetune_steps=1,
         subjects_per_batch=4,
     )
