@@ -83,7 +83,7 @@ def test_lora_tools_write_expected_weights(run: RunCommand, lora_dir: Path, tmp_
     assert result.code == 0
     assert {n.startswith("unet.mid_block") for n, norm in norms.items() if norm == 0} == {True}
     assert run("convert", b, "-o", out).code == 0
-    assert load_lora(out).format == "diffusers"
+    assert load_lora(out).format == "kohya"  # of auto
 
 
 def test_resize_prints_relative_error(run: RunCommand, lora_dir: Path, tmp_path: Path) -> None:
