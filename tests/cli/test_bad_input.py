@@ -54,7 +54,7 @@ BAD_PHOTOS = {
     "empty": (b"", "is empty"),
     "cut off": (encode_image(PHOTO)[:400], "damaged or cut off"),
     "huge": (make_huge_png(), "is 20000×20000, at most 25 megapixels"),
-    "GIF": (encode_image(PHOTO, "GIF"), "is another kind of file"),
+    "PDF": (encode_image(PHOTO, "PDF"), "is a PDF file, which is not read"),
 }
 
 

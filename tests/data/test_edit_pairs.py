@@ -38,6 +38,25 @@ def test_load_edit_pairs_reads_plain_folder(tmp_path):
     assert read_colors(first_pair) == (RED, BLUE)
 
 
+def test_load_edit_pairs_reads_suffixes_and_texts_as_subjects_do(tmp_path):
+    make_image(RED).save(tmp_path / "hat_Before.TIFF")
+    make_image(BLUE).save(tmp_path / "hat_AFTER.bmp")
+    (tmp_path / "hat.caption").write_bytes("\nthe hat’s gone\r\n".encode("cp1252"))
+    (pair,) = load_edit_pairs(tmp_path)
+    assert read_colors(pair) == (RED, BLUE) and pair.instruction == "the hat’s gone"
+    make_image(RED).save(tmp_path / "hat_before.png")
+    with pytest.raises(InvalidImageError, match=r"are both the image before: remove one of them"):
+        load_edit_pairs(tmp_path)
+
+
+def test_hub_pairs_are_decoded_by_read_image(tmp_path):
+    """Not by ``datasets``, which keeps the colors of a profile as they are."""
+    rows = Dataset.from_dict({"before": [make_image(RED)], "after": [make_image(BLUE)]})
+    rows.save_to_disk(str(tmp_path / "d"))
+    (pair,) = load_edit_pairs(tmp_path / "d")
+    assert isinstance(pair.before, bytes) and isinstance(pair.after, bytes)
+
+
 def test_load_edit_pairs_names_incomplete_pair(tmp_path):
     make_image(RED).save(tmp_path / "a_before.png")
     with pytest.raises(InvalidImageError, match=r"a_before\.png' has no image after beside it"):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperlora.data.subjects import Subject, list_subjects
+from hyperlora.data import image_formats
+from hyperlora.data.subjects import SkippedPhoto, Subject, list_subjects
 from hyperlora.errors import InvalidImageError
 
 
@@ -59,16 +60,16 @@ def test_list_subjects_reads_linked_folder(tmp_path: Path) -> None:
 
 def test_list_subjects_names_invalid_folders(tmp_path: Path) -> None:
     with pytest.raises(
-        InvalidImageError, match="holds no subject: put PNG, JPEG or WEBP images there"
+        InvalidImageError, match="holds no subject: put images there, such as PNG, JPEG"
     ):
         list_subjects(tmp_path)
     with pytest.raises(InvalidImageError, match="there is no folder"):
         list_subjects(tmp_path / "missing")
     create_files(tmp_path / "adam.png")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InvalidImageError, match="empty' holds no PNG, JPEG or WEBP image"):
+    with pytest.raises(InvalidImageError, match="empty' holds no image, such as PNG"):
         list_subjects(tmp_path)
-    create_files(tmp_path / "empty/1.png", tmp_path / "adam.jpg")
+    create_files(tmp_path / "empty/1.png", tmp_path / "adam/1.jpg")
     with pytest.raises(InvalidImageError, match="two subjects called 'adam'"):
         list_subjects(tmp_path)
 
@@ -76,8 +77,89 @@ def test_list_subjects_names_invalid_folders(tmp_path: Path) -> None:
 def test_list_subjects_names_invalid_captions(tmp_path: Path) -> None:
     create_files(tmp_path / "me.png")
     (tmp_path / "me.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(InvalidImageError, match=r"me\.txt' cannot be read as UTF-8 text"):
+    with pytest.raises(InvalidImageError, match=r"me\.txt' is neither UTF-8, UTF-16 nor cp1252"):
         list_subjects(tmp_path)
     (tmp_path / "me.txt").write_text("x" * 100_000)
     with pytest.raises(InvalidImageError, match=r"me\.txt' is longer than 64000 bytes"):
         list_subjects(tmp_path)
+
+
+def test_list_subjects_counts_photos_without_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = {**image_formats._DECODERS, "HEIC": ("no_such_module", "x")}
+    monkeypatch.setattr(image_formats, "_DECODERS", missing)
+    create_files(
+        *(tmp_path / "ben" / name for name in ("1.JPG", "2.HEIC", "3.heif", "4.tiff", "5.Nef")),
+        *(tmp_path / name for name in ("zoe.dng", "adam.avif", "notes.pdf")),
+        tmp_path / "carl/IMG_1.heic",
+    )
+    reasons: list[str] = []
+    skipped: list[SkippedPhoto] = []
+    subjects = list_subjects(tmp_path, reasons, skipped_photos=skipped)
+    assert [(s.name, [p.name for p in s.photos]) for s in subjects] == [
+        ("adam", ["adam.avif"]),
+        ("ben", ["1.JPG", "4.tiff"]),
+    ]
+    raw, heic = reasons
+    assert raw.startswith("2 photos skipped (zoe.dng, ben/5.Nef), each is a camera RAW file,")
+    assert heic.startswith("3 photos skipped (ben/2.HEIC, ben/3.heif, carl/IMG_1.heic), each is")
+    assert "pip install 'hyperlora[heif]'" in heic
+    assert len(skipped) == 5
+    assert len(list_subjects(tmp_path)) == 2  # no whole subject is lost without a word
+    (tmp_path / "ben/1.JPG").unlink()
+    for name in ("ben/4.tiff", "adam.avif"):
+        (tmp_path / name).unlink()
+    with pytest.raises(InvalidImageError, match=r"no photo that can be used, 2 photos skipped \("):
+        list_subjects(tmp_path)
+
+
+def test_list_subjects_reads_every_format_in_any_case(tmp_path: Path) -> None:
+    names = ["a.Jpg", "b.JFIF", "c.mpo", "d.TIF", "e.tiff", "f.BMP", "g.gif", "h.avif", "i.jp2"]
+    create_files(*(tmp_path / "anna" / name for name in names))
+    assert [p.name for p in list_subjects(tmp_path)[0].photos] == names
+
+
+def test_list_subjects_ignores_what_systems_add(tmp_path: Path) -> None:
+    create_files(
+        *(tmp_path / "anna" / name for name in ("1.png", "._1.png", ".DS_Store", "Thumbs.db")),
+        *(tmp_path / name for name in ("__MACOSX/x.png", "@eaDir/x.jpg", "Thumbs.db", "._b.jpg")),
+    )
+    reasons: list[str] = []
+    assert [s.photos for s in list_subjects(tmp_path, reasons)] == [(tmp_path / "anna/1.png",)]
+    assert reasons == []
+
+
+def test_list_subjects_counts_links_and_twins(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "in", tmp_path / "out"
+    create_files(folder / "me/1.png", folder / "zoe.jpg", folder / "zoe.png", outside / "x.png")
+    (folder / "me/2.png").symlink_to(outside / "x.png")
+    (folder / "me/3.png").symlink_to(folder / "nothing.png")
+    (folder / "they").symlink_to(outside)
+    reasons: list[str] = []
+    assert [s.name for s in list_subjects(folder, reasons)] == ["me", "zoe"]
+    assert sorted(reason.partition(":")[0] for reason in reasons) == [
+        "1 photos skipped (me/3.png), each is a link to a file that is not there",
+        "1 photos skipped (zoe.png), each is a photo with the name of 'zoe.jpg'",
+        "2 photos skipped (they, me/2.png), each is a link out of the folder",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (["10_sks person", "1_person"], {"sks person": 10, "person": 1}),
+        (["25_ohwx woman"], {"ohwx woman": 25}),
+        (["3_a_b", "3_c"], {"a_b": 3, "c": 3}),
+        (["0_unused", "4_dog"], {"dog": 4}),
+        (["1_anna", "2_ben", "3_carl"], {"1_anna": 1, "2_ben": 1, "3_carl": 1}),  # numbering
+        (["10_anna", "zoe"], {"10_anna": 1, "zoe": 1}),
+        (["10_anna", "2_anna"], {"10_anna": 1, "2_anna": 1}),  # perhaps two people
+        (["007_anna", "009_ben"], {"007_anna": 1, "009_ben": 1}),
+    ],
+)
+def test_list_subjects_reads_repeats_of_kohya(
+    tmp_path: Path, folders: list[str], expected: dict[str, int]
+) -> None:
+    create_files(*(tmp_path / folder / "x.png" for folder in folders))
+    assert {s.name: s.repeats for s in list_subjects(tmp_path, [])} == expected
