@@ -101,7 +101,7 @@ def test_a_failure_leaves_no_weights_behind(tmp_path: Path) -> None:
     with TensorFiles(save_in_two_files(model, tmp_path, torch.float32)) as files:
         streamed = build_streamed_module(lambda: type(model)(model.config), files)
         with pytest.raises(RuntimeError), torch.no_grad():
-            streamed(torch.randn(1, 3, 32, 64))
+            streamed(torch.randn(1, 4, 64, 64))  # fails inside of a layer
     assert all(parameter.is_meta for parameter in streamed.parameters())
 
 
