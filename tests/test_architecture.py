@@ -1,5 +1,6 @@
 """The directions between folders (contracts in pyproject.toml) and the house rules on files."""
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -49,6 +50,19 @@ def test_outer_packages_import_few_others(package: str) -> None:
             if "." in name
         }
         assert imported <= allowed, f"{module} imports {sorted(imported - allowed)} of hyperlora"
+
+
+POSIX_ONLY = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}
+"""Modules that Windows lacks."""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_import_on_windows(path: Path) -> None:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
+    assert not names & POSIX_ONLY
+    assert "os.sysconf" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

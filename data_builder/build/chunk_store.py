@@ -1,6 +1,5 @@
 """Chunks of a build on disk: a chunk is finished once its shard stands under its final name."""
 
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TypedDict
+
+from filelock import FileLock, Timeout
 
 from data_builder.build.plan import PLAN_KEY, SKIPPED_KEY, Plan, read_plan
 from hyperlora.data.lora_shards import Shard, open_shard
@@ -178,13 +179,13 @@ def lock_build(folder: Path) -> Iterator[None]:
     Raises:
         InvalidArgumentError: If another run holds the lock.
     """
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"another run is at work in {str(folder)!r}: wait for it, or end it"
-            ) from error
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise InvalidArgumentError(
+            f"another run is at work in {str(folder)!r}: wait for it, or end it"
+        ) from error
+    with lock:  # an acquired lock, which is released at the end
         for stale_path in [*folder.glob(".*.tmp"), *folder.glob("chunks/.*.tmp")]:
             stale_path.unlink()
         yield

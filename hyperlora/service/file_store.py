@@ -1,6 +1,5 @@
 """``FileStore``: files that callers asked to store, by the SHA-256 of their content."""
 
-import fcntl
 import re
 import time
 from collections.abc import Iterator
@@ -9,6 +8,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, Literal
+
+from filelock import FileLock, Timeout
 
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
@@ -29,13 +30,13 @@ def lock_directory(folder: Path) -> Iterator[None]:
         InvalidArgumentError: If another process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"another server uses {str(folder)!r} already: stop it, or give another --state-dir"
-            ) from error
+    try:
+        lock = FileLock(folder / "lock").acquire(timeout=0)
+    except Timeout as error:
+        raise InvalidArgumentError(
+            f"another server uses {str(folder)!r} already: stop it, or give another --state-dir"
+        ) from error
+    with lock:  # an acquired lock, which is released at the end
         yield
 
 

@@ -1,10 +1,10 @@
 """The memory of a training: a table of its parts, and a refusal of what cannot fit."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -259,7 +259,7 @@ def get_device_bytes(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().total)
 
 
 def format_count(count: int) -> str:

@@ -1,5 +1,7 @@
 """Stored files and the folder that one server owns; API keys."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,25 @@ def test_lock_directory_admits_one_owner(tmp_path: Path) -> None:
         lock_directory(tmp_path),
     ):
         pass
+    with lock_directory(tmp_path):
+        pass
+
+
+def test_lock_directory_ends_with_a_killed_process(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from hyperlora.service.file_store import lock_directory\n"
+        "with lock_directory(Path(sys.argv[1])):\n"
+        "    print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == b"locked"
+        with pytest.raises(InvalidArgumentError, match="another server"), lock_directory(tmp_path):
+            pass
+        process.kill()
     with lock_directory(tmp_path):
         pass
 
