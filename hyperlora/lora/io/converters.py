@@ -85,13 +85,13 @@ def convert_module(converter: Converter, path: str, num_rows: int, num_columns: 
     ]
     if ".processor." in path:  # XLabs
         spellings = [(f"{path}.down.weight", f"{path}.up.weight")]
-    for down_key, up_key in spellings:
-        if pieces := _ask_diffusers(converter.mixin_name, down_key, up_key, num_rows):
-            return pieces
-    for pattern, parts in _compile_layers(converter.family):
+    for pattern, parts in _compile_layers(converter.family):  # some of which diffusers lets pass
         if match := pattern.fullmatch(flat_path):
             paths = [part.format(*match.groups()) for part in parts]
             return split_rows(paths, _compute_widths(paths, num_rows, num_columns))
+    for down_key, up_key in spellings:
+        if pieces := _ask_diffusers(converter.mixin_name, down_key, up_key, num_rows):
+            return pieces
     return []
 
 

@@ -30,7 +30,7 @@ READERS: Final[Mapping[str, Mapping[LoraFormat, tuple[str, ...]]]] = {
     "Chroma": {"diffusers": _DIFFUSERS_AND_COMFYUI, "comfyui": _DIFFUSERS_AND_COMFYUI},
     "FLUX.2": {"diffusers": _DIFFUSERS_AND_COMFYUI, "comfyui": _DIFFUSERS_AND_COMFYUI},
     "Qwen-Image": {"diffusers": _DIFFUSERS_AND_COMFYUI, "comfyui": _DIFFUSERS_AND_COMFYUI},
-    "Qwen-Image 2.1": {"diffusers": _DIFFUSERS_AND_COMFYUI, "comfyui": ("ComfyUI",)},
+    "Qwen-Image 2.1": {"diffusers": _DIFFUSERS_AND_COMFYUI, "comfyui": _DIFFUSERS_AND_COMFYUI},
     "Z-Image": {"diffusers": _DIFFUSERS_AND_COMFYUI, "comfyui": _DIFFUSERS_AND_COMFYUI},
     "Lumina 2": {"diffusers": ("diffusers",), "comfyui": ("ComfyUI",)},
     "HiDream": {"diffusers": _DIFFUSERS_AND_COMFYUI, "comfyui": _DIFFUSERS_AND_COMFYUI},
@@ -167,8 +167,10 @@ def list_readers(layout: LoraLayout, format: LoraFormat, architecture: str = "")
     family = detect_family(layout, architecture)
     readers = READERS.get(family, {}).get(format, ("diffusers",))
     excluded = set()
+    paths = {target.path for target in layout.targets}
+    if (family, format) == ("Qwen-Image 2.1", "comfyui") and any(".img_mlp." in p for p in paths):
+        excluded.add("diffusers")  # does not split the fused gate
     if format == "kohya":
-        paths = {target.path for target in layout.targets}
         if family == "SD 2.x" and any(map(is_linear_projection, layout.targets)):
             excluded.add("diffusers")  # has Linear layers where kohya has 1x1 convolutions
         if family == "SDXL" and "up_blocks.0.upsamplers.0.conv" in paths:

@@ -62,14 +62,25 @@ def make_id(case: Case) -> str:
     return "-".join((*case[:3], "text" if case.with_text_encoder else "plain"))
 
 
+SDXL_FAST = (
+    ("attention", "diffusers", False),
+    ("attention+mlp", "kohya", True),
+    ("attention+conv", "sgm", True),
+)
+
+
+def is_fast(case: Case) -> bool:
+    """Whether a case runs by default: every family, preset and format, but not all together."""
+    if case.family == "SDXL":
+        return case[1:] in SDXL_FAST
+    if case.family in UNET_FAMILIES:
+        return case.with_text_encoder == (case.preset != "attention")
+    return case.family in FAST and (case.preset == "attention+mlp" or case.format == "comfyui")
+
+
 def mark_cases() -> list[Any]:
-    """Presets with text encoder and families that share a loader run with ``heavy`` alone."""
     return [
-        pytest.param(
-            case,
-            id=make_id(case),
-            marks=[] if case.family in FAST else pytest.mark.heavy,
-        )
+        pytest.param(case, id=make_id(case), marks=[] if is_fast(case) else pytest.mark.heavy)
         for case in CASES
     ]
 

@@ -22,7 +22,7 @@ def make_modules(family: str) -> dict[str, nn.Module]:
             block_out_channels=(4, 4, 4),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
+            transformer_layers_per_block=(1, 2, 3),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=4,
