@@ -183,10 +183,14 @@ def _check_shape(target: TargetModule, layer: nn.Module) -> None:
 def _list_fused(module: nn.Module) -> Iterator[nn.Module]:
     """Iterate over projections that diffusers' ``fuse_qkv_projections`` has put out of use."""
     for attention in module.modules():
-        if getattr(attention, "fused_projections", False):
-            for fused_name, names in _FUSED_PROJECTIONS.items():
-                if hasattr(attention, fused_name):
-                    yield from (getattr(attention, name) for name in names)
+        if not getattr(attention, "fused_projections", False):
+            continue
+        processor_name = type(getattr(attention, "processor", None)).__name__
+        if type(attention).__name__ == "Attention" and not processor_name.startswith("Fused"):
+            continue  # unfusing such an attention changes its processor alone
+        for fused_name, names in _FUSED_PROJECTIONS.items():
+            if hasattr(attention, fused_name):
+                yield from (getattr(attention, name) for name in names)
 
 
 def _make_hook(layer: nn.Module, target: TargetModule, down: Tensor, up: Tensor) -> _ForwardHook:

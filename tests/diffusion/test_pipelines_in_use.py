@@ -1,5 +1,6 @@
-"""Pipelines in which diffusers has already loaded or fused a LoRA."""
+"""Pipelines in use: with a LoRA of diffusers, compiled, wrapped, fused or stored in 8 bits."""
 
+from collections.abc import Collection
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.diffusion.multi_lora import compose_loras
+from hyperlora.diffusion.lora_injection import inject_lora, move_lora
+from hyperlora.diffusion.multi_lora import CompositionConfig, compose_loras
+from hyperlora.diffusion.negative_lora import inject_lora_by_branch
+from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
@@ -25,11 +30,11 @@ def make_lora(base: DiffusionBase, seed: int, preset: str) -> LoraWeights:
     return LoraWeights.unflatten(layout, 0.3 * torch.randn(layout.numel, generator=generator))
 
 
-def sample(name: str, pipe: Any) -> Tensor:
+def sample(name: str, pipe: Any, steps: int = 2) -> Tensor:
     tiny = get_tiny_pipeline(name)
     return pipe(
         prompt=list(tiny.prompts),
-        num_inference_steps=2,
+        num_inference_steps=steps,
         generator=torch.Generator().manual_seed(5),
         output_type="latent",
         **deepcopy(tiny.arguments),
@@ -73,3 +78,146 @@ def test_convolutions_of_a_loaded_lora_take_another(tmp_path: Path) -> None:
     base.pipeline.load_lora_weights(str(path))
     with compose_loras(base.pipeline, [second], weights=[0.3]):
         torch.testing.assert_close(sample(name, base.pipeline), expected, atol=1e-2, rtol=1e-2)
+
+
+def apply_strategies(base: DiffusionBase, lora: LoraWeights) -> dict[str, Any]:
+    """Contexts that all sample with one LoRA on the whole image."""
+    pipe = base.pipeline
+    config = CompositionConfig(regions=[(0, 0, 1, 1)])
+    return {
+        "merge": compose_loras(pipe, [lora]),
+        "schedule": compose_loras(pipe, [lora], schedule=lambda step, num_steps: [1.0]),
+        "switch": compose_loras(pipe, [lora], "switch"),
+        "composite": compose_loras(pipe, [lora], "composite"),
+        "spatial": compose_loras(pipe, [lora], "spatial", config=config),
+        "guidance": apply_autolora_guidance(pipe, lora, 1.0),
+        "branches": inject_lora_by_branch(pipe, lora, lora),
+        "per sample": base.inject_lora(LoraWeights.stack([lora, lora])),
+    }
+
+
+@pytest.fixture(params=["stable_diffusion", "z_image"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def compile_module(base: DiffusionBase, how: str) -> None:
+    component, module = base.family.denoiser_name, base.denoiser
+    if how == "wrapped":
+        setattr(base.pipeline, component, torch.compile(module, backend="eager"))
+    elif how == "in place":
+        module.compile(backend="eager")
+    elif how == "forward":
+        module.forward = torch.compile(module.forward, backend="eager")
+    else:  # as ``compile_repeated_blocks`` does
+        for block in module.modules():
+            if type(block).__name__ in ("FluxTransformerBlock", "FluxSingleTransformerBlock"):
+                block.compile(backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("stable_diffusion", "wrapped"),
+        ("stable_diffusion_3", "in place"),
+        ("flux", "blocks"),
+        ("stable_diffusion", "forward"),
+    ],
+)
+def test_compiled_denoisers_take_loras_in_every_strategy(name: str, how: str) -> None:
+    base = DiffusionBase("tiny/base", deepcopy(get_tiny_pipeline(name).pipe))
+    lora = make_lora(base, 2, "attention+mlp")
+    plain = sample(name, base.pipeline, 1)
+    with base.inject_lora(lora):
+        expected = sample(name, base.pipeline, 1)
+    assert (expected - plain).abs().max() > 0.002
+
+    compile_module(base, how)
+    # the code that is compiled here knows no LoRA
+    torch.testing.assert_close(sample(name, base.pipeline, 1), plain, atol=1e-4, rtol=1e-4)
+    assert base.make_layout("attention+mlp", 2) == lora.layout
+    assert_all_equal(name, base, lora, expected)
+    torch.testing.assert_close(sample(name, base.pipeline, 1), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_loras_add_up_with_adapters_of_diffusers_in_every_strategy(
+    name: str, tmp_path: Path
+) -> None:
+    base = DiffusionBase("tiny/base", deepcopy(get_tiny_pipeline(name).pipe))
+    pipe = base.pipeline
+    speed, mine = make_lora(base, 3, "attention"), make_lora(base, 4, "attention")
+    for adapter, lora in (("speed", speed), ("mine", mine)):
+        path = save_lora(lora, tmp_path / f"{adapter}.safetensors", format="diffusers")
+        pipe.load_lora_weights(str(path), adapter_name=adapter)
+    pipe.set_adapters(["mine"])
+    mine_alone = sample(name, pipe, 1)
+    pipe.set_adapters(["speed", "mine"], [0.7, 1.0])
+    both = sample(name, pipe, 1)
+    assert (both - mine_alone).abs().max() > 0.002
+
+    pipe.delete_adapters(["mine"])
+    pipe.set_adapters(["speed"], [0.7])
+    assert_all_equal(name, base, mine, both)
+    pipe.fuse_lora(adapter_names=["speed"])
+    assert_all_equal(name, base, mine, both, ["merge", "composite"])
+    pipe.unfuse_lora()
+    pipe.delete_adapters(["speed"])  # the wrappers stay
+    assert_all_equal(name, base, mine, mine_alone, ["merge", "composite"])
+    pipe.unload_lora_weights()
+    assert_all_equal(name, base, mine, mine_alone, ["merge", "composite"])
+
+
+def assert_all_equal(
+    name: str,
+    base: DiffusionBase,
+    lora: LoraWeights,
+    expected: Tensor,
+    strategies: Collection[str] = (),
+) -> None:
+    for strategy, context in apply_strategies(base, lora).items():
+        if strategies and strategy not in strategies:
+            continue
+        with context:
+            output = sample(name, base.pipeline, 1)
+        torch.testing.assert_close(
+            output, expected, atol=1e-4, rtol=1e-3, msg=lambda text, s=strategy: f"{s}: {text}"
+        )
+
+
+def test_layers_are_found_inside_a_peft_model(name: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = DiffusionBase("tiny/base", deepcopy(get_tiny_pipeline(name).pipe))
+    lora = make_lora(base, 5, "attention")
+    with base.inject_lora(lora):
+        expected = sample(name, base.pipeline)
+    denoiser = base.denoiser
+    wrapped = get_peft_model(denoiser, LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+    component = base.family.denoiser_name
+    assert make_layout({component: wrapped}, "attention", 2, "tiny/base") == lora.layout
+    with inject_lora({component: wrapped}, lora):
+        torch.testing.assert_close(sample(name, base.pipeline), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "flux"])
+def test_fused_projections_are_refused_until_they_are_unfused(name: str) -> None:
+    base = DiffusionBase("tiny/base", deepcopy(get_tiny_pipeline(name).pipe))
+    lora = make_lora(base, 6, "attention")
+    with base.inject_lora(lora):
+        expected = sample(name, base.pipeline)
+    base.denoiser.fuse_qkv_projections()
+    with pytest.raises(InvalidArgumentError, match="is fused with others and never runs"):
+        base.inject_lora(lora).__enter__()
+    base.denoiser.unfuse_qkv_projections()
+    with base.inject_lora(lora):
+        torch.testing.assert_close(sample(name, base.pipeline), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_keeps_its_precision_where_weights_are_stored_in_8_bits() -> None:
+    base = DiffusionBase("tiny/base", deepcopy(get_tiny_pipeline("stable_diffusion").pipe))
+    lora = make_lora(base, 7, "attention")
+    base.denoiser.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
+    moved = move_lora(lora, base.device, base.denoiser)
+    torch.testing.assert_close(moved.flatten(), lora.flatten(), atol=0, rtol=0)
