@@ -98,7 +98,10 @@ def generate_folder(
     ]
     pending_names = {subject.name for subject in pending_subjects}
     records = [record for name, record in previous_records.items() if name not in pending_names]
-    records += [_make_failure(photo.path.stem, 0, str(photo))[0] for photo in skipped_photos]
+    for photo in skipped_photos:
+        is_single = photo.path.parent == folder
+        name = photo.path.stem if is_single else photo.path.parent.name
+        records.append(_make_failure(name, 0, str(photo))[0])
     temp_index_path = index_path.with_suffix(".tmp")
     with temp_index_path.open("w") as index_file:
         _write_records(index_file, records)

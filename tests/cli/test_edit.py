@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from hyperlora import pretrained
+from hyperlora.data.edit_pairs import read_image_pair
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.diffusion.image_editing import edit_images
 from hyperlora.lora.io.load import load_lora
+from hyperlora.pipelines.input_checks import check_pair
 from hyperlora.pipelines.instruction_search import InstructionSearch
 from hyperlora.pipelines.pair_to_lora import PairToLora
 
@@ -155,6 +157,35 @@ def test_edit_warns_of_unchanged_pair(
     result = run("edit", pair[0], pair[0], "-o", tmp_path / "c.safetensors", *model_options)
     assert result.code == 0 and "no change found" in result.err
     assert load_lora(tmp_path / "c.safetensors").weights.compute_delta_norms().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {"quality": 75}),
+        ("JPEG", {"quality": 90, "subsampling": 0}),
+        ("WEBP", {"quality": 85}),
+        ("AVIF", {"quality": 70}),
+    ],
+)
+def test_edit_warns_of_copies(
+    run: Any, model_options: Any, tmp_path: Path, kind: str, options: Any
+) -> None:
+    """Copies of a bundled image, saved in other ways; every bundled edit passes."""
+    folder = pretrained.EDIT_BENCHMARK_DIR / "000-glasses"
+    before, after = folder / "other-1_before.webp", folder / "other-1_after.webp"
+    copy = tmp_path / f"copy.{kind.lower()}"
+    Image.open(before).save(copy, kind, **options)
+    output = ["-o", tmp_path / "c.safetensors", *model_options]
+    assert "no change found" in run("edit", before, copy, *output).err
+    assert "no change found" not in run("edit", before, after, *output).err
+
+
+def test_check_pair_passes_every_bundled_edit() -> None:
+    for before in sorted(pretrained.EDIT_BENCHMARK_DIR.glob("*/*_before.webp")):
+        after = before.with_name(before.name.replace("_before", "_after"))
+        warnings = check_pair(*read_image_pair(before, after))
+        assert not any("no change found" in warning for warning in warnings), before
 
 
 def test_edit_numbers_images_of_same_name(

@@ -255,6 +255,28 @@ def test_input_dir_regenerates_after_changes(
     assert len(read_index(tmp_path / "out")) == 4
 
 
+def test_input_dir_counts_photos_of_kinds_that_are_not_read(
+    run: RunCommand, bundle: Any, photos: Path, tmp_path: Path
+) -> None:
+    photo = Image.open(photos / "q2.png")
+    photo.save(photos / "p0" / "7.TIFF")
+    photo.save(photos / "p0" / "8.Gif")
+    for name in ("p0/9.NEF", "p1/IMG 1.dng", "zoe.cr3"):
+        (photos / name).write_bytes(b"raw")
+    (photos / "p1" / "._0.png").write_bytes(b"\0\5\x16\7")
+    (photos / "__MACOSX").mkdir()
+    out = tmp_path / "out"
+    for _ in range(2):  # every run reports them again
+        result = run("generate", "--input-dir", photos, "-o", out, "--model", bundle.model)
+        assert result.code == 0, result
+        assert result.err.count("skipped:") == result.err.count("is a camera RAW file") == 3
+        assert "4 LoRAs and index.jsonl" in result.out and "3 photos skipped" in result.out
+        index = read_index(out)
+        assert sorted(line["subject"] for line in index if line["error"]) == ["p0", "p1", "zoe"]
+        (count,) = [line["num_photos"] for line in index if line["file"] == "p0.safetensors"]
+        assert count == len([p for p in (photos / "p0").iterdir() if p.suffix != ".NEF"])
+
+
 def test_input_dir_reports_and_skips_bad_photos(
     run: RunCommand, bundle: Any, photos: Path, tmp_path: Path
 ) -> None:

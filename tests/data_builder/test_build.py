@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from data_builder.build.chunk_store import ChunkStore
 from data_builder.build.make_plan import make_plan
@@ -23,6 +24,7 @@ from data_builder.sources.sources import (
     FolderSource,
 )
 from hyperlora.data.lora_dataset import LoraDataset
+from hyperlora.data.subject_sources import FolderSource as PhotoSource
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.lora.merge import compute_relative_error
 from hyperlora.lora.weights import LoraWeights
@@ -33,6 +35,30 @@ ROOT = Path(__file__).parents[2]
 def is_near(first: LoraWeights, second: LoraWeights) -> bool:
     """Equal up to rounding, which Adam's first steps magnify where a gradient is almost 0."""
     return compute_relative_error(first, second) < 0.02
+
+
+def test_plan_reads_photos_and_captions_as_training_does(tmp_path: Path) -> None:
+    texts = {
+        "12_sks dog/a.png": "the dog’s {red|blue} hat, {0}",
+        "12_sks dog/b.bmp": "by {} at sea",
+        "1_dog/a.TIF": None,
+    }
+    for i, (name, text) in enumerate(texts.items()):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 16), (40 * i, 90, 200)).save(path)
+        if text is not None:
+            path.with_suffix((".caption", ".TXT")[i]).write_bytes(text.encode("cp1252"))
+    (tmp_path / "photos/1_dog/c.dng").write_bytes(b"raw")
+    source = PhotoSource(str(tmp_path / "photos"))
+    expected = {s.name: [(p.key, p.caption) for p in s.photos] for s in source.list_subjects()}
+    plan = make_plan(FolderSource(str(tmp_path / "photos")), Recipe(base="none"))
+    assert {row.subject: [(p.ref, p.caption) for p in row.photos] for row in plan.rows} == expected
+    assert list(expected) == ["dog", "sks dog"]
+    assert {caption for photos in expected.values() for _, caption in photos} == {*texts.values()}
+    assert [reason.partition(",")[0] for reason in plan.skipped] == [
+        "1 photos skipped (1_dog/c.dng)"
+    ]
 
 
 def read_chunks(folder: Path) -> dict[str, bytes]:

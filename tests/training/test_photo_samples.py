@@ -1,8 +1,10 @@
 """Plans of samples: who is a reference, who a target, and which rank has which batch."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,6 +76,20 @@ def test_ranks_share_the_batches_of_an_epoch(
         assert len(parts[-1]) == len(sampler) == len(parts[0])
     merged = [parts[i % num_ranks][i // num_ranks] for i in range(len(parts[0]) * num_ranks)]
     assert merged == batches[: len(merged)]
+
+
+@pytest.mark.parametrize("repeats", [(1, 1, 1), (4, 1, 2), (1, 7, 3)])
+def test_subjects_are_repeated_in_an_epoch(repeats: tuple[int, ...]) -> None:
+    subjects = [
+        SubjectPhotos(f"s{i}", (EncodedPhoto(f"{i}", None, b""),), repeats=n)
+        for i, n in enumerate(repeats)
+    ]
+    planner = EpochPlanner(subjects, SampleMaker(make_sample_config()), 1, seed=3)
+    batches = planner.plan_training(0)
+    assert len(batches) == planner.num_training_batches == sum(repeats)
+    counts = Counter(plan.subject_index for batch in batches for plan in batch)
+    assert tuple(counts[i] for i in range(3)) == repeats
+    assert len(planner.plan_validation(0)) == 3
 
 
 def make_sample_config(**options: Any) -> SampleConfig:
