@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hyperlora.data.lora_dataset import TABLE_NAME, write_table
 from hyperlora.data.lora_shards import LoraRecord, serialize_shard
 from hyperlora.errors import HyperloraError, InvalidArgumentError
+from hyperlora.lora.io import find
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.safetensors_file import write_bytes
 from hyperlora.lora.layout import LoraLayout
@@ -39,7 +40,7 @@ def list_lora_files(folder: Path) -> list[Path]:
     Raises:
         InvalidArgumentError: If there is none.
     """
-    paths = sorted(f for f in folder.rglob("*.safetensors") if not f.name.startswith("."))
+    paths = find.list_lora_files(folder)
     if not paths:
         raise InvalidArgumentError(
             f"{str(folder)!r} holds no LoRA file (.safetensors): name the folder they are in"
@@ -100,7 +101,7 @@ def import_lora_files(
         partial_shard.unlink()
     rows, records, num_shards = list[Tensor](), list[LoraRecord](), 0
     errors, warnings = list[str](), list[str]()
-    paths = list_lora_files(folder)
+    paths = find.list_lora_files(folder)
     for path in track(paths, "importing", "files", len(paths)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         try:

@@ -373,6 +373,14 @@ def test_routes_refuse_bad_requests(start_client: StartClient) -> None:
     assert_problem(
         client.post("/v1/images", json=body | {"prompt": "<lora:x>"}), 400, "no folder of LoRAs"
     )
+    for options, status, sentence in (
+        ({"prompt": "a <hypernet:x:1>"}, 400, "<hypernet:x:1> is no LoRA"),
+        ({"negative_prompt": "b <LoRA:x:1>"}, 400, "the negative prompt names the LoRA 'x'"),
+        ({"seed": 2**64}, 422, "seed: "),
+        ({"seed": -1}, 422, "seed: "),
+    ):
+        assert_problem(client.post("/v1/images", json=body | options), status, sentence)
+    assert client.post("/v1/images", json=body | {"seed": 2**64 - 1}).status_code == 200
 
 
 def test_routes_refuse_after_the_deadline_and_when_full(start_client: StartClient) -> None:
