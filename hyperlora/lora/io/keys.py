@@ -105,12 +105,6 @@ def convert_key_to_peft(key: str) -> str:
     return str(key)
 
 
-def list_kohya_stems(target_name: str) -> tuple[str, ...]:
-    """List the stems under which kohya files may hold a target; none for unknown components."""
-    component, path = format_file_key(target_name).split(".", 1)
-    return tuple(prefix + path.replace(".", "_") for prefix in KOHYA_PREFIXES.get(component, ()))
-
-
 def parse_kohya_stem(stem: str, layers_per_block: int = 2) -> str:
     """Convert a kohya stem to a target's name, also with Stability's block names of SDXL files.
 
@@ -122,7 +116,7 @@ def parse_kohya_stem(stem: str, layers_per_block: int = 2) -> str:
         The name of the target, e.g. ``unet.mid_block.resnets.0.conv1``.
 
     Raises:
-        InvalidLoraFileError: The stem cannot be understood without the base.
+        InvalidLoraFileError: No UNet or CLIP text encoder has such a module.
     """
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
@@ -143,7 +137,7 @@ def parse_kohya_stem(stem: str, layers_per_block: int = 2) -> str:
         part not in _CHILD_MODULES and not re.fullmatch(r"\d+", part) for part in children
     ):
         raise InvalidLoraFileError(
-            f"kohya key {stem!r} cannot be read without its base: pass modules= or layout="
+            f"kohya key {stem!r} names no module of a UNet or a CLIP text encoder"
         )
     return name
 

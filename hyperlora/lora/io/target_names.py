@@ -113,7 +113,9 @@ class TargetResolver:
 
     @cached_property
     def _converters(self) -> tuple[Converter, ...]:
-        """Converters of the base's transformer; all of them if it is not known."""
+        """Converters of the base's transformer; all of them if its class is not known."""
+        if not any(component in _TRANSFORMERS for component in self._names.paths):
+            return ()
         if self.modules is None:
             return tuple(CONVERTERS.values())
         class_names = {

@@ -212,7 +212,11 @@ BAD_CONFIGS = {
         "'\\(to_q' in its alpha_pattern, which is no regular expression",
     ),
     "pattern takes forever": (
-        {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {r"(\w|\w\w|\w\w\w|\.|\w\.)*[A-Z]": 1}},
+        {
+            "unet.r": 2,
+            "unet.lora_alpha": 2,
+            "unet.alpha_pattern": {r"(\w|\w\w|\w\w\w|\.|\w\.)*[A-Z]": 1},
+        },
         "alpha_pattern that takes longer than",
     ),
     "too many expressions": (
