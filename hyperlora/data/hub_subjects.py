@@ -4,6 +4,7 @@
 dependency.
 """
 
+import logging
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _SHARD_CAPTION_COLUMNS: Final = ("txt",)
 _READ_ERRORS: Final = (OSError, ValueError, KeyError, tarfile.TarError)
 Columns = tuple[str | None, str | None, str | None]
 """Columns of images, identities and captions that the user names."""
+StreamPosition = dict[str, Any] | None
+"""Shard and row of a stream, as ``datasets`` notes them; None for the start."""
 
 
 @dataclass(frozen=True)
@@ -158,20 +161,48 @@ class HubStream(SubjectSource):
         Raises:
             InvalidArgumentError: The photos of a subject do not follow one another.
         """
+        for _, subject in self.iterate_positions(rank, num_ranks, shuffle_seed):
+            yield subject
+
+    def iterate_positions(
+        self,
+        rank: int = 0,
+        num_ranks: int = 1,
+        shuffle_seed: int | None = None,
+        position: StreamPosition = None,
+    ) -> "Iterator[tuple[StreamPosition, SubjectPhotos]]":
+        """Iterate over subjects as ``iterate_subjects``, from any position on.
+
+        Args:
+            rank: The rank.
+            num_ranks: Number of ranks.
+            shuffle_seed: Seed of the order of shards; None for their own order.
+            position: Where to begin; None for the start.
+
+        Yields:
+            The position of a subject, plain values of shards and rows, and the subject.
+
+        Raises:
+            InvalidArgumentError: The photos of a subject do not follow one another.
+        """
         rows, names = self._open()
         if num_ranks > 1:
             rows = rows.shard(num_ranks, rank)
         if shuffle_seed is not None:
             # shards one after another, each in its order: rows of a subject stay together
             rows = rows.shuffle(seed=shuffle_seed, buffer_size=1, max_buffer_input_shards=1)
+        if position is not None:
+            # it warns that a shuffle buffer is lost, and this one never holds a row
+            logging.getLogger("datasets.iterable_dataset").addFilter(_is_no_buffer_warning)
+            rows.load_state_dict(position)
         previous_names: set[int] = set()
         num_returns = 0
         current_name, photos = None, list[EncodedPhoto]()
-        for name, photo in self._iterate_photos(rows, names):
+        for row_position, name, photo in self._iterate_photos(rows, names, position):
             if name != current_name and photos:
-                yield SubjectPhotos(str(current_name), tuple(photos))
+                yield position, SubjectPhotos(str(current_name), tuple(photos))
                 previous_names.add(hash(current_name))
-                photos = []
+                photos, position = [], row_position
             num_returns += name != current_name and hash(name) in previous_names
             if num_returns > rows.num_shards:  # one may be cut at the end of each shard
                 raise InvalidArgumentError(
@@ -181,15 +212,16 @@ class HubStream(SubjectSource):
             current_name = name
             photos.append(photo)
         if photos:
-            yield SubjectPhotos(str(current_name), tuple(photos))
+            yield position, SubjectPhotos(str(current_name), tuple(photos))
 
     def _iterate_photos(
-        self, rows: "IterableDataset", names: _ColumnNames
-    ) -> Iterator[tuple[str, EncodedPhoto]]:
-        """Iterate over who is shown, and the photo."""
+        self, rows: "IterableDataset", names: _ColumnNames, position: StreamPosition
+    ) -> "Iterator[tuple[StreamPosition, str, EncodedPhoto]]":
+        """Iterate over the position of a row, who is shown, and the photo."""
         try:
             for index, row in enumerate(rows):
-                yield _read_row(row, names, index)
+                yield position, *_read_row(row, names, index)
+                position = rows.state_dict()
         except _READ_ERRORS as error:
             raise InvalidArgumentError(
                 f"{self.name!r} cannot be read to its end ({format_reason(error)}): "
@@ -232,6 +264,10 @@ class HubStream(SubjectSource):
                 f"{self.name!r} cannot be read as a stream of photos ({format_reason(error)}): "
                 "check the path, and that all samples have the same parts"
             ) from error
+
+
+def _is_no_buffer_warning(record: logging.LogRecord) -> bool:
+    return "without the buffer content" not in record.getMessage()
 
 
 def _read_row(row: dict[str, Any], names: _ColumnNames, index: int) -> tuple[str, EncodedPhoto]:

@@ -149,6 +149,8 @@ class SubjectBatch(Batch):
     """Classes of the attributes that a target shows, each [t * n]."""
     conditions: Conditions | None = None
     """Embeddings of the captions [t * n, ...]; None for a text encoder that encodes them."""
+    progress: Mapping[str, object] | None = None
+    """Where a stream goes on after this batch, in plain values."""
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,23 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Final, cast
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset, SequentialSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from hyperlora.data.aspect_buckets import ImageSize
-from hyperlora.data.hub_subjects import HubStream
 from hyperlora.data.photos import Photo, SubjectPhotos
 from hyperlora.errors import InvalidImageError
 from hyperlora.training.batches import SubjectBatch
 from hyperlora.training.datamodules.collate import SubjectSample, collate_subjects
-from hyperlora.training.datamodules.face_filter import FaceIndex, FaceRecord
 from hyperlora.training.datamodules.photo_samples import SampleMaker, SamplePlan, plan_sample
 
 GetSize = Callable[[Photo], ImageSize]
 BatchPlan = Sequence[SamplePlan]
 _MAX_ATTEMPTS: Final = 8
 """Subjects that are tried in turn before a photo that cannot be read is an error."""
-_SHUFFLE_BUFFER: Final = 64
-"""Subjects of a stream among which the next one is drawn."""
-_MAX_STREAM_FACES: Final = 100_000
-"""Faces of a stream that are kept, many more than photos are at hand."""
 
 
 class PhotoDataset(Dataset[SubjectBatch]):
@@ -199,126 +193,3 @@ class BatchPlanSampler(DistributedSampler[BatchPlan], SequentialSampler):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which Lightning calls before each."""
         self.epoch = epoch
-
-
-class PhotoStreamDataset(IterableDataset[SubjectBatch]):
-    """Endless batches of subjects from a stream, each rank and loader process from its shards.
-
-    Args:
-        stream: The stream.
-        maker: Makes samples.
-        batch_size: Subjects per batch.
-        seed: Seed of the order; a resumed run has another one, and so does not repeat the start.
-        find_reason: Says why a photo is left out, or returns None.
-        get_size: Returns the size of a photo's bucket; None for squares.
-
-    Attributes:
-        rank: Rank of this process, set before the first batch.
-        num_ranks: Number of ranks.
-    """
-
-    def __init__(
-        self,
-        stream: HubStream,
-        maker: SampleMaker,
-        batch_size: int,
-        seed: int,
-        find_reason: Callable[[Photo], str | None] | None = None,
-        get_size: GetSize | None = None,
-    ) -> None:
-        self.stream, self.maker, self.batch_size = stream, maker, batch_size
-        self.seed, self.find_reason, self.get_size = seed, find_reason, get_size
-        self.rank, self.num_ranks = 0, 1
-
-    def __iter__(self) -> Iterator[SubjectBatch]:
-        """Iterate over batches without an end."""
-        from torch.utils.data import get_worker_info
-
-        worker = get_worker_info()
-        rng = np.random.default_rng([self.seed, self.rank, worker.id if worker else 0])
-        samples_by_size: dict[ImageSize, list[SubjectSample]] = {}
-        num_left_out: dict[str, int] = {}
-        for number, subject in enumerate(self._shuffle_subjects(rng, num_left_out)):
-            try:
-                plan = plan_sample(subject, number, self.maker.config, rng, self.get_size)
-                sample = self.maker.make(subject, plan)
-            except InvalidImageError as error:
-                _count_reason(num_left_out, "it cannot be read", str(error))
-                continue
-            samples = samples_by_size.setdefault(plan.size, [])
-            samples.append(sample)
-            if len(samples) == self.batch_size:
-                yield collate_subjects(samples)
-                samples_by_size[plan.size] = []
-
-    def _shuffle_subjects(
-        self, rng: np.random.Generator, num_left_out: dict[str, int]
-    ) -> Iterator[SubjectPhotos]:
-        """Iterate over subjects in pass after pass, each drawn from a few that are at hand."""
-        buffer: list[SubjectPhotos] = []
-        pass_number = 0
-        while True:
-            # the same on all processes, which take disjoint parts of one order of shards
-            seed = int(np.random.default_rng([self.seed, pass_number]).integers(2**31))
-            num_subjects = 0
-            for subject in self.stream.iterate_subjects(self.rank, self.num_ranks, seed):
-                if (checked := self._check_photos(subject, num_left_out)) is None:
-                    continue
-                num_subjects += 1
-                buffer.append(checked)
-                if len(buffer) >= _SHUFFLE_BUFFER:
-                    yield buffer.pop(int(rng.integers(len(buffer))))
-            while buffer and num_subjects < _SHUFFLE_BUFFER:
-                yield buffer.pop(int(rng.integers(len(buffer))))
-            if num_subjects == 0:
-                return
-            pass_number += 1
-
-    def _check_photos(
-        self, subject: SubjectPhotos, num_left_out: dict[str, int]
-    ) -> SubjectPhotos | None:
-        """Leave out photos that are not good enough; None if none is left."""
-        if self.find_reason is None:
-            return subject
-        photos = []
-        for photo in subject.photos:
-            if (reason := self.find_reason(photo)) is None:
-                photos.append(photo)
-            else:
-                _count_reason(num_left_out, reason, photo.key)
-        return replace(subject, photos=tuple(photos)) if photos else None
-
-
-class StreamFaceCheck:
-    """Checks the face of each photo that passes by, and keeps the faces of the last ones.
-
-    Args:
-        index: Detects and checks faces.
-        maker: Makes samples; its ``faces`` are written here.
-    """
-
-    def __init__(self, index: FaceIndex, maker: SampleMaker) -> None:
-        self.index, self.maker = index, maker
-
-    def __call__(self, photo: Photo) -> str | None:
-        """Say why a photo is left out, or return None."""
-        try:
-            record = self.index.inspect_image(photo.read_image())
-        except InvalidImageError:
-            return "it cannot be read"
-        if record.reason is None:
-            faces = cast(dict[str, FaceRecord], self.maker.faces)
-            if len(faces) >= _MAX_STREAM_FACES:
-                del faces[next(iter(faces))]  # the oldest
-            faces[self.maker.get_id(photo)] = record
-        return record.reason
-
-
-def _count_reason(counts: dict[str, int], reason: str, example: str) -> None:
-    """Count a photo that is left out, and say so at the 1st, 10th, 100th, ... of a reason."""
-    counts[reason] = counts.get(reason, 0) + 1
-    if str(counts[reason]).strip("0") == "1":
-        print(
-            f"warning: {counts[reason]} photo(s) left out because {reason}, the last is {example}",
-            file=sys.stderr,
-        )

@@ -17,14 +17,13 @@ from hyperlora.data.open_subject_source import SubjectSourceConfig, open_subject
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.progress import track
 from hyperlora.training.augmentation import AugmentationConfig
+from hyperlora.training.batches import SubjectBatch
 from hyperlora.training.datamodules.base import FolderDataModule, Sample
 from hyperlora.training.datamodules.face_filter import FaceFilterConfig, FaceIndex
 from hyperlora.training.datamodules.photo_dataset import (
     BatchPlanSampler,
     EpochPlanner,
     PhotoDataset,
-    PhotoStreamDataset,
-    StreamFaceCheck,
 )
 from hyperlora.training.datamodules.photo_samples import SampleConfig, SampleMaker
 from hyperlora.training.datamodules.photo_split import (
@@ -36,6 +35,11 @@ from hyperlora.training.datamodules.photo_split import (
     filter_faces,
     handle_single_photos,
     list_target_jobs,
+)
+from hyperlora.training.datamodules.photo_stream import (
+    PhotoStreamDataset,
+    PhotoStreamLoader,
+    StreamFaceCheck,
 )
 from hyperlora.training.datamodules.target_cache import TargetCacheConfig, open_target_cache
 
@@ -115,6 +119,8 @@ class PhotoFolderDataModule(FolderDataModule):
         self.save_hyperparameters(ignore=["source", "augmentation", "faces", "cache"], logger=False)
         self.source, self.augmentation, self.faces, self.cache = source, augmentation, faces, cache
         self._splits: dict[bool, PhotoSplit] = {}
+        self._stream_data: PhotoStreamDataset | None = None
+        self._positions: list[dict[str, Any]] | None = None  # of all ranks, from a checkpoint
         for training in (True, False):  # a wrong path is an error now, not after the base is loaded
             open_subject_source(self._get_name(training), source, training)
         if single_photos == "views" and not augmentation.changes_images:
@@ -177,13 +183,58 @@ class PhotoFolderDataModule(FolderDataModule):
             split.stream,
             split.maker,
             self.hparams["batch_size"],
-            # where a resumed run starts, so that it does not read the first shards again
-            _get_seed() + (self.trainer.global_step if self.trainer else 0),
+            _get_seed(),
             split.face_check,
             split.get_size,
         )
         data.rank, data.num_ranks = share.rank, share.num_ranks
-        return self._make_batch_loader(data, None)
+        if self._positions is not None and len(self._positions) == share.num_ranks:
+            is_restored = data.restore_position(self._positions[share.rank], num_workers)
+        else:
+            is_restored = False
+        if self.trainer and self.trainer.global_step and not is_restored:
+            data.seed += self.trainer.global_step  # other subjects than those of the first steps
+            _log_notes(
+                [
+                    f"warning: {split.stream.name}: the checkpoint has no position for "
+                    f"{share.num_ranks} devices with {num_workers} loader processes each, so the "
+                    "stream begins again in another order."
+                ]
+            )
+        self._stream_data = data
+        return PhotoStreamLoader(data, num_workers, _pins_memory(num_workers))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
+        """Note how far a stream is trained on.
+
+        Args:
+            batch: A batch that is about to be trained on, or another one.
+            dataloader_idx: Not used.
+
+        Returns:
+            The batch.
+        """
+        if self._stream_data is not None and isinstance(batch, SubjectBatch) and batch.progress:
+            self._stream_data.record_batch(batch.progress, self.hparams["num_workers"])
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the positions of all ranks in a stream; all ranks call this at once."""
+        if self._stream_data is None:
+            return {}
+        position = self._stream_data.get_position(self.hparams["num_workers"])
+        positions = [position] * self._stream_data.num_ranks
+        if self._stream_data.num_ranks > 1:
+            torch.distributed.all_gather_object(positions, position)
+        return {"stream_positions": positions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the positions for the loader, which is made later.
+
+        Args:
+            state_dict: As ``state_dict`` returns it.
+        """
+        self._positions = state_dict.get("stream_positions")
 
     def _make_batch_loader(self, data: Any, sampler: Any) -> DataLoader[Sample]:  # noqa: ANN401
         num_workers = self.hparams["num_workers"]
@@ -193,7 +244,7 @@ class PhotoFolderDataModule(FolderDataModule):
             sampler=sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=num_workers > 0 and torch.accelerator.is_available(),
+            pin_memory=_pins_memory(num_workers),
         )
 
     def _get_name(self, training: bool) -> str:
@@ -295,6 +346,10 @@ def _log_notes(notes: Sequence[str]) -> None:
 def _track(unit: str, items: Sequence[Any]) -> Iterable[Any]:
     """Show progress while photos are encoded."""
     return track(items, f"caching {unit}", "photos", len(items))
+
+
+def _pins_memory(num_workers: int) -> bool:
+    return num_workers > 0 and torch.accelerator.is_available()
 
 
 def _get_seed() -> int:

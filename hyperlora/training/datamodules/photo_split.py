@@ -21,8 +21,9 @@ from hyperlora.training.datamodules.face_filter import (
     filter_subjects,
     format_counts,
 )
-from hyperlora.training.datamodules.photo_dataset import GetSize, StreamFaceCheck
+from hyperlora.training.datamodules.photo_dataset import GetSize
 from hyperlora.training.datamodules.photo_samples import SampleMaker, count_crops
+from hyperlora.training.datamodules.photo_stream import StreamFaceCheck
 from hyperlora.training.datamodules.target_cache import TargetCache, TargetJob
 
 if TYPE_CHECKING:
