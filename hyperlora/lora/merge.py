@@ -89,8 +89,8 @@ def pad_and_stack(loras: Sequence[LoraWeights]) -> LoraWeights:
     downs, ups = [], []
     for target in layout.targets:
         factors = [
-            pad_factors(*lora_factors[target], layout.rank)
-            if target in lora_factors
+            pad_factors(*lora_factors[target.name], layout.rank)
+            if target.name in lora_factors
             else _make_zero_factors(target, layout.rank, loras[0].down[0])
             for lora_factors in factors_by_target
         ]
@@ -186,7 +186,8 @@ def _merge_layouts(loras: Sequence[LoraWeights]) -> LoraLayout:
         if base == UNKNOWN_BASE:  # which fits every base, so the first known one decides
             base = lora.layout.base
         for target in lora.layout.targets:
-            if (known_target := targets.setdefault(target.name, target)) != target:
+            known_target = targets.setdefault(target.name, target)
+            if _get_matrix_shape(known_target) != _get_matrix_shape(target):
                 raise LayoutMismatchError(
                     f"target {target.name} is {known_target.shape_text} in a LoRA and "
                     f"{target.shape_text} in another, so they are for different bases: "
@@ -195,9 +196,15 @@ def _merge_layouts(loras: Sequence[LoraWeights]) -> LoraLayout:
     return LoraLayout(tuple(targets.values()), max(lora.layout.rank for lora in loras), base)
 
 
-def _map_factors(lora: LoraWeights) -> dict[TargetModule, tuple[Tensor, Tensor]]:
-    """``down`` and ``up`` by target."""
-    return dict(zip(lora.layout.targets, zip(lora.down, lora.up, strict=True), strict=True))
+def _get_matrix_shape(target: TargetModule) -> tuple[int, int, tuple[int, int]]:
+    """The shape of ΔW; a 1x1 convolution is the Linear layer that other programs have there."""
+    return target.in_features, target.out_features, target.kernel_size or (1, 1)
+
+
+def _map_factors(lora: LoraWeights) -> dict[str, tuple[Tensor, Tensor]]:
+    """``down`` and ``up`` by the name of the target."""
+    names = [target.name for target in lora.layout.targets]
+    return dict(zip(names, zip(lora.down, lora.up, strict=True), strict=True))
 
 
 def _make_zero_factors(target: TargetModule, rank: int, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,11 +220,12 @@ def _add_loras(loras: Sequence[LoraWeights]) -> LoraWeights:
     factors_by_target = [_map_factors(lora) for lora in loras]
     downs, ups = [], []
     for target in layout.targets:
-        present = [factors[target] for factors in factors_by_target if target in factors]
+        name = target.name
+        present = [factors[name] for factors in factors_by_target if name in factors]
         reference, _ = present[0]  # at least one LoRA has the target
         factors = [
-            lora_factors[target]
-            if target in lora_factors
+            lora_factors[name]
+            if name in lora_factors
             else _make_zero_factors(target, lora.layout.rank, reference)
             for lora_factors, lora in zip(factors_by_target, loras, strict=True)
         ]

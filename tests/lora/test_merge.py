@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.blocks import scale_blocks, select_blocks
-from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, TargetModule
 from hyperlora.lora.merge import MERGE_METHODS, compute_relative_error, merge, pad_and_stack
 from hyperlora.lora.weights import LoraWeights
 
@@ -183,3 +183,33 @@ def test_merge_refuses_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=sentence):
         call()
+
+
+def test_merge_takes_a_1x1_convolution_for_the_linear_layer_of_other_programs() -> None:
+    name, generator = "unet.mid_block.attentions.0.proj_in", torch.Generator().manual_seed(3)
+    loras = []
+    for kernel_size in (None, (1, 1)):
+        layout = LoraLayout((TargetModule(name, 7, 5, kernel_size),), 2, UNKNOWN_BASE)
+        flat = torch.randn(layout.numel, generator=generator)
+        loras.append(LoraWeights.unflatten(layout, flat))
+    (first,), (second,) = (lora.get_delta_weights() for lora in loras)
+    for method in ("concat", "ties"):
+        merged = merge(loras, [2.0, -1.0], method)
+        assert merged.layout.targets == loras[0].layout.targets
+    (delta,) = merge(loras, [2.0, -1.0]).get_delta_weights()
+    torch.testing.assert_close(delta, 2 * first - second)
+    other = LoraLayout((TargetModule(name, 7, 5, (1, 7)),), 2, UNKNOWN_BASE)
+    with pytest.raises(LayoutMismatchError, match=r"7→5 in a LoRA and 7→5 \(1x7 conv\)"):
+        merge([loras[0], LoraWeights.zeros(other)])
+
+
+def test_merge_of_unknown_and_named_bases_is_for_the_named_one() -> None:
+    target = TargetModule("unet.mid_block.attentions.0.proj_in", 4, 4)
+    loras = [
+        LoraWeights.zeros(LoraLayout((target,), 2, base)) for base in (UNKNOWN_BASE, "org/base")
+    ]
+    assert merge(loras).layout.base == merge(loras[::-1]).layout.base == "org/base"
+    loras[0].layout.check_compatible(loras[1].layout)
+    other = LoraWeights.zeros(LoraLayout((target,), 2, "org/other"))
+    with pytest.raises(LayoutMismatchError, match="for base 'org/other'"):
+        merge([*loras, other])
