@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hyperlora.diffusion.diffusion_base import DiffusionBase
     from hyperlora.diffusion.multi_lora import CompositionConfig, Schedule, Strategy
     from hyperlora.diffusion.regions import Region
+    from hyperlora.lora.io.load import LoraFile
     from hyperlora.lora.weights import LoraWeights
 
 _COMPOSITION = "Several LoRAs"
@@ -34,7 +35,11 @@ def render(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file to write.")],
     lora: Annotated[
-        list[str] | None, typer.Option(help="LoRA file as FILE or FILE:WEIGHT; repeat.")
+        list[str] | None,
+        typer.Option(
+            help="LoRA file as FILE or FILE:WEIGHT; repeat. Without a weight the strength that "
+            "the file recommends counts, else 1."
+        ),
     ] = None,
     lora_dir: Annotated[
         Path, typer.Option(help="Folder of the LoRA files that <lora:NAME> names.")
@@ -123,6 +128,8 @@ def render(
     )
     from hyperlora.diffusion.multi_lora import CompositionConfig
     from hyperlora.diffusion.text_to_image import generate_images
+    from hyperlora.lora.io.find import find_lora
+    from hyperlora.lora.io.prompt_prefix import add_prompt_prefixes, read_lora_metadata
 
     text, lora_tags = parse_lora_tags(prompt)
     check_no_lora_tags([negative_prompt], "negative prompt")
@@ -140,10 +147,16 @@ def render(
     disable_malloc_trim()
     compute = compute_options.make_config()
     diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR, compute)
-    loras = [_load_lora_for_base(path, diffusion_base) for path, _ in weighted_paths]
+    files = [_load_lora_for_base(path, diffusion_base) for path, _ in weighted_paths]
+    tagged_metadata = [read_lora_metadata(find_lora(lora_dir, tag.name)) for tag in lora_tags]
+    text = add_prompt_prefixes(text, [*(file.metadata for file in files), *tagged_metadata])
+    loras = [file.weights for file in files]
     loras += load_tagged_loras(lora_tags, lora_dir, diffusion_base.modules)
     loras = [lora.to(diffusion_base.device) for lora in loras]
-    weights = [weight for _, weight in weighted_paths] + [1.0] * len(lora_tags)
+    weights = [
+        file.metadata.recommended_strength if path == Path(argument) else weight
+        for file, (path, weight), argument in zip(files, weighted_paths, lora or [], strict=True)
+    ] + [1.0] * len(lora_tags)
     schedule = None
     if not is_constant:
         schedule = partial(compute_tag_scales, lora_tags, num_constant=len(weighted_paths))
@@ -216,22 +229,25 @@ def _apply_loras_by_branch(
     other = None
     if negative_lora != "off":
         path, weight = parse_weighted_path(negative_lora)
-        other = _load_lora_for_base(path, diffusion_base).to(diffusion_base.device) * weight
+        file = _load_lora_for_base(path, diffusion_base)
+        other = file.weights.to(diffusion_base.device) * weight
     return inject_lora_by_branch(diffusion_base.pipeline, merge(loras, weights), other)
 
 
-def _load_lora_for_base(path: Path, diffusion_base: "DiffusionBase") -> "LoraWeights":
+def _load_lora_for_base(path: Path, diffusion_base: "DiffusionBase") -> "LoraFile":
     """Load a LoRA file; note on stderr if it is for another base of the same shape."""
     from hyperlora.lora.io.load import load_lora
 
     lora_file = load_lora(path, modules=diffusion_base.modules, base_id=diffusion_base.id)
+    for note in lora_file.notes:
+        typer.echo(f"note: {path.name}: {note}", err=True)
     if (trained_base := lora_file.metadata.base_model) not in ("", diffusion_base.id):
         typer.echo(
             f"note: {path.name} was made for {trained_base!r}, not for this base "
             f"{diffusion_base.id!r}",
             err=True,
         )
-    return lora_file.weights
+    return lora_file
 
 
 def _parse_region(text: str) -> "Region":

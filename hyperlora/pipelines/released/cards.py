@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from hyperlora.errors import ModelLoadError
+from hyperlora.lora.io.prompt_prefix import PROMPT_PREFIX_KEY
 from hyperlora.pipelines.model_card import ModelCard
 
 ReleasedKind = Literal["hyperlora-sdxl", "i2l-v1", "template", "lorweb"]
@@ -107,7 +108,7 @@ class ReleasedCard:
             keys["hyperlora.face_pack"] = face_packs[0].name
             keys["hyperlora.face_pack_license"] = face_packs[0].license
         if self.trigger_phrase:
-            keys["hyperlora.prompt_prefix"] = self.trigger_phrase
+            keys[PROMPT_PREFIX_KEY] = self.trigger_phrase
         if self.negative_rule != "same":
             keys["hyperlora.negative_lora"] = self.negative_rule
         return keys | self.list_settings()
