@@ -4,8 +4,10 @@ A converter of diffusers gets one module, whose ``up`` holds its row numbers. Wh
 which targets the module became, and which rows each has: a fused q, k, v is three targets.
 """
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -137,7 +139,8 @@ def _ask_diffusers(mixin_name: str, down_key: str, up_key: str, num_rows: int) -
     mixin: Any = getattr(lora_pipeline, mixin_name)
     row_numbers = torch.arange(num_rows, dtype=torch.float64)[:, None]  # [n, 1]
     try:
-        state_dict = mixin.lora_state_dict({down_key: torch.ones(1, 1), up_key: row_numbers})
+        with _silence_diffusers():
+            state_dict = mixin.lora_state_dict({down_key: torch.ones(1, 1), up_key: row_numbers})
     # the converters check little: what they do not know raises anything
     except (ValueError, LookupError, AssertionError, TypeError, AttributeError, RuntimeError):
         return []
@@ -153,6 +156,17 @@ def _ask_diffusers(mixin_name: str, down_key: str, up_key: str, num_rows: int) -
     if not rows or not torch.equal(torch.cat(rows).sort().values, torch.arange(num_rows)):
         return []  # rows were dropped
     return pieces
+
+
+@contextmanager
+def _silence_diffusers() -> Iterator[None]:
+    """Keep converters from logging keys that they do not know, since others are asked, too."""
+    logger = logging.getLogger("diffusers.loaders.lora_conversion_utils")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 @cache

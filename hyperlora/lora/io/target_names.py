@@ -36,6 +36,8 @@ _ORIGINAL_ROOTS: Final = re.compile(r"(?:double|single|joint)_blocks(?:\.|_)")
 _UNET_PATH: Final = re.compile(
     r"(?:(?:down|up)_blocks\.\d|mid_block|conv_(?:in|out)|(?:time|add)_embedding)(?:\.|$)"
 )
+_EMBEDDING_PATH: Final = re.compile(r"(add|time)_embedding_linear_([12])")
+"""Embeddings of UNets without dots; diffusers' converter loses the first."""
 _CLIP_PATH: Final = re.compile(r"(?:text_model|text_projection|encoder\.layers)(?:\.|_|$)")
 _T5_PATH: Final = re.compile(
     r"encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(q|k|v|o|wi_0|wi_1|wi|wo)"
@@ -210,6 +212,8 @@ class TargetResolver:
         component = next(iter(parts.components), "unet")
         if component == "unet" and _CLIP_PATH.match(parts.path):
             component = "text_encoder"
+        if component == "unet" and (match := _EMBEDDING_PATH.fullmatch(flat_path)):
+            return f"unet.{match[1]}_embedding.linear_{match[2]}"
         if component == "unet" and flat_path in self._sgm_paths:
             return f"unet.{self._sgm_paths[flat_path]}"
         if component not in _KOHYA_PREFIXES:

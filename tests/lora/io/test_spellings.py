@@ -1,5 +1,6 @@
 """Every spelling of one and the same LoRA gives the same ΔW, which diffusers reads, too."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hyperlora.lora.io import converters
 from hyperlora.lora.io.converters import CONVERTERS
 from hyperlora.lora.io.load import LoraFile, load_lora
 from hyperlora.lora.io.module_names import DENOISER_SIZES
-from hyperlora.lora.layout import LoraLayout
+from hyperlora.lora.layout import LoraLayout, list_layers
 from tests.tiny_pipelines import get_tiny_pipeline, mark_heavy
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -356,6 +357,49 @@ def test_load_lora_reads_stability_names_of_both_unets(tmp_path: Path) -> None:
             write_peft({name: pairs[path]}, tmp_path / "s.safetensors", prefix)
             for modules in (None, {"unet": denoiser}):
                 assert_deltas(load_lora(tmp_path / "s.safetensors", modules=modules), expected)
+
+
+def test_load_lora_reads_every_layer_of_sdxl_without_base(tmp_path: Path) -> None:
+    """Also those that diffusers' own converter loses."""
+    denoiser = get_tiny_pipeline("stable_diffusion_xl").denoiser
+    pattern = re.compile(r"\.to_|proj|conv|embedding|\.ff\.")
+    paths = [path for path, _ in list_layers(denoiser) if pattern.search(path)]
+    pairs = make_pairs(denoiser, paths)
+    path = write_kohya(pairs, tmp_path / "k.safetensors", "lora_unet_")
+    assert_deltas(load_lora(path), compute_deltas(pairs, "unet", SCALE))
+
+
+def test_load_lora_reads_text_encoders_of_comfyui_and_kohya(tmp_path: Path) -> None:
+    clip = "text_model.encoder.layers.0.self_attn.q_proj"
+    t5 = "encoder.block.0.layer.0.SelfAttention.q"
+    stems = {
+        f"text_encoders.clip_l.transformer.{clip}": f"text_encoder.{clip}",
+        f"text_encoders.clip_g.transformer.{clip}": f"text_encoder_2.{clip}",
+        "lora_te_text_model_encoder_layers_1_mlp_fc1": (
+            "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+        ),
+        "lora_te3_" + t5.replace(".", "_"): f"text_encoder_3.{t5}",
+        "lycoris_text_model_encoder_layers_2_mlp_fc2": (
+            "text_encoder.text_model.encoder.layers.2.mlp.fc2"
+        ),
+    }
+    state = {f"{stem}.lora_down.weight": torch.randn(2, 3) for stem in stems}
+    state |= {f"{stem}.lora_up.weight": torch.randn(4, 2) for stem in stems}
+    save_file(state, tmp_path / "t.safetensors")
+    targets = load_lora(tmp_path / "t.safetensors").weights.layout.targets
+    assert {target.name for target in targets} == set(stems.values())
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_load_lora_reads_xlabs_keys(prefix: str, tmp_path: Path) -> None:
+    down, up = torch.randn(2, 8), torch.randn(24, 2)
+    stem = f"{prefix}double_blocks.3.processor.qkv_lora2"
+    save_file({f"{stem}.down.weight": down, f"{stem}.up.weight": up}, tmp_path / "x.safetensors")
+    expected = {
+        f"transformer.transformer_blocks.3.attn.add_{p}_proj": rows @ down
+        for p, rows in zip("qkv", up.chunk(3), strict=True)
+    }
+    assert_deltas(load_lora(tmp_path / "x.safetensors"), expected)
 
 
 def test_load_lora_says_which_component_is_missing(tmp_path: Path) -> None:
