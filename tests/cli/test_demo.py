@@ -40,6 +40,6 @@ def test_demo_writes_sheets_and_loras(
     assert names == [
         "demo.png",
         "edits.png",
-        *(f"{p}.{end}" for p in subjects for end in ("kohya.safetensors", "safetensors")),
+        *(f"{p}.safetensors" for p in subjects),
     ]
-    assert load_lora(tmp_path / "demo" / "person-1.kohya.safetensors").format == "kohya"
+    assert load_lora(tmp_path / "demo" / "person-1.safetensors").format == "kohya"

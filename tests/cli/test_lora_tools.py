@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hyperlora.diffusion.lora_prompt_syntax import LoraTag, parse_lora_tags
+from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.find import find_lora
 from hyperlora.lora.io.load import load_lora
@@ -18,6 +20,7 @@ from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.merge import compute_relative_error, merge
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.image_to_lora import ImageToLora
+from tests.lora.io import unet_bases
 
 RunCommand = Callable[..., Any]
 
@@ -292,3 +295,28 @@ def test_render_composes_loras(
     result = run("render", "--prompt", "x <lora:Bne>", "-o", tmp_path / "bad.png", *common_options)
     assert "did you mean 'Ben'" in result.err
     assert not (tmp_path / "bad.png").exists()
+
+
+def test_tools_keep_the_format_and_name_lost_readers(run: RunCommand, tmp_path: Path) -> None:
+    modules = {"unet": unet_bases.make_modules("SDXL")["unet"]}
+    layout = make_layout(modules, "attention", 2, "x")
+    lora = LoraWeights.unflatten(layout, torch.randn(layout.numel))
+    path, out = tmp_path / "xl.safetensors", tmp_path / "out.safetensors"
+    save_lora(lora, path)
+    commands: list[list[Any]] = [
+        ["resize", path, "--rank", 1],
+        ["scale", path, "--factor", 2],
+        ["diff", path, path],
+        ["combine", path, f"{path}:0.5"],
+        ["convert", path],
+    ]
+    for command in commands:
+        result = run(*command, "-o", out)
+        assert (result.code, result.err) == (0, ""), result
+        assert load_lora(out).format == "sgm", command
+    assert run("split", path, "--part", "mid=unet.mid_block", "-o", tmp_path / "parts").code == 0
+    assert load_lora(tmp_path / "parts" / "mid.safetensors").format == "sgm"
+    result = run("convert", path, "--format", "diffusers", "-o", out)
+    assert (result.code, load_lora(out).format) == (0, "diffusers")
+    assert result.err.startswith("note: A1111 and kohya read nothing of a UNet's LoRA")
+    assert result.err.count("\n") == 1

@@ -6,6 +6,7 @@ from torch import nn
 
 from hyperlora.diffusion.target_modules import TARGET_PRESETS, make_layout
 from hyperlora.errors import InvalidArgumentError
+from tests.tiny_pipelines import get_tiny_pipeline
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
 SDXL = {
@@ -103,3 +104,29 @@ def test_make_layout_rejects_unknown_presets_and_ranks(unet: nn.Module) -> None:
         make_layout({"unet": unet}, "attention", 0, "b")
     with pytest.raises(InvalidArgumentError, match="Linear is no denoiser that is supported"):
         make_layout({"unet": nn.Linear(2, 2)}, "attention", 4, "b")
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", "flux2", "lumina_2", "qwen_image", "z_image"])
+def test_presets_of_a_transformer_add_what_they_name(name: str) -> None:
+    transformer = get_tiny_pipeline(name).pipe.transformer
+    attention, feed_forward = (
+        {
+            target.path
+            for target in make_layout({"transformer": transformer}, preset, 2, "b").targets
+        }
+        for preset in ("attention", "attention+mlp")
+    )
+    assert attention < feed_forward
+    if hasattr(transformer, "single_transformer_blocks"):
+        single_paths = {path for path in attention if path.startswith("single_transformer_blocks.")}
+        assert len(single_paths) >= 2 * len(transformer.single_transformer_blocks)
+    with pytest.raises(InvalidArgumentError, match="has no convolutions that take a LoRA"):
+        make_layout({"transformer": transformer}, "attention+conv", 2, "b")
+
+
+@pytest.mark.parametrize("preset", TARGET_PRESETS)
+def test_make_layout_refuses_presets_that_match_nothing_they_name(preset: str) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4}
+    unet = make_meta_unet(SD15 | blocks | {"mid_block_type": None})
+    with pytest.raises(InvalidArgumentError, match="names attention, and the unet of this"):
+        make_layout({"unet": unet}, preset, 2, "b")

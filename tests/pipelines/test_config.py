@@ -17,7 +17,7 @@ from hyperlora.pipelines.config import EditConfig, GenerationConfig
         (GenerationConfig, {"num_loras": 0}, "must be at least 1"),
         (GenerationConfig, {"refine_steps": -1}, "at least 0"),
         (GenerationConfig, {"refine_method": "photos"}, "give refine_steps"),
-        (EditConfig, {"format": "sgm"}, "known: diffusers, kohya"),
+        (EditConfig, {"format": "gguf"}, "known: auto, diffusers, kohya, sgm, comfyui"),
         (EditConfig, {"strength": 11}, "strength between -10 and 10"),
         (EditConfig, {"candidate_prompts": ("a hat",), "search": False}, "leave one out"),
     ],

@@ -395,3 +395,16 @@ def test_routes_refuse_after_the_deadline_and_when_full(start_client: StartClien
     states = [client.get(w.headers["location"]).json() for w in waiting]
     assert any("requests are waiting already" in (s["error"] or "") for s in states)
     client.delete(slow.headers["location"])
+
+
+def test_create_lora_names_the_format_and_its_lost_readers(client: TestClient) -> None:
+    json_header = {"Accept": "application/json"}
+    model_info = client.get("/v1/models").json()[0]
+    response = post_photos(client, headers=json_header)
+    assert response.json()["format"] == model_info["lora_format"] == "kohya"
+    assert "diffusers" in model_info["lora_readers"]
+    assert "hyperlora-warning" not in response.headers
+    response = post_photos(client, headers=json_header, format="diffusers")
+    assert response.json()["format"] == "diffusers"
+    assert "A1111 and kohya read nothing" in response.headers["hyperlora-warning"]
+    assert post_photos(client, format="sgm").status_code == 400

@@ -212,12 +212,9 @@ def test_pair_tab_makes_files_and_edits_images(start_client: StartClient, tmp_pa
     visitor = make_visitor(client)
     updates = asyncio.run(collect(create_lora(before, after, None, 1.0, False, visitor)))
     files = list_downloads(updates)
-    assert [path.name for path in files] == ["edit.safetensors", "edit-kohya.safetensors"]
+    assert [path.name for path in files] == ["edit.safetensors"]
     loras = [load_lora(path) for path in files]
-    assert [(lora.format, lora.metadata.title) for lora in loras] == [
-        ("diffusers", "edit"),
-        ("kohya", "edit"),
-    ]
+    assert [(lora.format, lora.metadata.title) for lora in loras] == [("kohya", "edit")]
     (edited_html,) = [v for v in updates[-1].values() if isinstance(v, str)]
     assert edited_html.count("<img") == 2  # the edited image and the original
 
@@ -236,7 +233,7 @@ def test_photo_and_compose_tabs_generate_images(start_client: StartClient, tmp_p
     photo = write_photo(tmp_path / "me.png")
     create_lora = get_handler(partial(build_photo_tab, api), "create_lora")
     updates = asyncio.run(collect(create_lora([photo], "a b", 1.0, "me", 4, 0, "LCM", [], visitor)))
-    assert [p.name for p in list_downloads(updates)] == ["me.safetensors", "me-kohya.safetensors"]
+    assert [p.name for p in list_downloads(updates)] == ["me.safetensors"]
     (tray,) = [v for update in updates for k, v in update.items() if isinstance(k, gr.State)]
     assert [item.name for item in tray] == ["me"]
     status_html, portraits_html = updates[-1].values()

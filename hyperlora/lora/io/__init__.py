@@ -1,4 +1,4 @@
 """LoRA files: written for every common tool, read as untrusted input.
 
-Lora ── save ──▶ .safetensors (diffusers, kohya or sgm keys, metadata) ── load_lora ──▶ LoraFile
+Lora ── save ──▶ .safetensors (keys of a format, metadata) ── load_lora ──▶ LoraFile
 """
