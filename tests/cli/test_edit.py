@@ -220,7 +220,7 @@ def test_edit_numbers_images_of_same_name(
         (lambda a: [], "no pair given"),
         (lambda a: [*a, "--pair", a[0]], "--pair needs two images"),
         (lambda a: [a[0], "missing.png"], "there is no file 'missing.png'"),
-        (lambda a: [*a, "--format", "gguf"], "known: diffusers, kohya"),
+        (lambda a: [*a, "--format", "gguf"], "known: auto, diffusers, kohya"),
         (lambda a: [*a, "--strength", "nan"], "strength between -10 and 10"),
         (lambda a: [*a, "--candidate-prompt", "a hat", "--no-search"], "leave one out"),
         (lambda a: [*a, "--candidate-prompt", "a hat"], "this one has none"),
