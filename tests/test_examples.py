@@ -42,7 +42,7 @@ def remove_numbers(line: str) -> str:
     return re.sub(r"-?\d+(?:\.\d+)?", "N", line)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [*EXAMPLES, "real_photo"])
 def test_example_is_short(name: str) -> None:
     num_lines = len((ROOT / "examples" / f"{name}.py").read_text().splitlines())
     assert 15 <= num_lines <= 70
