@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from data_builder.build.plan import (
     Plan,
     PlannedLora,
@@ -98,7 +100,7 @@ def check_recipe_base(recipe: Recipe) -> None:
         raise InvalidArgumentError(
             f"base {recipe.base!r} is a pipeline without a supported {error}: give another --base"
         ) from error
-    components = {meta_base.family.denoiser_name: meta_base.denoiser}
+    components: Mapping[str, nn.Module] = {meta_base.family.denoiser_name: meta_base.denoiser}
     layout = make_layout(components, recipe.denoiser_preset, recipe.rank, recipe.base)
     if recipe.inner_rank is not None:
         layout.check_rank(recipe.inner_rank, "inner-rank")

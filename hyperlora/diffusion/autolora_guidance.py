@@ -3,12 +3,12 @@
 e = ε^{w1} + γ (ε_L^{w2} - ε^{w1})        ε^{w} = ε(∅) + w (ε(c) - ε(∅)), ε_L with the LoRA
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperlora.diffusion.denoiser_calls import (
     DenoiserCall,
@@ -65,7 +65,7 @@ def apply_autolora_guidance(
         if value is not None and not isfinite(value):
             raise InvalidArgumentError(f"{label} must be a finite number, got {value}")
     family = get_pipeline_family(pipe)
-    modules = {family.denoiser_name: family.denoiser}
+    modules: Mapping[str, nn.Module] = {family.denoiser_name: family.denoiser}
     denoiser_loras = split_denoiser(family, [lora])
     stacked_loras = (
         pad_and_stack([denoiser_loras[0] * 0.0, *denoiser_loras])  # [2]: base, LoRA

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def assert_all_equal(
         with context:
             output = sample(name, base.pipeline, 1)
         torch.testing.assert_close(
-            output, expected, atol=1e-4, rtol=1e-3, msg=lambda text, s=strategy: f"{s}: {text}"
+            output, expected, atol=1e-4, rtol=1e-3, msg=partial("{}: {}".format, strategy)
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_every_strategy_samples_as_diffusers_does(name: str, format: str, tmp_pa
         with apply(base, loaded):
             output = sample(base, name)
         torch.testing.assert_close(
-            output, expected, atol=1e-5, rtol=1e-5, msg=lambda text, s=strategy: f"{s}: {text}"
+            output, expected, atol=1e-5, rtol=1e-5, msg=partial("{}: {}".format, strategy)
         )
     torch.testing.assert_close(sample(base, name), plain, atol=0, rtol=0)
 

@@ -2,6 +2,7 @@
 
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import save_file
 
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.find import find_lora
+
+Form = Literal["NFC", "NFD"]
 
 
 def write_lora(path: Path, **metadata: str) -> Path:
@@ -23,7 +26,7 @@ def write_lora(path: Path, **metadata: str) -> Path:
 @pytest.mark.parametrize("disk_form", ["NFC", "NFD"])
 @pytest.mark.parametrize("prompt_form", ["NFC", "NFD"])
 def test_composed_and_decomposed_letters_are_equal(
-    tmp_path: Path, disk_form: str, prompt_form: str
+    tmp_path: Path, disk_form: Form, prompt_form: Form
 ) -> None:
     name = "Ångström/Zoë"
     path = write_lora(tmp_path / f"{unicodedata.normalize(disk_form, name)}.safetensors")
