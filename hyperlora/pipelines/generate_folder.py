@@ -18,20 +18,21 @@ from hyperlora.data.images import read_image
 from hyperlora.data.subjects import SkippedPhoto, Subject, list_subjects
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import HyperloraError, InvalidImageError
-from hyperlora.lora.io.safetensors_file import write_bytes
-from hyperlora.lora.io.save import serialize_lora
+from hyperlora.lora.io.negative_lora import make_negative_path
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.generate import (
     GenerationRecord,
     generate_loras,
+    generate_negatives,
 )
+from hyperlora.pipelines.lora_files import LoraFiles, serialize_lora_files
 from hyperlora.pipelines.photo_model import AnyPhotoModel, SubjectPhotos
 from hyperlora.pipelines.rerank import IdentityReranker
 from hyperlora.progress import track
 
-FileResult = tuple[GenerationRecord, bytes]
-"""A record of the index and the content of its file; no bytes where there is no file."""
+FileResult = tuple[GenerationRecord, LoraFiles]
+"""A record of the index and the content of its files; no bytes where there is no file."""
 BatchGenerator = Callable[[Sequence[Sequence[Subject]]], Iterable[Sequence[FileResult]]]
 """Generates batches of subjects, in order: the results of each batch."""
 INDEX_NAME: Final = "index.jsonl"
@@ -89,7 +90,10 @@ def generate_folder(
     previous_records = {
         record.subject: record
         for record in _read_index(index_path)
-        if record.file and (output_dir / record.file).is_file()
+        if record.file
+        and all(
+            (output_dir / name).is_file() for name in (record.file, record.negative_file) if name
+        )
     }
     pending_subjects = [
         subject
@@ -98,10 +102,7 @@ def generate_folder(
     ]
     pending_names = {subject.name for subject in pending_subjects}
     records = [record for name, record in previous_records.items() if name not in pending_names]
-    for photo in skipped_photos:
-        is_single = photo.path.parent == folder
-        name = photo.path.stem if is_single else photo.path.parent.name
-        records.append(_make_failure(name, 0, str(photo))[0])
+    records += [_make_skip_record(photo, folder) for photo in skipped_photos]
     temp_index_path = index_path.with_suffix(".tmp")
     with temp_index_path.open("w") as index_file:
         _write_records(index_file, records)
@@ -124,9 +125,9 @@ def _write_files(
     results: Sequence[FileResult], output_dir: Path, config_hash: str
 ) -> list[GenerationRecord]:
     """Write the files of a batch; return its records, those of files with the hash."""
-    for record, file_bytes in results:
+    for record, files in results:
         if record.file:
-            write_bytes(file_bytes, output_dir / record.file)
+            files.write(output_dir / record.file)
     return [
         replace(record, config_hash=config_hash) if record.file else record for record, _ in results
     ]
@@ -166,11 +167,11 @@ def generate_batch(
             loaded_subjects.append(_LoadedSubject(subject.name, paths, pixels))
     loaded_subjects.sort(key=_count_photos)
     for _, group in groupby(loaded_subjects, key=_count_photos):
-        for record, file_bytes in _generate_members(model, list(group), config, base, reranker):
+        for record, files in _generate_members(model, list(group), config, base, reranker):
             if record.file:
                 seconds = (time.perf_counter() - start_time) / len(subjects)
                 record = replace(record, seconds=seconds)
-            results.append((record, file_bytes))
+            results.append((record, files))
     return results
 
 
@@ -196,31 +197,45 @@ def _generate_members(
         return [result for group in groups for result in group]
     warnings = model.list_warnings(features)
     weights = generate_loras(model, photos, config, base, features, reranker)
+    negatives = generate_negatives(model, features, config)
     results = []
     for i, member in enumerate(members):
-        record, file_bytes = _serialize_member(model, member, weights[i], config)
-        results.append((replace(record, warnings=warnings[i]), file_bytes))
+        negative = None if negatives is None else negatives[i]
+        record, files = _serialize_member(model, member, weights[i], negative, config)
+        results.append((replace(record, warnings=warnings[i]), files))
     return results
 
 
 def _serialize_member(
-    model: AnyPhotoModel, member: _LoadedSubject, weights: LoraWeights, config: GenerationConfig
+    model: AnyPhotoModel,
+    member: _LoadedSubject,
+    weights: LoraWeights,
+    negative: LoraWeights | None,
+    config: GenerationConfig,
 ) -> FileResult:
     """Serialize one subject's LoRA; a LoRA that cannot be written does not end the folder."""
-    metadata = model.make_metadata(member.name, member.photo_paths)
     num_photos = len(member.photo_paths)
+    names = (member.name, "")
     try:
-        file_bytes = serialize_lora(
-            weights, format=config.format, metadata=metadata, dtype=model.file_dtype
+        files = serialize_lora_files(
+            model, weights, negative, member.photo_paths, names, config.format
         )
     except HyperloraError as error:  # e.g. weights that are NaN
         return _make_failure(member.name, num_photos, f"{member.name!r}: {error}")
     file_name = f"{make_file_stem(member.name)}.safetensors"
-    return GenerationRecord(member.name, file_name, num_photos, 0.0), file_bytes
+    negative_name = None if negative is None else make_negative_path(Path(file_name)).name
+    record = GenerationRecord(member.name, file_name, num_photos, 0.0, negative_file=negative_name)
+    return record, files
 
 
 def _make_failure(subject_name: str, num_photos: int, error: str) -> FileResult:
-    return GenerationRecord(subject_name, None, num_photos, 0.0, error), b""
+    return GenerationRecord(subject_name, None, num_photos, 0.0, error), LoraFiles()
+
+
+def _make_skip_record(photo: SkippedPhoto, folder: Path) -> GenerationRecord:
+    is_single = photo.path.parent == Path(folder)
+    subject_name = photo.path.stem if is_single else photo.path.parent.name
+    return _make_failure(subject_name, 0, str(photo))[0]
 
 
 def _count_photos(subject: _LoadedSubject) -> int:
