@@ -3,7 +3,8 @@
     python -m benchmarks.speed.released_hyperlora [--num-photos 1 4]
 
 The weights are random, in the released layout: 3 GB, encoder and face pack included. They are
-written into a temporary folder and deleted. On a busy machine, read the CPU seconds. Each measurement is a process of its own. Own memory
+written into a temporary folder and deleted. Each measurement is a process of its own. On a busy
+machine, read the seconds of CPU. Own memory
 is resident memory without file pages, which the system drops when it needs memory. The face pack
 finds drawn faces; antelopev2 takes about one second more.
 """
