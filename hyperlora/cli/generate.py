@@ -165,6 +165,13 @@ def generate(
         str | None,
         typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_RELEASED),
     ] = None,
+    trust_remote_code: Annotated[
+        str | None,
+        typer.Option(
+            help="SHA-256 of the code of a template (model.py) that may run here.",
+            rich_help_panel=_RELEASED,
+        ),
+    ] = None,
     offline: Annotated[
         bool, typer.Option(help="Fetch nothing.", rich_help_panel=_RELEASED)
     ] = False,
@@ -210,7 +217,11 @@ def generate(
     if config.needs_base:
         diffusion_base = load_diffusion_base(base_name_or_path, compute)
     released_options = ReleasedOptions(
-        revision=revision, offline=offline, face_pack=face_pack, encoder=encoder
+        revision=revision,
+        offline=offline,
+        face_pack=face_pack,
+        encoder=encoder,
+        trust_remote_code=trust_remote_code,
     )
     image_to_lora, reranker = load_model_and_reranker(
         model, method, diffusion_base, config, evaluator, compute, released_options
@@ -303,6 +314,9 @@ def _report_records(
         for record in records:
             file = output.with_name(str(record.file))
             typer.echo(f"{file}: {rank_and_base}, {record.seconds:.2f} s")
+            if record.negative_file:
+                negative_file = output.with_name(record.negative_file)
+                typer.echo(f"{negative_file}: for the negative branch of guidance (render uses it)")
     else:
         typer.echo(
             f"{len(records) - len(failed)} LoRAs and index.jsonl in {output}, "

@@ -157,14 +157,8 @@ def print_facts(model: "AnyPhotoModel") -> None:
 
     if not isinstance(model, ReleasedModel):
         return
-    facts = model.facts
-    typer.echo(f"note: {facts.format_notice()}", err=True)
-    if facts.trigger_phrase:
-        typer.echo(
-            f"note: begin every prompt with {facts.trigger_phrase!r}, and use the LoRA at a "
-            f"strength of about {facts.strength:g}",
-            err=True,
-        )
+    for note in model.facts.list_notes():
+        typer.echo(f"note: {note}", err=True)
 
 
 def warn_of_lost_readers(layout: "LoraLayout", format: "FormatChoice", architecture: str) -> None:

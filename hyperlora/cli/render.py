@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hyperlora.diffusion.multi_lora import CompositionConfig, Schedule, Strategy
     from hyperlora.diffusion.regions import Region
     from hyperlora.lora.io.load import LoraFile
+    from hyperlora.lora.io.metadata import LoraMetadata
     from hyperlora.lora.weights import LoraWeights
 
 _COMPOSITION = "Several LoRAs"
@@ -66,12 +67,13 @@ def render(
         ),
     ] = None,
     negative_lora: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="LoRA on the negative branch of guidance: same, off, or another file.",
+            show_default="what the header of the only LoRA asks for, else same",
             rich_help_panel=_COMPOSITION,
         ),
-    ] = "same",
+    ] = None,
     width: Annotated[
         int | None, typer.Option(min=8, help="Pixels; the base's resolution by default.")
     ] = None,
@@ -139,7 +141,8 @@ def render(
         raise InvalidArgumentError(
             "--gamma guides the sum of all LoRAs: use it with --strategy merge and without steps"
         )
-    if negative_lora != "same" and (strategy != "merge" or not is_constant or gamma is not None):
+    is_sum = strategy == "merge" and is_constant and gamma is None
+    if negative_lora not in (None, "same") and not is_sum:
         raise InvalidArgumentError(
             "--negative-lora is for the sum of all LoRAs: use it with --strategy merge, without "
             "--gamma and without steps in prompts"
@@ -148,8 +151,9 @@ def render(
     compute = compute_options.make_config()
     diffusion_base = load_diffusion_base(base or pretrained.BASE_DIR, compute)
     files = [_load_lora_for_base(path, diffusion_base) for path, _ in weighted_paths]
-    tagged_metadata = [read_lora_metadata(find_lora(lora_dir, tag.name)) for tag in lora_tags]
-    text = add_prompt_prefixes(text, [*(file.metadata for file in files), *tagged_metadata])
+    tagged_paths = [find_lora(lora_dir, tag.name) for tag in lora_tags]
+    metadata = [file.metadata for file in files] + [read_lora_metadata(p) for p in tagged_paths]
+    text = add_prompt_prefixes(text, metadata)
     loras = [file.weights for file in files]
     loras += load_tagged_loras(lora_tags, lora_dir, diffusion_base.modules)
     loras = [lora.to(diffusion_base.device) for lora in loras]
@@ -157,16 +161,20 @@ def render(
         file.metadata.recommended_strength if path == Path(argument) else weight
         for file, (path, weight), argument in zip(files, weighted_paths, lora or [], strict=True)
     ] + [1.0] * len(lora_tags)
+    if negative_lora is None and is_sum and len(metadata) == 1:
+        path = [*(path for path, _ in weighted_paths), *tagged_paths][0]
+        weight = weights[0] * (lora_tags[0].denoiser_weight if lora_tags else 1.0)
+        negative_lora = _choose_negative_lora(metadata[0], path, weight)
     schedule = None
     if not is_constant:
         schedule = partial(compute_tag_scales, lora_tags, num_constant=len(weighted_paths))
     config = CompositionConfig(switch_every=switch_every, regions=regions, windowed=windowed)
-    if negative_lora == "same":
+    if negative_lora in (None, "same"):
         lora_context = _apply_loras(
             diffusion_base, loras, weights, cast("Strategy", strategy), gamma, schedule, config
         )
     else:
-        lora_context = _apply_loras_by_branch(diffusion_base, loras, weights, negative_lora)
+        lora_context = _apply_loras_by_branch(diffusion_base, loras, weights, str(negative_lora))
     with lora_context:
         (image,) = generate_images(
             diffusion_base,
@@ -207,6 +215,23 @@ def _apply_loras(
     return compose_loras(
         diffusion_base.pipeline, loras, strategy, weights, schedule=schedule, config=config
     )
+
+
+def _choose_negative_lora(metadata: "LoraMetadata", path: Path, weight: float) -> str:
+    """Return what the header of a LoRA file asks for, as ``--negative-lora`` takes it; say it."""
+    from hyperlora.lora.io.negative_lora import (
+        describe_negative_rule,
+        get_negative_rule,
+        make_negative_path,
+    )
+
+    rule, negative_path = get_negative_rule(metadata), make_negative_path(path)
+    has_file = negative_path.is_file()
+    if sentence := describe_negative_rule(path.stem, rule, has_file):
+        typer.echo(f"note: {sentence}", err=True)
+    if rule == "gray":
+        return f"{negative_path}:{weight}" if has_file else "same"
+    return rule
 
 
 def _apply_loras_by_branch(

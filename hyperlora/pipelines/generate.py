@@ -11,9 +11,10 @@ from PIL import Image
 from hyperlora.data.images import read_image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.io.save import save_lora
+from hyperlora.lora.io.negative_lora import make_negative_path
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import GenerationConfig, LoraSampling
+from hyperlora.pipelines.lora_files import serialize_lora_files
 from hyperlora.pipelines.photo_model import AnyPhotoModel, FeaturesT, PhotoModel, SubjectPhotos
 from hyperlora.pipelines.refine_generated import check_refine_method, refine_predictions
 from hyperlora.pipelines.rerank import IdentityReranker
@@ -32,6 +33,7 @@ class GenerationRecord:
         error: Why a photo was skipped or there is no file.
         config_hash: A hash of the model and the settings; empty if there is no file.
         warnings: What may be wrong with the photos, a sentence each.
+        negative_file: The name of the file for the negative branch of guidance; None for none.
     """
 
     subject: str
@@ -41,6 +43,7 @@ class GenerationRecord:
     error: str | None = None
     config_hash: str = ""
     warnings: Sequence[str] = field(default_factory=list)
+    negative_file: str | None = None
 
 
 def generate_loras(
@@ -164,6 +167,26 @@ def predict_loras(
     return model.generate_from_features(features, sampling)
 
 
+@torch.no_grad()
+def generate_negatives(
+    model: PhotoModel[FeaturesT], features: FeaturesT, config: GenerationConfig
+) -> LoraWeights | None:
+    """Generate the LoRAs of the negative branch of guidance, resized and scaled as the others.
+
+    Args:
+        model: The model.
+        features: The encoded photos.
+        config: The settings; the negative branch is never refined.
+
+    Returns:
+        One LoRA per subject (batch axis), on the CPU; None for a model without such LoRAs.
+    """
+    weights = model.generate_negative(features)
+    if weights is None:
+        return None
+    return postprocess_loras(model, weights, (), replace(config, refine_steps=0)).to("cpu")
+
+
 def postprocess_loras(
     model: AnyPhotoModel,
     weights: LoraWeights,
@@ -249,14 +272,29 @@ def generate_files(
         postprocess_loras(model, weights, subjects, config, base)[0].to("cpu")
         for weights in samples
     ]
+    negatives = generate_negatives(model, features, config)
     (warnings,) = model.list_warnings(features)
     seconds = (time.perf_counter() - start_time) / config.num_loras
     output_paths = make_numbered_paths(output_path, config.num_loras)
     for weights, path in zip(loras, output_paths, strict=True):
-        metadata = model.make_metadata(path.stem, photo_paths)
-        save_lora(weights, path, format=config.format, metadata=metadata, dtype=model.file_dtype)
+        files = serialize_lora_files(
+            model,
+            weights,
+            None if negatives is None else negatives[0],
+            photo_paths,
+            (path.stem, path.stem),
+            config.format,
+        )
+        files.write(path)
     return [
-        GenerationRecord(path.stem, path.name, len(photo_paths), seconds, warnings=warnings)
+        GenerationRecord(
+            path.stem,
+            path.name,
+            len(photo_paths),
+            seconds,
+            warnings=warnings,
+            negative_file=None if negatives is None else make_negative_path(path).name,
+        )
         for path in output_paths
     ]
 

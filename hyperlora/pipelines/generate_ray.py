@@ -80,8 +80,8 @@ def make_ray_batch_generator(
                 raise error
             records, file_contents = json.loads(row["records"]), pickle.loads(row["files"])
             yield [
-                (GenerationRecord(**record), file_bytes)
-                for record, file_bytes in zip(records, file_contents, strict=True)
+                (GenerationRecord(**record), files)
+                for record, files in zip(records, file_contents, strict=True)
             ]
 
     return generate_batches
@@ -128,7 +128,7 @@ class _Worker:
                 error = _make_user_error(batch_error)
         return {
             "records": [json.dumps([asdict(record) for record, _ in results])],
-            "files": [pickle.dumps([file_bytes for _, file_bytes in results])],
+            "files": [pickle.dumps([files for _, files in results])],
             "error": [pickle.dumps(error)],
         }
 

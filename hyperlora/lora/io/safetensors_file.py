@@ -177,16 +177,36 @@ def write_bytes(data: bytes, path: Path) -> None:
         data: The content of the file.
         path: The file; missing folders are made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp_path = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    write_bytes_together({path: data})
+
+
+def write_bytes_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files, each atomically; none is renamed into place before all are on disk.
+
+    Args:
+        contents: The content of each file, in the order of renaming; missing folders are made.
+    """
+    suffix = f".{uuid4().hex}.tmp"
+    temp_paths = {path: path.with_name(f".{path.name}{suffix}") for path in contents}
+    new_paths: list[Path] = []
     try:
-        with temp_path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp_path, path)
+        for path, temp_path in temp_paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temp_path.open("wb") as file:
+                file.write(contents[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temp_path in temp_paths.items():
+            is_new = not path.exists()
+            os.replace(temp_path, path)
+            new_paths += [path] if is_new else []
+    except OSError:
+        for path in new_paths:  # never one without the other
+            path.unlink(missing_ok=True)
+        raise
     finally:
-        temp_path.unlink(missing_ok=True)
+        for temp_path in temp_paths.values():
+            temp_path.unlink(missing_ok=True)
 
 
 def find_non_finite(tensors: Mapping[str, Tensor]) -> str | None:

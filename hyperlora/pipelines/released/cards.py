@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from hyperlora.errors import ModelLoadError
+from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY, NegativeRule
 from hyperlora.lora.io.prompt_prefix import PROMPT_PREFIX_KEY
 from hyperlora.pipelines.model_card import ModelCard
 
 ReleasedKind = Literal["hyperlora-sdxl", "i2l-v1", "template", "lorweb"]
 """How a released network is built."""
-NegativeRule = Literal["same", "off", "gray"]
-"""The LoRA on the negative branch of guidance: the same, none, or that of a gray image."""
 
 _ANTELOPE_LICENSE: Final = "insightface antelopev2: non-commercial research only"
 _CC_BY_NC: Final = "CC BY-NC 4.0"
@@ -83,6 +82,13 @@ class ReleasedCard:
         return None if None in values else True
 
     @property
+    def commercial_use(self) -> Literal["yes", "no", "unknown"]:
+        """``is_commercial`` as a word."""
+        if self.is_commercial is None:
+            return "unknown"
+        return "yes" if self.is_commercial else "no"
+
+    @property
     def network_license(self) -> str:
         """The license of the network, and so of its LoRAs."""
         return next(part.license for part in self.parts if part.role == "network")
@@ -102,15 +108,14 @@ class ReleasedCard:
 
     def make_metadata(self) -> dict[str, str]:
         """Make the keys that a file has besides those of ``LoraMetadata``."""
-        commercial = {True: "yes", False: "no", None: "unknown"}[self.is_commercial]
-        keys = {"hyperlora.commercial_use": commercial}
+        keys: dict[str, str] = {"hyperlora.commercial_use": self.commercial_use}
         if face_packs := self.list_parts("face pack"):
             keys["hyperlora.face_pack"] = face_packs[0].name
             keys["hyperlora.face_pack_license"] = face_packs[0].license
         if self.trigger_phrase:
             keys[PROMPT_PREFIX_KEY] = self.trigger_phrase
         if self.negative_rule != "same":
-            keys["hyperlora.negative_lora"] = self.negative_rule
+            keys[NEGATIVE_LORA_KEY] = self.negative_rule
         return keys | self.list_settings()
 
     def list_settings(self) -> dict[str, str]:
@@ -121,6 +126,16 @@ class ReleasedCard:
             "hyperlora.shift": self.shift,
         }
         return {key: f"{value:g}" for key, value in settings.items() if value is not None}
+
+    def list_notes(self) -> tuple[str, ...]:
+        """List what a user of its LoRAs must know: licenses, then trigger phrase and strength."""
+        if not self.trigger_phrase:
+            return (self.format_notice(),)
+        advice = (
+            f"begin every prompt with {self.trigger_phrase!r}, and use the LoRA at a "
+            f"strength of about {self.strength:g}"
+        )
+        return self.format_notice(), advice
 
     def format_notice(self) -> str:
         """Format the licenses of all parts as one sentence."""

@@ -158,6 +158,8 @@ class TemplateModel(ReleasedModel[list[tuple[Image.Image, ...]]]):
         data = run_template(self.model_dir, self.digest, images, self.limits)
         weights = load_lora(data).weights
         layout = LoraLayout(weights.layout.targets, weights.layout.rank, self.facts.base)
+        if len(images) == 1:
+            vars(self).setdefault("layout", layout)  # spares a run on a gray image
         return LoraWeights(layout, weights.down, weights.up)
 
 

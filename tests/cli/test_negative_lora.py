@@ -1,0 +1,143 @@
+"""Templates through ``generate``, and the LoRA of the negative branch in ``render``."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.metadata import LoraMetadata
+from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY, NEGATIVE_SHA256_KEY
+from hyperlora.lora.io.safetensors_file import write_bytes_together
+from hyperlora.pipelines.image_to_lora import ImageToLora
+from tests.pipelines.released.tiny_template import WEIGHT, make_template
+
+
+def get_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.py").read_bytes()).hexdigest()
+
+
+def compute_delta(path: Path) -> torch.Tensor:
+    return load_lora(path).weights.get_delta_weights()[0]
+
+
+def expect_delta(color: tuple[int, int, int]) -> torch.Tensor:
+    code = WEIGHT @ (torch.tensor(color) / 255 + 0.25)
+    return torch.outer(code, code)
+
+
+def test_generate_writes_both_files_of_a_template(run: Any, tmp_path: Path) -> None:
+    folder = make_template(tmp_path / "ZImage-i2L-v2")
+    Image.new("RGB", (9, 7), (255, 51, 0)).save(tmp_path / "red.png")
+    output = tmp_path / "out" / "style.safetensors"
+    arguments = ("generate", tmp_path / "red.png", "--model", folder, "-o", output)
+    result = run(*arguments)
+    assert result.code == 2 and f"--trust-remote-code {get_digest(folder)}" in result.err
+    assert not output.parent.exists()
+
+    result = run(*arguments, "--trust-remote-code", get_digest(folder), "--strength", "0.5")
+    assert result.code == 0, result
+    negative = output.with_name("style-negative.safetensors")
+    assert sorted(output.parent.iterdir()) == [negative, output]
+    assert f"{negative}: for the negative branch" in result.out
+    torch.testing.assert_close(compute_delta(output), 0.5 * expect_delta((255, 51, 0)))
+    torch.testing.assert_close(compute_delta(negative), 0.5 * expect_delta((128, 128, 128)))
+    extra = load_lora(output).metadata.extra
+    assert extra[NEGATIVE_LORA_KEY] == "gray"
+    assert extra[NEGATIVE_SHA256_KEY] == hashlib.sha256(negative.read_bytes()).hexdigest()
+    assert NEGATIVE_LORA_KEY not in load_lora(negative).metadata.extra
+
+
+def test_generate_folder_writes_both_files_again_if_one_is_missing(
+    run: Any, tmp_path: Path
+) -> None:
+    folder = make_template(tmp_path / "ZImage-i2L-v2")
+    (tmp_path / "styles").mkdir()
+    Image.new("RGB", (9, 7), (0, 0, 255)).save(tmp_path / "styles" / "blue.png")
+    output = tmp_path / "out"
+    arguments = (
+        *("generate", "--input-dir", tmp_path / "styles", "--model", folder, "-o", output),
+        *("--trust-remote-code", get_digest(folder)),
+    )
+    assert run(*arguments).code == 0
+    record = json.loads((output / "index.jsonl").read_text())
+    assert record["negative_file"] == "blue-negative.safetensors"
+    torch.testing.assert_close(
+        compute_delta(output / "blue-negative.safetensors"), expect_delta((128, 128, 128))
+    )
+    (output / "blue-negative.safetensors").unlink()
+    assert run(*arguments).code == 0
+    assert (output / "blue-negative.safetensors").is_file()
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "b.safetensors"
+    (target / "full").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"b\.safetensors"):
+        write_bytes_together({tmp_path / "a.safetensors": b"a", target: b"b"})
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def loras(bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRAs that ask for each rule, large enough to see; ``gray`` has its file."""
+    folder = tmp_path_factory.mktemp("loras")
+    base = load_diffusion_base(bundle.base)
+    lora = ImageToLora.from_pretrained(str(bundle.model), base=base)(bundle.photo) * 3
+    for name, rule in (("plain", ""), ("off", "off"), ("gray", "gray"), ("alone", "gray")):
+        metadata = LoraMetadata(extra={NEGATIVE_LORA_KEY: rule} if rule else {})
+        replace(lora, metadata=metadata).save(folder / f"{name}.safetensors")
+    replace(lora * -0.5, metadata=LoraMetadata()).save(folder / "gray-negative.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected_options", "sentence"),
+    [
+        ("off", (), ("--negative-lora", "off"), "no LoRA on the negative branch"),
+        ("gray", (), ("--negative-lora", "FOLDER/gray-negative.safetensors"), "has its own LoRA"),
+        ("alone", (), (), "alone-negative.safetensors is not here"),
+        ("off", ("--negative-lora", "same"), (), ""),
+        ("off", ("--gamma", "1.2"), ("--gamma", "1.2"), ""),
+    ],
+)
+@pytest.mark.parametrize("by_tag", [False, True])
+def test_render_follows_the_header_of_the_only_lora(
+    run: Any, bundle: Any, loras: Path, tmp_path: Path, name: str, options: tuple[str, ...],
+    expected_options: tuple[str, ...], sentence: str, by_tag: bool,
+) -> None:  # fmt: skip
+    def render(file: str, *arguments: str) -> tuple[np.ndarray, str]:
+        path = tmp_path / f"{file}.png"
+        prompt = f"a man <lora:{file}>" if by_tag else "a man"
+        lora = () if by_tag else ("--lora", loras / f"{file}.safetensors")
+        arguments = tuple(a.replace("FOLDER", str(loras)) for a in arguments)
+        result = run(
+            "render", "-o", path, "--prompt", prompt, *lora, "--lora-dir", loras, *arguments,
+            "--base", bundle.base, "--steps", 2, "--guidance-scale", 6,
+        )  # fmt: skip
+        assert result.code == 0, result
+        return np.asarray(Image.open(path), int), result.err
+
+    image, notes = render(name, *options)
+    expected, _ = render("plain", *expected_options)
+    assert np.abs(image - expected).max() <= 1
+    assert sentence in notes and notes.count("negative branch") == bool(sentence)
+    if expected_options[:1] == ("--negative-lora",):
+        assert np.abs(expected - render("plain")[0]).max() > 1
+
+
+def test_render_follows_no_header_of_several_loras(
+    run: Any, bundle: Any, loras: Path, tmp_path: Path
+) -> None:
+    result = run(
+        "render", "-o", tmp_path / "x.png", "--prompt", "a man", "--base", bundle.base,
+        "--lora", loras / "off.safetensors", "--lora", loras / "plain.safetensors", "--steps", 1,
+    )  # fmt: skip
+    assert result.code == 0 and "negative branch" not in result.err
