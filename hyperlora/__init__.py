@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hyperlora.lora.io.save import save_lora
     from hyperlora.lora.layout import LoraLayout
     from hyperlora.lora.weights import LoraWeights
+    from hyperlora.pipelines.auto import load_photo_model
     from hyperlora.pipelines.image_to_lora import ImageToLora
     from hyperlora.pipelines.pair_to_lora import PairToLora
 
@@ -44,6 +45,7 @@ _MODULES = {
     "inject_lora": "diffusion.lora_injection",
     "load_diffusion_base": "diffusion.diffusion_base",
     "load_lora": "lora.io.load",
+    "load_photo_model": "pipelines.auto",
     "make_layout": "diffusion.target_modules",
     "refine_lora": "finetuning.refine",
     "save_lora": "lora.io.save",
@@ -65,6 +67,7 @@ __all__ = [
     "inject_lora",
     "load_diffusion_base",
     "load_lora",
+    "load_photo_model",
     "make_layout",
     "refine_lora",
     "save_lora",

@@ -8,7 +8,7 @@ Errors of the server are raised as ``ApiError`` with its message.
 """
 
 import io
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -43,6 +43,7 @@ class _RequestContent(TypedDict, total=False):
     files: list[_File]
     data: dict[str, str]
     json: dict[str, object]
+    headers: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Client:
 
         Args:
             photos: Photos of one subject.
-            **options: Further form fields, e.g. ``format``, ``rank``, ``strength``.
+            **options: Further form fields, e.g. ``model`` (a name of ``list_models``), ``format``,
+                ``rank``, ``strength``.
 
         Returns:
             A ``.safetensors`` file.
@@ -99,6 +101,23 @@ class Client:
             ApiError: The server refused the request.
         """
         return self._send(_build_lora_request(_build_files("photos", photos), options))
+
+    def create_lora_files(
+        self, photos: Sequence[ImageInput], **options: FormValue
+    ) -> tuple[bytes, bytes | None]:
+        """Generate a LoRA from photos, with that of the negative branch of guidance.
+
+        Args:
+            photos: Photos of one subject.
+            **options: As ``create_lora``.
+
+        Returns:
+            A ``.safetensors`` file, and that of the negative branch; None for a model without it.
+
+        Raises:
+            ApiError: The server refused the request.
+        """
+        return self._send(_build_lora_files_request(_build_files("photos", photos), options))
 
     def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: FormValue) -> bytes:
         """Generate a LoRA of the edit between the images of pairs.
@@ -151,8 +170,9 @@ class Client:
         Args:
             prompt: The prompt.
             loras: Files of LoRAs, or ids of LoRAs that the server stores.
-            weights: The factor of each LoRA, 1 by default.
-            **options: Further fields, e.g. ``seed``, ``num_inference_steps``, ``strategy``.
+            weights: The factor of each LoRA; by default the strength that its file recommends.
+            **options: Further fields, e.g. ``seed``, ``num_inference_steps``, ``strategy``,
+                ``negative_lora``.
 
         Returns:
             The image.
@@ -224,6 +244,17 @@ class AsyncClient:
             **options: See ``Client.create_lora``.
         """
         return await self._send(_build_lora_request(_build_files("photos", photos), options))
+
+    async def create_lora_files(
+        self, photos: Sequence[ImageInput], **options: FormValue
+    ) -> tuple[bytes, bytes | None]:
+        """Generate a LoRA from photos, with that of the negative branch of guidance.
+
+        Args:
+            photos: See ``Client.create_lora_files``.
+            **options: See ``Client.create_lora_files``.
+        """
+        return await self._send(_build_lora_files_request(_build_files("photos", photos), options))
 
     async def create_edit_lora(
         self, pairs: Sequence[ImageInputPair], **options: FormValue
@@ -310,6 +341,20 @@ def _build_lora_request(files: list[_File], options: Mapping[str, FormValue]) ->
     return _Request("POST", "/v1/loras", content, lambda response: response.content)
 
 
+def _build_lora_files_request(
+    files: list[_File], options: Mapping[str, FormValue]
+) -> _Request[tuple[bytes, bytes | None]]:
+    content = _build_form(files, options)
+    content["headers"] = {"Accept": "application/json"}
+    return _Request("POST", "/v1/loras", content, _decode_lora_files)
+
+
+def _decode_lora_files(response: httpx.Response) -> tuple[bytes, bytes | None]:
+    body = response.json()
+    negative = body.get("negative_content")
+    return b64decode(body["content"]), b64decode(negative) if negative else None
+
+
 def _build_edit_request(
     image: ImageInput,
     pairs: Sequence[ImageInputPair],
@@ -328,12 +373,13 @@ def _build_image_request(
     weights: Sequence[float] | None,
     options: Mapping[str, object],
 ) -> _Request[Image.Image]:
-    lora_refs = [
-        {"id": lora, "weight": weight}
-        if isinstance(lora, str)
-        else {"content": b64encode(lora).decode(), "weight": weight}
-        for lora, weight in zip(loras, weights or [1.0] * len(loras), strict=True)
+    lora_refs: list[dict[str, object]] = [
+        {"id": lora} if isinstance(lora, str) else {"content": b64encode(lora).decode()}
+        for lora in loras
     ]
+    if weights is not None:
+        for lora_ref, weight in zip(lora_refs, weights, strict=True):
+            lora_ref["weight"] = weight
     body = {"prompt": prompt, "loras": lora_refs, **options}
     return _Request("POST", "/v1/images", {"json": body}, _decode_image)
 
@@ -378,12 +424,10 @@ def _read_image_bytes(image: ImageInput) -> bytes:
         return image
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
-        upright_image = ImageOps.exif_transpose(image)  # PNG has no orientation
+        # PNG has no orientation, and no pixels of inks
+        options = {"format": "JPEG", "quality": 100} if image.mode == "CMYK" else {"format": "PNG"}
         profile = image.info.get("icc_profile")
-        if image.mode == "CMYK":  # PNG has no such pixels
-            upright_image.save(buffer, "JPEG", quality=100, subsampling=0, icc_profile=profile)
-        else:
-            upright_image.save(buffer, "PNG", icc_profile=profile)
+        ImageOps.exif_transpose(image).save(buffer, **options, icc_profile=profile)
         return buffer.getvalue()
     return Path(image).read_bytes()
 

@@ -88,6 +88,7 @@ def test_api_error_has_the_message_of_the_server(server: str) -> None:
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str, tuple[bytes, ...]]] = {
     "create_lora": (([b"one"],), {"rank": 2}, "POST /v1/loras", (b"one", b'"rank"')),
+    "create_lora_files": (([b"one"],), {"model": "x"}, "POST /v1/loras", (b"one", b'"model"')),
     "create_edit_lora": (
         ([(b"one", b"two")],),
         {"strength": 0.5},
@@ -117,7 +118,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str, tuple[bytes, ...]]]
 """Of every method: arguments, options, the endpoint that it calls, and parts of the body."""
 
 
-def make_response(path: str) -> httpx.Response:
+def make_response(request: httpx.Request) -> httpx.Response:
+    path = request.url.path
+    if request.headers["accept"] == "application/json":
+        return httpx.Response(200, json={"content": "b25l", "negative_content": "dHdv"})
     if path == "/v1/models":
         return httpx.Response(200, json=[{"id": "x"}])
     if path == "/v1/identity-similarity":
@@ -135,7 +139,7 @@ def test_clients_send_the_same_request_and_read_the_same_result(name: str) -> No
     def handle_request(request: httpx.Request) -> httpx.Response:
         body = re.sub(rb"--[0-9a-f]{32}", b"--", request.read())  # boundaries are random
         requests.append((f"{request.method} {request.url.path}", body))
-        return make_response(request.url.path)
+        return make_response(request)
 
     async def call_async_client() -> Any:
         async with AsyncClient(transport=httpx.MockTransport(handle_request)) as client:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hyperlora.service.settings import ServiceSettings
 
 _MODELS = "Models"
+_RELEASED = "Networks that others released"
 _LIMITS = "Access and limits"
 _RAY = "Ray Serve (extra `scale`)"
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -42,18 +43,47 @@ def serve(
     ] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Folder of jobs and stored files.")] = None,
     model: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Model from photos: folder or hub id, of either method.", rich_help_panel=_MODELS
+            help="Model from photos: folder or hub id, also of networks that others released, as "
+            "MODEL or NAME=MODEL; repeat, the default one first.",
+            rich_help_panel=_MODELS,
         ),
     ] = None,
     extra_model: Annotated[
         list[str] | None,
+        typer.Option(help="The same as a further --model.", rich_help_panel=_MODELS),
+    ] = None,
+    encoder: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Model of another method, for requests that name the method; repeat.",
-            rich_help_panel=_MODELS,
+            help="Image encoder of released networks: FOLDER or NAME=FOLDER; repeat.",
+            rich_help_panel=_RELEASED,
         ),
     ] = None,
+    face_pack: Annotated[
+        str | None,
+        typer.Option(
+            help="Face pack of released networks: folder or name.", rich_help_panel=_RELEASED
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Code of a template that may run: SHA256 or NAME=SHA256; repeat.",
+            rich_help_panel=_RELEASED,
+        ),
+    ] = None,
+    fetch: Annotated[
+        bool,
+        typer.Option(help="Fetch released networks at first use.", rich_help_panel=_RELEASED),
+    ] = True,
+    max_loaded_models: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Released networks that are loaded at a time.", rich_help_panel=_RELEASED
+        ),
+    ] = 2,
     base: Annotated[
         str | None,
         typer.Option(help="Base model: folder or hub id.", rich_help_panel=_MODELS),
@@ -158,17 +188,24 @@ def serve(
         max_queue_size=max_queue_size,
         timeout_s=timeout_s,
     )
-    use_bundle = model is None and base is None  # then all its models
+    models = [*(model or []), *(extra_model or [])]
+    use_bundle = not models and base is None  # then all its models
     evaluator_path = evaluator or (pretrained.EVALUATOR_DIR if use_bundle else None)
-    extra_models = extra_model or ([str(pretrained.DIFFLORA_DIR)] if use_bundle else [])
+    models = models or [str(pretrained.IMAGE_TO_LORA_DIR)]
+    models += [str(pretrained.DIFFLORA_DIR)] if use_bundle else []
     model_paths = ModelPaths(
-        model=str(model or pretrained.IMAGE_TO_LORA_DIR),
+        model=models[0],
         base=str(base or pretrained.BASE_DIR),
         pair_model=str(pair_model or pretrained.PAIR_TO_LORA_DIR),
         edit_base=str(edit_base or pretrained.EDIT_BASE_DIR),
         enable_edits=edits,
         evaluator=str(evaluator_path) if evaluator_path else None,
-        extra_models=tuple(extra_models),
+        extra_models=tuple(models[1:]),
+        encoders=tuple(encoder or []),
+        trusted_code=tuple(trust_remote_code or []),
+        face_pack=face_pack,
+        fetch=fetch,
+        max_loaded_models=max_loaded_models,
     )
     replica_range = (replicas, max_replicas) if ray else None
     logging.set_verbosity_error()  # diffusers quotes prompts that are too long

@@ -16,16 +16,20 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
+    from hyperlora.lora.io.formats import FormatChoice
     from hyperlora.lora.io.lora import Lora
-    from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
+    from hyperlora.lora.layout import LoraLayout
     from hyperlora.pipelines.pair_to_lora import PairToLora as PairToLoraPipeline
+    from hyperlora.pipelines.photo_model import AnyPhotoModel
 
 CATEGORY = "hyperlora"
 API_KEY_ENV = "HYPERLORA_API_KEY"
 """Environment variable of the server's API key: ComfyUI writes node inputs into every image."""
 
-InputSpec = tuple[str] | tuple[str, dict[str, object]]
-"""A ComfyUI type, and perhaps its options."""
+BUNDLED_MODEL = "avatars (bundled)"
+"""The bundled model in the list of models."""
+InputSpec = tuple[str] | tuple[str | list[str], dict[str, object]]
+"""A ComfyUI type or a list to choose from, and perhaps its options."""
 InputTypes = dict[str, dict[str, InputSpec]]
 """Inputs by group (required, optional) and name."""
 ModelT = TypeVar("ModelT")
@@ -43,15 +47,20 @@ class ImagesToLora:
 
     CATEGORY = CATEGORY
     FUNCTION = "generate_lora"
-    RETURN_TYPES = ("HYPERLORA",)
-    RETURN_NAMES = ("lora",)
-    DESCRIPTION = "A LoRA from one or several images of a subject, in one forward pass."
+    RETURN_TYPES = ("HYPERLORA", "STRING", "HYPERLORA")
+    RETURN_NAMES = ("lora", "trigger", "negative_lora")
+    DESCRIPTION = (
+        "A LoRA from one or several images of a subject, in one forward pass; the words with "
+        "which prompts must begin; and the LoRA for the negative branch of guidance."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> InputTypes:  # noqa: N802
         """Describe the inputs of the node."""
-        model_tooltip = "Folder or hub id; empty: the bundled avatars model."
-        server_tooltip = "http://... of a hyperlora server; empty: this process."
+        model_tooltip = "Folder or hub id, also ORG/NAME:VARIANT; empty: the one in the list."
+        server_tooltip = "http://... of a hyperlora server, model is a name there; empty: here."
+        list_tooltip = "Networks in models/hyperlora, and those that are fetched at first use."
+        code_tooltip = "SHA-256 of a template's model.py that may run; the error without it says it"
         rank_options = {"default": 0, "min": 0, "max": 128, "tooltip": "0: the model's own."}
         return {
             "required": {"images": ("IMAGE",)},
@@ -59,40 +68,57 @@ class ImagesToLora:
                 "model": ("STRING", {"default": "", "tooltip": model_tooltip}),
                 "server": ("STRING", {"default": "", "tooltip": server_tooltip}),
                 "rank": ("INT", rank_options),
+                # new inputs stand last: workflows store values by their order
+                "listed_model": (_list_models(), {"tooltip": list_tooltip}),
+                "trust_remote_code": ("STRING", {"default": "", "tooltip": code_tooltip}),
             },
         }
 
     def generate_lora(
-        self, images: torch.Tensor, model: str = "", server: str = "", rank: int = 0
-    ) -> tuple[bytes]:
+        self,
+        images: torch.Tensor,
+        model: str = "",
+        server: str = "",
+        rank: int = 0,
+        listed_model: str = BUNDLED_MODEL,
+        trust_remote_code: str = "",
+    ) -> tuple[bytes, str, bytes]:
         """Generate a LoRA.
 
         Args:
             images: [n, h, w, 3] in [0, 1], all of one subject.
-            model: Folder or hub id of a model from photos; empty for the bundled one.
+            model: Folder or hub id of a model from photos; empty for ``listed_model``. With a
+                server the name of one of its models.
             server: Address of a hyperlora server; empty for this process.
             rank: Rank of the LoRA; 0 for the model's own.
+            listed_model: The model by its name in the list.
+            trust_remote_code: SHA-256 of the code of a template that may run.
 
         Returns:
-            The bytes of a ``.safetensors`` file.
+            The bytes of a ``.safetensors`` file; the words with which prompts must begin; and the
+            file for the negative branch of guidance, empty where that has no LoRA.
         """
         photos = [_encode_png(image) for image in images]
         if server:
-            return (_request_lora(server, photos, rank),)
+            return _add_outputs(*_request_lora(server, photos, rank, model))
         from hyperlora.data.images import read_image
-        from hyperlora.lora.io.lora import Lora
         from hyperlora.pipelines.config import GenerationConfig
-        from hyperlora.pipelines.generate import generate_loras
+        from hyperlora.pipelines.generate import generate_loras, generate_negatives
+        from hyperlora.pipelines.lora_files import serialize_lora_files
         from hyperlora.pipelines.photo_model import SubjectPhotos
 
-        pipeline = _load_image_to_lora(model)
+        pipeline = _load_photo_model(model or _find_listed_model(listed_model), trust_remote_code)
         subject = SubjectPhotos.from_images([read_image(photo) for photo in photos], pipeline)
-        config = GenerationConfig(
-            rank=rank or None,
+        config = GenerationConfig(rank=rank or None)
+        features = pipeline.encode_subjects([subject])
+        weights = generate_loras(pipeline, [subject], config, features=features)[0]
+        negatives = generate_negatives(pipeline, features, config)
+        negative = None if negatives is None else negatives[0]
+        lora_format = _choose_format(weights.layout, pipeline.card.architecture)
+        files = serialize_lora_files(
+            pipeline, weights, negative, photos, ("LoRA", "LoRA"), lora_format
         )
-        weights = generate_loras(pipeline, [subject], config)[0]
-        lora = Lora(weights, pipeline.make_metadata("LoRA", photos))
-        return (_serialize_lora(lora),)
+        return _add_outputs(files.data, files.negative)
 
 
 class PairToLora:
@@ -186,13 +212,15 @@ class ApplyLora:
 
         Args:
             model: A model of ComfyUI.
-            lora: The bytes of a ``.safetensors`` file.
+            lora: The bytes of a ``.safetensors`` file; empty for no LoRA.
             strength: Factor of the LoRA.
             clip: The text encoder of the model.
 
         Returns:
             Patched copies of the model and the text encoder.
         """
+        if not lora:
+            return model, clip
         import comfy.sd
         from safetensors.torch import load
 
@@ -229,6 +257,10 @@ class SaveLora:
         """
         import folder_paths
 
+        if not lora:
+            raise ValueError(
+                "there is no LoRA to save: the negative branch has none by the model's rule"
+            )
         folder = Path(folder_paths.get_folder_paths("loras")[0])
         folder.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[^\w .-]|^\.+", "_", name).strip(" .") or "hyperlora"
@@ -257,36 +289,91 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 }
 
 
-def _request_lora(server: str, photos: list[bytes], rank: int) -> bytes:
+def _list_models() -> list[str]:
+    """List models: the bundle, folders below ComfyUI's ``models/hyperlora``, known networks."""
+    from hyperlora.pipelines.released.cards import RELEASED_CARDS
+
+    hub_ids = [
+        f"{card.list_parts('network')[0].name}:{card.variant}"
+        for card in RELEASED_CARDS
+        if card.kind != "lorweb"
+    ]
+    return [BUNDLED_MODEL, *_list_model_folders(), *hub_ids]
+
+
+def _list_model_folders() -> dict[str, Path]:
+    """The folders of models below ``models/hyperlora`` by their names; none outside of ComfyUI."""
+    try:
+        import folder_paths
+    except ImportError:
+        return {}
+    root = Path(folder_paths.models_dir) / "hyperlora"
+    return {path.name: path for path in sorted(root.glob("*")) if path.is_dir()}
+
+
+def _find_listed_model(name: str) -> str:
+    """The folder or hub id of a name in the list; empty for the bundled model."""
+    return "" if name == BUNDLED_MODEL else str(_list_model_folders().get(name, name))
+
+
+def _add_outputs(lora: bytes, negative: bytes | None) -> tuple[bytes, str, bytes]:
+    """Add the words for prompts, and the LoRA of the negative branch by the file's own rule."""
+    from hyperlora.lora.io.load import load_lora
+    from hyperlora.lora.io.negative_lora import get_negative_rule
+    from hyperlora.lora.io.prompt_prefix import PROMPT_PREFIX_KEY
+
+    metadata = load_lora(lora).metadata
+    trigger = metadata.extra.get(PROMPT_PREFIX_KEY) or metadata.trigger_phrase
+    if get_negative_rule(metadata) == "off":
+        return lora, trigger, b""
+    return lora, trigger, negative or lora
+
+
+def _request_lora(
+    server: str, photos: list[bytes], rank: int, model: str
+) -> tuple[bytes, bytes | None]:
     """Ask a server for the LoRA of photos, in the format that ComfyUI reads for its base."""
     from hyperlora import Client
 
     with Client(server, os.environ.get(API_KEY_ENV)) as client:
-        model_info = client.list_models()[0]
+        infos = client.list_models()
+        model_info = next((info for info in infos if info["id"] == model), infos[0])
         is_unread = model_info["lora_format"] == "diffusers" and (
             "ComfyUI" not in model_info["lora_readers"]
         )
-        rank_option = {"rank": rank} if rank else {}
+        options: dict[str, str | int] = {"rank": rank} if rank else {}
+        options |= {"model": model} if model else {}
         lora_format = "comfyui" if is_unread else "auto"
-        return client.create_lora(photos, format=lora_format, **rank_option)
+        return client.create_lora_files(photos, format=lora_format, **options)
 
 
 def _serialize_lora(lora: "Lora") -> bytes:
-    """Write a LoRA with key names that ComfyUI reads: those of ``auto``, else its own."""
+    """Write a LoRA with key names that ComfyUI reads."""
+    return lora.serialize(format=_choose_format(lora.weights.layout, lora.metadata.architecture))
+
+
+def _choose_format(layout: "LoraLayout", architecture: str) -> "FormatChoice":
+    """Choose key names that ComfyUI reads: those of ``auto``, else its own."""
     from hyperlora.lora.io.formats import READERS, detect_family, list_readers, resolve_format
 
-    layout, architecture = lora.weights.layout, lora.metadata.architecture
     readers = list_readers(layout, resolve_format("auto", layout, architecture), architecture)
     own_readers = READERS.get(detect_family(layout, architecture), {}).get("comfyui", ())
     is_unread = "ComfyUI" not in readers and "ComfyUI" in own_readers
-    return lora.serialize(format="comfyui" if is_unread else "auto")
+    return "comfyui" if is_unread else "auto"
 
 
 @lru_cache(maxsize=1)
-def _load_image_to_lora(name: str) -> "ImageToLoraBase":
-    from hyperlora import ImageToLora, pretrained
+def _load_photo_model(name: str, trusted_code: str = "") -> "AnyPhotoModel":
+    from hyperlora.compute import ComputeConfig
+    from hyperlora.pipelines.auto import is_own_model, load_image_to_lora
+    from hyperlora.pipelines.released.registry import open_released_model
+    from hyperlora.pipelines.released.released_model import ReleasedOptions
 
-    return ImageToLora.from_pretrained(name or pretrained.IMAGE_TO_LORA_DIR).to(_find_device())
+    device = _find_device()
+    if not name or is_own_model(name):
+        return load_image_to_lora(name or None).to(device)
+    options = ReleasedOptions(trust_remote_code=trusted_code or None)
+    return open_released_model(name, options, ComputeConfig(device=str(device)))
 
 
 @lru_cache(maxsize=1)

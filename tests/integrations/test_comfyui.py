@@ -6,20 +6,30 @@ ComfyUI is no package that can be installed. Stubs replace the two modules that 
 import importlib.util
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hyperlora.compute import ComputeConfig
 from hyperlora.data.images import to_image
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.metadata import LoraMetadata
+from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY
+from hyperlora.pipelines.config import GenerationConfig
+from hyperlora.pipelines.generate import generate_files
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.pair_to_lora import PairToLora
+from hyperlora.pipelines.released.registry import open_released_model
+from hyperlora.pipelines.released.released_model import ReleasedOptions
 from tests.conftest import Bundle
+from tests.pipelines.released.tiny_hyperlora import save_world
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -50,7 +60,8 @@ def test_node_pack_has_the_interface_of_comfyui(pack: ModuleType) -> None:
         assert required_names == set(inputs["required"])
         for group in inputs.values():
             for kind, *options in group.values():
-                assert kind in {"IMAGE", "MODEL", "CLIP", "STRING", "INT", "FLOAT", "HYPERLORA"}
+                if not isinstance(kind, list):  # else a list to choose from
+                    assert kind in {"IMAGE", "MODEL", "CLIP", "STRING", "INT", "FLOAT", "HYPERLORA"}
                 assert all(isinstance(o, dict) for o in options)
         assert isinstance(node.RETURN_TYPES, tuple) and node.CATEGORY
         assert node.RETURN_TYPES or node.OUTPUT_NODE
@@ -69,8 +80,9 @@ def test_nodes_generate_apply_and_save_a_lora(
     images_node, apply_node, save_node = (
         pack.NODE_CLASS_MAPPINGS[f"Hyperlora{name}"]() for name in ("ImagesToLora", "Apply", "Save")
     )
-    (lora,) = images_node.generate_lora(images, model=str(bundle.model))
+    lora, trigger, negative = images_node.generate_lora(images, model=str(bundle.model))
     pipeline = ImageToLora.from_pretrained(bundle.model, base=load_diffusion_base(bundle.base))
+    assert negative == lora and trigger == pipeline.trigger_phrase
     file = load_lora(lora, pipeline.layout)
     assert file.format == "kohya"
     expected = pipeline([to_image(image.permute(2, 0, 1)) for image in images]).weights
@@ -104,8 +116,8 @@ def test_nodes_compute_where_comfyui_does(
     management = SimpleNamespace(get_torch_device=lambda: torch.device("meta"))
     monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
     monkeypatch.setitem(sys.modules, "comfy.model_management", management)  # type: ignore[arg-type]
-    for name, folder in (("image", bundle.model), ("pair", bundle.pair_model)):
-        load = getattr(module, f"_load_{name}_to_lora")
+    for name, folder in (("photo_model", bundle.model), ("pair_to_lora", bundle.pair_model)):
+        load = getattr(module, f"_load_{name}")
         load.cache_clear()
         assert load(str(folder)).device == torch.device("meta")
         load.cache_clear()
@@ -123,3 +135,57 @@ def test_pair_node_generates_an_edit_lora(pack: ModuleType, bundle: Bundle) -> N
     torch.testing.assert_close(file.weights.flatten(), pipeline(pair).weights.flatten())
     with pytest.raises(ValueError, match="the same size is expected"):
         node.generate_lora(before, after[:, :10])
+
+
+def test_images_node_runs_networks_in_its_list(
+    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("insightface")
+    world = save_world(tmp_path)
+    (tmp_path / "models").mkdir()
+    (world / "HyperLoRA").rename(tmp_path / "models" / "hyperlora")
+    for variant in ("fidelity", "edit"):
+        folder = tmp_path / "models" / "hyperlora" / f"sdxl_hyper_id_lora_v1_{variant}"
+        folder.rename(folder.with_name(f"people_{variant}"))
+    folder_paths = SimpleNamespace(models_dir=str(tmp_path / "models"))
+    monkeypatch.setitem(sys.modules, "folder_paths", folder_paths)  # type: ignore[arg-type]
+    node = pack.NODE_CLASS_MAPPINGS["HyperloraImagesToLora"]()
+    names, _ = node.INPUT_TYPES()["optional"]["listed_model"]
+    assert names[0] == "avatars (bundled)" and {"people_edit", "people_fidelity"} <= set(names)
+    assert "bytedance-research/HyperLoRA:edit" in names
+    assert "DiffSynth-Studio/Z-Image-i2L:z-image" in names
+    assert not any("lorweb" in name for name in names)
+
+    options = ReleasedOptions(face_pack=str(world / "antelopev2"), encoder=str(world / "clip"))
+    monkeypatch.setattr(
+        "hyperlora.pipelines.released.released_model.ReleasedOptions", lambda **_: options
+    )
+    pixels = np.asarray(Image.open(world / "me.png").convert("RGB"), np.float32) / 255
+    sys.modules["pack.nodes"]._load_photo_model.cache_clear()
+    lora, trigger, negative = node.generate_lora(
+        torch.from_numpy(pixels)[None], listed_model="people_edit"
+    )
+    sys.modules["pack.nodes"]._load_photo_model.cache_clear()
+    assert trigger == "fcsks fxhks fhyks, " and negative == lora
+    output = tmp_path / "LoRA.safetensors"
+    pil_photo = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    pil_photo.save(tmp_path / "photo.png")
+    model = open_released_model(str(tmp_path / "models" / "hyperlora" / "people_edit"), options)
+    generate_files(model, [tmp_path / "photo.png"], output, GenerationConfig())
+    assert lora == output.read_bytes()
+
+
+def test_outputs_follow_the_rule_of_the_negative_branch(pack: ModuleType, bundle: Bundle) -> None:
+    lora = ImageToLora.from_pretrained(bundle.model)(bundle.photo)
+    add_outputs = sys.modules["pack.nodes"]._add_outputs
+
+    def write(rule: str) -> bytes:
+        extra = {NEGATIVE_LORA_KEY: rule}
+        return replace(lora, metadata=LoraMetadata(trigger_phrase="sks", extra=extra)).serialize()
+
+    off, gray = write("off"), write("gray")
+    assert add_outputs(off, None) == (off, "sks", b"")
+    assert add_outputs(gray, b"negative") == (gray, "sks", b"negative")
+    assert add_outputs(gray, None) == (gray, "sks", gray)
+    apply_node = pack.NODE_CLASS_MAPPINGS["HyperloraApply"]()
+    assert apply_node.apply_lora("model", b"", 1.0, "clip") == ("model", "clip")

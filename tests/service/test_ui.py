@@ -232,7 +232,9 @@ def test_photo_and_compose_tabs_generate_images(start_client: StartClient, tmp_p
     api, visitor = Api(client.app), make_visitor(client)  # type: ignore[arg-type]
     photo = write_photo(tmp_path / "me.png")
     create_lora = get_handler(partial(build_photo_tab, api), "create_lora")
-    updates = asyncio.run(collect(create_lora([photo], "a b", 1.0, "me", 4, 0, "LCM", [], visitor)))
+    updates = asyncio.run(
+        collect(create_lora([photo], "a b", 1.0, "me", 4, 0, "LCM", [], None, visitor))
+    )
     assert [p.name for p in list_downloads(updates)] == ["me.safetensors"]
     (tray,) = [v for update in updates for k, v in update.items() if isinstance(k, gr.State)]
     assert [item.name for item in tray] == ["me"]

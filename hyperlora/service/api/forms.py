@@ -105,6 +105,10 @@ class LoraForm:
     method: Annotated[
         Method | None, Form(description="Which model; the server's first if not given.")
     ] = None
+    model: Annotated[
+        str | None,
+        Form(max_length=64, description="Its name in /v1/models instead, e.g. hyperlora-fidelity."),
+    ] = None
     seed: Annotated[int, Form(ge=0, le=MAX_SEED, description="Another sample (difflora).")] = 0
     title: Annotated[
         str, Form(max_length=100, description="Name of the file, also in its metadata.")
@@ -147,10 +151,10 @@ class LoraForm:
             refine_method=self.refine_method,
         )
         files = [await photo.read() for photo in photos]
-        return LoraRequest(files, config, self.title, self.consent, self.method)
+        return LoraRequest(files, config, self.title, self.consent, self.method, self.model)
 
     def find_file_format(self, model_infos: Sequence[ModelInfo]) -> LoraFormat:
-        """Find the format of the file, where the form leaves it open.
+        """Find the format of the file of a pair, where the form leaves it open.
 
         Args:
             model_infos: The models of the server.
@@ -160,17 +164,17 @@ class LoraForm:
         """
         if self.format != "auto":
             return self.format
-        is_pair = bool(self.before)
         for model_info in model_infos:
-            if (model_info.kind == "pair-to-lora") == is_pair:
+            if model_info.kind == "pair-to-lora" and model_info.lora_format:
                 return model_info.lora_format
         return "diffusers"
 
     def _check_pair_options(self) -> None:
-        if self.refine_steps or self.refine_method or self.rank or self.method or self.seed:
+        is_refined = self.refine_steps or self.refine_method
+        if is_refined or self.rank or self.method or self.model or self.seed:
             raise InvalidArgumentError(
                 "the LoRA of a pair has the model's rank, is not refined and has no seed: "
-                "leave rank, refine_steps, refine_method, method and seed out"
+                "leave rank, refine_steps, refine_method, method, model and seed out"
             )
 
 

@@ -1,11 +1,13 @@
 """/v1/images: images of a prompt with LoRAs; images that jobs stored."""
 
 from hashlib import sha256
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request, Response
 
-from hyperlora.errors import InvalidArgumentError
+from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
+from hyperlora.lora.io.negative_lora import NEGATIVE_SHA256_KEY
+from hyperlora.lora.io.safetensors_file import read_header
 from hyperlora.service.api.forms import Call
 from hyperlora.service.api.responses import (
     ACCEPTED_RESPONSE,
@@ -64,7 +66,7 @@ async def generate_image(call: Call, body: ImageRequestBody) -> Response:
         digest = sha256(result.value).hexdigest()
         content = encode_base64(result.value)
         image_response = ImageResponse(sha256=digest, seed=body.seed, content=content)
-        return make_json_response(image_response, digest, result.warnings)
+        return make_json_response(image_response, digest, result.warnings, result.notes)
     return make_file_response(call.request, FileContent.from_png(result))
 
 
@@ -108,9 +110,20 @@ async def delete_image(request: Request, owner: Caller, id: Annotated[FileId, Pa
 
 def _make_request(body: ImageRequestBody, file_store: FileStore) -> ImageRequest:
     """Make the engine's request from the JSON of a caller."""
+    loras = [(_get_lora_content(ref, file_store), ref.weight) for ref in body.loras]
+    branch: Literal["auto", "same", "off", "file"] = "auto"
+    negative_lora = None
+    if isinstance(body.negative_lora, LoraRef):
+        branch, negative_lora = "file", _get_lora_content(body.negative_lora, file_store)
+    elif body.negative_lora is not None:
+        branch = body.negative_lora
+    elif len(loras) == 1:
+        negative_lora = _find_negative_lora(loras[0][0], file_store)
     return ImageRequest(
         prompt=body.prompt,
-        loras=[(_get_lora_content(ref, file_store), ref.weight) for ref in body.loras],
+        loras=loras,
+        negative_branch=branch,
+        negative_lora=negative_lora,
         strategy=body.strategy,
         gamma=body.gamma,
         regions=body.regions,
@@ -125,6 +138,17 @@ def _make_request(body: ImageRequestBody, file_store: FileStore) -> ImageRequest
             height=body.height,
         ),
     )
+
+
+def _find_negative_lora(data: bytes, file_store: FileStore) -> bytes | None:
+    """Find the stored LoRA for the negative branch that the header of a file names."""
+    try:
+        header = read_header(data, len(data), "the LoRA")
+    except InvalidLoraFileError:
+        return None  # the engine refuses it, with its reason
+    metadata = header.get("__metadata__")
+    digest = metadata.get(NEGATIVE_SHA256_KEY) if isinstance(metadata, dict) else None
+    return file_store.get_bytes(digest, "lora") if isinstance(digest, str) else None
 
 
 def _get_lora_content(lora_ref: LoraRef, file_store: FileStore) -> bytes:

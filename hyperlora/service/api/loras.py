@@ -20,6 +20,7 @@ from hyperlora.service.api.responses import (
     make_json_response,
     make_stored_file_response,
     run_or_enqueue,
+    store_result,
 )
 from hyperlora.service.api.schemas import FileId, LoraResponse
 from hyperlora.service.errors import build_problem_responses
@@ -40,6 +41,8 @@ async def create_lora(call: Call, form: Annotated[LoraForm, Depends()]) -> Respo
     """Create one LoRA from photos of one subject, or of the edit that before/after pairs show.
 
     Images are in memory only. The LoRA is stored only if asked, or as the result of a job.
+    `model` names one of /v1/models; the first use of one loads it, so ask for a job then.
+    `Hyperlora-Note` holds its licenses, and how to use the LoRA.
     \f
     Args:
         call: The request and its preferences.
@@ -53,23 +56,30 @@ async def create_lora(call: Call, form: Annotated[LoraForm, Depends()]) -> Respo
     result = await run_or_enqueue(call, "lora", partial(state.engine.run, lora_request))
     if isinstance(result, Response):
         return result
-    data = result.value
+    data, facts = result.value, result.lora
+    negative = facts.negative if facts else None
     if form.store:
-        digest = await asyncio.to_thread(state.files.store_bytes, data, "lora")
+        digest = await asyncio.to_thread(store_result, state.files, result, "lora")
     else:
         digest = sha256(data).hexdigest()
+    notes = result.notes
+    if negative is not None and not (form.store or call.wants_json):
+        notes = (*notes, "this model makes a second LoRA for the negative branch: send store=true")
     if call.wants_json:
+        file_format = facts.format if facts else None
         body = LoraResponse(
             sha256=digest,
             size=len(data),
-            format=form.find_file_format(state.engine.list_models()),
+            format=file_format or form.find_file_format(state.engine.list_models()),
             stored=form.store,
             content=encode_base64(data),
+            notes=list(notes),
+            negative_sha256=sha256(negative).hexdigest() if negative else None,
+            negative_content=encode_base64(negative) if negative else None,
         )
-        return make_json_response(body, digest, result.warnings)
-    file = FileContent(
-        data, digest, MEDIA_TYPES["lora"], f"{form.title}.safetensors", result.warnings
-    )
+        return make_json_response(body, digest, result.warnings, notes)
+    name = f"{form.title}.safetensors"
+    file = FileContent(data, digest, MEDIA_TYPES["lora"], name, result.warnings, notes)
     return make_file_response(call.request, file)
 
 

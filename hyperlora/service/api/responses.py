@@ -98,11 +98,27 @@ async def run_or_enqueue(
 
     async def run_job(on_progress: ProgressFn) -> str:
         result = await run_fn(float("inf"), on_progress)
-        return await asyncio.to_thread(state.files.store_bytes, result.value, kind)
+        return await asyncio.to_thread(store_result, state.files, result, kind)
 
     job = state.jobs.submit(kind, call.owner, run_job)
     headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
     return Response(make_job_info(job).model_dump_json(), 202, headers, "application/json")
+
+
+def store_result(file_store: FileStore, result: EngineResult[bytes], kind: FileKind) -> str:
+    """Store a file, and the LoRA of its negative branch if it has one.
+
+    Args:
+        file_store: The stored files.
+        result: The result of the engine.
+        kind: Kind of the file.
+
+    Returns:
+        The id of the file; its header names that of the other.
+    """
+    if result.lora is not None and result.lora.negative is not None:
+        file_store.store_bytes(result.lora.negative, kind)
+    return file_store.store_bytes(result.value, kind)
 
 
 def make_job_info(job: Job) -> JobInfo:
@@ -122,7 +138,8 @@ def make_job_info(job: Job) -> JobInfo:
 async def encode_png_result(image: Awaitable[EngineResult[Image.Image]]) -> EngineResult[bytes]:
     """Await an image and encode it as a PNG file, in another thread."""
     result = await image
-    return EngineResult(await asyncio.to_thread(_encode_png, result.value), result.warnings)
+    data = await asyncio.to_thread(_encode_png, result.value)
+    return EngineResult(data, result.warnings, result.notes)
 
 
 def _encode_png(image: Image.Image) -> bytes:
@@ -146,6 +163,7 @@ class FileContent:
         media_type: Type of the content.
         name: Name of the file for the caller.
         warnings: What may be wrong with the input, one sentence each.
+        notes: What to know about the file, likewise.
     """
 
     data: bytes
@@ -153,14 +171,15 @@ class FileContent:
     media_type: str
     name: str
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @classmethod
     def from_png(cls, result: EngineResult[bytes]) -> "FileContent":
         """Describe a PNG, named after its digest."""
         digest = sha256(result.value).hexdigest()
-        return cls(
-            result.value, digest, MEDIA_TYPES["image"], f"{digest[:12]}.png", result.warnings
-        )
+        name = f"{digest[:12]}.png"
+        media_type = MEDIA_TYPES["image"]
+        return cls(result.value, digest, media_type, name, result.warnings, result.notes)
 
 
 def make_file_response(request: Request, file: FileContent) -> Response:
@@ -175,7 +194,7 @@ def make_file_response(request: Request, file: FileContent) -> Response:
     """
     headers = {
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.name, safe='')}",
-        **_make_headers(file.digest, file.warnings),
+        **_make_headers(file.digest, file.warnings, file.notes),
     }
     known_digest = request.headers.get("if-none-match", "").strip(' W/"')
     if request.method == "GET" and known_digest == file.digest:
@@ -241,25 +260,33 @@ def delete_stored_file(request: Request, id: str, kind: FileKind) -> Response:
     return Response(status_code=204)
 
 
-def make_json_response(body: BaseModel, digest: str, warnings: Sequence[str] = ()) -> Response:
+def make_json_response(
+    body: BaseModel, digest: str, warnings: Sequence[str] = (), notes: Sequence[str] = ()
+) -> Response:
     """Answer JSON with the digest of the file in it as ETag.
 
     Args:
         body: The JSON.
         digest: SHA-256 of the file.
         warnings: What may be wrong with the input, one sentence each.
+        notes: What to know about the result, likewise.
 
     Returns:
         200 with the JSON.
     """
-    headers = _make_headers(digest, warnings)
+    headers = _make_headers(digest, warnings, notes)
     return Response(body.model_dump_json(), media_type="application/json", headers=headers)
 
 
-def _make_headers(digest: str, warnings: Sequence[str]) -> dict[str, str]:
-    """Make the ETag, and ``Hyperlora-Warning`` if there are warnings."""
-    etag = {"ETag": f'"{digest}"'}
-    return etag | ({"Hyperlora-Warning": "; ".join(warnings)} if warnings else {})
+def _make_headers(digest: str, warnings: Sequence[str], notes: Sequence[str]) -> dict[str, str]:
+    """Make the ETag, and ``Hyperlora-Warning`` and ``Hyperlora-Note`` if there are sentences."""
+    sentences = {"Hyperlora-Warning": warnings, "Hyperlora-Note": notes}
+    texts = {name: "; ".join(values) for name, values in sentences.items() if values}
+    # a note may quote a title in any script, and headers are Latin-1
+    safe_texts = {
+        name: text.encode("latin-1", "replace").decode("latin-1") for name, text in texts.items()
+    }
+    return {"ETag": f'"{digest}"', **safe_texts}
 
 
 def make_binary_schema(media_type: str, description: str) -> JsonObject:

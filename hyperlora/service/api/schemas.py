@@ -1,6 +1,6 @@
 """JSON bodies of requests and responses, as OpenAPI shows them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -27,6 +27,13 @@ class LoraResponse(BaseModel):
     format: LoraFormat
     stored: bool = Field(description="Whether GET /v1/loras/{sha256} finds it.")
     content: str = Field(description="The .safetensors file, base64.")
+    notes: list[str] = Field(
+        default_factory=list, description="Licenses of the model, and how to use the LoRA."
+    )
+    negative_sha256: FileId | None = Field(
+        None, description="Of the LoRA for the negative branch of guidance, if there is one."
+    )
+    negative_content: str | None = Field(None, description="That file, base64.")
 
 
 class LoraRef(BaseModel):
@@ -36,7 +43,9 @@ class LoraRef(BaseModel):
 
     id: FileId | None = None
     content: Base64Bytes | None = Field(None, description="A .safetensors file, base64.")
-    weight: Weight = 1.0
+    weight: Weight | None = Field(
+        None, description="By default the strength that the file recommends, else 1."
+    )
 
 
 class ImageRequestBody(BaseModel):
@@ -58,6 +67,11 @@ class ImageRequestBody(BaseModel):
     )
     windowed: bool = Field(False, description="Denoise each region as an image of its own.")
     negative_prompt: Annotated[str, StringConstraints(max_length=1000)] = ""
+    negative_lora: Literal["same", "off"] | LoraRef | None = Field(
+        None,
+        description="The LoRA on the negative branch of guidance; by default what the header of "
+        "the only LoRA asks for, else the same.",
+    )
     seed: int = Field(0, ge=0, le=MAX_SEED)
     num_inference_steps: int | None = Field(
         None, ge=1, le=50, description="Denoising steps; the base's default if not given."

@@ -1,18 +1,28 @@
 """``make_engine_factory``: load the models of a server, in one process or in every replica."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from hyperlora import pretrained
 from hyperlora.compute import ComputeConfig
 from hyperlora.cpu import disable_malloc_trim
-from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
-from hyperlora.pipelines.auto import load_image_to_lora
+from hyperlora.errors import LayoutMismatchError
+from hyperlora.pipelines.auto import is_own_model, load_image_to_lora
 from hyperlora.pipelines.pair_to_lora import PairToLora
+from hyperlora.pipelines.released.registry import open_released_model
+from hyperlora.pipelines.released.released_model import ReleasedOptions
 from hyperlora.service.engine.base import EngineFactory
 from hyperlora.service.engine.callbacks import BatchCallback
 from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.engine.photo_models import (
+    DEFAULT_MAX_LOADED,
+    PhotoModelSource,
+    find_named_value,
+    parse_named_value,
+)
 from hyperlora.service.settings import ServiceSettings
 
 
@@ -21,13 +31,18 @@ class ModelPaths:
     """Folders or hub ids of the models of one server.
 
     Attributes:
-        model: Model from photos that serves requests without a method.
-        base: Base of the models from photos.
+        model: Model from photos that serves requests that name none; also ``NAME=FOLDER``.
+        base: Base of the models from photos, with which the server draws.
         pair_model: Model from before/after pairs.
         edit_base: InstructPix2Pix base of the model from pairs.
         enable_edits: Whether the server takes before/after pairs.
         evaluator: Attribute classifier for identity similarity; None refuses such requests.
-        extra_models: Models from photos of other methods.
+        extra_models: Further models from photos, likewise.
+        encoders: Image encoders of networks that others released, ``FOLDER`` or ``NAME=FOLDER``.
+        trusted_code: SHA-256 of the code of templates that may run, ``SHA256`` or ``NAME=SHA256``.
+        face_pack: Face pack of networks that others released; None for their own.
+        fetch: Whether networks that others released may be fetched.
+        max_loaded_models: Networks that others released and that are loaded at a time.
     """
 
     model: str = str(pretrained.IMAGE_TO_LORA_DIR)
@@ -37,6 +52,11 @@ class ModelPaths:
     enable_edits: bool = True
     evaluator: str | None = None
     extra_models: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ()
+    trusted_code: tuple[str, ...] = ()
+    face_pack: str | None = None
+    fetch: bool = True
+    max_loaded_models: int = DEFAULT_MAX_LOADED
 
 
 def make_engine_factory(
@@ -59,8 +79,7 @@ def make_engine_factory(
     limits, compute = settings.engine_limits, compute or ComputeConfig()
     base = load_diffusion_base(paths.base, compute)
     photo_model, *extra_models = (
-        load_image_to_lora(name, base=base, compute=compute)
-        for name in (paths.model, *paths.extra_models)
+        _open_source(text, paths, base, compute) for text in (paths.model, *paths.extra_models)
     )
     edit_engine = None
     if paths.enable_edits:
@@ -82,6 +101,30 @@ def make_engine_factory(
             edit_engine=edit_engine,
             identity_similarity=identity_similarity,
             extra_models=extra_models,
+            max_loaded_models=paths.max_loaded_models,
         )
 
     return make_engine
+
+
+def _open_source(
+    text: str, paths: ModelPaths, base: DiffusionBase, compute: ComputeConfig
+) -> PhotoModelSource:
+    """Load a model of hyperlora, or recognize a network that others released."""
+    name, name_or_path = parse_named_value(text)
+    if is_own_model(name_or_path):
+        try:
+            model = load_image_to_lora(name_or_path, base=base, compute=compute)
+        except LayoutMismatchError:
+            if text == paths.model:
+                raise
+            model = load_image_to_lora(name_or_path, compute=compute)  # without images of it
+        return PhotoModelSource.from_model(model, name)
+    options = ReleasedOptions(offline=not paths.fetch, face_pack=paths.face_pack)
+    source = PhotoModelSource.from_released(name_or_path, name, options, compute)
+    options = replace(
+        options,
+        encoder=find_named_value(paths.encoders, source.name),
+        trust_remote_code=find_named_value(paths.trusted_code, source.name),
+    )
+    return replace(source, load=partial(open_released_model, name_or_path, options, compute))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import cast
 
 from PIL import Image
 
@@ -14,7 +14,12 @@ from hyperlora.service.engine.callbacks import BatchCallback, ProgressFn
 from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.images import ImageEngine
 from hyperlora.service.engine.loras import LoraEngine
-from hyperlora.service.engine.model_info import describe_model
+from hyperlora.service.engine.model_info import describe_model, describe_source
+from hyperlora.service.engine.photo_models import (
+    DEFAULT_MAX_LOADED,
+    PhotoModels,
+    PhotoModelSource,
+)
 from hyperlora.service.engine.requests import (
     EditImageRequest,
     EditLoraRequest,
@@ -30,31 +35,30 @@ from hyperlora.service.engine.similarity import compute_similarity
 from hyperlora.service.engine.worker import ModelWorker
 from hyperlora.service.settings import EngineLimits
 
-_KIND_BY_METHOD: Final = {"hypernetwork": "image-to-lora"}
-"""Kinds of models from photos in the API, where they differ from the method."""
-
 
 class LocalEngine:
     """Models from photos and pairs with their bases, in this process.
 
     Args:
-        model: The model from photos that serves requests without a method.
-        base: The base of the models from photos; it also generates images.
+        model: The model from photos that serves requests that name none.
+        base: The base of the models from photos; it also generates images. Networks that others
+            released may be for another one.
         lora_dir: Folder of LoRA files that prompts may name; None for none.
         limits: Sizes of the queue and of batches.
         on_batch: Called on the model thread with the kind and size of every batch.
         edit_engine: Serves before/after pairs; None refuses them.
         identity_similarity: Serves identity similarity; None refuses it.
-        extra_models: Models from photos of other methods.
+        extra_models: Further models from photos.
+        max_loaded_models: Networks that others released and that are loaded at a time.
 
     Raises:
-        InvalidArgumentError: If two models are of one method.
+        InvalidArgumentError: If two models have one name.
         LayoutMismatchError: If a model is for another base.
     """
 
     def __init__(
         self,
-        model: AnyPhotoModel,
+        model: AnyPhotoModel | PhotoModelSource,
         base: DiffusionBase,
         lora_dir: Path | None = None,
         *,
@@ -62,10 +66,16 @@ class LocalEngine:
         on_batch: BatchCallback | None = None,
         edit_engine: EditEngine | None = None,
         identity_similarity: IdentitySimilarity | None = None,
-        extra_models: Sequence[AnyPhotoModel] = (),
+        extra_models: Sequence[AnyPhotoModel | PhotoModelSource] = (),
+        max_loaded_models: int = DEFAULT_MAX_LOADED,
     ) -> None:
         limits = limits or EngineLimits()
-        self.lora_engine = LoraEngine([model, *extra_models], base, limits.max_lora_batch)
+        sources = [
+            entry if isinstance(entry, PhotoModelSource) else PhotoModelSource.from_model(entry)
+            for entry in (model, *extra_models)
+        ]
+        photo_models = PhotoModels(sources, max_loaded_models)
+        self.lora_engine = LoraEngine(photo_models, base, limits.max_lora_batch)
         self.image_engine = ImageEngine(base, lora_dir, limits.max_image_batch)
         self.edit_engine, self.identity_similarity = edit_engine, identity_similarity
         self._worker = ModelWorker(limits.max_queue_size, on_batch)
@@ -87,10 +97,10 @@ class LocalEngine:
     def list_models(self) -> list[ModelInfo]:
         """List the models from photos, the default one first, then the model from pairs."""
         supports_similarity = self.identity_similarity is not None
-        base = self.lora_engine.base
+        base, models = self.lora_engine.base, self.lora_engine.models
         model_infos = [
-            describe_model(_KIND_BY_METHOD.get(method, method), model, base, supports_similarity)
-            for method, model in self.lora_engine.models_by_method.items()
+            describe_source(source, models, base, supports_similarity)
+            for source in models.sources.values()
         ]
         if (edits := self.edit_engine) is not None:
             model_infos.append(describe_model("pair-to-lora", edits.model, edits.base))

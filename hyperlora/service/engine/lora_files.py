@@ -10,6 +10,7 @@ from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.lora.io.formats import FormatChoice, describe_lost_readers, resolve_format
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.lora import Lora
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.merge import pad_and_stack
 from hyperlora.lora.weights import LoraWeights
@@ -35,8 +36,28 @@ def load_request_lora(
         InvalidLoraFileError: If the file is damaged or too large.
         LayoutMismatchError: If the LoRA does not fit the base.
     """
+    return load_request_file(data, base, max_parameters)[0]
+
+
+def load_request_file(
+    data: bytes, base: DiffusionBase, max_parameters: int = MAX_PARAMETERS
+) -> tuple[LoraWeights, LoraMetadata]:
+    """Load a LoRA file that a caller sent, with what it says about itself.
+
+    Args:
+        data: A ``.safetensors`` file.
+        base: The base that the LoRA has to fit.
+        max_parameters: Largest number of parameters after padding.
+
+    Returns:
+        The LoRA (no batch axis) and its metadata.
+
+    Raises:
+        InvalidLoraFileError: If the file is damaged or too large.
+        LayoutMismatchError: If the LoRA does not fit the base.
+    """
     lora_file = load_lora(data, modules=base.modules, max_parameters=max_parameters)
-    return assign_base(lora_file.weights, base)
+    return assign_base(lora_file.weights, base), lora_file.metadata
 
 
 def assign_base(weights: LoraWeights, base: DiffusionBase) -> LoraWeights:

@@ -2,15 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hyperlora.data.image_formats import UPLOAD_FORMATS
 from hyperlora.data.images import read_image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.io.lora import Lora
+from hyperlora.errors import LayoutMismatchError
+from hyperlora.lora.io.formats import list_readers, resolve_format
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import GenerationConfig, LoraSampling
 from hyperlora.pipelines.generate import (
@@ -18,24 +17,33 @@ from hyperlora.pipelines.generate import (
     predict_loras,
     validate_config,
 )
+from hyperlora.pipelines.lora_files import LoraFiles, serialize_lora_files
 from hyperlora.pipelines.photo_model import AnyPhotoModel, SubjectPhotos
 from hyperlora.service.engine.batcher import BatchSpec, DeadlineExceededError
 from hyperlora.service.engine.callbacks import ProgressFn
 from hyperlora.service.engine.lora_files import (
     list_format_warnings,
     make_consent_metadata,
-    serialize_result,
 )
-from hyperlora.service.engine.requests import EngineResult, LoraRequest
+from hyperlora.service.engine.model_info import is_base_served
+from hyperlora.service.engine.photo_models import PhotoModels, PhotoModelSource
+from hyperlora.service.engine.requests import EngineResult, LoraFacts, LoraRequest
 from hyperlora.service.engine.worker import ModelWorker
 
 
 @dataclass(frozen=True)
 class PredictedLora:
-    """The LoRA of one forward pass, and what may be wrong with its photos."""
+    """The LoRA of one forward pass, and what may be wrong with its photos.
+
+    Attributes:
+        weights: The LoRA, on the CPU.
+        warnings: One sentence per doubt.
+        negative: The LoRA of the negative branch of guidance; None for none.
+    """
 
     weights: LoraWeights
     warnings: tuple[str, ...]
+    negative: LoraWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -80,30 +88,22 @@ class RefinementTask:
 
 
 class LoraEngine:
-    """Models from photos, one per method, and the base that refinement runs.
+    """Models from photos, and the base that refinement runs.
 
     Args:
-        models: The loaded models; the first serves requests that name no method.
-        base: The base that the LoRAs of all of them are for.
+        models: The models; the first serves requests that name none.
+        base: The base of the first model, if it is one of hyperlora; LoRAs of others may be for
+            another base, with which this server does not draw.
         max_batch_size: LoRAs that are predicted in one forward pass.
 
     Raises:
-        InvalidArgumentError: If two models are of one method.
-        LayoutMismatchError: If a model is for another base.
+        LayoutMismatchError: If the first model is one of hyperlora for another base.
     """
 
-    def __init__(
-        self, models: Sequence[AnyPhotoModel], base: DiffusionBase, max_batch_size: int
-    ) -> None:
-        self.base, self.max_batch_size = base, max_batch_size
-        self.models_by_method: dict[str, AnyPhotoModel] = {}
-        for model in models:
-            model.check_base(base)
-            method = model.method
-            if self.models_by_method.setdefault(method, model) is not model:
-                raise InvalidArgumentError(
-                    f"a server holds one model of a method, two of {method} were given"
-                )
+    def __init__(self, models: PhotoModels, base: DiffusionBase, max_batch_size: int) -> None:
+        self.models, self.base, self.max_batch_size = models, base, max_batch_size
+        if (first := models.find()).facts is None:
+            first.load().check_base(base)
 
     async def create_lora(
         self,
@@ -122,37 +122,54 @@ class LoraEngine:
 
         Returns:
             The bytes of a ``.safetensors`` file.
+
+        Raises:
+            LayoutMismatchError: If the LoRA has to be refined and its base is not here.
         """
-        model, config = self._get_model(request.method), request.config
-        validate_config(model, config)
+        source, config = self.models.find(request.model, request.method), request.config
+        model = await asyncio.to_thread(self.models.load, source)
+        await asyncio.to_thread(self._check_config, source, model, config)
         base = self.base if config.refine_steps else None
         decoded = await worker.decode_all(partial(_decode_photo, model, base), request.photos)
         photos = SubjectPhotos.cat(decoded)
         predict_spec = BatchSpec(
             "lora",
             partial(_predict_batch, model, config.sampling),
-            key=(len(request.photos), request.method, config.sampling),
-            max_batch_size=self.max_batch_size,
+            key=(len(request.photos), source.name, config.sampling),
+            max_batch_size=self.max_batch_size if source.facts is None else 1,
         )
         predicted = await worker.run_in_batch(predict_spec, photos, timeout_s)
         weights = predicted.weights
         if config.refine_steps:
             task = RefinementTask(model, self.base, config, weights, photos, on_progress)
             weights = await _refine(task, worker, timeout_s)
-        data = await asyncio.to_thread(_serialize_lora, model, weights, request)
-        architecture = self.base.family.architecture
-        format_warnings = list_format_warnings(weights.layout, config.format, architecture)
-        return EngineResult(data, (*predicted.warnings, *format_warnings))
+        files = await asyncio.to_thread(
+            _serialize_lora, model, weights, predicted.negative, request
+        )
+        layout, architecture = weights.layout, model.card.architecture
+        format_warnings = list_format_warnings(layout, config.format, architecture)
+        file_format = resolve_format(config.format, layout, architecture)
+        readers = list_readers(layout, file_format, architecture)
+        return EngineResult(
+            files.data,
+            (*predicted.warnings, *format_warnings),
+            source.facts.list_notes() if source.facts else (),
+            LoraFacts(file_format, readers, files.negative),
+        )
 
-    def _get_model(self, method: str | None) -> AnyPhotoModel:
-        if method is None:
-            return next(iter(self.models_by_method.values()))
-        if method not in self.models_by_method:
-            raise InvalidArgumentError(
-                f"this server has no model of the method {method}: "
-                f"it has {', '.join(self.models_by_method)}"
+    def _check_config(
+        self, source: PhotoModelSource, model: AnyPhotoModel, config: GenerationConfig
+    ) -> None:
+        """Check settings before photos are decoded; a template may run for its ranks."""
+        validate_config(model, config)
+        if not config.refine_steps:
+            return
+        if source.facts is not None and not is_base_served(source.facts, self.base):
+            raise LayoutMismatchError(
+                f"this server does not hold {source.facts.base}, the base of {source.name!r}: "
+                "leave refine_steps out"
             )
-        return self.models_by_method[method]
+        model.check_base(self.base)
 
 
 def _decode_photo(model: AnyPhotoModel, base: DiffusionBase | None, photo: bytes) -> SubjectPhotos:
@@ -165,8 +182,11 @@ def _predict_batch(
     """Predict the LoRAs of several subjects, on the CPU, in one forward pass."""
     features = model.encode_subjects(subjects)
     weights = predict_loras(model, features, sampling).to("cpu")
-    warnings = model.list_warnings(features)
-    return [PredictedLora(weights[i], subject) for i, subject in enumerate(warnings)]
+    negatives, warnings = model.generate_negative(features), model.list_warnings(features)
+    return [
+        PredictedLora(weights[i], subject, None if negatives is None else negatives[i].to("cpu"))
+        for i, subject in enumerate(warnings)
+    ]
 
 
 async def _refine(task: RefinementTask, worker: ModelWorker, timeout_s: float) -> LoraWeights:
@@ -183,9 +203,19 @@ def _refine_batch(tasks: list[RefinementTask]) -> list[LoraWeights]:
     return [task.run() for task in tasks]
 
 
-def _serialize_lora(model: AnyPhotoModel, weights: LoraWeights, request: LoraRequest) -> bytes:
+def _serialize_lora(
+    model: AnyPhotoModel,
+    weights: LoraWeights,
+    negative: LoraWeights | None,
+    request: LoraRequest,
+) -> LoraFiles:
+    config = replace(request.config, refine_steps=0)
     if not request.config.refine_steps:
-        weights = postprocess_loras(model, weights, (), request.config)
+        weights = postprocess_loras(model, weights, (), config)
+    if negative is not None:
+        negative = postprocess_loras(model, negative, (), config)
     extra = make_consent_metadata(request.consent)
-    metadata = model.make_metadata(request.title, request.photos, **extra)
-    return serialize_result(Lora(weights, metadata), request.config.format)
+    names = (request.title, request.title)
+    return serialize_lora_files(
+        model, weights, negative, request.photos, names, config.format, **extra
+    )

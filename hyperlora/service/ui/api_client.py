@@ -10,7 +10,7 @@ import httpx
 from fastapi import FastAPI
 
 from hyperlora.client import AsyncClient
-from hyperlora.errors import HyperloraError
+from hyperlora.errors import HyperloraError, InvalidArgumentError
 from hyperlora.service.engine.requests import ModelInfo
 from hyperlora.service.ui.auth import decode_key_cookie
 
@@ -19,7 +19,7 @@ Upload = str | tuple[str, str | None]
 
 
 class RecordingClient(AsyncClient):
-    """A client that remembers the warnings of the API's answers.
+    """A client that remembers the warnings and notes of the API's answers.
 
     Args:
         app: The app whose API it calls.
@@ -29,6 +29,7 @@ class RecordingClient(AsyncClient):
 
     def __init__(self, app: FastAPI, key: str | None, host: str) -> None:
         self.warnings: list[str] = []
+        self.notes: list[str] = []
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(host, 0))
         hooks = {"response": [self._record_warning]}
         super().__init__("http://127.0.0.1", key, transport=transport, event_hooks=hooks)
@@ -36,6 +37,8 @@ class RecordingClient(AsyncClient):
     async def _record_warning(self, response: httpx.Response) -> None:
         if warning := response.headers.get("Hyperlora-Warning"):
             self.warnings.append(warning)
+        if note := response.headers.get("Hyperlora-Note"):
+            self.notes.append(note)
 
     @property
     def unique_warnings(self) -> list[str]:
@@ -45,6 +48,20 @@ class RecordingClient(AsyncClient):
     async def load_model_infos(self) -> list[ModelInfo]:
         """Load what the API says of its models, the default one first."""
         return [ModelInfo(**fields) for fields in await self.list_models()]
+
+    async def load_photo_model_info(self, name: str | None = None) -> ModelInfo:
+        """Load what the API says of a model from photos.
+
+        Args:
+            name: Its name; None for the default one.
+
+        Raises:
+            HyperloraError: If the server has no such model.
+        """
+        for info in await self.load_model_infos():
+            if info.kind != "pair-to-lora" and name in (None, "", info.id):
+                return info
+        raise InvalidArgumentError(f"this server has no model {name!r}: choose another")
 
     async def load_model_info(self, kind: str) -> ModelInfo:
         """Load what the API says of its model of one kind, e.g. ``pair-to-lora``."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 import gradio as gr
 from gradio.blocks import Block
@@ -37,9 +38,12 @@ from hyperlora.service.ui.sampling import (
 )
 from hyperlora.service.ui.text import (
     EMPTY_PORTRAITS,
+    NO_IMAGES,
     SIMILARITY_NOTE,
     get_prompt_presets,
     make_snippet,
+    render_card,
+    render_notes,
 )
 
 
@@ -65,26 +69,42 @@ class _PhotoTab:
         seed: float | None,
         scheduler: str,
         tray_items: list[TrayItem],
+        model: str | None,
         visitor: gr.Request,
     ) -> AsyncIterator[Updates]:
-        """Make the LoRA, its files and portraits."""
+        """Make the LoRA, its files and portraits, with the model of a name."""
         files = read_uploads(photos)
         if not files:
             raise make_ui_error("there is no photo yet: drop one, paste one, or use the camera")
         async with self.api.open_client(visitor) as client:
             yield {self.status_html: gr.HTML(render_status("Making the LoRA …", 0), visible=True)}
             start_time = time.perf_counter()
-            lora = await client.create_lora(files, title=name, strength=strength)
+            model_info = await client.load_photo_model_info(model)
+            needs_negative = model_info.kind == "template"  # found by the id in the header
+            lora = await client.create_lora(
+                files, title=name, strength=strength, model=model_info.id, store=needs_negative
+            )
             elapsed_text = f"The LoRA took {time.perf_counter() - start_time:.1f} s"
-            model_info = (await client.load_model_infos())[0]
+            model_info = await client.load_photo_model_info(model_info.id)  # loaded now
             prompt = prompt.strip() or next(iter(get_prompt_presets(model_info).values()))
-            snippet = make_snippet(model_info.base, f"{make_file_name(name)}.safetensors", prompt)
+            if not prompt.startswith(model_info.prompt_prefix.strip(", ")):
+                prompt = model_info.prompt_prefix + prompt
+            file_name = f"{make_file_name(name)}.safetensors"
+            snippet = make_snippet(model_info.base, file_name, prompt, model_info.strength)
             yield {
                 self.download: update_download(self.download, lora, name, model_info.lora_readers),
                 self.code_block: gr.Code(snippet),
                 self.result: gr.Column(visible=True),
                 self.tray: add_item(tray_items, name, lora),
             }
+            if not model_info.can_generate_images:
+                yield {
+                    self.status_html: render_warnings(client.unique_warnings)
+                    + render_status(f"{elapsed_text}. {NO_IMAGES}")
+                    + render_notes(client.notes),
+                    self.portraits_html: EMPTY_PORTRAITS,
+                }
+                return
             request = GridRequest(prompt, [[lora], []], seed, int(num_steps), scheduler)
             scored_files = files if model_info.supports_identity_similarity else []
             async for updates in self._generate_portraits(
@@ -113,7 +133,9 @@ class _PhotoTab:
         if photo_files and not warnings_html:
             similarities = await _compute_similarities(client, photo_files, grid)
         yield {
-            self.status_html: warnings_html + render_status(f"{elapsed_text}."),
+            self.status_html: warnings_html
+            + render_status(f"{elapsed_text}.")
+            + render_notes(client.notes),
             self.portraits_html: _render_portraits(grid, similarities),
         }
 
@@ -142,6 +164,8 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
             )
             with gr.Accordion("Use the camera", open=False):
                 camera = make_image_input("Camera", ["webcam"], height=280)
+            model = gr.Dropdown([], label="Model", visible=False, elem_id="model")
+            card_html = gr.HTML(visible=False, elem_id="model-card")
             prompt = build_prompt_box(api, blocks)
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the LoRA")
             with gr.Accordion("More", open=False, elem_id="more-photos"):
@@ -156,7 +180,7 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
                 code_block = make_code_block()
 
     tab = _PhotoTab(api, tray, status_html, portraits_html, download, code_block, result)
-    inputs: list[Block] = [photos, prompt, strength, name, num_steps, seed, scheduler, tray]
+    inputs: list[Block] = [photos, prompt, strength, name, num_steps, seed, scheduler, tray, model]
     outputs: list[Block] = [
         status_html,
         portraits_html,
@@ -167,7 +191,25 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
     ]
     create_event = create_button.click(tab.create_lora, inputs, outputs, **EVENT_OPTIONS)
     create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **EVENT_OPTIONS)
+    blocks.load(partial(_load_models, api), None, [model, card_html], **EVENT_OPTIONS)
+    model.input(partial(_show_model, api), model, [card_html, prompt], **EVENT_OPTIONS)
     camera.input(_add_camera_photo, [camera, photos], [photos, camera], **EVENT_OPTIONS)
+
+
+async def _load_models(api: Api, visitor: gr.Request) -> tuple[gr.Dropdown, gr.HTML]:
+    """List the models from photos, with the card of the first; nothing shows if there is one."""
+    async with api.open_client(visitor) as client:
+        infos = [info for info in await client.load_model_infos() if info.kind != "pair-to-lora"]
+    is_visible, names = len(infos) > 1, [info.id for info in infos]
+    dropdown = gr.Dropdown(choices=[*names], value=names[0], visible=is_visible)
+    return dropdown, gr.HTML(render_card(infos[0]), visible=is_visible)
+
+
+async def _show_model(api: Api, name: str, visitor: gr.Request) -> tuple[str, str]:
+    """Show the card of a model, and a prompt that it knows."""
+    async with api.open_client(visitor) as client:
+        info = await client.load_photo_model_info(name)
+    return render_card(info), next(iter(get_prompt_presets(info).values()))
 
 
 def _add_camera_photo(

@@ -1,7 +1,8 @@
 """Texts of the page: HTML, example prompts and programs to copy."""
 
+import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from hyperlora.service.engine.requests import ModelInfo
@@ -33,6 +34,7 @@ EMPTY_COMPOSITION: Final = """<div class="empty"><b>Images appear here</b>
 <p>LoRAs made in this window are there already.
 Add files of your own, up to six in all.</p></div>"""
 EMPTY_TRAY: Final = "<p class='aside'>No LoRA yet: make one from photos, or add a file.</p>"
+NO_IMAGES: Final = "This server does not hold the base of the model, so it draws no portraits."
 STRATEGIES: Final = [
     ("Merge: all at once, in one LoRA", "merge"),
     ("Switch: one after another, step by step", "switch"),
@@ -72,7 +74,10 @@ _SIMILARITY_LABELS: Final = (
 def get_prompt_presets(model_info: ModelInfo) -> dict[str, str]:
     """Return example prompts by their label, in phrases that the model's base knows."""
     scenes = _SCENES_BY_DOMAIN.get(model_info.domain, _GENERIC_SCENES)
-    subject = f"a portrait of {model_info.trigger_phrase or 'a person'}"
+    if model_info.prompt_prefix:
+        subject = f"{model_info.prompt_prefix}a portrait of a person"
+    else:
+        subject = f"a portrait of {model_info.trigger_phrase or 'a person'}"
     return {label: ", ".join(filter(None, (subject, scene))) for label, scene in scenes.items()}
 
 
@@ -89,22 +94,56 @@ def format_score(score: float) -> str:
     return f"{score + 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
-def make_snippet(base: str, file: str, prompt: str) -> str:
+def render_card(model_info: ModelInfo) -> str:
+    """Render what a visitor should know of a model: purpose, base, licenses, strength, size."""
+    commercial_uses = {"yes": "allowed", "no": "not allowed", "unknown": "unknown"}
+    rows = {
+        "For": model_info.purpose,
+        "Base": model_info.base,
+        "Licenses": model_info.license_notice,
+        "Commercial use": commercial_uses[model_info.commercial_use],
+        "Begin prompts with": model_info.prompt_prefix or model_info.trigger_phrase,
+        "Strength": f"{model_info.strength:g}",
+        "Download": format_bytes(model_info.download_bytes),
+        "Images here": "" if model_info.can_generate_images else "none: its base is not served",
+    }
+    items = "".join(
+        f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in rows.items() if value
+    )
+    return f'<dl class="card">{items}</dl>'
+
+
+def render_notes(notes: Sequence[str]) -> str:
+    """Render notes of the API, e.g. on licenses, each once."""
+    lines = (html.escape(f"{note[:1].upper()}{note[1:]}.") for note in dict.fromkeys(notes))
+    return "".join(f'<p class="aside">{line}</p>' for line in lines)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Format a size in MB or GB; empty for none."""
+    if num_bytes >= 10**9:
+        return f"{num_bytes / 10**9:.1f} GB"
+    return f"{num_bytes / 10**6:.0f} MB" if num_bytes else ""
+
+
+def make_snippet(base: str, file: str, prompt: str, strength: float = 1.0) -> str:
     """Make a program that generates an image with a LoRA file in plain diffusers.
 
     Args:
         base: Id of the base.
         file: Name of the LoRA file.
         prompt: The prompt.
+        strength: Factor of the LoRA.
 
     Returns:
         Python source.
     """
+    fuse_line = f"pipe.fuse_lora(lora_scale={strength:g})\n" if strength != 1 else ""
     return f'''from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}")  # its folder or hub id
 pipe.load_lora_weights("{file}")
-image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]
+{fuse_line}image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]
 image.save("portrait.png")
 '''
 
