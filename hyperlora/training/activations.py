@@ -1,6 +1,6 @@
 """Estimate the memory of activations: a forward pass without numbers counts what backward needs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
@@ -149,6 +149,53 @@ def estimate_activation_bytes(
         conditions = _make_meta_conditions(family, denoiser, latents)
         family.predict(latents, timesteps, conditions, denoiser=denoiser)
     return counter.num_bytes + largest[0]
+
+
+def estimate_text_activation_bytes(
+    text_encoders: Mapping[str, nn.Module], layout: LoraLayout, num_samples: int
+) -> int:
+    """Estimate what the backward pass through adapted CLIP text encoders needs of the forward pass.
+
+    Args:
+        text_encoders: The adapted ones by component, on the meta device.
+        layout: Of the LoRAs, one for each sample.
+        num_samples: Prompts in one batch, each of full length.
+
+    Returns:
+        Bytes.
+    """
+    num_bytes = 0
+    for name, module in text_encoders.items():
+        targets = tuple(t for t in layout.targets if t.component == name)
+        weights = _make_meta_loras(replace(layout, targets=targets), num_samples)
+        counter = _StorageCounter(
+            [*module.parameters(), *module.buffers(), *weights.down, *weights.up]
+        )
+        config: Any = module.config
+        shape = (num_samples, int(config.max_position_embeddings))
+        tokens = torch.empty(shape, dtype=torch.long, device="meta")
+        with (
+            _FlashAttentionMode(),
+            saved_tensors_hooks(counter.pack, lambda tensor: tensor),
+            inject_lora(module, weights),
+        ):
+            module(tokens, output_hidden_states=True)
+        num_bytes += counter.num_bytes
+    return num_bytes
+
+
+def make_meta_text_encoder(text_encoder: nn.Module) -> nn.Module:
+    """Make a text encoder of the same class, configuration and dtype, without numbers.
+
+    Args:
+        text_encoder: Of transformers.
+
+    Returns:
+        A frozen module on the meta device.
+    """
+    with torch.device("meta"):
+        copy = type(text_encoder)(text_encoder.config)
+    return copy.to(next(text_encoder.parameters()).dtype).requires_grad_(False)
 
 
 def _make_meta_loras(layout: LoraLayout, num_loras: int) -> LoraWeights:

@@ -8,7 +8,10 @@ from torch import nn
 
 from hyperlora.diffusion.families.base import PipelineFamily
 from hyperlora.lora.layout import LoraLayout
-from hyperlora.training.activations import estimate_activation_bytes
+from hyperlora.training.activations import (
+    estimate_activation_bytes,
+    estimate_text_activation_bytes,
+)
 from hyperlora.training.memory import (
     MemoryRow,
     TrainerOptions,
@@ -74,6 +77,7 @@ class TrainingParts:
         batch: What one device computes in one step.
         use_checkpointing: Whether the denoiser recomputes activations.
         options: Of the trainer.
+        text_encoders: Those that are adapted, by component, on the meta device.
     """
 
     base_rows: Sequence[MemoryRow]
@@ -85,6 +89,7 @@ class TrainingParts:
     batch: BatchSize
     use_checkpointing: bool = False
     options: TrainerOptions = field(default_factory=TrainerOptions)
+    text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def estimate_memory(parts: TrainingParts) -> TrainingMemory:
@@ -117,4 +122,11 @@ def estimate_memory(parts: TrainingParts) -> TrainingMemory:
         activation_bytes *= batch.num_passes
     name = f"activations, {num_samples} x {batch.resolution}² pixels (estimate)"
     rows.append(MemoryRow(name, None, activation_bytes, "activations"))
+    if parts.text_encoders:
+        text_bytes = batch.num_passes * estimate_text_activation_bytes(
+            parts.text_encoders, parts.layout, num_samples
+        )
+        rows.append(
+            MemoryRow("activations of text encoders (estimate)", None, text_bytes, "activations")
+        )
     return TrainingMemory(rows, describe_lora(parts.layout), parts.use_checkpointing, is_half)

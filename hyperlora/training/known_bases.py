@@ -26,6 +26,18 @@ _CLIP_L, _CLIP_BIG_G, _T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
 _QWEN_3_4B, _QWEN_3_8B, _QWEN_2_5_VL_7B = 4_022_468_096, 8_190_735_360, 8_292_166_656
 _MISTRAL_SMALL_24B = 24_011_361_280
 _SD_VAE, _SD3_VAE, _FLUX_2_VAE, _QWEN_VAE = 83_653_863, 83_819_683, 84_046_115, 126_892_531
+_CLIP_CONFIGS: Final[Mapping[int, Mapping[str, int | str]]] = {
+    _CLIP_L: {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    _CLIP_BIG_G: {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+}
+"""Of CLIP text encoders, by their number of parameters."""
 _SDXL_UNET: Final = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -146,11 +158,13 @@ class MetaBase:
         family: Adapter of a pipeline that holds the denoiser alone.
         denoiser: On the meta device.
         rows: Memory of all components.
+        text_encoders: Those that can be adapted, by component, on the meta device.
     """
 
     family: PipelineFamily
     denoiser: "ModelMixin"
     rows: list[MemoryRow]
+    text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def make_meta_base(name_or_path: str, dtype: str = "float32", num_shards: int = 1) -> MetaBase:
@@ -181,7 +195,21 @@ def make_meta_base(name_or_path: str, dtype: str = "float32", num_shards: int = 
         denoiser = getattr(diffusers, family_class.denoiser_class_name)(**known.denoiser_config)
     num_params = dict(known.num_other_params)
     base = _make_meta_base(family_class, denoiser, num_params, dtype, vae_scale_factor=8)
-    return replace(base, rows=_shard_rows(base.rows, num_shards))
+    text_encoders = {
+        name: _make_meta_clip(num_params[name], denoiser.dtype)
+        for name in family_class.adaptable_text_encoders
+        if num_params.get(name) in _CLIP_CONFIGS
+    }
+    return replace(base, rows=_shard_rows(base.rows, num_shards), text_encoders=text_encoders)
+
+
+def _make_meta_clip(num_params: int, dtype: torch.dtype) -> nn.Module:
+    """Make a CLIP text encoder without numbers."""
+    config = transformers.CLIPTextConfig(**_CLIP_CONFIGS[num_params])
+    name = "CLIPTextModelWithProjection" if num_params == _CLIP_BIG_G else "CLIPTextModel"
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, name)(config)
+    return model.to(dtype).requires_grad_(False)
 
 
 def _shard_rows(rows: Sequence[MemoryRow], num_shards: int) -> list[MemoryRow]:
@@ -222,7 +250,13 @@ def _read_meta_base(folder: Path, dtype: str) -> MetaBase:
         else len(vae_config["block_out_channels"]) - 1
     )
     num_params = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}
-    return _make_meta_base(family_class, denoiser, num_params, dtype, 2**num_halvings)
+    base = _make_meta_base(family_class, denoiser, num_params, dtype, 2**num_halvings)
+    text_encoders = {
+        name: modules[name].to(denoiser.dtype).requires_grad_(False)
+        for name in family_class.adaptable_text_encoders
+        if name in modules
+    }
+    return replace(base, text_encoders=text_encoders)
 
 
 def _make_meta_base(

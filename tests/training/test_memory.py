@@ -18,9 +18,14 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
 from hyperlora.training import activations, memory
-from hyperlora.training.activations import estimate_activation_bytes, make_meta_denoiser
+from hyperlora.training.activations import (
+    estimate_activation_bytes,
+    estimate_text_activation_bytes,
+    make_meta_denoiser,
+    make_meta_text_encoder,
+)
 from hyperlora.training.cli import parse_config, train
-from hyperlora.training.estimate_config import estimate_config
+from hyperlora.training.estimate_config import _count_devices, estimate_config
 from hyperlora.training.known_bases import KNOWN_BASES, make_meta_base
 from hyperlora.training.memory import (
     MemoryRow,
@@ -30,6 +35,8 @@ from hyperlora.training.memory import (
     make_network_rows,
 )
 from hyperlora.training.modules.frozen_base import load_training_base
+from hyperlora.training.modules.hypernetwork import HypernetworkTraining
+from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
 from tests.tiny_pipelines import get_tiny_pipeline
 from tests.tiny_pipelines.base import SIDE
 from tests.training.config_rules import CONFIGS, NAMES, make_command, read_config
@@ -262,8 +269,6 @@ def test_network_that_is_too_large_is_not_made(
 def test_strategies_that_shard_the_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning.pytorch.strategies import FSDPStrategy
 
-    from hyperlora.training.modules.hypernetwork import HypernetworkTraining
-
     class Trainer:
         strategy = FSDPStrategy()
 
@@ -274,26 +279,92 @@ def test_strategies_that_shard_the_network_are_refused(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("flux2/klein_hypernetwork", []),
+        ("sd15/hypernetwork", ["--model.init_args.text_encoders=true"]),
+        ("sdxl/hypernetwork", ["--model.init_args.text_encoders=true"]),
+        ("sd15/hypernetwork", ["--model.init_args.start_from=start"]),
+        ("instruct_pix2pix/finetune", ["--model.init_args.start_from=start"]),
+        ("instruct_pix2pix/pretrain", ["--model.init_args.freeze_encoder=true"]),
+    ],
+)
 def test_estimate_of_a_folder_equals_the_table_of_the_training(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    arguments: list[str],
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One device and the same options; a trainer adds none of its own."""
-    from hyperlora.training.estimate import BatchSize
-    from hyperlora.training.modules.hypernetwork import HypernetworkTraining
-
     monkeypatch.chdir(workspace)
-    command = make_command("flux2/klein_hypernetwork")[1:]
-    config = parse_config(command)
+    class_path = read_config(name)["model"]["class_path"]
+    module_class = {
+        training.__name__: training for training in (HypernetworkTraining, PairHypernetworkTraining)
+    }[class_path.rpartition(".")[2]]
+    command = make_command(name)[1:]
+    if "start" in str(arguments):
+        options = {**parse_config(command)["model"]["init_args"], "start_from": None, "rank": 3}
+        module_class(**options).model.save_pretrained(tmp_path / "start")
+        arguments = [f"--model.init_args.start_from={tmp_path / 'start'}"]
+        if class_path.endswith("HypernetworkTraining"):
+            arguments.append("--model.init_args.rank=3")
+    config = parse_config([*command, *arguments])
     estimate = estimate_config(config)
-    init_args = config["model"]["init_args"]
-    module = HypernetworkTraining(**init_args)
+    module = module_class(**config["model"]["init_args"])
 
     class Trainer:
-        world_size, precision, callbacks, datamodule = 1, "bf16-mixed", (), None
+        world_size, precision, callbacks = 1, config["trainer"]["precision"], ()
 
-    monkeypatch.setattr(HypernetworkTraining, "trainer", Trainer)
-    monkeypatch.setattr(BatchSize, "from_config", lambda *args: BatchSize(2, 1, SIDE, 1))
+        class datamodule:  # noqa: N801
+            hparams = config["data"]["init_args"]
+
+    monkeypatch.setattr(module_class, "trainer", Trainer)
     rows = {row.name: row.num_bytes for row in module.estimate_memory().rows}
     expected = {row.name: row.num_bytes for row in estimate.rows}
-    expected.pop("moving average of the weights")
+    expected.pop("moving average of the weights", None)
     assert json.loads(json.dumps(rows)) == expected
+    assert ("activations of text encoders (estimate)" in rows) == ("text_enc" in str(arguments))
+
+
+@pytest.mark.parametrize(
+    ("devices", "num_nodes", "count"),
+    [(4, 1, 4), ("4", 1, 4), ([4, 6], 1, 2), ("4,5", 1, 2), (2, 3, 6), ("auto", 1, 1), (-1, 2, 2)],
+)
+def test_estimate_counts_the_devices_of_all_nodes(devices: Any, num_nodes: int, count: int) -> None:
+    assert _count_devices({"devices": devices, "num_nodes": num_nodes}) == count
+
+
+def test_estimate_refuses_what_it_cannot_know() -> None:
+    for name, arguments, message in (
+        ("sdxl/hypernetwork", ["start_from=missing/model"], "'missing/model' decides the memory"),
+        ("z_image/hypernetwork", ["text_encoders=true"], "only those of CLIP do; set"),
+        ("sdxl/hypernetwork", ["encoder=unet"], "whose encoder is the UNet"),
+    ):
+        options = [f"--model.init_args.{argument}" for argument in arguments]
+        with pytest.raises(InvalidArgumentError, match=message):
+            estimate_config(parse_config(["--config", str(CONFIGS / f"{name}.yaml"), *options]))
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"])
+def test_text_activations_equal_those_that_autograd_saves(name: str) -> None:
+    """Of real prompts; LoRAs of text encoders need them besides those of the denoiser."""
+    tiny = get_tiny_pipeline(name)
+    family = get_pipeline_family(tiny.pipe)
+    modules = {key: family.text_encoders[key] for key in family.adaptable_text_encoders}
+    layout = make_layout({family.denoiser_name: family.denoiser, **modules}, "attention", 2, "tiny")
+    targets = tuple(t for t in layout.targets if t.component in modules)
+    weights = LoraWeights.zeros(replace(layout, targets=targets), (2,), 0.1)
+    weights = weights.apply(lambda t: t.requires_grad_())
+    owned = [p for m in family.text_encoders.values() for p in (*m.parameters(), *m.buffers())]
+    counter = activations._StorageCounter([*owned, *weights.down, *weights.up])
+    with (
+        activations._FlashAttentionMode(),
+        saved_tensors_hooks(counter.pack, lambda t: t),
+        inject_lora(modules, weights),
+    ):
+        family.encode_text(["a cat", "a dog"])
+    meta = {key: make_meta_text_encoder(module) for key, module in modules.items()}
+    estimate = estimate_text_activation_bytes(meta, layout, 2)
+    assert estimate == pytest.approx(counter.num_bytes, rel=0.1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hyperlora.errors import InvalidArgumentError, ModelLoadError
 from hyperlora.pipelines.pretrained_model import PretrainedModel
 from hyperlora.pipelines.readme import TrainingRecord, make_readme
-from hyperlora.training.activations import make_meta_denoiser
+from hyperlora.training.activations import make_meta_denoiser, make_meta_text_encoder
 from hyperlora.training.estimate import BatchSize, TrainingParts, estimate_memory
 from hyperlora.training.memory import (
     TrainerOptions,
@@ -107,6 +107,11 @@ class PretrainedModelTraining(FrozenBaseTraining):
                     is_mixed=str(self.trainer.precision).endswith("-mixed"),
                     num_devices=num_devices,
                 ),
+                text_encoders={
+                    name: make_meta_text_encoder(self.base.modules[name])
+                    for name in self.model.layout.components
+                    if name != self.base.family.denoiser_name
+                },
             )
         )
 
