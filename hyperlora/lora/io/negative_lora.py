@@ -42,7 +42,7 @@ def describe_negative_rule(name: str, rule: NegativeRule, has_file: bool) -> str
     if rule == "gray":
         return (
             f"{name} asks for its own LoRA on the negative branch of guidance, whose file "
-            f"{make_negative_path(Path(name).with_suffix('.safetensors')).name} is not here: "
+            f"{name}-negative.safetensors is not here: "
             "the same LoRA is used, so details may be weaker"
         )
     return ""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import partial
 
 import gradio as gr
 from gradio.blocks import Block
@@ -191,8 +190,16 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
     ]
     create_event = create_button.click(tab.create_lora, inputs, outputs, **EVENT_OPTIONS)
     create_event.failure(lambda: gr.HTML(visible=False), None, status_html, **EVENT_OPTIONS)
-    blocks.load(partial(_load_models, api), None, [model, card_html], **EVENT_OPTIONS)
-    model.input(partial(_show_model, api), model, [card_html, prompt], **EVENT_OPTIONS)
+
+    async def load_models(visitor: gr.Request) -> tuple[gr.Dropdown, gr.HTML]:
+        return await _load_models(api, visitor)
+
+    async def show_model(name: str, visitor: gr.Request) -> tuple[str, str]:
+        return await _show_model(api, name, visitor)
+
+    # functions, no partials: Gradio finds the visitor by the annotation
+    blocks.load(load_models, None, [model, card_html], **EVENT_OPTIONS)
+    model.input(show_model, model, [card_html, prompt], **EVENT_OPTIONS)
     camera.input(_add_camera_photo, [camera, photos], [photos, camera], **EVENT_OPTIONS)
 
 
