@@ -24,7 +24,16 @@ def test_imports_keep_the_contracts(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0, capsys.readouterr().out
 
 
-TOP_LEVEL = {"errors", "progress", "features", "pretrained", "cpu", "compute", "ray_connection"}
+TOP_LEVEL = {
+    "errors",
+    "progress",
+    "features",
+    "pretrained",
+    "cpu",
+    "compute",
+    "ray_connection",
+    "seeds",
+}
 ALLOWED_IMPORTS = {
     "evaluation": {"pipelines", "finetuning", "diffusion", "encoders", "data", "lora"},
     "service": {

@@ -105,11 +105,11 @@ def pause_compilation(module: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with torch.compiler.set_stance("force_eager") if _is_compiled(module) else nullcontext():
+    with torch.compiler.set_stance("force_eager") if _has_compiled_part(module) else nullcontext():
         yield
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def _has_compiled_part(module: nn.Module) -> bool:
     """Whether torch.compile has wrapped a module or a part of it, or its forward method."""
     return any(
         part._compiled_call_impl is not None  # of ``module.compile()``
@@ -133,7 +133,9 @@ class _LoraInjection:
         self.hooks: list[tuple[nn.Module, _ForwardHook]] = []
         # all shapes are checked here, before the first hook: a context opens whole or not at all
         layers = {name: dict(list_layers(module)) for name, module in components.items()}
-        fused_layers = {layer for module in components.values() for layer in _list_fused(module)}
+        fused_layers = {
+            layer for module in components.values() for layer in _list_fused_layers(module)
+        }
         layout = weights.layout
         for target, down, up in zip(layout.targets, weights.down, weights.up, strict=True):
             layer = layers.get(target.component, {}).get(target.path)
@@ -180,7 +182,7 @@ def _check_shape(target: TargetModule, layer: nn.Module) -> None:
         )
 
 
-def _list_fused(module: nn.Module) -> Iterator[nn.Module]:
+def _list_fused_layers(module: nn.Module) -> Iterator[nn.Module]:
     """Iterate over projections that diffusers' ``fuse_qkv_projections`` has put out of use."""
     for attention in module.modules():
         if not getattr(attention, "fused_projections", False):

@@ -187,7 +187,7 @@ def _parse_tag(match: re.Match[str]) -> LoraTag:
     if not name:
         raise InvalidArgumentError(f"{tag_text} names no LoRA: write <lora:name:weight>")
     positional = [p for p in parameters if "=" not in p]
-    named = _parse_named(parameters, tag_text)
+    named = _parse_named_parameters(parameters, tag_text)
     if len(positional) > 2:
         raise InvalidArgumentError(
             f"{tag_text} has {len(positional)} weights: one for both, or text encoder and unet"
@@ -230,7 +230,7 @@ def _is_parameter(part: str) -> bool:
     return True
 
 
-def _parse_named(parameters: Sequence[str], tag_text: str) -> dict[str, str]:
+def _parse_named_parameters(parameters: Sequence[str], tag_text: str) -> dict[str, str]:
     """Parse the parameters of the form ``key=value``."""
     pairs = [parameter.split("=", 1) for parameter in parameters if "=" in parameter]
     named = {key.strip().lower(): value.strip() for key, value in pairs}
