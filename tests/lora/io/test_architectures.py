@@ -29,7 +29,9 @@ def make_cross_attention(width: int) -> LoraLayout:
     return LoraLayout((TargetModule(name, width, 640),), 2, "unknown")
 
 
-@pytest.mark.parametrize("family", {*FAMILIES.values()}, ids=lambda family: family.__name__)
+@pytest.mark.parametrize(
+    "family", [*dict.fromkeys(FAMILIES.values())], ids=lambda family: family.__name__
+)
 def test_every_family_has_its_names_in_the_table(family: type[PipelineFamily]) -> None:
     entry = ARCHITECTURES[family.modelspec_name]
     assert entry.base_version
