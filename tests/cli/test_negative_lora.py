@@ -1,7 +1,6 @@
 """Templates through ``generate``, and the LoRA of the negative branch in ``render``."""
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,14 @@ import torch
 from PIL import Image
 
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.features import ImageFeatures
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY, NEGATIVE_SHA256_KEY
 from hyperlora.lora.io.safetensors_file import write_bytes_together
+from hyperlora.lora.weights import LoraWeights
+from hyperlora.pipelines.config import GenerationConfig
+from hyperlora.pipelines.generate_folder import generate_folder
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from tests.pipelines.released.tiny_template import WEIGHT, make_template
 
@@ -55,26 +58,28 @@ def test_generate_writes_both_files_of_a_template(run: Any, tmp_path: Path) -> N
     assert NEGATIVE_LORA_KEY not in load_lora(negative).metadata.extra
 
 
+class NegatingModel(ImageToLora):
+    """A model whose negative branch has the LoRA at half the strength, negated."""
+
+    def generate_negative(self, features: ImageFeatures) -> LoraWeights:
+        return self.generate_from_features(features) * -0.5
+
+
 def test_generate_folder_writes_both_files_again_if_one_is_missing(
-    run: Any, tmp_path: Path
+    bundle: Any, tmp_path: Path
 ) -> None:
-    folder = make_template(tmp_path / "ZImage-i2L-v2")
-    (tmp_path / "styles").mkdir()
-    Image.new("RGB", (9, 7), (0, 0, 255)).save(tmp_path / "styles" / "blue.png")
+    model = NegatingModel.from_pretrained(str(bundle.model))
+    (tmp_path / "people").mkdir()
+    Image.new("RGB", (9, 7), (0, 0, 255)).save(tmp_path / "people" / "anna.png")
     output = tmp_path / "out"
-    arguments = (
-        *("generate", "--input-dir", tmp_path / "styles", "--model", folder, "-o", output),
-        *("--trust-remote-code", get_digest(folder)),
-    )
-    assert run(*arguments).code == 0
-    record = json.loads((output / "index.jsonl").read_text())
-    assert record["negative_file"] == "blue-negative.safetensors"
-    torch.testing.assert_close(
-        compute_delta(output / "blue-negative.safetensors"), expect_delta((128, 128, 128))
-    )
-    (output / "blue-negative.safetensors").unlink()
-    assert run(*arguments).code == 0
-    assert (output / "blue-negative.safetensors").is_file()
+    config = GenerationConfig(strength=2.0)
+    for _ in range(2):
+        (record,) = generate_folder(model, tmp_path / "people", output, config)
+        assert record.negative_file == "anna-negative.safetensors"
+        files = [output / name for name in ("anna.safetensors", "anna-negative.safetensors")]
+        positive, negative = (load_lora(path, model.layout).weights for path in files)
+        torch.testing.assert_close(negative.flatten(), (positive * -0.5).flatten())
+        files[1].unlink()
 
 
 def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
