@@ -128,7 +128,7 @@ def test_released_folder_has_a_complete_model_card(run_dir: Path, tmp_path: Path
     data = ModelCard(text).data
     assert data.base_model == "tiny/sd15"
     assert data.library_name == "hyperlora"
-    assert {"lora", "hypernetwork", "stable-diffusion-v1"} <= set(data.tags)
+    assert {"lora", "hypernetwork", "custom-unet"} <= set(data.tags)
     for part in (
         "| trigger phrase | `sks person` |",
         "| LoRA | rank 4, ",
