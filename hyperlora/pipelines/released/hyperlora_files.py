@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Final
 
@@ -152,8 +153,11 @@ class HyperLoraFiles:
         """
         downs, ups = [], []
         with TensorFiles([self.modules]) as files:
+            # one buffer for all: memory that is freed between small tensors would not be reused
+            buffer = coefficients.new_empty(max(map(prod, files.shapes.values())))
             for row, name in enumerate(_list_bases(len(layout.targets))):
-                basis = files.read(name).to(coefficients.device, torch.float32)
+                tensor = files.read(name)
+                basis = buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
                 if len(basis) != coefficients.shape[-1]:
                     raise ModelLoadError(
                         f"{self.modules} is of another variant than the resampler: {name} has "
