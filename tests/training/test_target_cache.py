@@ -18,6 +18,7 @@ from hyperlora.training.batches import SubjectBatch
 from hyperlora.training.cli import train
 from hyperlora.training.datamodules import target_cache
 from hyperlora.training.datamodules.photo_folders import PhotoFolderDataModule
+from hyperlora.training.datamodules.photo_samples import SampleMaker
 from hyperlora.training.datamodules.target_cache import (
     TargetCache,
     TargetCacheConfig,
@@ -27,6 +28,7 @@ from hyperlora.training.datamodules.target_cache import (
 from hyperlora.training.modules.frozen_base import load_training_base
 from tests.training.config_rules import make_command
 from tests.training.config_stages import read_losses
+from tests.training.test_photo_samples import make_sample_config
 
 BASE_OPTIONS = {
     "sd15": {"variant": "fp16", "safety_checker": None, "requires_safety_checker": False},
@@ -178,6 +180,8 @@ def test_fingerprint_is_that_of_encoders(workspace: Path, tmp_path: Path) -> Non
     assert compute_base_fingerprint(config) == fingerprint
     other_options = {**BASE_OPTIONS["sd15"], "dtype": "bfloat16"}
     assert compute_base_fingerprint(replace(config, base_options=other_options)) != fingerprint
+    left_out = {**BASE_OPTIONS["sd15"], "vae": None, "text_encoder": None, "tokenizer": None}
+    assert compute_base_fingerprint(replace(config, base_options=left_out)) == fingerprint
     for part in ("vae", "text_encoder"):
         (weights,) = (base_dir / part).glob("*.safetensors")
         data = bytearray(weights.read_bytes())
@@ -187,6 +191,29 @@ def test_fingerprint_is_that_of_encoders(workspace: Path, tmp_path: Path) -> Non
         assert changed != fingerprint
         fingerprint = changed
     assert compute_base_fingerprint(replace(config, base="nobody/nothing")) is None
+
+
+def test_fingerprint_notices_a_change_in_the_middle_of_a_large_file(tmp_path: Path) -> None:
+    """As of a LoRA that is merged into an encoder: embeddings and last layer stay."""
+    weights = tmp_path / "text_encoder" / "model.safetensors"
+    weights.parent.mkdir()
+    data = bytearray(8_000_000)
+    fingerprints = set()
+    for start in (0, 1_000_000, 4_321_000, 7_800_000):
+        data[start : start + 150_000] = b"x" * 150_000
+        weights.write_bytes(data)
+        fingerprints.add(compute_base_fingerprint(TargetCacheConfig("cache", str(tmp_path))))
+    assert len(fingerprints) == 4
+
+
+def test_latents_depend_on_what_found_the_faces() -> None:
+    """Crops keep the face: another detector's boxes give other crops."""
+    makers = [
+        SampleMaker(make_sample_config(face_detector=name)) for name in ("", "buffalo 640", "a 320")
+    ]
+    settings = [maker.get_cache_settings((16, 8)) for maker in makers]
+    assert settings[0] == "16x8-crop0.7"
+    assert len(set(settings)) == 3 and all("-faces-" in name for name in settings[1:])
 
 
 @pytest.mark.slow
@@ -212,7 +239,8 @@ def test_training_without_vae_and_text_encoder_has_the_same_losses(
     losses = read_losses(name)
     base_options = {**BASE_OPTIONS["sd15"], "dtype": "float32"}
     missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    cache = {"folder": "cache", "base": "tiny/sd15", "base_options": base_options}
+    # as the model has them: what it leaves out is needed to fill the cache
+    cache = {"folder": "cache", "base": "tiny/sd15", "base_options": base_options | missing}
     train(
         [
             *command,

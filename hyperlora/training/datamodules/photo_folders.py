@@ -279,6 +279,7 @@ class PhotoFolderDataModule(FolderDataModule):
             face_margin=self.faces.crop_margin
             if self.faces and self.faces.crop_references
             else None,
+            face_detector=f"{self.faces.pack} {self.faces.det_size}" if self.faces else "",
         )
 
     def _read_split(self, training: bool) -> PhotoSplit:

@@ -7,6 +7,7 @@ with the same seed gives the same sample in any process, and the order of a run 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Final
 
 import numpy as np
@@ -50,6 +51,7 @@ class SampleConfig:
         augmentation: How views differ from their photos.
         identical_targets: Whether a subject with one photo has it as reference and target.
         face_margin: Margin of references cropped to faces; None for the middle of photos.
+        face_detector: What found the faces that targets keep, as text; empty for nothing.
     """
 
     source: str
@@ -64,6 +66,7 @@ class SampleConfig:
     augmentation: AugmentationConfig
     identical_targets: bool = False
     face_margin: float | None = None
+    face_detector: str = ""
 
 
 @dataclass(frozen=True)
@@ -265,9 +268,10 @@ class SampleMaker:
         return make_photo_id(self.config.source, photo)
 
     def get_cache_settings(self, size: ImageSize) -> str:
-        """Return a folder name for latents of a size: size, crops, and whether faces are kept."""
-        scale = self.config.augmentation.min_crop_scale
-        return f"{size[0]}x{size[1]}-crop{scale:g}" + ("-faces" if self.faces else "")
+        """Return a folder name for latents of a size: size, crops, and what found the faces."""
+        scale, detector = self.config.augmentation.min_crop_scale, self.config.face_detector
+        name = f"{size[0]}x{size[1]}-crop{scale:g}"
+        return f"{name}-faces-{sha256(detector.encode()).hexdigest()[:8]}" if detector else name
 
     def _make_reference(
         self, photo: Photo, image: Image.Image, seed: int | None, position: int

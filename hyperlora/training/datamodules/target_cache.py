@@ -33,8 +33,10 @@ from hyperlora.errors import InvalidArgumentError, InvalidImageError
 if TYPE_CHECKING:
     from hyperlora.diffusion.diffusion_base import DiffusionBase
 
-_PROBE_BYTES: Final = 65_536
-"""Bytes at the start and at the end of a weight file that enter the fingerprint."""
+_PROBE_BYTES: Final = 16_384
+"""Bytes of a weight file that enter the fingerprint at each of ``_NUM_PROBES`` places."""
+_NUM_PROBES: Final = 64
+"""Evenly spread over a file: merging a LoRA changes its middle, but neither start nor end."""
 _DENOISERS: Final = ("unet", "transformer", "transformer_2")
 
 
@@ -45,7 +47,8 @@ class TargetCacheConfig:
     Attributes:
         folder: Folder of the cache; may be shared by runs.
         base: Folder or hub id of the base, as the model has it.
-        base_options: Its ``base_options``, as the model has them.
+        base_options: Its ``base_options``, as the model has them. Components that the model leaves
+            out (``null``) are loaded to fill the cache.
         batch_size: Images that the VAE encodes at once.
     """
 
@@ -214,7 +217,7 @@ def load_encoding_base(config: TargetCacheConfig, device: torch.device) -> "Diff
 
     from hyperlora.diffusion.diffusion_base import load_diffusion_base
 
-    options = {"dtype": "float32", **config.base_options}
+    options = {"dtype": "float32", **_drop_left_out(config.base_options)}
     try:
         components = DiffusionPipeline.load_config(config.base)
     except (OSError, ValueError):  # the base says in a sentence what is wrong
@@ -236,17 +239,30 @@ def compute_base_fingerprint(config: TargetCacheConfig) -> str | None:
     folder = _find_base_folder(config)
     if folder is None:
         return None
-    digest = sha256(json.dumps(config.base_options, sort_keys=True, default=str).encode())
+    options = _drop_left_out(config.base_options)
+    digest = sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if not path.is_file() or len(parts) < 2 or not parts[0].startswith(("vae", "text", "tok")):
             continue
-        digest.update(f"{'/'.join(parts)}\0{path.stat().st_size}\0".encode())
+        size = path.stat().st_size
+        digest.update(f"{'/'.join(parts)}\0{size}\0".encode())
+        last_start = max(0, size - _PROBE_BYTES)
+        starts = {last_start * i // (_NUM_PROBES - 1) for i in range(_NUM_PROBES)}
         with path.open("rb") as file:
-            digest.update(file.read(_PROBE_BYTES))
-            file.seek(max(0, path.stat().st_size - _PROBE_BYTES))
-            digest.update(file.read())
+            for start in sorted(starts):
+                file.seek(start)
+                digest.update(file.read(_PROBE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _drop_left_out(base_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options without encoders that are left out: here they are needed."""
+    return {
+        name: value
+        for name, value in base_options.items()
+        if value is not None or not name.startswith(("vae", "text_encoder", "tokenizer"))
+    }
 
 
 def _find_base_folder(config: TargetCacheConfig) -> Path | None:
