@@ -259,7 +259,7 @@ def test_generate_refuses_options_out_of_range(
 @pytest.fixture
 def lora(bundle: Any, tmp_path: Path) -> Path:
     return ImageToLora.from_pretrained(str(bundle.model))(bundle.photo).save(
-        tmp_path / "x.safetensors"
+        tmp_path / "x.safetensors", format="diffusers"
     )
 
 
