@@ -139,9 +139,9 @@ def estimate_activation_bytes(
     targets = tuple(t for t in layout.targets if t.component == family.denoiser_name)
     weights = _make_meta_loras(replace(layout, targets=targets), num_samples)
     owned = [*denoiser.parameters(), *denoiser.buffers(), *weights.down, *weights.up]
-    counter = _StorageCounter(owned)
+    counter = StorageCounter(owned)
     with (
-        _FlashAttentionMode(),
+        FlashAttentionMode(),
         saved_tensors_hooks(counter.pack, lambda tensor: tensor),
         _count_checkpoints(denoiser, counter) if use_checkpointing else _yield_zero() as largest,
         inject_lora(denoiser, weights),
@@ -168,14 +168,14 @@ def estimate_text_activation_bytes(
     for name, module in text_encoders.items():
         targets = tuple(t for t in layout.targets if t.component == name)
         weights = _make_meta_loras(replace(layout, targets=targets), num_samples)
-        counter = _StorageCounter(
+        counter = StorageCounter(
             [*module.parameters(), *module.buffers(), *weights.down, *weights.up]
         )
         config: Any = module.config
         shape = (num_samples, int(config.max_position_embeddings))
         tokens = torch.empty(shape, dtype=torch.long, device="meta")
         with (
-            _FlashAttentionMode(),
+            FlashAttentionMode(),
             saved_tensors_hooks(counter.pack, lambda tensor: tensor),
             inject_lora(module, weights),
         ):
@@ -235,7 +235,7 @@ def _make_meta_conditions(
     return conditions
 
 
-class _StorageCounter:
+class StorageCounter:
     """Bytes of the storages of tensors, each storage once.
 
     Args:
@@ -254,9 +254,9 @@ class _StorageCounter:
             self.num_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
-    def fork(self) -> "_StorageCounter":
+    def fork(self) -> "StorageCounter":
         """Make a counter of what comes on top."""
-        return _StorageCounter(self._storages.values())
+        return StorageCounter(self._storages.values())
 
 
 def _identify_storage(tensor: Tensor) -> int:
@@ -270,7 +270,7 @@ def _yield_zero() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _count_checkpoints(denoiser: nn.Module, counter: _StorageCounter) -> Iterator[list[int]]:
+def _count_checkpoints(denoiser: nn.Module, counter: StorageCounter) -> Iterator[list[int]]:
     """Count the inputs of checkpointed blocks; yield the bytes of the largest block in a list."""
     largest = [0]
 
@@ -302,7 +302,7 @@ class _FlashAttention(torch.autograd.Function):
         return output
 
 
-class _FlashAttentionMode(TorchFunctionMode):
+class FlashAttentionMode(TorchFunctionMode):
     """Replaces ``scaled_dot_product_attention``, which on meta tensors saves all its scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401

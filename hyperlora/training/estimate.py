@@ -20,6 +20,7 @@ from hyperlora.training.memory import (
     make_frozen_row,
     make_network_rows,
 )
+from hyperlora.training.network_activations import estimate_network_activation_bytes
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -34,12 +35,14 @@ class BatchSize:
         num_targets: Target images of each.
         resolution: Their side in pixels.
         num_passes: Forward passes of the denoiser before one backward pass.
+        num_views: Photos, or pairs, of each subject at most.
     """
 
     num_subjects: int = 1
     num_targets: int = 1
     resolution: int = 512
     num_passes: int = 1
+    num_views: int = 1
 
     @classmethod
     def from_config(
@@ -60,6 +63,7 @@ class BatchSize:
             num_targets=data.get("num_targets") or 1,
             resolution=data.get("resolution") or base_resolution,
             num_passes=2 if model.get("reverse_weight") else 1,
+            num_views=min(data.get("num_views") or 1, model.get("max_views") or 1),
         )
 
 
@@ -107,6 +111,12 @@ def estimate_memory(parts: TrainingParts) -> TrainingMemory:
     rows += make_network_rows(parts.network, parts.options)
     lora_bytes = 2 * 4 * parts.layout.numel * batch.num_subjects
     rows.append(MemoryRow("LoRAs of a batch and their gradients", None, lora_bytes, "activations"))
+    network_bytes = estimate_network_activation_bytes(
+        parts.encoder, parts.network, batch.num_subjects, batch.num_views
+    )
+    rows.append(
+        MemoryRow("activations of the network (estimate)", None, network_bytes, "activations")
+    )
     num_samples = batch.num_subjects * batch.num_targets
     # measured before checkpointing changes the denoiser
     is_half = next(parts.denoiser.parameters()).element_size() == 2
