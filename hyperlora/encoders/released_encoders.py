@@ -1,8 +1,9 @@
 """The image encoders of released networks: SigLIP2-G384, DINOv3-7B and CLIP-L, streamed."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 from PIL import Image
@@ -82,7 +83,64 @@ def make_clip_config() -> "CLIPVisionConfig":
     )
 
 
-class SiglipEncoder:
+class StreamedImageEncoder(ABC):
+    """A vision model of transformers whose weights are read from a file while it computes.
+
+    Args:
+        model_fn: Builds the model.
+        path: Its weights.
+        image_size: Pixels per side of what it sees.
+        width: Numbers of an embedding.
+        device: Where it runs.
+        dtype: Its precision.
+        rename_fn: From the name of a tensor in the file to that in the model; None skips it.
+
+    Raises:
+        ModelLoadError: The file holds another model, or is not whole.
+    """
+
+    output_name: ClassVar[str] = "pooler_output"
+    """The field of the model's output that is the embedding."""
+
+    def __init__(
+        self,
+        model_fn: Callable[[], nn.Module],
+        path: Path,
+        image_size: int,
+        width: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        rename_fn: Callable[[str], str | None] = str,
+    ) -> None:
+        self.image_size, self.width = image_size, width
+        self.device, self.dtype = torch.device(device), dtype
+        self.model = build_streamed_module(
+            model_fn, TensorFiles([path]), rename_fn=rename_fn, dtype=dtype, device=self.device
+        )
+
+    @abstractmethod
+    def make_pixels(self, image: Image.Image) -> Tensor:
+        """Convert an RGB image to normalized pixels, [3, size, size]."""
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: RGB images; squares, except for CLIP.
+
+        Returns:
+            [images, width], float32, on the CPU.
+        """
+        outputs = []
+        for start in range(0, len(images), MAX_BATCH):
+            pixels = torch.stack([self.make_pixels(i) for i in images[start : start + MAX_BATCH]])
+            output = self.model(pixels.to(self.device, self.dtype))
+            outputs.append(getattr(output, self.output_name).float().cpu())
+        return torch.cat(outputs)
+
+
+class SiglipEncoder(StreamedImageEncoder):
     """Pooled embeddings of SigLIP2.
 
     Args:
@@ -90,9 +148,6 @@ class SiglipEncoder:
         config: Its sizes; those of SigLIP2-G384 by default.
         device: Where it runs.
         dtype: The precision; bfloat16 where the device is fast in it by default.
-
-    Raises:
-        ModelLoadError: The file holds another model, or is not whole.
     """
 
     def __init__(
@@ -104,32 +159,22 @@ class SiglipEncoder:
     ) -> None:
         from transformers import SiglipVisionModel
 
-        config = config or make_siglip2_config()
-        self.width = int(config.hidden_size)
-        self.image_size = int(config.image_size)
-        self.device = torch.device(device)
-        self.dtype = dtype or choose_encoder_dtype(self.device)
-        self.model = build_streamed_module(
-            lambda: SiglipVisionModel(config),
-            TensorFiles([path]),
-            dtype=self.dtype,
-            device=self.device,
+        sizes = config or make_siglip2_config()
+        super().__init__(
+            lambda: SiglipVisionModel(sizes),
+            path,
+            int(sizes.image_size),
+            int(sizes.hidden_size),
+            device,
+            dtype or choose_encoder_dtype(torch.device(device)),
         )
 
-    def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: RGB squares.
-
-        Returns:
-            [images, width], float32, on the CPU.
-        """
-        pixels = [make_siglip_pixels(image, self.image_size) for image in images]
-        return _run_in_batches(self.model, pixels, "pooler_output", self.device, self.dtype)
+    def make_pixels(self, image: Image.Image) -> Tensor:
+        """Resize and normalize as SigLIP2 was trained."""
+        return make_siglip_pixels(image, self.image_size)
 
 
-class Dinov3Encoder:
+class Dinov3Encoder(StreamedImageEncoder):
     """Class tokens of DINOv3 after its last norm.
 
     Args:
@@ -137,9 +182,6 @@ class Dinov3Encoder:
         config: Its sizes; those of DINOv3-7B by default.
         device: Where it runs.
         dtype: The precision; bfloat16 where the device is fast in it by default.
-
-    Raises:
-        ModelLoadError: The file holds another model, or is not whole.
     """
 
     def __init__(
@@ -151,33 +193,23 @@ class Dinov3Encoder:
     ) -> None:
         from transformers import DINOv3ViTModel
 
-        config = config or make_dinov3_config()
-        self.width = int(config.hidden_size)
-        self.image_size = int(config.image_size)
-        self.device = torch.device(device)
-        self.dtype = dtype or choose_encoder_dtype(self.device)
-        self.model = build_streamed_module(
-            lambda: DINOv3ViTModel(config),
-            TensorFiles([path]),
-            rename_fn=lambda name: f"model.{name}" if name.startswith("layer.") else name,
-            dtype=self.dtype,
-            device=self.device,
+        sizes = config or make_dinov3_config()
+        super().__init__(
+            lambda: DINOv3ViTModel(sizes),
+            path,
+            int(sizes.image_size),
+            int(sizes.hidden_size),
+            device,
+            dtype or choose_encoder_dtype(torch.device(device)),
+            lambda name: f"model.{name}" if name.startswith("layer.") else name,
         )
 
-    def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: RGB squares.
-
-        Returns:
-            [images, width], float32, on the CPU.
-        """
-        pixels = [make_dinov3_pixels(image, self.image_size) for image in images]
-        return _run_in_batches(self.model, pixels, "pooler_output", self.device, self.dtype)
+    def make_pixels(self, image: Image.Image) -> Tensor:
+        """Resize and normalize as DINOv3 was trained."""
+        return make_dinov3_pixels(image, self.image_size)
 
 
-class ClipImageEncoder:
+class ClipImageEncoder(StreamedImageEncoder):
     """Projected image embeddings of CLIP, not normalized.
 
     Args:
@@ -185,10 +217,9 @@ class ClipImageEncoder:
         config: Its sizes; those of CLIP-L by default.
         device: Where it runs.
         dtype: The precision; float32 by default.
-
-    Raises:
-        ModelLoadError: The file holds another model, or is not whole.
     """
+
+    output_name = "image_embeds"
 
     def __init__(
         self,
@@ -199,48 +230,23 @@ class ClipImageEncoder:
     ) -> None:
         from transformers import CLIPVisionModelWithProjection
 
-        config = config or make_clip_config()
-        self.width = int(config.projection_dim)
-        self.image_size = int(config.image_size)
-        self.device, self.dtype = torch.device(device), dtype
-        self.model = build_streamed_module(
-            lambda: CLIPVisionModelWithProjection(config),
-            TensorFiles([path]),
-            rename_fn=_rename_clip_tensor,
-            dtype=self.dtype,
-            device=self.device,
+        sizes = config or make_clip_config()
+        super().__init__(
+            lambda: CLIPVisionModelWithProjection(sizes),
+            path,
+            int(sizes.image_size),
+            int(sizes.projection_dim),
+            device,
+            dtype,
+            _rename_clip_tensor,
         )
 
-    def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: RGB images of any size.
-
-        Returns:
-            [images, projection], float32, on the CPU.
-        """
-        pixels = [make_clip_pixels(image, self.image_size) for image in images]
-        return _run_in_batches(self.model, pixels, "image_embeds", self.device, self.dtype)
+    def make_pixels(self, image: Image.Image) -> Tensor:
+        """Resize, crop and normalize as CLIP was trained."""
+        return make_clip_pixels(image, self.image_size)
 
 
 def _rename_clip_tensor(name: str) -> str | None:
     """Keep the tensors of the vision half; older files also store position ids."""
     is_vision = name.startswith(("vision_model.", "visual_projection."))
     return name if is_vision and not name.endswith("position_ids") else None
-
-
-@torch.no_grad()
-def _run_in_batches(
-    model: nn.Module,
-    pixels: Sequence[Tensor],
-    output_name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Run a vision model on normalized pixels [3, h, w]; one output row per image."""
-    outputs = []
-    for start in range(0, len(pixels), MAX_BATCH):
-        batch = torch.stack(list(pixels[start : start + MAX_BATCH])).to(device, dtype)
-        outputs.append(getattr(model(batch), output_name).float().cpu())
-    return torch.cat(outputs)
