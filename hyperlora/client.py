@@ -20,6 +20,7 @@ from PIL import Image
 
 from hyperlora.client_requests import (
     MODELS_REQUEST,
+    ApiError,
     FormValue,
     ImageInput,
     ImageInputPair,
@@ -34,6 +35,8 @@ from hyperlora.client_requests import (
     build_similarity_request,
     check_response,
 )
+
+__all__ = ["ApiError", "AsyncClient", "Client"]
 
 _TIMEOUT_S: Final = 150.0
 

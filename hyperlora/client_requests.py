@@ -165,7 +165,12 @@ def _build_form(files: list[FormFile], options: Mapping[str, FormValue]) -> Requ
 
 
 def build_files(field: str, images: Sequence[ImageInput]) -> list[FormFile]:
-    """Files of one form field, with their index as names."""
+    """Build the files of one form field, with their index as names.
+
+    Args:
+        field: The name of the form field.
+        images: Paths, bytes of image files, or images.
+    """
     return [(field, (f"{i}", _read_image_bytes(image))) for i, image in enumerate(images)]
 
 

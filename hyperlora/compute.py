@@ -1,6 +1,7 @@
 """``ComputeConfig``: where models run and in which precision; every command decides it here."""
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -143,6 +144,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     # errors without a class of their own: of the allocator of the CPU, of MPS and of a driver
     texts = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def disable_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtype of the tensors, also where mixed precision is on.
+
+    Args:
+        device: Where the tensors are. The meta device, which has no autocast, is left as it is.
+
+    Returns:
+        A context manager.
+    """
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def empty_cache() -> None:

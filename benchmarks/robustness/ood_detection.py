@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from hyperlora import pretrained
+from hyperlora.data.image_formats import UPLOAD_FORMATS, get_format_of_suffix
 from hyperlora.data.images import list_image_files, read_image, to_tensor
 from hyperlora.features import ImageFeatures
 from hyperlora.pipelines.image_to_lora import ImageToLora
@@ -61,7 +62,8 @@ def load_photographs() -> Iterator[tuple[str, list[Image.Image]]]:
     if spec is None or spec.origin is None:
         return
     folder = Path(spec.origin).parent / "data"
-    yield "images of scikit-image", [read_image(p) for p in list_image_files(folder)]
+    paths = [p for p in list_image_files(folder) if get_format_of_suffix(p) in UPLOAD_FORMATS]
+    yield "images of scikit-image", [read_image(p) for p in paths]
     patches = np.load(folder / "lfw_subset.npy")
     images = [
         Image.fromarray((x * 255).astype(np.uint8)).convert("RGB").resize((SIZE, SIZE))

@@ -101,7 +101,7 @@ def import_lora_files(
         partial_shard.unlink()
     rows, records, num_shards = list[Tensor](), list[LoraRecord](), 0
     errors, warnings = list[str](), list[str]()
-    paths = find.list_lora_files(folder)
+    paths = list_lora_files(folder)
     for path in track(paths, "importing", "files", len(paths)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         try:

@@ -376,6 +376,11 @@ def _apply_orientation(rgb: Image.Image, orientation: int) -> Image.Image:
 
 
 def _make_damaged_error(source_name: str, error: Exception) -> InvalidImageError:
+    if str(error) == "unknown pixel mode":  # a whole file, such as TIFF of float RGB
+        return InvalidImageError(
+            f"{source_name} has a kind of pixels that is not read, 8 bits per channel expected: "
+            "export it as PNG or JPEG"
+        )
     return InvalidImageError(
         f"{source_name} is damaged or cut off ({_format_reason(error)}), "
         "a whole image was expected: export it again"

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hyperlora.compute import disable_autocast
+
 
 class Conditions(TypedDict, total=False):
     """What a denoiser is told besides noisy latents and time, by the names of diffusers' pipelines.
@@ -94,7 +96,7 @@ def blend_conditions(conditions: Conditions, weights: Tensor) -> Conditions:
     def mix_rows(values: Tensor) -> Tensor:
         """Mix the rows [p, ...] of one tensor to [n, ...]."""
         # embeddings of similar prompts differ by less than half precision resolves
-        with torch.autocast(values.device.type, enabled=False):
+        with disable_autocast(values.device):
             if values.dtype == torch.bool:
                 return ((weights != 0).float() @ values.float()) > 0  # [n, tokens]
             return torch.einsum("np,p...->n...", weights, values.float()).to(values.dtype)

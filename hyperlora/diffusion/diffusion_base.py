@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from hyperlora.compute import ComputeConfig, Offload
+from hyperlora.compute import ComputeConfig, Offload, disable_autocast
 from hyperlora.diffusion.conditions import (
     Conditions,
     blend_conditions,
@@ -234,7 +234,7 @@ class DiffusionBase:
             torch.set_grad_enabled(requires_grad and torch.is_grad_enabled()),
             # half precision would make embeddings depend on the other prompts of a batch, and a
             # resumed run, whose cache is empty, differ from one that was not interrupted
-            torch.autocast(self.device.type, enabled=False),
+            disable_autocast(self.device),
         ):
             return self._encode_prompts(prompts, cache, images)
 

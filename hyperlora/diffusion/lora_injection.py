@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from hyperlora.compute import disable_autocast
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.blocks import select_blocks
 from hyperlora.lora.layout import (
@@ -205,9 +206,7 @@ def _make_hook(layer: nn.Module, target: TargetModule, down: Tensor, up: Tensor)
         x_down, x_up = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
         # The tokens of a prompt differ by little: bfloat16 would round the differences away.
         precision_context = (
-            torch.autocast(x.device.type, enabled=False)
-            if target.is_text_projection and not x.is_meta  # meta tensors know no autocast
-            else nullcontext()
+            disable_autocast(x.device) if target.is_text_projection else nullcontext()
         )
         with precision_context:
             lora_output = (

@@ -21,6 +21,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from hyperlora.compute import disable_autocast
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.factors import compute_low_rank_factors, pad_factors
 from hyperlora.lora.layout import LoraLayout, TargetModule
@@ -135,7 +136,7 @@ class TextSubstitution(nn.Module):
         """
         factors: dict[int, tuple[Tensor, Tensor]] = {}
         # large numbers cancel in e(∅) e(∅)⁺ = I; with the avatars base, bfloat16 is off by 0.4
-        with torch.autocast(a.device.type, enabled=False):
+        with disable_autocast(a.device):
             # aᵀ e(∅)⁺ᵀ, the same at all text projections: [*B, r, tokens] @ [tokens, width]
             text_down = a.float().mT @ self.empty_text_pinv  # [*B, r, width]
             for index, weight in self._iterate_weights():

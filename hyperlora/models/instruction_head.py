@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hyperlora.compute import disable_autocast
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.text_substitution import compute_low_rank_factors
@@ -179,7 +180,7 @@ class InstructionHead(nn.Module):
         if self.vocabulary.undo_template:
             undo_weights = -self.predict_prompt_weights(*reversed_features)  # -w(A', A) [B, U]
             prompt_weights = torch.cat([prompt_weights, undo_weights], -1)  # [B, S], S = 2 U
-        with torch.autocast(self.text_a.device.type, enabled=False):  # the SVD has no bfloat16
+        with disable_autocast(self.text_a.device):  # the SVD has no bfloat16
             # e(instruction) - e(∅) = Σ_s w_s (text_a_s text_b_s), in coordinates of the basis
             text_offset = torch.einsum(
                 "bs,stq,sqk->btk", prompt_weights, self.text_a, self.text_b
@@ -199,7 +200,7 @@ class InstructionHead(nn.Module):
             Weights of ``vocabulary.prompts``, [batch, num_prompts].
         """
         # float32: bfloat16 would round the coordinates of colors to 8 bits
-        with torch.autocast(self.text_a.device.type, enabled=False):
+        with disable_autocast(self.text_a.device):
             pair_logits = self.forward_logits(pair_features)  # [B, J]
             unchanged_logits = self.forward_logits(unchanged_features)  # [B, J]
             pair_weights = self.vocabulary.compute_prompt_weights(pair_logits)  # [B, U]

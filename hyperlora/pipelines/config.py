@@ -1,8 +1,8 @@
 """Settings of the pipelines, validated when they are made."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.formats import FORMAT_CHOICES, FormatChoice
@@ -94,6 +94,10 @@ class GenerationConfig:
     def needs_base(self) -> bool:
         """Whether generation runs the base model, to refine or to rerank."""
         return bool(self.refine_steps) or self.needs_reranking
+
+    def drop_refinement(self) -> Self:
+        """Return the same settings without refinement."""
+        return replace(self, refine_steps=0, refine_method=None)
 
     def check_folder(self, use_ray: bool = False) -> None:
         """Check that the settings suit a folder of subjects.

@@ -184,7 +184,7 @@ def generate_negatives(
     weights = model.generate_negative(features)
     if weights is None:
         return None
-    return postprocess_loras(model, weights, (), replace(config, refine_steps=0)).to("cpu")
+    return postprocess_loras(model, weights, (), config.drop_refinement()).to("cpu")
 
 
 def postprocess_loras(

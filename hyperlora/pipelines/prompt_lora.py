@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hyperlora.compute import disable_autocast
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.lora.text_substitution import TextSubstitution
 from hyperlora.lora.weights import LoraWeights
@@ -21,7 +22,7 @@ def encode_text(base: DiffusionBase, prompts: Sequence[str]) -> Tensor:
     Returns:
         [n, tokens, width] in float32, since the tokens of a prompt differ by little.
     """
-    with torch.autocast(base.device.type, enabled=False):
+    with disable_autocast(base.device):
         return base.encode_prompts(list(prompts))["prompt_embeds"].float()
 
 

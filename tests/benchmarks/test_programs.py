@@ -35,6 +35,7 @@ NOT_RUN = {
     "ablations.pair_hypernetwork_training": "needs the data that its training config names",
     "robustness.malformed_requests": "starts servers with the bundled models",
     "robustness.openapi_fuzzing": "starts a server with the bundled models",
+    "speed.released_hyperlora": "has 3 GB of weights, the size of the released network",
     "speed.sd15_inference": "has weights of the size of Stable Diffusion 1.5",
     "speed.service_load": "starts a server with the bundled models",
 }

@@ -15,6 +15,7 @@ from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines import generate_folder
 from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.pipelines.lora_files import LoraFiles
 
 RunCommand = Callable[..., Any]
 
@@ -209,16 +210,16 @@ def test_input_dir_resumes_after_kill(
     whole_dir, out = tmp_path / "whole", tmp_path / "out"
     arguments = ["generate", "--input-dir", photos, "--model", bundle.model, "--batch-size", 1]
     run(*arguments, "-o", whole_dir)
-    write_bytes, saved_paths = generate_folder.write_bytes, []
+    write, saved_paths = LoraFiles.write, list[Path]()
 
-    def interrupt_third(*args: Any, **options: Any) -> Any:
+    def interrupt_third(files: LoraFiles, path: Path) -> None:
         if len(saved_paths) == 2:
             raise KeyboardInterrupt
-        saved_paths.append(args[1])
-        return write_bytes(*args, **options)
+        saved_paths.append(path)
+        write(files, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate_folder, "write_bytes", interrupt_third)
+        patch.setattr(LoraFiles, "write", interrupt_third)
         run(*arguments, "-o", out)
     assert len(read_index(out)) == 2
     with (out / "index.jsonl").open("a") as lines:

@@ -285,6 +285,14 @@ def test_read_image_refuses_modes_without_8_bit_range(image: Image.Image) -> Non
         read_image(image)
 
 
+def test_read_image_says_that_a_tiff_of_float_colors_is_whole() -> None:
+    buffer = io.BytesIO()
+    make_photo().save(buffer, "TIFF", tiffinfo={339: (3, 3, 3)})  # SampleFormat: floating point
+    with pytest.raises(InvalidImageError, match="kind of pixels that is not read") as error:
+        read_image(buffer.getvalue())
+    assert "damaged" not in str(error.value)
+
+
 def check_read_or_refuse(data: bytes) -> None:
     try:
         mode, message = read_image(data).mode, ""

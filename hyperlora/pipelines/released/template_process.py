@@ -30,10 +30,20 @@ class TemplateNetwork(Protocol):
     """What the class ``TEMPLATE_MODEL`` of a template offers."""
 
     def process_inputs(self, pipe: None, image: list[Image.Image]) -> dict[str, Any]:
-        """Convert images to the arguments of ``forward``."""
+        """Convert images to the arguments of ``forward``.
+
+        Args:
+            pipe: Always None: a template runs without a pipeline.
+            image: The images of the user, RGB.
+        """
 
     def forward(self, pipe: None, **inputs: Any) -> dict[str, Any]:
-        """Return a table with the LoRA under ``lora``."""
+        """Return a table with the LoRA under ``lora``.
+
+        Args:
+            pipe: Always None: a template runs without a pipeline.
+            **inputs: What ``process_inputs`` returned.
+        """
 
 
 def load_template(code: bytes, path: Path) -> ModuleType:

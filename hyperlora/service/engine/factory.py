@@ -121,7 +121,7 @@ def _open_source(
             model = load_image_to_lora(name_or_path, compute=compute)  # without images of it
         return PhotoModelSource.from_model(model, name)
     options = ReleasedOptions(offline=not paths.fetch, face_pack=paths.face_pack)
-    source = PhotoModelSource.from_released(name_or_path, name, options, compute)
+    source = PhotoModelSource.from_release(name_or_path, name, options, compute)
     options = replace(
         options,
         encoder=find_named_value(paths.encoders, source.name),

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from hyperlora.data.image_formats import UPLOAD_FORMATS
@@ -25,7 +25,7 @@ from hyperlora.service.engine.lora_files import (
     list_format_warnings,
     make_consent_metadata,
 )
-from hyperlora.service.engine.model_info import is_base_served
+from hyperlora.service.engine.model_info import matches_base
 from hyperlora.service.engine.photo_models import PhotoModels, PhotoModelSource
 from hyperlora.service.engine.requests import EngineResult, LoraFacts, LoraRequest
 from hyperlora.service.engine.worker import ModelWorker
@@ -164,7 +164,7 @@ class LoraEngine:
         validate_config(model, config)
         if not config.refine_steps:
             return
-        if source.facts is not None and not is_base_served(source.facts, self.base):
+        if source.facts is not None and not matches_base(source.facts, self.base):
             raise LayoutMismatchError(
                 f"this server does not hold {source.facts.base}, the base of {source.name!r}: "
                 "leave refine_steps out"
@@ -209,7 +209,7 @@ def _serialize_lora(
     negative: LoraWeights | None,
     request: LoraRequest,
 ) -> LoraFiles:
-    config = replace(request.config, refine_steps=0)
+    config = request.config.drop_refinement()
     if not request.config.refine_steps:
         weights = postprocess_loras(model, weights, (), config)
     if negative is not None:

@@ -79,7 +79,7 @@ def describe_source(
     Returns:
         The facts that GET /v1/models lists.
     """
-    model, facts = models.get_loaded(source), source.facts
+    model, facts = models.find_in_memory(source), source.facts
     if facts is None:
         assert model is not None  # a model of hyperlora stays loaded
         return describe_model(source.kind, model, base, supports_identity_similarity, source.name)
@@ -109,12 +109,12 @@ def describe_source(
         prompt_prefix=facts.trigger_phrase,
         strength=facts.strength,
         download_bytes=facts.download_bytes,
-        can_generate_images=is_base_served(facts, base),
+        can_generate_images=matches_base(facts, base),
         is_loaded=model is not None,
     )
 
 
-def is_base_served(facts: ReleasedCard, base: DiffusionBase) -> bool:
+def matches_base(facts: ReleasedCard, base: DiffusionBase) -> bool:
     """Return whether a base is of the architecture that a released network's LoRAs are for.
 
     Args:

@@ -63,7 +63,7 @@ class PhotoModelSource:
         return cls(name or kind, model.method, lambda: model, facts)
 
     @classmethod
-    def from_released(
+    def from_release(
         cls,
         name_or_path: str,
         name: str = "",
@@ -159,7 +159,7 @@ class PhotoModels:
             f"this server has no model of the method {method}: it has {', '.join(methods)}"
         )
 
-    def get_loaded(self, source: PhotoModelSource) -> AnyPhotoModel | None:
+    def find_in_memory(self, source: PhotoModelSource) -> AnyPhotoModel | None:
         """Return a model if it is loaded; a model of hyperlora always is."""
         return source.load() if source.facts is None else self._loaded.get(source.name)
 

@@ -90,10 +90,11 @@ def test_save_lora_refuses_formats_without_names_for_the_base(
 ) -> None:
     modules = get_modules(family)
     layout = make_layout(dict([next(iter(modules.items()))]), "attention", 2, "x")
+    lora = make_random_lora(layout)
+    metadata = LoraMetadata(architecture=get_architecture(family))
+    path = tmp_path / "x.safetensors"
     with pytest.raises(InvalidArgumentError, match=re.escape(message)):
-        metadata = LoraMetadata(architecture=get_architecture(family))
-        path = tmp_path / "x.safetensors"
-        save_lora(make_random_lora(layout), path, format=format, metadata=metadata)
+        save_lora(lora, path, format=format, metadata=metadata)
     assert not list(tmp_path.iterdir())
 
 
