@@ -90,7 +90,7 @@ def combine(
         f"{weight:g} {lora_file.metadata.title or path.stem}"
         for (path, weight), lora_file in zip(weighted_paths, lora_files, strict=True)
     ]
-    metadata = merge_metadata(lora_files, " + ".join(names))
+    metadata = merge_metadata(lora_files, " + ".join(names), weights)
     dtype = _choose_dtype(dtype, lora_files)
     _save_lora_with_error(merged, exact, output, metadata, format or lora_files[0].format, dtype)
 
@@ -108,14 +108,14 @@ def diff(
     from hyperlora.lora.merge import merge
 
     lora_files = _load_compatible_files([after, before])
-    exact = merge([lora_file.weights for lora_file in lora_files], [1.0, -1.0])
+    weights = [1.0, -1.0]
+    exact = merge([lora_file.weights for lora_file in lora_files], weights)
     difference = exact if rank is None else exact.resize(rank)
     names = [
         lora_file.metadata.title or path.stem
         for path, lora_file in zip((after, before), lora_files, strict=True)
     ]
-    metadata = merge_metadata(lora_files, " - ".join(names))
-    metadata = replace(metadata, trigger_phrase=lora_files[0].metadata.trigger_phrase)
+    metadata = merge_metadata(lora_files, " - ".join(names), weights)
     dtype = _choose_dtype(dtype, lora_files)
     _save_lora_with_error(
         difference, exact, output, metadata, format or lora_files[0].format, dtype

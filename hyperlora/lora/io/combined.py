@@ -10,6 +10,8 @@ import torch
 
 from hyperlora.lora.io.architectures import check_same_architecture
 from hyperlora.lora.io.metadata import LoraMetadata
+from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY
+from hyperlora.lora.io.prompt_prefix import PROMPT_PREFIX_KEY
 from hyperlora.lora.io.read import LoraContent
 
 _DTYPES: Final = {
@@ -18,6 +20,22 @@ _DTYPES: Final = {
     torch.float8_e5m2: torch.float16,
 }
 """Precisions that files are read in but not written in -> the nearest one that is written."""
+_MIN_TOTAL_WEIGHT: Final = 1e-6
+_COMMERCIAL_USE_KEY: Final = "hyperlora.commercial_use"
+_JOINED_KEYS: Final = {
+    "hyperlora.face_pack": ", ",
+    "hyperlora.face_pack_license": ", ",
+    PROMPT_PREFIX_KEY: "",
+}
+"""Further keys whose different values all hold for the sum -> what stands between them."""
+_SHARED_KEYS: Final = (
+    NEGATIVE_LORA_KEY,
+    "hyperlora.consent",
+    "hyperlora.num_inference_steps",
+    "hyperlora.guidance_scale",
+    "hyperlora.shift",
+)
+"""Further keys that hold for the sum if all files have one value."""
 
 
 def check_files_compatible(names: Sequence[str], files: Sequence[LoraContent]) -> None:
@@ -52,27 +70,33 @@ def choose_dtype(files: Iterable[LoraContent]) -> torch.dtype:
     return reduce(torch.promote_types, (_DTYPES.get(file.dtype, file.dtype) for file in files))
 
 
-def merge_metadata(files: Sequence[LoraContent], title: str) -> LoraMetadata:
+def merge_metadata(
+    files: Sequence[LoraContent], title: str, weights: Sequence[float]
+) -> LoraMetadata:
     """Merge metadata: what the files share, and every trigger phrase, license and photo.
 
-    What a trainer wrote of one of them (captions, steps, its checkpoint) is left out.
+    A trigger phrase whose files have weights of sum 0 is left out: the difference of two LoRAs of
+    one phrase is a slider, and calls up nobody. Words with which prompts must begin stay. What a
+    trainer wrote of one of the files (captions, steps, its checkpoint) is left out.
 
     Args:
         files: The contents of the files, at least one.
         title: The title of the sum.
+        weights: The factor of each file in the sum.
 
     Returns:
         The metadata of a file made from all of them.
     """
     all_metadata = [file.metadata for file in files]
     resolutions = {metadata.resolution for metadata in all_metadata}
+    strengths = {metadata.recommended_strength for metadata in all_metadata}
     merged_from = ", ".join(metadata.title for metadata in all_metadata if metadata.title)
     return LoraMetadata(
         title=title,
         base_model=next((metadata.base_model for metadata in all_metadata), ""),
         architecture=next((m.architecture for m in all_metadata if m.architecture), ""),
         resolution=resolutions.pop() if len(resolutions) == 1 else None,
-        trigger_phrase=_join_unique(metadata.trigger_phrase for metadata in all_metadata),
+        trigger_phrase=_merge_triggers(all_metadata, weights),
         license=_join_unique(metadata.license for metadata in all_metadata),
         encoder=_join_unique(metadata.encoder for metadata in all_metadata),
         encoder_license=_join_unique(metadata.encoder_license for metadata in all_metadata),
@@ -81,8 +105,35 @@ def merge_metadata(files: Sequence[LoraContent], title: str) -> LoraMetadata:
                 sha256 for metadata in all_metadata for sha256 in metadata.reference_sha256
             )
         ),
-        extra={"modelspec.merged_from": merged_from} if merged_from else {},
+        recommended_strength=strengths.pop() if len(strengths) == 1 else 1.0,
+        extra=_merge_extra(all_metadata)
+        | ({"modelspec.merged_from": merged_from} if merged_from else {}),
     )
+
+
+def _merge_triggers(all_metadata: Sequence[LoraMetadata], weights: Sequence[float]) -> str:
+    """Join the trigger phrases of the files that the sum holds more of than it subtracts."""
+    totals = dict[str, float]()
+    for metadata, weight in zip(all_metadata, weights, strict=True):
+        totals[metadata.trigger_phrase] = totals.get(metadata.trigger_phrase, 0.0) + weight
+    return _join_unique(phrase for phrase, total in totals.items() if total > _MIN_TOTAL_WEIGHT)
+
+
+def _merge_extra(all_metadata: Sequence[LoraMetadata]) -> dict[str, str]:
+    """Merge the keys of networks that others released; a file without a key says nothing of it."""
+    extra = dict[str, str]()
+    for key, separator in _JOINED_KEYS.items():
+        if text := _join_unique((m.extra.get(key, "") for m in all_metadata), separator):
+            extra[key] = text
+    for key in _SHARED_KEYS:
+        values = {metadata.extra.get(key, "") for metadata in all_metadata}
+        if len(values) == 1 and (value := values.pop()):
+            extra[key] = value
+    if uses := {metadata.extra.get(_COMMERCIAL_USE_KEY, "") for metadata in all_metadata} - {""}:
+        is_known = all(_COMMERCIAL_USE_KEY in metadata.extra for metadata in all_metadata)
+        allowed = "yes" if is_known and uses == {"yes"} else "unknown"
+        extra[_COMMERCIAL_USE_KEY] = "no" if "no" in uses else allowed
+    return extra
 
 
 def renew_metadata(metadata: LoraMetadata, title_suffix: str) -> LoraMetadata:
@@ -99,6 +150,6 @@ def renew_metadata(metadata: LoraMetadata, title_suffix: str) -> LoraMetadata:
     return replace(metadata, title=title, date="")
 
 
-def _join_unique(texts: Iterable[str]) -> str:
+def _join_unique(texts: Iterable[str], separator: str = ", ") -> str:
     """Join texts that are not empty, each once, in their order."""
-    return ", ".join(dict.fromkeys(filter(None, texts)))
+    return separator.join(dict.fromkeys(filter(None, texts)))
