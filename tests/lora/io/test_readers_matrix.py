@@ -207,7 +207,7 @@ def assert_same_numbers(deltas: Mapping[str, Tensor], lora: LoraWeights) -> None
 def load_in_diffusers(
     family: str, modules: Mapping[str, nn.Module], path: Path, lora: LoraWeights
 ) -> bool:
-    """Load a file in diffusers; return whether it reads it, and check every ΔW if it does."""
+    """Load a file in diffusers; return whether it reads every target, and check ΔW if it does."""
     try:
         if family in UNET_FAMILIES:
             modules = unet_bases.load_lora(family, path)
@@ -224,9 +224,10 @@ def load_in_diffusers(
     finally:
         if family not in UNET_FAMILIES:
             get_tiny_pipeline(TINY_NAMES[family]).pipe.unload_lora_weights()
-    if not deltas:
+    expected = compute_target_deltas(lora)
+    if deltas.keys() < expected.keys():  # diffusers logs the keys that it leaves out
         return False
-    assert_same(deltas, compute_target_deltas(lora))
+    assert_same(deltas, expected)
     return True
 
 
