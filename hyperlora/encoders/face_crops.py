@@ -84,6 +84,25 @@ def crop_for_arcface(photo: Image.Image, landmarks: np.ndarray) -> Image.Image:
     return photo.crop(_make_box(center, _ARCFACE_SCALE * radius))
 
 
+def crop_for_training(photo: Image.Image, landmarks: np.ndarray) -> Image.Image:
+    """Cut the square around the face, moved and shrunk so that it lies inside of the photo.
+
+    Args:
+        photo: RGB, of any size.
+        landmarks: x and y, [106, 2].
+
+    Returns:
+        A square RGB image.
+    """
+    center, radius = _find_square(landmarks)
+    side = max(1, min(round(2 * radius), *photo.size))
+    left, top = (
+        min(max(0, round(float(middle) - side / 2)), length - side)
+        for middle, length in zip(center, photo.size, strict=True)
+    )
+    return photo.crop((left, top, left + side, top + side))
+
+
 def resize_for_clip(image: Image.Image) -> Image.Image:
     """Resize and crop as CLIP's processor does in PIL: shorter side 224, bicubic, then the center.
 

@@ -76,6 +76,10 @@ class RefineConfig:
         batch_size: Examples of each subject per step.
         rank: Rank of the LoRA on top. None: 8 for ``refine_lora``, the predicted rank for
             ``refine_identity``.
+        is_on_top: Whether ``refine_lora`` fits a LoRA on top of the predicted one, which stays
+            frozen; else it fine-tunes the predicted LoRA itself, unless ``out_rank`` is larger.
+        resolution: Pixels per side to which ``refine_lora`` resizes photos; None for those of the
+            base, which are also the most.
         out_rank: Rank of the result, to which the sum is cut by SVD. None: the predicted rank.
         seed: Seed of the start, the noise and the sampled images.
         progress_label: Label of a progress bar over the steps; None: no bar.
@@ -89,6 +93,8 @@ class RefineConfig:
     lr: float = 1e-3
     batch_size: int = 4
     rank: int | None = None
+    is_on_top: bool = True
+    resolution: int | None = None
     out_rank: int | None = None
     seed: int = 0
     progress_label: str | None = None
@@ -97,9 +103,10 @@ class RefineConfig:
     def __post_init__(self) -> None:
         check_optimizer_settings(self.num_steps, self.lr, self.batch_size)
         validate_seed(self.seed)
-        for name, rank in (("rank", self.rank), ("out_rank", self.out_rank)):
-            if rank is not None and rank < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1, got {rank}")
+        sizes = {"rank": self.rank, "out_rank": self.out_rank, "resolution": self.resolution}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1, got {size}")
 
     def check_ranks(self, layout: LoraLayout) -> None:
         """Check that the weights of a base can have the ranks.

@@ -28,7 +28,8 @@ def refine_lora(
     """Fit a LoRA of larger rank on top of each predicted LoRA and merge the two by SVD.
 
     The predicted LoRAs stay frozen. The LoRA on top starts at ΔW = 0 and minimizes the denoising
-    loss on the photos. The same arguments give the same LoRAs.
+    loss on the photos. Without ``config.is_on_top`` the factors of the predicted LoRAs themselves
+    minimize it. The same arguments give the same LoRAs.
 
     Args:
         base: The frozen base.
@@ -46,31 +47,42 @@ def refine_lora(
     config = config or RefineConfig()
     predicted = predicted.to(base.device)
     config.check_ranks(predicted.layout)
-    layout = predicted.layout.with_rank(config.rank or DEFAULT_RANK)
-    examples = make_photo_examples(base, photos, prompt)
+    out_rank = config.out_rank or predicted.layout.rank
+    layout = predicted.layout
+    is_on_top = config.is_on_top or out_rank > layout.rank  # which only a LoRA on top can fill
+    if is_on_top:
+        layout = layout.with_rank(config.rank or DEFAULT_RANK)
+    examples = make_photo_examples(base, photos, prompt, config.resolution)
     with fork_rng(base.device):
         torch.manual_seed(config.seed)  # one random stream for the start and for the training
-        init_lora = LoraWeights.zeros(layout, (), layout.init_std)
-        init_codes = init_lora.flatten().expand(len(photos), -1)  # [K, P]
+        init_codes = predicted.flatten().float()  # [K, P]
+        if is_on_top:
+            init_lora = LoraWeights.zeros(layout, (), layout.init_std)
+            init_codes = init_lora.flatten().expand(len(photos), -1)
         result = fine_tune_loras(
             base,
             examples,
             init_codes,
             partial(LoraWeights.unflatten, layout),
             config.fine_tune,
-            base_loras=predicted,
+            base_loras=predicted if is_on_top else None,
         )
-    return (predicted + result.weights).resize(config.out_rank or predicted.layout.rank)
+    if is_on_top:
+        return (predicted + result.weights).resize(out_rank)
+    return result.weights if out_rank == layout.rank else result.weights.resize(out_rank)
 
 
-def make_photo_examples(base: DiffusionBase, photos: Tensor, prompt: str) -> TrainingExamples:
+def make_photo_examples(
+    base: DiffusionBase, photos: Tensor, prompt: str, resolution: int | None = None
+) -> TrainingExamples:
     """Make training examples from photos that share one prompt.
 
     Args:
         base: The base that encodes photos and prompt.
         photos: Photos of each subject [K, n, 3, h, w] in [0, 1], on any device; resized to the
-            resolution of the base if they have another one.
+            resolution if they have another one.
         prompt: The prompt of every photo.
+        resolution: Pixels per side, at most those of the base; None for those.
 
     Returns:
         Latents [K, n, c, h/f, w/f] with the conditions of the prompt.
@@ -80,7 +92,7 @@ def make_photo_examples(base: DiffusionBase, photos: Tensor, prompt: str) -> Tra
     """
     base.check_generates_images()
     num_subjects, num_photos = photos.shape[:2]
-    size = (base.resolution, base.resolution)
+    size = (min(resolution or base.resolution, base.resolution),) * 2
     pixels = photos.flatten(0, 1)  # [K * n, 3, h, w]
     if pixels.shape[-2:] != size:
         pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from hyperlora.data.images import read_image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
@@ -220,7 +221,7 @@ def postprocess_loras(
             model,
             base,
             weights,
-            torch.stack(pixels),  # [batch, views, 3, h, w]
+            stack_views(pixels),  # [batch, views, 3, h, w]
             num_steps=config.refine_steps,
             out_rank=rank,
             method=config.refine_method,
@@ -230,6 +231,19 @@ def postprocess_loras(
     elif rank != weights.layout.rank:
         weights = weights.resize(rank)
     return weights * config.strength if config.strength != 1 else weights
+
+
+def stack_views(photos: Sequence[Tensor]) -> Tensor:
+    """Stack the photos of several subjects; those of a subject with fewer are repeated.
+
+    Args:
+        photos: [views, 3, h, w] of each subject, at least one photo each.
+
+    Returns:
+        [subjects, views, 3, h, w] with the most views of any.
+    """
+    num_views = max(len(views) for views in photos)
+    return torch.stack([views[torch.arange(num_views) % len(views)] for views in photos])
 
 
 def generate_files(

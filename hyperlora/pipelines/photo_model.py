@@ -18,6 +18,7 @@ from hyperlora.data.images import ImageSource, read_image, to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.encoders.identity_embedder import IdentityEmbedder
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.finetuning.config import RefineConfig
 from hyperlora.lora.io.lora import Lora
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.layout import LoraLayout
@@ -37,7 +38,7 @@ class SubjectPhotos:
         encoder_pixels: [views, 3, size, size] in [0, 1], of the model's ``photo_size``; None for a
             model that crops photos itself.
         base_pixels: [views, 3, resolution, resolution] in [0, 1], of the base's resolution; None
-            if the base does not run.
+            if the base does not run, or can use no photo.
         images: The photos as they are, for a model that crops them itself; else empty.
     """
 
@@ -63,9 +64,10 @@ class SubjectPhotos:
             Pixels or images for the model, and pixels for the base.
         """
         size = model.photo_size
+        base_images = [] if base is None else model.crop_for_base(images)
         return cls(
             None if size is None else _stack_squares(images, size),
-            None if base is None else _stack_squares(images, base.resolution),
+            _stack_squares(base_images, base.resolution) if base and base_images else None,
             tuple(images) if size is None else (),
         )
 
@@ -107,6 +109,27 @@ class PhotoModel(ABC, Generic[FeaturesT]):
     def trigger_phrase(self) -> str:
         """The words for the subject in a prompt."""
         return self.card.trigger_phrase
+
+    @property
+    def refine_config(self) -> RefineConfig:
+        """Settings with which its LoRAs are refined, but for the number of steps."""
+        return RefineConfig()
+
+    @property
+    def refine_prompt(self) -> str:
+        """The prompt of the photos while a LoRA is refined."""
+        return f"a portrait of {self.trigger_phrase}"
+
+    def crop_for_base(self, images: Sequence[Image.Image]) -> Sequence[Image.Image]:
+        """Cut photos to what the base sees of them while a LoRA is refined.
+
+        Args:
+            images: RGB images of any size.
+
+        Returns:
+            The images whose center squares the base sees, without those that it cannot use.
+        """
+        return images
 
     @property
     def photo_size(self) -> int | None:

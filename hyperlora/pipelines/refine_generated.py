@@ -1,6 +1,7 @@
 """Refine generated LoRAs, by the identity in their images or by the photos' diffusion loss."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, get_args
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.finetuning.config import RefineConfig
 from hyperlora.finetuning.refine import refine_lora
 from hyperlora.finetuning.refine_identity import refine_identity
 from hyperlora.lora.weights import LoraWeights
@@ -55,10 +55,14 @@ def refine_predictions(
         InvalidArgumentError: As ``check_refine_method``.
     """
     check_refine_method(model, method)
-    config = RefineConfig(
-        num_steps=num_steps, out_rank=out_rank, progress_label=progress_label, on_step=on_step
+    config = replace(
+        model.refine_config,
+        num_steps=num_steps,
+        out_rank=out_rank,
+        progress_label=progress_label,
+        on_step=on_step,
     )
-    prompt = f"a portrait of {model.trigger_phrase}"
+    prompt = model.refine_prompt
     if model.identity_embedder is None or method == "photos":
         return refine_lora(base, predicted, photos, config, prompt=prompt)
     scenes = model.card.scenes or ("",) * _NUM_PLAIN_SCENES

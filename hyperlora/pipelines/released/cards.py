@@ -1,10 +1,11 @@
 """The facts about released networks that their files do not hold: one table."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from hyperlora.errors import ModelLoadError
+from hyperlora.finetuning.config import RefineConfig
 from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY, NegativeRule
 from hyperlora.lora.io.prompt_prefix import PROMPT_PREFIX_KEY
 from hyperlora.pipelines.model_card import ModelCard
@@ -55,6 +56,8 @@ class ReleasedCard:
         num_inference_steps: Denoising steps of the authors' examples; None if they name none.
         guidance_scale: Their classifier-free guidance, likewise.
         shift: Their shift of the noise schedule (``FlowMatchEulerDiscreteScheduler``), likewise.
+        refine_config: Their settings to fine-tune a LoRA that the network made.
+        refine_prompt: The prompt of the photos meanwhile, without the trigger phrase.
     """
 
     kind: ReleasedKind
@@ -72,6 +75,8 @@ class ReleasedCard:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     shift: float | None = None
+    refine_config: RefineConfig = field(default_factory=RefineConfig)
+    refine_prompt: str = "an image"
 
     @property
     def is_commercial(self) -> bool | None:
@@ -173,6 +178,10 @@ def _make_hyperlora_card(variant: str, purpose: str) -> ReleasedCard:
         download_bytes=5_200_000_000,
         num_inference_steps=20,
         guidance_scale=5.0,
+        refine_config=RefineConfig(
+            num_steps=50, lr=1e-4, batch_size=4, is_on_top=False, resolution=768
+        ),
+        refine_prompt="a portrait photo of a person",
     )
 
 

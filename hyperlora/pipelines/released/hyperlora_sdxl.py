@@ -13,7 +13,12 @@ from torch import Tensor
 
 from hyperlora.compute import ComputeConfig
 from hyperlora.encoders.clip_vision import VISION_PREFIX, ClipVisionEncoder
-from hyperlora.encoders.face_crops import crop_for_arcface, crop_for_clip, remove_background
+from hyperlora.encoders.face_crops import (
+    crop_for_arcface,
+    crop_for_clip,
+    crop_for_training,
+    remove_background,
+)
 from hyperlora.encoders.face_finder import PACK_NAME, FaceFinder
 from hyperlora.encoders.streamed_encoder import TensorFiles
 from hyperlora.errors import InvalidImageError, ModelLoadError
@@ -148,6 +153,18 @@ class HyperLoraSdxl(ReleasedModel[HyperLoraFeatures]):
     def layout(self) -> LoraLayout:
         """The layout of the LoRAs."""
         return self._layout
+
+    def crop_for_base(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """Cut photos to their faces, as the authors fine-tune; those without one are left out."""
+        crops = []
+        for image in images:
+            try:
+                face = self.face_finder.find_face(image)
+            except InvalidImageError:  # of which ``encode_subjects`` warns
+                continue
+            border = (face.photo.width - image.width) // 2  # gray, around a face that fills it
+            crops.append(crop_for_training(image, face.landmarks - border))
+        return crops
 
     def encode_subjects(self, subjects: Sequence[SubjectPhotos]) -> HyperLoraFeatures:
         """Find the face of each photo, and compute the coefficients of each subject.

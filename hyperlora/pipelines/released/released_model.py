@@ -9,6 +9,7 @@ from hyperlora.compute import ComputeConfig
 from hyperlora.data.images import ImageSource
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import LayoutMismatchError
+from hyperlora.finetuning.config import RefineConfig
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.layout import get_base_layer, list_layers, make_target
 from hyperlora.pipelines.photo_model import FeaturesT, PhotoModel
@@ -73,6 +74,16 @@ class ReleasedModel(PhotoModel[FeaturesT]):
             ModelLoadError: A file is missing, damaged or of another network.
             InvalidArgumentError: An extra is not installed.
         """
+
+    @property
+    def refine_config(self) -> RefineConfig:
+        """The authors' settings of refinement."""
+        return self.facts.refine_config
+
+    @property
+    def refine_prompt(self) -> str:
+        """The prompt of the photos while a LoRA is refined, with the trigger phrase first."""
+        return self.facts.trigger_phrase + self.facts.refine_prompt
 
     @property
     def encoder_provenance(self) -> tuple[str, str]:
