@@ -1,6 +1,5 @@
 """``hyperlora generate --model`` with i2L v1, at tiny size."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +8,14 @@ import torch
 
 from hyperlora.compute import ComputeConfig
 from hyperlora.lora.io.load import load_lora
-from hyperlora.models.i2l import compute_shape_digest, make_z_image_config
-from hyperlora.pipelines.released import i2l, recognize
 from hyperlora.pipelines.released.registry import open_released_model
 from hyperlora.pipelines.released.released_model import ReleasedOptions
-from tests.pipelines.released.tiny_networks import (
-    DINOV3_CONFIG,
-    EMBEDDING_DIM,
-    SIGLIP_CONFIG,
-    make_photo,
-    save_encoders,
-    save_i2l,
-)
+from tests.pipelines.released.tiny_i2l import save_i2l_world
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The network and its encoders; tiny sizes count as the released ones."""
-    config = replace(make_z_image_config(16, 32, 2, 1, 3), embedding_dim=EMBEDDING_DIM)
-    save_i2l(config, tmp_path / "network" / "model.safetensors")
-    save_encoders(tmp_path / "encoders")
-    digest = compute_shape_digest(config.tensor_shapes)[:8]
-    monkeypatch.setitem(recognize.I2L_DIGESTS, digest, "z-image")
-    monkeypatch.setattr(i2l, "make_siglip2_config", lambda: SIGLIP_CONFIG)
-    monkeypatch.setattr(i2l, "make_dinov3_config", lambda: DINOV3_CONFIG)
-    for i in range(2):
-        make_photo(i, 300, 260).save(tmp_path / f"{i}.png")
-    return tmp_path
+    return save_i2l_world(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("num_photos", [1, 2])
