@@ -18,8 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from hyperlora.errors import InvalidLoraFileError
 from hyperlora.service.app import create_app
 from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.engine.lora_files import load_request_file
 from hyperlora.service.settings import ServiceSettings, hash_key
 from tests.conftest import Bundle
 from tests.service.conftest import Models, StartClient, make_photo, post_photos
@@ -237,6 +239,13 @@ def test_generate_image_refuses_odd_lora_metadata(
         "/v1/images", json={"prompt": "a", "loras": [{"content": base64.b64encode(file).decode()}]}
     )
     assert answer.status_code == 400
+
+
+def test_load_request_file_refuses_huge_headers(models: Models) -> None:
+    tensors = {"unet.x.lora_A.weight": torch.zeros(1, 1)}
+    file = safetensors.torch.save(tensors, {"ss_tag_frequency": "x" * (16 << 20)})
+    with pytest.raises(InvalidLoraFileError, match="header claims"):
+        load_request_file(file, models.base)
 
 
 def test_generate_image_takes_a_window_at_the_edge(client: TestClient, models: Models) -> None:

@@ -7,53 +7,48 @@ modelspec.hash_sha256    ``0x`` and the first
 """
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Final
+
+from hyperlora.lora.io.safetensors_file import TensorEntry, encode_header
 
 _LEGACY_RANGE: Final = (0x100000, 0x110000)
 HASH_KEYS: Final = frozenset({"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
-"""The keys that ``add_hashes`` writes."""
+"""The keys that ``compute_hashes`` returns."""
 
 
-def add_hashes(data: bytes) -> bytes:
-    """Add the hashes of a file's tensors to its header.
+def compute_hashes(
+    entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], buffers: Sequence[memoryview]
+) -> dict[str, str]:
+    """Compute the hashes of a file before it is put together.
 
     Args:
-        data: A whole safetensors file, as ``serialize_tensors`` makes it.
+        entries: The entries of its header, in order.
+        metadata: Its metadata.
+        buffers: The bytes of each tensor, in the same order.
 
     Returns:
-        The file with three more keys in its metadata.
+        Three keys for its metadata.
     """
-    header_end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:header_end])
-    tensor_bytes = memoryview(data)[header_end:]
-    digest = hashlib.sha256(tensor_bytes).hexdigest()
-    metadata: dict[str, str] = header.pop("__metadata__")
+    hasher = hashlib.sha256()
+    for buffer in buffers:
+        hasher.update(buffer)
+    digest = hasher.hexdigest()
     kohya_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    hashes = {
+    return {
         "sshs_model_hash": digest,
-        "sshs_legacy_hash": _compute_legacy_hash(
-            _encode_header(header, kohya_metadata), tensor_bytes
-        ),
+        "sshs_legacy_hash": _compute_legacy_hash(encode_header(entries, kohya_metadata), buffers),
         "modelspec.hash_sha256": f"0x{digest}",
     }
-    return b"".join((_encode_header(header, metadata | hashes), tensor_bytes))
 
 
-def _encode_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a safetensors file: the length of its header, and the header."""
-    contents = {"__metadata__": dict(sorted(metadata.items())), **entries}
-    header = json.dumps(contents, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header
-
-
-def _compute_legacy_hash(header: bytes, tensor_bytes: memoryview) -> str:
+def _compute_legacy_hash(header: bytes, buffers: Sequence[memoryview]) -> str:
     """The hash of 64 KiB after the first MiB of a file, nothing of one that is shorter."""
     begin, end = _LEGACY_RANGE
-    tensor_begin = max(begin - len(header), 0)
-    tensor_end = max(end - len(header), 0)
-    digest = hashlib.sha256(header[begin:end])
-    digest.update(tensor_bytes[tensor_begin:tensor_end])
-    return digest.hexdigest()[:8]
+    hasher = hashlib.sha256()
+    offset = 0
+    for buffer in chain((memoryview(header),), buffers):
+        hasher.update(buffer[max(begin - offset, 0) : max(end - offset, 0)])
+        offset += len(buffer)
+    return hasher.hexdigest()[:8]

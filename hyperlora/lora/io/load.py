@@ -8,6 +8,7 @@ from torch import nn
 
 from hyperlora.lora.io.lora import Lora
 from hyperlora.lora.io.read import MAX_PARAMETERS, LoraContent, read_lora
+from hyperlora.lora.io.safetensors_file import MAX_HEADER_BYTES
 from hyperlora.lora.layout import LoraLayout
 
 
@@ -27,6 +28,7 @@ def load_lora(
     modules: Mapping[str, nn.Module] | None = None,
     max_parameters: int = MAX_PARAMETERS,
     base_id: str = "",
+    max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> LoraFile:
     """Read a LoRA file with the keys of any program.
 
@@ -44,6 +46,7 @@ def load_lora(
         max_parameters: Numbers that the LoRA may have at its largest rank; checked before padding.
         base_id: The id of the loaded base. With ``modules`` it is the base of the result, whatever
             base the file names, or ``UNKNOWN_BASE`` if it is empty.
+        max_header_bytes: The largest header; ``MAX_UPLOAD_HEADER_BYTES`` for strangers' files.
 
     Returns:
         The content of the file.
@@ -53,4 +56,5 @@ def load_lora(
         LayoutMismatchError: The file is not for this base.
         InvalidArgumentError: Both ``layout`` and ``modules`` are given.
     """
-    return LoraFile(**vars(read_lora(source, layout, modules, max_parameters, base_id)))
+    content = read_lora(source, layout, modules, max_parameters, base_id, max_header_bytes)
+    return LoraFile(**vars(content))

@@ -17,7 +17,7 @@ from hyperlora.lora.factors import pad_factors
 from hyperlora.lora.io.keys import COMPONENTS, LoraFormat
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.peft_folder import find_source, read_config
-from hyperlora.lora.io.safetensors_file import read_tensors
+from hyperlora.lora.io.safetensors_file import MAX_HEADER_BYTES, read_tensors
 from hyperlora.lora.io.state_dict import LoraFactors, check_keys, group_tensors, parse_adapters
 from hyperlora.lora.io.target_names import TargetResolver
 from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, list_layers
@@ -61,6 +61,7 @@ def read_lora(
     modules: Mapping[str, nn.Module] | None = None,
     max_parameters: int = MAX_PARAMETERS,
     base_id: str = "",
+    max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> LoraContent:
     """Read a LoRA file with the keys of any program.
 
@@ -78,6 +79,7 @@ def read_lora(
         max_parameters: Numbers that the LoRA may have at its largest rank; checked before padding.
         base_id: The id of the loaded base. With ``modules`` it is the base of the result, whatever
             base the file names, or ``UNKNOWN_BASE`` if it is empty.
+        max_header_bytes: The largest header; ``MAX_UPLOAD_HEADER_BYTES`` for strangers' files.
 
     Returns:
         The content of the file.
@@ -107,7 +109,7 @@ def read_lora(
             notes.append(_describe_left_out(sorted(other_keys)))
         return lora_keys
 
-    tensors, metadata = read_tensors(lora_source.file, file_name, select_keys)
+    tensors, metadata = read_tensors(lora_source.file, file_name, select_keys, max_header_bytes)
     lora_metadata = LoraMetadata.from_safetensors_metadata(metadata)
     config, component = read_config(lora_source, metadata)
     adapters = group_tensors(tensors, file_name)
@@ -142,7 +144,8 @@ def read_lora(
     expected.check_compatible(file_layout, ignore_rank=True)
     _check_size(file_layout, max_parameters, file_name)
     return LoraContent(
-        weights=_pad_to_rank(ordered_factors, file_layout),
+        # what comes from a path is mapped memory, which changes with the file: copied
+        weights=_pad_to_rank(ordered_factors, file_layout, copy=isinstance(lora_source.file, Path)),
         metadata=lora_metadata,
         format=adapters.detect_format(file_layout.components),
         ranks=tuple(factors.rank for factors in ordered_factors),
@@ -235,14 +238,16 @@ def _select_layout(
     return LoraLayout(tuple(target for layout in layouts for target in layout.targets), 1, base)
 
 
-def _pad_to_rank(factors_list: list[LoraFactors], layout: LoraLayout) -> LoraWeights:
-    """Factors as matrices, zero-padded to the rank of the layout."""
+def _pad_to_rank(factors_list: list[LoraFactors], layout: LoraLayout, *, copy: bool) -> LoraWeights:
+    """Factors as matrices, zero-padded to the rank of the layout; copied where they need none."""
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     for factors in factors_list:
         flat_down = factors.down.flatten(1)  # [rank, in · kh · kw]
         flat_up = factors.up.flatten(1)  # [out, rank]
-        down, up = pad_factors(flat_down, flat_up, layout.rank)
+        down, up = flat_down, flat_up
+        if copy or factors.rank < layout.rank:
+            down, up = pad_factors(flat_down, flat_up, layout.rank)
         downs.append(down)
         ups.append(up)
     return LoraWeights(layout, tuple(downs), tuple(ups))

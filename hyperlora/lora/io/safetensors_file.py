@@ -4,7 +4,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypedDict
 from uuid import uuid4
@@ -18,9 +18,9 @@ from hyperlora.errors import InvalidLoraFileError
 
 MAX_BYTES: Final = 4 << 30
 MAX_HEADER_BYTES: Final = 100_000_000
-"""Of safetensors itself, for files on disk."""
+"""Of safetensors itself, for the user's own files."""
 MAX_UPLOAD_HEADER_BYTES: Final = 16 << 20
-"""For files that are sent as bytes."""
+"""For files that strangers send."""
 MAX_TENSORS: Final = 20_000
 MAX_KEY_LENGTH: Final = 300
 _DTYPE_NAMES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -49,16 +49,25 @@ _MISTAKEN_FILES: Final = (
 """First bytes of what is often saved under the name of a LoRA."""
 
 
-class _TensorEntry(TypedDict):
+class TensorEntry(TypedDict):
+    """What the header says of a tensor."""
+
     dtype: str
     shape: list[int]
     data_offsets: list[int]
+
+
+MetadataFunction = Callable[
+    [Mapping[str, TensorEntry], Mapping[str, str], Sequence[memoryview]], dict[str, str]
+]
+"""Computes more metadata from entries, metadata and the bytes of each tensor."""
 
 
 def read_tensors(
     source: Path | bytes,
     file_name: str,
     select_fn: Callable[[Collection[str]], Collection[str]] = lambda keys: keys,
+    max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file after checking size, number, names, dtypes and finiteness of its tensors.
 
@@ -68,6 +77,7 @@ def read_tensors(
         source: The path of a ``.safetensors`` file, or the bytes of one.
         file_name: The name of the file in error messages.
         select_fn: Function from all keys to those to read; others may hold anything.
+        max_header_bytes: The largest header; ``MAX_UPLOAD_HEADER_BYTES`` for strangers' files.
 
     Returns:
         The tensors by key, in the order of the file, and the metadata.
@@ -88,7 +98,7 @@ def read_tensors(
         raise InvalidLoraFileError(
             f"{file_name} is {size / 2**30:.1f} GiB, at most {MAX_BYTES >> 30} GiB are read"
         )
-    entries = read_header(source, size, file_name)
+    entries = read_header(source, size, file_name, max_header_bytes)
     metadata = _pop_metadata(entries, file_name)
     if not 0 < len(entries) <= MAX_TENSORS:
         raise InvalidLoraFileError(
@@ -117,9 +127,7 @@ def read_tensors(
         ) from error
     ordered_tensors = {key: tensors[key] for key in keys}  # safetensors' order is random
     for key, tensor in ordered_tensors.items():
-        has_own_range = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        # float64 has numbers that float32 lacks, and float8 cannot be asked
-        if not (tensor if has_own_range else tensor.float()).isfinite().all():
+        if not is_finite(tensor):
             raise InvalidLoraFileError(
                 f"tensor {key} of {file_name} holds NaN or infinity: the LoRA is broken"
             )
@@ -135,7 +143,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _pop_metadata(read_header(path, path.stat().st_size, path.name), path.name)
 
 
-def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def serialize_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    metadata_fn: MetadataFunction | None = None,
+) -> bytes:
     """Serialize tensors to a safetensors file.
 
     The result equals that of ``safetensors.torch.save`` except for the order of the metadata, which
@@ -145,29 +157,46 @@ def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Args:
         tensors: float32, float16 or bfloat16 tensors by key.
         metadata: Strings by key.
+        metadata_fn: Function from the entries of the header, the metadata and the bytes of each
+            tensor, in their order, to more metadata.
 
     Returns:
         The bytes of the file.
     """
     sorted_items = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header_entries: dict[str, dict[str, str] | _TensorEntry] = {
-        "__metadata__": dict(sorted({"format": "pt", **metadata}.items()))
-    }
+    entries: dict[str, TensorEntry] = {}
     end = 0
     for key, tensor in sorted_items:
         begin, end = end, end + tensor.nbytes
-        header_entries[key] = {
+        entries[key] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    header = json.dumps(header_entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
     buffers = [
         tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for _, tensor in sorted_items
     ]
-    return b"".join((len(header).to_bytes(8, "little"), header, *buffers))
+    metadata = {"format": "pt", **metadata}
+    if metadata_fn is not None:
+        metadata |= metadata_fn(entries, metadata, buffers)
+    return b"".join((encode_header(entries, metadata), *buffers))
+
+
+def encode_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """Encode the beginning of a safetensors file: the length of its header, and the header.
+
+    Args:
+        entries: Dtype, shape and place of each tensor by key.
+        metadata: Strings by key.
+
+    Returns:
+        A multiple of 8 bytes.
+    """
+    contents = {"__metadata__": dict(sorted(metadata.items())), **entries}
+    header = json.dumps(contents, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def write_bytes(data: bytes, path: Path) -> None:
@@ -211,9 +240,23 @@ def write_bytes_together(contents: Mapping[Path, bytes]) -> None:
 
 def find_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the key of the first tensor that holds NaN or infinity, None if all are finite."""
-    if torch.nn.utils.get_total_norm(tensors.values(), float("inf")).isfinite():  # one call for all
-        return None
-    return next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    return next((key for key, tensor in tensors.items() if not is_finite(tensor)), None)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Check that a tensor holds neither NaN nor infinity once it is float32.
+
+    Args:
+        tensor: Numbers of any dtype.
+
+    Returns:
+        Whether all are finite.
+    """
+    has_own_range = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    # float64 has numbers that float32 lacks, and float8 cannot be asked
+    numbers = tensor if has_own_range else tensor.float()
+    # a sum with NaN or infinity is none; it is six times as fast, but may overflow itself
+    return bool(numbers.sum(dtype=torch.float32).isfinite() or numbers.isfinite().all())
 
 
 def _pop_metadata(entries: dict[str, object], file_name: str) -> dict[str, str]:
@@ -226,13 +269,16 @@ def _pop_metadata(entries: dict[str, object], file_name: str) -> dict[str, str]:
     return metadata
 
 
-def read_header(source: Path | bytes, size: int, file_name: str) -> dict[str, object]:
+def read_header(
+    source: Path | bytes, size: int, file_name: str, max_header_bytes: int = MAX_HEADER_BYTES
+) -> dict[str, object]:
     """Read the JSON header of a file; unlike safetensors' reader, refuse duplicate keys.
 
     Args:
         source: The path of the file, or its bytes.
         size: The size of the file in bytes.
         file_name: The name of the file in error messages.
+        max_header_bytes: The largest header; ``MAX_UPLOAD_HEADER_BYTES`` for strangers' files.
 
     Returns:
         The entry of every tensor by key, and the metadata under ``__metadata__``; unchecked.
@@ -240,7 +286,6 @@ def read_header(source: Path | bytes, size: int, file_name: str) -> dict[str, ob
     Raises:
         InvalidLoraFileError: The header is malformed or too large.
     """
-    max_header_bytes = MAX_UPLOAD_HEADER_BYTES if isinstance(source, bytes) else MAX_HEADER_BYTES
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         beginning = file.read(64)
         header_bytes = int.from_bytes(beginning[:8], "little")

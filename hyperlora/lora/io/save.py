@@ -17,7 +17,7 @@ from hyperlora.lora.io.formats import (
     is_linear_projection,
     resolve_format,
 )
-from hyperlora.lora.io.hashes import add_hashes
+from hyperlora.lora.io.hashes import compute_hashes
 from hyperlora.lora.io.keys import (
     COMPONENTS,
     KOHYA_PREFIXES,
@@ -114,7 +114,7 @@ def serialize_lora(
         tensors = _convert_to_comfyui(tensors, family)
     else:
         tensors = _convert_to_kohya(tensors, family == "SDXL")
-    data = add_hashes(serialize_tensors(tensors, file_metadata))
+    data = serialize_tensors(tensors, file_metadata, compute_hashes)
     verify_file(data, weights, dtype)
     return data
 

@@ -204,7 +204,8 @@ def parse_adapters(
     for stem, pieces in resolve_fn(shapes).items():
         plain, tensors = factors[stem], adapters.tensors[stem]
         scale = _compute_scale(stem, pieces[0].name, tensors, plain, config, file_name)
-        pair = LoraFactors(stem, plain.down.float(), (plain.up.double() * scale).float())
+        up = plain.up if scale == 1 else plain.up.double() * scale
+        pair = LoraFactors(stem, plain.down.float(), up.float())
         for name, piece in _split_pair(pair, pieces):
             if name in factors_by_name:
                 raise InvalidLoraFileError(
@@ -286,7 +287,7 @@ def _split_pair(pair: LoraFactors, pieces: Sequence[Piece]) -> list[tuple[str, L
     whole: list[tuple[str, LoraFactors]] = []
     for piece in pieces:
         up = pair.up[piece.rows]
-        whole.append((piece.name, LoraFactors(piece.name, pair.down, up)))
+        whole.append((piece.name, LoraFactors(piece.name, pair.down.clone(), up)))
         columns = up.flatten(1).any(0)  # [rank]
         if columns.any():
             split.append((piece.name, LoraFactors(piece.name, pair.down[columns], up[:, columns])))

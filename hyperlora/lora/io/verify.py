@@ -24,7 +24,6 @@ def verify_file(data: bytes, weights: LoraWeights, dtype: torch.dtype) -> None:
     Raises:
         InvalidArgumentError: The file cannot be read, or has other targets, shapes or numbers.
     """
-    rounded_weights = weights.apply(lambda tensor: tensor.to(dtype).float())
     try:
         # a fused layer that is zero keeps the ranks of its parts, four at most
         max_parameters = 4 * weights.layout.numel
@@ -34,13 +33,10 @@ def verify_file(data: bytes, weights: LoraWeights, dtype: torch.dtype) -> None:
             f"the LoRA is not written, since its file could not be read back: {error}"
         ) from error
     read_weights = content.weights
-    factors = zip(
-        (*read_weights.down, *read_weights.up),
-        (*rounded_weights.down, *rounded_weights.up),
-        strict=True,
-    )
-    if all(torch.equal(read_factor, factor) for read_factor, factor in factors):
+    factors = zip((*read_weights.down, *read_weights.up), (*weights.down, *weights.up), strict=True)
+    if all(torch.equal(read, factor.to(dtype).float()) for read, factor in factors):
         return
+    rounded_weights = weights.apply(lambda factor: factor.to(dtype).float())
     relative_error = compute_relative_error(read_weights, rounded_weights)
     if not relative_error <= _MAX_ERROR:
         raise InvalidArgumentError(

@@ -11,6 +11,7 @@ from PIL import Image
 from hyperlora.compute import ComputeConfig
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.safetensors_file import MAX_UPLOAD_HEADER_BYTES
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import LoraSampling
@@ -156,7 +157,7 @@ class TemplateModel(ReleasedModel[list[tuple[Image.Image, ...]]]):
     def _run(self, images: Sequence[Image.Image]) -> LoraWeights:
         """The LoRA of the images of one subject, over the layout that the template returned."""
         data = run_template(self.model_dir, self.digest, images, self.limits)
-        weights = load_lora(data).weights
+        weights = load_lora(data, max_header_bytes=MAX_UPLOAD_HEADER_BYTES).weights
         layout = LoraLayout(weights.layout.targets, weights.layout.rank, self.facts.base)
         if len(images) == 1:
             vars(self).setdefault("layout", layout)  # spares a run on a gray image

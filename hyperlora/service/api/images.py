@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 from hyperlora.lora.io.negative_lora import NEGATIVE_SHA256_KEY
-from hyperlora.lora.io.safetensors_file import read_header
+from hyperlora.lora.io.safetensors_file import MAX_UPLOAD_HEADER_BYTES, read_header
 from hyperlora.service.api.forms import Call
 from hyperlora.service.api.responses import (
     ACCEPTED_RESPONSE,
@@ -143,7 +143,7 @@ def _make_request(body: ImageRequestBody, file_store: FileStore) -> ImageRequest
 def _find_negative_lora(data: bytes, file_store: FileStore) -> bytes | None:
     """Find the stored LoRA for the negative branch that the header of a file names."""
     try:
-        header = read_header(data, len(data), "the LoRA")
+        header = read_header(data, len(data), "the LoRA", MAX_UPLOAD_HEADER_BYTES)
     except InvalidLoraFileError:
         return None  # the engine refuses it, with its reason
     metadata = header.get("__metadata__")

@@ -11,6 +11,7 @@ from hyperlora.lora.io.formats import FormatChoice, describe_lost_readers, resol
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.lora import Lora
 from hyperlora.lora.io.metadata import LoraMetadata
+from hyperlora.lora.io.safetensors_file import MAX_UPLOAD_HEADER_BYTES
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.merge import pad_and_stack
 from hyperlora.lora.weights import LoraWeights
@@ -56,7 +57,12 @@ def load_request_file(
         InvalidLoraFileError: If the file is damaged or too large.
         LayoutMismatchError: If the LoRA does not fit the base.
     """
-    lora_file = load_lora(data, modules=base.modules, max_parameters=max_parameters)
+    lora_file = load_lora(
+        data,
+        modules=base.modules,
+        max_parameters=max_parameters,
+        max_header_bytes=MAX_UPLOAD_HEADER_BYTES,
+    )
     return assign_base(lora_file.weights, base), lora_file.metadata
 
 

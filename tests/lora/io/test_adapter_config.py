@@ -16,6 +16,7 @@ from torch import nn
 from hyperlora.errors import InvalidLoraFileError
 from hyperlora.lora.io.adapter_config import parse_header_config
 from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.safetensors_file import MAX_UPLOAD_HEADER_BYTES
 from tests.tiny_pipelines.unets import make_stable_diffusion
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
@@ -201,14 +202,18 @@ def test_load_lora_reads_bystanders_of_any_kind(tmp_path: Path) -> None:
         load_lora(tmp_path / "x.safetensors")
 
 
-def test_load_lora_reads_large_headers_from_disk_only(tmp_path: Path) -> None:
+def test_load_lora_limits_headers_of_uploads(tmp_path: Path) -> None:
     state = {
         f"{STEM}.lora_down.weight": torch.ones(4, 6),
         f"{STEM}.lora_up.weight": torch.ones(5, 4),
     }
     path = tmp_path / "x.safetensors"
     save_file(state, path, metadata={"ss_tag_frequency": "x" * (17 << 20)})
-    assert len(load_lora(path).metadata.extra["ss_tag_frequency"]) == 17 << 20
-    with pytest.raises(InvalidLoraFileError, match="header claims"):
-        load_lora(path.read_bytes())
+    for source in (path, path.read_bytes()):
+        file = load_lora(source)
+        assert len(file.metadata.extra["ss_tag_frequency"]) == 17 << 20
+        with pytest.raises(InvalidLoraFileError, match=r"header claims 17826\d+ bytes"):
+            load_lora(source, max_header_bytes=MAX_UPLOAD_HEADER_BYTES)
+    written = load_lora(file.lora.save(tmp_path / "y.safetensors", format="kohya"))
+    assert written.metadata.extra == file.metadata.extra
     assert load_file(path).keys() == state.keys()

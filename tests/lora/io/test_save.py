@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from hyperlora.lora.io.safetensors_file import find_non_finite, serialize_tensors
+from hyperlora.lora.io.safetensors_file import find_non_finite, is_finite, serialize_tensors
 
 
 def split_file(file: bytes) -> tuple[str, bytes]:
@@ -45,3 +45,22 @@ def test_find_non_finite_names_the_first_tensor(bad: float) -> None:
     assert find_non_finite(tensors) == "b"
     assert find_non_finite({"a": tensors["a"]}) is None
     assert find_non_finite({"half": torch.full((9,), 60000.0, dtype=torch.float16)}) is None
+    assert find_non_finite({"huge": torch.full((9,), 3e38)}) is None  # their sum is infinite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [(math.nan,), (math.inf,), (-math.inf, math.inf)])
+def test_is_finite_finds_numbers_at_any_place(dtype: torch.dtype, bad: tuple[float, ...]) -> None:
+    for size in (3, 31, 1000):
+        numbers = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        assert is_finite(numbers)
+        for i in range(0, size - len(bad), 7):
+            with_bad = numbers.clone()
+            with_bad[i : i + len(bad)] = torch.tensor(bad)
+            assert not is_finite(with_bad)
+
+
+def test_is_finite_asks_for_float32_numbers() -> None:
+    assert not is_finite(torch.tensor([1e39], dtype=torch.float64))
+    assert is_finite(torch.tensor([1e38, 3e38], dtype=torch.float64))
+    assert not is_finite(torch.tensor([math.nan]).to(torch.float8_e4m3fn))
