@@ -8,26 +8,29 @@ ComfyUI's own.
 import io
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypedDict, TypeVar
 
 import torch
 from PIL import Image
 
+from .models import (
+    BUNDLED_MODEL,
+    find_listed_model,
+    list_models,
+    load_pair_to_lora,
+    load_photo_model,
+)
+
 if TYPE_CHECKING:
     from hyperlora.lora.io.formats import FormatChoice
     from hyperlora.lora.io.lora import Lora
     from hyperlora.lora.layout import LoraLayout
-    from hyperlora.pipelines.pair_to_lora import PairToLora as PairToLoraPipeline
-    from hyperlora.pipelines.photo_model import AnyPhotoModel
 
 CATEGORY = "hyperlora"
 API_KEY_ENV = "HYPERLORA_API_KEY"
 """Environment variable of the server's API key: ComfyUI writes node inputs into every image."""
 
-BUNDLED_MODEL = "avatars (bundled)"
-"""The bundled model in the list of models."""
 InputSpec = tuple[str] | tuple[str | list[str], dict[str, object]]
 """A ComfyUI type or a list to choose from, and perhaps its options."""
 InputTypes = dict[str, dict[str, InputSpec]]
@@ -60,6 +63,8 @@ class ImagesToLora:
         model_tooltip = "Folder or hub id, also ORG/NAME:VARIANT; empty: the one in the list."
         server_tooltip = "http://... of a hyperlora server, model is a name there; empty: here."
         list_tooltip = "Networks in models/hyperlora, and those that are fetched at first use."
+        encoder_tooltip = "Image encoder: folder or hub id; empty: the network's own."
+        face_tooltip = "Face pack: folder or name; empty: that of models/insightface, else fetched."
         code_tooltip = "SHA-256 of a template's model.py that may run; the error without it says it"
         rank_options = {"default": 0, "min": 0, "max": 128, "tooltip": "0: the model's own."}
         return {
@@ -69,8 +74,10 @@ class ImagesToLora:
                 "server": ("STRING", {"default": "", "tooltip": server_tooltip}),
                 "rank": ("INT", rank_options),
                 # new inputs stand last: workflows store values by their order
-                "listed_model": (_list_models(), {"tooltip": list_tooltip}),
+                "listed_model": (list_models(), {"tooltip": list_tooltip}),
                 "trust_remote_code": ("STRING", {"default": "", "tooltip": code_tooltip}),
+                "encoder": ("STRING", {"default": "", "tooltip": encoder_tooltip}),
+                "face_pack": ("STRING", {"default": "", "tooltip": face_tooltip}),
             },
         }
 
@@ -82,6 +89,8 @@ class ImagesToLora:
         rank: int = 0,
         listed_model: str = BUNDLED_MODEL,
         trust_remote_code: str = "",
+        encoder: str = "",
+        face_pack: str = "",
     ) -> tuple[bytes, str, bytes]:
         """Generate a LoRA.
 
@@ -93,11 +102,21 @@ class ImagesToLora:
             rank: Rank of the LoRA; 0 for the model's own.
             listed_model: The model by its name in the list.
             trust_remote_code: SHA-256 of the code of a template that may run.
+            encoder: Folder or hub id of the image encoder; empty for the network's own.
+            face_pack: Folder or name of the face pack; empty for the network's own.
 
         Returns:
             The bytes of a ``.safetensors`` file; the words with which prompts must begin; and the
             file for the negative branch of guidance, empty where that has no LoRA.
+
+        Raises:
+            ValueError: Encoder or face pack are given for a server.
         """
+        if server and (encoder or face_pack):
+            raise ValueError(
+                "a server has its own encoder and face pack: leave them empty here, or give "
+                "--encoder and --face-pack to hyperlora serve"
+            )
         photos = [_encode_png(image) for image in images]
         if server:
             return _add_outputs(*_request_lora(server, photos, rank, model))
@@ -107,7 +126,8 @@ class ImagesToLora:
         from hyperlora.pipelines.lora_files import serialize_lora_files
         from hyperlora.pipelines.photo_model import SubjectPhotos
 
-        pipeline = _load_photo_model(model or _find_listed_model(listed_model), trust_remote_code)
+        name = model or find_listed_model(listed_model)
+        pipeline = load_photo_model(name, trust_remote_code, encoder, face_pack)
         subject = SubjectPhotos.from_images([read_image(photo) for photo in photos], pipeline)
         config = GenerationConfig(rank=rank or None)
         features = pipeline.encode_subjects([subject])
@@ -174,7 +194,7 @@ class PairToLora:
                 return (client.create_edit_lora(pairs),)
         from hyperlora.lora.io.lora import Lora
 
-        pipeline = _load_pair_to_lora(model)
+        pipeline = load_pair_to_lora(model)
         metadata = pipeline.make_metadata("edit", pairs)
         return (_serialize_lora(Lora(pipeline(pairs).weights, metadata)),)
 
@@ -289,33 +309,6 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 }
 
 
-def _list_models() -> list[str]:
-    """List models: the bundle, folders below ComfyUI's ``models/hyperlora``, known networks."""
-    from hyperlora.pipelines.released.cards import RELEASED_CARDS
-
-    hub_ids = [
-        f"{card.list_parts('network')[0].name}:{card.variant}"
-        for card in RELEASED_CARDS
-        if card.kind != "lorweb"
-    ]
-    return [BUNDLED_MODEL, *_list_model_folders(), *hub_ids]
-
-
-def _list_model_folders() -> dict[str, Path]:
-    """The folders of models below ``models/hyperlora`` by their names; none outside of ComfyUI."""
-    try:
-        import folder_paths
-    except ImportError:
-        return {}
-    root = Path(folder_paths.models_dir) / "hyperlora"
-    return {path.name: path for path in sorted(root.glob("*")) if path.is_dir()}
-
-
-def _find_listed_model(name: str) -> str:
-    """The folder or hub id of a name in the list; empty for the bundled model."""
-    return "" if name == BUNDLED_MODEL else str(_list_model_folders().get(name, name))
-
-
 def _add_outputs(lora: bytes, negative: bytes | None) -> tuple[bytes, str, bytes]:
     """Add the words for prompts, and the LoRA of the negative branch by the file's own rule."""
     from hyperlora.lora.io.load import load_lora
@@ -360,39 +353,6 @@ def _choose_format(layout: "LoraLayout", architecture: str) -> "FormatChoice":
     own_readers = READERS.get(detect_family(layout, architecture), {}).get("comfyui", ())
     is_unread = "ComfyUI" not in readers and "ComfyUI" in own_readers
     return "comfyui" if is_unread else "auto"
-
-
-@lru_cache(maxsize=1)
-def _load_photo_model(name: str, trusted_code: str = "") -> "AnyPhotoModel":
-    from hyperlora.compute import ComputeConfig
-    from hyperlora.pipelines.auto import is_own_model, load_image_to_lora
-    from hyperlora.pipelines.released.registry import open_released_model
-    from hyperlora.pipelines.released.released_model import ReleasedOptions
-
-    device = _find_device()
-    if not name or is_own_model(name):
-        return load_image_to_lora(name or None).to(device)
-    options = ReleasedOptions(trust_remote_code=trusted_code or None)
-    return open_released_model(name, options, ComputeConfig(device=str(device)))
-
-
-@lru_cache(maxsize=1)
-def _load_pair_to_lora(name: str) -> "PairToLoraPipeline":
-    from hyperlora import PairToLora, pretrained
-
-    return PairToLora.from_pretrained(name or pretrained.PAIR_TO_LORA_DIR).to(_find_device())
-
-
-def _find_device() -> torch.device:
-    """Return the device that ComfyUI computes on; outside of ComfyUI the accelerator or the CPU."""
-    try:
-        from comfy.model_management import get_torch_device
-    except ImportError:
-        from hyperlora.compute import ComputeConfig
-
-        return ComputeConfig().torch_device
-    device: torch.device = get_torch_device()
-    return device
 
 
 def _encode_png(image: torch.Tensor) -> bytes:

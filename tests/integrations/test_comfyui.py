@@ -19,6 +19,8 @@ from PIL import Image
 from hyperlora.compute import ComputeConfig
 from hyperlora.data.images import to_image
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
+from hyperlora.errors import ModelLoadError
+from hyperlora.lora.io.formats import list_readers
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY
@@ -30,6 +32,7 @@ from hyperlora.pipelines.released.registry import open_released_model
 from hyperlora.pipelines.released.released_model import ReleasedOptions
 from tests.conftest import Bundle
 from tests.pipelines.released.tiny_hyperlora import save_world
+from tests.pipelines.released.tiny_i2l import save_i2l_world
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -111,13 +114,13 @@ def test_nodes_generate_apply_and_save_a_lora(
 def test_nodes_compute_where_comfyui_does(
     pack: ModuleType, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["pack.nodes"]
-    assert module._find_device() == ComputeConfig().torch_device
+    module = sys.modules["pack.models"]
+    assert module.find_device() == ComputeConfig().torch_device
     management = SimpleNamespace(get_torch_device=lambda: torch.device("meta"))
     monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
     monkeypatch.setitem(sys.modules, "comfy.model_management", management)  # type: ignore[arg-type]
     for name, folder in (("photo_model", bundle.model), ("pair_to_lora", bundle.pair_model)):
-        load = getattr(module, f"_load_{name}")
+        load = getattr(module, f"load_{name}")
         load.cache_clear()
         assert load(str(folder)).device == torch.device("meta")
         load.cache_clear()
@@ -157,15 +160,21 @@ def test_images_node_runs_networks_in_its_list(
     assert not any("lorweb" in name for name in names)
 
     options = ReleasedOptions(face_pack=str(world / "antelopev2"), encoder=str(world / "clip"))
-    monkeypatch.setattr(
-        "hyperlora.pipelines.released.released_model.ReleasedOptions", lambda **_: options
-    )
     pixels = np.asarray(Image.open(world / "me.png").convert("RGB"), np.float32) / 255
-    sys.modules["pack.nodes"]._load_photo_model.cache_clear()
+    images = torch.from_numpy(pixels)[None]
+    inputs = {"listed_model": "people_edit", "encoder": str(world / "clip")}
     lora, trigger, negative = node.generate_lora(
-        torch.from_numpy(pixels)[None], listed_model="people_edit"
+        images, **inputs, face_pack=str(world / "antelopev2")
     )
-    sys.modules["pack.nodes"]._load_photo_model.cache_clear()
+    with pytest.raises(ModelLoadError, match="nobody"):
+        node.generate_lora(images, **inputs, face_pack=str(world / "nobody"))
+    with pytest.raises(ValueError, match="a server has its own encoder and face pack"):
+        node.generate_lora(images, server="http://127.0.0.1:1", face_pack="antelopev2")
+    (tmp_path / "models" / "insightface" / "models").mkdir(parents=True)
+    (world / "antelopev2").rename(tmp_path / "models" / "insightface" / "models" / "antelopev2")
+    options = replace(options, face_pack=sys.modules["pack.models"]._find_face_pack())
+    assert node.generate_lora(images, **inputs)[0] == lora, "ComfyUI's own pack is found"
+    sys.modules["pack.models"].load_photo_model.cache_clear()
     assert trigger == "fcsks fxhks fhyks, " and negative == lora
     output = tmp_path / "LoRA.safetensors"
     pil_photo = Image.fromarray((pixels * 255).round().astype(np.uint8))
@@ -173,6 +182,32 @@ def test_images_node_runs_networks_in_its_list(
     model = open_released_model(str(tmp_path / "models" / "hyperlora" / "people_edit"), options)
     generate_files(model, [tmp_path / "photo.png"], output, GenerationConfig())
     assert lora == output.read_bytes()
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_images_node_makes_the_lora_of_a_style(
+    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int
+) -> None:
+    folder = save_i2l_world(tmp_path, monkeypatch)
+    monkeypatch.setattr(sys.modules["pack.models"], "find_device", lambda: torch.device("cpu"))
+    node = pack.NODE_CLASS_MAPPINGS["HyperloraImagesToLora"]()
+    images = make_images(num_images)
+    lora, trigger, negative = node.generate_lora(
+        images, model=str(folder / "network"), encoder=str(folder / "encoders")
+    )
+    sys.modules["pack.models"].load_photo_model.cache_clear()
+    assert trigger == "" and negative == b"", "Z-Image has no LoRA on the negative branch"
+    model = open_released_model(
+        str(folder / "network"),
+        ReleasedOptions(encoder=str(folder / "encoders")),
+        ComputeConfig(device="cpu"),
+    )
+    expected = model([to_image(image.permute(2, 0, 1)) for image in images]).weights
+    assert expected.layout.rank == 4 * num_images
+    file = load_lora(lora, expected.layout)
+    torch.testing.assert_close(file.weights.flatten(), expected.flatten(), rtol=1e-5, atol=1e-5)
+    architecture = file.metadata.architecture
+    assert "ComfyUI" in list_readers(expected.layout, file.format, architecture)
 
 
 def test_outputs_follow_the_rule_of_the_negative_branch(pack: ModuleType, bundle: Bundle) -> None:
