@@ -18,7 +18,7 @@ from hyperlora.data.images import read_image
 from hyperlora.data.subjects import SkippedPhoto, Subject, list_subjects
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import HyperloraError, InvalidImageError
-from hyperlora.lora.io.negative_lora import make_negative_path
+from hyperlora.lora.io.negative_lora import NEGATIVE_SUFFIX, make_negative_path
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.generate import (
@@ -222,7 +222,7 @@ def _serialize_member(
         )
     except HyperloraError as error:  # e.g. weights that are NaN
         return _make_failure(member.name, num_photos, f"{member.name!r}: {error}")
-    file_name = f"{make_file_stem(member.name)}.safetensors"
+    file_name = f"{make_file_stem(member.name, negative is not None)}.safetensors"
     negative_name = None if negative is None else make_negative_path(Path(file_name)).name
     record = GenerationRecord(member.name, file_name, num_photos, 0.0, negative_file=negative_name)
     return record, files
@@ -242,19 +242,21 @@ def _count_photos(subject: _LoadedSubject) -> int:
     return len(subject.photo_paths)
 
 
-def make_file_stem(subject_name: str) -> str:
+def make_file_stem(subject_name: str, has_negative: bool = False) -> str:
     """Return a name that every file system takes.
 
     Args:
         subject_name: The name of a subject.
+        has_negative: Whether every subject has a second file, ``NAME-negative.safetensors``.
 
     Returns:
         The name itself if possible; otherwise its usable characters and 8 digits of its hash, so
-        that two names never meet.
+        that two names never meet, nor a name and another's second file.
     """
     safe_name = re.sub(r"[^\w. -]|^-", "_", subject_name).encode()[:_MAX_STEM_BYTES]
     stem = safe_name.decode(errors="ignore").strip(" .")
-    if stem == subject_name:
+    is_second_name = has_negative and stem.lower().endswith(NEGATIVE_SUFFIX)
+    if stem == subject_name and not is_second_name:
         return subject_name
     name_hash = hashlib.sha256(subject_name.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{stem}-{name_hash[:8]}"

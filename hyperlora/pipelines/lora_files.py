@@ -14,6 +14,7 @@ from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.negative_lora import (
     NEGATIVE_LORA_KEY,
     NEGATIVE_SHA256_KEY,
+    NEGATIVE_SUFFIX,
     make_negative_path,
 )
 from hyperlora.lora.io.safetensors_file import write_bytes_together
@@ -79,7 +80,10 @@ def serialize_lora_files(
         return LoraFiles(_serialize(model, weights, metadata, format))
     keys = {k: v for k, v in metadata.extra.items() if k != NEGATIVE_LORA_KEY}
     negative_metadata = replace(
-        metadata, title=f"{title}-negative", output_name=f"{output_name}-negative", extra=keys
+        metadata,
+        title=f"{title}{NEGATIVE_SUFFIX}",
+        output_name=f"{output_name}{NEGATIVE_SUFFIX}",
+        extra=keys,
     )
     negative_data = _serialize(model, negative, negative_metadata, format)
     digest = sha256(negative_data).hexdigest()

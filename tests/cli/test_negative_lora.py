@@ -14,7 +14,11 @@ from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
-from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY, NEGATIVE_SHA256_KEY
+from hyperlora.lora.io.negative_lora import (
+    NEGATIVE_LORA_KEY,
+    NEGATIVE_SHA256_KEY,
+    make_negative_path,
+)
 from hyperlora.lora.io.safetensors_file import write_bytes_together
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import GenerationConfig
@@ -80,6 +84,39 @@ def test_generate_folder_writes_both_files_again_if_one_is_missing(
         positive, negative = (load_lora(path, model.layout).weights for path in files)
         torch.testing.assert_close(negative.flatten(), (positive * -0.5).flatten())
         files[1].unlink()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_generate_folder_overwrites_no_subject_with_the_second_file_of_another(
+    bundle: Any, tmp_path: Path, batch_size: int
+) -> None:
+    model = NegatingModel.from_pretrained(str(bundle.model))
+    (tmp_path / "people").mkdir()
+    colors = {"anna": (0, 0, 255), "anna-negative": (255, 0, 0), "Ben-NEGATIVE": (0, 99, 0)}
+    for name, color in colors.items():
+        Image.new("RGB", (9, 7), color).save(tmp_path / "people" / f"{name}.png")
+    output = tmp_path / "out"
+    folder = tmp_path / "people"
+    records = generate_folder(model, folder, output, GenerationConfig(), batch_size=batch_size)
+    names = [name for record in records for name in (record.file, record.negative_file) if name]
+    files = sorted(path.name.lower() for path in output.glob("*.safetensors"))
+    assert len(names) == 6 and sorted(name.lower() for name in names) == files
+    for record in records:
+        assert record.file is not None and record.negative_file is not None
+        positive = load_lora(output / record.file, model.layout).weights
+        expected = model(folder / f"{record.subject}.png").weights
+        torch.testing.assert_close(positive.flatten(), expected.flatten())
+        negative = load_lora(output / record.negative_file, model.layout).weights
+        torch.testing.assert_close(negative.flatten(), (expected * -0.5).flatten())
+        assert make_negative_path(output / record.file).name == record.negative_file
+    stamps = {path: path.stat().st_mtime_ns for path in output.glob("*.safetensors")}
+    generate_folder(model, folder, output, GenerationConfig(), batch_size=batch_size)
+    assert stamps == {path: path.stat().st_mtime_ns for path in output.glob("*.safetensors")}
+
+    plain = ImageToLora.from_pretrained(str(bundle.model))
+    generate_folder(plain, folder, tmp_path / "plain", GenerationConfig())
+    written = {path.stem for path in (tmp_path / "plain").glob("*.safetensors")}
+    assert written == set(colors), "a model without second files keeps the names"
 
 
 def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:

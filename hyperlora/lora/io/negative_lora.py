@@ -12,6 +12,9 @@ NEGATIVE_LORA_KEY: Final = "hyperlora.negative_lora"
 NEGATIVE_SHA256_KEY: Final = "hyperlora.negative_lora_sha256"
 """The key of the SHA-256 of the file for the negative branch, where one was made too."""
 
+NEGATIVE_SUFFIX: Final = "-negative"
+"""The end of the name of that file, before ``.safetensors``."""
+
 
 def get_negative_rule(metadata: LoraMetadata) -> NegativeRule:
     """Return the rule in the metadata of a file; an unknown one counts as ``same``."""
@@ -21,7 +24,7 @@ def get_negative_rule(metadata: LoraMetadata) -> NegativeRule:
 
 def make_negative_path(path: Path) -> Path:
     """Make the path of the file for the negative branch: ``me-negative.safetensors``."""
-    return path.with_name(f"{path.stem}-negative{path.suffix}")
+    return path.with_name(f"{path.stem}{NEGATIVE_SUFFIX}{path.suffix}")
 
 
 def describe_negative_rule(name: str, rule: NegativeRule, has_file: bool) -> str:
