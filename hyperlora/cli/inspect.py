@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hyperlora.paths import find_path
+
 if TYPE_CHECKING:
     from hyperlora.pipelines.released.inspect_repository import RepositoryInfo
 
@@ -74,7 +76,7 @@ def _inspect_network(file: str, revision: str | None, offline: bool) -> "Reposit
 
     if file.startswith(HUB_PREFIX) or Path(split_variant(file)[0]).is_dir():
         return inspect_repository(file, revision, offline)
-    path = Path(file)
+    path = find_path(Path(file))
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     with path.open("rb") as stream:

@@ -80,7 +80,10 @@ def combine(
     from hyperlora.lora.io.combined import merge_metadata
     from hyperlora.lora.merge import merge
 
-    weighted_paths = [parse_weighted_path(text) for text in files]
+    weighted_paths = [
+        (path, 1.0 if weight is None else weight)
+        for path, weight in map(parse_weighted_path, files)
+    ]
     lora_files = _load_compatible_files([path for path, _ in weighted_paths])
     loras = [lora_file.weights for lora_file in lora_files]
     weights = [weight for _, weight in weighted_paths]

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.paths import find_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -189,27 +190,28 @@ def save_image(image: "Image.Image", path: Path) -> None:
     temp_path.replace(path)
 
 
-def parse_weighted_path(text: str) -> tuple[Path, float]:
+def parse_weighted_path(text: str) -> tuple[Path, float | None]:
     """Parse ``FILE`` or ``FILE:WEIGHT``.
 
     Args:
         text: The argument; a file of the whole name counts as one without a weight.
 
     Returns:
-        The path and the weight, 1 if there is none.
+        The path as it stands on disk, and the weight, None if there is none.
 
     Raises:
         InvalidArgumentError: The weight is not between -10 and 10.
     """
     path, _, weight = text.rpartition(":")
-    if not path or Path(text).exists():
-        return Path(text), 1.0
+    whole_path = find_path(Path(text))
+    if not path or whole_path.exists():
+        return whole_path, None
     try:
         weight_value = float(weight)
     except ValueError:
-        return Path(text), 1.0
+        return whole_path, None
     if not abs(weight_value) <= MAX_LORA_WEIGHT:  # also refuses NaN
         raise InvalidArgumentError(
             f"LoRA weight between -10 and 10 expected, got {weight!r} in {text!r}"
         )
-    return Path(path), weight_value
+    return find_path(Path(path)), weight_value

@@ -158,8 +158,8 @@ def render(
     loras += load_tagged_loras(lora_tags, lora_dir, diffusion_base.modules)
     loras = [lora.to(diffusion_base.device) for lora in loras]
     weights = [
-        file.metadata.recommended_strength if path == Path(argument) else weight
-        for file, (path, weight), argument in zip(files, weighted_paths, lora or [], strict=True)
+        file.metadata.recommended_strength if weight is None else weight
+        for file, (_, weight) in zip(files, weighted_paths, strict=True)
     ] + [1.0] * len(lora_tags)
     if negative_lora is None and is_sum and len(metadata) == 1:
         path = [*(path for path, _ in weighted_paths), *tagged_paths][0]
@@ -255,7 +255,7 @@ def _apply_loras_by_branch(
     if negative_lora != "off":
         path, weight = parse_weighted_path(negative_lora)
         file = _load_lora_for_base(path, diffusion_base)
-        other = file.weights.to(diffusion_base.device) * weight
+        other = file.weights.to(diffusion_base.device) * (1.0 if weight is None else weight)
     return inject_lora_by_branch(diffusion_base.pipeline, merge(loras, weights), other)
 
 

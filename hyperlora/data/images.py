@@ -24,6 +24,7 @@ from hyperlora.data.image_formats import (
     get_format_of_suffix,
 )
 from hyperlora.errors import InvalidImageError, format_reason
+from hyperlora.paths import find_path
 
 MAX_PIXELS: Final = 25_000_000
 """The largest image that is decoded."""
@@ -100,7 +101,7 @@ def list_image_files(folder: str | os.PathLike[str], *, root_dir: Path | None = 
     Raises:
         InvalidImageError: There is none, or the folder cannot be read.
     """
-    folder = Path(folder)
+    folder = find_path(Path(folder))
     root = root_dir or folder
     paths = [
         p
@@ -218,7 +219,7 @@ def _read_bytes(source: str | os.PathLike[str] | bytes) -> bytes:
     if isinstance(source, bytes):
         data = source
     else:
-        path = Path(source)
+        path = find_path(Path(source))
         try:
             if path.is_dir():
                 raise InvalidImageError(

@@ -26,6 +26,7 @@ from hyperlora.data.captions import (
 from hyperlora.data.image_formats import PHOTO_SUFFIXES
 from hyperlora.data.images import is_within, list_entries
 from hyperlora.errors import InvalidImageError
+from hyperlora.paths import find_path
 
 SubjectLayout = Literal["folders", "strangers", "identity_file", "metadata"]
 LAYOUTS: Final = get_args(SubjectLayout)
@@ -253,8 +254,8 @@ def find_metadata_column(folder: Path) -> str | None:
 
 def _locate_image(folder: Path, file_name: str) -> Path:
     """The image of a row; programs on Windows write its folders with backslashes."""
-    path = folder / file_name
-    return path if path.is_file() else folder / file_name.replace("\\", "/")
+    path = find_path(folder / file_name)
+    return path if path.is_file() else find_path(folder / file_name.replace("\\", "/"))
 
 
 def _get_folder_name(path: Path) -> str:

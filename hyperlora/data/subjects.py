@@ -26,6 +26,7 @@ from hyperlora.data.subject_layouts import (
     recognize_layout,
 )
 from hyperlora.errors import InvalidImageError
+from hyperlora.paths import find_path
 
 _REPEATS_NAME: Final = re.compile(r"(0|[1-9]\d{0,4})_(.*\S.*)")
 """kohya's folders: how often photos are repeated, and what they show (``10_sks person``)."""
@@ -91,7 +92,7 @@ def list_subjects(
         InvalidImageError: There is no subject; or, without ``skip_reasons``, a sub-folder holds no
             image, a caption cannot be read, or two subjects have the same name.
     """
-    root = Path(folder)
+    root = find_path(Path(folder))
     layout = layout or recognize_layout(root)
     reasons: list[str] = []
     skipped: list[SkippedPhoto] = []

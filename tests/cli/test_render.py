@@ -111,11 +111,11 @@ def test_render_notes_other_base(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors", ("a.safetensors", None)),
         ("a.safetensors:0.5", ("a.safetensors", 0.5)),
         ("C:\\a.safetensors:-2", ("C:\\a.safetensors", -2.0)),
-        ("C:\\a.safetensors", ("C:\\a.safetensors", 1.0)),
+        ("C:\\a.safetensors", ("C:\\a.safetensors", None)),
     ],
 )
-def test_parse_weighted_path_splits_weight(text: str, expected: tuple[str, float]) -> None:
+def test_parse_weighted_path_splits_weight(text: str, expected: tuple[str, float | None]) -> None:
     assert parse_weighted_path(text) == (Path(expected[0]), expected[1])

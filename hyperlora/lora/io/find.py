@@ -10,6 +10,7 @@ from typing import Final
 from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.safetensors_file import read_metadata
+from hyperlora.paths import find_path
 
 _SUFFIX: Final = ".safetensors"
 _MAX_SUGGESTIONS: Final = 3
@@ -32,7 +33,7 @@ def find_lora(folder: str | PathLike[str], name: str) -> Path:
     Raises:
         InvalidArgumentError: No file or more than one has that name.
     """
-    folder = Path(folder)
+    folder = find_path(Path(folder))
     if not folder.is_dir():
         raise InvalidArgumentError(f"{str(folder)!r} is no folder of LoRA files")
     stems = {

@@ -6,6 +6,7 @@ from typing import Final
 
 from hyperlora.errors import InvalidLoraFileError
 from hyperlora.lora.io.adapter_config import AdapterConfig, parse_header_config, parse_peft_config
+from hyperlora.paths import find_path
 
 PEFT_WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PEFT_CONFIG_NAME: Final = "adapter_config.json"
@@ -47,6 +48,7 @@ def find_source(source: Path | bytes) -> LoraSource:
     """
     if isinstance(source, bytes):
         return LoraSource(source, "the LoRA")
+    source = find_path(source)
     if not source.is_dir():
         config_path = source.with_name(PEFT_CONFIG_NAME)
         has_config = source.name == PEFT_WEIGHTS_NAME and config_path.is_file()
