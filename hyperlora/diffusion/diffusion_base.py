@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from hyperlora.compute import ComputeConfig, Offload, disable_autocast
 from hyperlora.diffusion.conditions import (
@@ -35,8 +32,9 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.pretrained import check_bundle
 from hyperlora.prompt_blending import compute_blend_matrix
 
+# diffusers takes seconds to import, and a LoRA of a photo needs no pipeline
 if TYPE_CHECKING:
-    from diffusers import ModelMixin, SchedulerMixin
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 PromptCache = dict[str, Conditions]
 """The conditions of single prompts [1, ...]."""
@@ -55,7 +53,7 @@ class DiffusionBase:
     """
 
     id: str
-    pipeline: DiffusionPipeline
+    pipeline: "DiffusionPipeline"
     offload: Offload = "none"
 
     @cached_property
@@ -100,6 +98,8 @@ class DiffusionBase:
     @cached_property
     def noise_scheduler(self) -> "SchedulerMixin":
         """The training scheduler of the pipeline's sampler: DDPM or flow matching."""
+        from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
         config = self.pipeline.scheduler.config
         scheduler_class = (
             DDPMScheduler if "beta_schedule" in config else FlowMatchEulerDiscreteScheduler
@@ -289,6 +289,10 @@ def load_diffusion_base(
     """
     compute = compute or ComputeConfig()
     check_bundle(name_or_path)
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
     folder = Path(name_or_path)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ModelLoadError(

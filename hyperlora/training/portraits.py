@@ -65,6 +65,7 @@ class ValidationPortraits(L.Callback):
         self.identity = IdentitySimilarity.from_pretrained(identity) if identity else None
         self._num_validations, self._is_possible = 0, True
         self._photos: list[Tensor] = []  # [views, 3, size, size] each
+        self._base_image: Image.Image | None = None  # the base is frozen: one image for all
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the photos of the last validation.
@@ -156,6 +157,8 @@ class ValidationPortraits(L.Callback):
         resolution: int | None,
     ) -> Image.Image:
         """Generate one image: of one subject at a time, so that bases of any size can."""
+        if loras is None and self._base_image is not None:
+            return self._base_image
         trigger = module.model.trigger_phrase
         (image,) = generate_images(
             module.base,
@@ -167,6 +170,8 @@ class ValidationPortraits(L.Callback):
             width=resolution,
             height=resolution,
         )
+        if loras is None:
+            self._base_image = image
         return image
 
     def _score(self, module: HypernetworkTraining, photos: Tensor, images: Tensor) -> list[float]:

@@ -50,6 +50,8 @@ def test_plan_reads_photos_and_captions_as_training_does(tmp_path: Path) -> None
         if text is not None:
             path.with_suffix((".caption", ".TXT")[i]).write_bytes(text.encode("cp1252"))
     (tmp_path / "photos/1_dog/c.dng").write_bytes(b"raw")
+    (tmp_path / "photos/1_dog/old/x").mkdir(parents=True)
+    Image.new("RGB", (24, 16)).save(tmp_path / "photos/1_dog/old/x/d.png")
     source = PhotoSource(str(tmp_path / "photos"))
     expected = {s.name: [(p.key, p.caption) for p in s.photos] for s in source.list_subjects()}
     plan = make_plan(FolderSource(str(tmp_path / "photos")), Recipe(base="none"))
@@ -57,8 +59,10 @@ def test_plan_reads_photos_and_captions_as_training_does(tmp_path: Path) -> None
     assert list(expected) == ["dog", "sks dog"]
     assert {caption for photos in expected.values() for _, caption in photos} == {*texts.values()}
     assert [reason.partition(",")[0] for reason in plan.skipped] == [
-        "1 photos skipped (1_dog/c.dng)"
+        "1 photos skipped (1_dog/c.dng)",
+        "1 photos skipped (1_dog/old/x/d.png)",
     ]
+    assert source.skip_reasons == list(plan.skipped)
 
 
 def read_chunks(folder: Path) -> dict[str, bytes]:
@@ -162,7 +166,7 @@ def test_killed_run_loses_no_chunk(
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    for _ in range(2):
+    for _ in range(1):
         child = subprocess.Popen(
             [sys.executable, "-m", "data_builder", "run", str(output_dir)],
             env=environment,

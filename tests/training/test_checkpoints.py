@@ -59,8 +59,10 @@ def load_checkpoint(run_dir: Path, name: str) -> dict[str, Any]:
     return torch.load(path, weights_only=False)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("step", [2, 4])  # in the midst of an epoch, and at its end
+@pytest.mark.parametrize(
+    ("step", "num_workers"),
+    [(2, 1), (4, 0)],  # in the midst of an epoch, and at its end
+)
 def test_resumed_run_equals_one_without_a_break(run_dir: Path, step: int, num_workers: int) -> None:
     (path,) = run_dir.glob(f"*step={step}.ckpt")
     name = f"resumed-{step}-{num_workers}"

@@ -20,7 +20,10 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", CASES)
+@pytest.mark.parametrize(
+    "base",
+    ["z_image", *(pytest.param(name, marks=pytest.mark.heavy) for name in [*CASES][1:])],
+)
 def test_sharded_base_trains_like_a_whole_one(
     base: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
