@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from hyperlora.data.images import list_image_files, read_image
+from hyperlora.data.open_subject_source import open_subject_source
 from hyperlora.data.subjects import list_subjects
 from hyperlora.paths import find_path
 
@@ -59,7 +60,8 @@ def test_photos_and_folders_are_found_by_equal_letters(tmp_path: Path) -> None:
     typed = tmp_path / write_form("Familie Müller", "NFC")
     assert read_image(typed / "anna" / (write_form("jürgen", "NFC") + ".png")).size == IMAGE.size
     assert len(list_image_files(typed / "anna")) == 1
-    assert [subject.name for subject in list_subjects(typed)] == ["anna"]
+    (subject,) = open_subject_source(str(typed)).list_subjects()
+    assert (subject.name, subject.photos[0].read_image().size) == ("anna", IMAGE.size)
 
 
 def test_rows_of_metadata_find_files_by_equal_letters(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hyperlora.data.images import read_image
 from hyperlora.data.photos import get_cell_bytes
 from hyperlora.data.subjects import list_subjects
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
+from hyperlora.paths import find_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -203,10 +204,10 @@ def parse_source(
                 "as avatars:0-200"
             )
         return AvatarSource(int(first), int(last), portraits_per_identity, resolution)
-    folder = Path(text)
+    folder = find_path(Path(text))
     has_parquet = any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
     if folder.exists() and not is_saved_dataset(folder) and not has_parquet:
-        return FolderSource(text)
+        return FolderSource(str(folder))
     return HubSource(text, split, **columns)
 
 

@@ -10,6 +10,7 @@ from hyperlora.data.hub_subjects import HubSource, HubStream
 from hyperlora.data.subject_layouts import SubjectLayout
 from hyperlora.data.subject_sources import MAX_PHOTOS_PER_SUBJECT, FolderSource, SubjectSource
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.paths import find_path
 
 _SHARD_SUFFIX: Final = ".tar"
 
@@ -64,10 +65,10 @@ def open_subject_source(
     columns = (config.image_column, config.identity_column, config.caption_column)
     if shards := list_shards(name):
         return HubStream(name, split, columns, shards)
-    folder = Path(name)
+    folder = find_path(Path(name))
     is_dataset = is_saved_dataset(folder) or next(folder.glob("**/*.parquet"), None) is not None
     if folder.exists() and not is_dataset:
-        return FolderSource(name, config.layout, config.max_photos_per_subject)
+        return FolderSource(str(folder), config.layout, config.max_photos_per_subject)
     is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not _is_folder(folder.parent)
     if not folder.exists() and not is_hub_id:
         raise InvalidArgumentError(f"there is no folder {name!r}: check the path")

@@ -40,8 +40,6 @@ IDENTITY_COLUMNS: Final = (
 """Usual names of the column that says who is shown, the surest first."""
 _MIN_NUMBERED_IMAGES: Final = 10
 """Images per folder, on average, below which numbered folders are subjects."""
-_MAX_DEPTH: Final = 4
-"""Folders below which ``strangers`` looks for images."""
 _NUM_ERRORS_SHOWN: Final = 3
 
 
@@ -277,20 +275,22 @@ def _read_table(path: Path, num_words: int | None) -> Iterator[list[str]]:
         yield words
 
 
-def walk_photos(folder: Path, root: Path, depth: int = 0) -> Iterator[Path]:
+def walk_photos(folder: Path, root: Path, parents: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Iterate over all photos below a folder, also those that are not read.
 
     Args:
         folder: The folder.
-        root: Links out of this folder are not followed.
-        depth: How far ``folder`` lies below ``root``.
+        root: Links out of this folder are not followed, nor those back to a folder above them.
+        parents: The folders above, with all links followed.
 
     Yields:
         The files, sorted, without hidden names.
     """
+    parents |= {folder.resolve()}
     for path in list_entries(folder):
-        if path.is_dir() and depth < _MAX_DEPTH and is_within(path, root):
-            yield from walk_photos(path, root, depth + 1)
+        if path.is_dir():
+            if is_within(path, root) and path.resolve() not in parents:
+                yield from walk_photos(path, root, parents)
         elif path.suffix.lower() in PHOTO_SUFFIXES and path.is_file():
             yield path
 

@@ -24,13 +24,16 @@ from hyperlora.data.subject_layouts import (
     read_identity_file,
     read_metadata,
     recognize_layout,
+    walk_photos,
 )
 from hyperlora.errors import InvalidImageError
-from hyperlora.paths import find_path
 
 _REPEATS_NAME: Final = re.compile(r"(0|[1-9]\d{0,4})_(.*\S.*)")
 """kohya's folders: how often photos are repeated, and what they show (``10_sks person``)."""
 _NUM_NAMES_SHOWN: Final = 3
+_NESTED_REASON: Final = (
+    "a photo in a folder within the folder of a subject, where none is read: move it up"
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def list_subjects(
 
     Collections of photos are recognized by their own layouts (``hyperlora.data.subject_layouts``).
     ``hyperlora.data.captions`` says where captions come from. Hidden files are ignored. Links that
-    lead out of the folder and photos in formats without a decoder are skipped.
+    lead out of the folder, photos in formats without a decoder, and photos in a folder within a
+    sub-folder are skipped.
 
     Args:
         folder: The folder.
@@ -92,7 +96,7 @@ def list_subjects(
         InvalidImageError: There is no subject; or, without ``skip_reasons``, a sub-folder holds no
             image, a caption cannot be read, or two subjects have the same name.
     """
-    root = find_path(Path(folder))
+    root = Path(folder)
     layout = layout or recognize_layout(root)
     reasons: list[str] = []
     skipped: list[SkippedPhoto] = []
@@ -150,19 +154,21 @@ def _list_folders(root: Path, reasons: list[str], skipped: list[SkippedPhoto]) -
     repeats = _parse_repeats([path.name for path in folders])
     for path in folders:
         name, num_repeats = repeats.get(path.name, (path.name, 1))
+        skipped_here: list[SkippedPhoto] = []
         try:
-            paths = [p for p in list_entries(path) if not p.is_dir()]
+            photos = _select_photos(list_entries(path), root, skipped_here)
         except InvalidImageError as error:
             reasons.append(str(error))
             continue
-        num_skipped = len(skipped)
         if not num_repeats:  # kohya leaves such a folder out, too
             skipped.append(SkippedPhoto(path, "a folder of 0 repeats: rename it to use it"))
-        elif photos := _select_photos(paths, root, skipped):
+            continue
+        skipped += skipped_here
+        if photos:
             _add_subject(
                 subjects, name, [(photo, None) for photo in photos], reader, reasons, num_repeats
             )
-        elif len(skipped) == num_skipped:
+        elif not skipped_here:
             reasons.append(
                 f"{str(path)!r} holds no image, such as PNG, JPEG, WEBP or HEIC: "
                 "put at least one there (no links elsewhere)"
@@ -197,12 +203,18 @@ def _parse_repeats(names: Sequence[str]) -> dict[str, tuple[str, int]]:
 
 
 def _select_photos(paths: Sequence[Path], root: Path, skipped: list[SkippedPhoto]) -> list[Path]:
-    """Select the photos that are read; others are added to ``skipped``, other files ignored."""
+    """Select the photos that are read; others are added to ``skipped``, other files ignored.
+
+    Photos in folders among the paths are others, too.
+    """
     photos = []
     for path in paths:
         if not is_within(path, root):
             is_photo = path.suffix.lower() in PHOTO_SUFFIXES or path.is_dir()
             reason = "a link out of the folder: put a copy there" if is_photo else ""
+        elif path.is_dir():
+            skipped += _list_nested_photos(path, root)
+            continue
         elif path.suffix.lower() not in PHOTO_SUFFIXES:
             continue
         elif path.is_file():
@@ -216,6 +228,14 @@ def _select_photos(paths: Sequence[Path], root: Path, skipped: list[SkippedPhoto
         if reason:
             skipped.append(SkippedPhoto(path, reason))
     return photos
+
+
+def _list_nested_photos(folder: Path, root: Path) -> list[SkippedPhoto]:
+    """List the photos in a folder within the folder of a subject."""
+    try:
+        return [SkippedPhoto(photo, _NESTED_REASON) for photo in walk_photos(folder, root)]
+    except InvalidImageError:
+        return [SkippedPhoto(folder, "a folder that cannot be read: check its permissions")]
 
 
 def _read_entries(

@@ -20,6 +20,7 @@ from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import HyperloraError, InvalidImageError
 from hyperlora.lora.io.negative_lora import NEGATIVE_SUFFIX, make_negative_path
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.paths import find_path
 from hyperlora.pipelines.config import GenerationConfig
 from hyperlora.pipelines.generate import (
     GenerationRecord,
@@ -83,6 +84,7 @@ def generate_folder(
         InvalidArgumentError: The settings do not suit a folder or the model.
     """
     config.check_folder()
+    folder = find_path(folder)
     skipped_photos: list[SkippedPhoto] = []
     subjects = list_subjects(folder, skipped_photos=skipped_photos)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -233,8 +235,8 @@ def _make_failure(subject_name: str, num_photos: int, error: str) -> FileResult:
 
 
 def _make_skip_record(photo: SkippedPhoto, folder: Path) -> GenerationRecord:
-    is_single = photo.path.parent == Path(folder)
-    subject_name = photo.path.stem if is_single else photo.path.parent.name
+    parts = photo.path.relative_to(folder).parts
+    subject_name = parts[0] if len(parts) > 1 else photo.path.stem
     return _make_failure(subject_name, 0, str(photo))[0]
 
 

@@ -278,6 +278,23 @@ def test_input_dir_counts_photos_of_kinds_that_are_not_read(
         assert count == len([p for p in (photos / "p0").iterdir() if p.suffix != ".NEF"])
 
 
+def test_input_dir_names_photos_in_nested_folders(
+    run: RunCommand, bundle: Any, photos: Path, tmp_path: Path
+) -> None:
+    nested_paths = [photos / name for name in ("p0/old/7.png", "p1/a/b/8.jpg", "p1/a/9.png")]
+    for path in nested_paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(photos / "q2.png").convert("RGB").save(path)
+    out = tmp_path / "out"
+    result = run("generate", "--input-dir", photos, "-o", out, "--model", bundle.model)
+    assert result.code == 0, result
+    assert "4 LoRAs and index.jsonl" in result.out and "3 photos skipped" in result.out
+    for path in nested_paths:
+        assert f"skipped: {str(path)!r} is a photo in a folder within" in result.err
+    errors = [line["subject"] for line in read_index(out) if line["error"]]
+    assert sorted(errors) == ["p0", "p1", "p1"]
+
+
 def test_input_dir_reports_and_skips_bad_photos(
     run: RunCommand, bundle: Any, photos: Path, tmp_path: Path
 ) -> None:

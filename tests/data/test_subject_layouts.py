@@ -68,6 +68,16 @@ def test_numbered_subjects_are_no_strangers(tmp_path: Path, names: list[str]) ->
     assert len(list_subjects(tmp_path)) == len({name.split("/")[0] for name in names})
 
 
+def test_strangers_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
+    for i in range(8):
+        folder = tmp_path.joinpath(*"abcdefgh"[: i + 1])
+        folder.mkdir()
+        (folder / f"{i}.png").write_bytes(b"")
+    (folder / "loop").symlink_to(tmp_path / "a")
+    subjects = FolderSource(str(tmp_path), "strangers").list_subjects()
+    assert [subject.name for subject in subjects] == [str(i) for i in range(8)]
+
+
 def test_layout_can_be_set(tmp_path: Path) -> None:
     create_numbered(tmp_path, range(30), 10, 5)
     assert len(FolderSource(str(tmp_path), "folders").list_subjects()) == 3

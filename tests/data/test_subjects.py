@@ -114,6 +114,35 @@ def test_list_subjects_counts_photos_without_decoder(
         list_subjects(tmp_path)
 
 
+def test_list_subjects_counts_photos_in_nested_folders(tmp_path: Path) -> None:
+    create_files(
+        *(tmp_path / name for name in ("anna/1.png", "anna/2023/2.jpg", "anna/2023/may/3.HEIC")),
+        *(tmp_path / name for name in ("ben/a/b/c/d/e/4.png", "anna/notes/x.txt", "zoe.png")),
+        *(tmp_path / name for name in ("anna/.cache/5.png", "anna/__MACOSX/._1.png")),
+    )
+    (tmp_path / "anna/2023/may/again").symlink_to(tmp_path / "anna/2023")
+    (tmp_path / "zoe").mkdir()
+    (tmp_path / "zoe/out").symlink_to(tmp_path.parent)
+    reasons: list[str] = []
+    skipped: list[SkippedPhoto] = []
+    subjects = list_subjects(tmp_path, reasons, skipped_photos=skipped)
+    assert [(s.name, [p.name for p in s.photos]) for s in subjects] == [
+        ("anna", ["1.png"]),
+        ("zoe", ["zoe.png"]),
+    ]
+    nested, link = reasons
+    assert nested.startswith(
+        "3 photos skipped (anna/2023/2.jpg, anna/2023/may/3.HEIC, ben/a/b/c/d/e/4.png), each is a "
+        "photo in a folder within the folder of a subject"
+    )
+    assert "1 photos skipped (zoe/out), each is a link out of the folder" in link
+    assert len(skipped) == 4
+    (tmp_path / "anna/1.png").unlink()
+    (tmp_path / "zoe.png").unlink()
+    with pytest.raises(InvalidImageError, match=r"name one level deeper, as .*anna'"):
+        list_subjects(tmp_path)
+
+
 def test_list_subjects_reads_every_format_in_any_case(tmp_path: Path) -> None:
     names = ["a.Jpg", "b.JFIF", "c.mpo", "d.TIF", "e.tiff", "f.BMP", "g.gif", "h.avif", "i.jp2"]
     create_files(*(tmp_path / "anna" / name for name in names))
