@@ -90,6 +90,7 @@ class PhotoModel(ABC, Generic[FeaturesT]):
         method: The name of the method, as ``--method`` names it.
         is_generative: Whether other seeds give other LoRAs of the same photos.
         file_dtype: The precision of the files of its LoRAs.
+        runs_in_own_process: Whether it computes in another process, so that its callers wait.
         card: License, trigger phrase and recommended settings.
         identity_embedder: Embeds identities, for refinement; None for a model without one.
     """
@@ -97,6 +98,7 @@ class PhotoModel(ABC, Generic[FeaturesT]):
     method: ClassVar[str]
     is_generative: ClassVar[bool] = False
     file_dtype: ClassVar[torch.dtype] = torch.float32
+    runs_in_own_process: ClassVar[bool] = False
     card: ModelCard
     identity_embedder: IdentityEmbedder | None = None
 

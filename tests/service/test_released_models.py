@@ -4,7 +4,9 @@ import asyncio
 import base64
 import hashlib
 import io
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY, NEGATIVE_SHA256_KEY
 from hyperlora.lora.io.prompt_prefix import PROMPT_PREFIX_KEY
 from hyperlora.pipelines.photo_model import AnyPhotoModel
+from hyperlora.pipelines.released import template_sandbox
 from hyperlora.service.app import create_app
 from hyperlora.service.engine.factory import ModelPaths, make_engine_factory
 from hyperlora.service.engine.photo_models import (
@@ -165,8 +168,18 @@ def test_page_shows_the_cards_and_makes_a_file_without_portraits(
     assert "draws no portraits" in status and "non-commercial" in status
 
 
-def test_template_stores_both_files(bundle: Bundle, world: Path, tmp_path: Path) -> None:
-    folder = make_template(tmp_path / "ZImage-i2L-v2")
+WAIT = """
+import os, time
+while not os.path.exists(os.path.join(os.path.dirname(__file__), "go")):
+    time.sleep(0.05)
+"""
+"""What a template does until the test lets it go on."""
+
+
+def test_template_stores_both_files_and_keeps_no_other_request_waiting(
+    bundle: Bundle, world: Path, tmp_path: Path
+) -> None:
+    folder = make_template(tmp_path / "ZImage-i2L-v2", WAIT)
     digest = hashlib.sha256((folder / "model.py").read_bytes()).hexdigest()
     paths = ModelPaths(
         model=str(bundle.model),
@@ -177,11 +190,20 @@ def test_template_stores_both_files(bundle: Bundle, world: Path, tmp_path: Path)
     )
     settings = ServiceSettings(tmp_path / "state", rate_limit="100000/minute", timeout_s=300)
     app = create_app(make_engine_factory(paths, settings, ComputeConfig(device="cpu")), settings)
-    with TestClient(app, base_url="http://localhost") as server:
-        body = post_photos(
-            server, (world / "me.png").read_bytes(), model="zimage-i2l-v2", store=True,
+    photo = (world / "me.png").read_bytes()
+    with TestClient(app, base_url="http://localhost") as server, ThreadPoolExecutor() as threads:
+        slow_response = threads.submit(
+            post_photos, server, photo, model="zimage-i2l-v2", store=True,
             headers={"Accept": "application/json"},
-        ).json()  # fmt: skip
+        )  # fmt: skip
+        try:
+            while not (template_sandbox._running or slow_response.done()):
+                time.sleep(0.05)
+            quick_response = threads.submit(post_photos, server, photo).result(60)
+            assert quick_response.status_code == 200 and not slow_response.done()
+        finally:
+            (folder / "go").touch()
+        body = slow_response.result().json()
         negative = server.get(f"/v1/loras/{body['negative_sha256']}").content
     assert negative == base64.b64decode(body["negative_content"])
     metadata = load_lora(base64.b64decode(body["content"])).metadata

@@ -47,6 +47,7 @@ class TemplateModel(ReleasedModel[list[tuple[Image.Image, ...]]]):
     """
 
     method: ClassVar[str] = "template"
+    runs_in_own_process: ClassVar[bool] = True
 
     def __init__(
         self, name: str, model_dir: Path, digest: str, limits: SandboxLimits | None = None

@@ -8,6 +8,7 @@ This stops mistakes and simple malice. It is no prison for code that attacks Pyt
 that nobody has read, run the whole command in a container.
 """
 
+import atexit
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +31,10 @@ REPORT_NAME: Final = "report.json"
 LORA_NAME: Final = "lora.safetensors"
 MIN_DIGEST_LENGTH: Final = 12
 """Hexadecimal digits of a digest that count as consent."""
+MAX_PROCESSES: Final = 1
+"""Templates that run at a time, each with its own gigabytes; others wait for their turn."""
+_slots: Final = threading.BoundedSemaphore(MAX_PROCESSES)
+_running: Final[set["subprocess.Popen[bytes]"]] = set()
 _MEMORY_PHRASES: Final = ("more memory", "not enough memory", "can't allocate", "bad_alloc")
 
 
@@ -115,7 +121,8 @@ def run_template(
             "max_memory_bytes": limits.memory_bytes,
         }
         (work_dir / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        log = _run_process(work_dir, limits, model_dir)
+        with _slots:
+            log = _run_process(work_dir, limits, model_dir)
         return _read_result(work_dir, log, model_dir)
 
 
@@ -125,6 +132,7 @@ def _run_process(work_dir: Path, limits: SandboxLimits, model_dir: Path) -> str:
         *_make_isolation(work_dir),
         sys.executable,
         "-I",
+        "-B",  # else the first import of a library writes its bytecode, which the guard forbids
         "-m",
         "hyperlora.pipelines.released.template_process",
         str(work_dir / "request.json"),
@@ -140,6 +148,7 @@ def _run_process(work_dir: Path, limits: SandboxLimits, model_dir: Path) -> str:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        _running.add(process)
         try:
             process.wait(limits.seconds)
         except subprocess.TimeoutExpired:
@@ -149,7 +158,15 @@ def _run_process(work_dir: Path, limits: SandboxLimits, model_dir: Path) -> str:
         finally:
             process.kill()
             process.wait()
+            _running.discard(process)
     return log_path.read_text(encoding="utf-8", errors="replace")
+
+
+@atexit.register
+def _kill_running() -> None:
+    """End processes for which a daemon thread still waits when this program ends."""
+    for process in list(_running):
+        process.kill()
 
 
 def _read_result(work_dir: Path, log: str, model_dir: Path) -> bytes:

@@ -47,6 +47,8 @@ class BatchSpec(Generic[PayloadT, ResultT]):
         key: Settings that two payloads must have in common to share a batch.
         max_batch_size: Largest number of payloads in one batch.
         low_priority: Whether other work goes first, for ``LOW_PRIORITY_MAX_WAIT_S`` seconds.
+        in_own_process: Whether ``run`` waits for a process of its own, so that the models of this
+            one may serve other requests meanwhile.
         batch_timeout_s: Seconds that a batch waits for another payload while nothing else is
             queued. It waits at most five times as long in all.
     """
@@ -56,6 +58,7 @@ class BatchSpec(Generic[PayloadT, ResultT]):
     key: Hashable = None
     max_batch_size: int = 1
     low_priority: bool = False
+    in_own_process: bool = False
     batch_timeout_s: float = 0.0
 
 
@@ -84,15 +87,21 @@ class DynamicBatcher:
 
     Args:
         max_queue_size: Payloads of normal priority that may wait, and as many of low priority.
-        on_batch: Called on the model thread with the kind and size of every batch.
+        on_batch: Called on the thread with the kind and size of every batch.
+        thread_name: Name of the thread, for stacks.
     """
 
-    def __init__(self, max_queue_size: int, on_batch: BatchCallback | None = None) -> None:
+    def __init__(
+        self,
+        max_queue_size: int,
+        on_batch: BatchCallback | None = None,
+        thread_name: str = "hyperlora-model",
+    ) -> None:
         self.max_queue_size, self._on_batch = max_queue_size, on_batch or (lambda kind, size: None)
         self._queue: deque[_AnyItem] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run_loop, name="hyperlora-model", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name=thread_name, daemon=True)
         self._thread.start()
 
     @property

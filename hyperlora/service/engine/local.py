@@ -83,16 +83,17 @@ class LocalEngine:
     @property
     def is_ready(self) -> bool:
         """Whether the model thread takes requests."""
-        return self._worker.batcher.is_alive
+        return self._worker.is_alive
 
     @property
     def queue_length(self) -> int:
         """Number of requests that wait for the model thread."""
-        return self._worker.batcher.queue_length
+        return self._worker.queue_length
 
     def close(self, timeout_s: float) -> None:
         """Finish what waits and stop; after ``timeout_s`` seconds cancel the rest."""
-        self._worker.batcher.close(timeout_s)
+        self._worker.close(timeout_s)
+        self.lora_engine.close()
 
     def list_models(self) -> list[ModelInfo]:
         """List the models from photos, the default one first, then the model from pairs."""

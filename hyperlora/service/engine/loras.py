@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -102,6 +104,7 @@ class LoraEngine:
 
     def __init__(self, models: PhotoModels, base: DiffusionBase, max_batch_size: int) -> None:
         self.models, self.base, self.max_batch_size = models, base, max_batch_size
+        self._loader = ThreadPoolExecutor(1, "hyperlora-loader")
         if (first := models.find()).facts is None:
             first.load().check_base(base)
 
@@ -127,8 +130,15 @@ class LoraEngine:
             LayoutMismatchError: If the LoRA has to be refined and its base is not here.
         """
         source, config = self.models.find(request.model, request.method), request.config
-        model = await asyncio.to_thread(self.models.load, source)
-        await asyncio.to_thread(self._check_config, source, model, config)
+        model = await self._load(source)
+        check_config: Callable[[], None] = partial(self._check_config, source, model, config)
+        if model.runs_in_own_process:  # a template may run for its ranks
+            check_spec = BatchSpec[Callable[[], None], None](
+                "check", _run_checks, in_own_process=True
+            )
+            await worker.run_in_batch(check_spec, check_config, timeout_s)
+        else:
+            await asyncio.to_thread(check_config)
         base = self.base if config.refine_steps else None
         decoded = await worker.decode_all(partial(_decode_photo, model, base), request.photos)
         photos = SubjectPhotos.cat(decoded)
@@ -137,6 +147,7 @@ class LoraEngine:
             partial(_predict_batch, model, config.sampling),
             key=(len(request.photos), source.name, config.sampling),
             max_batch_size=self.max_batch_size if source.facts is None else 1,
+            in_own_process=model.runs_in_own_process,
         )
         predicted = await worker.run_in_batch(predict_spec, photos, timeout_s)
         weights = predicted.weights
@@ -157,10 +168,21 @@ class LoraEngine:
             LoraFacts(file_format, readers, files.negative),
         )
 
+    def close(self) -> None:
+        """Load no further network."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    async def _load(self, source: PhotoModelSource) -> AnyPhotoModel:
+        """Load a model; a network that is fetched keeps no thread from other requests."""
+        if source.facts is None:
+            return source.load()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._loader, self.models.load, source)
+
     def _check_config(
         self, source: PhotoModelSource, model: AnyPhotoModel, config: GenerationConfig
     ) -> None:
-        """Check settings before photos are decoded; a template may run for its ranks."""
+        """Check settings before photos are decoded."""
         validate_config(model, config)
         if not config.refine_steps:
             return
@@ -170,6 +192,13 @@ class LoraEngine:
                 "leave refine_steps out"
             )
         model.check_base(self.base)
+
+
+def _run_checks(checks: Sequence[Callable[[], None]]) -> Sequence[None]:
+    """Call the functions of one batch."""
+    for check in checks:
+        check()
+    return [None] * len(checks)
 
 
 def _decode_photo(model: AnyPhotoModel, base: DiffusionBase | None, photo: bytes) -> SubjectPhotos:

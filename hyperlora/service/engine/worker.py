@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
@@ -16,21 +17,45 @@ MAX_DECODERS: Final = 2
 
 
 class ModelWorker:
-    """The model thread of one engine, and the slots of its decoders.
+    """The model thread of one engine, a thread for other processes, and the slots of its decoders.
+
+    The code of a template runs in a process of its own. One thread waits for these processes, so
+    that there is one at a time, and other requests go on.
 
     Args:
-        max_queue_size: Payloads that may wait for the model thread.
-        on_batch: Called on the model thread with the kind and size of every batch.
+        max_queue_size: Payloads that may wait for either thread.
+        on_batch: Called on either thread with the kind and size of every batch.
     """
 
     def __init__(self, max_queue_size: int, on_batch: BatchCallback | None = None) -> None:
         self.batcher = DynamicBatcher(max_queue_size, on_batch)
+        self.process_batcher = DynamicBatcher(max_queue_size, on_batch, "hyperlora-processes")
         self.decoder_slots = threading.Semaphore(MAX_DECODERS)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether both threads run and take payloads."""
+        return self.batcher.is_alive and self.process_batcher.is_alive
+
+    @property
+    def queue_length(self) -> int:
+        """Number of payloads that wait for either thread."""
+        return self.batcher.queue_length + self.process_batcher.queue_length
+
+    def close(self, timeout_s: float) -> None:
+        """Finish what waits and end both threads.
+
+        Args:
+            timeout_s: Seconds for both; what still waits then is cancelled.
+        """
+        end_time = time.monotonic() + timeout_s
+        for batcher in (self.batcher, self.process_batcher):
+            batcher.close(max(0.0, end_time - time.monotonic()))
 
     async def run_in_batch(
         self, spec: BatchSpec[PayloadT, ResultT], payload: PayloadT, timeout_s: float
     ) -> ResultT:
-        """Run one payload on the model thread, in a batch with others of an equal spec.
+        """Run one payload on the thread of its spec, in a batch with others of an equal spec.
 
         Args:
             spec: The kind of work.
@@ -44,7 +69,8 @@ class ModelWorker:
             QueueFullError: If too many payloads wait.
             DeadlineExceededError: If the turn of the payload does not come in time.
         """
-        return await asyncio.wrap_future(self.batcher.submit(spec, payload, timeout_s))
+        batcher = self.process_batcher if spec.in_own_process else self.batcher
+        return await asyncio.wrap_future(batcher.submit(spec, payload, timeout_s))
 
     async def decode_all(
         self, decode: Callable[[SourceT], DecodedT], sources: Sequence[SourceT]

@@ -1,6 +1,9 @@
 """A hub's own code: it runs after consent only, and what it must not do ends it."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from safetensors.torch import load
 
 from hyperlora.errors import InvalidArgumentError, ModelLoadError, OutOfMemoryError
+from hyperlora.pipelines.released import template_sandbox
 from hyperlora.pipelines.released.template_process import (
     build_model,
     collect_lora,
@@ -33,12 +37,25 @@ def test_template_returns_what_its_code_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    no_secrets = "import os; assert 'HF_TOKEN' not in os.environ and not torch.cuda.is_available()"
-    tensors = run(make_template(tmp_path / "template", no_secrets))
+    code = """
+        import os, sys
+        assert 'HF_TOKEN' not in os.environ and not torch.cuda.is_available()
+        sys.path.append(os.path.dirname(__file__))
+        import helper  # for the first time: no bytecode of it lies on the disk
+        assert helper.NUMBER == 7
+    """
+    folder = make_template(tmp_path / "template", code)
+    (folder / "helper.py").write_text("NUMBER = 7\n")
+    tensors = run(folder)
+    assert not (folder / "__pycache__").exists()
     mean = torch.tensor([0.6, 0.0, 0.6]) + 0.25  # the buffer is in no file
-    code = WEIGHT @ mean
-    torch.testing.assert_close(tensors["layers.0.attention.to_q.lora_A.default.weight"][0], code)
-    torch.testing.assert_close(tensors["layers.0.attention.to_q.lora_B.default.weight"][:, 0], code)
+    expected = WEIGHT @ mean
+    torch.testing.assert_close(
+        tensors["layers.0.attention.to_q.lora_A.default.weight"][0], expected
+    )
+    torch.testing.assert_close(
+        tensors["layers.0.attention.to_q.lora_B.default.weight"][:, 0], expected
+    )
 
 
 def test_nothing_runs_without_consent_to_this_code(tmp_path: Path) -> None:
@@ -92,6 +109,27 @@ def test_time_and_memory_are_limited(tmp_path: Path) -> None:
     greedy = make_template(tmp_path / "greedy", "kept = torch.ones(2 << 30)")
     with pytest.raises(OutOfMemoryError, match="more memory than it may use"):
         run(greedy, SandboxLimits(memory_bytes=4 << 30))
+
+
+def test_one_template_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, lock = make_template(tmp_path), threading.Lock()
+    held = list[Path]()
+
+    def run_process(work_dir: Path, limits: SandboxLimits, model_dir: Path) -> str:
+        with lock:
+            assert not held, "another template runs"
+            held.append(work_dir)
+        time.sleep(0.05)
+        (work_dir / "report.json").write_text('{"ok": ""}')
+        (work_dir / "lora.safetensors").write_bytes(work_dir.name.encode())
+        held.remove(work_dir)
+        return ""
+
+    monkeypatch.setattr(template_sandbox, "_run_process", run_process)
+    with ThreadPoolExecutor(4) as threads:
+        futures = [threads.submit(run_template, folder, "", IMAGES) for _ in range(4)]
+        results = {future.result() for future in futures}
+    assert len(results) == 4
 
 
 def test_weights_are_complete_and_safe(tmp_path: Path) -> None:
