@@ -84,7 +84,7 @@ def generate_folder(
         InvalidArgumentError: The settings do not suit a folder or the model.
     """
     config.check_folder()
-    folder = find_path(folder)
+    folder = find_path(Path(folder))
     skipped_photos: list[SkippedPhoto] = []
     subjects = list_subjects(folder, skipped_photos=skipped_photos)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from hyperlora.encoders.ood_detector import OodDetector, pool_features
 from hyperlora.encoders.sidecar import compute_encoder_fingerprint
 from hyperlora.lora.io.load import load_lora
 from hyperlora.pipelines.image_to_lora import ImageToLora
+from hyperlora.seeds import MAX_SEED
 from hyperlora.service.engine.requests import ModelInfo
 from hyperlora.service.settings import hash_key
 from hyperlora.service.ui.api_client import Api
@@ -233,7 +235,7 @@ def test_photo_and_compose_tabs_generate_images(start_client: StartClient, tmp_p
     photo = write_photo(tmp_path / "me.png")
     create_lora = get_handler(partial(build_photo_tab, api), "create_lora")
     updates = asyncio.run(
-        collect(create_lora([photo], "a b", 1.0, "me", 4, 0, "LCM", [], None, visitor))
+        collect(create_lora([photo], "a b", 1.0, "me", 4, "0", "LCM", [], None, visitor))
     )
     assert [p.name for p in list_downloads(updates)] == ["me.safetensors"]
     (tray,) = [v for update in updates for k, v in update.items() if isinstance(k, gr.State)]
@@ -242,10 +244,23 @@ def test_photo_and_compose_tabs_generate_images(start_client: StartClient, tmp_p
     assert "The LoRA took" in status_html and portraits_html.count("<img") == 8
 
     generate_grid = get_handler(partial(build_compose_tab, api), "generate_grid")
-    pages = asyncio.run(collect(generate_grid(visitor, tray, "merge", "a b", 4, 0, "", 0.5, 1.0)))
+    pages = asyncio.run(
+        collect(generate_grid(visitor, tray, "merge", "a b", 4, " 5", "", 0.5, 1.0))
+    )
     assert "<h3>me</h3>" in pages[-1] and pages[-1].count("<img") == 4
     with pytest.raises(gr.Error, match="There is no LoRA yet"):
-        asyncio.run(collect(generate_grid(visitor, [], "merge", "a b", 4, 0, "")))
+        asyncio.run(collect(generate_grid(visitor, [], "merge", "a b", 4, "0", "")))
+
+    def list_images(seed: str) -> list[str]:
+        pages = asyncio.run(collect(generate_grid(visitor, tray, "merge", "a b", 2, seed, "", 1.0)))
+        return re.findall(r'<img[^>]*src="([^"]+)"', pages[-1])
+
+    last_images, first_images = list_images(str(MAX_SEED)), list_images("")
+    assert len(set(last_images)) == 4
+    assert last_images[1:] == first_images[:3]  # 0 follows the largest seed
+    for seed in ("-1", str(MAX_SEED + 1), "1.5", "x", "1e3", "9" * 5000):
+        with pytest.raises(gr.Error, match=f"whole number from 0 to {MAX_SEED} expected, got"):
+            list_images(seed)
 
 
 def test_serve_reports_a_missing_gradio(

@@ -15,6 +15,7 @@ from hyperlora.service.ui.sampling import (
     build_prompt_box,
     build_sampling_options,
     compute_progress,
+    parse_seed,
     sample_grid,
 )
 from hyperlora.service.ui.text import EMPTY_COMPOSITION, EMPTY_TRAY, STRATEGIES
@@ -33,7 +34,7 @@ class _ComposeTab:
         strategy: str,
         prompt: str,
         num_steps: int,
-        seed: float | None,
+        seed: str,
         scheduler: str,
         *lora_weights: float,
     ) -> AsyncIterator[str]:
@@ -43,7 +44,7 @@ class _ComposeTab:
         request = GridRequest(
             prompt,
             [[item.data for item in items]],
-            seed,
+            parse_seed(seed),
             int(num_steps),
             scheduler,
             strategy,

@@ -33,6 +33,7 @@ from hyperlora.service.ui.sampling import (
     build_prompt_box,
     build_sampling_options,
     compute_progress,
+    parse_seed,
     sample_grid,
 )
 from hyperlora.service.ui.text import (
@@ -65,7 +66,7 @@ class _PhotoTab:
         strength: float,
         name: str,
         num_steps: int,
-        seed: float | None,
+        seed: str,
         scheduler: str,
         tray_items: list[TrayItem],
         model: str | None,
@@ -75,6 +76,7 @@ class _PhotoTab:
         files = read_uploads(photos)
         if not files:
             raise make_ui_error("there is no photo yet: drop one, paste one, or use the camera")
+        first_seed = parse_seed(seed)
         async with self.api.open_client(visitor) as client:
             yield {self.status_html: gr.HTML(render_status("Making the LoRA …", 0), visible=True)}
             start_time = time.perf_counter()
@@ -104,7 +106,7 @@ class _PhotoTab:
                     self.portraits_html: EMPTY_PORTRAITS,
                 }
                 return
-            request = GridRequest(prompt, [[lora], []], seed, int(num_steps), scheduler)
+            request = GridRequest(prompt, [[lora], []], first_seed, int(num_steps), scheduler)
             scored_files = files if model_info.supports_identity_similarity else []
             async for updates in self._generate_portraits(
                 client, request, scored_files, elapsed_text

@@ -9,7 +9,9 @@ from typing import Final, TypeVar
 import gradio as gr
 from PIL import Image
 
-from hyperlora.service.ui.api_client import Api, RecordingClient
+from hyperlora.errors import InvalidArgumentError
+from hyperlora.seeds import MAX_SEED, compute_seed, validate_seed
+from hyperlora.service.ui.api_client import Api, RecordingClient, make_ui_error
 from hyperlora.service.ui.components import EVENT_OPTIONS
 from hyperlora.service.ui.text import PRESET_LABELS, get_prompt_presets
 
@@ -36,7 +38,7 @@ class GridRequest:
     Attributes:
         prompt: The prompt of all images.
         lora_rows: LoRA files of each row.
-        seed: Seed of the first image of each row; an emptied field is None.
+        seed: Seed of the first image of each row.
         num_inference_steps: Denoising steps.
         scheduler: Sampler by diffusers' name; empty for the base's own.
         strategy: How the LoRAs of a row are combined.
@@ -45,7 +47,7 @@ class GridRequest:
 
     prompt: str
     lora_rows: Sequence[Sequence[bytes]]
-    seed: float | None
+    seed: int
     num_inference_steps: int
     scheduler: str = ""
     strategy: str = "merge"
@@ -70,7 +72,7 @@ async def sample_grid(
         grid[row][column] = await client.generate_image(
             request.prompt,
             request.lora_rows[row],
-            seed=int(request.seed or 0) + column,
+            seed=compute_seed(request.seed, column),
             num_inference_steps=request.num_inference_steps,
             scheduler=request.scheduler or None,
             strategy=request.strategy,
@@ -148,12 +150,33 @@ def build_prompt_box(api: Api, blocks: gr.Blocks) -> gr.Textbox:
     return prompt
 
 
-def build_sampling_options(tab: str) -> tuple[gr.Slider, gr.Number, gr.Dropdown]:
+def parse_seed(text: str) -> int:
+    """Parse the field of the seed, which is text: numbers of a browser end at 2^53.
+
+    Args:
+        text: What the visitor typed; nothing counts as 0.
+
+    Returns:
+        From 0 to ``MAX_SEED``.
+
+    Raises:
+        gr.Error: It is no such number.
+    """
+    digits = text.strip()
+    try:
+        return validate_seed(int(digits or "0"))
+    except (ValueError, InvalidArgumentError):
+        raise make_ui_error(
+            f"seed: a whole number from 0 to {MAX_SEED} expected, got {digits[:40]!r}"
+        ) from None
+
+
+def build_sampling_options(tab: str) -> tuple[gr.Slider, gr.Textbox, gr.Dropdown]:
     """Build the inputs for denoising steps, the seed of the first image, and the sampler."""
     with gr.Row():
         return (
             gr.Slider(1, 50, 20, step=1, label="Steps", min_width=140, elem_id=f"steps-{tab}"),
-            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=100),
+            gr.Textbox("0", label="Seed", max_lines=1, max_length=40, min_width=100),
             gr.Dropdown(
                 [("the base's own", ""), *SCHEDULERS],
                 value="",
