@@ -155,11 +155,12 @@ def test_page_shows_the_cards_and_makes_a_file_without_portraits(
 
     async def collect() -> list[dict[Any, Any]]:
         photos = [str(world / "me.png")]
-        arguments = (photos, "a man", 1.0, "me", 4, 0, "", [], "face", visitor)
+        arguments = (photos, "a man", 1.0, "me", 4, "0", "", [], "face", visitor)
         return [updates async for updates in handler(*arguments)]
 
     values = [value for updates in asyncio.run(collect()) for value in updates.values()]
-    (download,) = [value for value in values if isinstance(value, gr.DownloadButton)]
+    download, negative = [value for value in values if isinstance(value, gr.DownloadButton)]
+    assert not negative.visible and negative.value is None, "this model has no second file"
     expected = post_photos(server, (world / "me.png").read_bytes(), model="face", title="me")
     assert Path(download.value["path"]).read_bytes() == expected.content
     (snippet,) = [value.value for value in values if isinstance(value, gr.Code)]

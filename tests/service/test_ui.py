@@ -204,7 +204,7 @@ async def collect(updates: AsyncIterator[Any]) -> list[Any]:
 def list_downloads(updates: list[dict[Any, Any]]) -> list[Path]:
     """List the files behind the download buttons, in their order."""
     values = [value for update in updates for value in update.values()]
-    return [Path(v.value["path"]) for v in values if isinstance(v, gr.DownloadButton)]
+    return [Path(v.value["path"]) for v in values if isinstance(v, gr.DownloadButton) and v.value]
 
 
 def test_pair_tab_makes_files_and_edits_images(start_client: StartClient, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import re
 from base64 import b64encode
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Literal, TypedDict
 
 import gradio as gr
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 
 from hyperlora.data.image_formats import UPLOAD_FORMATS
 from hyperlora.data.images import read_image
+from hyperlora.lora.io.negative_lora import make_negative_path
 from hyperlora.service.ui.text import format_score, get_similarity_label
 
 UploadSource = Literal["upload", "webcam", "clipboard"]
@@ -151,6 +153,26 @@ def make_code_block() -> gr.Code:
         wrap_lines=True,
         show_line_numbers=False,
     )
+
+
+def update_negative_download(
+    button: gr.DownloadButton, data: bytes | None, name: str
+) -> gr.DownloadButton:
+    """Put the LoRA for the negative branch of guidance behind a button, or hide the button.
+
+    Args:
+        button: The button.
+        data: The ``.safetensors`` file; None for a model without one.
+        name: What the visitor calls the LoRA.
+
+    Returns:
+        The update of the button.
+    """
+    if data is None:
+        return gr.DownloadButton(value=None, visible=False)
+    path = make_negative_path(Path(f"{make_file_name(name)}.safetensors"))
+    value = save_bytes_to_cache(data, path.name, button.GRADIO_CACHE)
+    return gr.DownloadButton(value=value, visible=True, interactive=True)
 
 
 def update_download(

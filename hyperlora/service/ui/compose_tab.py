@@ -49,6 +49,7 @@ class _ComposeTab:
             scheduler,
             strategy,
             lora_weights[: len(items)],
+            items[0].negative if len(items) == 1 else None,
         )
         title = " + ".join(item.name for item in items)
         async with self.api.open_client(visitor) as client:

@@ -11,10 +11,17 @@ MAX_ITEMS: Final = 6
 
 @dataclass(frozen=True)
 class TrayItem:
-    """A LoRA file and its name in the tray."""
+    """A LoRA file and its name in the tray.
+
+    Attributes:
+        name: The name.
+        data: The ``.safetensors`` file.
+        negative: The file for the negative branch of guidance; None for a model without one.
+    """
 
     name: str
     data: bytes
+    negative: bytes | None = None
 
 
 def make_tray_state(retention_s: int) -> gr.State:
@@ -22,13 +29,16 @@ def make_tray_state(retention_s: int) -> gr.State:
     return gr.State([], time_to_live=retention_s)
 
 
-def add_item(items: list[TrayItem], name: str, data: bytes) -> list[TrayItem]:
+def add_item(
+    items: list[TrayItem], name: str, data: bytes, negative: bytes | None = None
+) -> list[TrayItem]:
     """Add a LoRA to a tray.
 
     Args:
         items: The tray.
         name: Name of the LoRA; a number is added if another LoRA has it.
         data: The ``.safetensors`` file; it replaces an item of the same content.
+        negative: The file for the negative branch of guidance; None for none.
 
     Returns:
         The last ``MAX_ITEMS`` items.
@@ -37,4 +47,4 @@ def add_item(items: list[TrayItem], name: str, data: bytes) -> list[TrayItem]:
     used_names = {item.name for item in other_items}
     names = [name, *(f"{name} {i}" for i in range(2, MAX_ITEMS + 2))]
     free_name = next(candidate for candidate in names if candidate not in used_names)
-    return [*other_items, TrayItem(free_name, data)][-MAX_ITEMS:]
+    return [*other_items, TrayItem(free_name, data, negative)][-MAX_ITEMS:]

@@ -25,6 +25,7 @@ from hyperlora.service.ui.components import (
     render_status,
     render_warnings,
     update_download,
+    update_negative_download,
 )
 from hyperlora.service.ui.lora_tray import TrayItem, add_item
 from hyperlora.service.ui.sampling import (
@@ -56,6 +57,7 @@ class _PhotoTab:
     status_html: gr.HTML
     portraits_html: gr.HTML
     download: gr.DownloadButton
+    negative_download: gr.DownloadButton
     code_block: gr.Code
     result: gr.Column
 
@@ -81,9 +83,8 @@ class _PhotoTab:
             yield {self.status_html: gr.HTML(render_status("Making the LoRA …", 0), visible=True)}
             start_time = time.perf_counter()
             model_info = await client.load_photo_model_info(model)
-            needs_negative = model_info.kind == "template"  # found by the id in the header
-            lora = await client.create_lora(
-                files, title=name, strength=strength, model=model_info.id, store=needs_negative
+            lora, negative = await client.create_lora_files(
+                files, title=name, strength=strength, model=model_info.id
             )
             elapsed_text = f"The LoRA took {time.perf_counter() - start_time:.1f} s"
             model_info = await client.load_photo_model_info(model_info.id)  # loaded now
@@ -94,9 +95,12 @@ class _PhotoTab:
             snippet = make_snippet(model_info.base, file_name, prompt, model_info.strength)
             yield {
                 self.download: update_download(self.download, lora, name, model_info.lora_readers),
+                self.negative_download: update_negative_download(
+                    self.negative_download, negative, name
+                ),
                 self.code_block: gr.Code(snippet),
                 self.result: gr.Column(visible=True),
-                self.tray: add_item(tray_items, name, lora),
+                self.tray: add_item(tray_items, name, lora, negative),
             }
             if not model_info.can_generate_images:
                 yield {
@@ -106,7 +110,14 @@ class _PhotoTab:
                     self.portraits_html: EMPTY_PORTRAITS,
                 }
                 return
-            request = GridRequest(prompt, [[lora], []], first_seed, int(num_steps), scheduler)
+            request = GridRequest(
+                prompt,
+                [[lora], []],
+                first_seed,
+                int(num_steps),
+                scheduler,
+                negative_lora=negative,
+            )
             scored_files = files if model_info.supports_identity_similarity else []
             async for updates in self._generate_portraits(
                 client, request, scored_files, elapsed_text
@@ -178,14 +189,23 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
             portraits_html = gr.HTML(EMPTY_PORTRAITS, elem_id="portraits")
             with gr.Column(visible=False) as result:
                 download = gr.DownloadButton("Download", size="md", elem_id="download")
+                negative_download = gr.DownloadButton(
+                    "Download the LoRA for negative prompts",
+                    size="md",
+                    visible=False,
+                    elem_id="download-negative",
+                )
                 code_block = make_code_block()
 
-    tab = _PhotoTab(api, tray, status_html, portraits_html, download, code_block, result)
+    tab = _PhotoTab(
+        api, tray, status_html, portraits_html, download, negative_download, code_block, result
+    )
     inputs: list[Block] = [photos, prompt, strength, name, num_steps, seed, scheduler, tray, model]
     outputs: list[Block] = [
         status_html,
         portraits_html,
         download,
+        negative_download,
         code_block,
         result,
         tray,

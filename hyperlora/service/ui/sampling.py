@@ -1,6 +1,7 @@
 """Grids of images through the API, and the inputs that all tabs share."""
 
 import asyncio
+from base64 import b64encode
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ class GridRequest:
         num_inference_steps: Denoising steps.
         scheduler: Sampler by diffusers' name; empty for the base's own.
         strategy: How the LoRAs of a row are combined.
-        lora_weights: One weight per LoRA of each row; None for 1.
+        lora_weights: One weight per LoRA of each row; None for those that the files recommend.
+        negative_lora: LoRA file for the negative branch of guidance, in rows of one merged LoRA;
+            None for what its header asks for.
     """
 
     prompt: str
@@ -52,6 +55,14 @@ class GridRequest:
     scheduler: str = ""
     strategy: str = "merge"
     lora_weights: Sequence[float] | None = None
+    negative_lora: bytes | None = None
+
+    def get_row_options(self, row: int) -> dict[str, object]:
+        """Return the further fields of an image of a row."""
+        is_single = len(self.lora_rows[row]) == 1 and self.strategy == "merge"
+        if self.negative_lora is None or not is_single:
+            return {}
+        return {"negative_lora": {"content": b64encode(self.negative_lora).decode()}}
 
 
 async def sample_grid(
@@ -77,6 +88,7 @@ async def sample_grid(
             scheduler=request.scheduler or None,
             strategy=request.strategy,
             weights=request.lora_weights,
+            **request.get_row_options(row),
         )
 
     for row in range(len(request.lora_rows)):
