@@ -15,6 +15,7 @@ from typing import Final
 from data_builder.sources.types import Photo, SourceConfig, parse_photo
 from hyperlora.diffusion.target_modules import TARGET_PRESETS
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.finetuning.config import LrScheduler, check_lr_schedule
 from hyperlora.lora.io.safetensors_file import write_bytes
 from hyperlora.seeds import validate_seed
 
@@ -52,7 +53,10 @@ class Recipe:
             of a network from the photos.
         init_from: Folder of that dataset or network.
         finetune_steps: Optimizer steps of each subject.
-        lr: Learning rate of Adam.
+        lr: Peak learning rate of Adam.
+        lr_scheduler: ``constant``, ``linear`` or ``cosine``: how it falls, in the end to 0.
+        lr_warmup_steps: Steps over which it rises from 0.
+        timestep_shift: Above 1, noisier timesteps are drawn more often.
         batch_size: Examples of each subject per step.
         subjects_per_batch: Subjects that are fitted together; they form a chunk.
         identifier: Phrase for the subject in training prompts.
@@ -83,6 +87,9 @@ class Recipe:
     init_from: str = ""
     finetune_steps: int = 300
     lr: float = 1e-3
+    lr_scheduler: LrScheduler = "constant"
+    lr_warmup_steps: int = 0
+    timestep_shift: float = 1.0
     batch_size: int = 2
     subjects_per_batch: int = 16
     identifier: str = "sks person"
@@ -111,6 +118,11 @@ class Recipe:
         together.
         """
         validate_seed(self.seed)
+        check_lr_schedule(self.lr_scheduler, self.lr_warmup_steps)
+        if not 0 < self.timestep_shift < float("inf"):
+            raise InvalidArgumentError(
+                f"--timestep-shift must be above 0 and finite, got {self.timestep_shift}"
+            )
         choices = {
             "preset": TARGET_PRESETS,
             "dtype": ("float32", "bfloat16", "float16"),

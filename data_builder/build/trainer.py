@@ -132,6 +132,9 @@ class ChunkTrainer:
             FineTuneConfig(
                 num_steps=recipe.finetune_steps,
                 lr=recipe.lr,
+                lr_scheduler=recipe.lr_scheduler,
+                lr_warmup_steps=recipe.lr_warmup_steps,
+                shift=recipe.timestep_shift,
                 batch_size=recipe.batch_size,
                 prior_loss_weight=recipe.prior_loss_weight,
                 seeds=seeds,

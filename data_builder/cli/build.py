@@ -48,7 +48,16 @@ def plan(
         str, typer.Option(help="Dataset (--init mean) or network (--init network).")
     ] = "",
     finetune_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    lr_scheduler: Annotated[
+        str, typer.Option(help="How it falls: constant, linear or cosine.")
+    ] = "constant",
+    lr_warmup_steps: Annotated[
+        int, typer.Option(min=0, help="Steps over which the learning rate rises from 0.")
+    ] = 0,
+    timestep_shift: Annotated[
+        float, typer.Option(help="Above 1, noisier timesteps are drawn more often.")
+    ] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of each subject per step.")] = 2,
     subjects_per_batch: Annotated[
         int, typer.Option(min=0, help="Subjects fitted together; 0: by the GPU's memory.")

@@ -116,16 +116,17 @@ class LoraDataset(Dataset[Tensor]):
         for start_index in range(0, len(self), batch_size):
             yield self[start_index : start_index + batch_size]
 
-    def fit_normalizer(self, canonical: bool = False) -> LoraNormalizer:
+    def fit_normalizer(self, canonical: bool = False, per_factor: bool = False) -> LoraNormalizer:
         """Fit the mean and the standard deviation of every number over the rows.
 
         Args:
             canonical: Whether the factors are brought to a canonical form first.
+            per_factor: Whether the numbers of a factor share a standard deviation.
 
         Returns:
             The normalizer.
         """
-        return LoraNormalizer.fit(self.layout, self.iter_batches(), canonical)
+        return LoraNormalizer.fit(self.layout, self.iter_batches(), canonical, per_factor)
 
     @cached_property
     def _rows_by_subject(self) -> dict[str, list[int]]:

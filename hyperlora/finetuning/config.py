@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import cos, isfinite, pi
+from typing import Final, Literal, get_args
 
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.progress import track
 from hyperlora.seeds import validate_seed
+
+LrScheduler = Literal["constant", "linear", "cosine"]
+LR_SCHEDULERS: Final = get_args(LrScheduler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +20,9 @@ class FineTuneConfig:
 
     Attributes:
         num_steps: Optimizer steps, 0 or more.
-        lr: Learning rate of Adam.
+        lr: Peak learning rate of Adam.
+        lr_scheduler: ``constant``, ``linear`` or ``cosine``: how it falls, in the end to 0.
+        lr_warmup_steps: Steps over which it rises from 0.
         batch_size: Random examples of each subject per step.
         prior_loss_weight: Weight of the prior-preservation loss (DreamBooth, 2208.12242, eq. 2).
         snapshot_steps: Steps after which a copy of the LoRAs is kept in the result.
@@ -34,6 +40,8 @@ class FineTuneConfig:
 
     num_steps: int
     lr: float
+    lr_scheduler: LrScheduler = "constant"
+    lr_warmup_steps: int = 0
     batch_size: int = 1
     prior_loss_weight: float = 1.0
     snapshot_steps: Collection[int] = ()
@@ -45,6 +53,9 @@ class FineTuneConfig:
 
     def __post_init__(self) -> None:
         check_optimizer_settings(self.num_steps, self.lr, self.batch_size)
+        check_lr_schedule(self.lr_scheduler, self.lr_warmup_steps)
+        if not (isfinite(self.shift) and self.shift > 0):
+            raise InvalidArgumentError(f"shift must be above 0 and finite, got {self.shift}")
         if self.num_paired_groups < 1:
             raise InvalidArgumentError(
                 f"num_paired_groups must be at least 1, got {self.num_paired_groups}"
@@ -55,6 +66,27 @@ class FineTuneConfig:
             raise InvalidArgumentError(
                 "num_paired_groups and seeds exclude each other: give one of them"
             )
+
+    def compute_lr(self, step: int) -> float:
+        """Compute the learning rate of a step.
+
+        Args:
+            step: The number of the step, from 1.
+
+        Returns:
+            lr w f(p). w rises over the warm-up; then p goes from 0 to 1, and f(p) is 1, 1 - p or
+            (1 + cos πp) / 2.
+        """
+        if step <= self.lr_warmup_steps:
+            return self.lr * step / (self.lr_warmup_steps + 1)
+        num_steps = max(1, self.num_steps - self.lr_warmup_steps)
+        progress = (step - 1 - self.lr_warmup_steps) / num_steps
+        factors = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": (1 + cos(pi * progress)) / 2,
+        }
+        return self.lr * factors[self.lr_scheduler]
 
     def iterate_steps(self) -> Iterator[int]:
         """Yield step numbers from 1, with the progress bar, and call ``on_step`` before each."""
@@ -131,6 +163,24 @@ class RefineConfig:
             progress_label=self.progress_label,
             on_step=self.on_step,
         )
+
+
+def check_lr_schedule(lr_scheduler: str, lr_warmup_steps: int) -> None:
+    """Check how a learning rate rises and falls.
+
+    Args:
+        lr_scheduler: One of ``LR_SCHEDULERS``.
+        lr_warmup_steps: Steps of the warm-up, 0 or more.
+
+    Raises:
+        InvalidArgumentError: The scheduler is unknown, or the number negative.
+    """
+    if lr_scheduler not in LR_SCHEDULERS:
+        raise InvalidArgumentError(
+            f"unknown lr_scheduler {lr_scheduler!r}; known: {', '.join(LR_SCHEDULERS)}"
+        )
+    if lr_warmup_steps < 0:
+        raise InvalidArgumentError(f"lr_warmup_steps must be 0 or more, got {lr_warmup_steps}")
 
 
 def check_optimizer_settings(num_steps: int, lr: float, batch_size: int) -> None:

@@ -118,6 +118,7 @@ def fine_tune_loras(
                 loss = loss + config.prior_loss_weight * prior_loss
         # the sum over subjects gives each row of the codes the gradient of its own loss
         (codes.grad,) = torch.autograd.grad(loss.sum(), codes)
+        optimizer.param_groups[0]["lr"] = config.compute_lr(step)
         optimizer.step()
         losses.append(_scatter_to_subjects(loss.detach(), active, num_subjects))
         early_stopping.num_steps[active] = step

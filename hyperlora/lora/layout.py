@@ -136,11 +136,18 @@ class LoraLayout:
         return tuple(dict.fromkeys(target.component for target in self.targets))
 
     @property
+    def factor_sizes(self) -> list[int]:
+        """Numbers of each factor in a flat LoRA: down [r, in], then up [out, r] of each target."""
+        return [
+            self.rank * num_features
+            for target in self.targets
+            for num_features in (target.in_features, target.out_features)
+        ]
+
+    @property
     def numel(self) -> int:
         """Length of the flat vector of one LoRA."""
-        return sum(  # down [r, in] and up [out, r] of every target
-            self.rank * (target.in_features + target.out_features) for target in self.targets
-        )
+        return sum(self.factor_sizes)
 
     @property
     def init_std(self) -> float:

@@ -39,13 +39,21 @@ class LoraNormalizer(nn.Module):
         self.register_buffer("std", torch.ones(layout.numel))
 
     @classmethod
-    def fit(cls, layout: LoraLayout, batches: Iterable[Tensor], canonical: bool = False) -> Self:
+    def fit(
+        cls,
+        layout: LoraLayout,
+        batches: Iterable[Tensor],
+        canonical: bool = False,
+        per_factor: bool = False,
+    ) -> Self:
         """Compute the statistics of all rows in one pass (Chan et al. 1979).
 
         Args:
             layout: The targets and the rank.
             batches: Flat LoRAs, [n, numel] each.
             canonical: See the class.
+            per_factor: Whether all numbers of a factor (``down`` or ``up`` of one target) share
+                a standard deviation, so that large weights stay larger than small ones.
 
         Returns:
             The normalizer. Numbers that never vary have a standard deviation of 1.
@@ -65,7 +73,11 @@ class LoraNormalizer(nn.Module):
             sum_squares += batch_sum_squares + mean_delta.square() * n * m / (n + m)
             mean += mean_delta * m / (n + m)
             num_rows += m
-        std = (sum_squares / max(1, num_rows)).sqrt()  # [numel]
+        variance = sum_squares / max(1, num_rows)  # [numel]
+        if per_factor:
+            factors = variance.split(layout.factor_sizes)
+            variance = torch.cat([factor.mean().expand_as(factor) for factor in factors])
+        std = variance.sqrt()  # [numel]
         normalizer.mean.copy_(mean)
         normalizer.std.copy_(torch.where(std > _MIN_STD, std, torch.ones_like(std)))
         return normalizer

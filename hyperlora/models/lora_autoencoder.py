@@ -1,87 +1,124 @@
-"""``LoraAutoencoder``: LoRAs to a short sequence of latents and back, by 1-D convolutions.
+"""``LoraAutoencoder``: LoRAs to a short sequence of latents and back (the LAE of DiffLoRA).
 
-It is the LAE of DiffLoRA (2408.06740). The numbers of a LoRA form one sequence. For every target
-module and rank index r, it has the row r of ``down``, then the column r of ``up``. What a number
-means depends on its position, which a convolution cannot see. Each stage therefore has a scale and
-a shift per position and channel.
+What a number of a LoRA means depends on its position. Kernels that slide over the numbers would
+average gradients of random sign. Each factor (``down`` or ``up`` of a target module) therefore has
+directions of its own, and neighboring factors form a token. 1-D convolutions over these tokens
+follow (2408.06740). At first, the convolutions add 0. After ``fit`` the autoencoder then is a
+principal component analysis in two steps, from which training starts.
 """
 
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hyperlora.lora.layout import LoraLayout
+from hyperlora.models.lora_projections import (
+    FactorProjection,
+    TokenProjection,
+    list_factor_kinds,
+)
 
 
 class LoraAutoencoderConfig(TypedDict):
     """Arguments of a ``LoraAutoencoder`` besides its layout, as in ``config.json``."""
 
-    channels: list[int]
-    stride: int
+    directions_per_factor: int
+    factors_per_token: int
     latent_width: int
+    width: int
+    depth: int
+    kernel_size: int
+    share_directions: bool
     variational: bool
 
 
 class LoraAutoencoder(nn.Module):
-    """Convolutional autoencoder of LoRAs, optionally variational (β-VAE).
+    """Autoencoder of LoRAs: linear per factor, then convolutional over factors.
 
-    Letters of shapes: B LoRAs (batch), D numbers of a LoRA (``numel``), D' the same after padding,
-    s ``stride``, k stages, C_i channels after stage i (C_0 = 1), L tokens of the latents, Z
-    ``latent_width``. Convolutions have the channels before the positions.
+        u_f = x_f D_f,   g_t = [u_f for the factors f of token t]
+        z_t = g_t J_t + conv_t(g A),   ĝ_t = z_t J'_tᵀ + conv'_t(z) A'_t
+
+    D, J and A are linear and each position has its own; ``conv`` mixes neighboring tokens. The
+    decoder has weights of its own.
+
+    Letters of shapes: B LoRAs (batch), D numbers of a LoRA (``numel``), M factors, D_f numbers of
+    factor f, K ``directions_per_factor``, G ``factors_per_token``, L tokens (M / G, rounded up), Z
+    ``latent_width``.
 
     Args:
         layout: Target modules and rank of the LoRAs.
-        channels: Output channels of each encoder stage.
-        stride: Factor by which each stage shortens the sequence.
-        latent_width: Channels of the latents.
-        variational: Whether the encoder predicts a mean and a variance.
+        directions_per_factor: K. Encoder and decoder have K ``numel`` numbers each for them.
+        factors_per_token: G, neighbors in the order of the layout; 2 for one target module.
+        latent_width: Z, numbers per token, at most G K.
+        width: Channels of the convolutions.
+        depth: Residual blocks of encoder and of decoder; 0 for a linear autoencoder.
+        kernel_size: Tokens that a convolution sees, an odd number.
+        share_directions: Whether target modules of one kind share directions, each with a
+            rotation [K, K] of its own. A kind is a path without its numbers. This bounds the
+            parameters for large bases.
+        variational: Whether the encoder predicts a mean and a variance (β-VAE).
     """
-
-    permutation: Tensor
 
     def __init__(
         self,
         layout: LoraLayout,
-        channels: tuple[int, ...] = (16, 32, 64, 96, 128),
-        stride: int = 4,
+        directions_per_factor: int = 32,
+        factors_per_token: int = 2,
         latent_width: int = 64,
+        width: int = 128,
+        depth: int = 2,
+        kernel_size: int = 5,
+        share_directions: bool = False,
         variational: bool = False,
     ) -> None:
         super().__init__()
         self.layout, self.variational, self.latent_width = layout, variational, latent_width
         self.config: LoraAutoencoderConfig = {
-            "channels": list(channels),
-            "stride": stride,
+            "directions_per_factor": directions_per_factor,
+            "factors_per_token": factors_per_token,
             "latent_width": latent_width,
+            "width": width,
+            "depth": depth,
+            "kernel_size": kernel_size,
+            "share_directions": share_directions,
             "variational": variational,
         }
-        num_stages = len(channels)
-        self.downsample_factor = stride**num_stages  # s^k
-        self.num_tokens = -(-layout.numel // self.downsample_factor)  # L, rounded up
-        padded_length = self.num_tokens * self.downsample_factor  # D': s divides it k times
-        stage_lengths = [padded_length // stride ** (i + 1) for i in range(num_stages)]
-        stage_channels = (1, *channels)  # C_0 ... C_k
-        self.down_blocks = nn.ModuleList(
-            _ConvStage(stage_channels[i], stage_channels[i + 1], stride, stage_lengths[i])
-            for i in range(num_stages)
-        )
-        # convolutions of kernel size 1 around the latents, as in AutoencoderKL of diffusers
-        self.quant_conv = nn.Conv1d(channels[-1], latent_width * (2 if variational else 1), 1)
-        self.post_quant_conv = nn.Conv1d(latent_width, channels[-1], 1)
-        self.up_blocks = nn.ModuleList(
-            _ConvStage(
-                stage_channels[i + 1], stage_channels[i], stride, stage_lengths[i], upsample=True
-            )
-            for i in reversed(range(num_stages))
-        )
-        self.register_buffer("permutation", make_rank_major_permutation(layout), persistent=False)
+        factor_kinds = list_factor_kinds(layout, share_directions)
+        self.num_factors = len(factor_kinds)  # M
+        self.num_tokens = -(-self.num_factors // factors_per_token)  # L, rounded up
+        self.factor_encoder = FactorProjection(layout, factor_kinds, directions_per_factor)
+        sizes = (self.num_tokens, factors_per_token * directions_per_factor)
+        self.token_encoder = TokenProjection(*sizes, latent_width)
+        self.token_decoder = TokenProjection(*sizes, latent_width)
+        self.core_encoder = self.core_decoder = None
+        if depth:
+            self.core_encoder = _ConvEncoder(*sizes, latent_width, width, depth, kernel_size)
+            self.core_decoder = _ConvDecoder(*sizes, latent_width, width, depth, kernel_size)
+        self.factor_decoder = FactorProjection(layout, factor_kinds, directions_per_factor)
+        self.logvar_head = nn.Conv1d(latent_width, latent_width, 1) if variational else None
+        if self.logvar_head is not None:
+            nn.init.zeros_(self.logvar_head.weight)
+            nn.init.constant_(self.logvar_head.bias, -6.0)  # type: ignore[arg-type]
 
     @property
     def compression(self) -> float:
         """Numbers of a LoRA per number of its latents."""
         return self.layout.numel / (self.num_tokens * self.latent_width)
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor) -> None:
+        """Set directions and tokens to principal components; the convolutions stay.
+
+        Args:
+            rows: Normalized LoRAs of mean 0, [n, numel]. If they span fewer directions, the
+                others are left as they are.
+        """
+        self.factor_encoder.fit(rows)
+        self.token_encoder.fit(self._group(self.factor_encoder.encode(rows)))
+        # the directions are orthonormal, so the transpose undoes them
+        self.factor_decoder.load_state_dict(self.factor_encoder.state_dict())
+        self.token_decoder.load_state_dict(self.token_encoder.state_dict())
 
     def encode_moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Predict mean and log-variance of the latents.
@@ -93,15 +130,13 @@ class LoraAutoencoder(nn.Module):
             Mean and log-variance, each [batch, num_tokens, latent_width]. The latter is -inf
             unless variational.
         """
-        sequence = rows[..., self.permutation]  # neighbors now belong to one rank index, [B, D]
-        num_padding = self.num_tokens * self.downsample_factor - sequence.shape[-1]  # D' - D
-        x = F.pad(sequence, (0, num_padding))[:, None]  # [B, 1, D']
-        for stage in self.down_blocks:
-            x = stage(x)  # [B, C_i, D' / s^i] for i = 1 ... k, in the end [B, C_k, L]
-        moments = self.quant_conv(x).mT  # [B, L, Z], variational [B, L, 2·Z]
-        if not self.variational:
-            return moments, torch.full_like(moments, -torch.inf)  # σ² = 0
-        mean, logvar = moments.chunk(2, -1)  # μ and log σ², each [B, L, Z]
+        groups = self._group(self.factor_encoder.encode(rows))  # g [B, L, G K]
+        mean = self.token_encoder.encode(groups)  # μ [B, L, Z]
+        if self.core_encoder is not None:
+            mean = mean + self.core_encoder(groups)
+        if self.logvar_head is None:
+            return mean, torch.full_like(mean, -torch.inf)  # σ² = 0
+        logvar = self.logvar_head(mean.mT).mT  # log σ² [B, L, Z]
         return mean, logvar.clamp(-20, 10)  # σ² from 2e-9 to 2e4: exp must not overflow
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -118,13 +153,13 @@ class LoraAutoencoder(nn.Module):
         Returns:
             Flat, normalized LoRAs, [batch, numel].
         """
-        x = self.post_quant_conv(latents.mT)  # [B, C_k, L]
-        for stage in self.up_blocks:
-            x = stage(x)  # [B, C_i, D' / s^i] for i = k - 1 ... 0, in the end [B, 1, D']
-        sequence = x[:, 0, : self.layout.numel]  # without the padding, [B, D]
-        rows = torch.empty_like(sequence)
-        rows[:, self.permutation] = sequence  # assigned, not read: the inverse permutation
-        return rows
+        groups = self.token_decoder.decode(latents)  # ĝ [B, L, G K]
+        if self.core_decoder is not None:
+            groups = groups + self.core_decoder(latents)
+        num_directions = self.config["directions_per_factor"]
+        coefficients = groups.flatten(1).unflatten(1, (-1, num_directions))  # [B, L G, K]
+        # without the padding of the last token: û [B, M, K] to x̂ [B, D]
+        return self.factor_decoder.decode(coefficients[:, : self.num_factors])
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruct LoRAs; a variational encoder's latents are sampled in training.
@@ -149,71 +184,100 @@ class LoraAutoencoder(nn.Module):
             latents = mean + torch.randn_like(mean) * (logvar / 2).exp()  # [B, L, Z]
         return self.decode(latents), kl_divergence  # [B, D], [B]
 
+    def _group(self, coefficients: Tensor) -> Tensor:
+        """[batch, num_factors, K] to [batch, num_tokens, G K]; missing factors are 0."""
+        num_padding = self.num_tokens * self.config["factors_per_token"] - self.num_factors
+        padded = nn.functional.pad(coefficients, (0, 0, 0, num_padding))  # [B, L G, K]
+        return padded.flatten(1).unflatten(1, (self.num_tokens, -1))
 
-class _ConvStage(nn.Module):
-    """A strided convolution, a scale and shift per position, and a residual block.
 
-    The convolution comes first when downsampling and last when upsampling, so that all else works
-    on the shorter sequence.
-
-    Letters of shapes: B batch, c channels of the shorter sequence, l its length, s ``stride``.
+class _ConvEncoder(nn.Module):
+    """Convolutions over groups, from [batch, num_tokens, G K] to [batch, num_tokens, Z].
 
     Args:
-        in_channels: Of the input.
-        out_channels: Of the output.
-        stride: Factor between the longer and the shorter sequence.
-        length: Of the shorter sequence.
-        upsample: Whether the output is the longer one.
+        num_tokens: L.
+        group_width: G K.
+        latent_width: Z.
+        width: c, channels.
+        depth: Residual blocks.
+        kernel_size: Of their first convolution.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, length: int, upsample: bool = False
+        self,
+        num_tokens: int,
+        group_width: int,
+        latent_width: int,
+        width: int,
+        depth: int,
+        kernel_size: int,
     ) -> None:
         super().__init__()
-        conv_class = nn.ConvTranspose1d if upsample else nn.Conv1d
-        # kernel size = stride: patches of s numbers that do not overlap
-        self.resample: nn.Module = conv_class(in_channels, out_channels, stride, stride)
-        channels = in_channels if upsample else out_channels  # c
-        self.scale = nn.Parameter(torch.ones(channels, length))  # [c, l], also the shift
-        self.shift = nn.Parameter(torch.zeros(channels, length))
-        conv_out = nn.Conv1d(channels, channels, 3, padding=1)  # keeps the length l
-        # 0, so the residual block is the identity at first
-        nn.init.zeros_(conv_out.weight)
-        nn.init.zeros_(conv_out.bias)  # type: ignore[arg-type]
-        self.block = nn.Sequential(nn.Conv1d(channels, channels, 3, padding=1), nn.GELU(), conv_out)
-        self.upsample = upsample
+        self.proj_in = nn.Parameter(torch.randn(num_tokens, group_width, width) * group_width**-0.5)
+        self.blocks = _make_conv_blocks(width, depth, kernel_size)
+        self.conv_out = _make_zero_conv(width, latent_width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, in_channels, in_length] to [batch, out_channels, out_length]."""
-        if not self.upsample:
-            x = self.resample(x)  # [B, in_channels, s·l] to [B, c, l]
-        x = x * self.scale + self.shift  # [B, c, l]
-        x = x + self.block(x)  # [B, c, l]
-        return self.resample(x) if self.upsample else x  # upsampled: [B, out_channels, s·l]
+    def forward(self, groups: Tensor) -> Tensor:
+        """Return what neighboring groups add to the latents; 0 at initialization."""
+        h = torch.einsum("bld,ldc->bcl", groups, self.proj_in)  # [B, c, L]
+        for block in self.blocks:
+            h = h + block(h)  # [B, c, L]
+        return self.conv_out(h).mT  # [B, L, Z]
 
 
-def make_rank_major_permutation(layout: LoraLayout) -> Tensor:
-    """Make the permutation that puts the numbers of each rank index next to each other.
-
-    A flat LoRA has all of ``down``, then all of ``up`` of each target module. The permuted one has
-    for each rank index r the row r of ``down``, then the column r of ``up``.
+class _ConvDecoder(nn.Module):
+    """Convolutions over latents, from [batch, num_tokens, Z] to [batch, num_tokens, G K].
 
     Args:
-        layout: Target modules and rank of the LoRA.
-
-    Returns:
-        Indices into the flat LoRA, [numel].
+        num_tokens: L.
+        group_width: G K.
+        latent_width: Z.
+        width: c, channels.
+        depth: Residual blocks.
+        kernel_size: Of their first convolution.
     """
-    rank, offset = layout.rank, 0
-    indices: list[Tensor] = []
-    for target in layout.targets:
-        # where the numbers of each factor lie in the flat LoRA: down [r, in], up [out, r]
-        down = torch.arange(rank * target.in_features).view(rank, target.in_features) + offset
-        offset += down.numel()
-        up = torch.arange(target.out_features * rank).view(target.out_features, rank) + offset
-        offset += up.numel()
-        indices.append(torch.cat([down, up.mT], 1).flatten())  # [r, in + out], then one axis
-    return torch.cat(indices)  # [D]
+
+    def __init__(
+        self,
+        num_tokens: int,
+        group_width: int,
+        latent_width: int,
+        width: int,
+        depth: int,
+        kernel_size: int,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv1d(latent_width, width, 1)
+        self.blocks = _make_conv_blocks(width, depth, kernel_size)
+        self.proj_out = nn.Parameter(torch.zeros(num_tokens, width, group_width))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return what neighboring latents add to the groups; 0 at initialization."""
+        h = self.conv_in(latents.mT)  # [B, c, L]
+        for block in self.blocks:
+            h = h + block(h)  # [B, c, L]
+        return torch.einsum("bcl,lcd->bld", h, self.proj_out)
+
+
+def _make_conv_blocks(width: int, depth: int, kernel_size: int) -> nn.ModuleList:
+    """Residual blocks [batch, width, num_tokens], each with a kernel over neighboring tokens."""
+    return nn.ModuleList(
+        nn.Sequential(
+            nn.GroupNorm(1, width),
+            nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2),
+            nn.GELU(),
+            nn.Conv1d(width, width, 1),
+        )
+        for _ in range(depth)
+    )
+
+
+def _make_zero_conv(in_channels: int, out_channels: int) -> nn.Conv1d:
+    """A convolution of kernel size 1 whose output is 0 at initialization."""
+    conv = nn.Conv1d(in_channels, out_channels, 1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
 
 
 def compute_weight_preserved_loss(

@@ -115,11 +115,7 @@ class FactorwiseLoraPCA(nn.Module):
             "components_per_factor": components_per_factor,
         }
         # D_f in the order of LoraWeights.flatten: per target down [r, in], then up [out, r]
-        self.factor_sizes = [
-            layout.rank * num_features
-            for target in layout.targets
-            for num_features in (target.in_features, target.out_features)
-        ]
+        self.factor_sizes = layout.factor_sizes
         num_coefficients = len(self.factor_sizes) * components_per_factor  # M·k
         # C_f [k, D_f] of all factors side by side. The block-diagonal matrix [M·k, D] would hold
         # the same numbers, and M - 1 times as many zeros.
@@ -219,3 +215,20 @@ def compute_principal_components(
     num_missing = num_components - len(components)
     # a component of 0 has the latent 0 and adds nothing to what is decoded
     return torch.cat([components, rows.new_zeros(num_missing, rows.shape[1])])
+
+
+def complete_basis(components: Tensor) -> Tensor:
+    """Replace rows of zeros by directions that are orthogonal to the other rows.
+
+    Args:
+        components: Orthonormal rows and, after them, rows of zeros, [n, width].
+
+    Returns:
+        Orthonormal rows, [n, width]. Those that were not 0 are as they were, up to sign. Rows
+        after the first ``width`` stay 0.
+    """
+    num_rows, width = components.shape
+    is_zero = components.square().sum(-1, keepdim=True) == 0  # [n, 1]
+    candidates = torch.where(is_zero, torch.randn_like(components), components)[:width]
+    basis = torch.linalg.qr(candidates.mT).Q.mT  # QR keeps the directions that come first
+    return torch.cat([basis, components.new_zeros(num_rows - len(basis), width)])

@@ -125,6 +125,12 @@ def test_gather_examples_orders_samples_as_inject_lora() -> None:
     [
         ({"num_steps": -1}, "num_steps must be 0 or more, got -1"),
         ({"lr": float("nan")}, "lr must be 0 or more and finite, got nan"),
+        (
+            {"lr_scheduler": "cosin"},
+            "unknown lr_scheduler 'cosin'; known: constant, linear, cosine",
+        ),
+        ({"lr_warmup_steps": -1}, "lr_warmup_steps must be 0 or more, got -1"),
+        ({"shift": 0.0}, "shift must be above 0 and finite, got 0.0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_paired_groups": 0}, "num_paired_groups must be at least 1, got 0"),
         ({"num_paired_groups": 2, "seeds": [0, 1]}, "exclude each other: give one of them"),
@@ -133,6 +139,31 @@ def test_gather_examples_orders_samples_as_inject_lora() -> None:
 def test_fine_tune_config_refuses_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         FineTuneConfig(**({"num_steps": 1, "lr": 1e-3} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [2.0, 2.0, 2.0, 2.0]),
+        ({"lr_scheduler": "linear"}, [2.0, 1.5, 1.0, 0.5]),
+        ({"lr_scheduler": "cosine"}, [2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5]),
+        ({"lr_warmup_steps": 1}, [1.0, 2.0, 2.0, 2.0]),
+        ({"lr_scheduler": "linear", "lr_warmup_steps": 2}, [2 / 3, 4 / 3, 2.0, 1.0]),
+    ],
+)
+def test_compute_lr_rises_and_falls(options: dict[str, Any], expected: list[float]) -> None:
+    config = FineTuneConfig(num_steps=4, lr=2.0, **options)
+    assert [config.compute_lr(step) for step in (1, 2, 3, 4)] == pytest.approx(expected)
+
+
+def test_fine_tune_loras_follows_the_schedule(base: DiffusionBase, init_loras: LoraWeights) -> None:
+    """Adam's first step moves each number by the learning rate of that step."""
+    examples = make_photo_examples(base, make_photos(base.resolution), "a b")
+    for options, lr in (({}, 1e-2), ({"lr_warmup_steps": 3}, 2.5e-3)):
+        config = {"num_steps": 4, "snapshot_steps": (1,), **options}
+        result = run_fine_tuning(base, init_loras, examples, **config)
+        moved = result.snapshots[1].flatten() - init_loras.flatten()
+        assert float(moved.abs().max()) == pytest.approx(lr, rel=0.01)
 
 
 def test_iterate_steps_calls_on_step_before_each_step() -> None:

@@ -1,5 +1,7 @@
 """Train the autoencoder of LoRAs (LAE) on a dataset of them."""
 
+from typing import Final
+
 import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -12,13 +14,19 @@ from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.training.modules.options import Options
 from hyperlora.training.optimizers import make_adamw_cosine
 
+_MAX_FIT_NUMBERS: Final = 10**9
+"""Numbers of LoRAs from which the start is computed, 4 GB."""
+
 
 class LoraAutoencoderTraining(L.LightningModule):
-    """Train on the weight-preserved loss and a KL divergence, over normalized LoRAs.
+    """Train on the weight-preserved loss and a KL divergence.
 
-    L = mean((1 + λ |w| / max |w|) (w - ŵ)²) + ``kl_weight`` KL, with λ = ``magnitude_weight``.
+    L = mean((1 + λ |w| / max |w|) (w - ŵ)²) / mean(σ²) + ``kl_weight`` KL, with λ =
+    ``magnitude_weight``. w are the numbers of a LoRA as they are, and σ² their variances over the
+    dataset. For normalized numbers, the largest would be those that vary least.
 
-    Batches are flat LoRAs [n, P]. Validation logs the relative error and the cosine of ΔW.
+    Training starts at principal components (``LoraAutoencoder.fit``). Batches are flat LoRAs
+    [n, P]. Validation logs the relative error and the cosine of ΔW.
 
     Args:
         folder: Dataset whose training split gives layout and normalization, both stored in the
@@ -45,8 +53,11 @@ class LoraAutoencoderTraining(L.LightningModule):
         self.save_hyperparameters()
         data = LoraDataset(folder, "train")
         self.model = LoraCodec(
-            data.fit_normalizer(canonicalize), LoraAutoencoder(data.layout, **(autoencoder or {}))
+            data.fit_normalizer(canonicalize, per_factor=True),
+            LoraAutoencoder(data.layout, **(autoencoder or {})),
         )
+        num_rows = min(len(data), _MAX_FIT_NUMBERS // data.layout.numel)
+        self.model.autoencoder.fit(self.model.normalizer.normalize(data[:num_rows]))
 
     def training_step(self, flat_loras: Tensor, batch_idx: int) -> Tensor:
         """Compute the loss of a batch.
@@ -58,11 +69,15 @@ class LoraAutoencoderTraining(L.LightningModule):
         Returns:
             Loss, a scalar.
         """
-        normalized = self.model.normalizer.normalize(flat_loras)  # [n, P]
+        normalizer = self.model.normalizer
+        normalized = normalizer.normalize(flat_loras)  # [n, P]
         reconstruction, kl = self.model.autoencoder(normalized)  # [n, P], [n]
         loss = compute_weight_preserved_loss(
-            reconstruction, normalized, self.hparams["magnitude_weight"]
+            normalizer.denormalize(reconstruction),
+            normalizer.denormalize(normalized),  # in canonical form, unlike the batch
+            self.hparams["magnitude_weight"],
         )
+        loss = loss / normalizer.std.square().mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss + self.hparams["kl_weight"] * kl.mean()
 
