@@ -137,7 +137,7 @@ def test_list_models_lists_all_kinds(client: TestClient) -> None:
             [("before", BEFORE), ("after", AFTER)],
             {"refine_steps": 3},
             400,
-            "leave rank, refine",
+            "leave refine_steps, refine",
         ),
         (
             "/v1/loras",

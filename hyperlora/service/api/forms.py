@@ -85,6 +85,10 @@ class LoraForm:
     after: Annotated[
         list[UploadFile] | None, File(description="The same images after it, in this order.")
     ] = None
+    image: Annotated[
+        UploadFile | None,
+        File(description="The image to edit, for a model of pairs that makes its LoRA for one."),
+    ] = None
     format: Annotated[
         FormatChoice, Form(description="Key names; auto is what most programs read of this base.")
     ] = "auto"
@@ -141,7 +145,19 @@ class LoraForm:
             )
         if pairs:
             self._check_pair_options()
-            return EditLoraRequest(pairs, self.strength, self.format, self.title, self.consent)
+            image = await self.image.read() if self.image else None
+            return EditLoraRequest(
+                pairs,
+                self.strength,
+                self.format,
+                self.title,
+                self.consent,
+                self.model,
+                image,
+                self.rank,
+            )
+        if self.image is not None:
+            raise InvalidArgumentError("image belongs to before and after: leave it out")
         config = GenerationConfig(
             format=self.format,
             rank=self.rank,
@@ -171,10 +187,10 @@ class LoraForm:
 
     def _check_pair_options(self) -> None:
         is_refined = self.refine_steps or self.refine_method
-        if is_refined or self.rank or self.method or self.model or self.seed:
+        if is_refined or self.method or self.seed:
             raise InvalidArgumentError(
-                "the LoRA of a pair has the model's rank, is not refined and has no seed: "
-                "leave rank, refine_steps, refine_method, method, model and seed out"
+                "the LoRA of a pair is not refined and has no seed: "
+                "leave refine_steps, refine_method, method and seed out"
             )
 
 

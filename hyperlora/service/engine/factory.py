@@ -8,7 +8,7 @@ from hyperlora.compute import ComputeConfig
 from hyperlora.cpu import disable_malloc_trim
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
-from hyperlora.errors import LayoutMismatchError
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.pipelines.auto import is_own_model, load_image_to_lora
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.released.registry import open_released_model
@@ -23,6 +23,7 @@ from hyperlora.service.engine.photo_models import (
     find_named_value,
     parse_named_value,
 )
+from hyperlora.service.engine.sheet_models import SheetModelSource, open_sheet_model
 from hyperlora.service.settings import ServiceSettings
 
 
@@ -37,7 +38,8 @@ class ModelPaths:
         edit_base: InstructPix2Pix base of the model from pairs.
         enable_edits: Whether the server takes before/after pairs.
         evaluator: Attribute classifier for identity similarity; None refuses such requests.
-        extra_models: Further models from photos, likewise.
+        extra_models: Further models from photos, likewise, and networks that make the LoRA of a
+            pair's edit for one image (LoRWeB).
         encoders: Image encoders of networks that others released, ``FOLDER`` or ``NAME=FOLDER``.
         trusted_code: SHA-256 of the code of templates that may run, ``SHA256`` or ``NAME=SHA256``.
         face_pack: Face pack of networks that others released; None for their own.
@@ -78,8 +80,12 @@ def make_engine_factory(
     disable_malloc_trim()
     limits, compute = settings.engine_limits, compute or ComputeConfig()
     base = load_diffusion_base(paths.base, compute)
-    photo_model, *extra_models = (
+    sources = [
         _open_source(text, paths, base, compute) for text in (paths.model, *paths.extra_models)
+    ]
+    sheet_models = [source for source in sources if isinstance(source, SheetModelSource)]
+    photo_model, *extra_models = (
+        source for source in sources if isinstance(source, PhotoModelSource)
     )
     edit_engine = None
     if paths.enable_edits:
@@ -102,6 +108,7 @@ def make_engine_factory(
             identity_similarity=identity_similarity,
             extra_models=extra_models,
             max_loaded_models=paths.max_loaded_models,
+            sheet_models=sheet_models,
         )
 
     return make_engine
@@ -109,7 +116,7 @@ def make_engine_factory(
 
 def _open_source(
     text: str, paths: ModelPaths, base: DiffusionBase, compute: ComputeConfig
-) -> PhotoModelSource:
+) -> PhotoModelSource | SheetModelSource:
     """Load a model of hyperlora, or recognize a network that others released."""
     name, name_or_path = parse_named_value(text)
     if is_own_model(name_or_path):
@@ -121,6 +128,15 @@ def _open_source(
             model = load_image_to_lora(name_or_path, compute=compute)  # without images of it
         return PhotoModelSource.from_model(model, name)
     options = ReleasedOptions(offline=not paths.fetch, face_pack=paths.face_pack)
+    sheet_source = SheetModelSource.from_release(name_or_path, name, options, compute)
+    if sheet_source is not None:
+        if text == paths.model:
+            raise InvalidArgumentError(
+                f"{name_or_path!r} makes LoRAs of edits: the first --model is one from photos"
+            )
+        encoder = find_named_value(paths.encoders, sheet_source.name)
+        options = replace(options, encoder=encoder)
+        return replace(sheet_source, load=partial(open_sheet_model, name_or_path, options, compute))
     source = PhotoModelSource.from_release(name_or_path, name, options, compute)
     options = replace(
         options,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 from PIL import Image
 
@@ -14,11 +14,16 @@ from hyperlora.service.engine.callbacks import BatchCallback, ProgressFn
 from hyperlora.service.engine.edits import EditEngine
 from hyperlora.service.engine.images import ImageEngine
 from hyperlora.service.engine.loras import LoraEngine
-from hyperlora.service.engine.model_info import describe_model, describe_source
+from hyperlora.service.engine.model_info import (
+    describe_card,
+    describe_model,
+    describe_source,
+)
 from hyperlora.service.engine.photo_models import (
     DEFAULT_MAX_LOADED,
     PhotoModels,
     PhotoModelSource,
+    check_names_differ,
 )
 from hyperlora.service.engine.requests import (
     EditImageRequest,
@@ -31,9 +36,13 @@ from hyperlora.service.engine.requests import (
     SimilarityRequest,
     ValueT,
 )
+from hyperlora.service.engine.sheet_models import SheetEngine, SheetModelSource
 from hyperlora.service.engine.similarity import compute_similarity
 from hyperlora.service.engine.worker import ModelWorker
 from hyperlora.service.settings import EngineLimits
+
+PAIR_MODEL_NAME: Final = "pair-to-lora"
+"""Name and kind of the model from pairs in the API."""
 
 
 class LocalEngine:
@@ -50,6 +59,7 @@ class LocalEngine:
         identity_similarity: Serves identity similarity; None refuses it.
         extra_models: Further models from photos.
         max_loaded_models: Networks that others released and that are loaded at a time.
+        sheet_models: Networks that make the LoRA of an edit for one image.
 
     Raises:
         InvalidArgumentError: If two models have one name.
@@ -68,6 +78,7 @@ class LocalEngine:
         identity_similarity: IdentitySimilarity | None = None,
         extra_models: Sequence[AnyPhotoModel | PhotoModelSource] = (),
         max_loaded_models: int = DEFAULT_MAX_LOADED,
+        sheet_models: Sequence[SheetModelSource] = (),
     ) -> None:
         limits = limits or EngineLimits()
         sources = [
@@ -75,6 +86,8 @@ class LocalEngine:
             for entry in (model, *extra_models)
         ]
         photo_models = PhotoModels(sources, max_loaded_models)
+        check_names_differ([*sources, *sheet_models])
+        self.sheet_engine = SheetEngine(sheet_models) if sheet_models else None
         self.lora_engine = LoraEngine(photo_models, base, limits.max_lora_batch)
         self.image_engine = ImageEngine(base, lora_dir, limits.max_image_batch)
         self.edit_engine, self.identity_similarity = edit_engine, identity_similarity
@@ -94,6 +107,8 @@ class LocalEngine:
         """Finish what waits and stop; after ``timeout_s`` seconds cancel the rest."""
         self._worker.close(timeout_s)
         self.lora_engine.close()
+        if self.sheet_engine is not None:
+            self.sheet_engine.close()
 
     def list_models(self) -> list[ModelInfo]:
         """List the models from photos, the default one first, then the model from pairs."""
@@ -104,7 +119,15 @@ class LocalEngine:
             for source in models.sources.values()
         ]
         if (edits := self.edit_engine) is not None:
-            model_infos.append(describe_model("pair-to-lora", edits.model, edits.base))
+            model_infos.append(describe_model(PAIR_MODEL_NAME, edits.model, edits.base))
+        if (sheets := self.sheet_engine) is not None:
+            for source in sheets.sources.values():
+                model = sheets.find_in_memory(source)
+                layout = model.layout if model else None
+                is_loaded = model is not None
+                model_infos.append(
+                    describe_card(source.name, source.facts, layout, base, is_loaded=is_loaded)
+                )
         return model_infos
 
     async def run(
@@ -137,6 +160,9 @@ class LocalEngine:
         match request:
             case LoraRequest():
                 return await self.lora_engine.create_lora(request, worker, timeout_s, on_progress)
+            case EditLoraRequest() if self._is_for_sheet(request):
+                assert self.sheet_engine is not None
+                return await self.sheet_engine.create_lora(request, worker, timeout_s)
             case EditLoraRequest():
                 return await self._get_edit_engine().create_lora(request, worker, timeout_s)
             case ImageRequest():
@@ -147,6 +173,22 @@ class LocalEngine:
                 evaluator = self._get_identity_similarity()
                 return await compute_similarity(evaluator, request, worker, timeout_s)
         raise TypeError(f"no engine runs a {type(request).__name__}")
+
+    def _is_for_sheet(self, request: EditLoraRequest) -> bool:
+        """Whether a network for one image makes the LoRA of a pair; checks the request's name."""
+        if self.sheet_engine is not None and (request.model or self.edit_engine is None):
+            return request.model != PAIR_MODEL_NAME or self.edit_engine is None
+        if request.model not in (None, PAIR_MODEL_NAME):
+            raise InvalidArgumentError(
+                f"this server has no model for pairs called {request.model!r}: leave model out, "
+                "or start it with --model NAME=hilamanor/lorweb"
+            )
+        if request.image is not None or request.rank is not None:
+            raise InvalidArgumentError(
+                "image and rank are for a model that makes the LoRA of a pair for one image: "
+                "name it in model, or leave them out"
+            )
+        return False
 
     def _get_identity_similarity(self) -> IdentitySimilarity:
         if self.identity_similarity is None:

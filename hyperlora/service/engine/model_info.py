@@ -5,6 +5,7 @@ from typing import Final
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.lora.io.architectures import find_architecture
 from hyperlora.lora.io.formats import list_readers, resolve_format
+from hyperlora.lora.layout import LoraLayout
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.photo_model import AnyPhotoModel
 from hyperlora.pipelines.pretrained_model import PretrainedModel
@@ -85,13 +86,46 @@ def describe_source(
         return describe_model(source.kind, model, base, supports_identity_similarity, source.name)
     is_layout_known = model is not None and (source.kind != "template" or "layout" in vars(model))
     layout = model.layout if model is not None and is_layout_known else None
+    can_generate_images = matches_base(facts, base)
+    return describe_card(
+        source.name,
+        facts,
+        layout,
+        base,
+        can_generate_images=can_generate_images,
+        is_loaded=model is not None,
+    )
+
+
+def describe_card(
+    name: str,
+    facts: ReleasedCard,
+    layout: LoraLayout | None,
+    base: DiffusionBase,
+    *,
+    can_generate_images: bool = False,
+    is_loaded: bool = False,
+) -> ModelInfo:
+    """Describe a network that others released, by its card.
+
+    Args:
+        name: What requests call it.
+        facts: The card.
+        layout: The layout of its LoRAs; None if it is not known before it is loaded.
+        base: The base that the server draws with.
+        can_generate_images: Whether that is the network's.
+        is_loaded: Whether the network is loaded.
+
+    Returns:
+        The facts that GET /v1/models lists.
+    """
     lora_format = resolve_format("auto", layout, facts.architecture) if layout else None
     readers = (
         list_readers(layout, lora_format, facts.architecture) if layout and lora_format else ()
     )
     return ModelInfo(
-        id=source.name,
-        kind=source.kind,
+        id=name,
+        kind=facts.kind,
         base=facts.base,
         rank=layout.rank if layout else None,
         num_targets=len(layout.targets) if layout else None,
@@ -109,8 +143,8 @@ def describe_source(
         prompt_prefix=facts.trigger_phrase,
         strength=facts.strength,
         download_bytes=facts.download_bytes,
-        can_generate_images=matches_base(facts, base),
-        is_loaded=model is not None,
+        can_generate_images=can_generate_images,
+        is_loaded=is_loaded,
     )
 
 

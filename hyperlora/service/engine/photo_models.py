@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from hyperlora.compute import ComputeConfig
 from hyperlora.errors import InvalidArgumentError
@@ -96,9 +96,8 @@ class PhotoModelSource:
             facts = make_template_card(files.name)
         else:
             facts = find_card(recognition.kind, recognition.variant)
-        parts = (Path(files.name.replace("\\", "/")).name, recognition.variant)
         return cls(
-            name or "-".join(dict.fromkeys(filter(None, parts))).lower(),
+            name or name_repository(files.name, recognition.variant),
             recognition.kind,
             lambda: open_released_model(name_or_path, options, compute),
             facts,
@@ -119,16 +118,11 @@ class PhotoModels:
     def __init__(
         self, sources: Sequence[PhotoModelSource], max_loaded: int = DEFAULT_MAX_LOADED
     ) -> None:
-        self.sources: dict[str, PhotoModelSource] = {}
+        check_names_differ(sources)
+        self.sources = {source.name: source for source in sources}
         self.max_loaded = max_loaded
         self._loaded: OrderedDict[str, AnyPhotoModel] = OrderedDict()  # the last used one last
         self._lock = threading.Lock()
-        for source in sources:
-            if self.sources.setdefault(source.name, source) is not source:
-                raise InvalidArgumentError(
-                    f"two models of this server are called {source.name!r}: "
-                    "name one of them, --model NAME=FOLDER"
-                )
 
     def find(self, name: str | None = None, method: str | None = None) -> PhotoModelSource:
         """Find a model by its name or its method.
@@ -184,6 +178,46 @@ class PhotoModels:
                 self._loaded[source.name] = source.load()
             self._loaded.move_to_end(source.name)
             return self._loaded[source.name]
+
+
+class NamedSource(Protocol):
+    """A model of a server that requests call by a name."""
+
+    @property
+    def name(self) -> str:
+        """The short name."""
+
+
+def check_names_differ(sources: Sequence[NamedSource]) -> None:
+    """Check that the models of a server have different names.
+
+    Args:
+        sources: The models.
+
+    Raises:
+        InvalidArgumentError: Two models have one name.
+    """
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidArgumentError(
+                f"two models of this server are called {name!r}: "
+                "name one of them, --model NAME=FOLDER"
+            )
+
+
+def name_repository(repository: str, variant: str = "") -> str:
+    """Make the short name of a network from those of its repository and its variant.
+
+    Args:
+        repository: Folder or hub id.
+        variant: The variant; empty for none.
+
+    Returns:
+        Lowercase, e.g. ``hyperlora-edit``.
+    """
+    parts = (Path(repository.replace("\\", "/")).name, variant)
+    return "-".join(dict.fromkeys(filter(None, parts))).lower()
 
 
 def parse_named_value(text: str) -> tuple[str, str]:

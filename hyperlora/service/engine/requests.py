@@ -81,6 +81,9 @@ class EditLoraRequest(EngineRequest[bytes]):
         format: Key names of the file.
         title: Title in the metadata of the file.
         consent: Whether the metadata records that the subject agrees.
+        model: Name of the model; None for the first model of the server.
+        image: The image to edit, for a model whose LoRAs are for one image.
+        rank: Rank of the LoRA of such a model; None for its own.
     """
 
     pairs: Sequence[tuple[bytes, bytes]]
@@ -88,6 +91,9 @@ class EditLoraRequest(EngineRequest[bytes]):
     format: FormatChoice = "auto"
     title: str = "edit"
     consent: bool = False
+    model: str | None = None
+    image: bytes | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ class ModelInfo:
     Attributes:
         id: Name of the model in requests.
         kind: Kind of the model: image-to-lora, difflora, pair-to-lora, or of a network that others
-            released: hyperlora-sdxl, i2l-v1 or template.
+            released: hyperlora-sdxl, i2l-v1, template or lorweb.
         base: Id of the base its LoRAs are for.
         rank: Rank of its LoRAs; null until the model is loaded, as the next two.
         num_targets: Number of modules that its LoRAs adapt.

@@ -4,6 +4,7 @@ import html
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 import gradio as gr
 import httpx
@@ -16,6 +17,9 @@ from hyperlora.service.ui.auth import decode_key_cookie
 
 Upload = str | tuple[str, str | None]
 """An uploaded file of Gradio: its path, in a gallery with a caption."""
+
+EDIT_KINDS: Final = ("pair-to-lora", "lorweb")
+"""Kinds of models that make LoRAs of before/after pairs."""
 
 
 class RecordingClient(AsyncClient):
@@ -59,7 +63,7 @@ class RecordingClient(AsyncClient):
             HyperloraError: If the server has no such model.
         """
         for info in await self.load_model_infos():
-            if info.kind != "pair-to-lora" and name in (None, "", info.id):
+            if info.kind not in EDIT_KINDS and name in (None, "", info.id):
                 return info
         raise InvalidArgumentError(f"this server has no model {name!r}: choose another")
 

@@ -8,6 +8,7 @@ import gradio as gr
 from gradio.blocks import Block
 
 from hyperlora.service.ui.api_client import (
+    EDIT_KINDS,
     Api,
     RecordingClient,
     Upload,
@@ -228,7 +229,7 @@ def build_photo_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
 async def _load_models(api: Api, visitor: gr.Request) -> tuple[gr.Dropdown, gr.HTML]:
     """List the models from photos, with the card of the first; nothing shows if there is one."""
     async with api.open_client(visitor) as client:
-        infos = [info for info in await client.load_model_infos() if info.kind != "pair-to-lora"]
+        infos = [info for info in await client.load_model_infos() if info.kind not in EDIT_KINDS]
     is_visible, names = len(infos) > 1, [info.id for info in infos]
     dropdown = gr.Dropdown(choices=[*names], value=names[0], visible=is_visible)
     return dropdown, gr.HTML(render_card(infos[0]), visible=is_visible)
