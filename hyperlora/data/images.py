@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ _HEADER_SIZE_FORMATS: Final = frozenset({"PNG", "JPEG", "WEBP"})
 """Formats whose header has size and orientation; decoders of others may turn the image."""
 _FIRST_SIDEWAYS_ORIENTATION: Final = 5
 """EXIF orientations from 5 to 8 exchange width and height."""
+_GRAY_BY_16_BITS: Final = [(value + 128) // 257 for value in range(1 << 16)]
+"""Gray of 8 bits by that of 16."""
 _MAX_PIXELS_MESSAGE: Final = f"at most {MAX_PIXELS // 10**6} megapixels are read"
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
@@ -333,7 +335,8 @@ def _convert_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("LA") if image.mode == "La" else image
             rgba = image.convert("RGBA")
-            rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+            rgb = Image.new("RGB", image.size, "white")
+            rgb.paste(rgba, mask=rgba)
         else:
             rgb = image.convert("RGB")
     rgb.info = {}
@@ -341,19 +344,19 @@ def _convert_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
 
 
 def _convert_16_bit_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
-    pixels = np.asarray(image).astype(np.int64)  # "I" has 32 bits, of which PNG fills 16
-    low, high = int(pixels.min()), int(pixels.max())
+    wide = image.convert("I")  # 32 bits, of which PNG fills 16
+    low, high = cast(tuple[int, int], wide.getextrema())
     if low < 0 or high > 0xFFFF:
         raise InvalidImageError(
             f"{source_name} has pixels from {low} to {high}, 0 to 65535 expected: "
             "scale it to 8 or 16 bits"
         )
-    gray = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    gray = wide.point(_GRAY_BY_16_BITS, "L")
     gray.info["icc_profile"] = image.info.get("icc_profile")
-    rgb = np.array(convert_to_srgb(gray).convert("RGB"))
+    rgb = convert_to_srgb(gray).convert("RGB")
     if isinstance(transparent_value := image.info.get("transparency"), int):
-        rgb[pixels == transparent_value] = 255
-    return Image.fromarray(rgb)
+        rgb.paste("white", mask=Image.fromarray(np.asarray(wide) == transparent_value))
+    return rgb
 
 
 def _read_orientation(image: Image.Image) -> int:
