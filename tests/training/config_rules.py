@@ -218,7 +218,10 @@ RULES = {
     ),
     "avatars/ablations/lora_conv_autoencoder": Rule(
         LoraCodec.from_pretrained,
-        ("--model.init_args.autoencoder={channels: [4, 8], latent_width: 4}", _TWO_SAMPLES),
+        (
+            "--model.init_args.autoencoder={directions_per_factor: 4, latent_width: 4, width: 8}",
+            _TWO_SAMPLES,
+        ),
         ("avatars/06_text_to_image_attributes", "build"),
     ),
     "instruct_pix2pix/pretrain": _make_pair_rule(*SMALL_NETWORK),
