@@ -260,7 +260,9 @@ def infer_i2l_config(shapes: Mapping[str, Shape], file_name: str) -> I2lConfig:
 
 
 def compute_shape_digest(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Compute the MD5 of the names and shapes of tensors, by which releases are told apart.
+    """Compute the MD5 of names and shapes, by which DiffSynth's registry tells releases apart.
+
+    For each tensor the sorted, comma-joined list holds ``name:d0_d1_...`` and ``name``.
 
     Args:
         shapes: Shapes by name.

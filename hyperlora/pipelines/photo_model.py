@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -18,13 +18,15 @@ from hyperlora.data.images import ImageSource, read_image, to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.encoders.identity_embedder import IdentityEmbedder
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.finetuning.config import RefineConfig
 from hyperlora.lora.io.lora import Lora
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines.config import LoraSampling
 from hyperlora.pipelines.model_card import ModelCard
+
+if TYPE_CHECKING:
+    from hyperlora.finetuning.config import RefineConfig
 
 FeaturesT = TypeVar("FeaturesT")
 """What a model computes from the photos of several subjects, the input of its network."""
@@ -113,9 +115,9 @@ class PhotoModel(ABC, Generic[FeaturesT]):
         return self.card.trigger_phrase
 
     @property
-    def refine_config(self) -> RefineConfig:
-        """Settings with which its LoRAs are refined, but for the number of steps."""
-        return RefineConfig()
+    def refine_config(self) -> "RefineConfig | None":
+        """Settings with which its LoRAs are refined; None for those of ``RefineConfig``."""
+        return None
 
     @property
     def refine_prompt(self) -> str:

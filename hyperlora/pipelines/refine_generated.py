@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.finetuning.config import RefineConfig
 from hyperlora.finetuning.refine import refine_lora
 from hyperlora.finetuning.refine_identity import refine_identity
 from hyperlora.lora.weights import LoraWeights
@@ -41,7 +42,7 @@ def refine_predictions(
         predicted: One LoRA per subject, batch K.
         photos: [K, views, 3, h, w] in [0, 1], of the base's resolution.
         num_steps: Optimizer steps.
-        out_rank: The rank of the result; None for that of ``predicted``.
+        out_rank: The rank of the result; None for all directions of the refined LoRA.
         method: ``identity`` compares images of the card's scenes with the photos by the model's
             identity embedder, ``photos`` minimizes the diffusion loss on the photos. None takes
             the former where the model has an embedder.
@@ -56,7 +57,7 @@ def refine_predictions(
     """
     check_refine_method(model, method)
     config = replace(
-        model.refine_config,
+        model.refine_config or RefineConfig(),
         num_steps=num_steps,
         out_rank=out_rank,
         progress_label=progress_label,

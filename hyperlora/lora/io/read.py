@@ -20,7 +20,7 @@ from hyperlora.lora.io.peft_folder import find_source, read_config
 from hyperlora.lora.io.safetensors_file import MAX_HEADER_BYTES, read_tensors
 from hyperlora.lora.io.state_dict import LoraFactors, check_keys, group_tensors, parse_adapters
 from hyperlora.lora.io.target_names import TargetResolver
-from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, list_layers
+from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, describe_other_layer, list_layers
 from hyperlora.lora.weights import LoraWeights
 
 MAX_PARAMETERS: Final = 2 << 30
@@ -63,23 +63,15 @@ def read_lora(
     base_id: str = "",
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> LoraContent:
-    """Read a LoRA file with the keys of any program.
-
-    LoHa, LoKr and Tucker LoCon become plain LoRAs with the same ΔW. Targets of smaller rank are
-    zero-padded to the largest. With neither ``layout`` nor ``modules``, targets and shapes are
-    those of the file (CLIP text encoders under ``text_model.``), and the base is what the metadata
-    says or ``UNKNOWN_BASE``.
+    """Read a LoRA file with the keys of any program, as ``load_lora`` does.
 
     Args:
-        source: The path of a ``.safetensors`` file or of a folder that PEFT's ``save_pretrained``
-            wrote, or the bytes of a file.
-        layout: The file must have exactly these targets, at any rank.
-        modules: The modules of the loaded base by component, e.g. ``{"unet": unet}``. The file may
-            adapt any part of them and nothing else.
-        max_parameters: Numbers that the LoRA may have at its largest rank; checked before padding.
-        base_id: The id of the loaded base. With ``modules`` it is the base of the result, whatever
-            base the file names, or ``UNKNOWN_BASE`` if it is empty.
-        max_header_bytes: The largest header; ``MAX_UPLOAD_HEADER_BYTES`` for strangers' files.
+        source: See ``load_lora``.
+        layout: See ``load_lora``.
+        modules: See ``load_lora``.
+        max_parameters: See ``load_lora``.
+        base_id: See ``load_lora``.
+        max_header_bytes: See ``load_lora``.
 
     Returns:
         The content of the file.
@@ -216,6 +208,8 @@ def _select_layout(
         for path, _ in list_layers(module)
     }
     if unknown := sorted(set(names) - known_names):
+        if sentence := describe_other_layer(modules, unknown[0]):
+            raise LayoutMismatchError(f"{file_name} cannot be used: {sentence}")
         components = dict.fromkeys(name.split(".", 1)[0] for name in unknown)
         missing = [name for name in components if name in COMPONENTS and name not in modules]
         hint = (

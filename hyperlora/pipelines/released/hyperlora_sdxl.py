@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from hyperlora.compute import ComputeConfig
 from hyperlora.encoders.clip_vision import VISION_PREFIX, ClipVisionEncoder
@@ -93,9 +94,8 @@ class HyperLoraSdxl(ReleasedModel[HyperLoraFeatures]):
         compute: ComputeConfig | None = None,
         keep_background: bool = False,
     ) -> None:
+        super().__init__(facts, compute)
         self.files, self.encoder, self.face_finder = files, encoder, face_finder
-        self.facts, self.card = facts, facts.make_model_card()
-        self.device = compute.torch_device if compute else torch.device("cpu")
         self.keep_background = keep_background
         self._layout = files.make_layout(facts.base)
         self._projector, self._resampler = files.build_networks(len(files.index), self.device)
@@ -107,6 +107,7 @@ class HyperLoraSdxl(ReleasedModel[HyperLoraFeatures]):
             )
 
     @classmethod
+    @override
     def from_files(
         cls,
         files: ReleasedFiles,
@@ -114,21 +115,7 @@ class HyperLoraSdxl(ReleasedModel[HyperLoraFeatures]):
         options: ReleasedOptions,
         compute: ComputeConfig | None = None,
     ) -> Self:
-        """Open the network; the face pack is checked before anything large is fetched.
-
-        Args:
-            files: The files of the repository.
-            recognition: Variant and files of the network.
-            options: Where encoder and face pack come from.
-            compute: The device of the networks; None for the CPU.
-
-        Returns:
-            The model.
-
-        Raises:
-            ModelLoadError: A file is missing, damaged or of another variant.
-            InvalidArgumentError: The extra ``face`` is not installed.
-        """
+        """Open the network; the face pack is checked before anything large is fetched."""
         facts = find_card("hyperlora-sdxl", _match_variant(recognition.variant))
         face_finder = FaceFinder(options.face_pack or PACK_NAME, options.offline)
         encoder_name = options.encoder or facts.list_parts("encoder")[0].name
@@ -150,10 +137,12 @@ class HyperLoraSdxl(ReleasedModel[HyperLoraFeatures]):
         )
 
     @property
+    @override
     def layout(self) -> LoraLayout:
         """The layout of the LoRAs."""
         return self._layout
 
+    @override
     def crop_for_base(self, images: Sequence[Image.Image]) -> list[Image.Image]:
         """Cut photos to their faces, as the authors fine-tune; those without one are left out."""
         crops = []
@@ -166,18 +155,9 @@ class HyperLoraSdxl(ReleasedModel[HyperLoraFeatures]):
             crops.append(crop_for_training(image, face.landmarks - border))
         return crops
 
+    @override
     def encode_subjects(self, subjects: Sequence[SubjectPhotos]) -> HyperLoraFeatures:
-        """Find the face of each photo, and compute the coefficients of each subject.
-
-        Args:
-            subjects: Their photos; those without a usable face are left out.
-
-        Returns:
-            The input of ``generate_from_features``.
-
-        Raises:
-            InvalidImageError: No photo of a subject has a usable face.
-        """
+        """Find the face of each photo, and compute the coefficients of each subject."""
         prepared = [self.prepare_faces(subject.images) for subject in subjects]
         faces = [face for subject_faces, _ in prepared for face in subject_faces]
         clip_tokens = self.encoder.encode_images([face.clip_image for face in faces])
@@ -245,24 +225,19 @@ class HyperLoraSdxl(ReleasedModel[HyperLoraFeatures]):
             )
         return FaceInputs(crop_for_clip(canvas, found.landmarks), embedding, warning)
 
+    @override
     def generate_from_features(
         self, features: HyperLoraFeatures, sampling: LoraSampling | None = None
     ) -> LoraWeights:
-        """Mix the bases, one at a time from their file.
-
-        Args:
-            features: What ``encode_subjects`` returns.
-            sampling: Ignored; the network is deterministic.
-
-        Returns:
-            One LoRA per subject (batch axis).
-        """
+        """Mix the bases, one at a time from their file; ``sampling`` is ignored."""
         return self.files.mix_bases(features.coefficients, self._layout)
 
+    @override
     def list_warnings(self, features: HyperLoraFeatures) -> list[tuple[str, ...]]:
         """List for each subject photos that were left out, and those with several faces."""
         return list(features.warnings)
 
+    @override
     def compute_fingerprint(self) -> str:
         """Compute a hash of the first rows of the networks' tensors."""
         hasher = hashlib.sha256(str(self.keep_background).encode())

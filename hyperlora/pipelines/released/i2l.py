@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from hyperlora.compute import ComputeConfig
 from hyperlora.encoders.pixel_values import crop_center_square
@@ -89,18 +90,17 @@ class ImageToLoraV1(ReleasedModel[StyleFeatures]):
         siglip_config: "SiglipVisionConfig | None" = None,
         dinov3_config: "DINOv3ViTConfig | None" = None,
     ) -> None:
-        self.facts, self.card = facts, facts.make_model_card()
+        super().__init__(facts, compute)
         self._paths = (network_path, siglip_path, dinov3_path)
         self.files = TensorFiles([network_path])
         self.config = infer_i2l_config(self.files.shapes, network_path.name)
         _check_inputs(self.config, facts.variant)
-        device = compute.torch_device if compute else torch.device("cpu")
         dtype = compute.torch_dtype if compute and compute.dtype != "auto" else None
         self.siglip = SiglipEncoder(
-            siglip_path, siglip_config or make_siglip2_config(), device, dtype
+            siglip_path, siglip_config or make_siglip2_config(), self.device, dtype
         )
         self.dinov3 = Dinov3Encoder(
-            dinov3_path, dinov3_config or make_dinov3_config(), device, dtype
+            dinov3_path, dinov3_config or make_dinov3_config(), self.device, dtype
         )
         if (width := self.siglip.width + self.dinov3.width) != self.config.embedding_dim:
             raise ModelLoadError(
@@ -109,6 +109,7 @@ class ImageToLoraV1(ReleasedModel[StyleFeatures]):
             )
 
     @classmethod
+    @override
     def from_files(
         cls,
         files: ReleasedFiles,
@@ -116,21 +117,7 @@ class ImageToLoraV1(ReleasedModel[StyleFeatures]):
         options: ReleasedOptions,
         compute: ComputeConfig | None = None,
     ) -> Self:
-        """Open the network and its encoders; see ``ReleasedModel.from_files``.
-
-        Args:
-            files: The files of the repository.
-            recognition: Kind, variant and file of the decoder.
-            options: Folder or hub id of the encoders, and how to fetch.
-            compute: Device and precision of the encoders; None for the CPU.
-
-        Returns:
-            The model.
-
-        Raises:
-            ModelLoadError: A file is missing, not whole or of another network.
-            InvalidArgumentError: The variant needs a language model.
-        """
+        """Open the network and its encoders, nothing large before all files are known."""
         (network_file,) = recognition.files
         header = files.read_header(network_file)
         if header.digest[:8] not in I2L_DIGESTS:
@@ -154,22 +141,14 @@ class ImageToLoraV1(ReleasedModel[StyleFeatures]):
         )
 
     @property
+    @override
     def layout(self) -> LoraLayout:
         """The layout of the LoRA of one image."""
         return self.config.make_layout(1, self.facts.base)
 
+    @override
     def encode_subjects(self, subjects: Sequence[SubjectPhotos]) -> StyleFeatures:
-        """Encode the images of several subjects; each encoder reads its weights once for all.
-
-        Args:
-            subjects: Subjects with equally many images each.
-
-        Returns:
-            The embeddings.
-
-        Raises:
-            InvalidArgumentError: The subjects have different numbers of images.
-        """
+        """Encode the images; each encoder reads its weights once for all subjects."""
         counts = {len(subject.images) for subject in subjects}
         if len(counts) != 1 or 0 in counts:
             raise InvalidArgumentError(
@@ -195,18 +174,11 @@ class ImageToLoraV1(ReleasedModel[StyleFeatures]):
         return torch.cat([self.siglip.encode(squares), self.dinov3.encode(squares)], -1)
 
     @torch.no_grad()
+    @override
     def generate_from_features(
         self, features: StyleFeatures, sampling: LoraSampling | None = None
     ) -> LoraWeights:
-        """Decode the LoRAs of several subjects.
-
-        Args:
-            features: What ``encode_subjects`` returns.
-            sampling: Ignored; the network is deterministic.
-
-        Returns:
-            One LoRA per subject (batch axis), of rank 4 per image.
-        """
+        """Decode the LoRAs, of rank 4 per image; ``sampling`` is ignored."""
         return LoraWeights.stack(
             [
                 decode_i2l(self.config, self.files.read, embeddings, self.facts.base)
@@ -214,15 +186,9 @@ class ImageToLoraV1(ReleasedModel[StyleFeatures]):
             ]
         )
 
+    @override
     def list_warnings(self, features: StyleFeatures) -> list[tuple[str, ...]]:
-        """Warn of images that are smaller than what the encoders see.
-
-        Args:
-            features: What ``encode_subjects`` returns.
-
-        Returns:
-            For each subject one sentence per doubt.
-        """
+        """Warn of images that are smaller than what the encoders see."""
         return [
             (f"an image is only {side} pixels on its shorter side: the LoRA copies its blur",)
             if side < _MIN_SIDE
@@ -230,6 +196,7 @@ class ImageToLoraV1(ReleasedModel[StyleFeatures]):
             for side in features.min_sides
         ]
 
+    @override
     def compute_fingerprint(self) -> str:
         """Hash names, shapes and the first row of every tensor of all three files."""
         hasher = hashlib.sha256()

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+import torch
+
 from hyperlora.compute import ComputeConfig
 from hyperlora.data.images import ImageSource
 from hyperlora.diffusion.diffusion_base import DiffusionBase
@@ -41,14 +43,22 @@ class ReleasedOptions:
 class ReleasedModel(PhotoModel[FeaturesT]):
     """A network from photos to LoRAs that others released, for their base.
 
-    A subclass sets ``method`` to its kind, and ``facts`` and ``card`` in its constructor.
+    A subclass sets ``method`` to its kind.
+
+    Args:
+        facts: Base, trigger phrase, strength and licenses, from the table.
+        compute: Device and precision of the networks; None for the CPU.
 
     Attributes:
-        facts: Base, trigger phrase, strength and licenses, from the table.
+        facts: The same.
+        device: Where the networks compute.
     """
 
     method: ClassVar[str]
-    facts: ReleasedCard
+
+    def __init__(self, facts: ReleasedCard, compute: ComputeConfig | None = None) -> None:
+        self.facts, self.card = facts, facts.make_model_card()
+        self.device = compute.torch_device if compute else torch.device("cpu")
 
     @classmethod
     @abstractmethod

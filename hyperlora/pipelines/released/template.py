@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Self
 
 from PIL import Image
+from typing_extensions import override
 
 from hyperlora.compute import ComputeConfig
 from hyperlora.errors import InvalidArgumentError
@@ -52,11 +53,11 @@ class TemplateModel(ReleasedModel[list[tuple[Image.Image, ...]]]):
     def __init__(
         self, name: str, model_dir: Path, digest: str, limits: SandboxLimits | None = None
     ) -> None:
-        self.facts = make_template_card(name)
-        self.card = self.facts.make_model_card()
+        super().__init__(make_template_card(name))
         self.model_dir, self.digest, self.limits = model_dir, digest, limits
 
     @classmethod
+    @override
     def from_files(
         cls,
         files: ReleasedFiles,
@@ -64,20 +65,7 @@ class TemplateModel(ReleasedModel[list[tuple[Image.Image, ...]]]):
         options: ReleasedOptions,
         compute: ComputeConfig | None = None,
     ) -> Self:
-        """Fetch the code, ask for consent, then fetch the weights.
-
-        Args:
-            files: The files of the repository.
-            recognition: ``model.py`` and the files of weights.
-            options: The digest of the code to which the user agreed.
-            compute: Ignored; templates run on the CPU.
-
-        Returns:
-            The model.
-
-        Raises:
-            ModelLoadError: There is no consent to this code, or a file cannot be fetched.
-        """
+        """Fetch the code, ask for consent, then fetch the weights; it runs on the CPU."""
         model_dir = files.fetch(TEMPLATE_FILE).parent
         digest = require_consent(model_dir, files.origin, options.trust_remote_code)
         for path in recognition.files:
@@ -85,69 +73,39 @@ class TemplateModel(ReleasedModel[list[tuple[Image.Image, ...]]]):
         return cls(files.name, model_dir, digest)
 
     @cached_property
+    @override
     def layout(self) -> LoraLayout:
         """The layout of the LoRA of one image; known once the template ran on a gray one."""
         return self._run([Image.new("RGB", _GRAY_SIZE, _GRAY)]).layout
 
+    @override
     def encode_subjects(self, subjects: Sequence[SubjectPhotos]) -> list[tuple[Image.Image, ...]]:
-        """Take the images as they are; the template encodes them itself.
-
-        Args:
-            subjects: Subjects with one or several images each.
-
-        Returns:
-            The images of each subject.
-
-        Raises:
-            InvalidArgumentError: A subject has no image.
-        """
+        """Take the images as they are; the template encodes them itself."""
         if not subjects or not all(subject.images for subject in subjects):
             raise InvalidArgumentError("every subject needs at least one image")
         return [subject.images for subject in subjects]
 
+    @override
     def generate_from_features(
         self, features: list[tuple[Image.Image, ...]], sampling: LoraSampling | None = None
     ) -> LoraWeights:
-        """Run the template on the images of each subject.
-
-        Args:
-            features: The images of each subject.
-            sampling: Ignored; the template decides.
-
-        Returns:
-            One LoRA per subject (batch axis).
-
-        Raises:
-            ModelLoadError: The template did what it must not, failed, or returned no LoRA.
-            OutOfMemoryError: It needs more memory than the limit.
-        """
+        """Run the template on the images of each subject; ``sampling`` is ignored."""
         return LoraWeights.stack([self._run(images) for images in features])
 
+    @override
     def generate_negative(self, features: list[tuple[Image.Image, ...]]) -> LoraWeights:
-        """Run the template on gray images of the same sizes, for the negative branch of guidance.
-
-        Args:
-            features: The images of each subject.
-
-        Returns:
-            One LoRA per subject (batch axis).
-        """
+        """Run the template on gray images of the same sizes."""
         grays = [
             tuple(Image.new("RGB", image.size, _GRAY) for image in images) for images in features
         ]
         return self.generate_from_features(grays)
 
+    @override
     def list_warnings(self, features: list[tuple[Image.Image, ...]]) -> list[tuple[str, ...]]:
-        """Have no doubts; nothing is known of what the template expects.
-
-        Args:
-            features: The images of each subject.
-
-        Returns:
-            An empty tuple for each.
-        """
+        """Have no doubts; nothing is known of what the template expects."""
         return [() for _ in features]
 
+    @override
     def compute_fingerprint(self) -> str:
         """Hash the code, and names and sizes of its weights."""
         hasher = hashlib.sha256(self.digest.encode())

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torchvision
@@ -21,9 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hyperlora.pipelines.released.template_guard import Guard, list_readable_dirs
-
-REPORT_NAME: Final = "report.json"
-LORA_NAME: Final = "lora.safetensors"
+from hyperlora.pipelines.released.template_sandbox import LORA_NAME, REPORT_NAME
 
 
 class TemplateNetwork(Protocol):

@@ -1,6 +1,5 @@
 """``TensorHeader``: names, types and shapes of the tensors of a safetensors file."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Final
 
 from hyperlora.errors import InvalidLoraFileError, ModelLoadError
 from hyperlora.lora.io.safetensors_file import MAX_UPLOAD_HEADER_BYTES, read_header
+from hyperlora.models.i2l import compute_shape_digest
 
 _BYTES_PER_NUMBER: Final = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -60,16 +60,8 @@ class TensorHeader:
 
     @property
     def digest(self) -> str:
-        """MD5 of names and shapes, as DiffSynth's registry tells models apart.
-
-        For each tensor the sorted, comma-joined list holds ``name:d0_d1_...`` and ``name``.
-        """
-        names = [
-            text
-            for name, entry in self.tensors.items()
-            for text in (f"{name}:{'_'.join(map(str, entry.shape))}", name)
-        ]
-        return hashlib.md5(",".join(sorted(names)).encode(), usedforsecurity=False).hexdigest()
+        """MD5 of names and shapes (``compute_shape_digest``)."""
+        return compute_shape_digest({name: entry.shape for name, entry in self.tensors.items()})
 
     def make_part(self, prefix: str) -> tuple[bytes, list[tuple[int, int]], int]:
         """Plan a safetensors file of those tensors whose names begin with a prefix.
