@@ -23,6 +23,7 @@ from hyperlora.lora.blocks import select_blocks
 from hyperlora.lora.layout import (
     COMPILED_CHILD,
     TargetModule,
+    describe_other_layer,
     get_base_layer,
     list_layers,
     make_target,
@@ -142,7 +143,8 @@ class _LoraInjection:
             layer = layers.get(target.component, {}).get(target.path)
             if layer is None:
                 raise LayoutMismatchError(
-                    f"the base has no target module {target.name}: "
+                    describe_other_layer(components, target.name)
+                    or f"the base has no target module {target.name}: "
                     f"the LoRA ({layout.base}) is not for it"
                 )
             if layer in fused_layers:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, TypedDict
@@ -311,7 +311,7 @@ def list_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         base_layer = get_base_layer(layer)
         if base_layer is not layer:
             wrapper_prefix = f"{path}."
-        if isinstance(base_layer, nn.Linear | nn.Conv2d):
+        if isinstance(base_layer, nn.Conv2d) or _get_linear_features(base_layer) is not None:
             yield ".".join(part for part in path.split(".") if part != COMPILED_CHILD), layer
 
 
@@ -336,6 +336,27 @@ def get_base_layer(layer: nn.Module) -> nn.Module:
     return unwrap() if callable(unwrap) else layer
 
 
+def describe_other_layer(modules: Mapping[str, nn.Module], target_name: str) -> str:
+    """Describe a layer that stands at the path of a target, but takes no LoRA.
+
+    Args:
+        modules: Modules by component.
+        target_name: ``component.module.path``.
+
+    Returns:
+        The end of a sentence; empty if there is no module at this path.
+    """
+    component, path = target_name.split(".", 1)
+    layers = unwrap_module(modules[component]).named_modules() if component in modules else ()
+    layer = next((layer for layer_path, layer in layers if layer_path == path), None)
+    if layer is None or isinstance(layer, nn.Conv2d) or _get_linear_features(layer) is not None:
+        return ""
+    return (
+        f"{target_name} of the base is a {type(layer).__name__}, to which no LoRA can be added: "
+        "load the base as it is, or quantized by bitsandbytes, torchao, quanto or GGUF"
+    )
+
+
 def make_target(name: str, layer: nn.Module) -> TargetModule:
     """Make the target of a layer, from its settings, since quantized weights have other shapes.
 
@@ -346,13 +367,26 @@ def make_target(name: str, layer: nn.Module) -> TargetModule:
     Returns:
         The target.
     """
-    if isinstance(layer, nn.Linear):
-        return TargetModule(name, layer.in_features, layer.out_features)
+    if (features := _get_linear_features(layer)) is not None:
+        return TargetModule(name, *features)
     assert isinstance(layer, nn.Conv2d)
     height, width = int(layer.kernel_size[0]), int(layer.kernel_size[1])
     # the kernel [out, in_channels / groups, height, width] as a matrix: one row per output channel
     in_features = layer.in_channels // layer.groups * height * width
     return TargetModule(name, in_features, layer.out_channels, (height, width))
+
+
+def _get_linear_features(layer: nn.Module) -> tuple[int, int] | None:
+    """Input and output features of a Linear layer, also of quantizers' own classes; None of others.
+
+    Quantized layers of Nunchaku, AWQ and GPTQ are plain modules with the same two attributes.
+    """
+    is_single = isinstance(layer, nn.Linear) or next(layer.children(), None) is None
+    in_features = getattr(layer, "in_features", None)
+    out_features = getattr(layer, "out_features", None)
+    if is_single and isinstance(in_features, int) and isinstance(out_features, int):
+        return in_features, out_features
+    return None
 
 
 def _make_kernel_size(sizes: Sequence[int] | None) -> tuple[int, int] | None:

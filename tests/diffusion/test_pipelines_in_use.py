@@ -1,6 +1,7 @@
 """Pipelines in use: with a LoRA of diffusers, compiled, wrapped, fused or stored in 8 bits."""
 
 from collections.abc import Collection
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperlora.diffusion.autolora_guidance import apply_autolora_guidance
 from hyperlora.diffusion.diffusion_base import DiffusionBase
@@ -16,7 +17,7 @@ from hyperlora.diffusion.lora_injection import inject_lora, move_lora
 from hyperlora.diffusion.multi_lora import CompositionConfig, compose_loras
 from hyperlora.diffusion.negative_lora import inject_lora_by_branch
 from hyperlora.diffusion.target_modules import make_layout
-from hyperlora.errors import InvalidArgumentError
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.weights import LoraWeights
@@ -222,3 +223,135 @@ def test_lora_keeps_its_precision_where_weights_are_stored_in_8_bits() -> None:
     )
     moved = move_lora(lora, base.device, base.denoiser)
     torch.testing.assert_close(moved.flatten(), lora.flatten(), atol=0, rtol=0)
+
+
+class PackedLinear(nn.Linear):
+    """A Linear layer of int8 numbers, packed in one column of bytes as bitsandbytes packs them."""
+
+    row_scales: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        self.bias = layer.bias
+        row_scales = layer.weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+        numbers = (layer.weight.detach() / row_scales).round().to(torch.int8)
+        self.register_buffer("row_scales", row_scales)
+        self.weight = nn.Parameter(numbers.view(torch.uint8).reshape(-1, 1), requires_grad=False)
+
+    def unpack(self) -> Tensor:
+        numbers = self.weight.view(torch.int8).reshape(self.out_features, self.in_features)
+        return numbers.float() * self.row_scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.unpack(), self.bias)
+
+
+class PackedModule(nn.Module):
+    """The same as a plain module with other names of its weights, as Nunchaku's layers are."""
+
+    row_scales: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        packed = PackedLinear(layer)
+        self.qweight, self.bias, self.row_scales = packed.weight, packed.bias, packed.row_scales
+
+    def unpack(self) -> Tensor:
+        numbers = self.qweight.view(torch.int8).reshape(self.out_features, self.in_features)
+        return numbers.float() * self.row_scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.unpack(), self.bias)
+
+
+PACKED_CLASSES = [PackedLinear, PackedModule]
+
+
+def pack_linears(module: nn.Module, packed_class: Any, lora: LoraWeights) -> None:
+    """Replace Linear layers, as the quantizers of diffusers do: all of them, or targets alone."""
+    target_paths = {target.path for target in lora.layout.targets}
+    for path, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear and (packed_class is PackedLinear or path in target_paths):
+            parent_path, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent_path), name, packed_class(layer))
+
+
+def unpack_linears(module: nn.Module) -> None:
+    """Replace packed layers by ordinary ones of the same numbers."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedLinear | PackedModule):
+                layer = nn.Linear(child.in_features, child.out_features)
+                layer.weight, layer.bias = nn.Parameter(child.unpack()), child.bias
+                setattr(parent, name, layer)
+
+
+@pytest.mark.parametrize("packed_class", PACKED_CLASSES)
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "flux", "z_image"])
+def test_hooks_add_the_lora_to_quantized_layers(name: str, packed_class: Any) -> None:
+    base = DiffusionBase("tiny/base", deepcopy(get_tiny_pipeline(name).pipe))
+    lora = make_lora(base, 8, "attention+mlp")
+    pack_linears(base.denoiser, packed_class, lora)
+    assert base.make_layout("attention+mlp", 2) == lora.layout  # not the shapes of packed weights
+    with base.inject_lora(lora):
+        for target, down, up in zip(lora.layout.targets, lora.down, lora.up, strict=True):
+            layer = base.denoiser.get_submodule(target.path)
+            assert isinstance(layer, packed_class)
+            x = torch.randn(2, 3, target.in_features)
+            expected = layer.forward(x) + x @ down.T @ up.T
+            torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("packed_class", "has_adapter"),
+    [(PackedLinear, False), (PackedLinear, True), (PackedModule, False)],
+)
+def test_quantized_bases_take_loras_in_every_strategy(
+    name: str, packed_class: Any, has_adapter: bool, tmp_path: Path
+) -> None:
+    base = DiffusionBase("tiny/base", deepcopy(get_tiny_pipeline(name).pipe))
+    lora, adapter = make_lora(base, 9, "attention+mlp"), make_lora(base, 10, "attention")
+    pack_linears(base.denoiser, packed_class, lora)
+    lora_path = save_lora(lora, tmp_path / "lora.safetensors")
+    loaded = load_lora(lora_path, modules=base.modules).weights
+    assert loaded.layout.targets == lora.layout.targets
+
+    plain_base = DiffusionBase("tiny/base", deepcopy(base.pipeline))
+    unpack_linears(plain_base.denoiser)
+    with plain_base.inject_lora(lora), ExitStack() as stack:
+        if has_adapter:
+            stack.enter_context(plain_base.inject_lora(adapter))
+        expected = sample(name, plain_base.pipeline, 1)
+    assert (expected - sample(name, base.pipeline, 1)).abs().max() > 0.002
+
+    if has_adapter:  # wrapped by PEFT
+        adapter_path = save_lora(adapter, tmp_path / "x.safetensors", format="diffusers")
+        base.pipeline.load_lora_weights(str(adapter_path), adapter_name="x")
+    assert_all_equal(name, base, loaded, expected)
+
+
+class OtherLayer(nn.Module):
+    """A layer that says nothing of its features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_layers_that_take_no_lora_are_named(tmp_path: Path) -> None:
+    base = DiffusionBase("tiny/base", deepcopy(get_tiny_pipeline("flux").pipe))
+    lora = make_lora(base, 11, "attention")
+    path = save_lora(lora, tmp_path / "x.safetensors")
+    attention = base.denoiser.get_submodule("transformer_blocks.0.attn")
+    attention.to_q = OtherLayer()
+    sentence = (
+        r"transformer\.transformer_blocks\.0\.attn\.to_q of the base is a OtherLayer, to which no "
+        "LoRA can be added: load the base as it is, or quantized by"
+    )
+    with pytest.raises(LayoutMismatchError, match=sentence):
+        base.inject_lora(lora).__enter__()
+    with pytest.raises(LayoutMismatchError, match=f"^x.safetensors cannot be used: {sentence}"):
+        load_lora(path, modules=base.modules)
+    del attention.to_q
+    with pytest.raises(LayoutMismatchError, match="the base has no target module"):
+        base.inject_lora(lora).__enter__()
