@@ -91,11 +91,17 @@ class Client:
         """
         return self._send(build_lora_files_request(build_files("photos", photos), options))
 
-    def create_edit_lora(self, pairs: Sequence[ImageInputPair], **options: FormValue) -> bytes:
+    def create_edit_lora(
+        self,
+        pairs: Sequence[ImageInputPair],
+        image: ImageInput | None = None,
+        **options: FormValue,
+    ) -> bytes:
         """Generate a LoRA of the edit between the images of pairs.
 
         Args:
             pairs: Images before and after the edit.
+            image: The image to edit, for a model whose LoRAs are for one image (LoRWeB).
             **options: Further form fields, e.g. ``format`` and ``strength``, which undoes the edit
                 where it is below 0.
 
@@ -105,7 +111,8 @@ class Client:
         Raises:
             ApiError: The server refused the request.
         """
-        return self._send(build_lora_request(build_pair_files(pairs), options))
+        files = build_pair_files(pairs) + build_files("image", [image] if image else [])
+        return self._send(build_lora_request(files, options))
 
     def edit_image(
         self,
@@ -229,15 +236,20 @@ class AsyncClient:
         return await self._send(build_lora_files_request(build_files("photos", photos), options))
 
     async def create_edit_lora(
-        self, pairs: Sequence[ImageInputPair], **options: FormValue
+        self,
+        pairs: Sequence[ImageInputPair],
+        image: ImageInput | None = None,
+        **options: FormValue,
     ) -> bytes:
         """Generate a LoRA of the edit between the images of pairs.
 
         Args:
             pairs: See ``Client.create_edit_lora``.
+            image: See ``Client.create_edit_lora``.
             **options: See ``Client.create_edit_lora``.
         """
-        return await self._send(build_lora_request(build_pair_files(pairs), options))
+        files = build_pair_files(pairs) + build_files("image", [image] if image else [])
+        return await self._send(build_lora_request(files, options))
 
     async def edit_image(
         self,

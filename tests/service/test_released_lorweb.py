@@ -1,5 +1,6 @@
 """LoRWeB behind the API: the LoRA of a pair's edit for one image, by its name in /v1/models."""
 
+import asyncio
 import base64
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from hyperlora.pipelines.released.lorweb import LorwebModel
 from hyperlora.service.app import create_app
 from hyperlora.service.engine.factory import ModelPaths, make_engine_factory
 from hyperlora.service.settings import ServiceSettings
+from hyperlora.service.ui.api_client import RecordingClient
 from tests.conftest import Bundle
 from tests.pipelines.released.tiny_networks import CLIP_CONFIG, make_photo, save_clip, save_lorweb
 from tests.service.conftest import assert_problem
@@ -113,6 +115,10 @@ def test_models_list_the_card_and_others_keep_their_requests(
     assert (card["kind"], card["commercial_use"], card["rank"]) == ("lorweb", "no", 6)
     assert card["base"] == "black-forest-labs/FLUX.1-Kontext-dev" and card["is_loaded"]
     assert "edit" in card["purpose"] and not card["can_generate_images"]
+    client = RecordingClient(server.app, None, "127.0.0.1")  # type: ignore[arg-type]
+    pair, image = (folder / "before.png", folder / "after.png"), folder / "image.png"
+    data = asyncio.run(client.create_edit_lora([pair], image, model="edits", title="LoRA"))
+    assert data == base64.b64decode(body["content"])
     plain = post(server, folder, "before", "after")
     named = post(server, folder, "before", "after", model="pair-to-lora")
     assert plain.status_code == 200 and named.content == plain.content

@@ -1,6 +1,8 @@
 """A hub's own code: it runs after consent only, and what it must not do ends it."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +132,14 @@ def test_one_template_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         futures = [threads.submit(run_template, folder, "", IMAGES) for _ in range(4)]
         results = {future.result() for future in futures}
     assert len(results) == 4
+
+
+def test_processes_end_with_the_program() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        template_sandbox._running.add(process)
+        template_sandbox._kill_running()
+        template_sandbox._running.discard(process)
+        assert process.wait(10) != 0
 
 
 def test_weights_are_complete_and_safe(tmp_path: Path) -> None:
