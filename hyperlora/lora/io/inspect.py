@@ -5,15 +5,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
-from hyperlora.lora.io.formats import list_readers
+from hyperlora.lora.io.formats import detect_family, list_readers
 from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.io.metadata import LoraMetadata
+from hyperlora.lora.io.written_keys import has_written_keys
 from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout
+
+_UNKNOWN_READERS_NOTE: Final = (
+    "its keys are of another spelling, whose readers are not known: "
+    "hyperlora convert writes keys that programs are known to read"
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class LoraInfo:
     Attributes:
         name: The file name.
         format: The key names of the file.
-        readers: Programs that read the file whole, by ``formats.READERS``.
+        readers: Programs that read the file whole, by ``formats.READERS``; none where its keys
+            are not those of the format.
         size_bytes: The size of the file.
         base: The id of the base model that the file names, ``UNKNOWN_BASE`` if it names none.
         fingerprint: The fingerprint of the layout.
@@ -85,10 +92,15 @@ def inspect_lora(
         file_layout.targets, file.weights.compute_delta_norms().tolist(), strict=True
     ):
         squared_norms[target.component] += norm**2
+    architecture, notes = file.metadata.architecture, file.notes
+    readers = list_readers(file_layout, file.format, architecture)
+    family = detect_family(file_layout, architecture)
+    if not has_written_keys(file.keys, file.weights, file.format, family):
+        readers, notes = (), (*notes, _UNKNOWN_READERS_NOTE)
     return LoraInfo(
         name=Path(path).name,
         format=file.format,
-        readers=list_readers(file_layout, file.format, file.metadata.architecture),
+        readers=readers,
         size_bytes=file.size_bytes,
         base=file.metadata.base_model or UNKNOWN_BASE,
         fingerprint=replace(file_layout, base=file.metadata.base_model or UNKNOWN_BASE).fingerprint,
@@ -101,6 +113,6 @@ def inspect_lora(
             component: squared_norm**0.5 for component, squared_norm in squared_norms.items()
         },
         dtype=str(file.dtype).removeprefix("torch."),
-        notes=file.notes,
+        notes=notes,
         metadata=file.metadata,
     )

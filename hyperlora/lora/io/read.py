@@ -44,6 +44,7 @@ class LoraContent:
         size_bytes: The size of the file.
         dtype: The precision of the factors in the file, float8 and float64 included.
         notes: Sentences on what was left out of the file or assumed of it, for users.
+        keys: The keys of the LoRA in the file.
     """
 
     weights: LoraWeights
@@ -53,6 +54,7 @@ class LoraContent:
     size_bytes: int
     dtype: torch.dtype = torch.float32
     notes: tuple[str, ...] = ()
+    keys: frozenset[str] = frozenset()
 
 
 def read_lora(
@@ -144,6 +146,7 @@ def read_lora(
         size_bytes=lora_source.size_bytes,
         dtype=_find_dtype(tensors),
         notes=tuple(notes),
+        keys=frozenset(tensors),
     )
 
 
