@@ -112,7 +112,8 @@ class RefineConfig:
             frozen; else it fine-tunes the predicted LoRA itself, unless ``out_rank`` is larger.
         resolution: Pixels per side to which ``refine_lora`` resizes photos; None for those of the
             base, which are also the most.
-        out_rank: Rank of the result, to which the sum is cut by SVD. None: the predicted rank.
+        out_rank: Rank of the result, to which the sum is cut by SVD. None: the predicted rank
+            plus that of the LoRA on top, which loses nothing.
         seed: Seed of the start, the noise and the sampled images.
         progress_label: Label of a progress bar over the steps; None: no bar.
         on_step: Called with the step number (from 1) before each step. It may raise to stop.

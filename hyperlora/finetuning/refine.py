@@ -39,7 +39,8 @@ def refine_lora(
         prompt: Prompt of every photo.
 
     Returns:
-        The refined LoRAs, a batch [K], of rank ``config.out_rank``, on the device of the base.
+        The refined LoRAs, a batch [K], on the device of the base. Without ``config.out_rank``
+        they have all directions of both: cut back to the predicted rank, most of the fit is lost.
 
     Raises:
         InvalidArgumentError: The base is offloaded so that no gradient flows through it.
@@ -47,8 +48,8 @@ def refine_lora(
     config = config or RefineConfig()
     predicted = predicted.to(base.device)
     config.check_ranks(predicted.layout)
-    out_rank = config.out_rank or predicted.layout.rank
     layout = predicted.layout
+    out_rank = config.out_rank or layout.rank
     is_on_top = config.is_on_top or out_rank > layout.rank  # which only a LoRA on top can fill
     if is_on_top:
         layout = layout.with_rank(config.rank or DEFAULT_RANK)
@@ -68,8 +69,21 @@ def refine_lora(
             base_loras=predicted if is_on_top else None,
         )
     if is_on_top:
-        return (predicted + result.weights).resize(out_rank)
+        return resize_sum(predicted + result.weights, config.out_rank)
     return result.weights if out_rank == layout.rank else result.weights.resize(out_rank)
+
+
+def resize_sum(loras: LoraWeights, out_rank: int | None) -> LoraWeights:
+    """Write the sum of predicted LoRAs and of those on top as one LoRA each.
+
+    Args:
+        loras: The sums, a batch [K]; their rank is the sum of both ranks.
+        out_rank: Rank of the result; None for the smallest that loses nothing.
+
+    Returns:
+        The LoRAs, with equal singular values in both factors.
+    """
+    return loras.resize(out_rank or min(loras.layout.rank, loras.layout.max_rank))
 
 
 def make_photo_examples(

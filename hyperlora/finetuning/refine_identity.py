@@ -17,6 +17,7 @@ from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.encoders.identity_embedder import IdentityEmbedder
 from hyperlora.finetuning.config import RefineConfig
 from hyperlora.finetuning.examples import TrainingExamples
+from hyperlora.finetuning.refine import resize_sum
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.seeds import compute_seed
 
@@ -55,7 +56,8 @@ def refine_identity(
         regularization_weight: λ, weight of the distance to the prediction without the LoRA on top.
 
     Returns:
-        The refined LoRAs, a batch [K], of rank ``config.out_rank``, on the device of the base.
+        The refined LoRAs, a batch [K], on the device of the base. Without ``config.out_rank``
+        they have all directions of both.
 
     Raises:
         InvalidArgumentError: The base is offloaded, so that no gradient flows through it.
@@ -100,7 +102,7 @@ def refine_identity(
         (codes.grad,) = torch.autograd.grad(loss, codes)
         optimizer.step()
     refined = predicted + LoraWeights.unflatten(layout, codes.detach())
-    return refined.resize(config.out_rank or predicted.layout.rank)
+    return resize_sum(refined, config.out_rank)
 
 
 def _predict_x0(

@@ -212,7 +212,6 @@ def postprocess_loras(
     Raises:
         InvalidArgumentError: There are steps of refinement and no base.
     """
-    rank = config.rank or weights.layout.rank
     if config.refine_steps:
         if base is None:
             raise InvalidArgumentError("refinement runs the base model: give it too")
@@ -223,13 +222,13 @@ def postprocess_loras(
             weights,
             stack_views(pixels),  # [batch, views, 3, h, w]
             num_steps=config.refine_steps,
-            out_rank=rank,
+            out_rank=config.rank,
             method=config.refine_method,
             on_step=on_step,
             progress_label=None if on_step else "refining",
         )
-    elif rank != weights.layout.rank:
-        weights = weights.resize(rank)
+    elif config.rank is not None and config.rank != weights.layout.rank:
+        weights = weights.resize(config.rank)
     return weights * config.strength if config.strength != 1 else weights
 
 

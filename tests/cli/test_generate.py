@@ -89,7 +89,7 @@ def test_refine_steps_change_lora_reproducibly(
 ) -> None:
     options = ["--model", bundle.model, "--base", bundle.base]
     run("generate", bundle.photo, "-o", tmp_path / "plain.safetensors", *options)
-    for name in ("a", "b"):
+    for name, extra in (("a", ()), ("b", ()), ("cut", ("--rank", 2))):
         torch.rand(3)  # the state of the global generator must not matter
         result = run(
             "generate",
@@ -99,10 +99,19 @@ def test_refine_steps_change_lora_reproducibly(
             *options,
             "--refine-steps",
             2,
+            *extra,
         )
         assert result.code == 0, result
-    plain_lora, a, b = (load_weights(tmp_path / f"{n}.safetensors") for n in ("plain", "a", "b"))
-    assert a.layout == plain_lora.layout
+    plain_lora, a, b, cut = (
+        load_weights(tmp_path / f"{n}.safetensors") for n in ("plain", "a", "b", "cut")
+    )
+    assert cut.layout == plain_lora.layout == a.layout.with_rank(2)
+    assert a.layout.rank == 10, "the rank of the fit on top is kept"
+    for whole, part in zip(a.get_delta_weights(), cut.get_delta_weights(), strict=True):
+        u, sigma, v = torch.linalg.svd(whole)
+        torch.testing.assert_close(
+            u[:, :2] * sigma[:2] @ v[:2], part, atol=1e-4 * float(sigma[0]), rtol=1e-3
+        )
     assert (
         a - plain_lora
     ).compute_delta_norms().sum() > 1e-4 * plain_lora.compute_delta_norms().sum()

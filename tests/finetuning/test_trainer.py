@@ -179,9 +179,32 @@ def test_refine_config_refuses_rank_below_1() -> None:
         RefineConfig(out_rank=0)
 
 
-def test_refine_lora_keeps_rank_and_lowers_loss_on_photos(
-    base: DiffusionBase, init_loras: LoraWeights
-) -> None:
+def test_refine_lora_keeps_the_relaxed_rank(base: DiffusionBase, init_loras: LoraWeights) -> None:
+    """The sum of both LoRAs, where a cut to the predicted rank would lose most of the fit."""
+    photos, steps = make_photos(base.resolution), {"num_steps": 8, "rank": 3, "lr": 1e-2}
+    predicted = LoraWeights(
+        init_loras.layout,
+        init_loras.down,
+        tuple(torch.randn_like(up) * 0.05 for up in init_loras.up),
+    )
+    rank = predicted.layout.rank
+    whole, cut = (
+        refine_lora(base, predicted, photos, RefineConfig(out_rank=out_rank, **steps), prompt="a b")
+        for out_rank in (None, rank)
+    )
+    assert (whole.layout.rank, cut.layout.rank) == (rank + 3, rank)
+    fit = (whole - predicted).compute_delta_norms().sum()
+    lost = (whole - cut).compute_delta_norms().sum()
+    assert fit > 0 and 0.1 * fit < lost
+    exact = refine_lora(
+        base, predicted, photos, RefineConfig(out_rank=rank + 3, **steps), prompt="a b"
+    )
+    torch.testing.assert_close(exact.flatten(), whole.flatten())
+    spectra = [torch.linalg.svdvals(delta) for delta in whole.get_delta_weights()]
+    assert any((s[..., rank] > 1e-3 * s[..., 0]).all() for s in spectra if s.shape[-1] > rank)
+
+
+def test_refine_lora_lowers_loss_on_photos(base: DiffusionBase, init_loras: LoraWeights) -> None:
     torch.manual_seed(3)
     predicted = LoraWeights(
         init_loras.layout,
@@ -193,7 +216,7 @@ def test_refine_lora_keeps_rank_and_lowers_loss_on_photos(
     torch.manual_seed(4)
     config = RefineConfig(num_steps=40, rank=3, lr=1e-2)
     refined = refine_lora(base, predicted, photos, config, prompt="a b")
-    assert refined.layout == predicted.layout and refined.batch_shape == (K,)
+    assert refined.layout == predicted.layout.with_rank(5) and refined.batch_shape == (K,)
     assert torch.equal(predicted.flatten(), predicted_rows), "the prediction itself stays as it was"
     examples = make_photo_examples(base, photos, "a b")
     latents, conditions = examples.gather_examples(torch.zeros(1, K, dtype=torch.long))
