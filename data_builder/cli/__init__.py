@@ -5,7 +5,7 @@ Commands import heavy libraries inside, so that ``--help`` is instant.
 
 import typer
 
-from data_builder.cli import avatars, baselines, build, release
+from data_builder.cli import avatars, baselines, build, people, release
 from hyperlora.cli import CommandGroup
 from hyperlora.cli.options import RayCommand
 
@@ -18,6 +18,7 @@ app.command("status")(build.show_status)
 app.command()(build.audit)
 app.command()(build.pack)
 app.command()(build.import_loras)
+app.command()(people.people)
 app.command()(avatars.draw_portraits)
 app.command()(avatars.draw_pairs)
 app.command()(avatars.build_tokenizer)

@@ -7,6 +7,7 @@
   CelebA-HQ's numbers with ``CelebA-HQ-to-CelebA-mapping.txt`` beside it (1710.10196).
 * ``metadata``: ``metadata.csv`` or ``metadata.jsonl`` of Hugging Face's image folders, with columns
   ``file_name``, perhaps ``person_id`` and ``text``.
+* ``people``: ``people.jsonl`` of ``data-builder people``, with a sub-folder for each person kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from hyperlora.data.images import is_within, list_entries
 from hyperlora.errors import InvalidImageError
 from hyperlora.paths import find_path
 
-SubjectLayout = Literal["folders", "strangers", "identity_file", "metadata"]
+SubjectLayout = Literal["folders", "strangers", "identity_file", "metadata", "people"]
 LAYOUTS: Final = get_args(SubjectLayout)
 PhotoEntry = tuple[Path, str | None]
 """A photo and its caption, if the layout states one."""
@@ -38,6 +39,8 @@ IDENTITY_COLUMNS: Final = (
     *("label", "name"),
 )
 """Usual names of the column that says who is shown, the surest first."""
+PEOPLE_FILE: Final = "people.jsonl"
+"""A line for each person with its name, ``person``, and whether it is ``kept``."""
 _MIN_NUMBERED_IMAGES: Final = 10
 """Images per folder, on average, below which numbered folders are subjects."""
 _NUM_ERRORS_SHOWN: Final = 3
@@ -58,6 +61,8 @@ def recognize_layout(folder: Path) -> SubjectLayout:
     entries = list_entries(folder)
     if any(path.name in METADATA_NAMES for path in entries):
         return "metadata"
+    if any(path.name == PEOPLE_FILE for path in entries):
+        return "people"
     if find_identity_file(folder) is not None:
         return "identity_file"
     return "strangers" if has_numbered_folders(folder) else "folders"
@@ -225,6 +230,36 @@ def read_metadata(folder: Path, skip_reasons: list[str]) -> dict[str, list[Photo
         )
     if unnamed:
         skip_reasons.append(f"{len(unnamed)} rows have no {column} ({_join_first(unnamed)})")
+    return subjects
+
+
+def read_people(folder: Path, skip_reasons: list[str]) -> dict[str, list[PhotoEntry]]:
+    """Read who was kept from ``people.jsonl``; the sheet and a build beside it are no subjects.
+
+    Args:
+        folder: The folder.
+        skip_reasons: Receives which people have no folder.
+
+    Returns:
+        Photos by person.
+
+    Raises:
+        InvalidImageError: There is no such file, or it cannot be read.
+    """
+    rows = list(read_rows(folder / PEOPLE_FILE))
+    names = [get_first(row, ("person",)) for row in rows if row.get("kept")]
+    subjects: dict[str, list[PhotoEntry]] = {}
+    missing: list[str] = []
+    for name in filter(None, names):
+        person_dir = folder / name
+        if person_dir.is_dir() and is_within(person_dir, folder):
+            subjects[name] = [(photo, None) for photo in _list_images(person_dir)]
+        else:
+            missing.append(name)
+    if missing:
+        skip_reasons.append(
+            f"{len(missing)} people of {PEOPLE_FILE} have no folder ({_join_first(missing)})"
+        )
     return subjects
 
 

@@ -23,6 +23,7 @@ from hyperlora.data.subject_layouts import (
     list_strangers,
     read_identity_file,
     read_metadata,
+    read_people,
     recognize_layout,
     walk_photos,
 )
@@ -246,6 +247,8 @@ def _read_entries(
         return list_strangers(root)
     if layout == "identity_file":
         return read_identity_file(root, reasons)
+    if layout == "people":
+        return read_people(root, reasons)
     return read_metadata(root, reasons)
 
 
