@@ -122,6 +122,23 @@ def _load_text_to_image(folder: Path) -> Any:
     return load_diffusion_base(folder)
 
 
+def _make_lora_autoencoder_rule(name: str) -> Rule:
+    sizes = "{directions_per_factor: 4, latent_width: 4, width: 8}"
+    arguments = (f"--model.init_args.autoencoder={sizes}", _TWO_SAMPLES)
+    return Rule(LoraCodec.from_pretrained, arguments, (f"{name}-build",))
+
+
+def _make_lora_diffusion_rule(name: str) -> Rule:
+    arguments = (
+        *TINY_ENCODER[:2],
+        "--model.init_args.face_pack=null",
+        "--model.init_args.mixture={width: 16, num_tokens: 4, mode: image}",
+        "--model.init_args.denoiser={width: 16, depth: 1, num_heads: 2}",
+        _TWO_SAMPLES,
+    )
+    return Rule(LoraDiffusion.from_pretrained, arguments, (f"{name}/lora_autoencoder",))
+
+
 _TINY_RESOLUTION = f"--data.init_args.resolution={SIDE}"
 _FOUR_IDENTITIES = "--data.init_args.identities_per_batch=4"
 _FOUR_SAMPLES = "--data.init_args.batch_size=4"
@@ -228,6 +245,10 @@ RULES = {
     "instruct_pix2pix/finetune": _make_pair_rule(
         "--data.init_args.folder=pairs/magic-brush", needs=("instruct_pix2pix/pretrain",)
     ),
+    "sd15/lora_autoencoder": _make_lora_autoencoder_rule("sd15"),
+    "sd15/lora_diffusion": _make_lora_diffusion_rule("sd15"),
+    "sdxl/lora_autoencoder": _make_lora_autoencoder_rule("sdxl"),
+    "sdxl/lora_diffusion": _make_lora_diffusion_rule("sdxl"),
     "sd15/hypernetwork": _make_photo_rule("sd15"),
     "sd15/hyperdreambooth_paper": _make_photo_rule("sd15"),
     "sdxl/hypernetwork": _make_photo_rule("sdxl"),

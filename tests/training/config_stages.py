@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -140,6 +141,27 @@ def _build_loras() -> None:
         run_build(build_dir)
 
 
+def _build_photo_loras(name: str) -> None:
+    """Fit LoRAs of folders of photos to a tiny base."""
+    from data_builder.build.make_plan import make_plan
+    from data_builder.build.plan import Recipe, write_plan
+    from data_builder.build.run import run_build
+    from data_builder.sources.sources import FolderSource
+
+    recipe = Recipe(
+        f"tiny/{name}",
+        preset="attention",
+        rank=1,
+        init="zero",
+        finetune_steps=1,
+        subjects_per_batch=4,
+        variant="fp16",
+    )
+    build_dir = Path(f"runs/{name}/build")
+    write_plan(make_plan(FolderSource("photos/train"), recipe, val_fraction=0.5), build_dir)
+    run_build(build_dir)
+
+
 def _fit_pca() -> None:
     from hyperlora.data.lora_dataset import LoraDataset
     from hyperlora.pipelines.lora_codec import LoraCodec
@@ -151,6 +173,8 @@ def _fit_pca() -> None:
 
 PREPARATIONS = {
     "build": _build_loras,
+    "sd15-build": partial(_build_photo_loras, "sd15"),
+    "sdxl-build": partial(_build_photo_loras, "sdxl"),
     "pairs": _draw_pairs,
     "drawn": _draw_portraits,
     "tokenizer": _build_tokenizer,
