@@ -1,6 +1,5 @@
 """``FaceMatcher``: whether two images show the same face."""
 
-import os
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,7 +47,7 @@ class FaceMatcher:
         return faces[0].embedding
 
 
-def is_avatar_base(base: str | os.PathLike[str]) -> bool:
+def is_avatar_base(base: str) -> bool:
     """Return whether a folder or hub id is the base of the bundle, which draws avatars."""
     return get_base_id(base) == _AVATARS_ID
 

@@ -104,7 +104,7 @@ class IpAdapterKeeper:
         images: list[Image.Image] = []
         for prompt, generator in zip(prompts, make_generators(seeds), strict=True):
             output = pipe(
-                prompt=prompt,
+                prompt=[prompt],
                 num_inference_steps=self.sampling.num_inference_steps
                 or family.default_num_inference_steps,
                 generator=generator,
