@@ -32,6 +32,7 @@ from hyperlora.training.datamodules.photo_samples import (
         ("two persons", "a photo of sks person, two persons"),
         ("outdoors, red hat", "a photo of sks person, outdoors, red hat"),
         ("sks person with a person behind", "sks person with a person behind"),
+        ("a portrait of {}, {0} smiling", "a portrait of sks person, {0} smiling"),
     ],
 )
 def test_personalize_caption_names_the_subject(caption: str | None, expected: str) -> None:

@@ -324,19 +324,22 @@ def personalize_caption(
 
     Args:
         caption: The photo's own caption; None if it has none.
-        identifier: What is put before the class noun. A caption that has it already stays.
+        identifier: What is put before the class noun. A caption that has it already stays, and
+            both replace ``{}``.
         class_noun: Its first occurrence, with its article, becomes "identifier noun".
         template: Used without a caption, and put before one that lacks the class noun.
 
     Returns:
         The caption.
     """
+    subject_name = f"{identifier} {class_noun}"
     if caption is None:
         return template
+    if "{}" in caption:  # of data-builder
+        return caption.replace("{}", subject_name)
     if re.search(rf"\b{re.escape(identifier)}\b", caption):
         return caption
     noun_pattern = rf"\b(?:(?:an?|the)\s+)?{re.escape(class_noun)}\b"
-    subject_name = f"{identifier} {class_noun}"
     new_caption, num_replacements = re.subn(
         noun_pattern, lambda _: subject_name, caption, count=1, flags=re.IGNORECASE
     )
