@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -266,7 +267,7 @@ def test_lack_of_memory_is_one_sentence(
     def fail(*_: Any, **__: Any) -> DiffusionBase:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(diffusion_base.DiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
     with mock_cuda():
         result = run(*arguments[verb], *options)
     assert result.code == 2, result
@@ -281,7 +282,7 @@ def test_bugs_keep_their_traceback(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(diffusion_base.DiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*arguments["render"])
 

@@ -28,3 +28,26 @@ def test_mixed_image_features_depend_on_the_inputs_of_their_mode() -> None:
         assert has_changed == [bool(is_used) for is_used in uses_face_and_image]
     with pytest.raises(InvalidArgumentError, match="known: gate, average, face, image"):
         MixedImageFeatures(6, 12, mode="both")
+
+
+def test_gate_starts_at_one_half_and_follows_its_formula() -> None:
+    torch.manual_seed(2)
+    face, image = make_features(tokens=1, width=6), make_features()
+    model = MixedImageFeatures(6, 12, width=8, num_tokens=4, num_heads=2)
+    mixed, gate = model.forward_with_gate(face, image)
+    assert gate.unique().tolist() == [0.5]
+    experts = {}
+    for mode in ("face", "image"):
+        expert = MixedImageFeatures(6, 12, width=8, num_tokens=4, num_heads=2, mode=mode)
+        expert.load_state_dict(model.state_dict(), strict=False)
+        experts[mode] = expert(face, image).tokens
+    torch.testing.assert_close(mixed.tokens, (experts["face"] + experts["image"]) / 2)
+
+    torch.nn.init.normal_(model.gate.weight)
+    torch.nn.init.normal_(model.gate.bias)
+    mixed, gate = model.forward_with_gate(face, image)
+    expected = torch.sigmoid(model.gate(torch.cat([experts["face"], experts["image"]], -1)))
+    torch.testing.assert_close(gate, expected)
+    torch.testing.assert_close(
+        mixed.tokens, expected * experts["face"] + (1 - expected) * experts["image"]
+    )

@@ -1,0 +1,100 @@
+"""What a step of the training of a diffusion over LoRAs computes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hyperlora.lora.layout import LoraLayout, TargetModule
+from hyperlora.lora.normalization import LoraNormalizer
+from hyperlora.models.lora_autoencoder import LoraAutoencoder
+from hyperlora.pipelines.lora_codec import LoraCodec
+from hyperlora.training.batches import LoraPhotoBatch
+from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
+from tests.training.config_rules import TINY_VIT
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
+
+
+@pytest.fixture(scope="module")
+def codec_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layout = LoraLayout((TargetModule("unet.a", 6, 8), TargetModule("unet.b", 8, 4)), 2, "tiny")
+    autoencoder = LoraAutoencoder(layout, directions_per_factor=4, latent_width=3, width=8)
+    folder = tmp_path_factory.mktemp("codec")
+    LoraCodec(LoraNormalizer(layout), autoencoder).save_pretrained(folder)
+    return folder
+
+
+def make_module(codec_dir: Path, **options: Any) -> LoraDiffusionTraining:
+    torch.manual_seed(0)
+    module = LoraDiffusionTraining(
+        str(codec_dir),
+        "vit_tiny_patch16_224",
+        "unused",
+        encoder_options={"image_size": 16, "options": TINY_VIT},
+        mixture={"width": 8, "num_tokens": 2},
+        denoiser={"width": 8, "depth": 1, "num_heads": 2},
+        **options,
+    )
+    for parameter in module.model.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def make_batch(num_loras: int = 2) -> LoraPhotoBatch:
+    torch.manual_seed(1)
+    return LoraPhotoBatch(
+        torch.randn(num_loras, 2, 3),
+        torch.randn(num_loras, 1, 1, 512),
+        torch.randn(num_loras, 1, 4, 16),
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Inputs and output of each call of the denoiser."""
+    from hyperlora.models.lora_dit import LoraDiT
+
+    recorded: list[dict[str, Any]] = []
+    forward = LoraDiT.forward
+
+    def record(model: LoraDiT, x: Any, t: Any, features: Any, drop_mask: Any = None) -> Any:
+        output = forward(model, x, t, features, drop_mask)
+        recorded.append({"x": x, "t": t, "drop_mask": drop_mask, "output": output})
+        return output
+
+    monkeypatch.setattr(LoraDiT, "forward", record)
+    return recorded
+
+
+def test_loss_is_the_error_of_the_clean_latents(codec_dir: Path, calls: list[Any]) -> None:
+    batch = make_batch()
+    loss = make_module(codec_dir).training_step(batch, 0)
+    expected = (calls[0]["output"] - batch.latents).square().mean()
+    torch.testing.assert_close(loss, expected)
+    # x_t - x = t (ε - x): parallel to the noise that was drawn, and 0 at t = 0
+    noise = (calls[0]["x"] - (1 - calls[0]["t"][:, None, None]) * batch.latents) / calls[0]["t"][
+        :, None, None
+    ]
+    assert 0.3 < float(noise.std()) < 3
+
+
+def test_timestep_shift_draws_noisier_times(codec_dir: Path, calls: list[Any]) -> None:
+    batch = make_batch(512)
+    for shift in (1.0, 4.0):
+        torch.manual_seed(2)
+        make_module(codec_dir, timestep_shift=shift).training_step(batch, 0)
+    plain, shifted = (call["t"] for call in calls)
+    assert float(plain.mean()) == pytest.approx(0.5, abs=0.06)
+    # the mean of s u / (1 + (s - 1) u) over u is s / (s - 1) (1 - ln s / (s - 1))
+    assert float(shifted.mean()) == pytest.approx(4 / 3 * (1 - 1.3863 / 3), abs=0.06)
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0, 0.25])
+def test_photos_are_dropped_with_their_probability(
+    codec_dir: Path, calls: list[Any], prob: float
+) -> None:
+    make_module(codec_dir, cond_dropout_prob=prob).training_step(make_batch(512), 0)
+    share = float(calls[0]["drop_mask"].float().mean())
+    assert share == pytest.approx(prob, abs=0.08 * (0 < prob < 1))
