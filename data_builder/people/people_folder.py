@@ -24,6 +24,8 @@ from hyperlora.lora.io.safetensors_file import write_bytes
 SETTINGS_FILE: Final = "settings.json"
 SHEET_FILE: Final = "sheet.png"
 _TEMP_SUFFIX: Final = ".part"
+_PATH_FIELDS: Final = ("base", "model", "ip_adapter", "face_pack")
+"""Settings that are a path, or the name of something on the hub."""
 
 
 class PeopleFolder:
@@ -144,8 +146,12 @@ class PeopleFolder:
 
 
 def _to_settings(config: PeopleConfig) -> Mapping[str, object]:
-    """The settings as JSON, with the number of required images, whether given or not."""
-    return asdict(config) | {"min_images": config.num_required_images}
+    """The settings as JSON: paths as they are from everywhere, and defaults that are known."""
+    settings = asdict(config) | {"min_images": config.num_required_images}
+    for name in _PATH_FIELDS:
+        if settings[name] is not None and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    return settings
 
 
 def _format(value: object) -> str:

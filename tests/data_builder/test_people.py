@@ -233,7 +233,9 @@ def test_people_refuses_invalid_arguments(bundle: Any, tmp_path: Path) -> None:
         draw_people(output, 0, CONFIG, lambda: pytest.fail("loads a model"))
 
 
-def test_base_without_faces_and_changed_settings_are_refused(bundle: Any, tmp_path: Path) -> None:
+def test_base_without_faces_and_changed_settings_are_refused(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["-o", tmp_path, "--base", bundle.base, "--model", bundle.model]
     options += ["--face-pack", FACE_PACK, "--steps", 1, "--count", 2]
     result = run_people(*options)
@@ -248,6 +250,8 @@ def test_base_without_faces_and_changed_settings_are_refused(bundle: Any, tmp_pa
     ):
         result = run_people(*options, *changed)
         assert result.exit_code == 2 and message in result.stderr, result.output
+    monkeypatch.chdir(bundle.base.parent)  # the same base by another path
+    assert "none of 2 people" in run_people(*options, "--base", "base").stderr
     scenes = tmp_path.parent / "scenes.txt"
     scenes.write_text("in a park\n")
     assert "was begun with other --scenes" in run_people(*options, "--scenes", scenes).stderr
