@@ -144,7 +144,8 @@ def test_generate_and_refine(run: RunCommand, files: FamilyFiles, tmp_path: Path
         return
     assert result.code == 0, result
     refined = load_lora(output, modules=base.modules)
-    assert (refined.weights.flatten() - plain.weights.flatten()).abs().max() > 1e-6
+    assert refined.weights.layout.rank > plain.weights.layout.rank
+    assert (refined.weights - plain.weights).compute_delta_norms().max() > 1e-6
 
 
 def test_edit_with_a_pair(run: RunCommand, files: FamilyFiles, tmp_path: Path) -> None:
