@@ -1,5 +1,6 @@
 """Tiny models of the real classes, and a tiny bundle of released models on disk."""
 
+import gc
 import json
 import os
 import string
@@ -17,8 +18,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-SLOWEST_FILES = ("test_readme.py", "test_configs.py")
+SLOWEST_FILES = ("test_readme.py", "test_configs.py", "test_sharding.py", "test_examples.py")
 """Files that run first, so that no worker runs one of them alone at the end."""
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector off the millions of objects of libraries and of the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
