@@ -21,7 +21,12 @@ def run_example(name: str, folder: Path, *arguments: str) -> str:
     result = subprocess.run(
         [sys.executable, f"examples/{name}.py", *arguments],
         cwd=make_reader_dir(folder),
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+        env={
+            "PYTHONPATH": str(ROOT),
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(folder),
+            "OMP_NUM_THREADS": "1",  # two threads wait for each other where both cores are busy
+        },
         capture_output=True,
         text=True,
         timeout=600,
