@@ -8,7 +8,6 @@ in every LoRA made with it.
 import json
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from math import atan2, degrees, hypot
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from PIL import Image
 
+from hyperlora.encoders.face_crops import ignore_insightface_warnings
 from hyperlora.errors import InvalidArgumentError, InvalidImageError, ModelLoadError
 from hyperlora.pretrained import REPOSITORY_URL
 
@@ -99,9 +99,7 @@ class FaceAnalyzer:
         self.pack = str(pack)
         self.pack_dir = find_pack_dir(self.pack)
         self.license = _read_license(self.pack_dir)
-        warnings.filterwarnings(
-            "ignore", category=FutureWarning, module=r"insightface\."
-        )  # insightface calls scikit-image by an old name
+        ignore_insightface_warnings()
         try:
             self._analysis = FaceAnalysis(
                 name=str(self.pack_dir), providers=["CPUExecutionProvider"]

@@ -3,6 +3,7 @@
 Sides and centers are in pixels of the photo. Landmarks are those of insightface's ``2d106det``.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Final
 
@@ -147,3 +148,8 @@ def _make_box(center: Sequence[float] | np.ndarray, radius: float) -> tuple[int,
     """Left, top, right and bottom, rounded as PIL rounds them."""
     x, y = float(center[0]), float(center[1])
     return round(x - radius), round(y - radius), round(x + radius), round(y + radius)
+
+
+def ignore_insightface_warnings() -> None:
+    """Hide that insightface calls scikit-image by an old name."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"insightface\.")

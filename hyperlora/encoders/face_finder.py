@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from hyperlora.encoders.face_analysis import find_pack_dir
-from hyperlora.encoders.face_crops import pad_with_gray
+from hyperlora.encoders.face_crops import ignore_insightface_warnings, pad_with_gray
 from hyperlora.errors import InvalidArgumentError, InvalidImageError, ModelLoadError, format_reason
 
 PACK_NAME: Final = "antelopev2"
@@ -74,6 +74,7 @@ class FaceFinder:
             raise InvalidArgumentError(
                 "photos of people need the extra: pip install 'hyperlora[face]'"
             ) from error
+        ignore_insightface_warnings()
         paths = find_pack_files(pack, is_offline)
         try:
             networks = [get_model(str(path), providers=["CPUExecutionProvider"]) for path in paths]
