@@ -132,6 +132,26 @@ class HeldOutEvaluation:
         ]
         sampled_loras = [generate_sequentially(model, photos, sampling) for sampling in samplings]
         seconds = (time.perf_counter() - start_time) / num_samples / len(photos)
+        return self.evaluate_samples(name, sampled_loras, original, seconds)
+
+    def evaluate_samples(
+        self,
+        name: str,
+        sampled_loras: Sequence[LoraWeights],
+        original: CodecResult,
+        seconds: float | None = None,
+    ) -> CodecResult:
+        """Evaluate LoRAs that were generated for each subject.
+
+        Args:
+            name: Name of the row.
+            sampled_loras: Samples, each one LoRA per subject; the first is scored.
+            original: Result of the original LoRAs.
+            seconds: Time per LoRA.
+
+        Returns:
+            A row of the table.
+        """
         rows = torch.stack(
             [self.normalizer.normalize(loras.flatten()) for loras in sampled_loras], 1
         )  # [n, samples, P]

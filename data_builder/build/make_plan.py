@@ -61,7 +61,8 @@ def make_plan(
         split = subject.split or _assign_split(subject.name, val_fraction)
         name = replace_invalid_utf8(subject.name)
         for repetition in range(loras_per_subject):
-            seed = compute_subject_seed(recipe.seed, subject.name, repetition)
+            seed_name = "" if recipe.shared_noise else subject.name
+            seed = compute_subject_seed(recipe.seed, seed_name, repetition)
             rows.append(PlannedLora(name, photos, seed, split, repetition))
     if not rows:
         raise InvalidArgumentError("no subject can be used: " + "; ".join(skipped[:3]))

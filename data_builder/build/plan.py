@@ -75,6 +75,8 @@ class Recipe:
         gradient_checkpointing: Whether to trade computation for memory.
         storage_dtype: Precision of the stored LoRAs.
         seed: Seed of all random choices.
+        shared_noise: Whether all subjects draw the same noise, timesteps and order of photos: LoRAs
+            then differ by their photos alone, which models of LoRAs learn from more easily.
     """
 
     base: str
@@ -107,6 +109,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     storage_dtype: str = "float16"
     seed: int = 0
+    shared_noise: bool = False
 
     @property
     def denoiser_preset(self) -> str:

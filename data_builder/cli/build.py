@@ -101,6 +101,9 @@ def plan(
         str, typer.Option(help="Precision on disk: float32, float16, bfloat16.")
     ] = "float16",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all random choices.")] = 0,
+    shared_noise: Annotated[
+        bool, typer.Option("--shared-noise", help="Draw the same noise for all subjects.")
+    ] = False,
     portraits_per_identity: Annotated[
         int, typer.Option(min=1, help="Portraits of each avatar.")
     ] = 4,

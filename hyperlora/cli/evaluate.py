@@ -81,6 +81,14 @@ def evaluate(
             rich_help_panel=_PHOTO_TASK,
         ),
     ] = 1,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="What ranks --num-candidates: folder of an attribute classifier, or an "
+            "insightface pack; the evaluator by default.",
+            rich_help_panel=_PHOTO_TASK,
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -147,7 +155,7 @@ def evaluate(
         return
     sampling = LoraSampling(seed, lora_sampling_steps, lora_guidance_scale)
     config = GenerationConfig(sampling=sampling, num_candidates=num_candidates)
-    _evaluate_subjects(options, method, config, refine_steps, guidance_scale)
+    _evaluate_subjects(options, method, config, refine_steps, guidance_scale, judge)
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,7 @@ def _evaluate_subjects(
     config: "GenerationConfig",
     refine_steps: int,
     guidance_scale: float,
+    judge: str | None,
 ) -> None:
     """Score a model from photos."""
     from hyperlora import pretrained
@@ -192,7 +201,12 @@ def _evaluate_subjects(
 
     base = load_diffusion_base(options.base or pretrained.BASE_DIR, options.compute)
     model, reranker = load_model_and_reranker(
-        options.model, method, base, config, options.evaluator, options.compute
+        options.model,
+        method,
+        base,
+        config,
+        judge or (str(options.evaluator) if options.evaluator else None),
+        options.compute,
     )
     if not isinstance(model, ImageToLoraBase):
         raise InvalidArgumentError(

@@ -122,10 +122,11 @@ def generate(
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
-    evaluator: Annotated[
-        Path | None,
+    judge: Annotated[
+        str | None,
         typer.Option(
-            help="Folder of the attribute classifier that ranks --num-candidates.",
+            help="What ranks --num-candidates: folder of an attribute classifier, or an "
+            "insightface pack; the bundled classifier by default.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
@@ -224,7 +225,7 @@ def generate(
         trust_remote_code=trust_remote_code,
     )
     image_to_lora, reranker = load_model_and_reranker(
-        model, method, diffusion_base, config, evaluator, compute, released_options
+        model, method, diffusion_base, config, judge, compute, released_options
     )
     print_facts(image_to_lora)
     if input_dir is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hyperlora.pipelines.config import GenerationConfig
     from hyperlora.pipelines.photo_model import AnyPhotoModel
     from hyperlora.pipelines.released.released_model import ReleasedOptions
-    from hyperlora.pipelines.rerank import IdentityReranker
+    from hyperlora.pipelines.rerank import IdentityReranker, ImageJudge
 
 FORMAT_HELP: Final = "Key names of the file: auto, diffusers, kohya, sgm (SDXL) or comfyui (DiTs)."
 """Help of ``--format``; ``auto`` is what most programs read."""
@@ -102,7 +102,7 @@ def load_model_and_reranker(
     method: str | None,
     base: "DiffusionBase | None",
     config: "GenerationConfig",
-    evaluator_dir: Path | None,
+    judge: str | None,
     compute: "ComputeConfig",
     released_options: "ReleasedOptions | None" = None,
 ) -> "tuple[AnyPhotoModel, IdentityReranker | None]":
@@ -113,7 +113,8 @@ def load_model_and_reranker(
         method: The expected method; None accepts any.
         base: The base, which the model must suit; None if it does not run.
         config: The settings, which the model must suit.
-        evaluator_dir: Folder of the attribute classifier that ranks; None for the bundled one.
+        judge: What ranks: folder of an attribute classifier, or an insightface pack; None for
+            the bundled classifier.
         compute: The device of the model and of what ranks.
         released_options: Where the parts of a network that others released come from.
 
@@ -123,10 +124,8 @@ def load_model_and_reranker(
     Raises:
         InvalidArgumentError: The method is unknown, or the settings do not suit the model.
         LayoutMismatchError: The model is for another base.
-        ModelLoadError: The model or the classifier cannot be loaded.
+        ModelLoadError: The model or the judge cannot be loaded.
     """
-    from hyperlora import pretrained
-    from hyperlora.encoders.identity_similarity import IdentitySimilarity
     from hyperlora.pipelines.auto import load_photo_model
     from hyperlora.pipelines.generate import validate_config
     from hyperlora.pipelines.rerank import IdentityReranker, make_scoring_prompts
@@ -137,15 +136,24 @@ def load_model_and_reranker(
     validate_config(image_to_lora, config)
     if base is None or not config.needs_reranking:
         return image_to_lora, None
-    identity_similarity = IdentitySimilarity.from_pretrained(
-        evaluator_dir or pretrained.EVALUATOR_DIR
-    )
     reranker = IdentityReranker(
         base,
-        identity_similarity.to(compute.torch_device),
+        _load_judge(judge, base, compute),
         make_scoring_prompts(image_to_lora.trigger_phrase),
     )
     return image_to_lora, reranker
+
+
+def _load_judge(judge: str | None, base: "DiffusionBase", compute: "ComputeConfig") -> "ImageJudge":
+    """Load an attribute classifier, or else a face pack: a folder without ``config.json``."""
+    from hyperlora import pretrained
+    from hyperlora.encoders.face_similarity import FaceSimilarity
+    from hyperlora.encoders.identity_similarity import IdentitySimilarity
+
+    if judge is not None and not (Path(judge) / "config.json").is_file():
+        return FaceSimilarity.from_pack(judge, base.resolution)
+    identity_similarity = IdentitySimilarity.from_pretrained(judge or pretrained.EVALUATOR_DIR)
+    return identity_similarity.to(compute.torch_device)
 
 
 def print_facts(model: "AnyPhotoModel") -> None:

@@ -153,29 +153,49 @@ class AttributeClassifier(nn.Module):
 
 
 def load_image_encoder(name_or_path: str, options: dict[str, Any] | None = None) -> TimmEncoder:
-    """Load the backbone of a released attribute classifier, or make a timm backbone.
+    """Load the backbone of a released network, or make a timm backbone.
 
     Args:
-        name_or_path: The folder of a classifier, or a timm id.
-        options: Further arguments of ``TimmEncoder``; for a classifier, they replace its own.
+        name_or_path: The folder of an attribute classifier or of a model from photos, or a timm
+            id.
+        options: Further arguments of ``TimmEncoder``; for a folder, they replace its own.
 
     Returns:
         The encoder.
 
     Raises:
         InvalidArgumentError: The classifier is one of latents.
+        ModelLoadError: The model takes its encoder from another one.
     """
-    if not (Path(name_or_path) / "config.json").is_file():
+    config_path = Path(name_or_path) / "config.json"
+    if not config_path.is_file():
         return TimmEncoder(name_or_path, **(options or {}))
-    backbone = AttributeClassifier.from_pretrained(name_or_path).encoder
-    if not isinstance(backbone, TimmEncoder):
-        raise InvalidArgumentError(
-            f"{name_or_path} classifies latents, an attribute classifier of images was expected"
-        )
-    config: dict[str, Any] = {**backbone.config, **(options or {})}
-    encoder = TimmEncoder(**config)
-    encoder.load_state_dict(backbone.state_dict())
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    if "encoder" in config:  # of a model from photos
+        encoder_config, state_dict = config["encoder"], _load_encoder_weights(config_path)
+    else:
+        backbone = AttributeClassifier.from_pretrained(name_or_path).encoder
+        if not isinstance(backbone, TimmEncoder):
+            raise InvalidArgumentError(
+                f"{name_or_path} classifies latents, an attribute classifier of images was expected"
+            )
+        encoder_config, state_dict = backbone.config, backbone.state_dict()
+    encoder = TimmEncoder(**encoder_config | (options or {}))
+    encoder.load_state_dict(state_dict)
     return encoder.eval().requires_grad_(False)
+
+
+def _load_encoder_weights(config_path: Path) -> dict[str, Tensor]:
+    """Load the weights of the encoder of a model from photos, in float32."""
+    weights = load_file(config_path.with_name("model.safetensors"))
+    prefix = "encoder."
+    state_dict = {k[len(prefix) :]: v.float() for k, v in weights.items() if k.startswith(prefix)}
+    if not state_dict:
+        raise ModelLoadError(
+            f"{str(config_path.parent)!r} holds no encoder of its own: name the model that its "
+            "config.json takes it from (shared_weights)"
+        )
+    return state_dict
 
 
 @torch.no_grad()

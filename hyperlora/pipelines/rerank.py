@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,8 +10,20 @@ from torch import Tensor
 from hyperlora.data.images import to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.text_to_image import generate_images
-from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.lora.weights import LoraWeights
+
+
+class ImageJudge(Protocol):
+    """Scores images against photos, as ``IdentitySimilarity`` and ``FaceSimilarity`` do."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the images."""
+        ...
+
+    def __call__(self, photos: Tensor, images: Tensor) -> Tensor:
+        """Score images [n, 3, h, w] against the photos [views, 3, h, w] of a subject: [n]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,14 +35,14 @@ class IdentityReranker:
 
     Attributes:
         base: The base that generates the images.
-        identity_similarity: The score of an image, given photos.
+        judge: The score of an image, given photos.
         prompts: One image per prompt and LoRA.
         num_inference_steps: Denoising steps of an image.
         guidance_scale: Classifier-free guidance of an image.
     """
 
     base: DiffusionBase
-    identity_similarity: IdentitySimilarity
+    judge: ImageJudge
     prompts: Sequence[str]
     num_inference_steps: int = 10
     guidance_scale: float = 3.0
@@ -54,9 +67,9 @@ class IdentityReranker:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
         )
-        size = self.identity_similarity.image_size
+        size = self.judge.image_size
         pixels = torch.stack([to_tensor(image, size) for image in images])
-        similarities = self.identity_similarity(photos, pixels)  # [n * prompts]
+        similarities = self.judge(photos, pixels)  # [n * prompts]
         return similarities.view(num_loras, num_prompts).mean(1)
 
 

@@ -271,3 +271,23 @@ def apply_random_degradation(images: Tensor) -> Tensor:
     blur_mask = torch.rand(n, 1, 1, 1, device=images.device) < 0.35
     noise = torch.randn_like(images) * torch.rand(n, 1, 1, 1, device=images.device) * 0.04
     return (torch.where(blur_mask, blurred, images) + noise).clamp(0, 1)
+
+
+def occlude_image(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Cover a random rectangle of an image with gray, as hands, masks and hats cover faces.
+
+    Args:
+        image: [3, h, w] in [0, 1].
+        rng: Chooses the rectangle. Each side is 30 to 60 % of the image's.
+
+    Returns:
+        A copy, [3, h, w].
+    """
+    height, width = image.shape[-2:]
+    box_height = int(height * rng.uniform(0.3, 0.6))
+    box_width = int(width * rng.uniform(0.3, 0.6))
+    top = int(rng.integers(height - box_height + 1))
+    left = int(rng.integers(width - box_width + 1))
+    occluded = image.clone()
+    occluded[:, top : top + box_height, left : left + box_width] = 0.5
+    return occluded

@@ -31,7 +31,6 @@ LIBRARIES = {
 """Modules that programs import."""
 PROGRAMS = [name for name in MODULES if name not in LIBRARIES]
 NOT_RUN = {
-    "ablations.image_feature_mixing": "needs photos in which a face is found, not 16 pixels wide",
     "ablations.pair_hypernetwork_training": "needs the data that its training config names",
     "robustness.malformed_requests": "starts servers with the bundled models",
     "robustness.openapi_fuzzing": "starts a server with the bundled models",
@@ -54,6 +53,13 @@ RUNS = [
         "ablations.finetuning_initialization",
         "--num-subjects 2 --steps 2",
         r"(?s)^zero +loss .*\nshared +loss .*\nnetwork +loss ",
+    ),
+    (
+        "ablations.lora_diffusion",
+        "{builds.others} --dataset scratch {builds.train} --mixtures image --codecs autoencoder"
+        " --steps 1 --codec-steps 1 --encoder {bundle.model} --num-subjects 2 --num-prompts 1"
+        " --sampling-steps 1 --num-inference-steps 1 -o {output_dir}",
+        r"(?s)\| scratch, autoencoder \|.*\| scratch, autoencoder, image, part covered \|",
     ),
     (
         "ablations.lora_strength",

@@ -69,7 +69,7 @@ def test_num_loras_writes_samples_by_seed(
 def test_num_candidates_keeps_best_samples(
     run: RunCommand, bundle: Any, difflora: Path, tmp_path: Path
 ) -> None:
-    model_options = ["--model", difflora, "--base", bundle.base, "--evaluator", bundle.evaluator]
+    model_options = ["--model", difflora, "--base", bundle.base, "--judge", bundle.evaluator]
     assert (
         run(
             "generate",
@@ -152,7 +152,7 @@ def test_input_dir_reranks_candidates(
         difflora,
         "--base",
         bundle.base,
-        "--evaluator",
+        "--judge",
         bundle.evaluator,
         "--num-candidates",
         2,
@@ -219,7 +219,7 @@ def test_generate_refuses_sampling_of_deterministic_model(
         bundle.model,
         "--base",
         bundle.base,
-        "--evaluator",
+        "--judge",
         bundle.evaluator,
         *options,
     )

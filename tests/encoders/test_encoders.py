@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from hyperlora import pretrained
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base, make_unet_encoder
 from hyperlora.encoders.attribute_classifier import AttributeClassifier, load_image_encoder
 from hyperlora.encoders.timm_encoder import TimmEncoder
@@ -115,3 +116,16 @@ def test_load_image_encoder_adds_patch_pixels_to_a_classifier(tmp_path):
         tokens, patch_tokens = encoder(photos).tokens, patch_encoder(photos).tokens
     assert torch.equal(patch_tokens[..., : encoder.width], tokens)
     assert patch_encoder.width == encoder.width + 48
+
+
+def test_load_image_encoder_reads_that_of_a_released_model():
+    folder = pretrained.IMAGE_TO_LORA_DIR
+    encoder = load_image_encoder(str(folder))
+    photos = torch.rand(1, 2, 3, 64, 64)
+    expected = ImageToLora.from_pretrained(folder).encoder(photos).tokens
+    assert torch.equal(encoder(photos).tokens, expected)
+
+
+def test_load_image_encoder_refuses_a_model_that_shares_its_encoder():
+    with pytest.raises(ModelLoadError, match="holds no encoder of its own"):
+        load_image_encoder(str(pretrained.PAIR_TO_LORA_DIR))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +17,7 @@ from hyperlora.training.augmentation import (
     crop_face,
     crop_target,
     make_reference_view,
+    occlude_image,
 )
 
 SIDES = st.integers(8, 400)
@@ -142,3 +144,16 @@ def test_crop_face_turns_the_square_upright(angle: float) -> None:
 def test_crop_face_repeats_the_edge_outside_of_the_photo() -> None:
     photo = Image.new("RGB", (30, 30), (200, 10, 10))
     assert np.asarray(crop_face(photo, (0, 0), 28, 20, 16)).min(axis=(0, 1))[0] >= 198
+
+
+@given(st.integers(0, 10**6), st.integers(10, 90), st.integers(10, 90))
+def test_occlude_image_covers_one_gray_rectangle(seed: int, height: int, width: int) -> None:
+    image = torch.zeros(3, height, width)
+    occluded = occlude_image(image, np.random.default_rng(seed))
+    assert not image.any()
+    covered = occluded[0] == 0.5
+    assert torch.equal(occluded, covered * torch.full((3, 1, 1), 0.5))
+    num_rows, num_columns = int(covered.any(1).sum()), int(covered.any(0).sum())
+    assert int(covered.sum()) == num_rows * num_columns, "a rectangle"
+    assert int(0.3 * height) <= num_rows <= 0.6 * height
+    assert int(0.3 * width) <= num_columns <= 0.6 * width
