@@ -162,8 +162,10 @@ class LoraPhotoDataModule(L.LightningDataModule):
             deterministic=False,
             num_occlusions=h["num_occlusions"],
         )
+        # a dataset smaller than a batch would give none at all
+        batch_size = min(h["batch_size"], len(data))
         return DataLoader(
-            data, h["batch_size"], shuffle=True, drop_last=True, collate_fn=LoraPhotoBatch.collate
+            data, batch_size, shuffle=True, drop_last=True, collate_fn=LoraPhotoBatch.collate
         )
 
     def val_dataloader(self) -> DataLoader[LoraPhotoSample]:

@@ -101,6 +101,18 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = loggers
         return super().instantiate_trainer(**kwargs)
 
+    def after_fit(self) -> None:
+        """Check that there was something to train on.
+
+        Raises:
+            InvalidArgumentError: The data give no batch, and so nothing was trained or written.
+        """
+        if self.trainer.num_training_batches == 0:
+            raise InvalidArgumentError(
+                "the training data are smaller than one batch, so nothing was trained: lower "
+                "data.init_args.batch_size"
+            )
+
 
 class _ConfigReader(TrainingCLI):
     """Reads and checks a configuration; makes and runs nothing."""

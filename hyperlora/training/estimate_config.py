@@ -18,22 +18,34 @@ from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.pair_to_lora import PairToLora
 from hyperlora.pipelines.pretrained_model import read_layout
 from hyperlora.training.estimate import BatchSize, TrainingParts, estimate_memory
+from hyperlora.training.estimate_lora_models import estimate_autoencoder, estimate_lora_diffusion
 from hyperlora.training.known_bases import MetaBase, make_meta_base
 from hyperlora.training.memory import TrainerOptions, TrainingMemory
 from hyperlora.training.modules.hypernetwork import UNET_ENCODER, HypernetworkTraining
+from hyperlora.training.modules.lora_autoencoder import LoraAutoencoderTraining
+from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
 from hyperlora.training.modules.pair_hypernetwork import (
     PairHypernetworkTraining,
     load_vocabulary,
 )
 
-_CLASSES: Final = {
-    f"{training.__module__}.{training.__name__}": training
-    for training in (HypernetworkTraining, PairHypernetworkTraining)
+
+def _get_class_path(training: type) -> str:
+    return f"{training.__module__}.{training.__name__}"
+
+
+_HYPERNETWORKS: Final = tuple(
+    map(_get_class_path, (HypernetworkTraining, PairHypernetworkTraining))
+)
+_ESTIMATES: Final = {
+    _get_class_path(LoraAutoencoderTraining): estimate_autoencoder,
+    _get_class_path(LoraDiffusionTraining): estimate_lora_diffusion,
 }
+"""Of trainings on LoRAs, which need no base."""
 
 
 def estimate_config(config: Mapping[str, Any]) -> TrainingMemory:
-    """Estimate the memory of the training of a hypernetwork on each device.
+    """Estimate the memory of a training on each device.
 
     Args:
         config: With ``model``, ``data`` and ``trainer``, as LightningCLI parses it.
@@ -45,28 +57,30 @@ def estimate_config(config: Mapping[str, Any]) -> TrainingMemory:
         InvalidArgumentError: It trains something else, or the size of its base is not known.
     """
     class_path = config["model"]["class_path"]
-    if class_path not in _CLASSES:
+    options = _read_trainer_options(config["trainer"])
+    if class_path in _ESTIMATES:
+        return _ESTIMATES[class_path](config, options)
+    if class_path not in _HYPERNETWORKS:
+        known = ", ".join([*_HYPERNETWORKS, *_ESTIMATES])
         raise InvalidArgumentError(
-            f"the memory of {class_path} cannot be estimated: only that of {', '.join(_CLASSES)}"
+            f"the memory of {class_path} cannot be estimated: only that of {known}"
         )
-    model, trainer = config["model"]["init_args"], config["trainer"]
+    model = config["model"]["init_args"]
     if model["encoder"] == UNET_ENCODER:
         raise InvalidArgumentError(
             "the memory of a training whose encoder is the UNet cannot be estimated: "
             "begin it, and it prints the same table"
         )
-    num_devices = _count_devices(trainer)
     base_options = model["base_options"] or {}
     left_out = {name for name, value in base_options.items() if value is None}
     base = make_meta_base(
         model["base"],
         base_options.get("dtype", "float32"),
-        num_devices if model["shard_base"] else 1,
+        options.num_devices if model["shard_base"] else 1,
     )
     text_encoders = _select_text_encoders(base, model)
     with torch.device("meta"):
         encoder, network = _make_modules(model, base, text_encoders)
-    callbacks = [str(callback["class_path"]) for callback in trainer["callbacks"] or []]
     return estimate_memory(
         TrainingParts(
             base_rows=[row for row in base.rows if row.name.split(" ")[0] not in left_out],
@@ -77,13 +91,19 @@ def estimate_config(config: Mapping[str, Any]) -> TrainingMemory:
             layout=network.layout,
             batch=BatchSize.from_config(config["data"]["init_args"], model, base.family.resolution),
             use_checkpointing=model["gradient_checkpointing"],
-            options=TrainerOptions(
-                has_average=any(path.endswith("WeightAveraging") for path in callbacks),
-                is_mixed=str(trainer["precision"]).endswith("-mixed"),
-                num_devices=num_devices,
-            ),
+            options=options,
             text_encoders=text_encoders,
         )
+    )
+
+
+def _read_trainer_options(trainer: Mapping[str, Any]) -> TrainerOptions:
+    """Read what of a trainer changes the memory."""
+    callbacks = [str(callback["class_path"]) for callback in trainer["callbacks"] or []]
+    return TrainerOptions(
+        has_average=any(path.endswith("WeightAveraging") for path in callbacks),
+        is_mixed=str(trainer["precision"]).endswith("-mixed"),
+        num_devices=_count_devices(trainer),
     )
 
 

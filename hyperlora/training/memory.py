@@ -156,7 +156,7 @@ def make_network_rows(network: nn.Module, options: TrainerOptions) -> list[Memor
         options: Of the trainer.
 
     Returns:
-        Decoder, head, and what training adds to both.
+        The network, or a hypernetwork's decoder and head, and what training adds.
     """
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     head_names = {
@@ -168,9 +168,14 @@ def make_network_rows(network: nn.Module, options: TrainerOptions) -> list[Memor
     }
     num_head = sum(p.numel() for name, p in trained.items() if name in head_names)
     num_all = sum(p.numel() for p in trained.values())
-    rows = [
-        MemoryRow("decoder", num_all - num_head, 4 * (num_all - num_head), "network"),
-        MemoryRow("head (grows with targets and rank)", num_head, 4 * num_head, "network"),
+    rows = [MemoryRow("network", num_all, 4 * num_all, "network")]
+    if num_head:
+        num_decoder = num_all - num_head
+        rows = [
+            MemoryRow("decoder", num_decoder, 4 * num_decoder, "network"),
+            MemoryRow("head (grows with targets and rank)", num_head, 4 * num_head, "network"),
+        ]
+    rows += [
         MemoryRow("gradients", None, 4 * num_all, "network"),
         MemoryRow("moments of the optimizer", None, 8 * num_all, "network"),
     ]

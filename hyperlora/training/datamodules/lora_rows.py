@@ -23,7 +23,9 @@ class LoraRowsDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Make the loader of shuffled training batches, without an incomplete last one."""
         data = LoraDataset(self.hparams["folder"], "train")
-        return DataLoader(data, self.hparams["batch_size"], shuffle=True, drop_last=True)
+        # a dataset smaller than a batch would give none at all
+        batch_size = min(self.hparams["batch_size"], len(data))
+        return DataLoader(data, batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Make the loader of validation batches."""
