@@ -186,6 +186,14 @@ RULES = {
         (*SMALL_HYPERNETWORK, _TWO_SAMPLES),
         ("avatars/06_text_to_image_attributes", "avatars/08_photo_encoder"),
     ),
+    "avatars/12_lora_autoencoder": Rule(
+        LoraCodec.from_pretrained,
+        (
+            "--model.init_args.autoencoder={directions_per_factor: 4, latent_width: 4, width: 8}",
+            _TWO_SAMPLES,
+        ),
+        ("avatars/06_text_to_image_attributes", "build"),
+    ),
     "avatars/12_lora_diffusion": Rule(
         LoraDiffusion.from_pretrained,
         (
@@ -233,14 +241,6 @@ RULES = {
         (*SMALL_HYPERNETWORK, _TWO_SAMPLES),
         ("avatars/06_text_to_image_attributes", "avatars/08_photo_encoder", "lidb-targets"),
     ),
-    "avatars/ablations/lora_conv_autoencoder": Rule(
-        LoraCodec.from_pretrained,
-        (
-            "--model.init_args.autoencoder={directions_per_factor: 4, latent_width: 4, width: 8}",
-            _TWO_SAMPLES,
-        ),
-        ("avatars/06_text_to_image_attributes", "build"),
-    ),
     "instruct_pix2pix/pretrain": _make_pair_rule(*SMALL_NETWORK),
     "instruct_pix2pix/finetune": _make_pair_rule(
         "--data.init_args.folder=pairs/magic-brush", needs=("instruct_pix2pix/pretrain",)
@@ -249,6 +249,8 @@ RULES = {
     "sd15/lora_diffusion": _make_lora_diffusion_rule("sd15"),
     "sdxl/lora_autoencoder": _make_lora_autoencoder_rule("sdxl"),
     "sdxl/lora_diffusion": _make_lora_diffusion_rule("sdxl"),
+    "z_image/lora_autoencoder": _make_lora_autoencoder_rule("z_image"),
+    "z_image/lora_diffusion": _make_lora_diffusion_rule("z_image"),
     "sd15/hypernetwork": _make_photo_rule("sd15"),
     "sd15/hyperdreambooth_paper": _make_photo_rule("sd15"),
     "sdxl/hypernetwork": _make_photo_rule("sdxl"),

@@ -175,6 +175,7 @@ PREPARATIONS = {
     "build": _build_loras,
     "sd15-build": partial(_build_photo_loras, "sd15"),
     "sdxl-build": partial(_build_photo_loras, "sdxl"),
+    "z_image-build": partial(_build_photo_loras, "z_image"),
     "pairs": _draw_pairs,
     "drawn": _draw_portraits,
     "tokenizer": _build_tokenizer,

@@ -16,9 +16,12 @@ from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.normalization import LoraNormalizer
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.hypernetwork import Hypernetwork
+from hyperlora.models.lora_autoencoder import LoraAutoencoder
 from hyperlora.models.pair_hypernetwork import PairHypernetwork
+from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.training import activations, memory
 from hyperlora.training.activations import (
     estimate_activation_bytes,
@@ -28,6 +31,7 @@ from hyperlora.training.activations import (
 )
 from hyperlora.training.cli import parse_config, train
 from hyperlora.training.estimate_config import _count_devices, estimate_config
+from hyperlora.training.estimate_lora_models import read_dataset_layout
 from hyperlora.training.known_bases import KNOWN_BASES, make_meta_base
 from hyperlora.training.memory import (
     MemoryRow,
@@ -62,6 +66,35 @@ HEADERS = {
     for name in NAMES
     if (match := re.search("^# memory: (.*)$", (CONFIGS / f"{name}.yaml").read_text(), re.M))
 }
+LORA_MODELS = {
+    f"{base}/{name}"
+    for base in ("sd15", "sdxl", "z_image")
+    for name in ("lora_autoencoder", "lora_diffusion")
+}
+"""Trainings on LoRAs, whose base only the plan of a dataset names."""
+
+
+def write_lora_plan_and_codec(folder: str) -> None:
+    """Write the plan that a config names, and the codec that its autoencoder would become."""
+    text = (CONFIGS / f"{folder}/lora_autoencoder.yaml").read_text()
+    recipe = {
+        "base": re.search(r"--base (\S+)", text)[1],
+        "preset": re.search(r"--preset (\S+)", text)[1],
+        "rank": int(re.search(r"--rank (\d+)", text)[1]),
+        "parametrization": "lora",
+    }
+    build_dir = Path(f"runs/{folder}/build")
+    build_dir.mkdir(parents=True)
+    (build_dir / "plan.json").write_text(json.dumps({"recipe": recipe}))
+    model = read_config(f"{folder}/lora_autoencoder")["model"]["init_args"]
+    layout = read_dataset_layout(build_dir)
+    with torch.device("meta"):
+        autoencoder = LoraAutoencoder(layout, **model["autoencoder"])
+        codec = LoraCodec(LoraNormalizer(layout), autoencoder)
+    codec_dir = Path(model["output_dir"])
+    codec_dir.mkdir(parents=True)
+    (codec_dir / "config.json").write_text(json.dumps(codec.to_config()))
+    (codec_dir / "layout.json").write_text(json.dumps(layout.to_dict()))
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZES)
@@ -80,12 +113,17 @@ def test_every_config_of_a_real_base_states_its_memory() -> None:
         for name, base in bases.items()
         if base in KNOWN_BASES and not read_config(name)["model"]["init_args"].get("start_from")
     }
-    assert HEADERS.keys() == expected
-    assert len(HEADERS) >= 9
+    assert HEADERS.keys() == expected | LORA_MODELS
+    assert len(expected) >= 9
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_config_header_equals_the_estimate(name: str) -> None:
+def test_config_header_equals_the_estimate(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in LORA_MODELS:
+        monkeypatch.chdir(tmp_path)
+        write_lora_plan_and_codec(Path(name).parent.name)
     estimate = estimate_config(parse_config(["--config", str(CONFIGS / f"{name}.yaml")]))
     assert HEADERS[name] == estimate.describe()
     assert estimate.num_trained_params <= 300e6
@@ -362,6 +400,38 @@ def test_estimate_of_a_folder_equals_the_table_of_the_training(
 )
 def test_estimate_counts_the_devices_of_all_nodes(devices: Any, num_nodes: int, count: int) -> None:
     assert _count_devices({"devices": devices, "num_nodes": num_nodes}) == count
+
+
+def test_autoencoder_activations_equal_those_that_autograd_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of real numbers, at the size of Stable Diffusion 1.5."""
+    monkeypatch.chdir(tmp_path)
+    write_lora_plan_and_codec("sd15")
+    config = parse_config(
+        ["--config", str(CONFIGS / "sd15/lora_autoencoder.yaml"), "--data.init_args.batch_size=2"]
+    )
+    rows = {row.name: row.num_bytes for row in estimate_config(config).rows}
+    layout = read_dataset_layout(Path("runs/sd15/build"))
+    network = LoraAutoencoder(layout, **config["model"]["init_args"]["autoencoder"])
+    counter = activations.StorageCounter([*network.parameters(), *network.buffers()])
+    with saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+        network(torch.randn(2, layout.numel))
+    assert rows["activations (estimate)"] == pytest.approx(counter.num_bytes, rel=0.02)
+    assert rows["network"] == 4 * sum(p.numel() for p in network.parameters())
+    assert rows["LoRAs of a batch"] == 4 * 4 * 2 * layout.numel
+
+
+def test_estimate_of_lora_models_refuses_what_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("autoencoder", "neither LoRAs nor a plan of them, which decide the memory"),
+        ("diffusion", "codec'.* decides the memory, and there is no such folder"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            estimate_config(parse_config(["--config", str(CONFIGS / f"sd15/lora_{name}.yaml")]))
 
 
 def test_estimate_refuses_what_it_cannot_know() -> None:
