@@ -57,6 +57,8 @@ class Recipe:
         lr_scheduler: ``constant``, ``linear`` or ``cosine``: how it falls, in the end to 0.
         lr_warmup_steps: Steps over which it rises from 0.
         timestep_shift: Above 1, noisier timesteps are drawn more often.
+        snr_gamma: γ of Min-SNR weighting (2303.09556), which counts noisy timesteps less: there the
+            gradients of photos differ most; None: no weighting.
         batch_size: Examples of each subject per step.
         subjects_per_batch: Subjects that are fitted together; they form a chunk.
         identifier: Phrase for the subject in training prompts.
@@ -92,6 +94,7 @@ class Recipe:
     lr_scheduler: LrScheduler = "constant"
     lr_warmup_steps: int = 0
     timestep_shift: float = 1.0
+    snr_gamma: float | None = None
     batch_size: int = 2
     subjects_per_batch: int = 16
     identifier: str = "sks person"
@@ -125,6 +128,10 @@ class Recipe:
         if not 0 < self.timestep_shift < float("inf"):
             raise InvalidArgumentError(
                 f"--timestep-shift must be above 0 and finite, got {self.timestep_shift}"
+            )
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < float("inf"):
+            raise InvalidArgumentError(
+                f"--snr-gamma must be above 0 and finite, got {self.snr_gamma}"
             )
         choices = {
             "preset": TARGET_PRESETS,

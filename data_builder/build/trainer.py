@@ -135,6 +135,7 @@ class ChunkTrainer:
                 lr_scheduler=recipe.lr_scheduler,
                 lr_warmup_steps=recipe.lr_warmup_steps,
                 shift=recipe.timestep_shift,
+                snr_gamma=recipe.snr_gamma,
                 batch_size=recipe.batch_size,
                 prior_loss_weight=recipe.prior_loss_weight,
                 seeds=seeds,

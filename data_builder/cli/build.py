@@ -58,6 +58,10 @@ def plan(
     timestep_shift: Annotated[
         float, typer.Option(help="Above 1, noisier timesteps are drawn more often.")
     ] = 1.0,
+    snr_gamma: Annotated[
+        float | None,
+        typer.Option(help="γ of Min-SNR weighting, e.g. 5; by default there is none."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of each subject per step.")] = 2,
     subjects_per_batch: Annotated[
         int, typer.Option(min=0, help="Subjects fitted together; 0: by the GPU's memory.")

@@ -42,6 +42,7 @@ def compute_denoising_loss(
     conditions: Conditions,
     *,
     shift: float = 1.0,
+    snr_gamma: float | None = None,
     noise_sample: tuple[Tensor, Tensor] | None = None,
     weight: Tensor | None = None,
     x0_offset: Tensor | None = None,
@@ -59,6 +60,8 @@ def compute_denoising_loss(
         conditions: Of the prompts, with ``image_latents`` where the base edits images.
         shift: Above 1, noisier timesteps are drawn more often (2403.03206, eq. 23): the prompt
             has the most influence there.
+        snr_gamma: γ of Min-SNR weighting (2303.09556): errors of x_0 count min(SNR, γ). None
+            weights the errors of the denoiser's output alike.
         noise_sample: The random numbers: u [batch] in [0, 1), which gives the timestep, and the
             noise, shaped like ``latents``. None draws both.
         weight: Loss weight of each latent pixel, broadcast onto ``latents``. With a mean of 1 the
@@ -93,6 +96,8 @@ def compute_denoising_loss(
     squared_error = F.mse_loss(model_output.float(), target.float(), reduction="none")
     if weight is not None:
         squared_error = squared_error * weight  # [B, C, h, w]
+    if snr_gamma is not None:
+        squared_error = squared_error * schedule.compute_min_snr_weight(timesteps, snr_gamma)
     loss = squared_error.mean((1, 2, 3))  # [B]
     if aux_loss is None:
         return loss

@@ -130,6 +130,27 @@ class NoiseSchedule:
         alpha, sigma = self.compute_alpha_sigma(timesteps)
         return sigma / (alpha + sigma)  # flow matching: σ itself, since α + σ = 1
 
+    def compute_min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Compute min(SNR, γ), the weight of an error of x_0 (Min-SNR, 2303.09556), SNR = α² / σ².
+
+        It is the weight of the prediction's own error: ε errors count min(SNR, γ) / SNR, and v
+        errors min(SNR, γ) / (SNR + 1).
+
+        Args:
+            timesteps: As ``sample_timesteps`` returns them, [batch].
+            gamma: γ, 5 in the paper; the largest weight.
+
+        Returns:
+            Weights, [batch, 1, 1, 1].
+        """
+        alpha, sigma = self.compute_alpha_sigma(timesteps)
+        snr = (alpha / sigma).square()
+        # x_0 is linear in the output, so an error of 1 there becomes this error of x_0
+        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+        x0_error = self._prediction_type.compute_x0(alpha, sigma, zero, one)
+        # ε: (σ / α)² min(SNR, γ), which is bounded by 1; at α = 0 it would be 0 · ∞
+        return (snr.clamp(max=gamma) * x0_error.square()).nan_to_num(1.0)
+
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Make a denoiser's input and the target of its output.
 

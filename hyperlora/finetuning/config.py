@@ -29,6 +29,8 @@ class FineTuneConfig:
         num_paired_groups: With t > 1 the K subjects form t groups of K/t. Subjects i, i + K/t,
             i + 2K/t, ... see the same examples, timesteps and noise. Not together with ``seeds``.
         shift: Timestep shift of the loss; above 1, noisier timesteps are drawn more often.
+        snr_gamma: γ of Min-SNR weighting (2303.09556), which counts noisy timesteps less; None: no
+            weighting.
         seeds: One seed per subject. Each subject then has a random stream of its own, and its LoRA
             does not depend on the other subjects. None: torch's global generator for all.
         progress_label: Label of a progress bar over the steps; None: no bar.
@@ -47,6 +49,7 @@ class FineTuneConfig:
     snapshot_steps: Collection[int] = ()
     num_paired_groups: int = 1
     shift: float = 1.0
+    snr_gamma: float | None = None
     seeds: Sequence[int] | None = None
     progress_label: str | None = None
     on_step: Callable[[int], None] | None = None
@@ -56,6 +59,10 @@ class FineTuneConfig:
         check_lr_schedule(self.lr_scheduler, self.lr_warmup_steps)
         if not (isfinite(self.shift) and self.shift > 0):
             raise InvalidArgumentError(f"shift must be above 0 and finite, got {self.shift}")
+        if self.snr_gamma is not None and not (isfinite(self.snr_gamma) and self.snr_gamma > 0):
+            raise InvalidArgumentError(
+                f"snr_gamma must be above 0 and finite, got {self.snr_gamma}"
+            )
         if self.num_paired_groups < 1:
             raise InvalidArgumentError(
                 f"num_paired_groups must be at least 1, got {self.num_paired_groups}"

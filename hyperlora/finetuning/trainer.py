@@ -205,6 +205,7 @@ def _compute_batch_loss(
         latents,
         conditions,
         shift=config.shift,
+        snr_gamma=config.snr_gamma,
         noise_sample=noise_sample,
         x0_offset=None if x0_offsets is None else gather_rows(x0_offsets, indices, active),
     )  # [b * k]

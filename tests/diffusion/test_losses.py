@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
 
 from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
@@ -67,6 +68,53 @@ def test_x0_offset_moves_the_target_in_proportion_to_the_noise(name: str) -> Non
     )
     assert float(loss.min()) > 1e-5
     assert float(noise_levels[0].min()) >= 0 and float(noise_levels[0].max()) <= 1
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_errors_as_in_the_training_scripts_of_diffusers(
+    name: str, gamma: float
+) -> None:
+    """Of ε and v predictions as written there; of the others by errors of x_0."""
+    x0, noise, error = torch.randn(3, 4, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    scheduler, timesteps = SCHEDULERS[name], torch.tensor([10, 300, 600, 990])
+    schedule = NoiseSchedule(scheduler)
+
+    def predict_with_error(
+        noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        return schedule.compute_target(noisy_latents, x0, timesteps) + error
+
+    u = (timesteps + 0.5 * (name != "flow")) / 1000
+    weighted, unweighted = (
+        compute_denoising_loss(
+            predict_with_error,
+            scheduler,
+            x0,
+            CONDITIONS,
+            noise_sample=(u, noise),
+            snr_gamma=snr_gamma,
+        )
+        for snr_gamma in (gamma, None)
+    )
+    if name in ("epsilon", "v_prediction"):
+        snr = compute_snr(scheduler, timesteps)
+        base_weight = torch.stack([snr, gamma * torch.ones_like(timesteps)], 1).min(1)[0]
+        expected = base_weight / (snr if name == "epsilon" else snr + 1)
+    else:
+        sigma = (
+            timesteps / 1000 if name == "flow" else (1 - scheduler.alphas_cumprod[timesteps]) ** 0.5
+        )
+        alpha = 1 - sigma if name == "flow" else scheduler.alphas_cumprod[timesteps] ** 0.5
+        expected = (alpha / sigma).square().clamp(max=gamma) * (sigma**2 if name == "flow" else 1)
+    torch.testing.assert_close(weighted / unweighted, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_is_finite_where_there_is_no_signal(prediction_type: str) -> None:
+    scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    weight = NoiseSchedule(scheduler).compute_min_snr_weight(torch.tensor([999]), 5.0)
+    assert float(weight) == pytest.approx(1.0 if prediction_type == "epsilon" else 0.0, abs=1e-3)
 
 
 def test_weight_scales_the_error_of_each_latent_pixel() -> None:

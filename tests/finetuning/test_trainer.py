@@ -10,6 +10,7 @@ from torch import Tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.losses import compute_denoising_loss
+from hyperlora.diffusion.noise_schedule import NoiseSchedule
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.finetuning.config import FineTuneConfig, RefineConfig
@@ -103,6 +104,24 @@ def test_fine_tune_loras_with_shift_draws_noisier_timesteps(
     assert mean_timesteps[1] > mean_timesteps[0] + 200, mean_timesteps
 
 
+def test_fine_tune_loras_weights_the_loss_by_min_snr(
+    base: DiffusionBase, init_loras: LoraWeights
+) -> None:
+    """With the same noise, the first losses differ by the weight of their timestep."""
+    examples = make_photo_examples(base, make_photos(base.resolution), "a b")
+    seeds = list(range(len(init_loras)))
+    losses, timesteps = [], []
+    hook = base.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: timesteps.append(kwargs["timestep"]), with_kwargs=True
+    )
+    for snr_gamma in (None, 2.0):
+        options = {"num_steps": 1, "batch_size": 1, "seeds": seeds, "snr_gamma": snr_gamma}
+        losses.append(run_fine_tuning(base, init_loras, examples, **options).losses[0])
+    hook.remove()
+    weight = NoiseSchedule(base.noise_scheduler).compute_min_snr_weight(timesteps[0], 2.0)
+    torch.testing.assert_close(losses[1], losses[0] * weight.flatten())
+
+
 def test_fine_tune_loras_adds_prior_loss(base: DiffusionBase, init_loras: LoraWeights) -> None:
     examples = make_photo_examples(base, make_photos(base.resolution), "a b")
     prior_examples = make_photo_examples(base, make_photos(base.resolution, seed=5), "a")
@@ -131,6 +150,7 @@ def test_gather_examples_orders_samples_as_inject_lora() -> None:
         ),
         ({"lr_warmup_steps": -1}, "lr_warmup_steps must be 0 or more, got -1"),
         ({"shift": 0.0}, "shift must be above 0 and finite, got 0.0"),
+        ({"snr_gamma": 0.0}, "snr_gamma must be above 0 and finite, got 0.0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_paired_groups": 0}, "num_paired_groups must be at least 1, got 0"),
         ({"num_paired_groups": 2, "seeds": [0, 1]}, "exclude each other: give one of them"),
