@@ -7,7 +7,7 @@ machines.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -34,6 +34,15 @@ _POSITIVE_FIELDS: Final = (
     "num_crops",
     "eval_every",
 )
+_LATER_FIELDS: Final = (
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "timestep_shift",
+    "snr_gamma",
+    "shared_noise",
+)
+"""Fields that came after the first release; fingerprints leave out their defaults, so that builds
+of an older version go on."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,13 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that depend on all that rows depend on."""
-        hashed_fields = [asdict(self.recipe), dict(self.source), [asdict(row) for row in self.rows]]
+        recipe = {
+            field.name: getattr(self.recipe, field.name)
+            for field in fields(Recipe)
+            if field.name not in _LATER_FIELDS
+            or getattr(self.recipe, field.name) != field.default
+        }
+        hashed_fields = [recipe, dict(self.source), [asdict(row) for row in self.rows]]
         return hashlib.sha256(json.dumps(hashed_fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:

@@ -23,6 +23,7 @@ class LoraDiTConfig(TypedDict):
     width: int
     depth: int
     num_heads: int
+    per_token_projections: bool
 
 
 class LoraDiT(nn.Module):
@@ -44,6 +45,9 @@ class LoraDiT(nn.Module):
         width: Of the transformer.
         depth: Number of blocks.
         num_heads: Attention heads per block.
+        per_token_projections: Whether the first and the last layer have weights of their own for
+            each token. The numbers of two tokens of a LoRA have nothing in common, so shared
+            weights learn slowly.
     """
 
     def __init__(
@@ -54,11 +58,21 @@ class LoraDiT(nn.Module):
         width: int = 192,
         depth: int = 6,
         num_heads: int = 6,
+        per_token_projections: bool = False,
     ) -> None:
         super().__init__()
         self.num_tokens, self.latent_width = num_tokens, latent_width
-        self.config: LoraDiTConfig = {"width": width, "depth": depth, "num_heads": num_heads}
-        self.x_embedder = nn.Linear(latent_width, width)
+        self.config: LoraDiTConfig = {
+            "width": width,
+            "depth": depth,
+            "num_heads": num_heads,
+            "per_token_projections": per_token_projections,
+        }
+        self.x_embedder = (
+            _TokenLinear(num_tokens, latent_width, width)
+            if per_token_projections
+            else nn.Linear(latent_width, width)
+        )
         # learned, since neighboring tokens are not alike as the patches of an image are
         self.pos_embed = nn.Parameter(torch.randn(num_tokens, width) * 0.02)  # [L, d]
         # 256 numbers of the sinusoidal embedding, as in the code of DiT
@@ -69,7 +83,11 @@ class LoraDiT(nn.Module):
         self.null_token = nn.Parameter(torch.randn(1, width) * 0.02)  # [1, d]
         self.blocks = nn.ModuleList(_DiTBlock(width, num_heads) for _ in range(depth))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), _make_zero_linear(width, 2 * width))
-        self.final_layer = _make_zero_linear(width, latent_width)
+        self.final_layer = (
+            _TokenLinear(num_tokens, width, latent_width, is_zero=True)
+            if per_token_projections
+            else _make_zero_linear(width, latent_width)
+        )
 
     def forward(
         self, x: Tensor, t: Tensor, photo_features: ImageFeatures, drop_mask: Tensor | None = None
@@ -212,6 +230,29 @@ class _DiTBlock(nn.Module):
         # softmax(q kᵀ / √e) v (1706.03762, eq. 1), with attention weights [B, H, L, S]
         attn_output = F.scaled_dot_product_attention(q, k, v)  # [B, H, L, e]
         return attn_output.transpose(1, 2).flatten(2)  # [B, L, H·e] = [B, L, d]
+
+
+class _TokenLinear(nn.Module):
+    """A linear layer with weights of its own for each token.
+
+    Args:
+        num_tokens: L.
+        in_features: Numbers per token.
+        out_features: Numbers per token of the result.
+        is_zero: Whether the output is 0 at initialization.
+    """
+
+    def __init__(
+        self, num_tokens: int, in_features: int, out_features: int, is_zero: bool = False
+    ) -> None:
+        super().__init__()
+        std = 0.0 if is_zero else in_features**-0.5
+        self.weight = nn.Parameter(torch.randn(num_tokens, in_features, out_features) * std)
+        self.bias = nn.Parameter(torch.zeros(num_tokens, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [batch, num_tokens, in_features] to [batch, num_tokens, out_features]."""
+        return torch.einsum("bli,lio->blo", x, self.weight) + self.bias
 
 
 def interpolate_noise(noise: Tensor, x: Tensor, t: Tensor) -> Tensor:

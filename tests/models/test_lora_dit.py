@@ -1,15 +1,19 @@
 """The diffusion transformer over latents of LoRAs."""
 
+import pytest
 import torch
 
 from hyperlora.features import ImageFeatures
 from hyperlora.models.lora_dit import LoraDiT, interpolate_noise
 
 
-def test_lora_dit_starts_at_zero_and_learns_conditional_latents() -> None:
+@pytest.mark.parametrize("per_token_projections", [False, True])
+def test_lora_dit_starts_at_zero_and_learns_conditional_latents(
+    per_token_projections: bool,
+) -> None:
     torch.manual_seed(0)
     x, photo_features = torch.randn(4, 6, 3), ImageFeatures(torch.randn(4, 1, 5, 12))
-    model = LoraDiT(6, 3, 12, width=32, depth=2, num_heads=2)
+    model = LoraDiT(6, 3, 12, 32, 2, 2, per_token_projections)
     assert model(x, torch.rand(4), photo_features).abs().max() == 0
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(400):
@@ -25,6 +29,19 @@ def test_lora_dit_starts_at_zero_and_learns_conditional_latents() -> None:
     guided = model.sample(photo_features, noise, num_inference_steps=4, guidance_scale=1.0000001)
     unguided = model.sample(photo_features, noise, num_inference_steps=4)
     assert torch.allclose(guided, unguided, atol=1e-4)
+
+
+def test_per_token_projections_are_weights_of_one_token_each() -> None:
+    model = LoraDiT(6, 3, 12, 32, 1, 2, per_token_projections=True)
+    photo_features = ImageFeatures(torch.randn(1, 1, 5, 12))
+    with torch.no_grad():
+        model.final_layer.weight[2] += 1  # the network is 0 elsewhere
+    output = model(torch.randn(1, 6, 3), torch.rand(1), photo_features)
+    assert [bool(token.any()) for token in output[0]] == [False, False, True, False, False, False]
+    output.sum().backward()
+    assert model.x_embedder.weight.grad is not None
+    shared = LoraDiT(6, 3, 12, 32, 1, 2)
+    assert shared.x_embedder.weight.shape == (32, 3)
 
 
 def make_random_dit() -> LoraDiT:
