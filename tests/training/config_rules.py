@@ -11,6 +11,7 @@ import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from hyperlora import pretrained
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.encoders.face_networks import FaceDetector, FaceRecognizer
@@ -192,21 +193,18 @@ RULES = {
             "--model.init_args.autoencoder={directions_per_factor: 4, latent_width: 4, width: 8}",
             _TWO_SAMPLES,
         ),
-        ("avatars/06_text_to_image_attributes", "build"),
+        ("avatars/06_text_to_image_attributes", "teachers"),
     ),
     "avatars/12_lora_diffusion": Rule(
         LoraDiffusion.from_pretrained,
         (
-            "--model.init_args.mixture={width: 16, num_tokens: 4}",
+            "--model.init_args.encoder=runs/avatars/08_photo_encoder/classifier",
+            f"--model.init_args.face_pack={pretrained.FACE_PACK_DIR}",
+            "--model.init_args.mixture={mode: gate, width: 16, num_tokens: 4}",
             "--model.init_args.denoiser={width: 16, depth: 1, num_heads: 2}",
             _TWO_SAMPLES,
         ),
-        (
-            "avatars/06_text_to_image_attributes",
-            "build",
-            "lora-components",
-            "avatars/08_photo_encoder",
-        ),
+        ("avatars/12_lora_autoencoder", "avatars/08_photo_encoder"),
     ),
     "avatars/13_instruct_pix2pix": Rule(
         load_diffusion_base, _TINY_EDIT_UNET, ("avatars/06_text_to_image_attributes", "pairs")

@@ -120,7 +120,7 @@ def _draw_pairs() -> None:
         draw_pairs(Path("runs/data") / folder, config, num_workers=1)
 
 
-def _build_loras() -> None:
+def _fit_teachers() -> None:
     from data_builder.build.make_plan import make_plan
     from data_builder.build.plan import Recipe, write_plan
     from data_builder.build.run import run_build
@@ -134,8 +134,8 @@ def _build_loras() -> None:
         finetune_steps=1,
         subjects_per_batch=4,
     )
-    for folder, first in (("build", 0), ("build-validation", 1_000_000)):
-        source = AvatarSource(first, first + 4, portraits_per_identity=2, resolution=16)
+    for folder, first in (("teachers", 0), ("teachers-validation", 1_000_000)):
+        source = AvatarSource(first, first + 4, portraits_per_identity=2, resolution=128)
         build_dir = Path("runs/avatars") / folder
         write_plan(make_plan(source, recipe), build_dir)
         run_build(build_dir)
@@ -162,17 +162,8 @@ def _build_photo_loras(name: str) -> None:
     run_build(build_dir)
 
 
-def _fit_pca() -> None:
-    from hyperlora.data.lora_dataset import LoraDataset
-    from hyperlora.pipelines.lora_codec import LoraCodec
-
-    data = LoraDataset("runs/avatars/build", "train")
-    codec = LoraCodec.fit_pca(data, 2, 2, components_per_factor=2)
-    codec.save_pretrained("runs/avatars/lora-components")
-
-
 PREPARATIONS = {
-    "build": _build_loras,
+    "teachers": _fit_teachers,
     "sd15-build": partial(_build_photo_loras, "sd15"),
     "sdxl-build": partial(_build_photo_loras, "sdxl"),
     "z_image-build": partial(_build_photo_loras, "z_image"),
@@ -180,5 +171,4 @@ PREPARATIONS = {
     "drawn": _draw_portraits,
     "tokenizer": _build_tokenizer,
     "lidb-targets": _fit_lidb_targets,
-    "lora-components": _fit_pca,
 }
