@@ -12,6 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.models.lora_projections import (
     FactorProjection,
@@ -31,6 +32,7 @@ class LoraAutoencoderConfig(TypedDict):
     kernel_size: int
     share_directions: bool
     variational: bool
+    decoder_only: bool
 
 
 class LoraAutoencoder(nn.Module):
@@ -58,6 +60,7 @@ class LoraAutoencoder(nn.Module):
             rotation [K, K] of its own. A kind is a path without its numbers. This bounds the
             parameters for large bases.
         variational: Whether the encoder predicts a mean and a variance (β-VAE).
+        decoder_only: Whether there is no encoder, as in models that only generate.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class LoraAutoencoder(nn.Module):
         kernel_size: int = 5,
         share_directions: bool = False,
         variational: bool = False,
+        decoder_only: bool = False,
     ) -> None:
         super().__init__()
         self.layout, self.variational, self.latent_width = layout, variational, latent_width
@@ -83,23 +87,32 @@ class LoraAutoencoder(nn.Module):
             "kernel_size": kernel_size,
             "share_directions": share_directions,
             "variational": variational,
+            "decoder_only": False,
         }
         factor_kinds = list_factor_kinds(layout, share_directions)
         self.num_factors = len(factor_kinds)  # M
         self.num_tokens = -(-self.num_factors // factors_per_token)  # L, rounded up
-        self.factor_encoder = FactorProjection(layout, factor_kinds, directions_per_factor)
+        projection_sizes = (layout, factor_kinds, directions_per_factor)
         sizes = (self.num_tokens, factors_per_token * directions_per_factor)
-        self.token_encoder = TokenProjection(*sizes, latent_width)
+        self.factor_encoder: FactorProjection | None = FactorProjection(*projection_sizes)
+        self.token_encoder: TokenProjection | None = TokenProjection(*sizes, latent_width)
         self.token_decoder = TokenProjection(*sizes, latent_width)
         self.core_encoder = self.core_decoder = None
         if depth:
             self.core_encoder = _ConvEncoder(*sizes, latent_width, width, depth, kernel_size)
             self.core_decoder = _ConvDecoder(*sizes, latent_width, width, depth, kernel_size)
-        self.factor_decoder = FactorProjection(layout, factor_kinds, directions_per_factor)
+        self.factor_decoder = FactorProjection(*projection_sizes)
         self.logvar_head = nn.Conv1d(latent_width, latent_width, 1) if variational else None
         if self.logvar_head is not None:
             nn.init.zeros_(self.logvar_head.weight)
             nn.init.constant_(self.logvar_head.bias, -6.0)  # type: ignore[arg-type]
+        if decoder_only:
+            self.drop_encoder()
+
+    def drop_encoder(self) -> None:
+        """Remove the weights that only ``encode`` needs, about half of all."""
+        self.factor_encoder = self.token_encoder = self.core_encoder = self.logvar_head = None
+        self.config["decoder_only"] = True
 
     @property
     def compression(self) -> float:
@@ -114,11 +127,12 @@ class LoraAutoencoder(nn.Module):
             rows: Normalized LoRAs of mean 0, [n, numel]. If they span fewer directions, the
                 others are left as they are.
         """
-        self.factor_encoder.fit(rows)
-        self.token_encoder.fit(self._group(self.factor_encoder.encode(rows)))
+        factor_encoder, token_encoder = self._get_encoders()
+        factor_encoder.fit(rows)
+        token_encoder.fit(self._group(factor_encoder.encode(rows)))
         # the directions are orthonormal, so the transpose undoes them
-        self.factor_decoder.load_state_dict(self.factor_encoder.state_dict())
-        self.token_decoder.load_state_dict(self.token_encoder.state_dict())
+        self.factor_decoder.load_state_dict(factor_encoder.state_dict())
+        self.token_decoder.load_state_dict(token_encoder.state_dict())
 
     def encode_moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Predict mean and log-variance of the latents.
@@ -129,9 +143,13 @@ class LoraAutoencoder(nn.Module):
         Returns:
             Mean and log-variance, each [batch, num_tokens, latent_width]. The latter is -inf
             unless variational.
+
+        Raises:
+            InvalidArgumentError: There is no encoder.
         """
-        groups = self._group(self.factor_encoder.encode(rows))  # g [B, L, G K]
-        mean = self.token_encoder.encode(groups)  # μ [B, L, Z]
+        factor_encoder, token_encoder = self._get_encoders()
+        groups = self._group(factor_encoder.encode(rows))  # g [B, L, G K]
+        mean = token_encoder.encode(groups)  # μ [B, L, Z]
         if self.core_encoder is not None:
             mean = mean + self.core_encoder(groups)
         if self.logvar_head is None:
@@ -183,6 +201,14 @@ class LoraAutoencoder(nn.Module):
             # z = μ + σ ε, so that gradients reach μ and σ
             latents = mean + torch.randn_like(mean) * (logvar / 2).exp()  # [B, L, Z]
         return self.decode(latents), kl_divergence  # [B, D], [B]
+
+    def _get_encoders(self) -> tuple[FactorProjection, TokenProjection]:
+        """Return the linear layers of the encoder; raise if there are none."""
+        if self.factor_encoder is None or self.token_encoder is None:
+            raise InvalidArgumentError(
+                "this LoRA autoencoder only decodes: use the codec that its model was trained with"
+            )
+        return self.factor_encoder, self.token_encoder
 
     def _group(self, coefficients: Tensor) -> Tensor:
         """[batch, num_factors, K] to [batch, num_tokens, G K]; missing factors are 0."""

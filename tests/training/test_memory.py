@@ -126,7 +126,7 @@ def test_config_header_equals_the_estimate(
         write_lora_plan_and_codec(Path(name).parent.name)
     estimate = estimate_config(parse_config(["--config", str(CONFIGS / f"{name}.yaml")]))
     assert HEADERS[name] == estimate.describe()
-    assert estimate.num_trained_params <= 300e6
+    assert estimate.num_trained_params <= (60e6 if "autoencoder" in name else 300e6)
 
 
 def test_estimate_follows_the_command_line() -> None:

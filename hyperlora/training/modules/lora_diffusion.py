@@ -10,6 +10,7 @@ from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.merge import compare_deltas
 from hyperlora.models.image_feature_mixer import MixedImageFeatures
+from hyperlora.models.lora_autoencoder import LoraAutoencoder
 from hyperlora.models.lora_dit import LoraDiT, interpolate_noise
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import FACE_EMBED_DIM, LoraDiffusion, make_face_analyzer
@@ -136,8 +137,10 @@ class LoraDiffusionTraining(L.LightningModule):
         return F.mse_loss(model_output.float(), latents.float())
 
     def on_train_end(self) -> None:
-        """Write the model."""
+        """Write the model, without the encoder of LoRAs, which generating does not need."""
         if self.trainer.is_global_zero:
+            if isinstance(self.model.codec.autoencoder, LoraAutoencoder):
+                self.model.codec.autoencoder.drop_encoder()
             self.model.save_pretrained(self.hparams["output_dir"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
