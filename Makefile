@@ -1,7 +1,7 @@
 # RUN= uses the environment that is already active.
 RUN ?= uv run
 
-.PHONY: check test avatars
+.PHONY: check test avatars teachers
 .NOTPARALLEL:
 
 check: ## style, types and the direction of imports
@@ -21,15 +21,12 @@ DONE := runs/avatars/done
 STAGES := portraits tokenizer benchmark 01_vae 02_vae_refine 03_text_to_image \
 	04_text_to_image_wide 05_latent_classifier 06_text_to_image_attributes 07_evaluator \
 	calibrate-identity 08_photo_encoder 09_face_detector 10_face_recognizer face-pack \
-	11_hypernetwork image-to-lora-sidecars teachers-start teachers 12_lora_autoencoder \
-	12_lora_diffusion difflora \
+	11_hypernetwork image-to-lora-sidecars plan build lora-components 12_lora_diffusion difflora \
 	pairs edit-benchmark 13_instruct_pix2pix 14_instruct_pix2pix_refine 15_pair_instructions \
 	16_pair_hypernetwork share-encoder 17_vae_decoder vae
 BUILDER := $(RUN) data-builder
-# LoRAs fitted from scratch, the teachers of DiffLoRA: 16 people first, whose mean all others start at
-TEACHER_OPTIONS := --portraits-per-identity 8 --shared-noise --lr-scheduler cosine
-TEACHER_FIT := $(TEACHER_OPTIONS) --init mean --init-from runs/avatars/teachers-start \
-	--finetune-steps 100 --lr 6e-3 --lr-warmup-steps 10
+PLAN_OPTIONS := --portraits-per-identity 11 --init network --finetune-steps 12 --lr 3e-4 \
+	--subjects-per-batch 32 --dtype bfloat16 --num-val-photos 3 --eval-every 6
 FINISH = @mkdir -p $(DONE) && touch $@
 
 avatars: $(addprefix $(DONE)/,$(STAGES)) ## all weights and data of checkpoints/avatars
@@ -59,8 +56,7 @@ $(DONE)/calibrate-identity:
 
 $(DONE)/face-pack:
 	$(BUILDER) export-face-pack -o checkpoints/avatars/face-pack \
-		runs/avatars/09_face_detector/network \
-		runs/avatars/10_face_recognizer/network
+		runs/avatars/09_face_detector/network runs/avatars/10_face_recognizer/network
 	$(FINISH)
 
 $(DONE)/image-to-lora-sidecars:
@@ -68,24 +64,25 @@ $(DONE)/image-to-lora-sidecars:
 	$(BUILDER) export-identity runs/avatars/08_photo_encoder/classifier
 	$(FINISH)
 
-$(DONE)/teachers-start:
-	$(BUILDER) plan avatars:0-16 -o runs/avatars/teachers-start $(TEACHER_OPTIONS) \
-		--finetune-steps 300 --lr 2e-3 --lr-warmup-steps 20
-	$(BUILDER) run runs/avatars/teachers-start
+$(DONE)/plan:
+	$(BUILDER) plan avatars:0-2048 -o runs/avatars/build $(PLAN_OPTIONS)
+	$(BUILDER) plan avatars:1000000-1000064 -o runs/avatars/build-validation $(PLAN_OPTIONS)
 	$(FINISH)
 
-$(DONE)/teachers:
-	$(BUILDER) plan avatars:1000000-1000064 -o runs/avatars/teachers-validation $(TEACHER_FIT)
-	$(BUILDER) run runs/avatars/teachers-validation
-	$(BUILDER) plan avatars:0-1024 -o runs/avatars/teachers $(TEACHER_FIT)
-	$(BUILDER) run runs/avatars/teachers
+$(DONE)/build:
+	$(BUILDER) run runs/avatars/build-validation
+	$(BUILDER) run runs/avatars/build
+	$(FINISH)
+
+$(DONE)/lora-components:
+	$(BUILDER) fit-pca runs/avatars/build -o runs/avatars/lora-components --components-per-factor 8
 	$(FINISH)
 
 $(DONE)/difflora:
 	mkdir -p checkpoints/avatars/difflora
 	cp -r runs/avatars/12_lora_diffusion/model/. checkpoints/avatars/difflora
 	$(BUILDER) share-weights checkpoints/avatars/difflora image-to-lora
-	$(BUILDER) export-sample runs/avatars/teachers -o checkpoints/avatars/loras --max-bytes 330000 \
+	$(BUILDER) export-sample runs/avatars/build -o checkpoints/avatars/loras --max-bytes 330000 \
 		--no-statistics
 	$(FINISH)
 
@@ -106,4 +103,26 @@ $(DONE)/share-encoder:
 
 $(DONE)/vae:
 	cp -r runs/avatars/17_vae_decoder/vae checkpoints/avatars/base/
+	$(FINISH)
+
+# DiffLoRA as published, which ships nothing yet: LoRAs fitted from scratch, for
+# configs/avatars/ablations/difflora_autoencoder.yaml and difflora.yaml. 16 people come first; all
+# others start at their mean.
+teachers: $(DONE)/teachers-start $(DONE)/teachers ## LoRAs of drawn people, fitted from scratch
+
+TEACHER_OPTIONS := --portraits-per-identity 8 --shared-noise --lr-scheduler cosine
+TEACHER_FIT := $(TEACHER_OPTIONS) --init mean --init-from runs/avatars/teachers-start \
+	--finetune-steps 100 --lr 6e-3 --lr-warmup-steps 10
+
+$(DONE)/teachers-start:
+	$(BUILDER) plan avatars:0-16 -o runs/avatars/teachers-start $(TEACHER_OPTIONS) \
+		--finetune-steps 300 --lr 2e-3 --lr-warmup-steps 20
+	$(BUILDER) run runs/avatars/teachers-start
+	$(FINISH)
+
+$(DONE)/teachers:
+	$(BUILDER) plan avatars:1000000-1000064 -o runs/avatars/teachers-validation $(TEACHER_FIT)
+	$(BUILDER) run runs/avatars/teachers-validation
+	$(BUILDER) plan avatars:0-1024 -o runs/avatars/teachers $(TEACHER_FIT)
+	$(BUILDER) run runs/avatars/teachers
 	$(FINISH)

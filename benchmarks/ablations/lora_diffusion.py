@@ -138,11 +138,12 @@ def main() -> None:
     for variant in variants:
         model = LoraDiffusion.from_pretrained(settings.output_dir / _make_folder_name(variant))
         photos = evaluation.evaluator.benchmark.photos[:, :1]
-        samples = sample_loras(model, photos, arguments.sampling_steps, NUM_CANDIDATES)
+        sampling = LoraSampling(0, arguments.sampling_steps, arguments.guidance_scale)
+        samples = sample_loras(model, photos, sampling, NUM_CANDIDATES)
         whole[variant] = evaluation.evaluate_samples(variant.name, samples, original)
         occluded[variant] = evaluation.evaluate_samples(
             f"{variant.name}, part covered",
-            sample_loras(model, _occlude_photos(photos), arguments.sampling_steps, 1),
+            sample_loras(model, _occlude_photos(photos), sampling, 1),
             original,
         )
         rows += [whole[variant], occluded[variant]]
@@ -239,14 +240,14 @@ def train_models(
 
 
 def sample_loras(
-    model: LoraDiffusion, photos: Tensor, num_steps: int, num_samples: int
+    model: LoraDiffusion, photos: Tensor, sampling: LoraSampling, num_samples: int
 ) -> list[LoraWeights]:
     """Sample LoRAs from photos; a photo without a face is no error.
 
     Args:
         model: The model.
         photos: Photos of each subject [subjects, views, 3, h, w] in [0, 1].
-        num_steps: Denoising steps.
+        sampling: Steps and guidance; each sample has a seed of its own.
         num_samples: Samples of each subject.
 
     Returns:
@@ -256,7 +257,7 @@ def sample_loras(
     return [
         LoraWeights.stack(
             [
-                model.generate_from_features(f, LoraSampling(i * len(photos) + j, num_steps))[0]
+                model.generate_from_features(f, replace(sampling, seed=i * len(photos) + j))[0]
                 for j, f in enumerate(features)
             ]
         )
@@ -395,10 +396,12 @@ def _parse_arguments() -> argparse.Namespace:
         "--one-photo-build", type=Path, help="Build of the held-out subjects from one photo each."
     )
     parser.add_argument(
-        "--config", type=Path, default=Path("configs/avatars/12_lora_diffusion.yaml")
+        "--config", type=Path, default=Path("configs/avatars/ablations/difflora.yaml")
     )
     parser.add_argument(
-        "--codec-config", type=Path, default=Path("configs/avatars/12_lora_autoencoder.yaml")
+        "--codec-config",
+        type=Path,
+        default=Path("configs/avatars/ablations/difflora_autoencoder.yaml"),
     )
     parser.add_argument(
         "--encoder", type=Path, default=pretrained.IMAGE_TO_LORA_DIR, help="Encoder of the photos."
@@ -409,6 +412,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-subjects", type=int, default=32)
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--sampling-steps", type=int, default=4)
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="Of a LoRA.")
     parser.add_argument("--num-inference-steps", type=int, default=10, help="Of an image.")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/ablations/lora-diffusion"))
     return parser.parse_args()

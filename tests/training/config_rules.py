@@ -187,24 +187,19 @@ RULES = {
         (*SMALL_HYPERNETWORK, _TWO_SAMPLES),
         ("avatars/06_text_to_image_attributes", "avatars/08_photo_encoder"),
     ),
-    "avatars/12_lora_autoencoder": Rule(
-        LoraCodec.from_pretrained,
-        (
-            "--model.init_args.autoencoder={directions_per_factor: 4, latent_width: 4, width: 8}",
-            _TWO_SAMPLES,
-        ),
-        ("avatars/06_text_to_image_attributes", "teachers"),
-    ),
     "avatars/12_lora_diffusion": Rule(
         LoraDiffusion.from_pretrained,
         (
-            "--model.init_args.encoder=runs/avatars/08_photo_encoder/classifier",
-            f"--model.init_args.face_pack={pretrained.FACE_PACK_DIR}",
-            "--model.init_args.mixture={mode: gate, width: 16, num_tokens: 4}",
+            "--model.init_args.mixture={width: 16, num_tokens: 4}",
             "--model.init_args.denoiser={width: 16, depth: 1, num_heads: 2}",
             _TWO_SAMPLES,
         ),
-        ("avatars/12_lora_autoencoder", "avatars/08_photo_encoder"),
+        (
+            "avatars/06_text_to_image_attributes",
+            "build",
+            "lora-components",
+            "avatars/08_photo_encoder",
+        ),
     ),
     "avatars/13_instruct_pix2pix": Rule(
         load_diffusion_base, _TINY_EDIT_UNET, ("avatars/06_text_to_image_attributes", "pairs")
@@ -238,6 +233,25 @@ RULES = {
         ImageToLora.from_pretrained,
         (*SMALL_HYPERNETWORK, _TWO_SAMPLES),
         ("avatars/06_text_to_image_attributes", "avatars/08_photo_encoder", "lidb-targets"),
+    ),
+    "avatars/ablations/difflora_autoencoder": Rule(
+        LoraCodec.from_pretrained,
+        (
+            "--model.init_args.autoencoder={directions_per_factor: 4, latent_width: 4, width: 8}",
+            _TWO_SAMPLES,
+        ),
+        ("avatars/06_text_to_image_attributes", "teachers"),
+    ),
+    "avatars/ablations/difflora": Rule(
+        LoraDiffusion.from_pretrained,
+        (
+            "--model.init_args.encoder=runs/avatars/08_photo_encoder/classifier",
+            f"--model.init_args.face_pack={pretrained.FACE_PACK_DIR}",
+            "--model.init_args.mixture={mode: gate, width: 16, num_tokens: 4}",
+            "--model.init_args.denoiser={width: 16, depth: 1, num_heads: 2}",
+            _TWO_SAMPLES,
+        ),
+        ("avatars/ablations/difflora_autoencoder", "avatars/08_photo_encoder"),
     ),
     "instruct_pix2pix/pretrain": _make_pair_rule(*SMALL_NETWORK),
     "instruct_pix2pix/finetune": _make_pair_rule(

@@ -120,7 +120,8 @@ def _draw_pairs() -> None:
         draw_pairs(Path("runs/data") / folder, config, num_workers=1)
 
 
-def _fit_teachers() -> None:
+def _build_loras(*folders: str) -> None:
+    """Fit LoRAs of drawn training people and, in the second folder, of validation people."""
     from data_builder.build.make_plan import make_plan
     from data_builder.build.plan import Recipe, write_plan
     from data_builder.build.run import run_build
@@ -134,8 +135,8 @@ def _fit_teachers() -> None:
         finetune_steps=1,
         subjects_per_batch=4,
     )
-    for folder, first in (("teachers", 0), ("teachers-validation", 1_000_000)):
-        source = AvatarSource(first, first + 4, portraits_per_identity=2, resolution=128)
+    for folder, first in zip(folders, (0, 1_000_000), strict=True):
+        source = AvatarSource(first, first + 4, portraits_per_identity=2)
         build_dir = Path("runs/avatars") / folder
         write_plan(make_plan(source, recipe), build_dir)
         run_build(build_dir)
@@ -162,8 +163,19 @@ def _build_photo_loras(name: str) -> None:
     run_build(build_dir)
 
 
+def _fit_pca() -> None:
+    from hyperlora.data.lora_dataset import LoraDataset
+    from hyperlora.pipelines.lora_codec import LoraCodec
+
+    data = LoraDataset("runs/avatars/build", "train")
+    codec = LoraCodec.fit_pca(data, 2, 2, components_per_factor=2)
+    codec.save_pretrained("runs/avatars/lora-components")
+
+
 PREPARATIONS = {
-    "teachers": _fit_teachers,
+    "build": partial(_build_loras, "build", "build-validation"),
+    "teachers": partial(_build_loras, "teachers", "teachers-validation"),
+    "lora-components": _fit_pca,
     "sd15-build": partial(_build_photo_loras, "sd15"),
     "sdxl-build": partial(_build_photo_loras, "sdxl"),
     "z_image-build": partial(_build_photo_loras, "z_image"),

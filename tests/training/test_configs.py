@@ -220,7 +220,7 @@ def test_lora_diffusion_says_where_there_is_no_face(
     stages: Stages, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of some photos a warning; of all, an error before anything is trained."""
-    name = "avatars/12_lora_diffusion"
+    name = "avatars/ablations/difflora"
     for need in RULES[name].needs:
         stages.prepare(need)
     command = [
