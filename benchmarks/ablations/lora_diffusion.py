@@ -42,13 +42,13 @@ from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.lora_dataset import LoraDataset
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
-from hyperlora.encoders.face_similarity import FaceSimilarity
 from hyperlora.evaluation.benchmark import load_benchmark
 from hyperlora.evaluation.metrics import Score
 from hyperlora.evaluation.subject_evaluator import SubjectEvaluator
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.image_feature_mixer import GATE_MODES
 from hyperlora.pipelines.config import LoraSampling
+from hyperlora.pipelines.face_similarity import FaceSimilarity
 from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.pipelines.rerank import IdentityReranker, make_scoring_prompts

@@ -236,8 +236,7 @@ class Plan:
         recipe = {
             field.name: getattr(self.recipe, field.name)
             for field in fields(Recipe)
-            if field.name not in _LATER_FIELDS
-            or getattr(self.recipe, field.name) != field.default
+            if field.name not in _LATER_FIELDS or getattr(self.recipe, field.name) != field.default
         }
         hashed_fields = [recipe, dict(self.source), [asdict(row) for row in self.rows]]
         return hashlib.sha256(json.dumps(hashed_fields, sort_keys=True).encode()).hexdigest()[:16]

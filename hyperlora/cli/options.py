@@ -147,8 +147,8 @@ def load_model_and_reranker(
 def _load_judge(judge: str | None, base: "DiffusionBase", compute: "ComputeConfig") -> "ImageJudge":
     """Load an attribute classifier, or else a face pack: a folder without ``config.json``."""
     from hyperlora import pretrained
-    from hyperlora.encoders.face_similarity import FaceSimilarity
     from hyperlora.encoders.identity_similarity import IdentitySimilarity
+    from hyperlora.pipelines.face_similarity import FaceSimilarity
 
     if judge is not None and not (Path(judge) / "config.json").is_file():
         return FaceSimilarity.from_pack(judge, base.resolution)

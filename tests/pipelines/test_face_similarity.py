@@ -8,8 +8,8 @@ from data_builder.avatars.identity import SPLITS, sample_identity, sample_scene
 from data_builder.avatars.rendering import render_portrait
 from hyperlora import pretrained
 from hyperlora.data.images import to_tensor
-from hyperlora.encoders.face_similarity import FaceSimilarity
 from hyperlora.errors import InvalidImageError
+from hyperlora.pipelines.face_similarity import FaceSimilarity
 
 pytest.importorskip("insightface")
 
