@@ -1,14 +1,15 @@
 """Base models: any diffusers pipeline with a UNet or a transformer, from a folder or the hub."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hyperlora.compute import ComputeConfig, Offload, disable_autocast
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 
 PromptCache = dict[str, Conditions]
 """The conditions of single prompts [1, ...]."""
+_DAMAGED_FILE_ERRORS: Final = (
+    *(OSError, EOFError, ValueError, RuntimeError),
+    *(UnpicklingError, SafetensorError),
+)
+"""Of diffusers, transformers and torch, for files that are missing, damaged or refused."""
 CACHE_SIZE: Final = 1024
 """Prompts in a cache; a cache with more is emptied."""
 
@@ -309,7 +315,9 @@ def load_diffusion_base(
         pipeline = DiffusionPipeline.from_pretrained(
             name_or_path, dtype=compute.torch_dtype, **pretrained_kwargs
         )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _DAMAGED_FILE_ERRORS as error:
         if is_offline:
             raise ModelLoadError(format_offline_error(f"base {str(name_or_path)!r}")) from error
         raise ModelLoadError(
