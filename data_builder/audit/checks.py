@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperlora.data.lora_dataset import LoraDataset
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.safetensors_file import write_bytes
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.progress import track
@@ -125,11 +126,21 @@ def write_findings(findings: Iterable[Finding], build: Path) -> None:
 
 
 def read_findings(build: Path) -> list[Finding]:
-    """Read the findings of the last audit of ``build``; empty without one."""
+    """Read the findings of the last audit of ``build``; empty without one.
+
+    Raises:
+        InvalidArgumentError: If the file is damaged.
+    """
     file = build / FINDINGS_PATH
-    lines = file.read_text().splitlines() if file.is_file() else []
-    entries = [json.loads(line) for line in lines]
-    return [Finding(**{**entry, "flags": tuple(entry["flags"])}) for entry in entries]
+    if not file.is_file():
+        return []
+    try:
+        entries = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        return [Finding(**{**entry, "flags": tuple(entry["flags"])}) for entry in entries]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidArgumentError(
+            f"{str(file)!r} is damaged, a finding on each line expected: audit the build again"
+        ) from error
 
 
 def _find_outliers(norms: Tensor, valid_mask: Tensor) -> list[int]:

@@ -1,6 +1,7 @@
 """Chunks of a build on disk: a chunk is finished once its shard stands under its final name."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,11 +126,25 @@ class ChunkStore:
 
     def _read_log(self) -> Iterator[_LogEntry]:
         file = self.folder / LOG_FILE
-        for line in file.read_text().splitlines() if file.is_file() else []:
-            try:
-                yield json.loads(line)
-            except ValueError:  # a killed run may leave half a line
-                continue
+        text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
+        for line in text.splitlines():
+            if (entry := self._parse_log_line(line)) is not None:
+                yield entry
+
+    def _parse_log_line(self, line: str) -> _LogEntry | None:
+        """Parse a line of the log; None for others, such as half a line of a killed run."""
+        try:
+            data = json.loads(line)
+            entry: _LogEntry = {
+                "chunk": int(data["chunk"]),
+                "rows": int(data["rows"]),
+                "seconds": float(data["seconds"]),
+                "timestamp": float(data["timestamp"]),
+            }
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return None
+        is_possible = 0 <= entry["rows"] <= len(self.plan.rows) and 0 <= entry["seconds"] < math.inf
+        return entry if is_possible else None
 
 
 def build_pending_chunks(
@@ -177,10 +192,15 @@ def lock_build(folder: Path) -> Iterator[None]:
     The lock ends with the process, however it ends.
 
     Raises:
-        InvalidArgumentError: If another run holds the lock.
+        InvalidArgumentError: If another run holds the lock, or the lock is a link.
     """
+    lock_path = folder / ".lock"
+    if lock_path.is_symlink():  # never open what it leads to
+        raise InvalidArgumentError(
+            f"{str(lock_path)!r} is a link, a file of the build was expected: remove it"
+        )
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        lock = FileLock(lock_path).acquire(timeout=0)
     except Timeout as error:
         raise InvalidArgumentError(
             f"another run is at work in {str(folder)!r}: wait for it, or end it"

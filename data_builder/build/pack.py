@@ -1,5 +1,6 @@
 """Packing: few large shards and one table from the chunks of a build."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from torch import Tensor
 from data_builder.build.chunk_store import ChunkStore, check_complete
 from data_builder.build.plan import PLAN_FILE, PLAN_KEY, read_plan
 from hyperlora.data.lora_dataset import TABLE_NAME, write_table
-from hyperlora.data.lora_shards import LoraRecord, open_shard, serialize_shard
-from hyperlora.errors import InvalidArgumentError
-from hyperlora.lora.io.safetensors_file import write_bytes
+from hyperlora.data.lora_shards import LoraRecord, check_digest, open_shard, serialize_shard
+from hyperlora.errors import InvalidArgumentError, InvalidLoraFileError
+from hyperlora.lora.io.safetensors_file import is_finite, write_bytes
+from hyperlora.lora.layout import LoraLayout
 from hyperlora.progress import track
 
 RowKey = tuple[str, int]
@@ -27,6 +29,7 @@ def pack_chunks(
     partial: bool = False,
     scores: Mapping[RowKey, float] | None = None,
     excluded: Collection[RowKey] = (),
+    allow_non_finite: bool = False,
 ) -> int:
     """Write ``loras-00000.safetensors``, ... and, last, ``table.parquet`` from the finished chunks,
     in plan order.
@@ -38,6 +41,7 @@ def pack_chunks(
         partial: Whether pending chunks are allowed.
         scores: Scores of rows for the table.
         excluded: Rows to leave out.
+        allow_non_finite: Whether rows with NaN or infinity are written too.
 
     Returns:
         Number of rows written.
@@ -45,13 +49,15 @@ def pack_chunks(
     Raises:
         InvalidArgumentError: If chunks are pending (unless ``partial``) or ``output_dir`` holds
             other shards.
+        InvalidLoraFileError: If a chunk is damaged, or a row is not finite.
     """
     store = ChunkStore(read_plan(folder), folder)
     check_complete(store, partial)
-    if output_dir.resolve() == (folder / "chunks").resolve():
+    if os.path.realpath(output_dir) == os.path.realpath(folder / "chunks"):
         raise InvalidArgumentError(
             f"{str(output_dir)!r} holds the chunks themselves: pack into another folder"
         )
+    layout = _check_rows(store, excluded, allow_non_finite)
     for stale_shard in sorted(output_dir.glob("loras-*.safetensors")):
         if open_shard(stale_shard).metadata.get(PLAN_KEY) != store.plan.fingerprint:
             raise InvalidArgumentError(
@@ -59,7 +65,6 @@ def pack_chunks(
             )
         stale_shard.unlink()
     (output_dir / TABLE_NAME).unlink(missing_ok=True)
-    layout = store.open_chunk(store.list_finished_chunks()[0]).layout
     records: list[LoraRecord] = []
     shards = _split_into_shards(store, rows_per_shard, scores or {}, excluded)
     for i, (rows, shard_records) in enumerate(shards):
@@ -75,6 +80,24 @@ def pack_chunks(
         row=[row for _, row in positions],
     )
     return len(records)
+
+
+def _check_rows(
+    store: ChunkStore, excluded: Collection[RowKey], allow_non_finite: bool
+) -> LoraLayout:
+    """Check the rows of all finished chunks before anything is written; return their layout."""
+    finished = store.list_finished_chunks()
+    for number in track(finished, "checking", "chunks", len(finished)):
+        shard = store.open_chunk(number)
+        check_digest(shard)
+        for row, record in zip(shard.rows, shard.records, strict=True):
+            is_left_out = (record.subject, record.repetition) in excluded
+            if not (allow_non_finite or is_left_out or is_finite(row)):
+                raise InvalidLoraFileError(
+                    f"the LoRA of {record.subject!r} in chunk {number} holds NaN or infinity, "
+                    "numbers expected: audit the build, and pack leaves it out"
+                )
+    return shard.layout
 
 
 def _split_into_shards(

@@ -9,6 +9,7 @@ import typer
 
 from data_builder.cli.options import BuildDir, OutputDir
 from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
+from hyperlora.cli.options import replace_unprintable
 from hyperlora.seeds import MAX_SEED
 
 if TYPE_CHECKING:
@@ -179,9 +180,9 @@ def plan(
         build_plan = scale_batch_size(build_plan)
     write_plan(build_plan, output)
     for line in build_plan.skipped:
-        typer.echo(f"skipped: {line}", err=True)
+        typer.echo(f"skipped: {replace_unprintable(line)}", err=True)
     for line in build_plan.warnings:
-        typer.echo(f"note: {line}", err=True)
+        typer.echo(f"note: {replace_unprintable(line)}", err=True)
     for line in summarize_plan(build_plan):
         typer.echo(line)
 
@@ -232,7 +233,7 @@ def show_status(
         return
     Console().print(make_table(build_status, str(build)))
     for line in build_status.skipped:
-        typer.echo(f"skipped: {line}")
+        typer.echo(f"skipped: {replace_unprintable(line)}")
 
 
 @add_compute_options("--device cpu", ("device",))
@@ -274,7 +275,8 @@ def audit(
     flagged = [finding for finding in findings if finding.flags]
     for finding in flagged:
         repetition = f"#{finding.repetition}" if finding.repetition else ""
-        typer.echo(f"flagged: {finding.subject}{repetition}: {'; '.join(finding.flags)}")
+        line = f"{finding.subject}{repetition}: {'; '.join(finding.flags)}"
+        typer.echo(f"flagged: {replace_unprintable(line)}")
     typer.echo(f"{len(findings)} LoRAs, {len(flagged)} flagged; {build / REPORT_PATH}")
 
 
@@ -301,6 +303,7 @@ def pack(
         partial=partial,
         scores=scores,
         excluded=excluded,
+        allow_non_finite=keep_flagged,
     )
     typer.echo(f"{num_rows} LoRAs and table.parquet in {output}, {len(excluded)} left out")
 
@@ -339,7 +342,7 @@ def import_loras(
         layout = layout.with_rank(rank)
     import_report = import_lora_files(lora_files_dir, output, layout, rows_per_shard)
     for line in (*import_report.errors, *import_report.warnings):
-        typer.echo(line, err=True)
+        typer.echo(replace_unprintable(line), err=True)
     typer.echo(
         f"{import_report.num_loras} LoRAs of rank {layout.rank} in {output}, "
         f"{len(import_report.errors)} refused"

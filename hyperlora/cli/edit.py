@@ -12,7 +12,7 @@ from hyperlora.cli.compute_options import (
     add_compute_options,
     warn_of_black_images,
 )
-from hyperlora.cli.options import FORMAT_HELP, warn_of_lost_readers
+from hyperlora.cli.options import FORMAT_HELP, replace_unprintable, warn_of_lost_readers
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.seeds import MAX_SEED
 
@@ -196,8 +196,9 @@ def edit(
     image_pairs = [read_image_pair(*paths) for paths in pair_paths]
     input_images = [read_image(path) for path in image_paths or []]
     for paths, image_pair in zip(pair_paths, image_pairs, strict=True):
+        names = replace_unprintable(", ".join(path.name for path in paths))
         for warning in check_pair(*image_pair):
-            typer.echo(f"warning: {paths[0].name}, {paths[1].name}: {warning}", err=True)
+            typer.echo(f"warning: {names}: {warning}", err=True)
     compute = compute_options.make_config()
     if model is not None and (lorweb_files := find_lorweb(model)) is not None:
         check_sheet_counts(len(pair_paths), len(input_images), output, config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
-from hyperlora.cli.options import FORMAT_HELP, warn_of_lost_readers
+from hyperlora.cli.options import FORMAT_HELP, replace_unprintable, warn_of_lost_readers
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
 from hyperlora.seeds import MAX_SEED
 
@@ -266,6 +266,7 @@ def generate(
 def _check_paths(photos: list[Path], input_dir: Path | None, output: Path | None) -> Path:
     """Check that there is one kind of input and that the output can be written; return it."""
     from hyperlora.cli.options import check_output_dir, check_output_file
+    from hyperlora.data.images import is_within
 
     if output is None:
         raise InvalidArgumentError(
@@ -277,7 +278,7 @@ def _check_paths(photos: list[Path], input_dir: Path | None, output: Path | None
         )
     if input_dir is None:
         check_output_file(output, ".safetensors")
-    elif input_dir.resolve() in output.resolve().parents:
+    elif is_within(output, input_dir):
         raise InvalidArgumentError(
             f"{str(output)!r} lies in {str(input_dir)!r} and would count as a subject: "
             "write somewhere else"
@@ -298,7 +299,7 @@ def _report_records(
     """Print warnings and skipped photos on stderr, and the files on stdout."""
     for record in records if input_dir else records[:1]:
         for warning in record.warnings:
-            typer.echo(f"warning: {record.subject}: {warning}", err=True)
+            typer.echo(f"warning: {replace_unprintable(record.subject)}: {warning}", err=True)
     if as_json:
         rows = [asdict(record) for record in records]
         typer.echo(json.dumps(rows if input_dir or config.num_loras > 1 else rows[0]))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hyperlora.cli.options import replace_unprintable
 from hyperlora.paths import find_path
 
 if TYPE_CHECKING:
@@ -91,28 +92,24 @@ def _print_repository(info: "RepositoryInfo", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(info.to_dict()))
         return
-    typer.echo(f"{info.name}: {info.kind} ({info.origin})")
+    typer.echo(f"{replace_unprintable(info.name)}: {info.kind} ({info.origin})")
     if any(info.variants):
         typer.echo(f"variants: {', '.join(info.variants)}")
     for card in info.cards[:1]:
         typer.echo(f"base: {card.base}")
         typer.echo(card.format_notice())
     for path, size in info.sizes.items():
-        typer.echo(f"{path}: {size:,} bytes")
+        typer.echo(f"{replace_unprintable(path)}: {size:,} bytes")
     for path, header in info.headers.items():
         num_tensors = len(header.tensors)
-        typer.echo(f"\n{path}: {num_tensors} tensors, {header.numel:,} numbers, {header.digest}")
+        counts = f"{num_tensors} tensors, {header.numel:,} numbers"
+        typer.echo(f"\n{replace_unprintable(path)}: {counts}, {header.digest}")
         for name, entry in header.tensors.items():
-            typer.echo(f"  {_clean_text(name)} {entry.dtype} {list(entry.shape)}")
-
-
-def _clean_text(text: str) -> str:
-    """Replace terminal codes."""
-    return "".join(c if c.isprintable() else "�" for c in text)
+            typer.echo(f"  {replace_unprintable(name)} {entry.dtype} {list(entry.shape)}")
 
 
 def _escape_text(text: str) -> str:
     """Escape text of an unknown file: neither Rich's markup nor terminal codes act in it."""
     from rich.markup import escape
 
-    return escape(_clean_text(text))
+    return escape(replace_unprintable(text))

@@ -16,6 +16,7 @@ from hyperlora.cli.options import (
     check_output_dir,
     check_output_file,
     parse_weighted_path,
+    replace_unprintable,
     warn_of_lost_readers,
 )
 from hyperlora.errors import InvalidArgumentError
@@ -219,7 +220,7 @@ def _load_lora_file(path: Path) -> "LoraFile":
 
     lora_file = load_lora(path)
     for note in lora_file.notes:
-        typer.echo(f"note: {path.name}: {note}", err=True)
+        typer.echo(f"note: {replace_unprintable(path.name)}: {note}", err=True)
     return lora_file
 
 

@@ -28,6 +28,11 @@ MAX_LORA_WEIGHT: Final = 10.0
 """The largest absolute weight of a LoRA file on the command line."""
 
 
+def replace_unprintable(text: str) -> str:
+    """Replace line breaks and terminal codes, so that a name of a file stays on its line."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
 class RayCommand(TyperCommand):
     """A command whose ``--ray`` takes an address, or stands alone for a cluster on this machine."""
 

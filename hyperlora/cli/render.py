@@ -11,7 +11,12 @@ from hyperlora.cli.compute_options import (
     add_compute_options,
     warn_of_black_images,
 )
-from hyperlora.cli.options import check_output_file, parse_weighted_path, save_image
+from hyperlora.cli.options import (
+    check_output_file,
+    parse_weighted_path,
+    replace_unprintable,
+    save_image,
+)
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.seeds import MAX_SEED
 
@@ -228,7 +233,7 @@ def _choose_negative_lora(metadata: "LoraMetadata", path: Path, weight: float) -
     rule, negative_path = get_negative_rule(metadata), make_negative_path(path)
     has_file = negative_path.is_file()
     if sentence := describe_negative_rule(path.stem, rule, has_file):
-        typer.echo(f"note: {sentence}", err=True)
+        typer.echo(f"note: {replace_unprintable(sentence)}", err=True)
     if rule == "gray":
         return f"{negative_path}:{weight}" if has_file else "same"
     return rule
@@ -265,11 +270,11 @@ def _load_lora_for_base(path: Path, diffusion_base: "DiffusionBase") -> "LoraFil
 
     lora_file = load_lora(path, modules=diffusion_base.modules, base_id=diffusion_base.id)
     for note in lora_file.notes:
-        typer.echo(f"note: {path.name}: {note}", err=True)
+        typer.echo(f"note: {replace_unprintable(path.name)}: {note}", err=True)
     if (trained_base := lora_file.metadata.base_model) not in ("", diffusion_base.id):
         typer.echo(
-            f"note: {path.name} was made for {trained_base!r}, not for this base "
-            f"{diffusion_base.id!r}",
+            f"note: {replace_unprintable(path.name)} was made for {trained_base!r}, "
+            f"not for this base {diffusion_base.id!r}",
             err=True,
         )
     return lora_file

@@ -279,6 +279,7 @@ def _run_server(app: "FastAPI", host: str, port: int, timeout_s: float) -> None:
         host=host,
         port=port,
         log_config=None,
+        http="h11",  # httptools, which is taken where installed, has no limit of headers
         access_log=False,
         server_header=False,
         proxy_headers=False,  # a client could claim any address

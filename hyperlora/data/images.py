@@ -157,9 +157,10 @@ def is_within(path: Path, root: Path) -> bool:
         root: The folder.
 
     Returns:
-        Whether it does.
+        Whether it does; a link that leads back to itself is where its name is.
     """
-    return root.resolve() in path.resolve().parents
+    # unlike ``Path.resolve``, ``realpath`` raises nothing for links that lead back to themselves
+    return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:

@@ -1,9 +1,10 @@
 """A shard of a LoRA dataset: one safetensors file of flat LoRAs.
 
 It holds rows [n, P] in layout order. Its metadata holds the layout, the base, the layout's
-fingerprint and a table of what each row is.
+fingerprint, a digest of the rows and a table of what each row is.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +23,7 @@ _LAYOUT_KEY: Final = "hyperlora.layout"
 _BASE_KEY: Final = "hyperlora.base"
 _FINGERPRINT_KEY: Final = "hyperlora.layout_fingerprint"
 _TABLE_KEY: Final = "hyperlora.table"
+_DIGEST_KEY: Final = "hyperlora.rows_sha256"
 _DTYPES: Final = {
     "F32": (np.float32, torch.float32),
     "F16": (np.float16, torch.float16),
@@ -110,6 +112,7 @@ def serialize_shard(
         _BASE_KEY: layout.base,
         _FINGERPRINT_KEY: layout.fingerprint,
         _TABLE_KEY: json.dumps(table, separators=(",", ":")),
+        _DIGEST_KEY: _compute_digest(rows),
     }
     return serialize_tensors({"rows": rows}, {**(metadata or {}), **shard_metadata})
 
@@ -165,3 +168,22 @@ def open_shard(path: Path) -> Shard:
     rows = torch.from_numpy(mapped_rows).view(torch_dtype)
     other_metadata = {k: v for k, v in metadata.items() if k not in (_LAYOUT_KEY, _TABLE_KEY)}
     return Shard(path, layout, rows, records, other_metadata)
+
+
+def check_digest(shard: Shard) -> None:
+    """Check the rows of a shard against their digest; shards of earlier versions have none.
+
+    Raises:
+        InvalidLoraFileError: The rows are others than those that were written.
+    """
+    expected = shard.metadata.get(_DIGEST_KEY)
+    if expected is not None and _compute_digest(shard.rows) != expected:
+        raise InvalidLoraFileError(
+            f"{str(shard.path)!r} is damaged: its rows are not those that were written; "
+            "remove the file, and make it again"
+        )
+
+
+def _compute_digest(rows: Tensor) -> str:
+    """Compute the SHA-256 of rows [n, P] as the file holds them."""
+    return hashlib.sha256(rows.contiguous().view(torch.uint8).cpu().numpy().data).hexdigest()

@@ -1,17 +1,18 @@
 """Base models: any diffusers pipeline with a UNet or a transformer, from a folder or the hub."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hyperlora.compute import ComputeConfig, Offload, disable_autocast
+from hyperlora.compute import ComputeConfig, Offload, disable_autocast, is_out_of_memory
 from hyperlora.diffusion.conditions import (
     Conditions,
     blend_conditions,
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 
 PromptCache = dict[str, Conditions]
 """The conditions of single prompts [1, ...]."""
+_DAMAGED_FILE_ERRORS: Final = (
+    *(OSError, EOFError, ValueError, RuntimeError),
+    *(UnpicklingError, SafetensorError),
+)
+"""Of diffusers, transformers and torch, for files that are missing, damaged or refused."""
 CACHE_SIZE: Final = 1024
 """Prompts in a cache; a cache with more is emptied."""
 
@@ -309,7 +315,9 @@ def load_diffusion_base(
         pipeline = DiffusionPipeline.from_pretrained(
             name_or_path, dtype=compute.torch_dtype, **pretrained_kwargs
         )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except _DAMAGED_FILE_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         if is_offline:
             raise ModelLoadError(format_offline_error(f"base {str(name_or_path)!r}")) from error
         raise ModelLoadError(
@@ -346,5 +354,7 @@ def make_unet_encoder(base: DiffusionBase, **options: Any) -> UNetFeatureEncoder
 
 
 def _format_error(error: Exception) -> str:
-    """Return the first line of an error's message."""
+    """Return what is wrong with a base in one line: the first of an error's message."""
+    if isinstance(error, UnpicklingError):  # whose message advises to run the code
+        return "its weights are a damaged pickle or one that can run code, use .safetensors files"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -121,7 +121,7 @@ class FaceAnalyzer:
 
     def copy_models(self, target_dir: Path) -> None:
         """Copy the files of the pack to a folder: models, manifest and license."""
-        if target_dir.resolve() == self.pack_dir:
+        if os.path.realpath(target_dir) == str(self.pack_dir):
             return
         target_dir.mkdir(parents=True, exist_ok=True)
         for file in self.pack_dir.iterdir():

@@ -27,7 +27,7 @@ class GenerationRecord:
     """One line of the index of generated files.
 
     Attributes:
-        subject: The name of the subject.
+        subject: The name of the subject; empty where ``error`` names it.
         file: The name of its file; None if there is none.
         num_photos: Photos that the LoRA is generated from.
         seconds: The time per LoRA.

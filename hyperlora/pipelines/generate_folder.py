@@ -15,7 +15,12 @@ from PIL import Image
 
 from hyperlora.data.batching import split_batches
 from hyperlora.data.images import read_image
-from hyperlora.data.subjects import SkippedPhoto, Subject, list_subjects
+from hyperlora.data.subjects import (
+    SkippedPhoto,
+    Subject,
+    list_subjects,
+    summarize_skipped_photos,
+)
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import HyperloraError, InvalidImageError
 from hyperlora.lora.io.negative_lora import NEGATIVE_SUFFIX, make_negative_path
@@ -62,8 +67,9 @@ def generate_folder(
 ) -> list[GenerationRecord]:
     """Write one LoRA file per subject of a folder, and ``index.jsonl``.
 
-    A photo that is not read is recorded and skipped; its subject uses the others. A subject in
-    the index is skipped if its file exists and is of this model, these settings and as many photos.
+    A photo that is not read is recorded and skipped; its subject uses the others. Subjects without
+    any, such as empty folders, are recorded and skipped too. A subject in the index is skipped if
+    its file exists and is of this model, these settings and as many photos.
 
     Args:
         model: The model.
@@ -86,7 +92,8 @@ def generate_folder(
     config.check_folder()
     folder = find_path(Path(folder))
     skipped_photos: list[SkippedPhoto] = []
-    subjects = list_subjects(folder, skipped_photos=skipped_photos)
+    skip_reasons: list[str] = []
+    subjects = list_subjects(folder, skip_reasons, skipped_photos=skipped_photos)
     output_dir.mkdir(parents=True, exist_ok=True)
     index_path, config_hash = output_dir / INDEX_NAME, _compute_config_hash(model, config)
     previous_records = {
@@ -104,6 +111,9 @@ def generate_folder(
     ]
     pending_names = {subject.name for subject in pending_subjects}
     records = [record for name, record in previous_records.items() if name not in pending_names]
+    photo_reasons = summarize_skipped_photos(skipped_photos, folder)
+    subject_reasons = [reason for reason in skip_reasons if reason not in photo_reasons]
+    records += [_make_failure("", 0, reason)[0] for reason in subject_reasons]
     records += [_make_skip_record(photo, folder) for photo in skipped_photos]
     temp_index_path = index_path.with_suffix(".tmp")
     with temp_index_path.open("w") as index_file:
@@ -291,12 +301,16 @@ def _is_up_to_date(record: GenerationRecord | None, subject: Subject, config_has
 
 
 def _read_index(index_path: Path) -> Iterator[GenerationRecord]:
-    if index_path.is_file():
-        for line in index_path.read_text().splitlines():
-            try:
-                yield GenerationRecord(**json.loads(line))
-            except (ValueError, TypeError):  # a killed run may leave half a line
-                continue
+    if not index_path.is_file():
+        return
+    for line in index_path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            record = GenerationRecord(**json.loads(line))
+        except (ValueError, TypeError, RecursionError):  # a killed run may leave half a line
+            continue
+        names = (record.subject, record.file or "", record.negative_file or "")
+        if all(isinstance(value, str) for value in names) and isinstance(record.warnings, list):
+            yield record
 
 
 def _write_records(index_file: TextIO, records: list[GenerationRecord]) -> None:

@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartParser
 from hyperlora.service.api import edits, images, jobs, loras, similarity, system
 from hyperlora.service.engine.base import EngineFactory
 from hyperlora.service.errors import add_problem_schema, install_handlers
-from hyperlora.service.file_store import FileStore
+from hyperlora.service.file_store import FileStore, make_private_dir
 from hyperlora.service.jobs import Jobs
 from hyperlora.service.metrics import Metrics, MetricsMiddleware
 from hyperlora.service.security import ApiKeyAuth, AuthMiddleware, BodyLimitMiddleware
@@ -74,6 +74,7 @@ def _build_app_state(
     make_engine: EngineFactory, settings: ServiceSettings, metrics: Metrics
 ) -> AppState:
     files = FileStore(settings.state_dir / "files", settings.retention_s)
+    make_private_dir(files.folder)
     engine = make_engine(metrics.observe_batch)
     jobs = Jobs(
         settings.state_dir / "jobs.sqlite",

@@ -24,20 +24,44 @@ def lock_directory(folder: Path) -> Iterator[None]:
     """Own a folder while the context is open; no other process can own it then.
 
     Args:
-        folder: The folder; made if it is not there.
+        folder: The folder; made, for this user alone, if it is not there.
 
     Raises:
-        InvalidArgumentError: If another process owns it.
+        InvalidArgumentError: If another process owns it, or its lock is a link.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock_path = folder / "lock"
+    if lock_path.is_symlink():  # never open what it leads to
+        raise InvalidArgumentError(
+            f"{str(lock_path)!r} is a link, a file of the server was expected: remove it"
+        )
     try:
-        lock = FileLock(folder / "lock").acquire(timeout=0)
+        lock = FileLock(lock_path).acquire(timeout=0)
     except Timeout as error:
         raise InvalidArgumentError(
             f"another server uses {str(folder)!r} already: stop it, or give another --state-dir"
         ) from error
     with lock:  # an acquired lock, which is released at the end
         yield
+
+
+def make_private_dir(folder: Path) -> None:
+    """Make a folder that other users of the machine cannot open, also if it is there already."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _set_mode(folder, 0o700)
+
+
+def make_private_file(path: Path) -> None:
+    """Make a file that other users of the machine cannot open; one that is there is kept."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.touch(0o600)
+    _set_mode(path, 0o600)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Set the mode of a path, unless it is another user's or its file system has none."""
+    with suppress(PermissionError):
+        path.chmod(mode)
 
 
 @dataclass(frozen=True)

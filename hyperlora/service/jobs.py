@@ -29,6 +29,7 @@ from sqlalchemy.engine import Engine as Database
 from hyperlora.errors import HyperloraError
 from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
 from hyperlora.service.engine.callbacks import ProgressFn
+from hyperlora.service.file_store import make_private_file
 
 JobKind = Literal["lora", "image"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -108,7 +109,7 @@ class Jobs:
         max_jobs_per_owner: int | None = None,
         max_concurrent: int = 8,
     ) -> None:
-        database_path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_file(database_path)  # SQLite gives its other files the same mode
         self.max_jobs, self.max_jobs_per_owner = max_jobs, max_jobs_per_owner or max_jobs
         self._on_state_change = on_state_change or (lambda kind, state: None)
         self._tasks: dict[str, asyncio.Task[None]] = {}

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import math
 import time
-from typing import Annotated, Final
+from typing import Annotated, Final, NoReturn
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, Security
@@ -140,22 +140,39 @@ def _parse_key(headers: Headers) -> str | None:
 def check_local(headers: Headers) -> None:
     """Check that a request comes from a program of this machine.
 
+    A page may call the server that served it, and no other: its Origin has Host's name and port.
+
     Args:
         headers: The headers of the request.
 
     Raises:
         HTTPException: 403 for a request of another site's page or to another host name.
     """
-    for name in ("host", "origin"):
-        value = headers.get(name)
-        if (
-            value is not None
-            and urlsplit(value if "//" in value else f"//{value}").hostname not in LOCAL_HOSTS
-        ):
-            raise HTTPException(
-                403,
-                f"without API keys this server answers its own machine only, not {name} {value!r}",
-            )
+    host, origin = headers.get("host"), headers.get("origin")
+    default_port = 443 if origin is not None and origin.startswith("https:") else 80
+    own_address = None if host is None else _parse_address(f"//{host}", default_port)
+    if host is not None and (own_address is None or own_address[0] not in LOCAL_HOSTS):
+        _refuse_header("host", host)
+    if origin is not None:
+        address = _parse_address(origin, default_port)
+        if address is None or address != own_address:
+            _refuse_header("origin", origin)
+
+
+def _refuse_header(name: str, value: str) -> NoReturn:
+    raise HTTPException(
+        403, f"without API keys this server answers its own machine only, not {name} {value!r}"
+    )
+
+
+def _parse_address(url: str, default_port: int) -> tuple[str, int] | None:
+    """Parse host name and port of a URL; None if it has no host or cannot be parsed."""
+    try:
+        parts = urlsplit(url)
+        port = default_port if parts.port is None else parts.port
+    except ValueError:  # an open bracket, or a port that is no number
+        return None
+    return None if parts.hostname is None else (parts.hostname, port)
 
 
 class BodyLimitMiddleware:

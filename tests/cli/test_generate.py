@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
+from hyperlora.cli.generate import _check_paths, _report_records
 from hyperlora.data.images import compute_sha256
+from hyperlora.errors import HyperloraError
 from hyperlora.lora.io.load import load_lora
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.pipelines import generate_folder
+from hyperlora.pipelines.config import GenerationConfig
+from hyperlora.pipelines.generate import GenerationRecord
 from hyperlora.pipelines.image_to_lora import ImageToLora
 from hyperlora.pipelines.lora_files import LoraFiles
 
@@ -302,6 +307,59 @@ def test_input_dir_names_photos_in_nested_folders(
         assert f"skipped: {str(path)!r} is a photo in a folder within" in result.err
     errors = [line["subject"] for line in read_index(out) if line["error"]]
     assert sorted(errors) == ["p0", "p1", "p1"]
+
+
+def test_input_dir_reports_and_skips_subjects_without_photos(
+    run: RunCommand, bundle: Any, photos: Path, tmp_path: Path
+) -> None:
+    for name in ("empty", "notes\nskipped: nothing"):
+        (photos / name).mkdir()
+    (photos / "notes\nskipped: nothing" / "me.md").write_text("x")
+    (photos / "me").symlink_to("me")
+    (photos / "zoe.png").write_bytes((photos / "q3.png").read_bytes())
+    (photos / "zoe").mkdir()
+    (photos / "zoe" / "0.png").write_bytes((photos / "q2.png").read_bytes())
+    out = tmp_path / "out"
+    for _ in range(2):
+        result = run("generate", "--input-dir", photos, "-o", out, "--model", bundle.model)
+        assert result.code == 0, result
+        assert sum(line.startswith("skipped: ") for line in result.err.splitlines()) == 3
+        assert result.err.count("holds no image") == 2 and "two subjects called" in result.err
+        assert list_names(out) == [
+            "index.jsonl",
+            *(f"{n}.safetensors" for n in ("p0", "p1", "q2", "q3", "zoe")),
+        ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"subject": 3, "file": 4, "num_photos": 1, "seconds": 0}',
+        b'{"subject": ["a"], "file": "p0.safetensors", "num_photos": 1, "seconds": 0}',
+        b'{"subject": "p0", "file": "a", "num_photos": 1, "seconds": 0, "warnings": 5}',
+    ],
+)
+def test_read_index_skips_other_lines(line: bytes, tmp_path: Path) -> None:
+    record = GenerationRecord("p1", "p1.safetensors", 1, 0.5)
+    path = tmp_path / "index.jsonl"
+    path.write_bytes(line + b"\n" + json.dumps(asdict(record)).encode() + b"\n")
+    assert list(generate_folder._read_index(path)) == [record]
+
+
+def test_report_records_keeps_names_on_their_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = GenerationRecord("a\nwarning: b\x1b[31m", "a.safetensors", 1, 0.5, warnings=["dark"])
+    _report_records([record], tmp_path, tmp_path, GenerationConfig(), True, "")
+    assert capsys.readouterr().err == "warning: a�warning: b�[31m: dark\n"
+
+
+def test_check_paths_takes_links_that_lead_back(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(HyperloraError):
+        _check_paths([], tmp_path, tmp_path / "loop" / "out")
 
 
 def test_input_dir_reports_and_skips_bad_photos(

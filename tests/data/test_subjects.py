@@ -58,6 +58,18 @@ def test_list_subjects_reads_linked_folder(tmp_path: Path) -> None:
     assert list_subjects(tmp_path / "link")[0].photos == (tmp_path / "link/me.png",)
 
 
+def test_list_subjects_skips_links_that_lead_back(tmp_path: Path) -> None:
+    create_files(tmp_path / "zoe/1.png")
+    for name, target in (("me", "me"), ("a.png", "b.png"), ("b.png", "a.png"), ("zoe/2.png", "2")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "zoe/2").symlink_to("../zoe/2.png")
+    skipped: list[SkippedPhoto] = []
+    (subject,) = list_subjects(tmp_path, skipped_photos=skipped)
+    assert subject.photos == (tmp_path / "zoe/1.png",)
+    assert {photo.path.name for photo in skipped} == {"a.png", "b.png", "2.png"}
+    assert all("a link to a file that is not there" in photo.reason for photo in skipped)
+
+
 def test_list_subjects_names_invalid_folders(tmp_path: Path) -> None:
     with pytest.raises(
         InvalidImageError, match="holds no subject: put images there, such as PNG, JPEG"

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_builder.build.chunk_store import lock_build
+from data_builder.audit.checks import FINDINGS_PATH
+from data_builder.build.chunk_store import LOG_FILE, ChunkStore, lock_build
 from data_builder.build.make_plan import make_plan
-from data_builder.build.plan import Recipe, read_plan, write_plan
+from data_builder.build.plan import PLAN_KEY, Recipe, read_plan, write_plan
 from data_builder.build.run import run_build
 from data_builder.cli import app
 from data_builder.sources.sources import (
@@ -24,7 +25,9 @@ from data_builder.sources.sources import (
     source_to_dict,
 )
 from hyperlora.data.lora_dataset import LoraDataset
+from hyperlora.data.lora_shards import LoraRecord, serialize_shard
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.layout import LoraLayout, TargetModule
 
 
 def test_plan_and_run_report_invalid_photos(bundle: Any, photos: Path, tmp_path: Path) -> None:
@@ -181,3 +184,99 @@ def test_sources_round_trip_and_list_subjects(photos: Path, tmp_path: Path) -> N
     )
     assert [s.split for s in avatars.list_subjects([])] == ["validation"] * 2
     assert avatars.read_photo("1000000/1")[0].size == (32, 32)
+
+
+@pytest.fixture
+def store(photos: Path, tmp_path: Path) -> ChunkStore:
+    """A build of two chunks of random rows, of a plan whose base is never loaded."""
+    recipe = Recipe(base="none", subjects_per_batch=3)
+    write_plan(make_plan(FolderSource(str(photos)), recipe), tmp_path / "build")
+    store = ChunkStore(read_plan(tmp_path / "build"), tmp_path / "build")
+    layout = LoraLayout((TargetModule("unet.x", 5, 7),), 2, "b")
+    for number in range(2):
+        rows = store.plan.get_chunk(number)
+        records = [LoraRecord(row.subject, row.repetition) for row in rows]
+        metadata = {PLAN_KEY: store.plan.fingerprint}
+        data = serialize_shard(torch.randn(3, layout.numel), layout, records, metadata)
+        store.write_chunk(number, data, 2.0)
+    return store
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}",
+        b"[1]",
+        b"7",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"chunk": 0, "rows": null, "seconds": 1, "timestamp": 0}',
+        b'{"chunk": 0, "rows": 3, "seconds": NaN, "timestamp": 0}',
+        b'{"chunk": 0, "rows": 3, "seconds": -9, "timestamp": 0}',
+        b'{"chunk": 0, "rows": Infinity, "seconds": 1, "timestamp": 0}',
+    ],
+)
+def test_status_skips_other_lines_of_the_log(store: ChunkStore, line: bytes) -> None:
+    log = store.folder / LOG_FILE
+    log.write_bytes(line + b"\n" + log.read_bytes() + line)
+    result = CliRunner().invoke(app, ["status", str(store.folder), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["loras_per_hour"] == 3600 * 6 / 4
+
+
+def test_pack_reports_damaged_findings(store: ChunkStore, tmp_path: Path) -> None:
+    findings = store.folder / FINDINGS_PATH
+    findings.parent.mkdir()
+    for content in (b"{}", b"[3]", b"\xff", b"half"):
+        findings.write_bytes(content)
+        result = CliRunner().invoke(app, ["pack", str(store.folder), "-o", str(tmp_path / "out")])
+        assert result.exit_code == 2 and "is damaged" in result.stderr
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 100, b"\0\0\0\0"])
+def test_pack_refuses_damaged_rows(store: ChunkStore, tmp_path: Path, damage: bytes) -> None:
+    path = store.get_path(1)
+    arguments = ["pack", str(store.folder), "-o", str(tmp_path / "out"), "--keep-flagged"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    packed = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    data = bytearray(path.read_bytes())
+    data[-len(damage) :] = damage
+    path.write_bytes(data)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "rows are not those that were written" in result.stderr
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == packed
+
+
+def test_pack_writes_rows_that_are_not_finite_on_demand(store: ChunkStore, tmp_path: Path) -> None:
+    shard = store.open_chunk(1)
+    rows = shard.rows.clone()
+    rows[2, 4] = torch.inf
+    metadata = {PLAN_KEY: store.plan.fingerprint}
+    store.get_path(1).write_bytes(serialize_shard(rows, shard.layout, shard.records, metadata))
+    arguments = ["pack", str(store.folder), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and shard.records[2].subject in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert CliRunner().invoke(app, [*arguments, "--keep-flagged"]).exit_code == 0
+    assert len(LoraDataset(tmp_path / "out")) == 6
+
+
+def test_lock_build_refuses_links(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("important")
+    for target in ("notes", "nowhere", ".lock"):
+        (tmp_path / ".lock").symlink_to(target)
+        with pytest.raises(InvalidArgumentError, match="is a link"), lock_build(tmp_path):
+            pass
+        (tmp_path / ".lock").unlink()
+    assert (tmp_path / "notes").read_text() == "important"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_plan_keeps_names_on_their_line(bundle: Any, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((photos / "person-1.png").read_bytes())
+    (folder / "b\nskipped: c.dng").write_bytes(b"raw")
+    arguments = ["plan", str(folder), "-o", str(tmp_path / "build"), "--base", str(bundle.base)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert sum(line.startswith("skipped: ") for line in result.stderr.splitlines()) == 1

@@ -1,5 +1,9 @@
 """Prompts encoded by a base: blends, the cache, one LoRA of the text encoder per sample."""
 
+import json
+import pickle
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ from hyperlora.compute import ComputeConfig
 from hyperlora.diffusion.diffusion_base import DiffusionBase, PromptCache, load_diffusion_base
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.target_modules import make_layout
+from hyperlora.errors import ModelLoadError
 from hyperlora.lora.weights import LoraWeights
 
 
@@ -65,3 +70,42 @@ def test_prompt_cache_does_not_depend_on_its_history(bundle: Any) -> None:
     for prompt in prompts:
         alone = base.encode_prompts([prompt], {})
         assert torch.equal(alone["prompt_embeds"], together[prompt]["prompt_embeds"])
+
+
+class Intruder:
+    """An object whose pickle calls a function."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("intruder",))
+
+
+@pytest.mark.parametrize("content", ["pickle", "zip", "short", "empty", "safetensors"])
+@pytest.mark.parametrize("component", ["text_encoder", "unet"])
+def test_load_diffusion_base_reports_damaged_weights(
+    bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], component: str, content: str
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(bundle.base, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index.pop("_shared_components", None)
+    suffix = ".safetensors" if content == "safetensors" else ".bin"
+    name = "pytorch_model" if component == "text_encoder" else "diffusion_pytorch_model"
+    if suffix == ".safetensors":
+        name = name.replace("pytorch_model", "model") if component == "text_encoder" else name
+    for path in (folder / component).glob("*.safetensors"):
+        path.unlink()
+    target = folder / component / f"{name}{suffix}"
+    if content == "zip":
+        torch.save({"x": Intruder()}, target)
+    else:
+        data = {
+            "pickle": pickle.dumps({"x": Intruder()}),
+            "short": b"\x80\x04",
+            "empty": b"",
+            "safetensors": b"\x10\0\0\0\0\0\0\0{",
+        }
+        target.write_bytes(data[content])
+    with pytest.raises(ModelLoadError, match="cannot be loaded") as error:
+        load_diffusion_base(folder)
+    assert len(str(error.value).splitlines()) == 1 and "trust" not in str(error.value)
+    assert "intruder" not in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Stored files and the folder that one server owns; API keys."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.service.file_store import FileStore, lock_directory
 from hyperlora.service.settings import API_KEYS_ENV, load_api_keys
+from tests.service.conftest import StartClient, post_photos
 
 
 def test_lock_directory_admits_one_owner(tmp_path: Path) -> None:
@@ -20,6 +22,52 @@ def test_lock_directory_admits_one_owner(tmp_path: Path) -> None:
         pass
     with lock_directory(tmp_path):
         pass
+
+
+def test_lock_directory_refuses_links(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("important")
+    for target in ("notes", "nowhere", "lock"):
+        (tmp_path / "lock").symlink_to(target)
+        with pytest.raises(InvalidArgumentError, match="is a link"), lock_directory(tmp_path):
+            pass
+        (tmp_path / "lock").unlink()
+    assert (tmp_path / "notes").read_text() == "important"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def list_public_entries(folder: Path) -> list[str]:
+    """List what other users of the machine can open below a folder."""
+
+    def is_public(path: Path) -> bool:
+        return bool(path.stat().st_mode & 0o077)
+
+    entries = [path for path in folder.iterdir() if is_public(path) and path.name != "lock"]
+    return [path.name for path in entries]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_lock_directory_makes_a_private_folder(tmp_path: Path) -> None:
+    with lock_directory(tmp_path / "a" / "state"):
+        assert (tmp_path / "a" / "state").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+@pytest.mark.parametrize("is_old", [True, False])
+def test_server_keeps_its_state_private(
+    start_client: StartClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    state_dir = tmp_path / "state"
+    for folder in (state_dir, *((state_dir / name) for name in ("files", "ui") if is_old)):
+        folder.mkdir()
+        folder.chmod(0o755)
+    if is_old:
+        (state_dir / "jobs.sqlite").touch(0o644)
+    client = start_client(with_ui=True)
+    assert post_photos(client, store=True).status_code == 200
+    assert {"files", "jobs.sqlite", "ui"} <= {path.name for path in state_dir.iterdir()}
+    assert any((state_dir / "files").rglob("*.safetensors"))
+    assert list_public_entries(state_dir) == []
 
 
 def test_lock_directory_ends_with_a_killed_process(tmp_path: Path) -> None:

@@ -4,20 +4,30 @@ import asyncio
 import base64
 import io
 import json
+import socket
+import threading
+import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
 import safetensors.torch
 import schemathesis
 import torch
+import typer
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from hyperlora.cli.serve import _run_server
 from hyperlora.errors import InvalidLoraFileError
 from hyperlora.service.app import create_app
 from hyperlora.service.engine.local import LocalEngine
@@ -157,16 +167,50 @@ def test_create_lora_refuses_broken_multipart(client: TestClient, body: bytes) -
     ("headers", "status"),
     [
         ({}, 200),
-        ({"Origin": "http://127.0.0.1:8000"}, 200),
+        ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}, 200),
+        ({"Host": "[::1]", "Origin": "https://[::1]:443"}, 200),
+        ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:9999"}, 403),
+        ({"Host": "localhost", "Origin": "http://127.0.0.1"}, 403),
+        ({"Host": "localhost:443", "Origin": "http://localhost"}, 403),
         ({"Origin": "https://elsewhere.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Host": "made-to-point-here.example"}, 403),
+        ({"Host": "["}, 403),
+        ({"Host": "localhost:a"}, 403),
+        ({"Host": "127.0.0.1:70000"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "http://localhost:-1"}, 403),
+        ({"Origin": ""}, 403),
     ],
 )
 def test_auth_refuses_other_sites_without_keys(
     client: TestClient, headers: dict[str, str], status: int
 ) -> None:
     assert client.get("/v1/models", headers=headers).status_code == status
+
+
+def test_run_server_limits_the_headers_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers: list[uvicorn.Server] = []
+    run = uvicorn.Server.run
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: servers.append(server))
+    app = FastAPI()
+    app.state.service = SimpleNamespace(jobs=SimpleNamespace(close_streams=AsyncMock()))
+    with pytest.raises(typer.Exit):
+        _run_server(app, "127.0.0.1", 0, 1.0)
+    (server,) = servers
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=run, args=(server, [listener]), daemon=True)
+    thread.start()
+    with socket.create_connection(listener.getsockname(), 10) as connection:
+        connection.sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n")
+        with suppress(ConnectionError):  # the server may close first
+            for i in range(40):
+                connection.sendall(b"x-%d: %s\r\n" % (i, b"a" * 4096))
+                time.sleep(0.005)
+        connection.settimeout(1)
+        assert connection.recv(12) == b"HTTP/1.1 400"
+    server.should_exit = True
+    thread.join(10)
 
 
 def test_auth_reads_no_body_of_an_unknown_sender(

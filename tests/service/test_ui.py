@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import gradio as gr
 import pytest
@@ -69,7 +70,13 @@ def test_add_ui_deletes_stale_uploads(
 
 def test_ui_auth_refuses_other_sites(start_client: StartClient) -> None:
     client = start_client(with_ui=True)
-    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+    for headers in (
+        {"Host": "evil.example"},
+        {"Host": "["},
+        {"Origin": "https://evil.example"},
+        {"Origin": "http://["},
+        {"Origin": "http://localhost:9999"},
+    ):
         assert_problem(client.get("/", headers=headers), 403, "its own machine only")
         assert_problem(
             client.post("/gradio_api/upload", files=UPLOAD, headers=headers),
@@ -105,6 +112,42 @@ def test_ui_auth_asks_for_a_key(start_client: StartClient) -> None:
         for i in range(30)
     ]
     assert guesses[-1] == 429  # guessing counts
+
+
+def test_ui_auth_keeps_pages_of_other_ports_out(start_client: StartClient) -> None:
+    client = start_client(with_ui=True, key_digests=frozenset({hash_key(KEY)}))
+    client.post("/sign-in", data={"key": KEY})
+    other_page = {"Origin": "http://localhost:9999"}
+    preflight = {"Access-Control-Request-Method": "POST"}
+    for answer in (
+        client.get("/config", headers=other_page),
+        client.options("/gradio_api/upload", headers=other_page | preflight),
+    ):
+        assert answer.status_code == 200
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+    for site, status in (("same-site", 403), ("cross-site", 403), ("same-origin", 200)):
+        headers = {"Sec-Fetch-Site": site}
+        answer = client.post("/gradio_api/upload", files=UPLOAD, headers=headers)
+        assert answer.status_code == status
+
+
+def test_ui_auth_ignores_odd_cookies(start_client: StartClient) -> None:
+    client = start_client(with_ui=True, key_digests=frozenset({hash_key(KEY)}))
+    client.post("/sign-in", data={"key": KEY})
+    own_cookie = f"{COOKIE_NAME}={client.cookies[COOKIE_NAME]}"
+    for odd_cookie in ("a@b=1", "a/b=2", "[=3", "no value", '"'):
+        answer = client.get("/config", headers={"Cookie": f"{odd_cookie}; {own_cookie}"})
+        assert answer.status_code == 200
+
+
+def test_ui_auth_closes_web_sockets(start_client: StartClient) -> None:
+    app: Any = start_client(with_ui=True).app
+    receive, send = AsyncMock(return_value={"type": "websocket.connect"}), AsyncMock()
+    for path in ("/", "/gradio_api/queue/join"):
+        scope = {"type": "websocket", "path": path, "headers": [], "query_string": b""}
+        asyncio.run(app(scope | {"raw_path": path.encode(), "root_path": ""}, receive, send))
+        assert send.call_args.args[0]["type"] == "websocket.close"
+        send.reset_mock()
 
 
 def test_open_client_sends_the_visitors_key(start_client: StartClient) -> None:

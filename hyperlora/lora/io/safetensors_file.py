@@ -4,7 +4,10 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, TypedDict
 from uuid import uuid4
@@ -27,6 +30,8 @@ _DTYPE_NAMES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat1
 _DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _ALPHA_DTYPES: Final = _DTYPES | {"I64", "I32", "I16", "I8", "U8"}
 _KEY_PATTERN: Final = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+_TEMP_NAME: Final = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
+_STALE_AGE_S: Final = 3600.0
 _MISTAKEN_FILES: Final = (
     (
         re.compile(rb"version https://git-lfs"),
@@ -215,6 +220,8 @@ def write_bytes_together(contents: Mapping[Path, bytes]) -> None:
     Args:
         contents: The content of each file, in the order of renaming; missing folders are made.
     """
+    for path in contents:
+        _remove_stale_files(path.parent.absolute())
     suffix = f".{uuid4().hex}.tmp"
     temp_paths = {path: path.with_name(f".{path.name}{suffix}") for path in contents}
     new_paths: list[Path] = []
@@ -236,6 +243,19 @@ def write_bytes_together(contents: Mapping[Path, bytes]) -> None:
     finally:
         for temp_path in temp_paths.values():
             temp_path.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1024)
+def _remove_stale_files(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder, once in a process.
+
+    A temporary file of the last hour may be one that another process is writing.
+    """
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            age_s = time.time() - path.lstat().st_mtime
+            if age_s > _STALE_AGE_S and _TEMP_NAME.fullmatch(path.name):
+                path.unlink()
 
 
 def find_non_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -122,5 +122,5 @@ def list_readable_dirs(model_dir: Path) -> list[Path]:
     """
     libraries = [Path(p) for p in sys.path if p]
     system = [Path(p) for p in ("/usr", "/lib", "/lib64", "/etc/ssl", "/proc", "/sys", "/dev")]
-    linked = [file.resolve().parent for file in model_dir.iterdir() if file.is_symlink()]
+    linked = [Path(os.path.realpath(p)).parent for p in model_dir.iterdir() if p.is_symlink()]
     return [Path(sys.prefix), Path(sys.base_prefix), *libraries, *system, model_dir, *linked]

@@ -14,6 +14,7 @@ from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from hyperlora.service.errors import install_handlers
+from hyperlora.service.file_store import make_private_dir
 from hyperlora.service.security import ApiKeyAuth
 from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.ui.api_client import Api
@@ -84,7 +85,7 @@ def _prepare_upload_dir(folder: Path) -> None:
 
     An operator may have named another one. Files that a killed server left there are deleted.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private_dir(folder)
     os.environ.setdefault("GRADIO_TEMP_DIR", str(folder))
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_mtime + _RETENTION_S < time.time():

@@ -6,14 +6,14 @@ A server with API keys asks for one; a server without any shows the page to this
 import html
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
-from http.cookies import SimpleCookie
 from typing import Final
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import Request, cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from hyperlora.service.errors import make_problem
 from hyperlora.service.security import ApiKeyAuth, check_local
@@ -21,6 +21,10 @@ from hyperlora.service.ui.text import SIGN_IN
 
 COOKIE_NAME: Final = "hyperlora_key"
 _MAX_SIGN_IN_BYTES: Final = 10_000
+_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_OWN_SITES: Final = frozenset({"same-origin", "none"})
+"""Values of Sec-Fetch-Site in requests that no other page started."""
+_CORS_PREFIX: Final = b"access-control-"
 _SECURITY_HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
@@ -42,7 +46,7 @@ class UiAuthMiddleware:
     """ASGI middleware around the page and its uploads.
 
     The key stays in a cookie that scripts cannot read and other sites cannot send. The page
-    sends it to the API, which checks it again.
+    sends it to the API, which checks it again. No other page may read an answer or send a form.
 
     Args:
         app: The page.
@@ -59,7 +63,9 @@ class UiAuthMiddleware:
             response = await self._check_access(scope, receive)
         if response is not None:
             await response(scope, receive, send)
-        elif scope["type"] != "websocket":
+        elif scope["type"] == "websocket":  # the page uses none
+            await WebSocketClose()(scope, receive, send)
+        else:
             await self.app(scope, receive, _add_security_headers(send))
 
     async def _check_access(self, scope: Scope, receive: Receive) -> Response | None:
@@ -69,11 +75,12 @@ class UiAuthMiddleware:
         try:
             if not self.auth.key_digests:
                 check_local(headers)
+            _check_own_page(scope["method"], headers)
+            if not self.auth.key_digests:
                 return None
             if scope["method"] == "POST" and scope["path"] == "/sign-in":
                 return await self._sign_in(Request(scope, receive), host)
-            cookie = SimpleCookie(headers.get("cookie", ""))
-            key = decode_key_cookie({name: morsel.value for name, morsel in cookie.items()})
+            key = decode_key_cookie(cookie_parser(headers.get("cookie", "")))
             if key is not None and self.auth.is_valid(key):
                 return None
             if scope["path"] == "/":
@@ -106,6 +113,13 @@ class UiAuthMiddleware:
         return response
 
 
+def _check_own_page(method: str, headers: Headers) -> None:
+    """Check that no other page sends a request that changes something; 403 if one does."""
+    site = headers.get("sec-fetch-site", "none")
+    if method not in _SAFE_METHODS and site not in _OWN_SITES:
+        raise HTTPException(403, "a page of another site sent this: use this server's own page")
+
+
 def _render_sign_in(message: str, status: int = 200) -> Response:
     return HTMLResponse(
         SIGN_IN.replace("SENTENCE", html.escape(message)), status, _SECURITY_HEADERS
@@ -113,12 +127,19 @@ def _render_sign_in(message: str, status: int = 200) -> Response:
 
 
 def _add_security_headers(send: Send) -> Send:
+    """Add the headers of the page, and remove those by which Gradio admits other pages."""
+
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             security_headers = [
                 (name.lower().encode(), value.encode()) for name, value in _SECURITY_HEADERS.items()
             ]
-            message["headers"] = [*message.get("headers", []), *security_headers]
+            own_headers = [
+                (name, value)
+                for name, value in message.get("headers", [])
+                if not name.lower().startswith(_CORS_PREFIX)
+            ]
+            message["headers"] = [*own_headers, *security_headers]
         await send(message)
 
     return send_with_headers

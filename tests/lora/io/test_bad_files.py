@@ -398,6 +398,19 @@ def test_save_lora_refuses_bad_arguments_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_write_bytes_removes_what_killed_processes_left(tmp_path: Path) -> None:
+    digits = "0123456789abcdef" * 2
+    stale = [tmp_path / f".{name}.{digits}.tmp" for name in ("x.safetensors", "[y] z\n.json")]
+    recent = tmp_path / f".x.safetensors.{digits[::-1]}.tmp"
+    others = [tmp_path / name for name in (".notes.tmp", "x.tmp", f"x.{digits}.tmp", ".config")]
+    for path in (*stale, recent, *others):
+        path.write_bytes(b"half")
+    for path in (*stale, *others):
+        os.utime(path, (0, 0))
+    safetensors_file.write_bytes(b"whole", tmp_path / "x.safetensors")
+    assert set(tmp_path.iterdir()) == {tmp_path / "x.safetensors", recent, *others}
+
+
 def test_save_lora_keeps_the_old_file_if_writing_fails(
     modules: dict[str, nn.Module],
     random_lora: Make,
