@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from hyperlora.errors import HyperloraError, InvalidImageError, OutOfMemoryError
 from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
@@ -119,8 +120,9 @@ def install_handlers(app: FastAPI) -> None:
     async def handle_queue_full(request: Request, error: QueueFullError) -> JSONResponse:
         return make_problem(503, str(error), {"Retry-After": "5"})
 
+    @app.exception_handler(ClientDisconnect)  # while the body is read
     @app.exception_handler(ClientDisconnectedError)
-    async def handle_disconnect(request: Request, error: ClientDisconnectedError) -> Response:
+    async def handle_disconnect(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(DeadlineExceededError)

@@ -13,6 +13,7 @@ from fastapi.security.http import HTTPAuthorizationCredentials
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +23,8 @@ from hyperlora.service.settings import hash_key
 
 LOCAL_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 """Host names of this machine."""
+_FORM_TYPES: Final = frozenset({b"multipart/form-data", b"application/x-www-form-urlencoded"})
+_UTF_8_NAMES: Final = frozenset({"utf-8", "utf8"})
 _bearer = HTTPBearer(auto_error=False, description="An API key, if the server asks for one.")
 _header = APIKeyHeader(
     name="X-API-Key", auto_error=False, description="The same, for tools without bearer tokens."
@@ -66,6 +69,17 @@ class ApiKeyAuth:
             owner = hash_key(key or "").hex()[:16]
         self._check_rate_limit(owner)
         return owner
+
+    def count_sign_in(self, host: str) -> None:
+        """Count an attempt to sign in, before anything of it is read.
+
+        Args:
+            host: Address of the visitor.
+
+        Raises:
+            HTTPException: 429 above the rate limit.
+        """
+        self._check_rate_limit(f"sign-in at {host}")
 
     def is_valid(self, key: str | None) -> bool:
         """Check whether this is one of the keys; it counts no request."""
@@ -158,10 +172,30 @@ def check_local(headers: Headers) -> None:
             )
 
 
+def check_form_charset(headers: Headers) -> None:
+    """Check that the fields of a form are UTF-8, as browsers send them.
+
+    Form parsers take any codec of Python by name, and some need quadratic time.
+
+    Args:
+        headers: The headers of the request.
+
+    Raises:
+        HTTPException: 415 for another charset.
+    """
+    media_type, parameters = parse_options_header(headers.get("content-type"))
+    charset = parameters.get(b"charset", b"utf-8").decode("latin-1")
+    if media_type in _FORM_TYPES and charset.lower() not in _UTF_8_NAMES:
+        raise HTTPException(
+            415, f"the form has the charset {charset[:40]!r}, UTF-8 expected: leave charset out"
+        )
+
+
 class BodyLimitMiddleware:
     """ASGI middleware that limits the size and the time of request bodies.
 
-    It answers 413 for a body that is too large, 408 for one that is not complete in time.
+    It answers 413 for a body that is too large, 408 for one that is not complete in time, and 415
+    for a form whose charset is not UTF-8.
 
     Args:
         app: The application.
@@ -182,6 +216,11 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        try:
+            check_form_charset(headers)
+        except HTTPException as error:
+            await make_problem(error.status_code, str(error.detail))(scope, receive, send)
+            return
         is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
         max_bytes = self.max_form_bytes if is_form else self.max_body_bytes
         body = _LimitedBody(receive, max_bytes, self.timeout_s, headers.get("content-length", "0"))
