@@ -22,6 +22,7 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """Status in logs and metrics, as nginx counts it; nobody receives it."""
 _COMMON_STATUSES: Final = (401, 422, 429)
 _MAX_VALIDATION_ERRORS: Final = 3
+_MAX_LOCATION_LENGTH: Final = 80
 _ROUTER_MESSAGES: Final = {
     "Not Found": "nothing is found at this path: /docs describes what is here",
     "Method Not Allowed": "this path does not take this method: /docs describes what it takes",
@@ -138,5 +139,7 @@ def install_handlers(app: FastAPI) -> None:
 def _format_validation_error(item: JsonObject) -> str:
     """Format one error of pydantic as ``field: message``."""
     sources = ("body", "query", "path", "header")
-    location = ".".join(str(part) for part in item["loc"] if part not in sources)
+    # a part may be a key of the caller, of any length
+    parts = [str(part)[:_MAX_LOCATION_LENGTH] for part in item["loc"] if part not in sources]
+    location = ".".join(parts)
     return f"{location or 'the request'}: {item['msg'][:1].lower()}{item['msg'][1:]}"

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import math
 import time
+from collections.abc import Mapping
 from typing import Annotated, Final
 from urllib.parse import urlsplit
 
@@ -19,11 +20,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hyperlora.service.errors import make_problem
+from hyperlora.service.json_limits import JsonBody
 from hyperlora.service.settings import hash_key
 
 LOCAL_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 """Host names of this machine."""
-_FORM_TYPES: Final = frozenset({b"multipart/form-data", b"application/x-www-form-urlencoded"})
+_UPLOAD_TYPE: Final = b"multipart/form-data"
+_FORM_TYPES: Final = frozenset({_UPLOAD_TYPE, b"application/x-www-form-urlencoded"})
 _UTF_8_NAMES: Final = frozenset({"utf-8", "utf8"})
 _bearer = HTTPBearer(auto_error=False, description="An API key, if the server asks for one.")
 _header = APIKeyHeader(
@@ -195,20 +198,27 @@ class BodyLimitMiddleware:
     """ASGI middleware that limits the size and the time of request bodies.
 
     It answers 413 for a body that is too large, 408 for one that is not complete in time, and 415
-    for a form whose charset is not UTF-8.
+    for one that is not UTF-8. What is no form is taken for JSON; see ``check_json``.
 
     Args:
         app: The application.
         max_form_bytes: Largest form.
-        max_body_bytes: Largest body of another type.
+        max_json_bytes: Largest body of another type.
         timeout_s: Seconds until the body is complete.
+        max_bytes_by_path: Largest body of any type of the paths that take others.
     """
 
     def __init__(
-        self, app: ASGIApp, max_form_bytes: int, max_body_bytes: int, timeout_s: float
+        self,
+        app: ASGIApp,
+        max_form_bytes: int,
+        max_json_bytes: int,
+        timeout_s: float,
+        max_bytes_by_path: Mapping[str, int] | None = None,
     ) -> None:
         self.app, self.timeout_s = app, timeout_s
-        self.max_form_bytes, self.max_body_bytes = max_form_bytes, max_body_bytes
+        self.max_form_bytes, self.max_json_bytes = max_form_bytes, max_json_bytes
+        self.max_bytes_by_path = max_bytes_by_path or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application over a limited body."""
@@ -221,10 +231,12 @@ class BodyLimitMiddleware:
         except HTTPException as error:
             await make_problem(error.status_code, str(error.detail))(scope, receive, send)
             return
-        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        max_bytes = self.max_form_bytes if is_form else self.max_body_bytes
+        media_type, _ = parse_options_header(headers.get("content-type"))
+        max_bytes = self.max_form_bytes if media_type == _UPLOAD_TYPE else self.max_json_bytes
+        max_bytes = self.max_bytes_by_path.get(scope["path"], max_bytes)
         body = _LimitedBody(receive, max_bytes, self.timeout_s, headers.get("content-length", "0"))
-        await self.app(scope, body.receive, send)
+        is_form = media_type in _FORM_TYPES
+        await self.app(scope, body.receive if is_form else JsonBody(body.receive).receive, send)
 
 
 class _LimitedBody:

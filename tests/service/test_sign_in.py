@@ -26,7 +26,7 @@ def make_app(rate_limit: str = "1000/minute") -> FastAPI:
     app = FastAPI()
     install_handlers(app)
     app.add_middleware(
-        BodyLimitMiddleware, max_form_bytes=1 << 20, max_body_bytes=1 << 20, timeout_s=10
+        BodyLimitMiddleware, max_form_bytes=1 << 20, max_json_bytes=1 << 20, timeout_s=10
     )
     app.mount("/", UiAuthMiddleware(PlainTextResponse("the page"), auth))
     return app
