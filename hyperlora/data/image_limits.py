@@ -8,6 +8,8 @@ import re
 import struct
 from typing import Final
 
+from hyperlora.errors import InvalidImageError
+
 MAX_SCANS: Final = 100
 """Scans of a JPEG; encoders write about ten."""
 MAX_SEGMENTS: Final = 2000
@@ -22,6 +24,23 @@ _RESTARTS: Final = range(0xD0, 0xD8)
 _HEADER_MARKER: Final = re.compile(rb"\xff[^\x00\xff]")
 _SCAN_MARKER: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """Entropy-coded data has a zero behind each 0xFF, and markers of restarts."""
+
+
+def check_parts(data: bytes, format_name: str, source_name: str) -> None:
+    """Check the numbers of parts of a file; see ``find_excess``.
+
+    Args:
+        data: The file.
+        format_name: Its format, of ``IMAGE_FORMATS``.
+        source_name: Its name in the message.
+
+    Raises:
+        InvalidImageError: It has too many.
+    """
+    if excess := find_excess(data, format_name):
+        raise InvalidImageError(
+            f"{source_name} has more than {excess}, which no usual program writes: export it again"
+        )
 
 
 def find_excess(data: bytes, format_name: str) -> str | None:

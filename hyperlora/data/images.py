@@ -23,7 +23,7 @@ from hyperlora.data.image_formats import (
     format_kind,
     get_format_of_suffix,
 )
-from hyperlora.data.image_limits import find_excess
+from hyperlora.data.image_limits import check_parts
 from hyperlora.errors import InvalidImageError, format_reason
 from hyperlora.paths import find_path
 
@@ -272,10 +272,7 @@ def _open_image(
             f"{source_name} is {format_kind(format_name)}, {explain_format(format_name)}"
         )
     source_name = f"{source_name}, {format_kind(format_name).removesuffix(' image')} file,"
-    if excess := find_excess(data, format_name):
-        raise InvalidImageError(
-            f"{source_name} has more than {excess}, which no usual program writes: export it again"
-        )
+    check_parts(data, format_name, source_name)
     try:
         return decoder(io.BytesIO(data)), source_name
     except (
