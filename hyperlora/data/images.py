@@ -23,6 +23,7 @@ from hyperlora.data.image_formats import (
     format_kind,
     get_format_of_suffix,
 )
+from hyperlora.data.image_limits import check_parts
 from hyperlora.errors import InvalidImageError, format_reason
 from hyperlora.paths import find_path
 
@@ -272,6 +273,7 @@ def _open_image(
             f"{source_name} is {format_kind(format_name)}, {explain_format(format_name)}"
         )
     source_name = f"{source_name}, {format_kind(format_name).removesuffix(' image')} file,"
+    check_parts(data, format_name, source_name)
     try:
         return decoder(io.BytesIO(data)), source_name
     except (

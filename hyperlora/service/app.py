@@ -21,6 +21,8 @@ from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.state import AppState
 
 _ENGINE_CLOSE_TIMEOUT_S: Final = 10.0
+_MAX_OTHER_JSON_BYTES: Final = 1 << 20
+"""Largest JSON without the content of a LoRA, which /v1/images alone takes."""
 
 
 def create_app(make_engine: EngineFactory, settings: ServiceSettings) -> FastAPI:
@@ -62,8 +64,9 @@ def create_app(make_engine: EngineFactory, settings: ServiceSettings) -> FastAPI
     app.add_middleware(
         BodyLimitMiddleware,
         max_form_bytes=settings.max_form_bytes,
-        max_body_bytes=settings.max_json_bytes,
+        max_json_bytes=min(_MAX_OTHER_JSON_BYTES, settings.max_json_bytes),
         timeout_s=settings.body_timeout_s,
+        max_bytes_by_path={images.router.prefix: settings.max_json_bytes},
     )
     app.add_middleware(AuthMiddleware, auth=ApiKeyAuth(settings.key_digests, settings.rate_limit))
     app.add_middleware(MetricsMiddleware, metrics=metrics)

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from hyperlora.errors import HyperloraError, InvalidImageError, OutOfMemoryError
 from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
@@ -21,6 +22,7 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """Status in logs and metrics, as nginx counts it; nobody receives it."""
 _COMMON_STATUSES: Final = (401, 422, 429)
 _MAX_VALIDATION_ERRORS: Final = 3
+_MAX_LOCATION_LENGTH: Final = 80
 _ROUTER_MESSAGES: Final = {
     "Not Found": "nothing is found at this path: /docs describes what is here",
     "Method Not Allowed": "this path does not take this method: /docs describes what it takes",
@@ -119,8 +121,9 @@ def install_handlers(app: FastAPI) -> None:
     async def handle_queue_full(request: Request, error: QueueFullError) -> JSONResponse:
         return make_problem(503, str(error), {"Retry-After": "5"})
 
+    @app.exception_handler(ClientDisconnect)  # while the body is read
     @app.exception_handler(ClientDisconnectedError)
-    async def handle_disconnect(request: Request, error: ClientDisconnectedError) -> Response:
+    async def handle_disconnect(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(DeadlineExceededError)
@@ -136,5 +139,7 @@ def install_handlers(app: FastAPI) -> None:
 def _format_validation_error(item: JsonObject) -> str:
     """Format one error of pydantic as ``field: message``."""
     sources = ("body", "query", "path", "header")
-    location = ".".join(str(part) for part in item["loc"] if part not in sources)
+    # a part may be a key of the caller, of any length
+    parts = [str(part)[:_MAX_LOCATION_LENGTH] for part in item["loc"] if part not in sources]
+    location = ".".join(parts)
     return f"{location or 'the request'}: {item['msg'][:1].lower()}{item['msg'][1:]}"

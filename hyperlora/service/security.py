@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import math
 import time
+from collections.abc import Mapping
 from typing import Annotated, Final, NoReturn
 from urllib.parse import urlsplit
 
@@ -13,15 +14,20 @@ from fastapi.security.http import HTTPAuthorizationCredentials
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hyperlora.service.errors import make_problem
+from hyperlora.service.json_limits import JsonBody
 from hyperlora.service.settings import hash_key
 
 LOCAL_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 """Host names of this machine."""
+_UPLOAD_TYPE: Final = b"multipart/form-data"
+_FORM_TYPES: Final = frozenset({_UPLOAD_TYPE, b"application/x-www-form-urlencoded"})
+_UTF_8_NAMES: Final = frozenset({"utf-8", "utf8"})
 _bearer = HTTPBearer(auto_error=False, description="An API key, if the server asks for one.")
 _header = APIKeyHeader(
     name="X-API-Key", auto_error=False, description="The same, for tools without bearer tokens."
@@ -66,6 +72,17 @@ class ApiKeyAuth:
             owner = hash_key(key or "").hex()[:16]
         self._check_rate_limit(owner)
         return owner
+
+    def count_sign_in(self, host: str) -> None:
+        """Count an attempt to sign in, before anything of it is read.
+
+        Args:
+            host: Address of the visitor.
+
+        Raises:
+            HTTPException: 429 above the rate limit.
+        """
+        self._check_rate_limit(f"sign-in at {host}")
 
     def is_valid(self, key: str | None) -> bool:
         """Check whether this is one of the keys; it counts no request."""
@@ -175,23 +192,50 @@ def _parse_address(url: str, default_port: int) -> tuple[str, int] | None:
     return None if parts.hostname is None else (parts.hostname, port)
 
 
+def check_form_charset(headers: Headers) -> None:
+    """Check that the fields of a form are UTF-8, as browsers send them.
+
+    Form parsers take any codec of Python by name, and some need quadratic time.
+
+    Args:
+        headers: The headers of the request.
+
+    Raises:
+        HTTPException: 415 for another charset.
+    """
+    media_type, parameters = parse_options_header(headers.get("content-type"))
+    charset = parameters.get(b"charset", b"utf-8").decode("latin-1")
+    if media_type in _FORM_TYPES and charset.lower() not in _UTF_8_NAMES:
+        raise HTTPException(
+            415, f"the form has the charset {charset[:40]!r}, UTF-8 expected: leave charset out"
+        )
+
+
 class BodyLimitMiddleware:
     """ASGI middleware that limits the size and the time of request bodies.
 
-    It answers 413 for a body that is too large, 408 for one that is not complete in time.
+    It answers 413 for a body that is too large, 408 for one that is not complete in time, and 415
+    for one that is not UTF-8. What is no form is taken for JSON; see ``check_json``.
 
     Args:
         app: The application.
         max_form_bytes: Largest form.
-        max_body_bytes: Largest body of another type.
+        max_json_bytes: Largest body of another type.
         timeout_s: Seconds until the body is complete.
+        max_bytes_by_path: Largest body of any type of the paths that take others.
     """
 
     def __init__(
-        self, app: ASGIApp, max_form_bytes: int, max_body_bytes: int, timeout_s: float
+        self,
+        app: ASGIApp,
+        max_form_bytes: int,
+        max_json_bytes: int,
+        timeout_s: float,
+        max_bytes_by_path: Mapping[str, int] | None = None,
     ) -> None:
         self.app, self.timeout_s = app, timeout_s
-        self.max_form_bytes, self.max_body_bytes = max_form_bytes, max_body_bytes
+        self.max_form_bytes, self.max_json_bytes = max_form_bytes, max_json_bytes
+        self.max_bytes_by_path = max_bytes_by_path or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application over a limited body."""
@@ -199,10 +243,17 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        max_bytes = self.max_form_bytes if is_form else self.max_body_bytes
+        try:
+            check_form_charset(headers)
+        except HTTPException as error:
+            await make_problem(error.status_code, str(error.detail))(scope, receive, send)
+            return
+        media_type, _ = parse_options_header(headers.get("content-type"))
+        max_bytes = self.max_form_bytes if media_type == _UPLOAD_TYPE else self.max_json_bytes
+        max_bytes = self.max_bytes_by_path.get(scope["path"], max_bytes)
         body = _LimitedBody(receive, max_bytes, self.timeout_s, headers.get("content-length", "0"))
-        await self.app(scope, body.receive, send)
+        is_form = media_type in _FORM_TYPES
+        await self.app(scope, body.receive if is_form else JsonBody(body.receive).receive, send)
 
 
 class _LimitedBody:

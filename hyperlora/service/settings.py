@@ -38,7 +38,7 @@ class ServiceSettings:
         key_digests: SHA-256 digests of API keys. Without any, this machine alone may call.
         rate_limit: Requests per key in the notation of the ``limits`` library.
         max_form_bytes: Largest body of a form.
-        max_json_bytes: Largest other body; JSON takes many times its size while it is parsed.
+        max_json_bytes: Largest JSON with LoRAs in it; it takes twice its size while it is parsed.
         max_photos: Photos, images or pairs in one request.
         body_timeout_s: Seconds until the body of a request is complete.
         timeout_s: Seconds that a synchronous request may take.

@@ -5,8 +5,6 @@ It stands in the header of diffusers' files (``lora_adapter_metadata``), or in t
 """
 
 import json
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,20 +12,13 @@ from math import sqrt
 from time import monotonic
 from typing import Final
 
-import regex
-
 from hyperlora.errors import InvalidLoraFileError
+from hyperlora.lora.io.pattern_table import PatternTable, check_patterns
 
-MAX_PATTERNS: Final = 20_000
-MAX_PATTERN_LENGTH: Final = 500
-MAX_EXPRESSIONS: Final = 256
-"""Patterns that are more than a module's name."""
-MATCH_TIMEOUT_S: Final = 5.0
+MATCH_TIMEOUT_S: Final = 2.0
 """For all patterns of a file together."""
 _MAX_CONFIG_VALUE: Final = 1e9
-_NAME_PATTERN: Final = re.compile(r"\^?[\w.]+\$?", re.ASCII)
-_FUZZY_PATTERN: Final = re.compile(r"\{[^\d,}]")
-"""What ``regex`` takes for approximate matching, and ``re`` for plain text."""
+_PATTERN_FIELDS: Final = ("rank_pattern", "alpha_pattern")
 _PEFT_TYPES: Final = ("LORA", "LOHA", "LOKR")
 _REFUSED_FIELDS: Final[Mapping[str, str]] = {
     "use_dora": "DoRA",
@@ -63,8 +54,14 @@ class AdapterConfig:
     file_name: str
     source: str = "lora_adapter_metadata"
 
+    def __post_init__(self) -> None:
+        """Check the patterns of all components together, once for the file."""
+        tables = [table.get(name) for table in self.fields.values() for name in _PATTERN_FIELDS]
+        patterns = [text for table in tables if isinstance(table, dict) for text in table]
+        check_patterns(patterns, self.file_name)
+
     @cached_property
-    def _tables(self) -> dict[tuple[str, str], "_PatternTable"]:
+    def _tables(self) -> dict[tuple[str, str], PatternTable]:
         return {}
 
     @cached_property
@@ -110,7 +107,7 @@ class AdapterConfig:
         if not isinstance(patterns, dict):
             raise self._make_error(default, field)
         if (component, field) not in self._tables:
-            self._tables[component, field] = _PatternTable(patterns, field, self)
+            self._tables[component, field] = PatternTable(patterns, field, self.file_name)
         pattern = self._tables[component, field].find(path, self._deadline)
         value = fields.get(default) if pattern is None else patterns[pattern]
         # the comparison also refuses NaN, and integers that no float holds
@@ -122,67 +119,6 @@ class AdapterConfig:
         return InvalidLoraFileError(
             f"{self.file_name} has no sound {default} and {field} in its {self.source}"
         )
-
-
-class _PatternTable:
-    """Patterns in PEFT's order; the first that matches the end of a path counts."""
-
-    def __init__(self, patterns: Mapping[str, object], field: str, config: AdapterConfig) -> None:
-        self.field, self.config = field, config
-        expressions = [text for text in patterns if not _NAME_PATTERN.fullmatch(text)]
-        longest = max(map(len, patterns), default=0)
-        if (
-            len(patterns) > MAX_PATTERNS
-            or len(expressions) > MAX_EXPRESSIONS
-            or longest > MAX_PATTERN_LENGTH
-        ):
-            raise InvalidLoraFileError(
-                f"{config.file_name} has {len(patterns)} patterns of up to {longest} characters in "
-                f"its {field}, {len(expressions)} of them regular expressions: at most "
-                f"{MAX_PATTERNS}, {MAX_PATTERN_LENGTH} and {MAX_EXPRESSIONS} are read"
-            )
-        self.patterns = {text: self._compile(text) for text in patterns}
-
-    def _compile(self, text: str) -> "re.Pattern[str] | regex.Pattern[str]":
-        """The expression of ``peft.utils.other.get_pattern_key``.
-
-        Names of modules go to ``re``, which is 50 times faster and fast for all of them; others to
-        ``regex``, which can be stopped.
-        """
-        if _NAME_PATTERN.fullmatch(text):
-            return re.compile(rf"(.*\.)?({text})$")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of syntax that the two modules read differently
-                re.compile(text)
-                if _FUZZY_PATTERN.search(text):
-                    raise ValueError("braces without numbers")
-                return regex.compile(rf"(.*\.)?({text})$")
-        except (re.error, regex.error, Warning, ValueError, RecursionError, OverflowError) as error:
-            raise InvalidLoraFileError(
-                f"{self.config.file_name} has the pattern {text[:80]!r} in its {self.field}, "
-                f"which is no regular expression: {str(error)[:80]}"
-            ) from error
-
-    def find(self, path: str, deadline: float) -> str | None:
-        """The first pattern that matches a path, None if none does."""
-        for text, pattern in self.patterns.items():
-            remaining_s = deadline - monotonic()
-            try:
-                if remaining_s <= 0:
-                    raise TimeoutError
-                if isinstance(pattern, re.Pattern):
-                    is_match = pattern.match(path) is not None
-                else:
-                    is_match = pattern.match(path, timeout=remaining_s) is not None
-            except TimeoutError as error:
-                raise InvalidLoraFileError(
-                    f"{self.config.file_name} has a {self.field} that takes longer than "
-                    f"{MATCH_TIMEOUT_S:g} s to match, at {text[:80]!r}: name the modules instead"
-                ) from error
-            if is_match:
-                return text
-        return None
 
 
 def parse_header_config(metadata: Mapping[str, str], file_name: str) -> AdapterConfig:

@@ -22,8 +22,8 @@ from hyperlora.errors import InvalidLoraFileError
 MAX_BYTES: Final = 4 << 30
 MAX_HEADER_BYTES: Final = 100_000_000
 """Of safetensors itself, for the user's own files."""
-MAX_UPLOAD_HEADER_BYTES: Final = 16 << 20
-"""For files that strangers send."""
+MAX_UPLOAD_HEADER_BYTES: Final = 2 << 20
+"""For files that strangers send: those of thousands of tensors have half of it."""
 MAX_TENSORS: Final = 20_000
 MAX_KEY_LENGTH: Final = 300
 _DTYPE_NAMES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -109,24 +109,28 @@ def read_tensors(
         raise InvalidLoraFileError(
             f"{file_name} holds {len(entries)} tensors, expected 1 to {MAX_TENSORS}"
         )
+    for key in entries:  # before any expression meets one
+        if len(key) > MAX_KEY_LENGTH:
+            raise _make_name_error(key, file_name)
     keys = select_fn(list(entries))
     for key in keys:
         entry = entries[key]
-        if len(key) > MAX_KEY_LENGTH or not _KEY_PATTERN.fullmatch(key):
-            raise InvalidLoraFileError(
-                f"{file_name} has a tensor named {key[:80]!r}, which is no module path"
-            )
+        if not _KEY_PATTERN.fullmatch(key):
+            raise _make_name_error(key, file_name)
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if dtype not in (_ALPHA_DTYPES if key.endswith(".alpha") else _DTYPES):
+        if not isinstance(dtype, str) or dtype not in (
+            _ALPHA_DTYPES if key.endswith(".alpha") else _DTYPES
+        ):
             raise InvalidLoraFileError(
-                f"tensor {key} of {file_name} has dtype {dtype}, expected one of {sorted(_DTYPES)}"
+                f"tensor {key} of {file_name} has dtype {str(dtype)[:80]}, "
+                f"expected one of {sorted(_DTYPES)}"
             )
     try:
         load_fn = (
             safetensors.torch.load if isinstance(source, bytes) else safetensors.torch.load_file
         )
         tensors = load_fn(source)  # type: ignore[arg-type]
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
         raise InvalidLoraFileError(
             f"{file_name} is not a sound safetensors file: {error}"
         ) from error
@@ -137,6 +141,12 @@ def read_tensors(
                 f"tensor {key} of {file_name} holds NaN or infinity: the LoRA is broken"
             )
     return ordered_tensors, metadata
+
+
+def _make_name_error(key: str, file_name: str) -> InvalidLoraFileError:
+    return InvalidLoraFileError(
+        f"{file_name} has a tensor named {key[:80]!r}, which is no module path"
+    )
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -313,6 +323,11 @@ def read_header(
             for pattern, kind in _MISTAKEN_FILES:
                 if pattern.match(beginning):
                     raise InvalidLoraFileError(f"{file_name} is {kind}")
+            if max_header_bytes < header_bytes <= size - 8:
+                raise InvalidLoraFileError(
+                    f"{file_name} cannot be read: its header claims {header_bytes} bytes, at most "
+                    f"{max_header_bytes:,} are expected: save it with less metadata"
+                )
             raise InvalidLoraFileError(
                 f"{file_name} is not a safetensors file: its header claims {header_bytes} bytes, "
                 f"at most {min(max_header_bytes, max(size - 8, 0)):,} are expected"

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from hyperlora.errors import InvalidLoraFileError, ModelLoadError
-from hyperlora.lora.io.safetensors_file import MAX_UPLOAD_HEADER_BYTES, read_header
+from hyperlora.lora.io.safetensors_file import read_header
 from hyperlora.models.i2l import compute_shape_digest
 
+_MAX_HEADER_BYTES: Final = 16 << 20
 _BYTES_PER_NUMBER: Final = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -111,7 +112,7 @@ def parse_header(start: bytes, file_bytes: int, file_name: str) -> TensorHeader:
     """
     data_begin = 8 + int.from_bytes(start[:8], "little")
     try:
-        entries = read_header(start, file_bytes, file_name, MAX_UPLOAD_HEADER_BYTES)
+        entries = read_header(start, file_bytes, file_name, _MAX_HEADER_BYTES)
         metadata = entries.pop("__metadata__", {})
         tensors = {
             name: TensorEntry(

@@ -39,7 +39,7 @@ _FILE = make_binary_schema(MEDIA_TYPES["image"], "The image; its SHA-256 is the 
     "",
     response_model=ImageResponse,
     responses=build_problem_responses(
-        400, 403, 404, 408, 413, 503, 504, other_responses={200: _FILE, 202: ACCEPTED_RESPONSE}
+        400, 403, 404, 408, 413, 415, 503, 504, other_responses={200: _FILE, 202: ACCEPTED_RESPONSE}
     ),
 )
 async def generate_image(call: Call, body: ImageRequestBody) -> Response:

@@ -7,10 +7,11 @@ import html
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from typing import Final
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request, cookie_parser
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
@@ -25,6 +26,8 @@ _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITES: Final = frozenset({"same-origin", "none"})
 """Values of Sec-Fetch-Site in requests that no other page started."""
 _CORS_PREFIX: Final = b"access-control-"
+_MAX_SIGN_IN_FIELDS: Final = 10
+_SIGN_IN_TYPE: Final = "application/x-www-form-urlencoded"
 _SECURITY_HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
@@ -80,7 +83,7 @@ class UiAuthMiddleware:
                 return None
             if scope["method"] == "POST" and scope["path"] == "/sign-in":
                 return await self._sign_in(Request(scope, receive), host)
-            key = decode_key_cookie(cookie_parser(headers.get("cookie", "")))
+            key = decode_key_cookie(Request(scope).cookies)
             if key is not None and self.auth.is_valid(key):
                 return None
             if scope["path"] == "/":
@@ -92,10 +95,9 @@ class UiAuthMiddleware:
 
     async def _sign_in(self, request: Request, host: str) -> Response:
         """Set the cookie of a visitor who sends a valid key; else show the form again."""
-        if int(request.headers.get("content-length", "0") or 0) > _MAX_SIGN_IN_BYTES:
-            raise HTTPException(413, "an API key is shorter than that")
-        key = str((await request.form()).get("key", "")).strip()
         try:
+            self.auth.count_sign_in(host)
+            key = await _read_key(request)
             self.auth.authenticate(key, host)
         except HTTPException as error:
             is_unknown_key = error.status_code == 401
@@ -118,6 +120,25 @@ def _check_own_page(method: str, headers: Headers) -> None:
     site = headers.get("sec-fetch-site", "none")
     if method not in _SAFE_METHODS and site not in _OWN_SITES:
         raise HTTPException(403, "a page of another site sent this: use this server's own page")
+
+
+async def _read_key(request: Request) -> str:
+    """Read the key of the sign-in form; never hold more than ``_MAX_SIGN_IN_BYTES`` of it."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != _SIGN_IN_TYPE:
+        raise HTTPException(
+            415, f"the sign-in form is {media_type[:80]!r}, {_SIGN_IN_TYPE} expected"
+        )
+    body = bytearray()
+    async for chunk in request.stream():
+        if len(body) + len(chunk) > _MAX_SIGN_IN_BYTES:
+            raise HTTPException(413, "an API key is shorter than that")
+        body += chunk
+    try:
+        fields = parse_qs(body.decode("utf-8", "replace"), max_num_fields=_MAX_SIGN_IN_FIELDS)
+    except ValueError as error:
+        raise HTTPException(400, "the sign-in form has too many fields: send key only") from error
+    return fields.get("key", [""])[0].strip()
 
 
 def _render_sign_in(message: str, status: int = 200) -> Response:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from time import monotonic, process_time
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from hyperlora.errors import InvalidLoraFileError
 from hyperlora.lora.io.adapter_config import parse_header_config
 from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.pattern_table import PatternTable
 from hyperlora.lora.io.safetensors_file import MAX_UPLOAD_HEADER_BYTES
 from tests.tiny_pipelines.unets import make_stable_diffusion
 
@@ -30,6 +32,12 @@ EXPRESSIONS = [
     "to_q|to_k",
     "k",
     r".*\.to_out\.0",
+    "attn1.to.k",
+    "mid.block.attentions.0.proj.in",
+    "^mid_block.attentions.0.proj_in",
+    "^attentions.0.proj_in$",
+    "conv1$",
+    "^....................",
 ]
 PATHS = [
     f"{BLOCK}attn1.to_k",
@@ -52,6 +60,15 @@ def test_compute_scale_matches_patterns_as_peft(patterns: list[str]) -> None:
         rank = ranks.get(get_pattern_key(ranks, path), 4)
         alpha = alphas.get(get_pattern_key(alphas, path), 3)
         assert config.compute_scale("unet", path, rank, True) == alpha / rank
+
+
+def test_find_takes_no_longer_with_more_names() -> None:
+    names = [f"{BLOCK.replace('0', str(i))}attn{i % 9}.to_{j}" for i in range(450) for j in "kqvo"]
+    start_s = process_time()
+    table = PatternTable(names, "rank_pattern", "x")
+    for name in names:
+        assert table.find(f"unet.{name}", monotonic() + 9) == name
+    assert process_time() - start_s < 1  # one expression for each took 8 s
 
 
 def make_peft_unet(**options: Any) -> Any:

@@ -223,6 +223,14 @@ BAD_CONFIGS = {
         {"unet.r": 2, "unet.rank_pattern": {f"to_[qk]{i}": 2 for i in range(300)}},
         "300 of them regular expressions",
     ),
+    "too many names": (
+        {"unet.rank_pattern": {f"to_q{i}": 2 for i in range(5001)}},
+        "5001 patterns of up to 8 characters",
+    ),
+    "many names for several components": (
+        {f"x{i}.alpha_pattern": {f"a{j}": 2 for j in range(90)} for i in range(60)},
+        "5400 patterns of up to 3 characters",
+    ),
     "endless pattern": (
         {"unet.r": 2, "unet.rank_pattern": {"to_q|" * 200: 2}},
         "patterns of up to 1000 characters",
@@ -251,6 +259,8 @@ def make_file(header: bytes, data: bytes = b"") -> bytes:
 
 
 ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+TYPES_ENTRY = ENTRY.replace('"F32"', '["F32"]')
+TABLE_ENTRY = ENTRY.replace('"F32"', "{}")
 BAD_BYTES = {
     "empty": (b"", "not a safetensors file"),
     "pickle": (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00", "a zip archive or a pickle"),
@@ -275,6 +285,18 @@ BAD_BYTES = {
         make_file(f'{{"a.alpha":{ENTRY}}}'.encode()),
         "not a sound safetensors file",
     ),
+    "types in a list": (
+        make_file(f'{{"a.alpha":{TYPES_ENTRY}}}'.encode(), b"\0" * 4),
+        r"dtype \['F32'\], expected one of",
+    ),
+    "a table as type": (
+        make_file(f'{{"a.alpha":{TABLE_ENTRY}}}'.encode(), b"\0" * 4),
+        "dtype {}, expected one of",
+    ),
+    "endless bystander": (
+        make_file(f'{{"a.alpha":{ENTRY},"{"module." * 9999}":{ENTRY}}}'.encode(), b"\0" * 4),
+        "tensor named 'module.module",
+    ),
     "metadata of numbers": (make_file(b'{"__metadata__":{"a":1}}'), "table of strings"),
 }
 
@@ -285,6 +307,14 @@ def test_load_lora_refuses_bad_bytes(case: str, tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(InvalidLoraFileError, match=sentence):
         load_lora(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("F4", 4), ("F6_E2M3", 6), ("F8_E8M0", 8)])
+def test_load_lora_refuses_types_that_torch_lacks(dtype: str, num_bytes: int) -> None:
+    bystander = f'{{"dtype":"{dtype}","shape":[8],"data_offsets":[4,{4 + num_bytes}]}}'
+    file = make_file(f'{{"a.alpha":{ENTRY},"b":{bystander}}}'.encode(), bytes(4 + num_bytes))
+    with pytest.raises(InvalidLoraFileError):
+        load_lora(file)
 
 
 def test_load_lora_refuses_other_suffixes(tmp_path: Path) -> None:
