@@ -233,8 +233,10 @@ def train_models(
             drop_last=True,
             collate_fn=LoraPhotoBatch.collate,
         )
+        # a longer average than a tenth of the training would remember its beginning
         average = EMAWeightAveraging(
-            decay=0.998, update_starting_at_step=max(1, settings.num_steps // 10)
+            decay=1 - min(1.0, 10 / settings.num_steps),
+            update_starting_at_step=max(1, settings.num_steps // 10),
         )
         _make_trainer(settings.num_steps, average).fit(module, loader)
 

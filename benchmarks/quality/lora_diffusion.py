@@ -4,7 +4,7 @@
     data-builder fit-pca runs/avatars/build -o runs/avatars/lora-components
     hyperlora train fit --config configs/avatars/12_lora_diffusion.yaml
     python -m benchmarks.quality.lora_diffusion runs/avatars/build runs/avatars/build-validation
-        --codecs runs/avatars/lora-components runs/avatars/lora_conv_autoencoder/codec
+        --codecs runs/avatars/lora-components
         --num-components 128 --model runs/avatars/12_lora_diffusion/model
         [--sampling-steps 1 4 10 50] [--num-subjects 16]
 

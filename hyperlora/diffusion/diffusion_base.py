@@ -44,6 +44,8 @@ _DAMAGED_FILE_ERRORS: Final = (
     *(UnpicklingError, SafetensorError),
 )
 """Of diffusers, transformers and torch, for files that are missing, damaged or refused."""
+_DAMAGED_ZIP_TEXT: Final = "PytorchStreamReader"
+"""In the message of torch's RuntimeError for a damaged ``*.bin``; others are bugs."""
 CACHE_SIZE: Final = 1024
 """Prompts in a cache; a cache with more is emptied."""
 
@@ -316,7 +318,8 @@ def load_diffusion_base(
             name_or_path, dtype=compute.torch_dtype, **pretrained_kwargs
         )
     except _DAMAGED_FILE_ERRORS as error:
-        if is_out_of_memory(error):
+        is_bug = isinstance(error, RuntimeError) and _DAMAGED_ZIP_TEXT not in str(error)
+        if is_bug or is_out_of_memory(error):
             raise
         if is_offline:
             raise ModelLoadError(format_offline_error(f"base {str(name_or_path)!r}")) from error

@@ -156,7 +156,7 @@ def _build_photo_loras(name: str) -> None:
         init="zero",
         finetune_steps=1,
         subjects_per_batch=4,
-        variant="fp16",
+        variant="fp16" if any(Path(f"tiny/{name}").rglob("*.fp16.*")) else None,
     )
     build_dir = Path(f"runs/{name}/build")
     write_plan(make_plan(FolderSource("photos/train"), recipe, val_fraction=0.5), build_dir)

@@ -25,6 +25,7 @@ from data_builder.cli import app
 from data_builder.datamodules.faces import IDENTITY_VECTOR_DIM
 from data_builder.datamodules.portraits import ATTRIBUTES
 from hyperlora import pretrained
+from hyperlora.encoders.face_analysis import Face, FaceAnalyzer
 from hyperlora.errors import InvalidImageError
 from hyperlora.pipelines.image_to_lora_base import ImageToLoraBase
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
@@ -217,7 +218,10 @@ def test_config_trains_and_resumes(
 
 @pytest.mark.slow
 def test_lora_diffusion_says_where_there_is_no_face(
-    stages: Stages, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stages: Stages,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of some photos a warning; of all, an error before anything is trained."""
     name = "avatars/ablations/difflora"
@@ -234,8 +238,12 @@ def test_lora_diffusion_says_where_there_is_no_face(
     assert model.face_analyzer is not None
     assert model.face_analyzer.pack_dir == (tmp_path / "model/face-pack").resolve()
     assert model.mixture.mode == "gate" and model.photo_size == 128
+    def detect_nothing(analyzer: FaceAnalyzer, image: Any) -> list[Face]:
+        return []
+
+    monkeypatch.setattr(FaceAnalyzer, "detect_faces", detect_nothing)
     with pytest.raises(InvalidImageError, match="finds no face in any of 16 photos"):
-        train([*command, "--model.init_args.card.resolution=16"])
+        train(command)
 
 
 @pytest.mark.parametrize(
