@@ -55,8 +55,7 @@ def read_image(source: ImageSource, formats: Collection[str] = IMAGE_FORMATS) ->
         source: A file, the bytes of one, or a PIL image. Files and bytes have a format by content,
             and at most ``MAX_BYTES`` and ``MAX_PIXELS``. A PIL image may have any format and is
             not changed.
-        formats: Formats that are read, of ``IMAGE_FORMATS``; ``UPLOAD_FORMATS`` for strangers'
-            files.
+        formats: Formats that are read, of ``IMAGE_FORMATS``; ``UPLOAD_FORMATS`` for uploads.
 
     Returns:
         The image.
