@@ -238,6 +238,7 @@ def test_lora_diffusion_says_where_there_is_no_face(
     assert model.face_analyzer is not None
     assert model.face_analyzer.pack_dir == (tmp_path / "model/face-pack").resolve()
     assert model.mixture.mode == "gate" and model.photo_size == 128
+
     def detect_nothing(analyzer: FaceAnalyzer, image: Any) -> list[Face]:
         return []
 
