@@ -4,11 +4,14 @@ import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.training.cli import train
+from tests.tiny_pipelines.base import SIDE
 from tests.training.config_rules import RULES, get_run_dir, make_command
 
 
@@ -160,7 +163,9 @@ def _build_photo_loras(name: str) -> None:
     )
     build_dir = Path(f"runs/{name}/build")
     write_plan(make_plan(FolderSource("photos/train"), recipe, val_fraction=0.5), build_dir)
-    run_build(build_dir)
+    # a tiny transformer does not know its size, and would be fitted at 1024 pixels
+    with patch.object(DiffusionBase, "resolution", SIDE):
+        run_build(build_dir)
 
 
 def _fit_pca() -> None:
