@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 UNKNOWN_LICENSE = "unknown; packs that insightface downloads are for non-commercial research only"
 _PACK_SUFFIXES: Final = frozenset({".onnx", ".json", ".license", ".txt", ".md"})
 """Suffixes of the files of a pack."""
+_DETECTOR_STRIDE: Final = 32
+"""Face detectors take sides that are multiples of it."""
 _ALIGNED_FACE_SIZE: Final = 112
 """Height and width in pixels of ArcFace's aligned faces."""
 
@@ -157,6 +159,11 @@ class FaceAnalyzer:
                 f"face {index} was asked for, there are {len(faces)} (0 is the largest)"
             )
         return faces[index]
+
+
+def round_det_size(image_size: int) -> int:
+    """Round the side of an image in pixels up to one that face detectors take."""
+    return -(-image_size // _DETECTOR_STRIDE) * _DETECTOR_STRIDE
 
 
 def _convert_face(face: "InsightFace") -> Face:

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from hyperlora.data.images import to_image
-from hyperlora.encoders.face_analysis import FaceAnalyzer
+from hyperlora.encoders.face_analysis import FaceAnalyzer, round_det_size
 from hyperlora.errors import InvalidImageError, ModelLoadError
 
 _MAX_IMAGE_SIZE: Final = 640
 """Largest side in pixels that detectors of face packs are made for."""
-_DETECTOR_STRIDE: Final = 32
-"""Face detectors take sides that are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,8 @@ class FaceSimilarity:
             ModelLoadError: There is no such pack.
             InvalidArgumentError: insightface is not installed.
         """
-        num_strides = -(-min(image_size, _MAX_IMAGE_SIZE) // _DETECTOR_STRIDE)  # rounded up
-        analyzer = FaceAnalyzer(pack, det_size=num_strides * _DETECTOR_STRIDE)
-        return cls(analyzer, num_strides * _DETECTOR_STRIDE)
+        det_size = round_det_size(min(image_size, _MAX_IMAGE_SIZE))
+        return cls(FaceAnalyzer(pack, det_size), det_size)
 
     def __call__(self, photos: Tensor, images: Tensor) -> Tensor:
         """Score images against the photos of one subject.

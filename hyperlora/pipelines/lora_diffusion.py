@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperlora.data.images import to_image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
-from hyperlora.encoders.face_analysis import FaceAnalyzer
+from hyperlora.encoders.face_analysis import FaceAnalyzer, round_det_size
 from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.errors import InvalidImageError, ModelLoadError
 from hyperlora.features import ImageFeatures
@@ -31,8 +31,6 @@ DEFAULT_NUM_INFERENCE_STEPS: Final = 10
 """Denoising steps over LoRA latents where the card names none."""
 _FACE_PACK_DIR: Final = "face-pack"
 """The face pack's folder in a released model."""
-_DETECTOR_STRIDE: Final = 32
-"""Face detectors take sides that are multiples of it."""
 
 
 class LoraDiffusion(ImageToLoraBase):
@@ -247,8 +245,7 @@ def make_face_analyzer(
         ModelLoadError: There is no such pack.
         InvalidArgumentError: The library of the pack is not installed.
     """
-    num_strides = -(-resolve_photo_size(encoder, card) // _DETECTOR_STRIDE)  # rounded up
-    return FaceAnalyzer(pack, det_size=num_strides * _DETECTOR_STRIDE)
+    return FaceAnalyzer(pack, round_det_size(resolve_photo_size(encoder, card)))
 
 
 def _find_face_pack(folder: Path, pack_name: str) -> str | os.PathLike[str]:
