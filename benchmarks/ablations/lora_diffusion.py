@@ -18,17 +18,14 @@ by the face pack, which takes no part in scoring. Differences are paired by subj
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import lightning as L
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from benchmarks.ablations.codec_heldout import (
     CodecResult,
@@ -36,7 +33,13 @@ from benchmarks.ablations.codec_heldout import (
     format_table,
     make_held_out_evaluation,
 )
-from data_builder.datamodules.lora_photos import LoraPhotoDataset
+from benchmarks.ablations.lora_diffusion_training import (
+    CODECS,
+    Settings,
+    Variant,
+    fit_codec,
+    train_models,
+)
 from hyperlora import pretrained
 from hyperlora.cpu import disable_malloc_trim
 from hyperlora.data.lora_dataset import LoraDataset
@@ -53,57 +56,8 @@ from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.pipelines.rerank import IdentityReranker, make_scoring_prompts
 from hyperlora.training.augmentation import occlude_image
-from hyperlora.training.batches import LoraPhotoBatch
-from hyperlora.training.datamodules.lora_rows import LoraRowsDataModule
-from hyperlora.training.modules.lora_autoencoder import LoraAutoencoderTraining
-from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
 
-Options = dict[str, Any]
-CODECS: Final = ("pca", "autoencoder")
 NUM_CANDIDATES: Final = 4
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One model of the table.
-
-    Attributes:
-        dataset: Name of the dataset of LoRAs.
-        codec: One of ``CODECS``.
-        mixture: One of ``GATE_MODES``.
-    """
-
-    dataset: str
-    codec: str
-    mixture: str
-
-    @property
-    def name(self) -> str:
-        """Name of its row."""
-        return f"{self.dataset}, {self.codec}, {self.mixture}"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of all trainings.
-
-    Attributes:
-        diffusion: Options of ``LoraDiffusionTraining``.
-        autoencoder: Options of ``LoraAutoencoderTraining``.
-        data: Options of ``LoraPhotoDataModule``.
-        rows: Options of ``LoraRowsDataModule``.
-        num_steps: Optimizer steps of a diffusion model.
-        num_codec_steps: Optimizer steps of an autoencoder.
-        output_dir: Folder of codecs and models.
-    """
-
-    diffusion: Options
-    autoencoder: Options
-    data: Options
-    rows: Options
-    num_steps: int
-    num_codec_steps: int
-    output_dir: Path
 
 
 def main() -> None:
@@ -136,10 +90,11 @@ def main() -> None:
     whole, occluded = {}, {}
     differences = list[str]()
     for variant in variants:
-        model = LoraDiffusion.from_pretrained(settings.output_dir / _make_folder_name(variant))
+        model = LoraDiffusion.from_pretrained(settings.output_dir / variant.folder_name)
         photos = evaluation.evaluator.benchmark.photos[:, :1]
         sampling = LoraSampling(0, arguments.sampling_steps, arguments.guidance_scale)
-        samples = sample_loras(model, photos, sampling, NUM_CANDIDATES)
+        num_samples = NUM_CANDIDATES if variant.mixture == "gate" else 1
+        samples = sample_loras(model, photos, sampling, num_samples)
         whole[variant] = evaluation.evaluate_samples(variant.name, samples, original)
         occluded[variant] = evaluation.evaluate_samples(
             f"{variant.name}, part covered",
@@ -155,90 +110,6 @@ def main() -> None:
     for results in (whole, occluded):
         differences += _compare_mixtures(results)
     print("", *differences, sep="\n")
-
-
-def fit_codec(settings: Settings, dataset: str, folder: Path, codec: str) -> Path:
-    """Fit a codec to a dataset, unless its folder exists.
-
-    Args:
-        settings: Settings of the training.
-        dataset: Name of the dataset.
-        folder: Folder of the dataset.
-        codec: One of ``CODECS``.
-
-    Returns:
-        Folder of the codec.
-    """
-    codec_dir = settings.output_dir / "-".join([*dataset.split(), codec, "codec"])
-    if (codec_dir / "config.json").is_file():
-        return codec_dir
-    if codec == "pca":  # the settings of the bundled model
-        LoraCodec.fit_pca(
-            LoraDataset(folder, "train"), 8, 16, components_per_factor=8
-        ).save_pretrained(codec_dir)
-        return codec_dir
-    L.seed_everything(0, verbose=False)
-    module = LoraAutoencoderTraining(
-        **settings.autoencoder | {"folder": str(folder), "output_dir": str(codec_dir)}
-    )
-    rows = LoraRowsDataModule(str(folder), batch_size=settings.rows["batch_size"])
-    _make_trainer(settings.num_codec_steps).fit(module, rows.train_dataloader())
-    return codec_dir
-
-
-def train_models(
-    settings: Settings,
-    variants: Sequence[Variant],
-    dataset_dirs: dict[str, Path],
-    codec_dirs: dict[tuple[str, str], Path],
-) -> None:
-    """Train the models whose folder does not exist.
-
-    The photos are encoded once for all of them.
-
-    Args:
-        settings: Settings of the training.
-        variants: Models.
-        dataset_dirs: Folder of each dataset.
-        codec_dirs: Folder of each codec, by dataset and codec.
-    """
-    photos: LoraPhotoDataset | None = None
-    for variant in variants:
-        output_dir = settings.output_dir / _make_folder_name(variant)
-        if (output_dir / "config.json").is_file():
-            continue
-        codec_dir, folder = (
-            codec_dirs[variant.dataset, variant.codec],
-            dataset_dirs[variant.dataset],
-        )
-        L.seed_everything(0, verbose=False)
-        options = settings.diffusion | {"codec": str(codec_dir), "output_dir": str(output_dir)}
-        module = LoraDiffusionTraining(
-            **options | {"mixture": options["mixture"] | {"mode": variant.mixture}}
-        )
-        if photos is None:
-            photos = LoraPhotoDataset(
-                str(folder),
-                "train",
-                module.model,
-                settings.data["num_views"],
-                deterministic=False,
-                num_occlusions=max(1, settings.data.get("num_occlusions", 1)),
-            )
-        dataset = photos.with_loras(LoraDataset(folder, "train"), module.model.codec)
-        loader = DataLoader(
-            dataset,
-            min(settings.data["batch_size"], len(dataset)),
-            shuffle=True,
-            drop_last=True,
-            collate_fn=LoraPhotoBatch.collate,
-        )
-        # a longer average than a tenth of the training would remember its beginning
-        average = EMAWeightAveraging(
-            decay=1 - min(1.0, 10 / settings.num_steps),
-            update_starting_at_step=max(1, settings.num_steps // 10),
-        )
-        _make_trainer(settings.num_steps, average).fit(module, loader)
 
 
 def sample_loras(
@@ -334,21 +205,6 @@ def _occlude_photos(photos: Tensor) -> Tensor:
     )
 
 
-def _make_folder_name(variant: Variant) -> str:
-    return "-".join([*variant.dataset.split(), variant.codec, variant.mixture])
-
-
-def _make_trainer(num_steps: int, *callbacks: L.Callback) -> L.Trainer:
-    return L.Trainer(
-        max_steps=num_steps,
-        gradient_clip_val=1.0,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-
-
 def _make_evaluation(arguments: argparse.Namespace, train_dir: str) -> HeldOutEvaluation:
     base = load_diffusion_base(pretrained.BASE_DIR)
     benchmark = load_benchmark(pretrained.BENCHMARK_DIR, base.resolution, 1)
@@ -374,10 +230,16 @@ def _read_settings(arguments: argparse.Namespace) -> Settings:
         | {
             "encoder": str(arguments.encoder),
             "face_pack": str(arguments.face_pack) if needs_faces else None,
-        },
+        }
+        | ({"regression_rank": None} if arguments.no_regression else {}),
         codec_config["model"]["init_args"],
         config["data"]["init_args"],
         codec_config["data"]["init_args"],
+        {
+            "num_tokens": arguments.pca_tokens,
+            "latent_width": arguments.pca_width,
+            "components_per_factor": arguments.pca_directions,
+        },
         arguments.steps,
         arguments.codec_steps,
         arguments.output,
@@ -405,10 +267,14 @@ def _parse_arguments() -> argparse.Namespace:
         type=Path,
         default=Path("configs/avatars/ablations/difflora_autoencoder.yaml"),
     )
+    parser.add_argument("--pca-tokens", type=int, default=8, help="Tokens of principal components.")
+    parser.add_argument("--pca-width", type=int, default=16, help="Components of a token.")
+    parser.add_argument("--pca-directions", type=int, default=8, help="Components per factor.")
     parser.add_argument(
         "--encoder", type=Path, default=pretrained.IMAGE_TO_LORA_DIR, help="Encoder of the photos."
     )
     parser.add_argument("--face-pack", type=Path, default=pretrained.FACE_PACK_DIR)
+    parser.add_argument("--no-regression", action="store_true", help="Train the transformer alone.")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--codec-steps", type=int, default=400)
     parser.add_argument("--num-subjects", type=int, default=32)

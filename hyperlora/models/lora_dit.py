@@ -6,6 +6,9 @@ Flow matching (2210.02747) between a LoRA's latents x and noise ε:
 
 Integrating from t = 1 to 0 samples a LoRA. The network predicts x (2511.13720): latents lie near a
 low-dimensional subspace, noise does not, and a narrow network cannot represent the noise.
+
+With an estimate m of E[x | photos] (``LatentRegression``), the network predicts x - t m: at t = 1
+it corrects m, and near t = 0 x_t tells more than m.
 """
 
 from typing import TypedDict
@@ -90,7 +93,12 @@ class LoraDiT(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, t: Tensor, photo_features: ImageFeatures, drop_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        photo_features: ImageFeatures,
+        drop_mask: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> Tensor:
         """Predict the clean latents.
 
@@ -99,6 +107,7 @@ class LoraDiT(nn.Module):
             t: Times from 0 (clean) to 1 (noise), [batch].
             photo_features: Tokens [batch, views, n, condition_width].
             drop_mask: Samples without condition, bool [batch]; None conditions all of them.
+            mean: m, shaped like ``x``; 0 for samples without condition. None for 0.
 
         Returns:
             Predicted x, [batch, num_tokens, latent_width].
@@ -115,7 +124,12 @@ class LoraDiT(nn.Module):
             h = block(h, cond_tokens, c)  # [B, L, d]
         # stored weights have scale first; DiT has shift first
         scale, shift = self.adaLN_modulation(c).chunk(2, -1)  # each [B, d]
-        return self.final_layer(_modulate(h, shift, scale))  # predicted x [B, L, Z]
+        pred_x0: Tensor = self.final_layer(_modulate(h, shift, scale))  # [B, L, Z]
+        if mean is None:
+            return pred_x0
+        if drop_mask is not None:
+            mean = torch.where(drop_mask[:, None, None], torch.zeros_like(mean), mean)
+        return pred_x0 + t.view(-1, 1, 1) * mean
 
     @torch.no_grad()
     def sample(
@@ -124,6 +138,7 @@ class LoraDiT(nn.Module):
         noise: Tensor,
         num_inference_steps: int = 10,
         guidance_scale: float = 1.0,
+        mean: Tensor | None = None,
     ) -> Tensor:
         """Sample latents by Euler's method from t = 1 to 0.
 
@@ -137,6 +152,7 @@ class LoraDiT(nn.Module):
             num_inference_steps: N, steps of equal size.
             guidance_scale: w of x_uncond + w (x_cond - x_uncond) (2207.12598, eq. 6); 1 for the
                 conditional prediction alone, at half the cost.
+            mean: m, shaped like ``noise``; None for 0.
 
         Returns:
             Latents, [batch, num_tokens, latent_width].
@@ -146,12 +162,15 @@ class LoraDiT(nn.Module):
             # t = n / N with n = N - i steps left
             t = x_t.new_full((batch_size,), 1 - i / num_inference_steps)  # [B]
             if guidance_scale == 1:
-                pred_x0 = self(x_t, t, photo_features)  # [B, L, Z]
+                pred_x0 = self(x_t, t, photo_features, mean=mean)  # [B, L, Z]
             else:
                 # one pass over [2·B, ...]: the first half sees the photos, the second does not
                 doubled_features = ImageFeatures(photo_features.tokens.repeat(2, 1, 1, 1))
                 drop_mask = torch.arange(2 * batch_size, device=x_t.device) >= batch_size  # [2·B]
-                doubled_x0 = self(x_t.repeat(2, 1, 1), t.repeat(2), doubled_features, drop_mask)
+                doubled_mean = None if mean is None else mean.repeat(2, 1, 1)
+                doubled_x0 = self(
+                    x_t.repeat(2, 1, 1), t.repeat(2), doubled_features, drop_mask, doubled_mean
+                )
                 cond_x0, uncond_x0 = doubled_x0.chunk(2)  # each [B, L, Z]
                 # The paper guides ε, with 1 + w for this w. At one x_t, ε is affine in x and the
                 # weights w and 1 - w add up to 1, so to guide x is the same.

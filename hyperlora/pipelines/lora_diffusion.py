@@ -1,6 +1,7 @@
 """``LoraDiffusion``: a diffusion over LoRAs, guided by photos, after DiffLoRA (2408.06740).
 
 photos ─ encoder (and face pack) ─▶ mixture ─▶ denoiser: noise ─▶ latents ─▶ codec ─▶ LoRA
+                                 └▶ regression ─┘
 """
 
 import os
@@ -19,6 +20,7 @@ from hyperlora.features import ImageFeatures
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 from hyperlora.models.image_feature_mixer import MixedImageFeatures
+from hyperlora.models.latent_regression import LatentRegression
 from hyperlora.models.lora_dit import LoraDiT
 from hyperlora.pipelines.config import LoraSampling
 from hyperlora.pipelines.image_to_lora_base import EncodedPhotos, ImageToLoraBase
@@ -44,6 +46,7 @@ class LoraDiffusion(ImageToLoraBase):
         face_analyzer: Embeds faces; None for a mixture without face features.
         card: License, trigger phrase, sampling steps and guidance scale. ``card.resolution`` is
             the size of photos if there is a face analyzer and the encoder's own size is smaller.
+        regression: Estimates the mean of the latents from the same features; None for no estimate.
     """
 
     method: ClassVar[str] = "difflora"
@@ -58,9 +61,11 @@ class LoraDiffusion(ImageToLoraBase):
         codec: LoraCodec,
         face_analyzer: FaceAnalyzer | None = None,
         card: ModelCard | None = None,
+        regression: LatentRegression | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.mixture, self.denoiser, self.codec = encoder, mixture, denoiser, codec
+        self.regression = regression
         self.face_analyzer = face_analyzer
         self.card = card or ModelCard()
 
@@ -94,6 +99,7 @@ class LoraDiffusion(ImageToLoraBase):
             "mixture": self.mixture.config,
             "denoiser": self.denoiser.config,
             "codec": self.codec.to_config(),
+            "regression": self.regression.config if self.regression else None,
             "face": _FACE_PACK_DIR if self.face_analyzer else None,
         }
 
@@ -119,11 +125,14 @@ class LoraDiffusion(ImageToLoraBase):
         mixture = MixedImageFeatures(**config["mixture"])
         denoiser = LoraDiT(*codec.latent_shape, mixture.width, **config["denoiser"])
         encoder = TimmEncoder(**config["encoder"])
+        regression = None
+        if config.get("regression"):  # older models have no such entry
+            regression = LatentRegression(*codec.latent_shape, **config["regression"])
         face_analyzer = None
         if config["face"]:
             pack = _find_face_pack(folder, config["face"])
             face_analyzer = make_face_analyzer(pack, encoder, ModelCard.from_dict(config["card"]))
-        return cls(encoder, mixture, denoiser, codec, face_analyzer)
+        return cls(encoder, mixture, denoiser, codec, face_analyzer, regression=regression)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
@@ -196,6 +205,7 @@ class LoraDiffusion(ImageToLoraBase):
             raise ValueError("face embeddings expected: encode the photos with this model")
         sampling = sampling or LoraSampling()
         conditioning = self.mixture(features.face, features.image)
+        mean = self.regression(features.face, features.image) if self.regression else None
         generator = torch.Generator().manual_seed(sampling.seed)
         noise = torch.randn(self.codec.latent_shape, generator=generator)  # [tokens, width]
         num_inference_steps = (
@@ -211,6 +221,7 @@ class LoraDiffusion(ImageToLoraBase):
             noise.to(conditioning.tokens).expand(len(conditioning.tokens), -1, -1),
             num_inference_steps,
             guidance_scale,
+            mean,
         )  # [batch, tokens, width]
         return self.apply_strength(self.codec.decode(latents))
 

@@ -21,6 +21,7 @@ MODULES = [
 ]
 LIBRARIES = {
     "ablations.codec_heldout",
+    "ablations.lora_diffusion_training",
     "ablations.paired_edit",
     "avatar_evaluator",
     "quality.concept_loras",

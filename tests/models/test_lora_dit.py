@@ -87,3 +87,23 @@ def test_interpolate_noise_is_clean_at_0_and_noise_at_1() -> None:
     noisy = interpolate_noise(noise, x, torch.tensor([0.0, 1.0, 0.25]))
     expected = torch.stack([x[0], noise[1], 0.75 * x[2] + 0.25 * noise[2]])
     torch.testing.assert_close(noisy, expected)
+
+
+def test_mean_counts_by_the_time_and_not_without_condition() -> None:
+    """x̂ = network + t m, where the photos are not dropped."""
+    model, photo_features = make_random_dit(), ImageFeatures(torch.randn(2, 1, 5, 12))
+    x, t, mean = torch.randn(2, 6, 3), torch.tensor([0.25, 0.5]), torch.randn(2, 6, 3)
+    drop_mask = torch.tensor([False, True])
+    plain = model(x, t, photo_features, drop_mask)
+    output = model(x, t, photo_features, drop_mask, mean)
+    torch.testing.assert_close(output[0], plain[0] + 0.25 * mean[0])
+    torch.testing.assert_close(output[1], plain[1])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_sample_of_one_step_adds_the_guided_mean(guidance_scale: float) -> None:
+    model, photo_features = make_random_dit(), ImageFeatures(torch.randn(2, 1, 5, 12))
+    noise, mean = torch.randn(2, 6, 3), torch.randn(2, 6, 3)
+    plain = model.sample(photo_features, noise, 1, guidance_scale)
+    sample = model.sample(photo_features, noise, 1, guidance_scale, mean)
+    torch.testing.assert_close(sample, plain + guidance_scale * mean)

@@ -193,7 +193,7 @@ def test_config_trains_and_resumes(
         "freeze_encoder"
     )
     has_frozen_encoder = "encoder" in model and not encoder_is_trained
-    frozen = ("model.encoder.", "model.codec.") if has_frozen_encoder else ()
+    frozen = ("model.encoder.", "model.codec.", "model.regression.") if has_frozen_encoder else ()
     _check_what_trains(straight.states, (*RULES[name].frozen, *frozen))
     assert straight.losses.keys() == {0, 1, 2, 3}
     assert all(

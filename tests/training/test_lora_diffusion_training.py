@@ -3,13 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+from hyperlora.features import ImageFeatures
 from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.normalization import LoraNormalizer
 from hyperlora.models.lora_autoencoder import LoraAutoencoder
+from hyperlora.pipelines.config import LoraSampling
+from hyperlora.pipelines.image_to_lora_base import EncodedPhotos
 from hyperlora.pipelines.lora_codec import LoraCodec
+from hyperlora.pipelines.lora_diffusion import LoraDiffusion
+from hyperlora.pretrained import FACE_PACK_DIR
 from hyperlora.training.batches import LoraPhotoBatch
 from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
 from tests.training.config_rules import TINY_VIT
@@ -33,7 +40,7 @@ def make_module(codec_dir: Path, **options: Any) -> LoraDiffusionTraining:
         "vit_tiny_patch16_224",
         "unused",
         encoder_options={"image_size": 16, "options": TINY_VIT},
-        mixture={"width": 8, "num_tokens": 2},
+        mixture={"width": 8, "num_tokens": 2} | options.pop("mixture", {}),
         denoiser={"width": 8, "depth": 1, "num_heads": 2},
         **options,
     )
@@ -47,7 +54,7 @@ def make_batch(num_loras: int = 2) -> LoraPhotoBatch:
     return LoraPhotoBatch(
         torch.randn(num_loras, 2, 3),
         torch.randn(num_loras, 1, 1, 512),
-        torch.randn(num_loras, 1, 4, 16),
+        torch.randn(num_loras, 1, 5, 16),
     )
 
 
@@ -59,9 +66,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     recorded: list[dict[str, Any]] = []
     forward = LoraDiT.forward
 
-    def record(model: LoraDiT, x: Any, t: Any, features: Any, drop_mask: Any = None) -> Any:
-        output = forward(model, x, t, features, drop_mask)
-        recorded.append({"x": x, "t": t, "drop_mask": drop_mask, "output": output})
+    def record(
+        model: LoraDiT, x: Any, t: Any, features: Any, drop_mask: Any = None, mean: Any = None
+    ) -> Any:
+        output = forward(model, x, t, features, drop_mask, mean)
+        call = {"x": x, "t": t, "drop_mask": drop_mask, "mean": mean, "output": output}
+        recorded.append(call)
         return output
 
     monkeypatch.setattr(LoraDiT, "forward", record)
@@ -98,3 +108,70 @@ def test_photos_are_dropped_with_their_probability(
     make_module(codec_dir, cond_dropout_prob=prob).training_step(make_batch(512), 0)
     share = float(calls[0]["drop_mask"].float().mean())
     assert share == pytest.approx(prob, abs=0.08 * (0 < prob < 1))
+
+
+def test_regression_is_fitted_before_the_first_step(codec_dir: Path, tmp_path: Path) -> None:
+    """Latents that are a linear function of the photo are found without a single step."""
+    torch.manual_seed(2)
+    num_loras, matrix = 200, torch.randn(5 * 16, 6) / 8
+    images = torch.randn(num_loras, 1, 5, 16)
+    latents = (images.flatten(1) @ matrix).unflatten(1, (2, 3))
+    faces = torch.zeros(num_loras, 1, 1, 512)
+    loader = DataLoader(
+        TensorDataset(latents, faces, images),
+        50,
+        collate_fn=lambda rows: LoraPhotoBatch(*map(torch.stack, zip(*rows, strict=True))),
+    )
+    output_dir = tmp_path / "model"
+    module = make_module(codec_dir, regression_rank=6)
+    module.hparams["output_dir"] = str(output_dir)
+    torch.nn.init.zeros_(module.model.denoiser.final_layer.weight)
+    torch.nn.init.zeros_(module.model.denoiser.final_layer.bias)
+    module.hparams["lr"] = 0.0
+    trainer = L.Trainer(
+        max_steps=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    trainer.fit(module, loader)
+    model = LoraDiffusion.from_pretrained(output_dir)
+    assert model.regression is not None and model.regression.config["rank"] == 6
+    features = EncodedPhotos(ImageFeatures(images[:3]), ImageFeatures(faces[:3]))
+    for guidance_scale in (1.0, 2.0):  # a network of 0 predicts the mean alone
+        generated = model.generate_from_features(features, LoraSampling(0, 1, guidance_scale))
+        expected = model.codec.decode(guidance_scale * latents[:3])
+        scale = float(expected.flatten().std())
+        difference = generated.flatten() - expected.flatten()
+        assert float(difference.std()) < 0.1 * scale
+
+
+@pytest.mark.parametrize("mode", ["gate", "image", "face"])
+def test_regression_sees_what_the_mixture_sees(codec_dir: Path, mode: str) -> None:
+    module = make_module(
+        codec_dir, regression_rank=4, face_pack=str(FACE_PACK_DIR), mixture={"mode": mode}
+    )
+    regression = module.model.regression
+    assert regression is not None
+    torch.nn.init.normal_(regression.down)
+    torch.nn.init.normal_(regression.up)
+    batch = make_batch()
+    faces, images = ImageFeatures(batch.face_features), ImageFeatures(batch.image_features)
+    mean = regression(faces, images)
+    other_faces = regression(ImageFeatures(faces.tokens + 1), images)
+    other_images = regression(faces, ImageFeatures(images.tokens + 1))
+    assert torch.equal(mean, other_faces) == (mode == "image")
+    assert torch.equal(mean, other_images) == (mode == "face")
+
+
+def test_training_step_gives_the_estimate_to_the_denoiser(
+    codec_dir: Path, calls: list[Any]
+) -> None:
+    module = make_module(codec_dir, regression_rank=4, cond_dropout_prob=0.0)
+    regression = module.model.regression
+    assert regression is not None
+    module.training_step(make_batch(), 0)
+    assert not calls[0]["mean"].any()  # no fit yet
+    torch.nn.init.normal_(regression.down)
+    torch.nn.init.normal_(regression.up)
+    module.training_step(make_batch(), 0)
+    batch = make_batch()
+    mean = regression(ImageFeatures(batch.face_features), ImageFeatures(batch.image_features))
+    torch.testing.assert_close(calls[1]["mean"], mean)

@@ -1,5 +1,7 @@
 """Train a diffusion model over LoRAs (DiffLoRA, 2408.06740): from photos to latents of LoRAs."""
 
+import logging
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -7,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperlora.encoders.attribute_classifier import load_image_encoder
+from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.merge import compare_deltas
 from hyperlora.models.image_feature_mixer import MixedImageFeatures
+from hyperlora.models.latent_regression import LatentRegression
 from hyperlora.models.lora_autoencoder import LoraAutoencoder
 from hyperlora.models.lora_dit import LoraDiT, interpolate_noise
 from hyperlora.pipelines.lora_codec import LoraCodec
@@ -18,6 +22,8 @@ from hyperlora.pipelines.model_card import ModelCard
 from hyperlora.training.batches import LoraPhotoBatch
 from hyperlora.training.modules.options import Options
 from hyperlora.training.optimizers import make_adamw_cosine
+
+_logger = logging.getLogger(__name__)
 
 
 class LoraDiffusionTraining(L.LightningModule):
@@ -37,6 +43,8 @@ class LoraDiffusionTraining(L.LightningModule):
         face_pack: Folder or name of an insightface pack beside the encoder; None for none.
         mixture: Arguments of ``MixedImageFeatures``.
         denoiser: Arguments of ``LoraDiT``.
+        regression_rank: Rank of a ``LatentRegression``, which is fitted before the first step; the
+            denoiser learns what it leaves. None for no regression.
         cond_dropout_prob: Probability of dropping the photos, for classifier-free guidance.
         timestep_shift: s; above 1, noisier timesteps come more often. The photos have the most
             influence there.
@@ -53,6 +61,7 @@ class LoraDiffusionTraining(L.LightningModule):
         face_pack: str | None = None,
         mixture: Options | None = None,
         denoiser: Options | None = None,
+        regression_rank: int | None = None,
         cond_dropout_prob: float = 0.1,
         timestep_shift: float = 2.0,
         lr: float = 5e-4,
@@ -69,9 +78,38 @@ class LoraDiffusionTraining(L.LightningModule):
         face_analyzer = (
             make_face_analyzer(face_pack, image_encoder, model_card) if face_pack else None
         )
+        regression = None
+        if regression_rank is not None:
+            regression = LatentRegression(
+                *lora_codec.latent_shape,
+                (0, 0) if feature_mixer.mode == "face" else _compute_image_shape(image_encoder),
+                FACE_EMBED_DIM if face_pack and feature_mixer.mode != "image" else 0,
+                regression_rank,
+            )
         self.model = LoraDiffusion(
-            image_encoder, feature_mixer, network, lora_codec, face_analyzer, model_card
+            image_encoder, feature_mixer, network, lora_codec, face_analyzer, model_card, regression
         )
+
+    def on_train_start(self) -> None:
+        """Fit the regression to the training data, unless a checkpoint holds it."""
+        regression = self.model.regression
+        if regression is None or regression.is_fitted:
+            return
+        batches: list[LoraPhotoBatch] = list(self.trainer.train_dataloader)
+        features = torch.cat(
+            [
+                regression.flatten_features(
+                    ImageFeatures(batch.face_features), ImageFeatures(batch.image_features)
+                )
+                for batch in batches
+            ]
+        )
+        latents = torch.cat([batch.latents for batch in batches])
+        penalty = regression.cpu().fit(features, latents)
+        regression.to(self.device)
+        for buffer in regression.buffers():  # processes see different subjects
+            buffer.copy_(self.trainer.strategy.broadcast(buffer))
+        _logger.info("regression of latents on photos: penalty of %g per photo", penalty)
 
     def training_step(self, batch: LoraPhotoBatch, batch_idx: int) -> Tensor:
         """Compute the loss with a random number of photos.
@@ -90,7 +128,8 @@ class LoraDiffusionTraining(L.LightningModule):
             torch.rand(len(batch.latents), device=self.device) < self.hparams["cond_dropout_prob"]
         )  # [n]
         cond_features, _ = self._mix_features(batch, num_views)
-        loss = self._compute_loss(batch.latents, cond_features, drop_mask)
+        mean = self._estimate_mean(batch, num_views)
+        loss = self._compute_loss(batch.latents, cond_features, drop_mask, mean)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -102,12 +141,15 @@ class LoraDiffusionTraining(L.LightningModule):
             batch_idx: Seed of the noise.
         """
         cond_features, gate = self._mix_features(batch, 1)
+        mean = self._estimate_mean(batch, 1)
         latents, n = batch.latents, len(batch.latents)
         with torch.random.fork_rng():
             torch.manual_seed(batch_idx)
-            loss = self._compute_loss(latents, cond_features, None)
+            loss = self._compute_loss(latents, cond_features, None, mean)
             noise = torch.randn(n, *self.model.codec.latent_shape).to(self.device)
-        samples = self.model.codec.decode(self.model.denoiser.sample(cond_features, noise))
+        samples = self.model.codec.decode(
+            self.model.denoiser.sample(cond_features, noise, mean=mean)
+        )
         targets = self.model.codec.decode(latents)
         _, cosine_own = compare_deltas(targets, samples)  # [n]
         _, cosine_shuffled = compare_deltas(targets.shuffle_batch(), samples)  # [n]
@@ -126,14 +168,28 @@ class LoraDiffusionTraining(L.LightningModule):
             ImageFeatures(batch.image_features[:, :num_views]),
         )
 
+    def _estimate_mean(self, batch: LoraPhotoBatch, num_views: int) -> Tensor | None:
+        """Estimate the latents [n, tokens, width] from the first photos by regression, if any."""
+        if self.model.regression is None:
+            return None
+        mean: Tensor = self.model.regression(
+            ImageFeatures(batch.face_features[:, :num_views]),
+            ImageFeatures(batch.image_features[:, :num_views]),
+        )
+        return mean
+
     def _compute_loss(
-        self, latents: Tensor, cond_features: ImageFeatures, drop_mask: Tensor | None
+        self,
+        latents: Tensor,
+        cond_features: ImageFeatures,
+        drop_mask: Tensor | None,
+        mean: Tensor | None,
     ) -> Tensor:
         """Compute the squared error of predicted clean latents [n, tokens, width]."""
         u, shift = torch.rand(len(latents), device=self.device), self.hparams["timestep_shift"]
         timesteps = shift * u / (1 + (shift - 1) * u)  # [n]
         noisy_latents = interpolate_noise(torch.randn_like(latents), latents, timesteps)
-        model_output = self.model.denoiser(noisy_latents, timesteps, cond_features, drop_mask)
+        model_output = self.model.denoiser(noisy_latents, timesteps, cond_features, drop_mask, mean)
         return F.mse_loss(model_output.float(), latents.float())
 
     def on_train_end(self) -> None:
@@ -147,3 +203,11 @@ class LoraDiffusionTraining(L.LightningModule):
         """Make AdamW for mixture and denoiser, with one cosine cycle."""
         trainable_params = [*self.model.mixture.parameters(), *self.model.denoiser.parameters()]
         return make_adamw_cosine(self, trainable_params, self.hparams["lr"])
+
+
+@torch.no_grad()
+def _compute_image_shape(encoder: TimmEncoder) -> tuple[int, int]:
+    """Compute the tokens of an image and their width, by a gray one."""
+    size = encoder.image_size
+    tokens = encoder(torch.full((1, 1, 3, size, size), 0.5)).tokens  # [1, 1, tokens, width]
+    return tokens.shape[2], tokens.shape[3]
