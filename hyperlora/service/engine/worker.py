@@ -1,9 +1,10 @@
 """``ModelWorker``: the threads that the requests of one engine share."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from PIL import Image
 
@@ -13,9 +14,13 @@ from hyperlora.service.engine.decoder_pool import DecoderPool
 
 PreparedT = TypeVar("PreparedT")
 
+MAX_LORA_FILES: Final = 2
+"""LoRA files that are read at a time; it bounds memory, not the queue."""
+
 
 class ModelWorker:
-    """The model thread of one engine, a thread for other processes, and its decoders of images.
+    """The model thread of one engine, a thread for other processes, its decoders of images, and
+    slots for LoRA files.
 
     The code of a template runs in a process of its own. One thread waits for these processes, so
     that there is one at a time, and other requests go on.
@@ -30,6 +35,7 @@ class ModelWorker:
         self.process_batcher = DynamicBatcher(max_queue_size, on_batch, "hyperlora-processes")
         self.owner = ""
         self.decoder_pool = DecoderPool()
+        self.decoder_slots = threading.Semaphore(MAX_LORA_FILES)
 
     @property
     def is_alive(self) -> bool:
