@@ -11,16 +11,32 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hyperlora.service.errors import make_problem
+
 _MIN_OPEN_FILES: Final = 4096
 _IPV6_PREFIX_LENGTH: Final = 64
 """One customer of a provider has so many bits of an address, and may choose the others."""
+
+
+def _make_refusal() -> bytes:
+    response = make_problem(
+        503,
+        "as many requests are under way as may be, from here or in all: ask again in a moment",
+        {"Retry-After": "5", "Connection": "close"},
+    )
+    headers = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
+    return b"HTTP/1.1 503 Service Unavailable\r\n%s\r\n%s" % (headers, response.body)
+
+
+_REFUSAL: Final = _make_refusal()
 
 
 class ConnectionLimits:
     """The open connections of a server, and how many and how long they may be.
 
     A connection above a limit takes the place of the one that has waited longest without a
-    request. So those who send requests get in, and ``/healthz`` is answered.
+    request. So those who send requests get in, and ``/healthz`` is answered. If all others have
+    requests, the new one gets 503.
 
     Args:
         max_per_address: Connections of one address, an IPv6 network of 64 bits counting as one;
@@ -46,7 +62,7 @@ class ConnectionLimits:
         return sum(map(len, self._by_address.values()))
 
     def add(self, connection: "LimitedProtocol") -> None:
-        """Add a connection; at a limit another one ends, or this one if all have requests."""
+        """Add a connection; at a limit another one ends, or this one is refused."""
         neighbors = self._by_address.setdefault(connection.address, {})
         neighbors[connection] = None
         if self.max_per_address and len(neighbors) > self.max_per_address:
@@ -66,7 +82,11 @@ class ConnectionLimits:
         *others, newest = connections
         connection = next((other for other in others if other.is_idle), newest)
         self.remove(connection)
-        connection.transport.abort()
+        if connection is newest:
+            connection.transport.write(_REFUSAL)
+            connection.transport.close()
+        else:
+            connection.transport.abort()
 
 
 class LimitedProtocol(H11Protocol):

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 
 from hyperlora.cli.serve import _run_server
 from hyperlora.service.connection_limits import ConnectionLimits, LimitedProtocol, _get_network
+from tests.service.conftest import assert_problem
 
 Address = tuple[str, int]
 
@@ -116,7 +117,11 @@ def test_busy_connections_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             connection.sendall(b"POST /slow HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n")
         for _ in range(5):
             assert httpx.get(f"http://127.0.0.1:{address[1]}/healthz").status_code == 200
+        busy.append(stack.enter_context(socket.create_connection(address, 10)))
+        busy[-1].sendall(b"POST /slow HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n")
         time.sleep(0.4)
+        refused = httpx.get(f"http://127.0.0.1:{address[1]}/healthz")
+        assert_problem(refused, 503, "ask again in a moment")
         for connection in busy:
             connection.sendall(b"ab")
             assert b"200 OK" in connection.recv(4096)
