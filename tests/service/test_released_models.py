@@ -302,3 +302,39 @@ def test_values_have_names(tmp_path: Path) -> None:
     assert parse_named_value("/models/a=b") == ("", "/models/a=b")
     assert find_named_value(["a=1", "2"], "a") == "1" and find_named_value(["a=1", "2"], "b") == "2"
     assert find_named_value(["a=1"], "b") is None
+
+
+@pytest.mark.parametrize(
+    ("revisions", "expected"),
+    [
+        ((), [None, None]),
+        (("v1",), ["v1", "v1"]),
+        (("v1", "b=0123abc"), ["v1", "0123abc"]),
+        (("hyperlora=v2",), ["v2", None]),
+    ],
+)
+def test_revisions_are_those_of_their_networks(
+    bundle: Bundle,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    revisions: tuple[str, ...],
+    expected: list[str | None],
+) -> None:
+    opened: list[str | None] = []
+    from_release = PhotoModelSource.from_release
+
+    def record(name_or_path: str, name: str, options: Any, compute: Any) -> PhotoModelSource:
+        opened.append(options.revision)
+        return from_release(name_or_path, name, options, compute)
+
+    monkeypatch.setattr(PhotoModelSource, "from_release", record)
+    folder = str(world / "HyperLoRA")
+    paths = ModelPaths(
+        model=str(bundle.model),
+        base=str(bundle.base),
+        enable_edits=False,
+        extra_models=(folder, f"b={folder}"),
+        revisions=revisions,
+    )
+    make_engine_factory(paths, ServiceSettings(world))
+    assert opened == expected
