@@ -120,9 +120,9 @@ class LimitedProtocol(H11Protocol):
         self._stop_head_timer()
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
-        """Handle data; the head of a request stops the timer."""
-        super().data_received(data)
+    def handle_events(self) -> None:
+        """Handle what was received; the head of a request stops the timer."""
+        super().handle_events()
         self._update_head_timer()
 
     def on_response_complete(self) -> None:

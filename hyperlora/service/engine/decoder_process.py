@@ -118,8 +118,9 @@ class DecoderProcess:
         if not width:
             sentence = self._read(min(height, _MAX_SENTENCE_BYTES))
             raise InvalidImageError(sentence.decode("utf-8", "replace"))
-        if width * height > MAX_PIXELS:  # no answer of ours
+        if width * height > MAX_PIXELS:  # not what ``_answer`` writes
             self.kill()
+            raise DecoderEndedError
         pixels = self._read(3 * width * height)
         return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
 

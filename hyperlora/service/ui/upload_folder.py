@@ -97,12 +97,12 @@ class UploadFolder:
             The same, which raises ``HTTPException`` above a limit.
         """
 
-        async def receive_counted() -> Message:
+        async def receive_and_count() -> Message:
             message = await receive()
             self._count(visitor, len(message.get("body", b"")))
             return message
 
-        return receive_counted
+        return receive_and_count
 
     def _count(self, visitor: str, num_bytes: int) -> None:
         now = time.monotonic()
