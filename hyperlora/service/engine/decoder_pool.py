@@ -21,7 +21,7 @@ MAX_DECODERS: Final = 4
 """Images that are decoded at a time; it bounds memory."""
 MAX_WAITING: Final = 256
 """Tasks that may wait for a process."""
-_LOW_PRIORITY_TIME_S: Final = 1.0
+_LOW_PRIORITY_TIME_S: Final = 0.3
 """Time of an image after which other work goes first."""
 _CLOCK_FACTOR: Final = 3
 _WATCH_INTERVAL_S: Final = 0.05
