@@ -9,7 +9,6 @@ import io
 from functools import lru_cache
 from typing import Final, cast
 
-import numpy as np
 from PIL import Image, ImageCms
 
 from hyperlora.errors import InvalidImageError
@@ -98,6 +97,8 @@ def _convert_16_bit_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
     gray.info["icc_profile"] = image.info.get("icc_profile")
     rgb = convert_to_srgb(gray).convert("RGB")
     if isinstance(transparent_value := image.info.get("transparency"), int):
+        import numpy as np  # late, since processes that decode images seldom need it
+
         rgb.paste("white", mask=Image.fromarray(np.asarray(wide) == transparent_value))
     return rgb
 
@@ -124,6 +125,8 @@ def _build_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | 
 
 def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Whether a transform leaves a grid of colors as they are, up to rounding."""
+    import numpy as np
+
     levels = np.arange(0, 256, 15, dtype=np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, len(levels), 3)
     colors = Image.fromarray(grid if mode == "RGB" else grid[..., 0].copy())

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from hyperlora.data.color import convert_to_rgb
@@ -25,7 +24,8 @@ from hyperlora.data.image_limits import check_parts
 from hyperlora.errors import InvalidImageError, format_reason
 from hyperlora.paths import find_path
 
-if TYPE_CHECKING:  # processes that only decode images import no torch
+if TYPE_CHECKING:  # processes that only decode images import neither of these
+    import numpy as np
     from torch import Tensor
 
 MAX_PIXELS: Final = 25_000_000
@@ -172,6 +172,7 @@ def to_tensor(image: Image.Image, size: int) -> "Tensor":
     Returns:
         [3, size, size] in [0, 1].
     """
+    import numpy as np
     import torch
 
     # an image that ``read_image`` returned has no profile and no EXIF
@@ -195,11 +196,14 @@ def to_image(tensor: "Tensor") -> Image.Image:
 
 def stack_images(images: Sequence[Image.Image]) -> "Tensor":
     """Stack PIL images of one size as a tensor [n, 3, h, w] in [0, 1]."""
+    import numpy as np
+
     return array_to_tensor(np.stack([np.asarray(image.convert("RGB")) for image in images]))
 
 
-def array_to_tensor(images: np.ndarray) -> "Tensor":
+def array_to_tensor(images: "np.ndarray") -> "Tensor":
     """Convert uint8 images [n, h, w, 3], also memory-mapped ones, to [n, 3, h, w] in [0, 1]."""
+    import numpy as np
     import torch
 
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255

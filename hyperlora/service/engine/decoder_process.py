@@ -17,7 +17,6 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Final
 
-import psutil
 from PIL import Image
 
 from hyperlora.data.image_formats import UPLOAD_FORMATS
@@ -70,6 +69,8 @@ class DecoderProcess:
     @property
     def cpu_s(self) -> float:
         """Processor time that the process has taken; 0 once it has ended."""
+        import psutil
+
         try:
             times = psutil.Process(self._process.pid).cpu_times()
         except psutil.Error:
