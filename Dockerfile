@@ -26,5 +26,7 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=90s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 
 # Keys are needed on every address but 127.0.0.1: mount a file at /run/secrets/keys, or give other arguments.
+# All connections to a container may come from one address, that of the proxy or of Docker's bridge.
 ENTRYPOINT ["hyperlora", "serve"]
-CMD ["--host", "0.0.0.0", "--state-dir", "/state", "--api-key-file", "/run/secrets/keys"]
+CMD ["--host", "0.0.0.0", "--state-dir", "/state", "--api-key-file", "/run/secrets/keys", \
+     "--max-connections-per-address", "0"]

@@ -4,14 +4,18 @@ import json
 import re
 import shutil
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from typer.main import get_command
 
 from hyperlora.cli import app
+from hyperlora.service.app import create_app
+from hyperlora.service.settings import ServiceSettings
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -69,6 +73,23 @@ def test_compose_matches_the_dockerfile() -> None:
         v.split(":")[0] for service in COMPOSE["services"].values() for v in service["volumes"]
     }
     assert volumes == set(COMPOSE["volumes"])
+
+
+def is_public(path: str) -> bool:
+    """Whether the proxy of the compose file passes a path."""
+    caddyfile = COMPOSE["configs"]["caddyfile"]["content"]
+    (patterns,) = re.findall(r"@public path (.+)", caddyfile)
+    return any(fnmatch(path, pattern) for pattern in patterns.split())
+
+
+def test_compose_passes_the_api_alone(tmp_path: Path) -> None:
+    app = create_app(Mock(), ServiceSettings(tmp_path))
+    paths = [*app.openapi()["paths"], "/docs", "/redoc", "/openapi.json"]
+    assert {"/metrics", "/healthz", "/readyz", "/v1/loras"} <= set(paths)
+    for path in paths:
+        assert is_public(path) == path.startswith("/v1/"), path
+    config = next(entry["source"] for entry in COMPOSE["services"]["caddy"]["configs"])
+    assert config in COMPOSE["configs"]
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -12,6 +13,7 @@ from hyperlora.cli.compute_options import ComputeOptions, add_compute_options
 from hyperlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from asyncio import Protocol
     from socket import socket
 
     from fastapi import FastAPI
@@ -58,6 +60,13 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Image encoder of released networks: FOLDER or NAME=FOLDER; repeat.",
+            rich_help_panel=_RELEASED,
+        ),
+    ] = None,
+    revision: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Branch, tag or commit on the hub: REVISION or NAME=REVISION; repeat.",
             rich_help_panel=_RELEASED,
         ),
     ] = None,
@@ -129,6 +138,23 @@ def serve(
             min=1, help="Seconds that a synchronous request may take.", rich_help_panel=_LIMITS
         ),
     ] = 120.0,
+    max_connections_per_address: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Connections of one address; 0 for no limit, behind a proxy.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 128,
+    public_https: Annotated[
+        bool,
+        typer.Option(
+            "--public-https",
+            envvar="HYPERLORA_PUBLIC_HTTPS",
+            help="A proxy speaks HTTPS: the page's cookie is for HTTPS alone.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = False,
     ray: Annotated[
         bool,
         typer.Option("--ray", help="Run the models in replicas.", rich_help_panel=_RAY),
@@ -155,8 +181,6 @@ def serve(
         raise InvalidArgumentError(
             f"the server needs {error.name}, which is not installed: add the extra `serve`"
         ) from error
-    from diffusers.utils import logging
-
     from hyperlora.service.metrics import configure_logging
 
     api_keys = load_api_keys(api_key_file)
@@ -187,6 +211,7 @@ def serve(
         rate_limit=rate_limit,
         max_queue_size=max_queue_size,
         timeout_s=timeout_s,
+        public_https=public_https,
     )
     models = [*(model or []), *(extra_model or [])]
     use_bundle = not models and base is None  # then all its models
@@ -201,6 +226,7 @@ def serve(
         enable_edits=edits,
         evaluator=str(evaluator_path) if evaluator_path else None,
         extra_models=tuple(models[1:]),
+        revisions=tuple(revision or []),
         encoders=tuple(encoder or []),
         trusted_code=tuple(trust_remote_code or []),
         face_pack=face_pack,
@@ -208,7 +234,6 @@ def serve(
         max_loaded_models=max_loaded_models,
     )
     replica_range = (replicas, max_replicas) if ray else None
-    logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     with (
         lock_directory(settings.state_dir),
         _open_engine_factory(
@@ -220,7 +245,7 @@ def serve(
             _add_ui(app, settings)
         configure_logging()
         typer.echo(f"http://{host}:{port}/ (the API: /docs)", err=True)
-        _run_server(app, host, port, timeout_s)
+        _run_server(app, host, port, timeout_s, max_connections_per_address)
 
 
 @contextmanager
@@ -262,9 +287,21 @@ def _add_ui(app: "FastAPI", settings: "ServiceSettings") -> None:
         add_ui(app, settings)
 
 
-def _run_server(app: "FastAPI", host: str, port: int, timeout_s: float) -> None:
+def _run_server(
+    app: "FastAPI",
+    host: str,
+    port: int,
+    timeout_s: float,
+    max_connections_per_address: int = 128,
+) -> None:
     """Run uvicorn until it is stopped; requests in progress may finish."""
     import uvicorn
+
+    from hyperlora.service.connection_limits import (
+        ConnectionLimits,
+        LimitedProtocol,
+        raise_open_file_limit,
+    )
 
     class Server(uvicorn.Server):
         """A server that ends event streams first, which would otherwise never end."""
@@ -274,19 +311,21 @@ def _run_server(app: "FastAPI", host: str, port: int, timeout_s: float) -> None:
             await app.state.service.jobs.close_streams()
             await super().shutdown(sockets)
 
+    limits = ConnectionLimits(max_connections_per_address)
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
         log_config=None,
-        http="h11",  # httptools, which is taken where installed, has no limit of headers
+        http=cast("type[Protocol]", partial(LimitedProtocol, limits=limits)),
+        ws="none",
         access_log=False,
         server_header=False,
         proxy_headers=False,  # a client could claim any address
-        limit_concurrency=1024,
         timeout_graceful_shutdown=int(timeout_s) + 5,
         h11_max_incomplete_event_size=64 << 10,
     )
+    raise_open_file_limit()
     server = Server(config)
     with suppress(KeyboardInterrupt):
         server.run()

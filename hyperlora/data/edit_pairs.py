@@ -12,7 +12,7 @@
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, overload
@@ -21,7 +21,6 @@ from PIL import Image
 
 from hyperlora.data.captions import CaptionReader, parse_caption, read_text
 from hyperlora.data.hub_dataset import is_saved_dataset, load_hub_dataset
-from hyperlora.data.image_formats import IMAGE_FORMATS
 from hyperlora.data.images import ImageSource, list_entries, list_image_files, read_image
 from hyperlora.data.photos import get_cell_bytes
 from hyperlora.errors import InvalidArgumentError, InvalidImageError
@@ -213,15 +212,12 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
         ) from error
 
 
-def read_image_pair(
-    before: ImageSource, after: ImageSource, formats: Collection[str] = IMAGE_FORMATS
-) -> tuple[Image.Image, Image.Image]:
+def read_image_pair(before: ImageSource, after: ImageSource) -> tuple[Image.Image, Image.Image]:
     """Read the two images of a pair.
 
     Args:
         before: The image before the edit.
         after: The image after it.
-        formats: Formats that are read, as in ``read_image``.
 
     Returns:
         Both images in RGB.
@@ -230,11 +226,24 @@ def read_image_pair(
         InvalidImageError: An image cannot be read.
         InvalidArgumentError: Their sizes differ, so that pixels do not correspond.
     """
-    before_image, after_image = read_image(before, formats), read_image(after, formats)
-    if before_image.size != after_image.size:
+    before_image, after_image = read_image(before), read_image(after)
+    check_pair_sizes(before_image, after_image)
+    return before_image, after_image
+
+
+def check_pair_sizes(before: Image.Image, after: Image.Image) -> None:
+    """Check that the pixels of a pair correspond.
+
+    Args:
+        before: The image before the edit.
+        after: The image after it.
+
+    Raises:
+        InvalidArgumentError: The sizes differ.
+    """
+    if before.size != after.size:
         raise InvalidArgumentError(
-            f"the image before is {before_image.width}×{before_image.height}, "
-            f"the one after {after_image.width}×{after_image.height}: "
+            f"the image before is {before.width}×{before.height}, "
+            f"the one after {after.width}×{after.height}: "
             "the same size is expected, so crop or turn one of them"
         )
-    return before_image, after_image

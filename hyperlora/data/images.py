@@ -5,14 +5,11 @@ import io
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
 
-from hyperlora.data.color import convert_to_srgb
+from hyperlora.data.color import convert_to_rgb
 from hyperlora.data.image_formats import (
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
@@ -27,6 +24,10 @@ from hyperlora.data.image_limits import check_parts
 from hyperlora.errors import InvalidImageError, format_reason
 from hyperlora.paths import find_path
 
+if TYPE_CHECKING:  # processes that only decode images import neither of these
+    import numpy as np
+    from torch import Tensor
+
 MAX_PIXELS: Final = 25_000_000
 """The largest image that is decoded."""
 MAX_BYTES: Final = 50_000_000
@@ -39,8 +40,6 @@ _HEADER_SIZE_FORMATS: Final = frozenset({"PNG", "JPEG", "WEBP"})
 """Formats whose header has size and orientation; decoders of others may turn the image."""
 _FIRST_SIDEWAYS_ORIENTATION: Final = 5
 """EXIF orientations from 5 to 8 exchange width and height."""
-_GRAY_BY_16_BITS: Final = [(value + 128) // 257 for value in range(1 << 16)]
-"""Gray of 8 bits by that of 16."""
 _MAX_PIXELS_MESSAGE: Final = f"at most {MAX_PIXELS // 10**6} megapixels are read"
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
@@ -163,7 +162,7 @@ def is_within(path: Path, root: Path) -> bool:
     return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
 
 
-def to_tensor(image: Image.Image, size: int) -> Tensor:
+def to_tensor(image: Image.Image, size: int) -> "Tensor":
     """Convert an image to a square tensor: the center square, resized (bicubic, antialiased).
 
     Args:
@@ -173,13 +172,16 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
     Returns:
         [3, size, size] in [0, 1].
     """
+    import numpy as np
+    import torch
+
     # an image that ``read_image`` returned has no profile and no EXIF
     rgb = image if image.mode == "RGB" and not image.info else read_image(image)
     square = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float().div(255)
 
 
-def to_image(tensor: Tensor) -> Image.Image:
+def to_image(tensor: "Tensor") -> Image.Image:
     """Convert a tensor to a PIL image. Undoes ``to_tensor`` on a square image of its size.
 
     Args:
@@ -188,17 +190,22 @@ def to_image(tensor: Tensor) -> Image.Image:
     Returns:
         An RGB image.
     """
-    pixels = tensor.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
+    pixels = tensor.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def stack_images(images: Sequence[Image.Image]) -> Tensor:
+def stack_images(images: Sequence[Image.Image]) -> "Tensor":
     """Stack PIL images of one size as a tensor [n, 3, h, w] in [0, 1]."""
+    import numpy as np
+
     return array_to_tensor(np.stack([np.asarray(image.convert("RGB")) for image in images]))
 
 
-def array_to_tensor(images: np.ndarray) -> Tensor:
+def array_to_tensor(images: "np.ndarray") -> "Tensor":
     """Convert uint8 images [n, h, w, 3], also memory-mapped ones, to [n, 3, h, w] in [0, 1]."""
+    import numpy as np
+    import torch
+
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
 
 
@@ -315,50 +322,12 @@ def _decode_image(image: Image.Image, source_name: str) -> Image.Image:
         )
     try:
         image.load()
-        rgb = _convert_to_rgb(image, source_name)
+        rgb = convert_to_rgb(image, source_name)
         return _apply_orientation(rgb, _read_orientation(image))
     except InvalidImageError:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
         raise _make_damaged_error(source_name, error) from error
-
-
-def _convert_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
-    """Convert to a new 8-bit RGB image without metadata."""
-    if image.mode == "F":
-        raise InvalidImageError(
-            f"{source_name} has floating-point pixels of unknown range, 8 or 16 bits expected: "
-            "scale it to 8 bits"
-        )
-    if image.mode.startswith("I"):
-        rgb = _convert_16_bit_to_rgb(image, source_name)
-    else:
-        image = convert_to_srgb(image)
-        if image.has_transparency_data:
-            image = image.convert("LA") if image.mode == "La" else image
-            rgba = image.convert("RGBA")
-            rgb = Image.new("RGB", image.size, "white")
-            rgb.paste(rgba, mask=rgba)
-        else:
-            rgb = image.convert("RGB")
-    rgb.info = {}
-    return rgb
-
-
-def _convert_16_bit_to_rgb(image: Image.Image, source_name: str) -> Image.Image:
-    wide = image.convert("I")  # 32 bits, of which PNG fills 16
-    low, high = cast(tuple[int, int], wide.getextrema())
-    if low < 0 or high > 0xFFFF:
-        raise InvalidImageError(
-            f"{source_name} has pixels from {low} to {high}, 0 to 65535 expected: "
-            "scale it to 8 or 16 bits"
-        )
-    gray = wide.point(_GRAY_BY_16_BITS, "L")
-    gray.info["icc_profile"] = image.info.get("icc_profile")
-    rgb = convert_to_srgb(gray).convert("RGB")
-    if isinstance(transparent_value := image.info.get("transparency"), int):
-        rgb.paste("white", mask=Image.fromarray(np.asarray(wide) == transparent_value))
-    return rgb
 
 
 def _read_orientation(image: Image.Image) -> int:
@@ -382,6 +351,10 @@ def _apply_orientation(rgb: Image.Image, orientation: int) -> Image.Image:
 
 
 def _make_damaged_error(source_name: str, error: Exception) -> InvalidImageError:
+    if isinstance(error, MemoryError):
+        return InvalidImageError(
+            f"{source_name} needs more memory to decode than there is: scale it down"
+        )
     if str(error) == "unknown pixel mode":  # a whole file, such as TIFF of float RGB
         return InvalidImageError(
             f"{source_name} has a kind of pixels that is not read, 8 bits per channel expected: "

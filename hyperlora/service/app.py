@@ -28,7 +28,8 @@ _MAX_OTHER_JSON_BYTES: Final = 1 << 20
 def create_app(make_engine: EngineFactory, settings: ServiceSettings) -> FastAPI:
     """Create the application.
 
-    The app holds its ``AppState`` as ``app.state.service`` while the server runs.
+    The app holds its ``AppState`` as ``app.state.service`` while the server runs, and its
+    ``ApiKeyAuth`` as ``app.state.auth``.
 
     Args:
         make_engine: Starts the engine when the server starts; it receives the callback for
@@ -68,7 +69,8 @@ def create_app(make_engine: EngineFactory, settings: ServiceSettings) -> FastAPI
         timeout_s=settings.body_timeout_s,
         max_bytes_by_path={images.router.prefix: settings.max_json_bytes},
     )
-    app.add_middleware(AuthMiddleware, auth=ApiKeyAuth(settings.key_digests, settings.rate_limit))
+    app.state.auth = ApiKeyAuth(settings.key_digests, settings.rate_limit)
+    app.add_middleware(AuthMiddleware, auth=app.state.auth)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
     return app
 

@@ -8,6 +8,8 @@ deployment too, behind Ray's proxy.
 import logging
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -30,7 +32,7 @@ from hyperlora.service.app import create_app
 from hyperlora.service.engine.base import EngineFactory
 from hyperlora.service.engine.factory import ModelPaths, make_engine_factory
 from hyperlora.service.engine.ray import RayEngine, Replica
-from hyperlora.service.file_store import lock_directory
+from hyperlora.service.file_store import lock_directory, make_private_dir
 from hyperlora.service.settings import ServiceSettings, load_api_keys
 
 APP_NAME: Final = "hyperlora"
@@ -38,6 +40,8 @@ API_DEPLOYMENT: Final = "Api"
 MODEL_DEPLOYMENT: Final = "Models"
 _QUIET_LOGGING: Final = {"log_level": "WARNING", "enable_access_log": False}
 _OBJECT_STORE_BYTES: Final = 512 << 20
+_MAX_TEMP_DIR_BYTES: Final = 34
+"""Ray adds some 70 to the path; the path of a socket has at most 103 (macOS) or 107."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,11 @@ def start_ray_engine(
         HyperloraError: If a model cannot be loaded.
     """
     is_existing_cluster = "RAY_ADDRESS" in os.environ
-    cluster_options = {} if is_existing_cluster else make_local_cluster_options(scale)
     with ExitStack() as stack:
+        cluster_options: dict[str, Any] = {}
+        if not is_existing_cluster:
+            temp_dir = stack.enter_context(make_ray_temp_dir(settings.state_dir))
+            cluster_options = make_local_cluster_options(scale) | {"_temp_dir": str(temp_dir)}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **cluster_options)
         stack.callback(ray.shutdown)
         serve.start(proxy_location="Disabled", logging_config=_QUIET_LOGGING)
@@ -201,6 +208,30 @@ def _make_app(settings: ServiceSettings, key_file: Path | None) -> FastAPI:
     app = create_app(lambda on_batch: engine, app_settings)
     app.state.exit_stack = stack
     return app
+
+
+@contextmanager
+def make_ray_temp_dir(state_dir: Path) -> Iterator[Path]:
+    """Make a folder for Ray's logs and sockets that no other user can enter.
+
+    It is below the state folder, or below the system's folder of temporary files where the names
+    of sockets would be too long. At the end it is removed, as is that of a killed server.
+
+    Args:
+        state_dir: Folder that this server owns.
+
+    Yields:
+        The folder for Ray, which lets everyone into what it makes itself.
+    """
+    folder = state_dir.resolve() / "ray"
+    if len(os.fsencode(folder)) > _MAX_TEMP_DIR_BYTES:
+        folder = Path(tempfile.mkdtemp(prefix="hyperlora-"))
+    shutil.rmtree(folder, ignore_errors=True)
+    make_private_dir(folder)
+    try:
+        yield folder / "ray"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_local_cluster_options(scale: ScaleConfig) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class ServiceSettings:
         retention_s: Seconds that stored files and finished jobs are kept.
         drain_timeout_s: Seconds that accepted jobs get when the server stops.
         sweep_interval_s: Seconds between two deletions of what is out of date.
+        public_https: Whether a proxy speaks HTTPS, so that cookies are for HTTPS alone.
     """
 
     state_dir: Path
@@ -69,6 +70,12 @@ class ServiceSettings:
     retention_s: float = 24 * 3600.0
     drain_timeout_s: float = 60.0
     sweep_interval_s: float = 600.0
+    public_https: bool = False
+
+    @property
+    def max_lora_bytes(self) -> int:
+        """Largest LoRA file that JSON holds, in Base64."""
+        return self.max_json_bytes * 3 // 4 - 4096
 
     @property
     def engine_limits(self) -> EngineLimits:

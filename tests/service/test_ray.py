@@ -1,11 +1,13 @@
 """Replicas by Ray Serve: the same routes, and no request lost with a replica."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 from pathlib import Path
 
+import diffusers
 import httpx
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,9 @@ from typer.testing import CliRunner
 from hyperlora.cli import app as cli
 from hyperlora.lora.io.load import load_lora
 from hyperlora.service.app import create_app
+from hyperlora.service.engine.factory import ModelPaths, make_engine_factory
 from hyperlora.service.engine.local import LocalEngine
+from hyperlora.service.engine.requests import ImageRequest, ImageSampling
 from hyperlora.service.settings import ServiceSettings
 from tests.conftest import Bundle
 from tests.service.conftest import Models, make_photo, run_server
@@ -146,6 +150,44 @@ def test_build_application_serves_the_same_routes(
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+@pytest.mark.parametrize("max_bytes", [1000, 0])
+def test_ray_logs_where_no_other_user_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
+) -> None:
+    pytest.importorskip("ray")
+    from hyperlora.service import ray_deployment
+
+    monkeypatch.setattr(ray_deployment, "_MAX_TEMP_DIR_BYTES", max_bytes)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    old_log = tmp_path / "state" / "ray" / "ray" / "worker.err"
+    old_log.parent.mkdir(parents=True)
+    old_log.write_text("of a killed server")
+    with ray_deployment.make_ray_temp_dir(tmp_path / "state") as folder:
+        assert folder.is_relative_to(tmp_path / "state") == (max_bytes > 0)
+        assert not folder.exists() and folder.parent.stat().st_mode & 0o077 == 0
+        folder.mkdir(mode=0o777)
+        (folder / "worker.err").touch()
+    assert not folder.parent.exists()
+
+
+def test_models_log_no_prompts(bundle: Bundle, tmp_path: Path) -> None:
+    """Whoever loads the models: a server, or a replica in a process of its own."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    diffusers.utils.logging.set_verbosity_warning()
+    diffusers.utils.logging.add_handler(handler)
+    paths = ModelPaths(model=str(bundle.model), base=str(bundle.base), enable_edits=False)
+    engine = make_engine_factory(paths, ServiceSettings(tmp_path))(lambda kind, size: None)
+    sampling = ImageSampling(num_inference_steps=1, width=64, height=64)
+    prompt = "a secret word " * 60
+    asyncio.run(engine.run(ImageRequest(prompt=prompt, sampling=sampling), 60))
+    engine.close(5)
+    diffusers.utils.logging.remove_handler(handler)
+    assert not [message for message in messages if "secret" in message]
 
 
 @pytest.mark.parametrize(

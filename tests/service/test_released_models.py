@@ -31,6 +31,7 @@ from hyperlora.lora.io.negative_lora import NEGATIVE_LORA_KEY, NEGATIVE_SHA256_K
 from hyperlora.lora.io.prompt_prefix import PROMPT_PREFIX_KEY
 from hyperlora.pipelines.photo_model import AnyPhotoModel
 from hyperlora.pipelines.released import template_sandbox
+from hyperlora.pipelines.released.hub_files import open_files
 from hyperlora.service.app import create_app
 from hyperlora.service.engine.factory import ModelPaths, make_engine_factory
 from hyperlora.service.engine.photo_models import (
@@ -39,6 +40,7 @@ from hyperlora.service.engine.photo_models import (
     find_named_value,
     parse_named_value,
 )
+from hyperlora.service.engine.sheet_models import SheetModelSource
 from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.ui.api_client import Api
 from hyperlora.service.ui.photo_tab import _load_models, _show_model, build_photo_tab
@@ -302,3 +304,39 @@ def test_values_have_names(tmp_path: Path) -> None:
     assert parse_named_value("/models/a=b") == ("", "/models/a=b")
     assert find_named_value(["a=1", "2"], "a") == "1" and find_named_value(["a=1", "2"], "b") == "2"
     assert find_named_value(["a=1"], "b") is None
+
+
+@pytest.mark.parametrize(
+    ("revisions", "expected"),
+    [
+        ((), [None, None]),
+        (("v1",), ["v1", "v1"]),
+        (("v1", "b=0123abc"), ["v1", "0123abc"]),
+        (("hyperlora=v2",), ["v2", None]),
+    ],
+)
+def test_revisions_are_those_of_their_networks(
+    bundle: Bundle,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    revisions: tuple[str, ...],
+    expected: list[str | None],
+) -> None:
+    opened: list[str | None] = []
+
+    def open_folder(name: str, revision: str | None, offline: bool) -> Any:
+        opened.append(revision)
+        return open_files(name, None, offline)
+
+    monkeypatch.setattr("hyperlora.service.engine.photo_models.open_files", open_folder)
+    monkeypatch.setattr(SheetModelSource, "from_release", lambda *_: None)
+    folder = str(world / "HyperLoRA")
+    paths = ModelPaths(
+        model=str(bundle.model),
+        base=str(bundle.base),
+        enable_edits=False,
+        extra_models=(folder, f"b={folder}"),
+        revisions=revisions,
+    )
+    make_engine_factory(paths, ServiceSettings(world))
+    assert opened == expected

@@ -1,10 +1,13 @@
 """The sign-in form, which is read from visitors without a key."""
 
 import asyncio
+import time
+from base64 import urlsafe_b64decode
 from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import urlencode
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -13,14 +16,15 @@ from starlette.responses import PlainTextResponse
 from hyperlora.service.errors import install_handlers
 from hyperlora.service.security import ApiKeyAuth, BodyLimitMiddleware
 from hyperlora.service.settings import hash_key
-from hyperlora.service.ui.auth import COOKIE_NAME, UiAuthMiddleware
+from hyperlora.service.ui.auth import UiAuthMiddleware
+from hyperlora.service.ui.sessions import COOKIE_NAME, LIFETIME_S, Sessions
 from tests.service.conftest import StartClient, assert_problem, post_photos
 
 KEY = "a-long-enough-key"
 FORM_TYPE = "application/x-www-form-urlencoded"
 
 
-def make_app(rate_limit: str = "1000/minute") -> FastAPI:
+def make_app(rate_limit: str = "1000/minute", **options: Any) -> FastAPI:
     """Make an app whose page is one line behind the sign-in form."""
     auth = ApiKeyAuth(frozenset({hash_key(KEY)}), rate_limit)
     app = FastAPI()
@@ -28,13 +32,48 @@ def make_app(rate_limit: str = "1000/minute") -> FastAPI:
     app.add_middleware(
         BodyLimitMiddleware, max_form_bytes=1 << 20, max_json_bytes=1 << 20, timeout_s=10
     )
-    app.mount("/", UiAuthMiddleware(PlainTextResponse("the page"), auth))
+    app.mount("/", UiAuthMiddleware(PlainTextResponse("the page"), auth, **options))
     return app
 
 
 @pytest.fixture
 def client() -> TestClient:
     return TestClient(make_app(), base_url="http://localhost", follow_redirects=False)
+
+
+def sign_in(key: str, **options: Any) -> httpx.Response:
+    client = TestClient(make_app(**options), base_url="http://localhost", follow_redirects=False)
+    return client.post("/sign-in", data={"key": key})
+
+
+def test_sign_in_keeps_the_key_out_of_the_cookie() -> None:
+    sessions = Sessions()
+    values = [sign_in(KEY, sessions=sessions).cookies[COOKIE_NAME] for _ in range(2)]
+    assert len(set(values)) == 2 and min(map(len, values)) >= 32
+    for value in values:
+        for text in (value, urlsafe_b64decode(value + "==").decode("latin-1")):
+            assert KEY not in text
+        assert sessions.find_key({COOKIE_NAME: value}) == KEY
+    assert Sessions().find_key({COOKIE_NAME: values[0]}) is None
+
+
+@pytest.mark.parametrize(("options", "is_secure"), [({}, False), ({"secure_cookie": True}, True)])
+def test_sign_in_makes_cookies_for_https_alone(options: dict[str, bool], is_secure: bool) -> None:
+    attributes = sign_in(KEY, **options).headers["set-cookie"].split("; ")
+    assert ("Secure" in attributes) == is_secure
+    assert {"HttpOnly", "SameSite=strict"} <= set(attributes)
+
+
+def test_sessions_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions, now = Sessions(), time.monotonic()
+    session_id = sessions.add(KEY)
+    monkeypatch.setattr(time, "monotonic", lambda: now + LIFETIME_S + 60)
+    assert sessions.find_key({COOKIE_NAME: session_id}) is None
+    monkeypatch.undo()
+    monkeypatch.setattr("hyperlora.service.ui.sessions._MAX_SESSIONS", 3)
+    session_ids = [sessions.add(f"{KEY} {i}") for i in range(4)]
+    keys = [sessions.find_key({COOKIE_NAME: session_id}) for session_id in session_ids]
+    assert keys == [None, *(f"{KEY} {i}" for i in range(1, 4))]
 
 
 def send_messages(

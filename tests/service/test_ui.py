@@ -1,7 +1,6 @@
 """The page: who may see it, and that it calls the API as its visitor."""
 
 import asyncio
-import os
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -24,14 +23,15 @@ from hyperlora.seeds import MAX_SEED
 from hyperlora.service.engine.requests import ModelInfo
 from hyperlora.service.settings import hash_key
 from hyperlora.service.ui.api_client import Api
-from hyperlora.service.ui.auth import COOKIE_NAME, decode_key_cookie
 from hyperlora.service.ui.components import make_file_name, render_similarity, render_warnings
 from hyperlora.service.ui.compose_tab import build_compose_tab
 from hyperlora.service.ui.lora_tray import MAX_ITEMS, TrayItem, add_item, make_tray_state
 from hyperlora.service.ui.pair_tab import build_pair_tab
 from hyperlora.service.ui.photo_tab import build_photo_tab
+from hyperlora.service.ui.sessions import COOKIE_NAME, Sessions
 from hyperlora.service.ui.text import get_prompt_presets, make_snippet
 from tests.service.conftest import Models, StartClient, assert_problem, make_photo
+from tests.test_deploy import is_public
 
 KEY = "a-long-enough-key"
 UPLOAD = {"files": ("me.png", make_photo(), "image/png")}
@@ -42,30 +42,26 @@ def make_visitor(client: TestClient) -> Any:
     return SimpleNamespace(cookies=dict(client.cookies), client=SimpleNamespace(host="127.0.0.1"))
 
 
+def find_sessions(client: TestClient) -> Sessions:
+    """Find the sessions of the page of an app."""
+    app: Any = client.app
+    sessions: Sessions = app.router.routes[-1].app.sessions
+    return sessions
+
+
 def test_add_ui_leaves_the_api_as_it_is(start_client: StartClient) -> None:
     client = start_client(with_ui=True)
     page = client.get("/")
     assert page.status_code == 200
     assert "hyperlora" in page.text and "window.gradio_config" in page.text
+    assets = re.findall(r'(?:src|href)="\.?(/[^"#?]+)"', page.text)
+    assert assets and all(map(is_public, assets)), "the proxy of compose.yaml passes them"
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert client.get("/docs").status_code == client.get("/v1/models").status_code == 200
     assert_problem(client.put("/v1/loras"), 405, "")
     for path in ("/v1/nothing", "/v1", "//etc/passwd"):
         assert_problem(client.get(path), 404, "nothing is found at this path")
     assert client.get(f"/gradio_api/file={Path(__file__)}").status_code == 403
-
-
-def test_add_ui_deletes_stale_uploads(
-    start_client: StartClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
-    stale_upload = tmp_path / "state" / "ui" / "old" / "me.png"
-    stale_upload.parent.mkdir(parents=True)
-    stale_upload.touch()
-    os.utime(stale_upload, (0, 0))
-    client = start_client(with_ui=True)
-    (path,) = client.post("/gradio_api/upload", files=UPLOAD).json()
-    assert Path(path).is_relative_to(tmp_path / "state" / "ui") and not stale_upload.exists()
 
 
 def test_ui_auth_refuses_other_sites(start_client: StartClient) -> None:
@@ -102,10 +98,6 @@ def test_ui_auth_asks_for_a_key(start_client: StartClient) -> None:
     assert {"HttpOnly", "SameSite=strict"} <= set(right.headers["set-cookie"].split("; "))
     assert "window.gradio_config" in client.get("/").text
     assert client.post("/gradio_api/upload", files=UPLOAD).status_code == 200
-    assert (
-        decode_key_cookie(dict(client.cookies)) == KEY
-        and decode_key_cookie({COOKIE_NAME: "é"}) is None
-    )
 
     guesses = [
         client.post("/sign-in", data={"key": f"guess number {i} of many"}).status_code
@@ -152,7 +144,7 @@ def test_ui_auth_closes_web_sockets(start_client: StartClient) -> None:
 
 def test_open_client_sends_the_visitors_key(start_client: StartClient) -> None:
     client = start_client(with_ui=True, key_digests=frozenset({hash_key(KEY)}))
-    api = Api(client.app)  # type: ignore[arg-type]
+    api = Api(client.app, find_sessions(client))  # type: ignore[arg-type]
 
     async def create_lora() -> bytes:
         async with api.open_client(make_visitor(client)) as server:
@@ -222,10 +214,10 @@ def test_components_escape_and_format() -> None:
 def test_add_item_keeps_the_last_under_unique_names() -> None:
     items: list[TrayItem] = []
     for i in range(MAX_ITEMS + 2):
-        items = add_item(items, "me", bytes([i]))
-    assert [item.data[0] for item in items] == list(range(2, MAX_ITEMS + 2))
+        items = add_item(items, "me", f"/{i}/me.safetensors")
+    assert [item.path[1] for item in items] == list("234567")
     assert len({item.name for item in items}) == MAX_ITEMS
-    assert add_item(items, "again", items[0].data)[-1].name == "again"
+    assert add_item(items, "again", items[0].path)[-1].name == "again"
 
 
 def get_handler(build_tab: Callable[[gr.Blocks, gr.State], None], name: str) -> Any:

@@ -64,7 +64,7 @@ def test_page_offers_both_files_draws_with_both_and_stores_none(
         assert not {".safetensors", ".png"} & set(stored), "the page stores nothing by itself"
 
         (tray,) = [v for update in updates for k, v in update.items() if isinstance(k, gr.State)]
-        assert [(item.data, item.negative) for item in tray] == [tuple(contents)]
+        assert [(item.path, item.negative_path) for item in tray] == [tuple(map(str, files))]
         portraits = list_images(next(v for v in updates[-1].values() if "<img" in str(v)))
         generate_grid = get_handler(partial(build_compose_tab, api), "generate_grid")
 
@@ -73,7 +73,7 @@ def test_page_offers_both_files_draws_with_both_and_stores_none(
             return list_images(asyncio.run(collect(generate_grid(visitor, items, *options)))[-1])
 
         assert compose(tray) == portraits[:4]
-        assert compose(add_item([], name, contents[0])) != portraits[:4], "the second LoRA counts"
+        assert compose(add_item([], name, str(files[0]))) != portraits[:4], "the second LoRA counts"
         assert len(compose(tray, "switch")) == len(compose([*tray, *tray])) == 4
 
 

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.data.edit_pairs import read_image_pair
-from hyperlora.data.image_formats import UPLOAD_FORMATS
-from hyperlora.data.images import read_image, to_tensor
+from hyperlora.data.edit_pairs import check_pair_sizes
+from hyperlora.data.images import to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.image_editing import check_edit_base, edit_images
 from hyperlora.errors import InvalidArgumentError
@@ -134,7 +133,7 @@ class EditEngine:
         Raises:
             InvalidArgumentError: If nothing says what to edit.
         """
-        (image,) = await worker.decode_all(self._decode_image, [request.image])
+        (image,) = await worker.prepare_each([request.image], self._prepare_image)
         lora: LoraWeights | None = None
         warnings: tuple[str, ...] = ()
         if request.pairs:
@@ -162,20 +161,20 @@ class EditEngine:
     async def _decode_pairs(
         self, pairs: Sequence[tuple[bytes, bytes]], worker: ModelWorker
     ) -> DecodedPairs:
-        decoded = await worker.decode_all(self._decode_pair, pairs)
+        decoded = [await worker.decode_images(pair, self._prepare_pair) for pair in pairs]
         return DecodedPairs(
             torch.cat([pair.pixels for pair in decoded]),
             tuple(warning for pair in decoded for warning in pair.warnings),
         )
 
-    def _decode_pair(self, pair: tuple[bytes, bytes]) -> DecodedPairs:
-        images = read_image_pair(*pair, formats=UPLOAD_FORMATS)
-        pixels = self.model.stack_pairs([images], self.model.get_pair_size(self.search))
-        return DecodedPairs(pixels, tuple(check_pair(*images)))
+    def _prepare_pair(self, pair: Sequence[Image.Image]) -> DecodedPairs:
+        before, after = pair
+        check_pair_sizes(before, after)
+        pixels = self.model.stack_pairs([(before, after)], self.model.get_pair_size(self.search))
+        return DecodedPairs(pixels, tuple(check_pair(before, after)))
 
-    def _decode_image(self, data: bytes) -> Tensor:
-        pixels = read_image(data, UPLOAD_FORMATS)
-        return to_tensor(pixels, self.base.resolution)  # [3, resolution, resolution]
+    def _prepare_image(self, image: Image.Image) -> Tensor:
+        return to_tensor(image, self.base.resolution)  # [3, resolution, resolution]
 
     async def _predict_lora(
         self, pairs: DecodedPairs, strength: float, worker: ModelWorker, timeout_s: float

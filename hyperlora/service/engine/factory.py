@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
+from diffusers.utils import logging
+
 from hyperlora import pretrained
 from hyperlora.compute import ComputeConfig
 from hyperlora.cpu import disable_malloc_trim
@@ -21,6 +23,7 @@ from hyperlora.service.engine.photo_models import (
     DEFAULT_MAX_LOADED,
     PhotoModelSource,
     find_named_value,
+    name_repository,
     parse_named_value,
 )
 from hyperlora.service.engine.sheet_models import SheetModelSource, open_sheet_model
@@ -40,6 +43,8 @@ class ModelPaths:
         evaluator: Attribute classifier for identity similarity; None refuses such requests.
         extra_models: Further models from photos, likewise, and networks that make the LoRA of a
             pair's edit for one image (LoRWeB).
+        revisions: Branches, tags or commits on the hub of networks that others released,
+            ``REVISION`` or ``NAME=REVISION``.
         encoders: Image encoders of networks that others released, ``FOLDER`` or ``NAME=FOLDER``.
         trusted_code: SHA-256 of the code of templates that may run, ``SHA256`` or ``NAME=SHA256``.
         face_pack: Face pack of networks that others released; None for their own.
@@ -54,6 +59,7 @@ class ModelPaths:
     enable_edits: bool = True
     evaluator: str | None = None
     extra_models: tuple[str, ...] = ()
+    revisions: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ()
     trusted_code: tuple[str, ...] = ()
     face_pack: str | None = None
@@ -78,6 +84,7 @@ def make_engine_factory(
         HyperloraError: If a model cannot be loaded.
     """
     disable_malloc_trim()
+    logging.set_verbosity_error()  # diffusers quotes prompts that are too long
     limits, compute = settings.engine_limits, compute or ComputeConfig()
     base = load_diffusion_base(paths.base, compute)
     sources = [
@@ -127,7 +134,8 @@ def _open_source(
                 raise
             model = load_image_to_lora(name_or_path, compute=compute)  # without images of it
         return PhotoModelSource.from_model(model, name)
-    options = ReleasedOptions(offline=not paths.fetch, face_pack=paths.face_pack)
+    revision = find_named_value(paths.revisions, name or name_repository(name_or_path))
+    options = ReleasedOptions(revision=revision, offline=not paths.fetch, face_pack=paths.face_pack)
     sheet_source = SheetModelSource.from_release(name_or_path, name, options, compute)
     if sheet_source is not None:
         if text == paths.model:

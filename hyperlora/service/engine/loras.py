@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from hyperlora.data.image_formats import UPLOAD_FORMATS
-from hyperlora.data.images import read_image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import LayoutMismatchError
 from hyperlora.lora.io.formats import list_readers, resolve_format
@@ -140,7 +138,9 @@ class LoraEngine:
         else:
             await asyncio.to_thread(check_config)
         base = self.base if config.refine_steps else None
-        decoded = await worker.decode_all(partial(_decode_photo, model, base), request.photos)
+        decoded = await worker.prepare_each(
+            request.photos, lambda image: SubjectPhotos.from_images([image], model, base)
+        )
         photos = SubjectPhotos.cat(decoded)
         predict_spec = BatchSpec(
             "lora",
@@ -199,10 +199,6 @@ def _run_checks(checks: Sequence[Callable[[], None]]) -> Sequence[None]:
     for check in checks:
         check()
     return [None] * len(checks)
-
-
-def _decode_photo(model: AnyPhotoModel, base: DiffusionBase | None, photo: bytes) -> SubjectPhotos:
-    return SubjectPhotos.from_images([read_image(photo, UPLOAD_FORMATS)], model, base)
 
 
 def _predict_batch(

@@ -11,8 +11,6 @@ import torch
 from PIL import Image
 
 from hyperlora.compute import ComputeConfig
-from hyperlora.data.image_formats import UPLOAD_FORMATS
-from hyperlora.data.images import read_image
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.io.formats import list_readers, resolve_format
 from hyperlora.lora.io.lora import Lora
@@ -136,9 +134,9 @@ class SheetEngine:
         model = await loop.run_in_executor(self._loader, self._load, source)
         before, after = request.pairs[0] if request.strength >= 0 else request.pairs[0][::-1]
         images = [before, after, request.image or b""]
-        decoded = await worker.decode_all(_decode_image, images)
+        sheet = await worker.decode_images(images, lambda decoded: make_sheet(*decoded))
         spec = BatchSpec("edit-lora", partial(_generate_batch, model, request.rank), source.name)
-        weights = await worker.run_in_batch(spec, make_sheet(*decoded), timeout_s)
+        weights = await worker.run_in_batch(spec, sheet, timeout_s)
         extra = make_consent_metadata(request.consent)
         metadata = model.make_metadata(request.title, images, **extra)
         lora = Lora(weights * abs(request.strength), metadata)
@@ -172,10 +170,6 @@ class SheetEngine:
             if source.name not in self._models:
                 self._models[source.name] = source.load()
             return self._models[source.name]
-
-
-def _decode_image(data: bytes) -> Image.Image:
-    return read_image(data, UPLOAD_FORMATS)
 
 
 def _generate_batch(

@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hyperlora.data.image_formats import UPLOAD_FORMATS
-from hyperlora.data.images import read_image, to_tensor
+from hyperlora.data.images import to_tensor
 from hyperlora.encoders.identity_similarity import IdentitySimilarity
 from hyperlora.service.engine.batcher import BatchSpec
 from hyperlora.service.engine.requests import EngineResult, SimilarityRequest
@@ -39,18 +38,14 @@ async def compute_similarity(
     Returns:
         One score per image: 0 for anyone, 1 for another photo of the subject.
     """
-    decode = partial(_decode_image, identity_similarity.image_size)
-    photos = torch.stack(await worker.decode_all(decode, request.photos))
-    images = torch.stack(await worker.decode_all(decode, request.images))
+    to_square = partial(to_tensor, size=identity_similarity.image_size)
+    photos = torch.stack(await worker.prepare_each(request.photos, to_square))
+    images = torch.stack(await worker.prepare_each(request.images, to_square))
     spec = BatchSpec(
         "identity-similarity", partial(_compute_batch, identity_similarity), max_batch_size=8
     )
     item = SimilarityItem(photos, images)
     return EngineResult(await worker.run_in_batch(spec, item, timeout_s))
-
-
-def _decode_image(size: int, data: bytes) -> Tensor:
-    return to_tensor(read_image(data, UPLOAD_FORMATS), size)  # [3, size, size]
 
 
 def _compute_batch(

@@ -6,18 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
+from PIL import Image
+
 from hyperlora.service.engine.batcher import BatchSpec, DynamicBatcher, PayloadT, ResultT
 from hyperlora.service.engine.callbacks import BatchCallback
+from hyperlora.service.engine.decoder_pool import DecoderPool
 
-SourceT = TypeVar("SourceT")
-DecodedT = TypeVar("DecodedT")
+PreparedT = TypeVar("PreparedT")
 
-MAX_DECODERS: Final = 2
-"""Images and LoRA files that are decoded at a time; it bounds memory, not the queue."""
+MAX_LORA_FILES: Final = 2
+"""LoRA files that are read at a time; it bounds memory, not the queue."""
 
 
 class ModelWorker:
-    """The model thread of one engine, a thread for other processes, and the slots of its decoders.
+    """The model thread of one engine, a thread for other processes, its decoders of images, and
+    slots for LoRA files.
 
     The code of a template runs in a process of its own. One thread waits for these processes, so
     that there is one at a time, and other requests go on.
@@ -30,7 +33,9 @@ class ModelWorker:
     def __init__(self, max_queue_size: int, on_batch: BatchCallback | None = None) -> None:
         self.batcher = DynamicBatcher(max_queue_size, on_batch)
         self.process_batcher = DynamicBatcher(max_queue_size, on_batch, "hyperlora-processes")
-        self.decoder_slots = threading.Semaphore(MAX_DECODERS)
+        self.owner = ""
+        self.decoder_pool = DecoderPool()
+        self.decoder_slots = threading.Semaphore(MAX_LORA_FILES)
 
     @property
     def is_alive(self) -> bool:
@@ -43,7 +48,7 @@ class ModelWorker:
         return self.batcher.queue_length + self.process_batcher.queue_length
 
     def close(self, timeout_s: float) -> None:
-        """Finish what waits and end both threads.
+        """Finish what waits, and end both threads and the decoders.
 
         Args:
             timeout_s: Seconds for both; what still waits then is cancelled.
@@ -51,6 +56,7 @@ class ModelWorker:
         end_time = time.monotonic() + timeout_s
         for batcher in (self.batcher, self.process_batcher):
             batcher.close(max(0.0, end_time - time.monotonic()))
+        self.decoder_pool.close()
 
     async def run_in_batch(
         self, spec: BatchSpec[PayloadT, ResultT], payload: PayloadT, timeout_s: float
@@ -72,25 +78,36 @@ class ModelWorker:
         batcher = self.process_batcher if spec.in_own_process else self.batcher
         return await asyncio.wrap_future(batcher.submit(spec, payload, timeout_s))
 
-    async def decode_all(
-        self, decode: Callable[[SourceT], DecodedT], sources: Sequence[SourceT]
-    ) -> list[DecodedT]:
-        """Decode files in another thread, one after the other, each in a decoder slot.
+    async def decode_images(
+        self, files: Sequence[bytes], prepare: Callable[[list[Image.Image]], PreparedT]
+    ) -> PreparedT:
+        """Decode images in other processes, and prepare them for a model in another thread.
 
         Args:
-            decode: Decodes one source.
-            sources: Files as bytes, or pairs of files.
+            files: PNG, JPEG or WEBP files of callers.
+            prepare: Makes what the model needs of the decoded images.
 
         Returns:
-            One decoded object per source.
-        """
-        return await asyncio.to_thread(self._decode_in_slots, decode, sources)
+            What ``prepare`` returns.
 
-    def _decode_in_slots(
-        self, decode: Callable[[SourceT], DecodedT], sources: Sequence[SourceT]
-    ) -> list[DecodedT]:
-        decoded = []
-        for source in sources:
-            with self.decoder_slots:
-                decoded.append(decode(source))
-        return decoded
+        Raises:
+            InvalidImageError: An image is damaged, too large or takes too long.
+            QueueFullError: If too many wait, or an image takes long while others wait.
+        """
+        return await asyncio.wrap_future(self.decoder_pool.submit(files, prepare, self.owner))
+
+    async def prepare_each(
+        self, files: Sequence[bytes], prepare: Callable[[Image.Image], PreparedT]
+    ) -> list[PreparedT]:
+        """Decode and prepare images one after the other; see ``decode_images``.
+
+        Args:
+            files: PNG, JPEG or WEBP files of callers.
+            prepare: Makes what the model needs of one decoded image.
+
+        Returns:
+            One prepared image per file.
+        """
+        return [
+            await self.decode_images([file], lambda images: prepare(images[0])) for file in files
+        ]

@@ -4,18 +4,16 @@ visitor ── UiAuthMiddleware (key, or this machine only) ──▶ Gradio ─
 """
 
 import os
-import time
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio import processing_utils
 from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from hyperlora.service.errors import install_handlers
-from hyperlora.service.file_store import make_private_dir
-from hyperlora.service.security import ApiKeyAuth
 from hyperlora.service.settings import ServiceSettings
 from hyperlora.service.ui.api_client import Api
 from hyperlora.service.ui.auth import UiAuthMiddleware
@@ -23,7 +21,9 @@ from hyperlora.service.ui.compose_tab import build_compose_tab
 from hyperlora.service.ui.lora_tray import make_tray_state
 from hyperlora.service.ui.pair_tab import build_pair_tab
 from hyperlora.service.ui.photo_tab import build_photo_tab
+from hyperlora.service.ui.sessions import Sessions
 from hyperlora.service.ui.text import HEADER
+from hyperlora.service.ui.upload_folder import RETENTION_S, SWEEP_INTERVAL_S, UploadFolder
 
 __all__ = ["add_ui"]
 _FONT: Final = (
@@ -42,10 +42,6 @@ _UPLOAD_TEXTS: Final = {
     "drop_file": "Drop files here",
     "click_to_upload": "choose from this device",
 }
-_RETENTION_S: Final = 3600
-"""Seconds that uploads and results of visitors lie in the server's folder."""
-_DELETE_INTERVAL_S: Final = 600
-"""Seconds between two deletions of what is out of date."""
 
 
 def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
@@ -55,10 +51,12 @@ def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
         app: The app that ``create_app`` made.
         settings: What the operator decides.
     """
-    _prepare_upload_dir(settings.state_dir / "ui")
+    sessions, uploads = Sessions(), UploadFolder(settings.state_dir / "ui")
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+    processing_utils.async_ssrf_protected_get = _refuse_url
     gr.mount_gradio_app(
         app,
-        _build_blocks(Api(app)),
+        _build_blocks(Api(app, sessions), settings.max_lora_bytes),
         path="/",
         footer_links=[],
         run_history=False,
@@ -76,20 +74,14 @@ def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
     assert isinstance(mount, Mount)
     assert isinstance(mount.app, FastAPI)
     install_handlers(mount.app)
-    auth = ApiKeyAuth(settings.key_digests, settings.rate_limit)
-    app.router.routes.append(_NonApiMount("/", UiAuthMiddleware(mount.app, auth)))
+    uploads.add_to_lifespan(app)
+    page = UiAuthMiddleware(mount.app, app.state.auth, sessions, uploads, settings.public_https)
+    app.router.routes.append(_NonApiMount("/", page))
 
 
-def _prepare_upload_dir(folder: Path) -> None:
-    """Let Gradio keep its files in a folder that other users of this machine cannot read.
-
-    An operator may have named another one. Files that a killed server left there are deleted.
-    """
-    make_private_dir(folder)
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(folder))
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_mtime + _RETENTION_S < time.time():
-            path.unlink(missing_ok=True)
+async def _refuse_url(url: str) -> NoReturn:
+    """Take the place of Gradio's download of an address that a visitor names."""
+    raise ValueError("this server fetches no addresses")
 
 
 class _NonApiMount(Mount):
@@ -100,21 +92,21 @@ class _NonApiMount(Mount):
         return (Match.NONE, {}) if scope["path"].startswith("/v1/") else super().matches(scope)
 
 
-def _build_blocks(api: Api) -> gr.Blocks:
+def _build_blocks(api: Api, max_lora_bytes: int) -> gr.Blocks:
     with gr.Blocks(
         title="hyperlora",
         analytics_enabled=False,
-        delete_cache=(_DELETE_INTERVAL_S, _RETENTION_S),
+        delete_cache=(SWEEP_INTERVAL_S, RETENTION_S),
     ) as blocks:
         gr.HTML(HEADER)
-        tray = make_tray_state(_RETENTION_S)
+        tray = make_tray_state(RETENTION_S)
         with gr.Tabs():
             with gr.Tab("From photos", id="photos"):
                 build_photo_tab(api, blocks, tray)
             with gr.Tab("From a pair", id="pair"):
                 build_pair_tab(api)
             with gr.Tab("Compose", id="compose"):
-                build_compose_tab(api, blocks, tray)
+                build_compose_tab(api, blocks, tray, max_lora_bytes)
     blocks.queue(default_concurrency_limit=8, max_size=64, api_open=False)
     return blocks
 

@@ -13,9 +13,9 @@ from fastapi import FastAPI
 from hyperlora.client import AsyncClient
 from hyperlora.errors import HyperloraError, InvalidArgumentError
 from hyperlora.service.engine.requests import ModelInfo
-from hyperlora.service.ui.auth import decode_key_cookie
+from hyperlora.service.ui.sessions import Sessions
 
-Upload = str | tuple[str, str | None]
+Upload = str | Path | tuple[str, str | None]
 """An uploaded file of Gradio: its path, in a gallery with a caption."""
 
 EDIT_KINDS: Final = ("pair-to-lora", "lorweb")
@@ -77,10 +77,11 @@ class Api:
 
     Args:
         app: The app.
+        sessions: Signed-in visitors; None for none.
     """
 
-    def __init__(self, app: FastAPI) -> None:
-        self.app = app
+    def __init__(self, app: FastAPI, sessions: Sessions | None = None) -> None:
+        self.app, self.sessions = app, sessions or Sessions()
 
     @asynccontextmanager
     async def open_client(self, visitor: gr.Request) -> AsyncIterator[RecordingClient]:
@@ -95,7 +96,7 @@ class Api:
         Raises:
             gr.Error: If the API refuses a request, with its own sentence.
         """
-        key = decode_key_cookie(dict(visitor.cookies))
+        key = self.sessions.find_key(dict(visitor.cookies))
         try:
             async with RecordingClient(self.app, key, visitor.client.host) as client:
                 yield client
@@ -107,6 +108,11 @@ def make_ui_error(detail: str) -> gr.Error:
     """Make an error that shows one sentence to the visitor and logs nothing."""
     message = html.escape(f"{detail[:1].upper()}{detail[1:]}", quote=False)
     return gr.Error(message, title="That did not work", print_exception=False)
+
+
+def list_paths(uploads: Sequence[Upload] | None) -> list[Path]:
+    """List the paths of the uploads of a gallery; none for None."""
+    return [Path(upload[0] if isinstance(upload, tuple) else upload) for upload in uploads or []]
 
 
 def read_uploads(uploads: Sequence[Upload] | None) -> list[bytes]:
@@ -122,10 +128,7 @@ def read_uploads(uploads: Sequence[Upload] | None) -> list[bytes]:
         gr.Error: If a file is no longer on the server.
     """
     try:
-        return [
-            Path(upload if isinstance(upload, str) else upload[0]).read_bytes()
-            for upload in uploads or []
-        ]
+        return [path.read_bytes() for path in list_paths(uploads)]
     except FileNotFoundError as error:
         raise make_ui_error(
             "what was dropped here is no longer on the server: drop it again"

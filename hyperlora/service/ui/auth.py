@@ -4,8 +4,7 @@ A server with API keys asks for one; a server without any shows the page to this
 """
 
 import html
-from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Mapping
+import re
 from typing import Final
 from urllib.parse import parse_qs
 
@@ -18,15 +17,18 @@ from starlette.websockets import WebSocketClose
 
 from hyperlora.service.errors import make_problem
 from hyperlora.service.security import ApiKeyAuth, check_local
+from hyperlora.service.ui.sessions import COOKIE_NAME, LIFETIME_S, Sessions
 from hyperlora.service.ui.text import SIGN_IN
+from hyperlora.service.ui.upload_folder import UploadFolder
 
-COOKIE_NAME: Final = "hyperlora_key"
 _MAX_SIGN_IN_BYTES: Final = 10_000
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITES: Final = frozenset({"same-origin", "none"})
 """Values of Sec-Fetch-Site in requests that no other page started."""
 _CORS_PREFIX: Final = b"access-control-"
 _MAX_SIGN_IN_FIELDS: Final = 10
+_URL: Final = re.compile(r"/(file|proxy)[=/]\s*[a-z][a-z+.-]+:", re.IGNORECASE)
+"""An address in a path such as ``/gradio_api/file=https://...``; Windows paths have one letter."""
 _SIGN_IN_TYPE: Final = "application/x-www-form-urlencoded"
 _SECURITY_HEADERS: Final = {
     "Content-Security-Policy": (
@@ -37,27 +39,31 @@ _SECURITY_HEADERS: Final = {
 }
 
 
-def decode_key_cookie(cookies: Mapping[str, str]) -> str | None:
-    """Decode the API key of a visitor; None if there is none."""
-    try:
-        return urlsafe_b64decode(cookies.get(COOKIE_NAME, "")).decode() or None
-    except ValueError:
-        return None
-
-
 class UiAuthMiddleware:
     """ASGI middleware around the page and its uploads.
 
-    The key stays in a cookie that scripts cannot read and other sites cannot send. The page
-    sends it to the API, which checks it again. No other page may read an answer or send a form.
+    A cookie that scripts cannot read and other sites cannot send names the visitor's session. The
+    page sends its key to the API, which checks it again. No other page may read an answer or send
+    a form, and nobody makes the server fetch an address.
 
     Args:
         app: The page.
         auth: API keys and rates.
+        sessions: Signed-in visitors; None for none yet.
+        uploads: The folder of uploads, which counts them; None counts no bytes.
+        secure_cookie: Whether the cookie is for HTTPS alone, which a proxy may speak.
     """
 
-    def __init__(self, app: ASGIApp, auth: ApiKeyAuth) -> None:
-        self.app, self.auth = app, auth
+    def __init__(
+        self,
+        app: ASGIApp,
+        auth: ApiKeyAuth,
+        sessions: Sessions | None = None,
+        uploads: UploadFolder | None = None,
+        secure_cookie: bool = False,
+    ) -> None:
+        self.app, self.auth, self.uploads = app, auth, uploads
+        self.sessions, self.secure_cookie = sessions or Sessions(), secure_cookie
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the page, or answer with the sign-in form or a problem."""
@@ -69,6 +75,8 @@ class UiAuthMiddleware:
         elif scope["type"] == "websocket":  # the page uses none
             await WebSocketClose()(scope, receive, send)
         else:
+            if self.uploads is not None and _is_upload(scope):
+                receive = self.uploads.count_upload(receive, scope["state"]["visitor"])
             await self.app(scope, receive, _add_security_headers(send))
 
     async def _check_access(self, scope: Scope, receive: Receive) -> Response | None:
@@ -79,12 +87,15 @@ class UiAuthMiddleware:
             if not self.auth.key_digests:
                 check_local(headers)
             _check_own_page(scope["method"], headers)
+            _check_no_url(scope["path"])
             if not self.auth.key_digests:
+                self._count_upload(scope, None, host)
                 return None
             if scope["method"] == "POST" and scope["path"] == "/sign-in":
                 return await self._sign_in(Request(scope, receive), host)
-            key = decode_key_cookie(Request(scope).cookies)
+            key = self.sessions.find_key(Request(scope).cookies)
             if key is not None and self.auth.is_valid(key):
+                self._count_upload(scope, key, host)
                 return None
             if scope["path"] == "/":
                 return _render_sign_in("")
@@ -92,6 +103,11 @@ class UiAuthMiddleware:
         except HTTPException as error:
             return make_problem(error.status_code, str(error.detail), dict(error.headers or {}))
         return None
+
+    def _count_upload(self, scope: Scope, key: str | None, host: str) -> None:
+        """Count an upload as a request to the API, and remember whose it is."""
+        if _is_upload(scope):
+            scope.setdefault("state", {})["visitor"] = self.auth.authenticate(key, host)
 
     async def _sign_in(self, request: Request, host: str) -> Response:
         """Set the cookie of a visitor who sends a valid key; else show the form again."""
@@ -104,13 +120,13 @@ class UiAuthMiddleware:
             message = "this is no API key of this server" if is_unknown_key else str(error.detail)
             return _render_sign_in(message, error.status_code)
         response = RedirectResponse("/", 303, _SECURITY_HEADERS)
-        value = urlsafe_b64encode(key.encode()).decode()
         response.set_cookie(
             COOKIE_NAME,
-            value,
+            self.sessions.add(key),
+            max_age=LIFETIME_S,
             httponly=True,
             samesite="strict",
-            secure=request.url.scheme == "https",
+            secure=self.secure_cookie or request.url.scheme == "https",
         )
         return response
 
@@ -120,6 +136,16 @@ def _check_own_page(method: str, headers: Headers) -> None:
     site = headers.get("sec-fetch-site", "none")
     if method not in _SAFE_METHODS and site not in _OWN_SITES:
         raise HTTPException(403, "a page of another site sent this: use this server's own page")
+
+
+def _check_no_url(path: str) -> None:
+    """Check that a path does not name an address that Gradio would fetch; 403 if it does."""
+    if _URL.search(path):
+        raise HTTPException(403, "this server fetches no addresses: upload the file itself")
+
+
+def _is_upload(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload")
 
 
 async def _read_key(request: Request) -> str:

@@ -7,15 +7,14 @@ from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal, TypedDict
+from urllib.parse import quote
 
 import gradio as gr
 from gradio.blocks import Block
 from gradio.data_classes import ImageData
 from gradio.processing_utils import save_bytes_to_cache
-from PIL import Image, ImageOps
+from PIL import Image
 
-from hyperlora.data.image_formats import UPLOAD_FORMATS
-from hyperlora.data.images import read_image
 from hyperlora.lora.io.negative_lora import make_negative_path
 from hyperlora.service.ui.text import format_score, get_similarity_label
 
@@ -73,14 +72,18 @@ def _get_upload_path(payload: ImageData | None) -> str | None:
 
 
 def render_section(
-    title: str, badge: str, images: Sequence[Image.Image | None], captions: Sequence[str] = ()
+    title: str,
+    badge: str,
+    images: Sequence[Image.Image | Path | None],
+    captions: Sequence[str] = (),
 ) -> str:
     """Render a titled row of images.
 
     Args:
         title: Title of the row.
         badge: HTML beside the title; may be empty.
-        images: The images; None for one that is not there yet.
+        images: The images; paths of uploads, which the browser fetches and decodes; None for one
+            that is not there yet.
         captions: One per image, or none at all.
 
     Returns:
@@ -130,19 +133,6 @@ def render_status(text: str, progress: float | None = None) -> str:
     return f'<div class="status" role="status"><span>{html.escape(text)}</span>{bar}</div>'
 
 
-def make_thumbnail(data: bytes, size: int = 256) -> Image.Image:
-    """Make a thumbnail of an image file.
-
-    Args:
-        data: A PNG, JPEG or WEBP file.
-        size: Pixels per side.
-
-    Returns:
-        The center square.
-    """
-    return ImageOps.fit(read_image(data, UPLOAD_FORMATS), (size, size))
-
-
 def make_code_block() -> gr.Code:
     """Make a block for a program to copy."""
     return gr.Code(
@@ -155,43 +145,55 @@ def make_code_block() -> gr.Code:
     )
 
 
-def update_negative_download(
-    button: gr.DownloadButton, data: bytes | None, name: str
-) -> gr.DownloadButton:
+def update_negative_download(button: gr.DownloadButton, path: str | None) -> gr.DownloadButton:
     """Put the LoRA for the negative branch of guidance behind a button, or hide the button.
 
     Args:
         button: The button.
-        data: The ``.safetensors`` file; None for a model without one.
-        name: What the visitor calls the LoRA.
+        path: The ``.safetensors`` file; None for a model without one.
 
     Returns:
         The update of the button.
     """
-    if data is None:
+    if path is None:
         return gr.DownloadButton(value=None, visible=False)
-    path = make_negative_path(Path(f"{make_file_name(name)}.safetensors"))
-    value = save_bytes_to_cache(data, path.name, button.GRADIO_CACHE)
-    return gr.DownloadButton(value=value, visible=True, interactive=True)
+    return gr.DownloadButton(value=path, visible=True, interactive=True)
 
 
 def update_download(
-    button: gr.DownloadButton, data: bytes, name: str, readers: Sequence[str]
+    button: gr.DownloadButton, path: str, readers: Sequence[str]
 ) -> gr.DownloadButton:
     """Put a LoRA file behind a button.
 
     Args:
         button: The button.
-        data: The ``.safetensors`` file.
-        name: What the visitor calls the LoRA.
+        path: The ``.safetensors`` file.
         readers: Programs that read the file.
 
     Returns:
         The update of the button.
     """
-    path = save_bytes_to_cache(data, f"{make_file_name(name)}.safetensors", button.GRADIO_CACHE)
     label = f"Download for {', '.join(readers)}" if readers else "Download"
     return gr.DownloadButton(label, value=path, interactive=True)
+
+
+def save_lora(
+    button: gr.DownloadButton, data: bytes, name: str, *, is_negative: bool = False
+) -> str:
+    """Save a LoRA file in the folder of uploads.
+
+    Args:
+        button: The button that offers it.
+        data: The ``.safetensors`` file.
+        name: What the visitor calls the LoRA.
+        is_negative: Whether it is for the negative branch of guidance.
+
+    Returns:
+        The path of the file.
+    """
+    path = Path(f"{make_file_name(name)}.safetensors")
+    path = make_negative_path(path) if is_negative else path
+    return save_bytes_to_cache(data, path.name, button.GRADIO_CACHE)
 
 
 def make_file_name(name: str) -> str:
@@ -199,12 +201,15 @@ def make_file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:_MAX_NAME_LENGTH] or "lora"
 
 
-def _render_figure(image: Image.Image | None, caption: str) -> str:
+def _render_figure(image: Image.Image | Path | None, caption: str) -> str:
     figcaption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     if image is None:
         return f'<figure><div class="waiting"></div>{figcaption}</figure>'
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    source = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
+    if isinstance(image, Path):
+        source = f"gradio_api/file={quote(str(image))}"
+    else:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        source = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
     alt = html.escape(caption) or "portrait"
     return f'<figure><img src="{source}" alt="{alt}">{figcaption}</figure>'

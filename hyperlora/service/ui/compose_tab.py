@@ -1,12 +1,16 @@
 """Compose: several LoRAs in one image, each with its weight."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 from gradio.blocks import Block
 
+from hyperlora.errors import HyperloraError, InvalidLoraFileError
+from hyperlora.lora.io.load import load_lora
+from hyperlora.lora.io.safetensors_file import MAX_UPLOAD_HEADER_BYTES
+from hyperlora.service.engine.lora_files import MAX_PARAMETERS
 from hyperlora.service.ui.api_client import Api, make_ui_error, read_uploads
 from hyperlora.service.ui.components import EVENT_OPTIONS, render_section, render_status
 from hyperlora.service.ui.lora_tray import MAX_ITEMS, TrayItem, add_item
@@ -41,15 +45,16 @@ class _ComposeTab:
         """Generate a row of images with all LoRAs of the tray."""
         if not items:
             raise make_ui_error("there is no LoRA yet: make one from photos, or add a file")
+        negative_path = items[0].negative_path
         request = GridRequest(
             prompt,
-            [[item.data for item in items]],
+            [read_uploads([item.path for item in items])],
             parse_seed(seed),
             int(num_steps),
             scheduler,
             strategy,
             lora_weights[: len(items)],
-            items[0].negative if len(items) == 1 else None,
+            read_uploads([negative_path])[0] if negative_path and len(items) == 1 else None,
         )
         title = " + ".join(item.name for item in items)
         async with self.api.open_client(visitor) as client:
@@ -59,14 +64,21 @@ class _ComposeTab:
             yield render_section(title, "", grid[0])
 
 
-def build_compose_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
+def build_compose_tab(
+    api: Api, blocks: gr.Blocks, tray: gr.State, max_lora_bytes: int = 12 << 20
+) -> None:
     """Lay out the tab and connect its events.
 
     Args:
         api: The API.
         blocks: The page.
         tray: The LoRAs of the visitor.
+        max_lora_bytes: Largest LoRA file that may be added.
     """
+
+    def add_uploads(paths: list[str] | None, items: list[TrayItem]) -> tuple[list[TrayItem], None]:
+        return _add_uploads(paths or [], items, max_lora_bytes), None
+
     with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=4, min_width=300):
             files = gr.File(
@@ -91,18 +103,36 @@ def build_compose_tab(api: Api, blocks: gr.Blocks, tray: gr.State) -> None:
             result_html = gr.HTML(EMPTY_COMPOSITION, elem_id="composition")
 
     inputs: list[Block] = [tray, strategy, prompt, num_steps, seed, scheduler, *weights]
-    files.upload(_add_uploads, [files, tray], [tray, files], **EVENT_OPTIONS)
+    files.upload(add_uploads, [files, tray], [tray, files], **EVENT_OPTIONS)
     tray.change(_update_sliders, tray, [empty_message, *weights], **EVENT_OPTIONS)
     clear_button.click(lambda: ([], EMPTY_COMPOSITION), None, [tray, result_html], **EVENT_OPTIONS)
     generate_button.click(_ComposeTab(api).generate_grid, inputs, result_html, **EVENT_OPTIONS)
 
 
-def _add_uploads(paths: list[str] | None, items: list[TrayItem]) -> tuple[list[TrayItem], None]:
-    """Move uploaded files into the tray, and empty the upload field."""
-    paths = paths or []
-    for path, data in zip(paths, read_uploads(paths), strict=True):
-        items = add_item(items, Path(path).stem, data)
-    return items, None
+def _add_uploads(
+    paths: Sequence[str], items: list[TrayItem], max_lora_bytes: int
+) -> list[TrayItem]:
+    """Add uploaded files to the tray; delete those that are no LoRAs."""
+    for path in map(Path, paths[:MAX_ITEMS]):
+        try:
+            _check_lora_file(path, max_lora_bytes)
+        except HyperloraError as error:
+            path.unlink(missing_ok=True)
+            raise make_ui_error(f"{path.name!r}: {error}") from error
+        items = add_item(items, path.stem, str(path))
+    return items
+
+
+def _check_lora_file(path: Path, max_bytes: int) -> None:
+    """Check that an upload is a LoRA of some base, and not too large for the API."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size > max_bytes:
+        raise InvalidLoraFileError(
+            f"the file has {size / 2**20:.1f} MiB, at most {max_bytes / 2**20:.3g} MiB are taken: "
+            "resize the LoRA to a smaller rank"
+        )
+    (data,) = read_uploads([path])
+    load_lora(data, max_parameters=MAX_PARAMETERS, max_header_bytes=MAX_UPLOAD_HEADER_BYTES)
 
 
 def _update_sliders(items: list[TrayItem]) -> list[Block]:

@@ -1,5 +1,6 @@
 """The LoRAs of one visitor's window, made here or added as files, for the compose tab."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,17 +12,17 @@ MAX_ITEMS: Final = 6
 
 @dataclass(frozen=True)
 class TrayItem:
-    """A LoRA file and its name in the tray.
+    """A LoRA and its name in the tray. The file is in the folder of uploads.
 
     Attributes:
         name: The name.
-        data: The ``.safetensors`` file.
-        negative: The file for the negative branch of guidance; None for a model without one.
+        path: The ``.safetensors`` file.
+        negative_path: That for the negative branch of guidance; None for a model without one.
     """
 
     name: str
-    data: bytes
-    negative: bytes | None = None
+    path: str
+    negative_path: str | None = None
 
 
 def make_tray_state(retention_s: int) -> gr.State:
@@ -30,21 +31,21 @@ def make_tray_state(retention_s: int) -> gr.State:
 
 
 def add_item(
-    items: list[TrayItem], name: str, data: bytes, negative: bytes | None = None
+    items: Sequence[TrayItem], name: str, path: str, negative_path: str | None = None
 ) -> list[TrayItem]:
     """Add a LoRA to a tray.
 
     Args:
         items: The tray.
         name: Name of the LoRA; a number is added if another LoRA has it.
-        data: The ``.safetensors`` file; it replaces an item of the same content.
-        negative: The file for the negative branch of guidance; None for none.
+        path: The ``.safetensors`` file; its item is replaced if it is there already.
+        negative_path: That for the negative branch of guidance; None for none.
 
     Returns:
         The last ``MAX_ITEMS`` items.
     """
-    other_items = [item for item in items if item.data != data]
+    other_items = [item for item in items if item.path != path]
     used_names = {item.name for item in other_items}
     names = [name, *(f"{name} {i}" for i in range(2, MAX_ITEMS + 2))]
     free_name = next(candidate for candidate in names if candidate not in used_names)
-    return [*other_items, TrayItem(free_name, data, negative)][-MAX_ITEMS:]
+    return [*other_items, TrayItem(free_name, path, negative_path)][-MAX_ITEMS:]

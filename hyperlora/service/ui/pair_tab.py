@@ -2,17 +2,18 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import gradio as gr
 from gradio.blocks import Block
 from PIL import Image
 
-from hyperlora.errors import InvalidImageError
 from hyperlora.service.ui.api_client import (
     Api,
     RecordingClient,
     Upload,
+    list_paths,
     make_ui_error,
     read_uploads,
 )
@@ -21,10 +22,10 @@ from hyperlora.service.ui.components import (
     Updates,
     make_code_block,
     make_image_input,
-    make_thumbnail,
     render_section,
     render_status,
     render_warnings,
+    save_lora,
     update_download,
 )
 from hyperlora.service.ui.sampling import run_tasks
@@ -59,7 +60,7 @@ class _PairTab:
             raise make_ui_error("an image before and the same image after the edit are needed")
         pair = (read_uploads([before])[0], read_uploads([after])[0])
         pair = pair[::-1] if reverse else pair
-        images = read_uploads(other_images) or [pair[0]]
+        image_paths = list_paths(other_images) or [Path(after if reverse else before)]
         async with self.api.open_client(visitor) as client:
             first_status = render_status("Making the LoRA of the edit …", 0)
             yield {self.status_html: gr.HTML(first_status, visible=True)}
@@ -68,30 +69,33 @@ class _PairTab:
             snippet = make_edit_snippet(model_info.base, f"{_TITLE}.safetensors")
             yield {
                 self.download: update_download(
-                    self.download, lora, _TITLE, model_info.lora_readers
+                    self.download,
+                    save_lora(self.download, lora, _TITLE),
+                    model_info.lora_readers,
                 ),
                 self.code_block: gr.Code(snippet),
                 self.result: gr.Column(visible=True),
             }
-            async for updates in self._edit_images(client, images, lora):
+            async for updates in self._edit_images(client, image_paths, lora):
                 yield updates
 
     async def _edit_images(
-        self, client: RecordingClient, images: list[bytes], lora: bytes
+        self, client: RecordingClient, image_paths: list[Path], lora: bytes
     ) -> AsyncIterator[Updates]:
         """Edit images, and show each as soon as it is there."""
         warnings_html = render_warnings(client.unique_warnings)
+        images = read_uploads(image_paths)
         edited_images: list[Image.Image | None] = [None] * len(images)
         async with run_tasks(client.edit_image(image, lora=lora) for image in images) as tasks:
             for i, task in enumerate(tasks):
                 yield {
                     self.status_html: warnings_html + render_status("Editing …", i / len(tasks)),
-                    self.edited_html: _render_images(images, edited_images),
+                    self.edited_html: _render_images(image_paths, edited_images),
                 }
                 edited_images[i] = await task
         yield {
             self.status_html: gr.HTML(warnings_html, visible=bool(warnings_html)),
-            self.edited_html: _render_images(images, edited_images),
+            self.edited_html: _render_images(image_paths, edited_images),
         }
 
 
@@ -138,11 +142,7 @@ def _make_side_input(side: str) -> gr.Image:
     )
 
 
-def _render_images(files: list[bytes], edited_images: list[Image.Image | None]) -> str:
+def _render_images(paths: list[Path], edited_images: list[Image.Image | None]) -> str:
     """Render the edited images above the originals."""
-    try:
-        thumbnails = [make_thumbnail(file) for file in files]
-    except InvalidImageError as error:
-        raise make_ui_error(str(error)) from error
     edited_section = render_section("Edited", "", edited_images)
-    return edited_section + render_section("As they were", "", thumbnails)
+    return edited_section + render_section("As they were", "", paths)

@@ -25,6 +25,7 @@ from hyperlora.service.ui.components import (
     render_similarity,
     render_status,
     render_warnings,
+    save_lora,
     update_download,
     update_negative_download,
 )
@@ -93,15 +94,19 @@ class _PhotoTab:
             if not prompt.startswith(model_info.prompt_prefix.strip(", ")):
                 prompt = model_info.prompt_prefix + prompt
             file_name = f"{make_file_name(name)}.safetensors"
+            path = save_lora(self.download, lora, name)
+            negative_path = None
+            if negative is not None:
+                negative_path = save_lora(self.negative_download, negative, name, is_negative=True)
             snippet = make_snippet(model_info.base, file_name, prompt, model_info.strength)
             yield {
-                self.download: update_download(self.download, lora, name, model_info.lora_readers),
+                self.download: update_download(self.download, path, model_info.lora_readers),
                 self.negative_download: update_negative_download(
-                    self.negative_download, negative, name
+                    self.negative_download, negative_path
                 ),
                 self.code_block: gr.Code(snippet),
                 self.result: gr.Column(visible=True),
-                self.tray: add_item(tray_items, name, lora, negative),
+                self.tray: add_item(tray_items, name, path, negative_path),
             }
             if not model_info.can_generate_images:
                 yield {
