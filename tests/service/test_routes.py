@@ -386,7 +386,8 @@ def test_routes_refuse_bad_requests(start_client: StartClient) -> None:
 
 def test_routes_refuse_after_the_deadline_and_when_full(start_client: StartClient) -> None:
     client = start_client(timeout_s=0.3, max_queue_size=1)
-    slow = post_photos(client, headers={"Prefer": "respond-async"}, refine_steps=60)
+    picture = {"prompt": "a", "num_inference_steps": 50, "width": 512, "height": 512}
+    slow = client.post("/v1/images", json=picture, headers={"Prefer": "respond-async"})
     time.sleep(0.3)
     assert_problem(post_photos(client), 504, "longer than 0.3 s")
     waiting = [

@@ -93,7 +93,7 @@ class RefinementTask:
     def _pause(self, step: int) -> None:
         """Let others use the thread before a step; no LoRA is injected into the base then."""
         if self.on_progress is not None:
-            self.on_progress((step - 1) / self.config.refine_steps)
+            self.on_progress(max(0, step - 1) / self.config.refine_steps)
         self._call.pause()
         self.check_running()
 

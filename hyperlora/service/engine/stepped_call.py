@@ -15,8 +15,8 @@ ResultT = TypeVar("ResultT")
 class SteppedCall(Generic[ResultT]):
     """A call with a stack of its own on the thread that advances it.
 
-    Whatever runs while it pauses has no part in its random numbers: the global states of torch
-    are kept apart.
+    Whatever runs while it pauses has no part in its random numbers or in its gradients: the global
+    states of torch are kept apart.
 
     Args:
         call: The call. It calls ``pause`` where nothing of it is open on shared models.
@@ -27,6 +27,7 @@ class SteppedCall(Generic[ResultT]):
         self._greenlet = greenlet(call)
         self._device = device
         self._rng_states: list[Tensor] | None = None
+        self._grad_enabled = True
 
     def advance(self) -> ResultT | object:
         """Run the call up to its next pause or its end.
@@ -35,11 +36,11 @@ class SteppedCall(Generic[ResultT]):
             ``UNFINISHED`` after a pause, else what the call returns.
         """
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), torch.set_grad_enabled(self._grad_enabled):
             if self._rng_states is not None:
                 self._set_rng_states(self._rng_states)
             result: ResultT | object = self._greenlet.switch()
-            self._rng_states = self._get_rng_states()
+            self._rng_states, self._grad_enabled = self._get_rng_states(), torch.is_grad_enabled()
         return result if self._greenlet.dead else UNFINISHED
 
     def pause(self) -> None:
