@@ -128,8 +128,9 @@ _AnyItem = _QueuedItem[Any, Any]  # one queue holds items of all kinds
 class DynamicBatcher:
     """Run payloads on one thread, several of equal specs in one batch.
 
-    Owners take turns: the next batch is for the one whose last turn is the longest ago. Payloads
-    of others share it, at most as many of each as of this owner.
+    Owners take turns: the next batch is for the one who has used the thread for the least time.
+    Time without work earns nothing. Payloads of others share a batch, at most as many of each as
+    of its owner.
 
     Args:
         max_queue_size: Payloads of normal priority that may wait, and as many of low priority.
@@ -150,7 +151,8 @@ class DynamicBatcher:
         self._queue: list[_AnyItem] = []  # by age
         self._running: list[_AnyItem] = []
         self._num_turns = 0
-        self._last_turns: defaultdict[Hashable, int] = defaultdict(int)  # of owners and of lanes
+        self._last_turns = defaultdict[tuple[str, bool], int](int)  # of lanes
+        self._used_s = defaultdict[str, float](float)  # by owners
         self._changed = threading.Condition()
         self._closed = self._stopping = False
         self._thread = threading.Thread(target=self._run_loop, name=thread_name, daemon=True)
@@ -207,9 +209,16 @@ class DynamicBatcher:
                     f"{self.max_queue_size_per_owner} of your requests are waiting already: "
                     "wait for one of them"
                 )
+            self._enter_owner(owner)
             self._queue.append(item)
             self._changed.notify()
         return item.future
+
+    def _enter_owner(self, owner: str) -> None:
+        """Let an owner without work begin at the time of the one who has used the least."""
+        used_s = {item.owner: self._used_s[item.owner] for item in [*self._running, *self._queue]}
+        if used_s and owner not in used_s:
+            self._used_s[owner] = max(self._used_s[owner], min(used_s.values()))
 
     def check_running(self) -> None:
         """Raise if nobody waits for the running batch; long work calls it between its steps.
@@ -241,8 +250,11 @@ class DynamicBatcher:
 
     def _run_loop(self) -> None:
         while self._take_batch():
+            owner, start_time = self._running[0].owner, time.monotonic()
             self._run_batch(self._running)
-            self._running = []  # its payloads are free while the thread waits
+            with self._changed:
+                self._used_s[owner] += time.monotonic() - start_time
+                self._running = []  # its payloads are free while the thread waits
 
     def _take_batch(self) -> bool:
         """Take the batch whose turn it is from the queue; return whether there is one."""
@@ -260,8 +272,7 @@ class DynamicBatcher:
                     continue
                 self._queue = [item for item in self._queue if item not in candidates]
                 self._num_turns += 1
-                lane = candidates[0].lane
-                self._last_turns[lane] = self._last_turns[lane[0]] = self._num_turns
+                self._last_turns[candidates[0].lane] = self._num_turns
             is_resumed = candidates[0].future.running()
             self._running = [item for item in candidates if self._start_item(item)]
             if self._running and not is_resumed:
@@ -272,9 +283,9 @@ class DynamicBatcher:
     def _choose_batch(self) -> list[_AnyItem]:
         """Choose the items of the next batch; the first is the one whose turn it is."""
 
-        def get_turn(item: _AnyItem) -> tuple[int, int]:
-            """Sort by the last turns of the owner and of the lane; then by age."""
-            return self._last_turns[item.owner], self._last_turns[item.lane]
+        def get_turn(item: _AnyItem) -> tuple[float, int]:
+            """Sort by the time of the owner and the last turn of the lane; then by age."""
+            return self._used_s[item.owner], self._last_turns[item.lane]
 
         items = sorted(self._queue, key=get_turn)
         spec = items[0].spec
