@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -155,6 +156,22 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = False,
+    max_pixel_steps: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Pixels times denoising steps of one image; 2**24 are 16 steps of 1024x1024.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 1 << 24,
+    drain_timeout_s: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that accepted requests and jobs get when the server stops.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 8.0,
     ray: Annotated[
         bool,
         typer.Option("--ray", help="Run the models in replicas.", rich_help_panel=_RAY),
@@ -212,6 +229,8 @@ def serve(
         max_queue_size=max_queue_size,
         timeout_s=timeout_s,
         public_https=public_https,
+        max_pixel_steps=max_pixel_steps,
+        drain_timeout_s=drain_timeout_s,
     )
     models = [*(model or []), *(extra_model or [])]
     use_bundle = not models and base is None  # then all its models
@@ -245,7 +264,7 @@ def serve(
             _add_ui(app, settings)
         configure_logging()
         typer.echo(f"http://{host}:{port}/ (the API: /docs)", err=True)
-        _run_server(app, host, port, timeout_s, max_connections_per_address)
+        _run_server(app, host, port, drain_timeout_s, max_connections_per_address)
 
 
 @contextmanager
@@ -291,10 +310,10 @@ def _run_server(
     app: "FastAPI",
     host: str,
     port: int,
-    timeout_s: float,
+    drain_timeout_s: float,
     max_connections_per_address: int = 128,
 ) -> None:
-    """Run uvicorn until it is stopped; requests in progress may finish."""
+    """Run uvicorn until it is stopped; accepted work then has ``drain_timeout_s`` seconds."""
     import uvicorn
 
     from hyperlora.service.connection_limits import (
@@ -304,11 +323,11 @@ def _run_server(
     )
 
     class Server(uvicorn.Server):
-        """A server that ends event streams first, which would otherwise never end."""
+        """A server that limits the time of accepted work; event streams would never end."""
 
         async def shutdown(self, sockets: "list[socket] | None" = None) -> None:
-            """End event streams, then shut down as uvicorn does."""
-            await app.state.service.jobs.close_streams()
+            """Start the time of accepted work, then shut down as uvicorn does."""
+            app.state.service.shutdown.begin()
             await super().shutdown(sockets)
 
     limits = ConnectionLimits(max_connections_per_address)
@@ -322,7 +341,7 @@ def _run_server(
         access_log=False,
         server_header=False,
         proxy_headers=False,  # a client could claim any address
-        timeout_graceful_shutdown=int(timeout_s) + 5,
+        timeout_graceful_shutdown=ceil(drain_timeout_s) + 1,
         h11_max_incomplete_event_size=64 << 10,
     )
     raise_open_file_limit()

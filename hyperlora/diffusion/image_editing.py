@@ -11,10 +11,12 @@ from hyperlora.data.images import to_image, to_tensor
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.lora_prompt_syntax import check_no_lora_tags
 from hyperlora.diffusion.sampling_inputs import (
+    StepFn,
     check_num_steps,
     check_sampling_inputs,
     inject_base_lora,
     make_generators,
+    make_step_arguments,
 )
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
@@ -36,6 +38,7 @@ def edit_images(
     guidance_scale: float | None = None,
     image_guidance_scale: float = 1.0,
     preserve_unedited: bool = False,
+    on_step: StepFn | None = None,
 ) -> list[Image.Image]:
     """Edit each image by a LoRA, an instruction, or both.
 
@@ -54,6 +57,8 @@ def edit_images(
         preserve_unedited: Whether to restore the input image where the edit changes nothing
             (``blend_edit_region``), at twice the cost. Other programs that load the LoRA file
             do not, and repaint the whole image.
+        on_step: Called with the number of each finished step, from 1; with ``preserve_unedited``
+            of each of the two passes. It may raise to stop.
 
     Returns:
         n images at the resolution of the base.
@@ -94,6 +99,7 @@ def edit_images(
                     **family.make_edit_arguments(image_pixels, scale, image_guidance_scale),
                     num_inference_steps=num_inference_steps or family.default_num_inference_steps,
                     generator=make_generators(seeds[batch]),
+                    **make_step_arguments(base, on_step),
                 ).images
         return edited
 

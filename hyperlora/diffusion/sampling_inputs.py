@@ -1,10 +1,12 @@
 """Inputs of a sampling run on a base: what image generation and image editing share."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import InvalidArgumentError
@@ -12,6 +14,8 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.seeds import validate_seed
 
 MAX_GUIDANCE_SCALE: Final = 100.0
+StepFn = Callable[[int], None]
+"""Called with the number of a denoising step, from 1."""
 
 
 def check_sampling_inputs(
@@ -87,3 +91,28 @@ def inject_base_lora(base: DiffusionBase, lora: LoraWeights | None) -> AbstractC
 def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """Make one CPU generator per sample, so its noise depends on neither batch nor device."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def make_step_arguments(base: DiffusionBase, on_step: StepFn | None) -> dict[str, Any]:
+    """Make the arguments of ``base.pipeline(...)`` that call a function after each step.
+
+    Args:
+        base: The base that samples.
+        on_step: Called with the number of the step, from 1. None for no arguments.
+
+    Returns:
+        Arguments by name.
+    """
+    if on_step is None:
+        return {}
+    if "callback_on_step_end" not in inspect.signature(type(base.pipeline).__call__).parameters:
+        # InstructPix2Pix on SDXL
+        return {"callback": lambda step, timestep, latents: on_step(step + 1), "callback_steps": 1}
+
+    def call_on_step(
+        pipeline: object, step: int, timestep: object, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        on_step(step + 1)
+        return tensors
+
+    return {"callback_on_step_end": call_on_step}

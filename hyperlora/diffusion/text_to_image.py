@@ -8,10 +8,12 @@ from PIL import Image
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.lora_prompt_syntax import check_no_lora_tags
 from hyperlora.diffusion.sampling_inputs import (
+    StepFn,
     check_num_steps,
     check_sampling_inputs,
     inject_base_lora,
     make_generators,
+    make_step_arguments,
 )
 from hyperlora.diffusion.schedulers import use_scheduler
 from hyperlora.errors import InvalidArgumentError
@@ -19,7 +21,7 @@ from hyperlora.lora.weights import LoraWeights
 
 
 @torch.no_grad()
-def generate_images(
+def generate_images(  # noqa: PLR0913 - the settings of a sampler
     base: DiffusionBase,
     prompts: Sequence[str],
     lora: LoraWeights | None = None,
@@ -31,6 +33,7 @@ def generate_images(
     width: int | None = None,
     height: int | None = None,
     scheduler: str | None = None,
+    on_step: StepFn | None = None,
 ) -> list[Image.Image]:
     """Generate one image per prompt.
 
@@ -48,6 +51,7 @@ def generate_images(
         width: Width in pixels; by default the resolution of the base.
         height: Height in pixels, likewise.
         scheduler: Name of one of ``base.family.schedulers``; None for the base's own.
+        on_step: Called with the number of each finished step, from 1. It may raise to stop.
 
     Returns:
         n images.
@@ -84,5 +88,6 @@ def generate_images(
             generator=make_generators(seeds),
             **family.make_size_arguments(width or base.resolution, height or base.resolution),
             **family.make_guidance_arguments(scale, [negative_prompt] * len(prompts)),
+            **make_step_arguments(base, on_step),
         ).images
     return [image.convert("RGB") for image in images]  # Qwen-Image 2.1 decodes alpha, too

@@ -123,7 +123,8 @@ class RefineConfig:
             plus that of the LoRA on top, which loses nothing.
         seed: Seed of the start, the noise and the sampled images.
         progress_label: Label of a progress bar over the steps; None: no bar.
-        on_step: Called with the step number (from 1) before each step. It may raise to stop.
+        on_step: Called with the step number (from 1) before each step; by ``refine_identity`` also
+            with 0 before each image that it starts from. It may raise to stop.
 
     Raises:
         InvalidArgumentError: A number is out of its range.

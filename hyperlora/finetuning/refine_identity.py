@@ -1,13 +1,15 @@
 """Refine LoRAs by an identity loss on images that the LoRAs themselves generate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from hyperlora.cpu import select_sdpa_kernel
+from hyperlora.data.batching import split_batches
 from hyperlora.data.images import to_tensor
 from hyperlora.diffusion.conditions import Conditions, map_tensors
 from hyperlora.diffusion.diffusion_base import DiffusionBase
@@ -69,7 +71,7 @@ def refine_identity(
     config.check_ranks(predicted.layout)
     layout = predicted.layout.with_rank(config.rank or predicted.layout.rank)
     target_embeds = identity_embedder.embed_subjects(photos).to(device)  # [K, features]
-    self_images = _sample_self_images(base, predicted, prompts, config.seed)
+    self_images = _sample_self_images(base, predicted, prompts, config.seed, config.on_step)
     noise_schedule = NoiseSchedule(base.noise_scheduler)
     num_timesteps = noise_schedule.num_train_timesteps
     min_timestep, max_timestep = (int(share * num_timesteps) for share in TIMESTEP_RANGE)
@@ -126,18 +128,27 @@ def _sample_self_images(
     loras: LoraWeights,
     prompts: Sequence[str],
     seed: int,
+    on_step: Callable[[int], None] | None = None,
     num_inference_steps: int = 6,
 ) -> TrainingExamples:
-    """Generate one image per LoRA and prompt: latents [K, prompts, c, h, w] with conditions."""
-    num_prompts, latents = len(prompts), []
+    """Generate one image per LoRA and prompt: latents [K, prompts, c, h, w] with conditions.
+
+    With ``on_step`` one image at a time, and the function is called with 0 before each.
+    """
+    latents = []
+    prompt_chunks = list(split_batches(range(len(prompts)), 1 if on_step else len(prompts)))
     for i in range(len(loras)):
-        images = generate_images(
-            base,
-            prompts,
-            loras[[i] * num_prompts],
-            seeds=[compute_seed(seed, j) for j in range(num_prompts)],
-            num_inference_steps=num_inference_steps,
-        )
+        images: list[Image.Image] = []
+        for chunk in prompt_chunks:
+            if on_step is not None:
+                on_step(0)
+            images += generate_images(
+                base,
+                [prompts[j] for j in chunk],
+                loras[[i] * len(chunk)],
+                seeds=[compute_seed(seed, j) for j in chunk],
+                num_inference_steps=num_inference_steps,
+            )
         pixels = torch.stack([to_tensor(image, base.resolution) for image in images])
         latents.append(base.encode_images(pixels))  # [prompts, c, h, w]
     conditions = map_tensors(

@@ -1,7 +1,8 @@
 """``create_app``: the FastAPI application over an engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Final
@@ -18,9 +19,10 @@ from hyperlora.service.jobs import Jobs
 from hyperlora.service.metrics import Metrics, MetricsMiddleware
 from hyperlora.service.security import ApiKeyAuth, AuthMiddleware, BodyLimitMiddleware
 from hyperlora.service.settings import ServiceSettings
+from hyperlora.service.shutdown import Shutdown
 from hyperlora.service.state import AppState
 
-_ENGINE_CLOSE_TIMEOUT_S: Final = 10.0
+_log = logging.getLogger("hyperlora.service")
 _MAX_OTHER_JSON_BYTES: Final = 1 << 20
 """Largest JSON without the content of a LoRA, which /v1/images alone takes."""
 
@@ -49,8 +51,7 @@ def create_app(make_engine: EngineFactory, settings: ServiceSettings) -> FastAPI
         sweep_task = asyncio.create_task(_delete_stale(state))
         yield
         sweep_task.cancel()
-        await state.jobs.drain(settings.drain_timeout_s)
-        await asyncio.to_thread(state.engine.close, _ENGINE_CLOSE_TIMEOUT_S)
+        await state.shutdown.finish()
 
     app = FastAPIOffline(  # serves the scripts of /docs itself: no other server learns of readers
         title="hyperlora",
@@ -88,12 +89,21 @@ def _build_app_state(
         max_jobs_per_owner=settings.max_jobs_per_owner,
     )
     metrics.connect_gauges(lambda: engine.queue_length, lambda: jobs.num_active)
-    return AppState(settings, files, engine, jobs, metrics)
+    shutdown = Shutdown(engine, jobs, settings.drain_timeout_s)
+    return AppState(settings, files, engine, jobs, metrics, shutdown)
 
 
 async def _delete_stale(state: AppState) -> None:
-    """Delete files and finished jobs whose time is over, again and again."""
+    """Delete files and finished jobs whose time is over, again and again, also after an error."""
+    sweeps: list[Callable[[], Awaitable[object]]] = [
+        lambda: asyncio.to_thread(state.files.delete_stale),
+        lambda: state.jobs.delete_stale(state.settings.retention_s),
+    ]
     while True:
-        await asyncio.to_thread(state.files.delete_stale)
-        state.jobs.delete_stale(state.settings.retention_s)
+        for delete_stale in sweeps:
+            try:
+                await delete_stale()
+            except Exception:
+                state.metrics.sweep_errors.inc()
+                _log.exception("what is out of date could not be deleted; it is tried again")
         await asyncio.sleep(state.settings.sweep_interval_s)

@@ -13,7 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from hyperlora.errors import HyperloraError, InvalidImageError, OutOfMemoryError
-from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
+from hyperlora.service.engine.batcher import (
+    DeadlineExceededError,
+    OwnerQueueFullError,
+    QueueFullError,
+)
+from hyperlora.service.file_store import StorageError
 
 JsonObject = dict[str, Any]
 """A piece of an OpenAPI document."""
@@ -119,7 +124,12 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(QueueFullError)
     async def handle_queue_full(request: Request, error: QueueFullError) -> JSONResponse:
-        return make_problem(503, str(error), {"Retry-After": "5"})
+        status = 429 if isinstance(error, OwnerQueueFullError) else 503
+        return make_problem(status, str(error), {"Retry-After": "5"})
+
+    @app.exception_handler(StorageError)
+    async def handle_storage_error(request: Request, error: StorageError) -> JSONResponse:
+        return make_problem(503, str(error), {"Retry-After": "60"})
 
     @app.exception_handler(ClientDisconnect)  # while the body is read
     @app.exception_handler(ClientDisconnectedError)

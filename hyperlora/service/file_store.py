@@ -1,5 +1,6 @@
 """``FileStore``: files that callers asked to store, by the SHA-256 of their content."""
 
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -16,7 +17,19 @@ from hyperlora.lora.io.safetensors_file import write_bytes
 
 FileKind = Literal["lora", "image"]
 SUFFIXES: Final[dict[FileKind, str]] = {"lora": ".safetensors", "image": ".png"}
+_log = logging.getLogger("hyperlora.service")
 _ID: Final = re.compile(r"[0-9a-f]{64}")
+
+
+class StorageError(Exception):
+    """The disk of the server does not take or give something."""
+
+    def __init__(
+        self,
+        message: str = "the disk of the server is full or busy, and nothing was stored: "
+        "ask again in a moment",
+    ) -> None:
+        super().__init__(message)
 
 
 @contextmanager
@@ -66,9 +79,11 @@ def _set_mode(path: Path, mode: int) -> None:
 
 @dataclass(frozen=True)
 class FileStore:
-    """Content-addressed files that expire.
+    """Content-addressed files of several owners, that expire.
 
-    A name on disk is a digest that has been checked, never anything else that a caller sent.
+    Every owner has a folder, so that nobody learns what another one stores; a file of two owners
+    is there twice. A name on disk is a digest that has been made or checked, never anything else
+    that a caller sent.
 
     Attributes:
         folder: Where the files lie.
@@ -78,49 +93,59 @@ class FileStore:
     folder: Path
     retention_s: float
 
-    def store_bytes(self, data: bytes, kind: FileKind) -> str:
+    def store_bytes(self, data: bytes, kind: FileKind, owner: str) -> str:
         """Store a file, whole or not at all.
 
         Args:
             data: Content of the file.
             kind: Kind of the file.
+            owner: Who may read and delete it.
 
         Returns:
             The id: 64 hexadecimal digits of the SHA-256.
+
+        Raises:
+            StorageError: If the disk is full.
         """
         digest = sha256(data).hexdigest()
-        write_bytes(data, self._get_path(digest, kind))
+        try:
+            write_bytes(data, self._get_path(digest, kind, owner))
+        except OSError as error:
+            _log.warning("a file is not stored: %s", error.strerror)
+            raise StorageError from error
         return digest
 
-    def get_bytes(self, id: str, kind: FileKind) -> bytes | None:
+    def get_bytes(self, id: str, kind: FileKind, owner: str) -> bytes | None:
         """Read a stored file.
 
         Args:
             id: What ``store_bytes`` returned, or anything else.
             kind: Kind of the file.
+            owner: Who asks.
 
         Returns:
-            The content, or None if no such file is stored (any more).
+            The content, or None if this owner stores no such file (any more).
         """
         if not _ID.fullmatch(id):
             return None
-        path = self._get_path(id, kind)
+        path = self._get_path(id, kind, owner)
         with suppress(FileNotFoundError):
             if not self._is_stale(path):
                 return path.read_bytes()
         return None
 
-    def delete(self, id: str, kind: FileKind) -> bool:
-        """Delete a stored file.
+    def delete(self, id: str, kind: FileKind, owner: str) -> bool:
+        """Delete a stored file of one owner.
 
         Args:
             id: What ``store_bytes`` returned, or anything else.
             kind: Kind of the file.
+            owner: Who asks.
 
         Returns:
-            Whether the file was there.
+            Whether this owner stored the file.
         """
-        if not _ID.fullmatch(id) or not (path := self._get_path(id, kind)).is_file():
+        if not _ID.fullmatch(id) or not (path := self._get_path(id, kind, owner)).is_file():
             return False
         path.unlink(missing_ok=True)
         return True
@@ -142,5 +167,6 @@ class FileStore:
     def _is_stale(self, path: Path) -> bool:
         return path.stat().st_mtime + self.retention_s <= time.time()
 
-    def _get_path(self, id: str, kind: FileKind) -> Path:
-        return self.folder / id[:2] / f"{id}{SUFFIXES[kind]}"
+    def _get_path(self, id: str, kind: FileKind, owner: str) -> Path:
+        owner_digest = sha256(owner.encode()).hexdigest()[:32]
+        return self.folder / owner_digest / f"{id}{SUFFIXES[kind]}"

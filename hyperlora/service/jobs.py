@@ -3,91 +3,58 @@
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, TypeVar
 from uuid import uuid4
 
-from sqlalchemy import (
-    Column,
-    Float,
-    MetaData,
-    String,
-    Table,
-    create_engine,
-    delete,
-    event,
-    func,
-    insert,
-    select,
-    update,
-)
-from sqlalchemy.engine import Engine as Database
-
 from hyperlora.errors import HyperloraError
-from hyperlora.service.engine.batcher import DeadlineExceededError, QueueFullError
+from hyperlora.service.engine.batcher import (
+    DeadlineExceededError,
+    OwnerQueueFullError,
+    QueueFullError,
+    ServerStoppingError,
+)
 from hyperlora.service.engine.callbacks import ProgressFn
-from hyperlora.service.file_store import make_private_file
+from hyperlora.service.file_store import StorageError
+from hyperlora.service.job_table import Job, JobKind, JobTable
 
-JobKind = Literal["lora", "image"]
-JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ValueT = TypeVar("ValueT")
 JobFn = Callable[[ProgressFn], Awaitable[str]]
 """Runs a job and returns the id of the stored file."""
-ACTIVE_STATES: Final = ("queued", "running")
 SERVER_STOPPED: Final = "the server stopped before this job was done: send it again"
 _SERVER_KILLED: Final = (
     "the server stopped before this job was done, and photos live in memory only: send it again"
 )
+_CANCELLED: Final = "cancelled on request"
 _MIN_PROGRESS_STEP: Final = 0.05
-"""Progress is written in steps of at least this: each is a write to the disk."""
+"""Progress is told in steps of at least this."""
+_SAVE_TIMEOUT_S: Final = 0.5
+"""Seconds that writes may take when the server stops."""
 _log = logging.getLogger("hyperlora.service")
-_METADATA = MetaData()
-_JOBS = Table(
-    "jobs",
-    _METADATA,
-    Column("id", String, primary_key=True),
-    Column("owner", String, nullable=False),
-    Column("kind", String, nullable=False),
-    Column("state", String, nullable=False, index=True),
-    Column("progress", Float, nullable=False),
-    Column("created", Float, nullable=False),
-    Column("finished", Float),
-    Column("result", String),
-    Column("error", String),
-)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One row of the job table.
+@dataclass
+class _OwnerJobs:
+    """The active jobs of one owner.
 
     Attributes:
-        id: 32 hexadecimal digits.
-        owner: Who may see the job.
-        kind: What the job makes.
-        state: Where the job stands.
-        progress: Fraction that is done, 0 to 1.
-        created: Seconds since 1970.
-        finished: Seconds since 1970; None while the job is active.
-        result: Id of the stored file, once there is one.
-        error: Why the job failed, in one sentence.
+        run_slots: One slot for each job that may run.
+        num_active: Jobs that are not finished.
     """
 
-    id: str
-    owner: str
-    kind: JobKind
-    state: JobState
-    progress: float
-    created: float
-    finished: float | None
-    result: str | None
-    error: str | None
+    run_slots: asyncio.Semaphore
+    num_active: int = 0
 
 
 class Jobs:
     """Run accepted work as tasks of the running event loop.
+
+    Active jobs are in memory; the table, which a thread of its own writes, holds what was accepted
+    and how it ended. An end that the disk does not take stays in memory until it does.
 
     Opening the table reports what an earlier process accepted and did not finish as failed.
     Photos are in memory only, so such a job cannot run again.
@@ -97,7 +64,9 @@ class Jobs:
         max_jobs: Jobs that may be active.
         on_state_change: Receives the kind and the new state of a job at every change.
         max_jobs_per_owner: Active jobs of one owner; None for ``max_jobs``.
-        max_concurrent: Jobs that run together; others are queued.
+        max_running_per_owner: Jobs of one owner that run together; others of this owner wait, and
+            never those of another.
+        retry_interval_s: Seconds until a write that failed is repeated.
     """
 
     def __init__(
@@ -107,20 +76,31 @@ class Jobs:
         on_state_change: Callable[[str, str], None] | None = None,
         *,
         max_jobs_per_owner: int | None = None,
-        max_concurrent: int = 8,
+        max_running_per_owner: int = 8,
+        retry_interval_s: float = 5.0,
     ) -> None:
-        make_private_file(database_path)  # SQLite gives its other files the same mode
         self.max_jobs, self.max_jobs_per_owner = max_jobs, max_jobs_per_owner or max_jobs
+        self.retry_interval_s = retry_interval_s
         self._on_state_change = on_state_change or (lambda kind, state: None)
+        self._jobs: dict[str, Job] = {}  # active, or not yet written
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._jobs_per_owner: Counter[str] = Counter()
-        self._run_slots = asyncio.Semaphore(max_concurrent)
+        self._save_tasks: set[asyncio.Task[None]] = set()
+        self._owners = defaultdict[str, _OwnerJobs](
+            lambda: _OwnerJobs(asyncio.Semaphore(max_running_per_owner))
+        )
+        self._num_active = 0
         self._stopping = self._streams_closed = False
-        self._state_changed = asyncio.Condition()
-        self._database = _open_database(database_path)
-        self._fail_active(_SERVER_KILLED)
+        self._changed = asyncio.Event()
+        self._table = JobTable(database_path)
+        self._table_thread = ThreadPoolExecutor(1, "hyperlora-jobs")
+        self._table.fail_active(_SERVER_KILLED)
 
-    def submit(self, kind: JobKind, owner: str, run_fn: JobFn) -> Job:
+    @property
+    def num_active(self) -> int:
+        """Number of jobs that are not finished."""
+        return self._num_active
+
+    async def submit(self, kind: JobKind, owner: str, run_fn: JobFn) -> Job:
         """Start a job and return at once; the job is in the table before it starts.
 
         Args:
@@ -133,36 +113,35 @@ class Jobs:
 
         Raises:
             QueueFullError: If too many jobs are active, of all owners or of this one.
+            StorageError: If the disk does not take the job.
         """
-        if len(self._tasks) >= self.max_jobs:
+        if self._num_active >= self.max_jobs:
             raise QueueFullError(f"{self.max_jobs} jobs are open already: ask again in a moment")
-        if self._jobs_per_owner[owner] >= self.max_jobs_per_owner:
-            raise QueueFullError(
+        if self._owners[owner].num_active >= self.max_jobs_per_owner:
+            raise OwnerQueueFullError(
                 f"you have {self.max_jobs_per_owner} open jobs already: wait for one of them"
             )
         job = Job(uuid4().hex, owner, kind, "queued", 0.0, time.time(), None, None, None)
-        with self._database.begin() as connection:
-            connection.execute(insert(_JOBS).values(**job.__dict__))
-        self._on_state_change(kind, "queued")
+        self._count_active(owner, 1)
+        try:
+            await self._call_table(self._table.insert, job)
+            if self._stopping:
+                raise ServerStoppingError
+        except BaseException:
+            self._count_active(owner, -1)
+            raise
+        self._set_job(job)
         task = asyncio.create_task(self._run_job(job, run_fn))
         self._tasks[job.id] = task
-        self._jobs_per_owner[owner] += 1
-        task.add_done_callback(lambda _: self._remove_task(job))
+        task.add_done_callback(lambda task: self._end_task(job, task))
         return job
 
-    def _remove_task(self, job: Job) -> None:
-        self._tasks.pop(job.id, None)
-        self._jobs_per_owner[job.owner] -= 1
-        if not self._jobs_per_owner[job.owner]:
-            del self._jobs_per_owner[job.owner]
-
-    def delete_stale(self, retention_s: float) -> None:
+    async def delete_stale(self, retention_s: float) -> None:
         """Delete jobs that finished more than ``retention_s`` seconds ago."""
-        with self._database.begin() as connection:
-            connection.execute(delete(_JOBS).where(_JOBS.c.finished < time.time() - retention_s))
+        await self._call_table(self._table.delete_stale, retention_s)
 
-    def get(self, id: str, owner: str) -> Job | None:
-        """Read a job.
+    async def get(self, id: str, owner: str) -> Job | None:
+        """Find a job.
 
         Args:
             id: Id of the job.
@@ -171,44 +150,32 @@ class Jobs:
         Returns:
             The job, or None if this owner has no such job.
         """
-        query = select(_JOBS).where(_JOBS.c.id == id, _JOBS.c.owner == owner)
-        with self._database.connect() as connection:
-            row = connection.execute(query).mappings().first()
-        return Job(**row) if row else None
+        if (job := self._jobs.get(id)) is not None:
+            return job if job.owner == owner else None
+        return await self._call_table(self._table.get, id, owner)
 
     async def cancel(self, job: Job) -> Job:
         """Cancel a job and return it as it is then; a finished job stays as it is."""
         if (task := self._tasks.get(job.id)) is not None:
             task.cancel()
             await asyncio.wait([task])
-        return self.get(job.id, job.owner) or job
+        return await self.get(job.id, job.owner) or job
 
     async def stream(self, job: Job) -> AsyncIterator[Job]:
         """Yield the job now and after every change, until it is finished or the server stops."""
-        while (current := self.get(job.id, job.owner)) is not None:
+        while (current := await self.get(job.id, job.owner)) is not None:
             yield current
-            if current.state not in ACTIVE_STATES:
+            if not current.is_active:
                 return
-            async with self._state_changed:
-                while self.get(job.id, job.owner) == current:
-                    if self._streams_closed:
-                        return
-                    await self._state_changed.wait()
+            while self._jobs.get(job.id) == current:
+                if self._streams_closed:
+                    return
+                await self._changed.wait()
 
-    async def close_streams(self) -> None:
+    def close_streams(self) -> None:
         """End every ``stream``; an open stream would keep the server from stopping."""
         self._streams_closed = True
-        async with self._state_changed:
-            self._state_changed.notify_all()
-
-    @property
-    def num_active(self) -> int:
-        """Number of jobs that are not finished."""
-        with self._database.connect() as connection:
-            count = connection.scalar(
-                select(func.count()).select_from(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES))
-            )
-        return int(count or 0)
+        self._notify()
 
     async def drain(self, timeout_s: float) -> None:
         """Let active jobs finish; after ``timeout_s`` seconds report the others as failed."""
@@ -219,30 +186,41 @@ class Jobs:
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()))
-        self._fail_active(SERVER_STOPPED)
-        self._database.dispose()
+        if self._save_tasks:
+            _, unsaved = await asyncio.wait(self._save_tasks, timeout=_SAVE_TIMEOUT_S)
+            for task in unsaved:
+                task.cancel()
+        self._table_thread.shutdown(wait=False, cancel_futures=True)
+        self._table.close()
 
     async def _run_job(self, job: Job, run_fn: JobFn) -> None:
-        try:
-            async with self._run_slots:
-                await self._update_job(job, state="running")
+        async with self._owners[job.owner].run_slots:
+            self._set_job(replace(job, state="running"))
+            try:
                 result = await run_fn(self._make_progress_fn(job))
-            await self._update_job(
-                job, state="succeeded", progress=1.0, result=result, finished=time.time()
-            )
-        except asyncio.CancelledError:
-            if self._stopping:
-                await self._finish_job(job, "failed", SERVER_STOPPED)
-            else:
-                await self._finish_job(job, "cancelled", "cancelled on request")
-        except (HyperloraError, QueueFullError, DeadlineExceededError) as error:
-            await self._finish_job(job, "failed", str(error))
-        except Exception:
-            _log.exception("a job failed unexpectedly")
-            await self._finish_job(job, "failed", "the server made a mistake; it is logged")
+                self._finish_job(job, state="succeeded", progress=1.0, result=result)
+            except ServerStoppingError:
+                self._finish_job(job, state="failed", error=SERVER_STOPPED)
+            except (HyperloraError, QueueFullError, DeadlineExceededError, StorageError) as error:
+                self._finish_job(job, state="failed", error=str(error))
+            except Exception:
+                _log.exception("a job failed unexpectedly")
+                error_text = "the server made a mistake; it is logged"
+                self._finish_job(job, state="failed", error=error_text)
 
-    async def _finish_job(self, job: Job, state: JobState, error: str) -> None:
-        await self._update_job(job, state=state, error=error, finished=time.time())
+    def _end_task(self, job: Job, task: "asyncio.Task[None]") -> None:
+        """Account for a task that is done, perhaps cancelled before it began."""
+        del self._tasks[job.id]
+        if task.cancelled() and self._stopping:
+            self._finish_job(job, state="failed", error=SERVER_STOPPED)
+        elif task.cancelled():
+            self._finish_job(job, state="cancelled", error=_CANCELLED)
+
+    def _count_active(self, owner: str, change: int) -> None:
+        self._num_active += change
+        self._owners[owner].num_active += change
+        if not self._owners[owner].num_active:
+            del self._owners[owner]
 
     def _make_progress_fn(self, job: Job) -> ProgressFn:
         loop, last_progress = asyncio.get_running_loop(), 0.0
@@ -251,39 +229,46 @@ class Jobs:
             nonlocal last_progress
             if progress >= last_progress + _MIN_PROGRESS_STEP:
                 last_progress = progress
-                asyncio.run_coroutine_threadsafe(
-                    self._update_job(job, state="running", progress=progress), loop
-                )
+                loop.call_soon_threadsafe(self._set_progress, job.id, progress)
 
         return report_progress
 
-    async def _update_job(self, job: Job, **values: object) -> None:
-        with self._database.begin() as connection:
-            is_active = _JOBS.c.state.in_(ACTIVE_STATES)  # a finished job stays as it is
-            connection.execute(
-                update(_JOBS).where(_JOBS.c.id == job.id, is_active).values(**values)
-            )
-        self._on_state_change(job.kind, str(values["state"]))
-        async with self._state_changed:
-            self._state_changed.notify_all()
+    def _set_progress(self, id: str, progress: float) -> None:
+        if (job := self._jobs.get(id)) is not None and job.is_active:
+            self._jobs[id] = replace(job, progress=progress)
+            self._notify()
 
-    def _fail_active(self, reason: str) -> None:
-        with self._database.begin() as connection:
-            values = {"state": "failed", "error": reason, "finished": time.time()}
-            connection.execute(
-                update(_JOBS).where(_JOBS.c.state.in_(ACTIVE_STATES)).values(**values)
-            )
+    def _finish_job(self, job: Job, **values: Any) -> None:
+        """Set the end of a job in memory, and write it in the background."""
+        job = replace(self._jobs.get(job.id, job), finished=time.time(), **values)
+        self._count_active(job.owner, -1)
+        self._set_job(job)
+        task = asyncio.create_task(self._save_job(job))
+        self._save_tasks.add(task)
+        task.add_done_callback(self._save_tasks.discard)
 
+    async def _save_job(self, job: Job) -> None:
+        """Write the end of a job; repeat it until the disk takes it."""
+        while True:
+            try:
+                await self._call_table(self._table.update, job)
+            except StorageError as error:
+                _log.warning("the end of a job is not written yet: %s", error.__cause__)
+                await asyncio.sleep(self.retry_interval_s)
+            else:
+                self._jobs.pop(job.id, None)
+                return
 
-def _open_database(path: Path) -> Database:
-    database = create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False})
+    def _set_job(self, job: Job) -> None:
+        self._jobs[job.id] = job
+        self._on_state_change(job.kind, job.state)
+        self._notify()
 
-    @event.listens_for(database, "connect")
-    def set_pragmas(connection: object, _: object) -> None:
-        cursor = connection.cursor()  # type: ignore[attr-defined]
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.close()
+    def _notify(self) -> None:
+        """Wake every stream."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    _METADATA.create_all(database)
-    return database
+    async def _call_table(self, method: Callable[..., ValueT], *args: object) -> ValueT:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._table_thread, method, *args)

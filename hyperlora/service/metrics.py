@@ -36,6 +36,11 @@ class Metrics:
         self.jobs = Counter(
             "hyperlora_jobs", "State changes of jobs", ["kind", "state"], registry=self.registry
         )
+        self.sweep_errors = Counter(
+            "hyperlora_sweep_errors",
+            "Deletions of what is out of date that failed",
+            registry=self.registry,
+        )
         self.queue_length = Gauge(
             "hyperlora_queue_length", "Requests waiting for the model", registry=self.registry
         )

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Final
 
@@ -19,13 +19,20 @@ class EngineLimits:
 
     Attributes:
         max_queue_size: Requests that may wait for the model.
+        max_queue_size_per_owner: The same for one caller.
         max_lora_batch: LoRAs that are predicted in one forward pass.
         max_image_batch: Images that are denoised in one batch.
+        max_batch_pixels: Pixels of these images together, unless one alone has more.
+        max_pixel_steps: Pixels times denoising steps of one image, unless the base's default image
+            needs more.
     """
 
     max_queue_size: int = 256
+    max_queue_size_per_owner: int = 64
     max_lora_batch: int = 32
     max_image_batch: int = 8
+    max_batch_pixels: int = 2 << 20
+    max_pixel_steps: int = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,16 @@ class ServiceSettings:
         body_timeout_s: Seconds until the body of a request is complete.
         timeout_s: Seconds that a synchronous request may take.
         max_queue_size: Requests that may wait for the model.
+        max_queue_size_per_owner: The same for one caller.
         max_jobs: Jobs that may be accepted and not finished.
         max_jobs_per_owner: The same for one caller.
         max_lora_batch: LoRAs that are predicted in one forward pass.
         max_image_batch: Images that are denoised in one batch.
+        max_batch_pixels: Pixels of these images together, unless one alone has more.
+        max_pixel_steps: Pixels times denoising steps of one image, unless the base's default image
+            needs more.
         retention_s: Seconds that stored files and finished jobs are kept.
-        drain_timeout_s: Seconds that accepted jobs get when the server stops.
+        drain_timeout_s: Seconds that accepted requests and jobs get when the server stops.
         sweep_interval_s: Seconds between two deletions of what is out of date.
         public_https: Whether a proxy speaks HTTPS, so that cookies are for HTTPS alone.
     """
@@ -63,12 +74,15 @@ class ServiceSettings:
     body_timeout_s: float = 60.0
     timeout_s: float = 120.0
     max_queue_size: int = EngineLimits.max_queue_size
+    max_queue_size_per_owner: int = EngineLimits.max_queue_size_per_owner
     max_jobs: int = 128
     max_jobs_per_owner: int = 64
     max_lora_batch: int = EngineLimits.max_lora_batch
     max_image_batch: int = EngineLimits.max_image_batch
+    max_batch_pixels: int = EngineLimits.max_batch_pixels
+    max_pixel_steps: int = EngineLimits.max_pixel_steps
     retention_s: float = 24 * 3600.0
-    drain_timeout_s: float = 60.0
+    drain_timeout_s: float = 8.0
     sweep_interval_s: float = 600.0
     public_https: bool = False
 
@@ -80,7 +94,8 @@ class ServiceSettings:
     @property
     def engine_limits(self) -> EngineLimits:
         """The limits of the engine."""
-        return EngineLimits(self.max_queue_size, self.max_lora_batch, self.max_image_batch)
+        names = [field.name for field in fields(EngineLimits)]
+        return EngineLimits(**{name: getattr(self, name) for name in names})
 
 
 def load_api_keys(path: Path | None) -> frozenset[bytes]:

@@ -7,6 +7,7 @@ from hyperlora.service.file_store import FileStore
 from hyperlora.service.jobs import Jobs
 from hyperlora.service.metrics import Metrics
 from hyperlora.service.settings import ServiceSettings
+from hyperlora.service.shutdown import Shutdown
 
 
 @dataclass
@@ -19,6 +20,7 @@ class AppState:
         engine: The models.
         jobs: Accepted jobs.
         metrics: Prometheus metrics.
+        shutdown: Ends the work when the server stops.
     """
 
     settings: ServiceSettings
@@ -26,3 +28,4 @@ class AppState:
     engine: Engine
     jobs: Jobs
     metrics: Metrics
+    shutdown: Shutdown

@@ -132,3 +132,17 @@ def test_refine_predictions_without_embedder_refines_by_photos(
     assert distance > 1e-3 * prediction.compute_delta_norms().sum()
     with pytest.raises(InvalidArgumentError, match="refine by photos"):
         refine_predictions(model, base, prediction, photos, num_steps=2, method="identity")
+
+
+def test_refine_identity_calls_on_step_before_images_and_steps(
+    base: DiffusionBase, embedder: IdentityEmbedder, prediction: LoraWeights, photos: Tensor
+) -> None:
+    steps: list[int] = []
+    config = RefineConfig(num_steps=2)
+    expected = refine_identity(base, prediction, photos, embedder, PROMPTS, config)
+    config = RefineConfig(num_steps=2, on_step=steps.append)
+    refined = refine_identity(base, prediction, photos, embedder, PROMPTS, config)
+    assert steps == [0] * K * len(PROMPTS) + [1, 2]
+    assert refined.layout == expected.layout
+    difference = (refined.compute_delta_norms() - expected.compute_delta_norms()).abs().max()
+    assert difference < 1e-3 * expected.compute_delta_norms().max()

@@ -31,13 +31,13 @@ def card_client(
     bundle: Bundle, difflora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TestClient]:
     """A server whose models are on the mock card."""
-    try_batch = batcher._try_batch
+    try_batch = DynamicBatcher._try_batch
 
-    def try_batch_on_card(batch: Any) -> Exception | None:
+    def try_batch_on_card(self: DynamicBatcher, batch: Any) -> Exception | None:
         with use_mock_tensors():  # the model thread is another than that of the test
-            return try_batch(batch)
+            return try_batch(self, batch)
 
-    monkeypatch.setattr(batcher, "_try_batch", try_batch_on_card)
+    monkeypatch.setattr(DynamicBatcher, "_try_batch", try_batch_on_card)
     paths = ModelPaths(
         model=str(bundle.model),
         base=str(bundle.base),

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -194,7 +194,7 @@ def test_run_server_limits_the_headers_of_a_request(monkeypatch: pytest.MonkeyPa
     run = uvicorn.Server.run
     monkeypatch.setattr(uvicorn.Server, "run", lambda server: servers.append(server))
     app = FastAPI()
-    app.state.service = SimpleNamespace(jobs=SimpleNamespace(close_streams=AsyncMock()))
+    app.state.service = SimpleNamespace(shutdown=Mock())
     with pytest.raises(typer.Exit):
         _run_server(app, "127.0.0.1", 0, 1.0)
     (server,) = servers

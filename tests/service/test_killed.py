@@ -1,11 +1,14 @@
 """A server process that is killed, and started again over the same state."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
+from hyperlora.service.job_table import JobTable
+from hyperlora.service.jobs import SERVER_STOPPED
 from tests.conftest import Bundle
 from tests.service.conftest import make_photo, run_server
 
@@ -47,3 +50,36 @@ def test_server_reports_every_accepted_job_after_a_kill(bundle: Bundle, tmp_path
                 assert job["finished"] >= job["created"]
         files = {"photos": ("a.png", make_photo())}
         assert client.post("/v1/loras", files=files).status_code == 200
+
+
+@pytest.mark.heavy
+def test_server_ends_heavy_work_within_ten_seconds_of_sigterm(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    """The steps of the picture are as long as those of large models: nobody waits for one."""
+    options = ("--max-pixel-steps", str(1 << 30), "--drain-timeout-s", "4")
+    with (
+        run_server(bundle, tmp_path, *options) as (url, server),
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        files, fields = {"photos": ("a.png", make_photo())}, {"refine_steps": "500"}
+        prefer = {"Prefer": "respond-async"}
+        jobs = [
+            client.post("/v1/loras", files=files, data=fields, headers=prefer) for _ in range(3)
+        ]
+        body = {"prompt": "a", "num_inference_steps": 50, "width": 1024, "height": 1024}
+        picture = threads.submit(client.post, "/v1/images", json=body)
+        time.sleep(1)
+        start_time = time.monotonic()
+        server.terminate()
+        server.wait(60)
+        assert time.monotonic() - start_time < 10
+        answer = picture.result()
+        assert answer.status_code == 503 and "the server is stopping" in answer.json()["detail"]
+
+    table = JobTable(tmp_path / "jobs.sqlite")
+    for job in jobs:
+        found = table.get(job.json()["id"], "host 127.0.0.1")
+        assert found is not None
+        assert (found.state, found.error) == ("failed", SERVER_STOPPED)

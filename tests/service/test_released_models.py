@@ -249,7 +249,10 @@ def test_images_follow_the_header_of_the_only_lora(server: TestClient, lora: Lor
     negative = make_ref(lora * -0.5)
     data = base64.b64decode(negative["content"])
     files = server.app.state.service.files  # type: ignore[attr-defined]
-    keys = {NEGATIVE_LORA_KEY: "gray", NEGATIVE_SHA256_KEY: files.store_bytes(data, "lora")}
+    keys = {
+        NEGATIVE_LORA_KEY: "gray",
+        NEGATIVE_SHA256_KEY: files.store_bytes(data, "lora", "host testclient"),
+    }
     gray, note = draw(server, [make_ref(lora, **keys)])
     assert "has its own LoRA" in note and np.abs(gray - same).max() > 1
     np.testing.assert_array_equal(gray, draw(server, [plain], negative_lora=negative)[0])

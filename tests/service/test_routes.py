@@ -132,7 +132,8 @@ def test_create_lora_answers_json_and_stores_the_file(client: TestClient) -> Non
 def test_stored_files_are_read_and_deleted_by_id(
     client: TestClient, kind: FileKind, noun: str, media_type: str
 ) -> None:
-    digest = client.app.state.service.files.store_bytes(b"content", kind)  # type: ignore[attr-defined]
+    files = client.app.state.service.files  # type: ignore[attr-defined]
+    digest = files.store_bytes(b"content", kind, "host testclient")
     path = f"/v1/{kind}s/{digest}"
     response = client.get(path)
     assert (response.content, response.headers["content-type"]) == (b"content", media_type)
@@ -385,7 +386,8 @@ def test_routes_refuse_bad_requests(start_client: StartClient) -> None:
 
 def test_routes_refuse_after_the_deadline_and_when_full(start_client: StartClient) -> None:
     client = start_client(timeout_s=0.3, max_queue_size=1)
-    slow = post_photos(client, headers={"Prefer": "respond-async"}, refine_steps=60)
+    picture = {"prompt": "a", "num_inference_steps": 50, "width": 512, "height": 512}
+    slow = client.post("/v1/images", json=picture, headers={"Prefer": "respond-async"})
     time.sleep(0.3)
     assert_problem(post_photos(client), 504, "longer than 0.3 s")
     waiting = [
@@ -408,3 +410,13 @@ def test_create_lora_names_the_format_and_its_lost_readers(client: TestClient) -
     assert response.json()["format"] == "diffusers"
     assert "A1111 and kohya read nothing" in response.headers["hyperlora-warning"]
     assert post_photos(client, format="sgm").status_code == 400
+
+
+def test_routes_limit_what_waits_of_one_owner(start_client: StartClient) -> None:
+    client = start_client(max_jobs_per_owner=1)
+    prefer = {"Prefer": "respond-async"}
+    job = post_photos(client, headers=prefer, refine_steps=500)
+    refused = post_photos(client, headers=prefer)
+    assert_problem(refused, 429, "you have 1 open jobs already")
+    assert refused.headers["retry-after"]
+    client.delete(job.headers["location"])

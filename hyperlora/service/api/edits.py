@@ -42,10 +42,10 @@ async def edit_image(call: Call, form: Annotated[EditForm, Depends()]) -> Respon
     Returns:
         The PNG, or 202 with a job.
     """
-    engine, edit_request = call.state.engine, await _read_request(form, call.state)
+    engine, edit_request = call.state.engine, await _read_request(form, call.state, call.owner)
 
     async def run_fn(timeout_s: float, on_progress: ProgressFn | None) -> EngineResult[bytes]:
-        return await encode_png_result(engine.run(edit_request, timeout_s))
+        return await encode_png_result(engine.run(edit_request, timeout_s, owner=call.owner))
 
     result = await run_or_enqueue(call, "image", run_fn)
     if isinstance(result, Response):
@@ -53,7 +53,7 @@ async def edit_image(call: Call, form: Annotated[EditForm, Depends()]) -> Respon
     return make_file_response(call.request, FileContent.from_png(result))
 
 
-async def _read_request(form: EditForm, state: AppState) -> EditImageRequest:
+async def _read_request(form: EditForm, state: AppState, owner: str) -> EditImageRequest:
     """Read the uploads of a form into the engine's request."""
     pairs = await read_pairs(form.before, form.after, state.settings.max_photos)
     if sum((bool(pairs), form.lora is not None, form.lora_id is not None)) > 1:
@@ -62,7 +62,7 @@ async def _read_request(form: EditForm, state: AppState) -> EditImageRequest:
         )
     lora = await form.lora.read() if form.lora is not None else None
     if form.lora_id is not None:
-        lora = read_stored_file(state.files, form.lora_id, "lora")
+        lora = read_stored_file(state.files, form.lora_id, "lora", owner)
     return EditImageRequest(
         image=await form.image.read(),
         pairs=pairs,

@@ -54,10 +54,10 @@ async def generate_image(call: Call, body: ImageRequestBody) -> Response:
     Returns:
         The PNG, the PNG in JSON, or 202 with a job.
     """
-    engine, image_request = call.state.engine, _make_request(body, call.state.files)
+    engine, image_request = call.state.engine, _make_request(body, call.state.files, call.owner)
 
     async def run_fn(timeout_s: float, on_progress: ProgressFn | None) -> EngineResult[bytes]:
-        return await encode_png_result(engine.run(image_request, timeout_s))
+        return await encode_png_result(engine.run(image_request, timeout_s, owner=call.owner))
 
     result = await run_or_enqueue(call, "image", run_fn)
     if isinstance(result, Response):
@@ -88,7 +88,7 @@ async def get_image(request: Request, owner: Caller, id: Annotated[FileId, Path(
     Returns:
         The PNG, or 304 if the caller has it.
     """
-    return make_stored_file_response(request, id, "image")
+    return make_stored_file_response(request, id, "image", owner)
 
 
 @router.delete(
@@ -105,20 +105,20 @@ async def delete_image(request: Request, owner: Caller, id: Annotated[FileId, Pa
     Returns:
         204.
     """
-    return delete_stored_file(request, id, "image")
+    return delete_stored_file(request, id, "image", owner)
 
 
-def _make_request(body: ImageRequestBody, file_store: FileStore) -> ImageRequest:
+def _make_request(body: ImageRequestBody, file_store: FileStore, owner: str) -> ImageRequest:
     """Make the engine's request from the JSON of a caller."""
-    loras = [(_get_lora_content(ref, file_store), ref.weight) for ref in body.loras]
+    loras = [(_get_lora_content(ref, file_store, owner), ref.weight) for ref in body.loras]
     branch: Literal["auto", "same", "off", "file"] = "auto"
     negative_lora = None
     if isinstance(body.negative_lora, LoraRef):
-        branch, negative_lora = "file", _get_lora_content(body.negative_lora, file_store)
+        branch, negative_lora = "file", _get_lora_content(body.negative_lora, file_store, owner)
     elif body.negative_lora is not None:
         branch = body.negative_lora
     elif len(loras) == 1:
-        negative_lora = _find_negative_lora(loras[0][0], file_store)
+        negative_lora = _find_negative_lora(loras[0][0], file_store, owner)
     return ImageRequest(
         prompt=body.prompt,
         loras=loras,
@@ -140,7 +140,7 @@ def _make_request(body: ImageRequestBody, file_store: FileStore) -> ImageRequest
     )
 
 
-def _find_negative_lora(data: bytes, file_store: FileStore) -> bytes | None:
+def _find_negative_lora(data: bytes, file_store: FileStore, owner: str) -> bytes | None:
     """Find the stored LoRA for the negative branch that the header of a file names."""
     try:
         header = read_header(data, len(data), "the LoRA", MAX_UPLOAD_HEADER_BYTES)
@@ -148,14 +148,14 @@ def _find_negative_lora(data: bytes, file_store: FileStore) -> bytes | None:
         return None  # the engine refuses it, with its reason
     metadata = header.get("__metadata__")
     digest = metadata.get(NEGATIVE_SHA256_KEY) if isinstance(metadata, dict) else None
-    return file_store.get_bytes(digest, "lora") if isinstance(digest, str) else None
+    return file_store.get_bytes(digest, "lora", owner) if isinstance(digest, str) else None
 
 
-def _get_lora_content(lora_ref: LoraRef, file_store: FileStore) -> bytes:
+def _get_lora_content(lora_ref: LoraRef, file_store: FileStore, owner: str) -> bytes:
     if (lora_ref.id is None) == (lora_ref.content is None):
         raise InvalidArgumentError(
             "each LoRA needs either the id of a stored one or a file's content, and not both"
         )
     if lora_ref.content is not None:
         return lora_ref.content
-    return read_stored_file(file_store, str(lora_ref.id), "lora")
+    return read_stored_file(file_store, str(lora_ref.id), "lora", owner)

@@ -11,15 +11,15 @@ from hyperlora.service.api.forms import get_state
 from hyperlora.service.api.responses import make_job_info
 from hyperlora.service.api.schemas import JobId, JobInfo
 from hyperlora.service.errors import build_problem_responses
-from hyperlora.service.jobs import Job
+from hyperlora.service.job_table import Job
 from hyperlora.service.security import Caller
 
 router = APIRouter(prefix="/v1/jobs", tags=["Jobs"])
 
 
-def _get_own_job(request: Request, owner: Caller, id: Annotated[JobId, Path()]) -> Job:
+async def _get_own_job(request: Request, owner: Caller, id: Annotated[JobId, Path()]) -> Job:
     """Return the caller's job; raise 404 for another owner's or none."""
-    if (job := get_state(request).jobs.get(id, owner)) is None:
+    if (job := await get_state(request).jobs.get(id, owner)) is None:
         raise HTTPException(404, f"you have no job {id} here")
     return job
 
@@ -28,13 +28,13 @@ OwnJob = Annotated[Job, Depends(_get_own_job)]
 """The job of a path, in a route's parameters."""
 
 
-@router.get("/{id}", responses=build_problem_responses(404))
+@router.get("/{id}", responses=build_problem_responses(404, 503))
 async def get_job(job: OwnJob) -> JobInfo:
     """Get the state of a job."""
     return make_job_info(job)
 
 
-@router.delete("/{id}", responses=build_problem_responses(404))
+@router.delete("/{id}", responses=build_problem_responses(404, 503))
 async def cancel_job(request: Request, job: OwnJob) -> JobInfo:
     """Cancel a job; a finished job stays as it is.
     \f
@@ -49,7 +49,7 @@ async def cancel_job(request: Request, job: OwnJob) -> JobInfo:
 
 
 @router.get(
-    "/{id}/events", response_class=EventSourceResponse, responses=build_problem_responses(404)
+    "/{id}/events", response_class=EventSourceResponse, responses=build_problem_responses(404, 503)
 )
 async def stream_job(request: Request, job: OwnJob) -> AsyncIterator[ServerSentEvent]:
     """Stream the job now and after every change, as server-sent events, until it is finished.

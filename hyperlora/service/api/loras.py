@@ -53,13 +53,15 @@ async def create_lora(call: Call, form: Annotated[LoraForm, Depends()]) -> Respo
     """
     state = call.state
     lora_request = await form.read_request(state.settings.max_photos)
-    result = await run_or_enqueue(call, "lora", partial(state.engine.run, lora_request))
+    result = await run_or_enqueue(
+        call, "lora", partial(state.engine.run, lora_request, owner=call.owner)
+    )
     if isinstance(result, Response):
         return result
     data, facts = result.value, result.lora
     negative = facts.negative if facts else None
     if form.store:
-        digest = await asyncio.to_thread(store_result, state.files, result, "lora")
+        digest = await asyncio.to_thread(store_result, state.files, result, "lora", call.owner)
     else:
         digest = sha256(data).hexdigest()
     notes = result.notes
@@ -101,7 +103,7 @@ async def get_lora(request: Request, owner: Caller, id: Annotated[FileId, Path()
     Returns:
         The file, or 304 if the caller has it.
     """
-    return make_stored_file_response(request, id, "lora")
+    return make_stored_file_response(request, id, "lora", owner)
 
 
 @router.delete(
@@ -118,4 +120,4 @@ async def delete_lora(request: Request, owner: Caller, id: Annotated[FileId, Pat
     Returns:
         204.
     """
-    return delete_stored_file(request, id, "lora")
+    return delete_stored_file(request, id, "lora", owner)

@@ -21,7 +21,7 @@ from hyperlora.service.engine.callbacks import ProgressFn
 from hyperlora.service.engine.requests import EngineResult
 from hyperlora.service.errors import ClientDisconnectedError, JsonObject
 from hyperlora.service.file_store import SUFFIXES, FileKind, FileStore
-from hyperlora.service.jobs import Job
+from hyperlora.service.job_table import Job
 
 ValueT = TypeVar("ValueT")
 
@@ -98,27 +98,30 @@ async def run_or_enqueue(
 
     async def run_job(on_progress: ProgressFn) -> str:
         result = await run_fn(float("inf"), on_progress)
-        return await asyncio.to_thread(store_result, state.files, result, kind)
+        return await asyncio.to_thread(store_result, state.files, result, kind, call.owner)
 
-    job = state.jobs.submit(kind, call.owner, run_job)
+    job = await state.jobs.submit(kind, call.owner, run_job)
     headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
     return Response(make_job_info(job).model_dump_json(), 202, headers, "application/json")
 
 
-def store_result(file_store: FileStore, result: EngineResult[bytes], kind: FileKind) -> str:
+def store_result(
+    file_store: FileStore, result: EngineResult[bytes], kind: FileKind, owner: str
+) -> str:
     """Store a file, and the LoRA of its negative branch if it has one.
 
     Args:
         file_store: The stored files.
         result: The result of the engine.
         kind: Kind of the file.
+        owner: Who may read and delete it.
 
     Returns:
         The id of the file; its header names that of the other.
     """
     if result.lora is not None and result.lora.negative is not None:
-        file_store.store_bytes(result.lora.negative, kind)
-    return file_store.store_bytes(result.value, kind)
+        file_store.store_bytes(result.lora.negative, kind, owner)
+    return file_store.store_bytes(result.value, kind, owner)
 
 
 def make_job_info(job: Job) -> JobInfo:
@@ -202,13 +205,14 @@ def make_file_response(request: Request, file: FileContent) -> Response:
     return Response(file.data, 200, headers, file.media_type)
 
 
-def read_stored_file(file_store: FileStore, id: str, kind: FileKind) -> bytes:
+def read_stored_file(file_store: FileStore, id: str, kind: FileKind, owner: str) -> bytes:
     """Read a stored file.
 
     Args:
         file_store: The stored files.
         id: SHA-256 of the file.
         kind: Kind of the file.
+        owner: Who asks.
 
     Returns:
         Content of the file.
@@ -216,19 +220,20 @@ def read_stored_file(file_store: FileStore, id: str, kind: FileKind) -> bytes:
     Raises:
         HTTPException: 404 if it is not stored (any more).
     """
-    if (data := file_store.get_bytes(id, kind)) is None:
+    if (data := file_store.get_bytes(id, kind, owner)) is None:
         hint = ": make it again with store=true" if kind == "lora" else ""
         raise HTTPException(404, f"no {_FILE_NOUNS[kind]} {id} is stored here (any more){hint}")
     return data
 
 
-def make_stored_file_response(request: Request, id: str, kind: FileKind) -> Response:
+def make_stored_file_response(request: Request, id: str, kind: FileKind, owner: str) -> Response:
     """Answer a stored file, named after its digest.
 
     Args:
         request: The HTTP request.
         id: SHA-256 of the file.
         kind: Kind of the file.
+        owner: Who asks.
 
     Returns:
         200 with the file, or 304 if the caller has it.
@@ -236,18 +241,19 @@ def make_stored_file_response(request: Request, id: str, kind: FileKind) -> Resp
     Raises:
         HTTPException: 404 if it is not stored (any more).
     """
-    data = read_stored_file(get_state(request).files, id, kind)
+    data = read_stored_file(get_state(request).files, id, kind, owner)
     file = FileContent(data, id, MEDIA_TYPES[kind], f"{id[:12]}{SUFFIXES[kind]}")
     return make_file_response(request, file)
 
 
-def delete_stored_file(request: Request, id: str, kind: FileKind) -> Response:
+def delete_stored_file(request: Request, id: str, kind: FileKind, owner: str) -> Response:
     """Delete a stored file.
 
     Args:
         request: The HTTP request.
         id: SHA-256 of the file.
         kind: Kind of the file.
+        owner: Who asks.
 
     Returns:
         204.
@@ -255,7 +261,7 @@ def delete_stored_file(request: Request, id: str, kind: FileKind) -> Response:
     Raises:
         HTTPException: 404 if it is not stored (any more).
     """
-    if not get_state(request).files.delete(id, kind):
+    if not get_state(request).files.delete(id, kind, owner):
         raise HTTPException(404, f"no {_FILE_NOUNS[kind]} {id} is stored here (any more)")
     return Response(status_code=204)
 

@@ -7,7 +7,7 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, StringConstraint
 from hyperlora.diffusion.multi_lora import Strategy
 from hyperlora.lora.io.keys import LoraFormat
 from hyperlora.seeds import MAX_SEED
-from hyperlora.service.jobs import JobKind, JobState
+from hyperlora.service.job_table import JobKind, JobState
 
 FileId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 of a stored file."""

@@ -47,7 +47,7 @@ async def compute_similarity(
         images=[await image.read() for image in images],
     )
     result = await run_with_timeout(
-        request, state.engine.run(similarity_request, timeout_s), timeout_s
+        request, state.engine.run(similarity_request, timeout_s, owner=owner), timeout_s
     )
     similarities = result.value
     mean_similarity = sum(similarities) / len(similarities)

@@ -29,29 +29,31 @@ class Engine(Protocol):
         request: EngineRequest[ValueT],
         timeout_s: float,
         on_progress: ProgressFn | None = None,
+        *,
+        owner: str = "",
     ) -> EngineResult[ValueT]:
         """Run a request.
 
-        Cancelling the call takes the request out of the queue, or ends a refinement at its next
-        step.
+        Cancelling the call takes the request out of the queue, or ends it at its next step.
 
         Args:
             request: A request of any class.
-            timeout_s: Seconds that each stage of the work may wait in the queue.
+            timeout_s: Seconds that each stage of the work may take, with its time in the queue.
             on_progress: Receives the fraction of a refinement that is done, in another thread.
+            owner: Who takes turns with others.
 
         Returns:
             The result, of the type that the class of the request names.
 
         Raises:
             HyperloraError: If the input is refused.
-            QueueFullError: If too many requests wait.
-            DeadlineExceededError: If the request waits for too long.
+            QueueFullError: If too many requests wait, or the server stops.
+            DeadlineExceededError: If the request takes too long.
         """
         ...
 
     def close(self, timeout_s: float) -> None:
-        """Finish what waits and stop; after ``timeout_s`` seconds cancel the rest."""
+        """Finish what waits and stop; after ``timeout_s`` seconds refuse the rest."""
         ...
 
 

@@ -1,7 +1,7 @@
 """``EditEngine``: LoRAs from before/after pairs, and edited images, by the model thread."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,7 @@ from hyperlora.service.engine.lora_files import (
     serialize_result,
     stack_optional_loras,
 )
+from hyperlora.service.engine.pixel_budget import PixelBudget
 from hyperlora.service.engine.requests import EditImageRequest, EditLoraRequest, EngineResult
 from hyperlora.service.engine.worker import ModelWorker
 from hyperlora.service.settings import EngineLimits
@@ -88,7 +89,7 @@ class EditEngine:
         self.model, self.base = model, base
         self.search = InstructionSearch(base) if model.zero_shot_prompts else None
         self.max_lora_batch = 1 if self.search else limits.max_lora_batch
-        self.max_image_batch = limits.max_image_batch
+        self.budget = PixelBudget(base, limits, model.num_inference_steps)
 
     async def create_lora(
         self, request: EditLoraRequest, worker: ModelWorker, timeout_s: float
@@ -131,8 +132,10 @@ class EditEngine:
             The edited image.
 
         Raises:
-            InvalidArgumentError: If nothing says what to edit.
+            InvalidArgumentError: If nothing says what to edit, or the image costs too much.
         """
+        num_passes = 2 if request.preserve_unedited else 1
+        self.budget.check_request(request.num_inference_steps, num_passes=num_passes)
         (image,) = await worker.prepare_each([request.image], self._prepare_image)
         lora: LoraWeights | None = None
         warnings: tuple[str, ...] = ()
@@ -151,9 +154,9 @@ class EditEngine:
         sampling = EditSampling(num_inference_steps, request.preserve_unedited)
         spec = BatchSpec(
             "edit",
-            partial(self._edit_batch, sampling),
+            partial(self._edit_batch, sampling, worker.check_running),
             key=sampling,
-            max_batch_size=self.max_image_batch,
+            max_batch_size=self.budget.compute_batch_size(),
         )
         item = EditItem(image, lora, request.instruction, request.seed)
         return EngineResult(await worker.run_in_batch(spec, item, timeout_s), warnings)
@@ -195,7 +198,9 @@ class EditEngine:
         loras = self.model.generate(torch.stack(pairs), self.search).to("cpu")
         return [loras[i] for i in range(len(pairs))]
 
-    def _edit_batch(self, sampling: EditSampling, items: list[EditItem]) -> list[Image.Image]:
+    def _edit_batch(
+        self, sampling: EditSampling, check_running: Callable[[], None], items: list[EditItem]
+    ) -> list[Image.Image]:
         """Edit the images of several requests in one batch, each with its own LoRA."""
         return edit_images(
             self.base,
@@ -205,6 +210,7 @@ class EditEngine:
             instructions=[item.instruction for item in items],
             num_inference_steps=sampling.num_inference_steps,
             preserve_unedited=sampling.preserve_unedited,
+            on_step=lambda step: check_running(),
         )
 
     def _serialize_lora(self, weights: LoraWeights, request: EditLoraRequest) -> bytes:

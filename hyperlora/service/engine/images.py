@@ -1,7 +1,7 @@
 """``ImageEngine``: images of prompts with LoRAs, by the thread that owns the base."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,8 +41,10 @@ from hyperlora.service.engine.lora_files import (
     load_request_lora,
     stack_optional_loras,
 )
+from hyperlora.service.engine.pixel_budget import PixelBudget
 from hyperlora.service.engine.requests import EngineResult, ImageRequest, ImageSampling
 from hyperlora.service.engine.worker import ModelWorker
+from hyperlora.service.settings import EngineLimits
 
 BATCH_TIMEOUT_S: Final = 0.03
 """Seconds between images that still share a batch; short beside the time of one image."""
@@ -112,11 +114,12 @@ class ImageEngine:
     Args:
         base: The base that generates images.
         lora_dir: Folder of LoRA files; None for none.
-        max_batch_size: Images that are denoised in one batch.
+        limits: Sizes of batches, and what one image may cost.
     """
 
-    def __init__(self, base: DiffusionBase, lora_dir: Path | None, max_batch_size: int) -> None:
-        self.base, self.lora_dir, self.max_batch_size = base, lora_dir, max_batch_size
+    def __init__(self, base: DiffusionBase, lora_dir: Path | None, limits: EngineLimits) -> None:
+        self.base, self.lora_dir = base, lora_dir
+        self.budget = PixelBudget(base, limits, base.family.default_num_inference_steps)
 
     async def generate_image(
         self, request: ImageRequest, worker: ModelWorker, timeout_s: float
@@ -132,9 +135,14 @@ class ImageEngine:
             The image.
 
         Raises:
-            InvalidArgumentError: If the settings exclude each other.
+            InvalidArgumentError: If the settings exclude each other, or the image costs too much.
         """
         prompt, tags = parse_lora_tags(request.prompt)
+        sampling = request.sampling
+        width, height = sampling.width, sampling.height
+        is_per_lora = request.strategy in ("composite", "spatial")
+        num_passes = max(1, len(request.loras) + len(tags)) if is_per_lora else 1
+        self.budget.check_request(sampling.num_inference_steps, width, height, num_passes)
         check_no_lora_tags([request.sampling.negative_prompt], "negative prompt")
         if tags and self.lora_dir is None:
             raise InvalidArgumentError(
@@ -169,9 +177,9 @@ class ImageEngine:
             lora = await asyncio.to_thread(merge, loras, lora_weights) if loras else None
             image_spec = BatchSpec(
                 "image",
-                partial(self._generate_batch, request.sampling),
-                key=request.sampling,
-                max_batch_size=self.max_batch_size,
+                partial(self._generate_batch, sampling, worker.check_running),
+                key=sampling,
+                max_batch_size=self.budget.compute_batch_size(width, height),
                 batch_timeout_s=BATCH_TIMEOUT_S,
             )
             item = ImageItem(prompt, request.seed, lora)
@@ -180,7 +188,7 @@ class ImageEngine:
         if not is_constant:
             schedule = partial(compute_tag_scales, tags, num_constant=len(request.loras))
             composition = replace(composition, schedule=schedule)
-        spec = BatchSpec("composition", self._compose_batch)
+        spec = BatchSpec("composition", partial(self._compose_batch, worker.check_running))
         image = await worker.run_in_batch(spec, composition, timeout_s)
         return EngineResult(image, notes=notes)
 
@@ -234,19 +242,25 @@ class ImageEngine:
             raise InvalidArgumentError(message) from error
         return [*loras, *(assign_base(lora, self.base) for lora in tagged_loras)], metadata
 
-    def _generate_batch(self, sampling: ImageSampling, items: list[ImageItem]) -> list[Image.Image]:
+    def _generate_batch(
+        self, sampling: ImageSampling, check_running: Callable[[], None], items: list[ImageItem]
+    ) -> list[Image.Image]:
         """Denoise the images of several requests in one batch, each with its own LoRA."""
         loras = stack_optional_loras([item.lora for item in items])
         prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
-        return _sample(self.base, prompts, seeds, loras, sampling)
+        return _sample(self.base, prompts, seeds, loras, sampling, check_running)
 
-    def _compose_batch(self, compositions: list[Composition]) -> list[Image.Image]:
+    def _compose_batch(
+        self, check_running: Callable[[], None], compositions: list[Composition]
+    ) -> list[Image.Image]:
         """Generate each image of a batch of one with its own composition."""
         images = []
         for composition in compositions:
             prompt, request = composition.prompt, composition.request
             with composition.apply(self.base):
-                images += _sample(self.base, [prompt], [request.seed], None, request.sampling)
+                images += _sample(
+                    self.base, [prompt], [request.seed], None, request.sampling, check_running
+                )
         return images
 
 
@@ -256,7 +270,9 @@ def _sample(
     seeds: list[int],
     loras: LoraWeights | None,
     sampling: ImageSampling,
+    check_running: Callable[[], None],
 ) -> list[Image.Image]:
+    """Generate images; end between two steps when nobody waits for them."""
     return generate_images(
         base,
         prompts,
@@ -268,4 +284,5 @@ def _sample(
         scheduler=sampling.scheduler,
         width=sampling.width,
         height=sampling.height,
+        on_step=lambda step: check_running(),
     )

@@ -1,6 +1,7 @@
 """``LocalEngine``: an ``Engine`` in this process, whose models one thread owns."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -89,9 +90,9 @@ class LocalEngine:
         check_names_differ([*sources, *sheet_models])
         self.sheet_engine = SheetEngine(sheet_models) if sheet_models else None
         self.lora_engine = LoraEngine(photo_models, base, limits.max_lora_batch)
-        self.image_engine = ImageEngine(base, lora_dir, limits.max_image_batch)
+        self.image_engine = ImageEngine(base, lora_dir, limits)
         self.edit_engine, self.identity_similarity = edit_engine, identity_similarity
-        self._worker = ModelWorker(limits.max_queue_size, on_batch)
+        self._worker = ModelWorker(limits, on_batch)
 
     @property
     def is_ready(self) -> bool:
@@ -104,7 +105,7 @@ class LocalEngine:
         return self._worker.queue_length
 
     def close(self, timeout_s: float) -> None:
-        """Finish what waits and stop; after ``timeout_s`` seconds cancel the rest."""
+        """Finish what waits and stop; after ``timeout_s`` seconds refuse the rest."""
         self._worker.close(timeout_s)
         self.lora_engine.close()
         if self.sheet_engine is not None:
@@ -114,12 +115,17 @@ class LocalEngine:
         """List the models from photos, the default one first, then the model from pairs."""
         supports_similarity = self.identity_similarity is not None
         base, models = self.lora_engine.base, self.lora_engine.models
+        max_pixel_steps = self.image_engine.budget.max_pixel_steps
         model_infos = [
-            describe_source(source, models, base, supports_similarity)
+            replace(
+                describe_source(source, models, base, supports_similarity),
+                max_pixel_steps=max_pixel_steps,
+            )
             for source in models.sources.values()
         ]
         if (edits := self.edit_engine) is not None:
-            model_infos.append(describe_model(PAIR_MODEL_NAME, edits.model, edits.base))
+            info = describe_model(PAIR_MODEL_NAME, edits.model, edits.base)
+            model_infos.append(replace(info, max_pixel_steps=edits.budget.max_pixel_steps))
         if (sheets := self.sheet_engine) is not None:
             for source in sheets.sources.values():
                 model = sheets.find_in_memory(source)
@@ -135,13 +141,16 @@ class LocalEngine:
         request: EngineRequest[ValueT],
         timeout_s: float,
         on_progress: ProgressFn | None = None,
+        *,
+        owner: str = "",
     ) -> EngineResult[ValueT]:
         """Run a request; see ``Engine.run``.
 
         Args:
             request: A request of any class.
-            timeout_s: Seconds that each stage of the work may wait in the queue.
+            timeout_s: Seconds that each stage of the work may take, with its time in the queue.
             on_progress: Receives the fraction of a refinement that is done.
+            owner: Who takes turns with others.
 
         Returns:
             The result.
@@ -149,14 +158,18 @@ class LocalEngine:
         Raises:
             InvalidArgumentError: If the engine has no model for the request.
         """
-        result = await self._dispatch(request, timeout_s, on_progress)
+        worker = self._worker.for_owner(owner)
+        result = await self._dispatch(request, worker, timeout_s, on_progress)
         return cast("EngineResult[ValueT]", result)  # as the class of the request says
 
     async def _dispatch(
-        self, request: EngineRequest[ValueT], timeout_s: float, on_progress: ProgressFn | None
+        self,
+        request: EngineRequest[ValueT],
+        worker: ModelWorker,
+        timeout_s: float,
+        on_progress: ProgressFn | None,
     ) -> EngineResult[bytes] | EngineResult[Image.Image] | EngineResult[list[float]]:
         """Choose the part of the engine by the class of the request."""
-        worker = self._worker
         match request:
             case LoraRequest():
                 return await self.lora_engine.create_lora(request, worker, timeout_s, on_progress)

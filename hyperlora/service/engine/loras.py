@@ -1,11 +1,11 @@
 """``LoraEngine``: LoRAs from photos, by the thread that owns the models."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import cast
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.errors import LayoutMismatchError
@@ -19,7 +19,7 @@ from hyperlora.pipelines.generate import (
 )
 from hyperlora.pipelines.lora_files import LoraFiles, serialize_lora_files
 from hyperlora.pipelines.photo_model import AnyPhotoModel, SubjectPhotos
-from hyperlora.service.engine.batcher import BatchSpec, DeadlineExceededError
+from hyperlora.service.engine.batcher import BatchSpec
 from hyperlora.service.engine.callbacks import ProgressFn
 from hyperlora.service.engine.lora_files import (
     list_format_warnings,
@@ -28,6 +28,7 @@ from hyperlora.service.engine.lora_files import (
 from hyperlora.service.engine.model_info import matches_base
 from hyperlora.service.engine.photo_models import PhotoModels, PhotoModelSource
 from hyperlora.service.engine.requests import EngineResult, LoraFacts, LoraRequest
+from hyperlora.service.engine.stepped_call import SteppedCall
 from hyperlora.service.engine.worker import ModelWorker
 
 
@@ -48,7 +49,7 @@ class PredictedLora:
 
 @dataclass(frozen=True)
 class RefinementTask:
-    """One LoRA to refine on the model thread.
+    """One LoRA to refine on the model thread, step by step.
 
     Attributes:
         model: The model that predicted the LoRA.
@@ -56,8 +57,8 @@ class RefinementTask:
         config: How the LoRA is refined.
         weights: The predicted LoRA (no batch axis).
         photos: The decoded photos of the subject.
+        check_running: Raises if nobody waits for the LoRA any more.
         on_progress: Receives the fraction of the steps that is done.
-        cancelled: Set when the caller leaves; the next step then ends the task.
     """
 
     model: AnyPhotoModel
@@ -65,26 +66,34 @@ class RefinementTask:
     config: GenerationConfig
     weights: LoraWeights
     photos: SubjectPhotos
+    check_running: Callable[[], None]
     on_progress: ProgressFn | None
-    cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def run(self) -> LoraWeights:
-        """Refine, resize and scale the LoRA.
+    def advance(self) -> LoraWeights | object:
+        """Refine up to the next step.
 
-        Raises:
-            DeadlineExceededError: If the task is cancelled.
+        Returns:
+            ``UNFINISHED``, or at the end the refined, resized and scaled LoRA.
         """
+        return self._call.advance()
+
+    @cached_property
+    def _call(self) -> SteppedCall[LoraWeights]:
+        return SteppedCall(self._refine, self.base.device)
+
+    def _refine(self) -> LoraWeights:
         batch = LoraWeights.stack([self.weights])
         refined = postprocess_loras(
-            self.model, batch, [self.photos], self.config, self.base, self._report_step
+            self.model, batch, [self.photos], self.config, self.base, self._pause
         )
         return refined[0].to("cpu")
 
-    def _report_step(self, step: int) -> None:
-        if self.cancelled.is_set():
-            raise DeadlineExceededError("nobody waits for this LoRA any more")
+    def _pause(self, step: int) -> None:
+        """Let others use the thread before a step; no LoRA is injected into the base then."""
         if self.on_progress is not None:
-            self.on_progress((step - 1) / self.config.refine_steps)
+            self.on_progress(max(0, step - 1) / self.config.refine_steps)
+        self._call.pause()
+        self.check_running()
 
 
 class LoraEngine:
@@ -152,8 +161,13 @@ class LoraEngine:
         predicted = await worker.run_in_batch(predict_spec, photos, timeout_s)
         weights = predicted.weights
         if config.refine_steps:
-            task = RefinementTask(model, self.base, config, weights, photos, on_progress)
-            weights = await _refine(task, worker, timeout_s)
+            task = RefinementTask(
+                model, self.base, config, weights, photos, worker.check_running, on_progress
+            )
+            refine_spec = BatchSpec[RefinementTask, LoraWeights](
+                "refine", _refine_batch, low_priority=True
+            )
+            weights = await worker.run_in_batch(refine_spec, task, timeout_s)
         files = await asyncio.to_thread(
             _serialize_lora, model, weights, predicted.negative, request
         )
@@ -214,18 +228,9 @@ def _predict_batch(
     ]
 
 
-async def _refine(task: RefinementTask, worker: ModelWorker, timeout_s: float) -> LoraWeights:
-    """Refine one LoRA with low priority; stop at the next step if the caller leaves."""
-    spec = BatchSpec("refine", _refine_batch, low_priority=True)
-    try:
-        return await worker.run_in_batch(spec, task, timeout_s)
-    except asyncio.CancelledError:
-        task.cancelled.set()
-        raise
-
-
 def _refine_batch(tasks: list[RefinementTask]) -> list[LoraWeights]:
-    return [task.run() for task in tasks]
+    """Advance each refinement by a step; the batcher calls again for what is unfinished."""
+    return [cast(LoraWeights, task.advance()) for task in tasks]
 
 
 def _serialize_lora(

@@ -79,13 +79,14 @@ class Replica:
         return self._engine.list_models()
 
     async def run_request(
-        self, request: EngineRequest[ValueT], timeout_s: float
+        self, request: EngineRequest[ValueT], timeout_s: float, owner: str = ""
     ) -> AsyncIterator[float | RequestOutcome[ValueT]]:
         """Run a request of any class.
 
         Args:
             request: The request.
-            timeout_s: Seconds that each stage may wait in the queue.
+            timeout_s: Seconds that each stage may take, with its time in the queue.
+            owner: Who takes turns with others.
 
         Yields:
             Fractions that are done, then the outcome.
@@ -98,7 +99,9 @@ class Replica:
         def report_progress(progress: float) -> None:
             loop.call_soon_threadsafe(events.put_nowait, progress)
 
-        task = asyncio.ensure_future(self._engine.run(request, timeout_s, report_progress))
+        task = asyncio.ensure_future(
+            self._engine.run(request, timeout_s, report_progress, owner=owner)
+        )
         task.add_done_callback(events.put_nowait)
         try:
             while (event := await events.get()) is not task:
@@ -163,6 +166,8 @@ class RayEngine:
         request: EngineRequest[ValueT],
         timeout_s: float,
         on_progress: ProgressFn | None = None,
+        *,
+        owner: str = "",
     ) -> EngineResult[ValueT]:
         """Run a request in a replica, again if the replica dies; see ``Engine.run``.
 
@@ -170,8 +175,9 @@ class RayEngine:
 
         Args:
             request: A request of any class.
-            timeout_s: Seconds that each stage of the work may wait in the queue.
+            timeout_s: Seconds that each stage of the work may take, with its time in the queue.
             on_progress: Receives the fraction of a refinement that is done.
+            owner: Who takes turns with others.
 
         Returns:
             The result.
@@ -185,7 +191,7 @@ class RayEngine:
             for attempt in range(MAX_ATTEMPTS):
                 try:
                     remaining_s = deadline - time.monotonic()
-                    return await self._stream_result(request, remaining_s, on_progress)
+                    return await self._stream_result(request, remaining_s, on_progress, owner)
                 except RayTaskError:
                     raise  # a mistake in the replica, which lives
                 except RayError as error:
@@ -205,9 +211,13 @@ class RayEngine:
         """Do nothing: Serve stops the replicas."""
 
     async def _stream_result(
-        self, request: EngineRequest[ValueT], timeout_s: float, on_progress: ProgressFn | None
+        self,
+        request: EngineRequest[ValueT],
+        timeout_s: float,
+        on_progress: ProgressFn | None,
+        owner: str,
     ) -> EngineResult[ValueT]:
-        responses = self._stream.remote(request, timeout_s)
+        responses = self._stream.remote(request, timeout_s, owner)
         assert isinstance(responses, DeploymentResponseGenerator)
         try:
             async for event in responses:

@@ -214,6 +214,7 @@ class ModelInfo:
         download_bytes: Bytes that the first use fetches, if they are not here yet.
         can_generate_images: Whether this server holds its base, to draw with its LoRAs.
         is_loaded: Whether it is loaded; else the first LoRA takes longer.
+        max_pixel_steps: Largest product of pixels and denoising steps of one image of its base.
     """
 
     id: str
@@ -239,3 +240,4 @@ class ModelInfo:
     download_bytes: int = 0
     can_generate_images: bool = True
     is_loaded: bool = True
+    max_pixel_steps: int | None = None

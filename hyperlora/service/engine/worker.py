@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Final, TypeVar
 
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from hyperlora.service.engine.batcher import BatchSpec, DynamicBatcher, PayloadT, ResultT
 from hyperlora.service.engine.callbacks import BatchCallback
 from hyperlora.service.engine.decoder_pool import DecoderPool
+from hyperlora.service.settings import EngineLimits
 
 PreparedT = TypeVar("PreparedT")
 
@@ -26,16 +28,20 @@ class ModelWorker:
     that there is one at a time, and other requests go on.
 
     Args:
-        max_queue_size: Payloads that may wait for either thread.
+        limits: Payloads that may wait for either thread.
         on_batch: Called on either thread with the kind and size of every batch.
     """
 
-    def __init__(self, max_queue_size: int, on_batch: BatchCallback | None = None) -> None:
-        self.batcher = DynamicBatcher(max_queue_size, on_batch)
-        self.process_batcher = DynamicBatcher(max_queue_size, on_batch, "hyperlora-processes")
+    def __init__(self, limits: EngineLimits, on_batch: BatchCallback | None = None) -> None:
+        self.batcher, self.process_batcher = (
+            DynamicBatcher(
+                limits.max_queue_size, on_batch, thread_name, limits.max_queue_size_per_owner
+            )
+            for thread_name in ("hyperlora-model", "hyperlora-processes")
+        )
         self.owner = ""
-        self.decoder_pool = DecoderPool()
         self.decoder_slots = threading.Semaphore(MAX_LORA_FILES)
+        self.decoder_pool = DecoderPool()
 
     @property
     def is_alive(self) -> bool:
@@ -47,11 +53,21 @@ class ModelWorker:
         """Number of payloads that wait for either thread."""
         return self.batcher.queue_length + self.process_batcher.queue_length
 
+    def for_owner(self, owner: str) -> "ModelWorker":
+        """Return the same threads and slots for the requests of one owner, who takes turns."""
+        worker = copy(self)
+        worker.owner = owner
+        return worker
+
+    def check_running(self) -> None:
+        """Raise if nobody waits for what the model thread runs; see ``DynamicBatcher``."""
+        self.batcher.check_running()
+
     def close(self, timeout_s: float) -> None:
         """Finish what waits, and end both threads and the decoders.
 
         Args:
-            timeout_s: Seconds for both; what still waits then is cancelled.
+            timeout_s: Seconds for both; what still waits or runs then is refused.
         """
         end_time = time.monotonic() + timeout_s
         for batcher in (self.batcher, self.process_batcher):
@@ -66,17 +82,17 @@ class ModelWorker:
         Args:
             spec: The kind of work.
             payload: What ``spec.run`` takes one of.
-            timeout_s: Seconds the payload may wait in the queue.
+            timeout_s: Seconds until the payload is refused, in the queue or at its next step.
 
         Returns:
             The result of this payload.
 
         Raises:
-            QueueFullError: If too many payloads wait.
-            DeadlineExceededError: If the turn of the payload does not come in time.
+            QueueFullError: If too many payloads wait, or the server stops.
+            DeadlineExceededError: If the payload is not done in time.
         """
         batcher = self.process_batcher if spec.in_own_process else self.batcher
-        return await asyncio.wrap_future(batcher.submit(spec, payload, timeout_s))
+        return await asyncio.wrap_future(batcher.submit(spec, payload, timeout_s, self.owner))
 
     async def decode_images(
         self, files: Sequence[bytes], prepare: Callable[[list[Image.Image]], PreparedT]

@@ -1,6 +1,8 @@
 """What a user asks of samples: schedulers, guidance, sizes, LoRAs by branch, edits, few steps."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -204,3 +206,27 @@ def test_few_step_lora_runs_beside_a_generated_one(name: str) -> None:
         images = generate(base, scheduler="LCM", num_inference_steps=4, guidance_scale=1.0)
     assert images.isfinite().all()
     assert (images - generate(base, scheduler="LCM", num_inference_steps=4)).abs().max() > 0.01
+
+
+class StopError(Exception):
+    """Ends a sampling run."""
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_sampling_ends_between_its_steps(name: str) -> None:
+    base, steps = make_base(name), list[int]()
+
+    def stop_at_the_second(step: int) -> None:
+        steps.append(step)
+        if step == 2:
+            raise StopError
+
+    options: Any = {"num_inference_steps": 4, "on_step": stop_at_the_second}
+    sample: Callable[[], object] = partial(generate, base, make_lora(base), **options)
+    if name in EDITING:
+        pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        sample = partial(edit_images, base, pixels, make_lora(base), seeds=[0], **options)
+    with pytest.raises(StopError):
+        sample()
+    assert steps == [1, 2]
+    assert not any(module._forward_hooks for module in base.denoiser.modules())
