@@ -76,8 +76,8 @@ class LatentRegression(nn.Module):
         self.register_buffer("up", torch.zeros(rank, num_tokens * latent_width))
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether ``fit`` has been called."""
+    def has_coefficients(self) -> bool:
+        """Whether A is known: ``fit`` was called, or a model was loaded."""
         return bool(self.up.any())
 
     def forward(self, face_features: ImageFeatures, image_features: ImageFeatures) -> Tensor:
@@ -97,7 +97,15 @@ class LatentRegression(nn.Module):
     def flatten_features(
         self, face_features: ImageFeatures, image_features: ImageFeatures
     ) -> Tensor:
-        """Return the features of each photo as a vector [batch, views, F]; see ``forward``."""
+        """Return the features of each photo as one vector.
+
+        Args:
+            face_features: Tokens [batch, views, 1, face_feature_width]; not used if that is 0.
+            image_features: Tokens [batch, views, n, width].
+
+        Returns:
+            [batch, views, F].
+        """
         vectors = []
         if self.config["image_shape"][0]:
             tokens = image_features.tokens

@@ -25,10 +25,10 @@ def make_latents(features: torch.Tensor, rank: int) -> torch.Tensor:
 def test_fit_finds_a_linear_map_of_its_rank(rank: int) -> None:
     faces, images = make_photos(400, num_views=1)
     regression = LatentRegression(2, 3, (3, 4), 5, rank)
-    assert not regression.is_fitted and not regression(faces, images).any()
+    assert not regression.has_coefficients and not regression(faces, images).any()
     latents = make_latents(regression.flatten_features(faces, images), rank)
     penalty = regression.fit(regression.flatten_features(faces, images), latents)
-    assert regression.is_fitted and penalty == 0.03  # no noise: as little as there is
+    assert regression.has_coefficients and penalty == 0.03  # no noise: as little as there is
     error = (regression(faces, images) - latents).norm() / latents.norm()
     assert error < 0.05
     too_small = LatentRegression(2, 3, (3, 4), 5, 1)

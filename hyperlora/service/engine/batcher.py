@@ -107,7 +107,7 @@ class _QueuedItem(Generic[PayloadT, ResultT]):
         return self.owner, self.spec.low_priority
 
     @property
-    def is_wanted(self) -> bool:
+    def has_caller(self) -> bool:
         """Whether somebody still waits for the result."""
         return not self.future.is_abandoned and time.monotonic() <= self.deadline
 
@@ -229,7 +229,7 @@ class DynamicBatcher:
         """
         if self._stopping:
             raise ServerStoppingError
-        if not any(item.is_wanted for item in self._running):
+        if not any(item.has_caller for item in self._running):
             raise DeadlineExceededError("nobody waits for this any more: ask again, or for less")
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -318,7 +318,7 @@ class DynamicBatcher:
             return False
         if self._stopping:
             item.set_exception(ServerStoppingError())
-        elif not item.is_wanted:
+        elif not item.has_caller:
             error = "the request waited longer than its deadline: ask again in a moment"
             item.set_exception(DeadlineExceededError(error))
         return not item.future.done()

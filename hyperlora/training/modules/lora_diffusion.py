@@ -93,7 +93,7 @@ class LoraDiffusionTraining(L.LightningModule):
     def on_train_start(self) -> None:
         """Fit the regression to the training data, unless a checkpoint holds it."""
         regression = self.model.regression
-        if regression is None or regression.is_fitted:
+        if regression is None or regression.has_coefficients:
             return
         batches: list[LoraPhotoBatch] = list(self.trainer.train_dataloader)
         features = torch.cat(
