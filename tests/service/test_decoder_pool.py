@@ -22,6 +22,7 @@ from hyperlora.service.engine.decoder_process import (
     DecoderProcess,
 )
 from hyperlora.service.engine.worker import ModelWorker
+from hyperlora.service.settings import EngineLimits
 from tests.service.conftest import StartClient, assert_problem, make_photo, post_photos
 
 PATIENT = DecodeLimits(100.0, 100.0)
@@ -146,7 +147,7 @@ def test_decoder_pool_is_free_when_a_caller_leaves(pool: DecoderPool) -> None:
 
 
 def test_decode_images_leaves_with_its_task() -> None:
-    worker = ModelWorker(1)
+    worker = ModelWorker(EngineLimits(max_queue_size=1))
     worker.decoder_pool.close()
     worker.decoder_pool = DecoderPool(1, PATIENT)
 

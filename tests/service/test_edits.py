@@ -1,6 +1,7 @@
 """Pairs over HTTP: the LoRA of an edit, and images edited by it."""
 
 import io
+import time
 from typing import Any
 
 import httpx
@@ -108,6 +109,7 @@ def test_edit_image_runs_as_a_job(client: TestClient) -> None:
         state = client.get(f"/v1/jobs/{job.json()['id']}").json()
         if state["state"] in ("succeeded", "failed"):
             break
+        time.sleep(0.05)
     assert state["state"] == "succeeded", state
     assert open_image(client.get(state["result"]).content).size == (16, 16)
 
