@@ -34,6 +34,7 @@ PROGRAMS = [name for name in MODULES if name not in LIBRARIES]
 NOT_RUN = {
     "ablations.pair_hypernetwork_training": "needs the data that its training config names",
     "robustness.fair_turns": "starts a server with the bundled models",
+    "robustness.slow_senders": "starts a server with the bundled models",
     "robustness.malformed_requests": "starts servers with the bundled models",
     "robustness.openapi_fuzzing": "starts a server with the bundled models",
     "speed.released_hyperlora": "has 3 GB of weights, the size of the released network",
