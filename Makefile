@@ -21,7 +21,7 @@ DONE := runs/avatars/done
 STAGES := portraits tokenizer benchmark 01_vae 02_vae_refine 03_text_to_image \
 	04_text_to_image_wide 05_latent_classifier 06_text_to_image_attributes 07_evaluator \
 	calibrate-identity 08_photo_encoder 09_face_detector 10_face_recognizer face-pack \
-	11_hypernetwork image-to-lora-sidecars plan build lora-components 12_lora_diffusion difflora \
+	11_hypernetwork image-to-lora-sidecars plan build lora-components 12_lora_diffusion lora-diffusion \
 	pairs edit-benchmark 13_instruct_pix2pix 14_instruct_pix2pix_refine 15_pair_instructions \
 	16_pair_hypernetwork share-encoder 17_vae_decoder vae
 BUILDER := $(RUN) data-builder
@@ -78,10 +78,10 @@ $(DONE)/lora-components:
 	$(BUILDER) fit-pca runs/avatars/build -o runs/avatars/lora-components --components-per-factor 8
 	$(FINISH)
 
-$(DONE)/difflora:
-	mkdir -p checkpoints/avatars/difflora
-	cp -r runs/avatars/12_lora_diffusion/model/. checkpoints/avatars/difflora
-	$(BUILDER) share-weights checkpoints/avatars/difflora image-to-lora
+$(DONE)/lora-diffusion:
+	mkdir -p checkpoints/avatars/lora-diffusion
+	cp -r runs/avatars/12_lora_diffusion/model/. checkpoints/avatars/lora-diffusion
+	$(BUILDER) share-weights checkpoints/avatars/lora-diffusion image-to-lora
 	$(BUILDER) export-sample runs/avatars/build -o checkpoints/avatars/loras --max-bytes 330000 \
 		--no-statistics
 	$(FINISH)

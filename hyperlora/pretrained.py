@@ -27,10 +27,10 @@ def find_avatars_dir(package_dir: Path = _PACKAGE_DIR) -> Path:
 AVATARS_DIR: Final = find_avatars_dir()
 BASE_DIR: Final = AVATARS_DIR / "base"
 IMAGE_TO_LORA_DIR: Final = AVATARS_DIR / "image-to-lora"
-DIFFLORA_DIR: Final = AVATARS_DIR / "difflora"
+LORA_DIFFUSION_DIR: Final = AVATARS_DIR / "lora-diffusion"
 MODEL_DIR_BY_METHOD: Final[Mapping[str, Path]] = {
     "hypernetwork": IMAGE_TO_LORA_DIR,
-    "difflora": DIFFLORA_DIR,
+    "lora-diffusion": LORA_DIFFUSION_DIR,
 }
 """Folder by the value of ``--method``."""
 EDIT_BASE_DIR: Final = AVATARS_DIR / "edit-base"

@@ -182,7 +182,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def difflora(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora_diffusion_dir(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny ``LoraDiffusion`` for the bundled base, whose LoRAs differ by photo and seed."""
     from hyperlora.lora.normalization import LoraNormalizer
     from hyperlora.models.image_feature_mixer import MixedImageFeatures
@@ -209,7 +209,7 @@ def difflora(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     denoiser = LoraDiT(*codec.latent_shape, 16, width=16, depth=1, num_heads=2)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("difflora")
+    folder = tmp_path_factory.mktemp("lora-diffusion")
     card = ModelCard(num_inference_steps=3, resolution=16, architecture="stable-diffusion-v1")
     LoraDiffusion(image_to_lora.encoder, mixture, denoiser, codec, None, card).save_pretrained(
         folder

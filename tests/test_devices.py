@@ -112,15 +112,17 @@ def make_photos(base: DiffusionBase, *shape: int) -> Tensor:
 # ---- networks ----
 
 
-@pytest.mark.parametrize("kind", ["image-to-lora", "pair-to-lora", "difflora"])
-def test_networks_generate_the_same_lora(bundle: Bundle, difflora: Any, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["image-to-lora", "pair-to-lora", "lora-diffusion"])
+def test_networks_generate_the_same_lora(
+    bundle: Bundle, lora_diffusion_dir: Any, kind: str
+) -> None:
     def generate(compute: ComputeConfig) -> Any:
         if kind == "pair-to-lora":
             model: Any = PairToLora.from_pretrained(bundle.pair_model, compute=compute)
             folder = bundle.edit_benchmark / "inverted"
             lora = model((folder / "shown-0_before.png", folder / "shown-0_after.png"))
         else:
-            path = bundle.model if kind == "image-to-lora" else difflora
+            path = bundle.model if kind == "image-to-lora" else lora_diffusion_dir
             model = load_image_to_lora(path, compute=compute)
             lora = model(bundle.photo)
         assert lora.weights.device.type == model.device.type == compute.torch_device.type

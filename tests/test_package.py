@@ -225,7 +225,7 @@ def test_commands_of_the_installed_wheel_work(run_installed: RunCommand, tmp_pat
     edited = ["--images", photo, "--images-dir", tmp_path / "edited"]
     for arguments in (
         ["generate", photo, "-o", lora],
-        ["generate", photo, "--method", "difflora", "-o", tmp_path / "sample.safetensors"],
+        ["generate", photo, "--method", "lora-diffusion", "-o", tmp_path / "sample.safetensors"],
         ["render", "--lora", lora, *prompt, "-o", tmp_path / "me.png"],
         ["edit", *pair, *edited, "-o", edit],
         ["evaluate", "--num-subjects", 2, "--report-dir", tmp_path / "report"],

@@ -18,7 +18,7 @@ READMES = ("README.md", "README.zh-CN.md")
 START, END = "<!-- models table: docs/scripts/models_table.py -->", "<!-- end of models table -->"
 TASKS = {
     "image-to-lora": "photo → LoRA",
-    "difflora": "photo → LoRA, sampled",
+    "lora-diffusion": "photo → LoRA, sampled",
     "pair-to-lora": "image pair → LoRA",
     "base": "prompt → image",
     "edit-base": "image, instruction → image",
@@ -80,7 +80,7 @@ def _read_score(name: str) -> str:
         return f"edit accuracy {_read_cell('edits.csv', 'one pair', 'accuracy')}"
     if name == "edit-base":
         return f"edit accuracy {_read_cell('edits.csv', 'text instruction', 'accuracy')}"
-    table = "lora-diffusion-test.csv" if name == "difflora" else "photo-to-lora.csv"
+    table = "lora-diffusion-test.csv" if name == "lora-diffusion" else "photo-to-lora.csv"
     lora = "none" if name == "base" else "one photo"
     prompt_accuracy = _read_cell(table, lora, "prompt_accuracy")
     if name == "base":

@@ -26,7 +26,7 @@ def run_demo(
     *,
     compute_options: ComputeOptions,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("demo"),
-    method: Annotated[str, typer.Option(help="hypernetwork or difflora.")] = "hypernetwork",
+    method: Annotated[str, typer.Option(help="hypernetwork or lora-diffusion.")] = "hypernetwork",
     num_subjects: Annotated[
         int, typer.Option(min=1, help="Test subjects, never seen in training.")
     ] = 6,

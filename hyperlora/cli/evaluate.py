@@ -62,7 +62,7 @@ def evaluate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Method of the bundled model: hypernetwork or difflora.",
+            help="Method of the bundled model: hypernetwork or lora-diffusion.",
             show_default="hypernetwork",
             rich_help_panel=_PHOTO_TASK,
         ),
@@ -77,7 +77,7 @@ def evaluate(
         int,
         typer.Option(
             min=1,
-            help="Also score the best of these many samples (difflora).",
+            help="Also score the best of these many samples (lora-diffusion).",
             rich_help_panel=_PHOTO_TASK,
         ),
     ] = 1,
@@ -94,7 +94,7 @@ def evaluate(
         typer.Option(
             min=0,
             max=MAX_SEED,
-            help="Seed of the first subject's sample; then seed + 1, ... (difflora).",
+            help="Seed of the first subject's sample; then seed + 1, ... (lora-diffusion).",
             rich_help_panel=_PHOTO_TASK,
         ),
     ] = 0,
@@ -102,7 +102,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="Denoising steps over LoRA latents (difflora).",
+            help="Denoising steps over LoRA latents (lora-diffusion).",
             rich_help_panel=_PHOTO_TASK,
         ),
     ] = None,
@@ -111,7 +111,7 @@ def evaluate(
         typer.Option(
             min=0,
             max=100,
-            help="Classifier-free guidance by the photos (difflora).",
+            help="Classifier-free guidance by the photos (lora-diffusion).",
             rich_help_panel=_PHOTO_TASK,
         ),
     ] = None,

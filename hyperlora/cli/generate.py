@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hyperlora.pipelines.config import GenerationConfig, RefineMethod
     from hyperlora.pipelines.generate import GenerationRecord
 
-_SAMPLING = "Sampling (--method difflora)"
+_SAMPLING = "Sampling (--method lora-diffusion)"
 _REFINEMENT = "Refinement"
 _FOLDERS = "Many subjects"
 _RELEASED = "Networks that others released (--model ORG/NAME[:VARIANT])"
@@ -37,7 +37,7 @@ def generate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Method of the bundled model: hypernetwork (one forward pass) or difflora "
+            help="Method of the bundled model: hypernetwork (one forward pass) or lora-diffusion "
             "(a diffusion over LoRAs).",
             show_default="hypernetwork",
         ),

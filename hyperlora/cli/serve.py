@@ -236,7 +236,7 @@ def serve(
     use_bundle = not models and base is None  # then all its models
     evaluator_path = evaluator or (pretrained.EVALUATOR_DIR if use_bundle else None)
     models = models or [str(pretrained.IMAGE_TO_LORA_DIR)]
-    models += [str(pretrained.DIFFLORA_DIR)] if use_bundle else []
+    models += [str(pretrained.LORA_DIFFUSION_DIR)] if use_bundle else []
     model_paths = ModelPaths(
         model=models[0],
         base=str(base or pretrained.BASE_DIR),

@@ -22,7 +22,7 @@ from hyperlora.pipelines.released.released_model import ReleasedOptions
 
 METHODS: Final[Mapping[str, type[ImageToLoraBase]]] = {
     "hypernetwork": ImageToLora,
-    "difflora": LoraDiffusion,
+    "lora-diffusion": LoraDiffusion,
 }
 """The class of each method, by the name that ``--method`` takes."""
 DEFAULT_METHOD: Final = "hypernetwork"
@@ -38,7 +38,7 @@ def load_image_to_lora(
 
     Args:
         name_or_path: The folder or the hub id; None for the bundled model of ``method``.
-        method: The expected method, ``hypernetwork`` or ``difflora``; None accepts any.
+        method: The expected method, ``hypernetwork`` or ``lora-diffusion``; None accepts any.
         base: The base, which spares a second load by a model that encodes photos with it.
         compute: The device of the model; None for the CPU.
 

@@ -99,7 +99,7 @@ def validate_config(model: AnyPhotoModel, config: GenerationConfig) -> None:
         raise InvalidArgumentError(
             "this model is deterministic and makes one LoRA of a photo: num-loras, num-candidates, "
             "seed, lora-sampling-steps and lora-guidance-scale are for a model that samples "
-            "(--method difflora)"
+            "(--method lora-diffusion)"
         )
 
 

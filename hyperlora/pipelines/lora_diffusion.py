@@ -49,7 +49,7 @@ class LoraDiffusion(ImageToLoraBase):
         regression: Estimates the mean of the latents from the same features; None for no estimate.
     """
 
-    method: ClassVar[str] = "difflora"
+    method: ClassVar[str] = "lora-diffusion"
     is_generative: ClassVar[bool] = True
     encoder: TimmEncoder
 

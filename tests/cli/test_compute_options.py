@@ -27,19 +27,19 @@ VERBS = ("render", "edit", "generate", "evaluate", "evaluate-edits", "demo", "se
 
 @pytest.fixture
 def arguments(
-    bundle: Bundle, difflora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, lora_diffusion_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[Any]]:
     """The arguments of a short run of each command, on the tiny bundle."""
     for name, folder in {
         "BASE_DIR": bundle.base,
         "IMAGE_TO_LORA_DIR": bundle.model,
-        "DIFFLORA_DIR": difflora,
+        "LORA_DIFFUSION_DIR": lora_diffusion_dir,
         "EVALUATOR_DIR": bundle.evaluator,
         "BENCHMARK_DIR": bundle.benchmark,
         "EDIT_BASE_DIR": bundle.edit_base,
         "PAIR_TO_LORA_DIR": bundle.pair_model,
         "EDIT_BENCHMARK_DIR": bundle.edit_benchmark,
-        "MODEL_DIR_BY_METHOD": {"hypernetwork": bundle.model, "difflora": difflora},
+        "MODEL_DIR_BY_METHOD": {"hypernetwork": bundle.model, "lora-diffusion": lora_diffusion_dir},
     }.items():
         monkeypatch.setattr(pretrained, name, folder)
     folder = bundle.edit_benchmark / "inverted"
@@ -183,8 +183,8 @@ def test_offloaded_commands_run_on_a_card(
     "options",
     [
         ["--refine-steps", 2, "--rank", 3],
-        ["--method", "difflora", "--num-candidates", 2],
-        ["--method", "difflora", "--lora-guidance-scale", 2, "--num-loras", 2],
+        ["--method", "lora-diffusion", "--num-candidates", 2],
+        ["--method", "lora-diffusion", "--lora-guidance-scale", 2, "--num-loras", 2],
     ],
 )
 def test_generate_with_a_base_runs_on_a_card(
@@ -219,7 +219,7 @@ def test_composition_runs_on_a_card(
 def test_baselines_of_an_evaluation_run_on_a_card(
     run: RunCommand, arguments: dict[str, list[Any]], tmp_path: Path, options: list[Any]
 ) -> None:
-    method = ["--method", "difflora", "--num-candidates", 2]
+    method = ["--method", "lora-diffusion", "--num-candidates", 2]
     extra = ["--report-dir", tmp_path / "report"]
     run_on_both(run, tmp_path / "report", *arguments["evaluate"], *method, *options, *extra)
     if options:

@@ -135,7 +135,7 @@ def mix_variants(world: Path, target: Path) -> list[Any]:
         (lambda w, t: ["--model", w / "clip"], "holds no network from photos to LoRAs"),
         (lambda w, t: ["--encoder", w / "HyperLoRA"], "lacks config.json"),
         (lambda w, t: ["--revision", "main"], "is a folder and has no revisions"),
-        (lambda w, t: ["--method", "difflora"], "leave it out"),
+        (lambda w, t: ["--method", "lora-diffusion"], "leave it out"),
         (lambda w, t: ["--num-loras", "2"], "is deterministic"),
     ],
 )  # fmt: skip

@@ -42,7 +42,7 @@ LAYOUTS = st.builds(
     ("model", "fingerprint"),
     [
         ("image-to-lora", "f5c262f1abd5444c"),
-        ("difflora", "f5c262f1abd5444c"),
+        ("lora-diffusion", "f5c262f1abd5444c"),
         ("pair-to-lora", "b85566f0569b280a"),
     ],
 )

@@ -74,11 +74,11 @@ def test_pair_to_lora_saves_complete_metadata(bundle: Any, tmp_path: Path) -> No
     assert metadata.reference_sha256 == tuple(compute_sha256(path) for path in pair)
 
 
-def test_from_pretrained_refuses_another_class(bundle: Any, difflora: Path) -> None:
-    config = json.loads((difflora / "config.json").read_text())
+def test_from_pretrained_refuses_another_class(bundle: Any, lora_diffusion_dir: Path) -> None:
+    config = json.loads((lora_diffusion_dir / "config.json").read_text())
     assert config["_class_name"] == "LoraDiffusion"
     with pytest.raises(ModelLoadError, match="class LoraDiffusion, ImageToLora was expected"):
-        ImageToLora.from_pretrained(difflora)
+        ImageToLora.from_pretrained(lora_diffusion_dir)
     with pytest.raises(ModelLoadError, match="class PairToLora, LoraDiffusion was expected"):
         LoraDiffusion.from_pretrained(bundle.pair_model)
 

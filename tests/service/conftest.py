@@ -55,8 +55,8 @@ def identity_similarity(bundle: Bundle) -> IdentitySimilarity:
 
 
 @pytest.fixture(scope="session")
-def lora_diffusion(difflora: Path) -> LoraDiffusion:
-    return LoraDiffusion.from_pretrained(difflora)
+def lora_diffusion(lora_diffusion_dir: Path) -> LoraDiffusion:
+    return LoraDiffusion.from_pretrained(lora_diffusion_dir)
 
 
 @pytest.fixture

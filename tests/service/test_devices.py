@@ -28,7 +28,7 @@ OUT_OF_MEMORY = "the server ran out of memory over this request: ask for a small
 
 @pytest.fixture
 def card_client(
-    bundle: Bundle, difflora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, lora_diffusion_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TestClient]:
     """A server whose models are on the mock card."""
     try_batch = DynamicBatcher._try_batch
@@ -44,7 +44,7 @@ def card_client(
         pair_model=str(bundle.pair_model),
         edit_base=str(bundle.edit_base),
         evaluator=str(bundle.evaluator),
-        extra_models=(str(difflora),),
+        extra_models=(str(lora_diffusion_dir),),
     )
     settings = ServiceSettings(state_dir=tmp_path / "state", rate_limit="100000/minute")
     with mock_cuda():
@@ -71,7 +71,7 @@ def test_every_route_runs_on_a_card(card_client: TestClient, client: TestClient)
         answers = [
             post_photos(server),
             post_photos(server, refine_steps=2, rank=3),
-            post_photos(server, method="difflora", seed=3),
+            post_photos(server, method="lora-diffusion", seed=3),
             post(server, "/v1/loras", *pair),
             post(server, "/v1/edits", image, *pair, num_inference_steps=2),
             post(server, "/v1/edits", image, ("lora", lora), num_inference_steps=2),

@@ -117,7 +117,7 @@ def test_edit_image_runs_as_a_job(client: TestClient) -> None:
 def test_list_models_lists_all_kinds(client: TestClient) -> None:
     assert [m["kind"] for m in client.get("/v1/models").json()] == [
         "image-to-lora",
-        "difflora",
+        "lora-diffusion",
         "pair-to-lora",
     ]
 

@@ -131,7 +131,7 @@ def test_api_refuses_what_a_model_cannot_do(server: TestClient, world: Path) -> 
     photo = (world / "me.png").read_bytes()
     unknown = post_photos(server, photo, model="nobody")
     assert_problem(unknown, 400, "no model 'nobody': it has image-to-lora, face, hyperlora-edit")
-    both = post_photos(server, photo, model="face", method="difflora")
+    both = post_photos(server, photo, model="face", method="lora-diffusion")
     assert_problem(both, 400, "not both")
     refined = post_photos(server, photo, model="face", refine_steps=2)
     assert_problem(refined, 400, "leave refine_steps out")

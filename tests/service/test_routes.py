@@ -60,13 +60,15 @@ def test_create_lora_samples_by_method_and_seed(
     client: TestClient, lora_diffusion: LoraDiffusion
 ) -> None:
     first, again, other = (
-        post_photos(client, method="difflora", seed=seed).content for seed in (1, 1, 2)
+        post_photos(client, method="lora-diffusion", seed=seed).content for seed in (1, 1, 2)
     )
     file = load_lora(first, lora_diffusion.layout)
     with torch.no_grad():
         expected = lora_diffusion.generate_batch([[make_photo()]])  # by seed 0
     assert not torch.allclose(file.weights.flatten(), expected[0].flatten())
-    unseeded = load_lora(post_photos(client, method="difflora").content, lora_diffusion.layout)
+    unseeded = load_lora(
+        post_photos(client, method="lora-diffusion").content, lora_diffusion.layout
+    )
     torch.testing.assert_close(unseeded.weights.flatten(), expected[0].flatten())
     assert torch.equal(
         file.weights.flatten(), load_lora(again, lora_diffusion.layout).weights.flatten()
@@ -88,7 +90,7 @@ def test_create_lora_refines_with_the_predicting_model(
         return postprocess_loras(model, *args)
 
     monkeypatch.setattr(lora_engine, "postprocess_loras", record_model)
-    assert post_photos(client, method="difflora", refine_steps=1).status_code == 200
+    assert post_photos(client, method="lora-diffusion", refine_steps=1).status_code == 200
     assert refining_models == [lora_diffusion]
 
 

@@ -17,7 +17,7 @@ from hyperlora.service.engine.requests import EditLoraRequest, LoraRequest, Mode
 from hyperlora.service.security import Caller
 from hyperlora.service.state import AppState
 
-Method = Literal["hypernetwork", "difflora"]
+Method = Literal["hypernetwork", "lora-diffusion"]
 """Methods of the models from photos."""
 
 
@@ -113,7 +113,9 @@ class LoraForm:
         str | None,
         Form(max_length=64, description="Its name in /v1/models instead, e.g. hyperlora-fidelity."),
     ] = None
-    seed: Annotated[int, Form(ge=0, le=MAX_SEED, description="Another sample (difflora).")] = 0
+    seed: Annotated[
+        int, Form(ge=0, le=MAX_SEED, description="Another sample (lora-diffusion).")
+    ] = 0
     title: Annotated[
         str, Form(max_length=100, description="Name of the file, also in its metadata.")
     ] = "LoRA"

@@ -191,8 +191,8 @@ class ModelInfo:
     \f
     Attributes:
         id: Name of the model in requests.
-        kind: Kind of the model: image-to-lora, difflora, pair-to-lora, or of a network that others
-            released: hyperlora-sdxl, i2l-v1, template or lorweb.
+        kind: Kind of the model: image-to-lora, lora-diffusion, pair-to-lora, or of a network that
+            others released: hyperlora-sdxl, i2l-v1, template or lorweb.
         base: Id of the base its LoRAs are for.
         rank: Rank of its LoRAs; null until the model is loaded, as the next two.
         num_targets: Number of modules that its LoRAs adapt.

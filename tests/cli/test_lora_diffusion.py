@@ -35,7 +35,7 @@ def compute_distance(path_a: Path, path_b: Path) -> float:
 
 
 def test_num_loras_writes_samples_by_seed(
-    run: RunCommand, bundle: Any, difflora: Path, tmp_path: Path
+    run: RunCommand, bundle: Any, lora_diffusion_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "me.safetensors"
     result = run(
@@ -44,9 +44,9 @@ def test_num_loras_writes_samples_by_seed(
         "-o",
         out,
         "--model",
-        difflora,
+        lora_diffusion_dir,
         "--method",
-        "difflora",
+        "lora-diffusion",
         "--num-loras",
         3,
     )
@@ -57,19 +57,34 @@ def test_num_loras_writes_samples_by_seed(
     assert compute_distance(files[0], files[1]) > 1e-3
     repeated = tmp_path / "again.safetensors"
     assert (
-        run("generate", bundle.photo, "-o", repeated, "--model", difflora, "--seed", 1).code == 0
+        run(
+            "generate", bundle.photo, "-o", repeated, "--model", lora_diffusion_dir, "--seed", 1
+        ).code
+        == 0
     )  # the method is that of the model
     assert compute_distance(repeated, files[1]) == 0
     for options in (["--lora-sampling-steps", 1], ["--lora-guidance-scale", 3]):
         path_b = tmp_path / "other.safetensors"
-        assert run("generate", bundle.photo, "-o", path_b, "--model", difflora, *options).code == 0
+        assert (
+            run(
+                "generate", bundle.photo, "-o", path_b, "--model", lora_diffusion_dir, *options
+            ).code
+            == 0
+        )
         assert compute_distance(path_b, files[0]) > 1e-4
 
 
 def test_num_candidates_keeps_best_samples(
-    run: RunCommand, bundle: Any, difflora: Path, tmp_path: Path
+    run: RunCommand, bundle: Any, lora_diffusion_dir: Path, tmp_path: Path
 ) -> None:
-    model_options = ["--model", difflora, "--base", bundle.base, "--judge", bundle.evaluator]
+    model_options = [
+        "--model",
+        lora_diffusion_dir,
+        "--base",
+        bundle.base,
+        "--judge",
+        bundle.evaluator,
+    ]
     assert (
         run(
             "generate",
@@ -107,8 +122,8 @@ def test_num_candidates_keeps_best_samples(
     assert len({*indices}) == 2
 
 
-def test_generate_candidates_returns_best_first(difflora: Path) -> None:
-    model = load_image_to_lora(difflora)
+def test_generate_candidates_returns_best_first(lora_diffusion_dir: Path) -> None:
+    model = load_image_to_lora(lora_diffusion_dir)
     subjects = [SubjectPhotos(torch.rand(1, 3, 16, 16)) for _ in range(2)]
     features = model.encode_subjects(subjects)
     candidates = [model.generate_from_features(features, LoraSampling(seed)) for seed in range(4)]
@@ -127,8 +142,8 @@ def test_generate_candidates_returns_best_first(difflora: Path) -> None:
         )
 
 
-def test_lora_diffusion_samples_independently_of_batch(difflora: Path) -> None:
-    model = load_image_to_lora(difflora)
+def test_lora_diffusion_samples_independently_of_batch(lora_diffusion_dir: Path) -> None:
+    model = load_image_to_lora(lora_diffusion_dir)
     photos = torch.rand(3, 1, 3, 16, 16)
     batch_lora = model.forward(photos, LoraSampling(5))
     single_lora = model.forward(photos[1:2], LoraSampling(5))
@@ -138,7 +153,7 @@ def test_lora_diffusion_samples_independently_of_batch(difflora: Path) -> None:
 
 
 def test_input_dir_reranks_candidates(
-    run: RunCommand, bundle: Any, difflora: Path, tmp_path: Path
+    run: RunCommand, bundle: Any, lora_diffusion_dir: Path, tmp_path: Path
 ) -> None:
     result = run(
         "generate",
@@ -147,9 +162,9 @@ def test_input_dir_reranks_candidates(
         "-o",
         tmp_path,
         "--method",
-        "difflora",
+        "lora-diffusion",
         "--model",
-        difflora,
+        lora_diffusion_dir,
         "--base",
         bundle.base,
         "--judge",
@@ -161,12 +176,14 @@ def test_input_dir_reranks_candidates(
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
-def test_evaluate_scores_lora_diffusion(run: RunCommand, bundle: Any, difflora: Path) -> None:
+def test_evaluate_scores_lora_diffusion(
+    run: RunCommand, bundle: Any, lora_diffusion_dir: Path
+) -> None:
     result = run(
         "evaluate",
         bundle.benchmark,
         "--model",
-        difflora,
+        lora_diffusion_dir,
         "--base",
         bundle.base,
         "--evaluator",
@@ -186,8 +203,8 @@ def test_evaluate_scores_lora_diffusion(run: RunCommand, bundle: Any, difflora: 
     assert any(name.startswith("shuffled") for name in names)
 
 
-def test_check_photos_warns_of_unknown_photos(difflora: Path) -> None:
-    model = load_image_to_lora(difflora)
+def test_check_photos_warns_of_unknown_photos(lora_diffusion_dir: Path) -> None:
+    model = load_image_to_lora(lora_diffusion_dir)
     torch.manual_seed(0)
     mean_photo = torch.rand(3, 16, 16)
     photos = (mean_photo + 0.02 * torch.randn(40, 1, 3, 16, 16)).clamp(0, 1)
@@ -229,13 +246,13 @@ def test_generate_refuses_sampling_of_deterministic_model(
 
 
 def test_lora_diffusion_embeds_faces_and_saves_pack(
-    run: RunCommand, bundle: Any, difflora: Path, tmp_path: Path
+    run: RunCommand, bundle: Any, lora_diffusion_dir: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("insightface")
     from data_builder.avatars.identity import SPLITS, sample_identity, sample_scene
     from data_builder.avatars.rendering import render_portrait
 
-    image_model = LoraDiffusion.from_pretrained(difflora)
+    image_model = LoraDiffusion.from_pretrained(lora_diffusion_dir)
     torch.manual_seed(9)
     mixture = MixedImageFeatures(
         FACE_EMBED_DIM, image_model.encoder.width, width=16, num_tokens=2, num_heads=2, mode="face"
@@ -274,21 +291,21 @@ def test_lora_diffusion_embeds_faces_and_saves_pack(
 
 
 def test_load_image_to_lora_reads_method(
-    run: RunCommand, bundle: Any, difflora: Path, tmp_path: Path
+    run: RunCommand, bundle: Any, lora_diffusion_dir: Path, tmp_path: Path
 ) -> None:
-    assert isinstance(load_image_to_lora(difflora), LoraDiffusion)
+    assert isinstance(load_image_to_lora(lora_diffusion_dir), LoraDiffusion)
     assert isinstance(load_image_to_lora(bundle.model), ImageToLora)
-    with pytest.raises(ModelLoadError, match="of the method hypernetwork, not difflora"):
-        load_image_to_lora(bundle.model, "difflora")
+    with pytest.raises(ModelLoadError, match="of the method hypernetwork, not lora-diffusion"):
+        load_image_to_lora(bundle.model, "lora-diffusion")
     out = tmp_path / "x.safetensors"
     for options, sentence in (
-        (["--method", "magic"], "unknown method 'magic'; known: hypernetwork, difflora"),
+        (["--method", "magic"], "unknown method 'magic'; known: hypernetwork, lora-diffusion"),
         (
-            ["--method", "difflora", "--model", bundle.model],
-            "of the method hypernetwork, not difflora",
+            ["--method", "lora-diffusion", "--model", bundle.model],
+            "of the method hypernetwork, not lora-diffusion",
         ),
         (
-            ["--model", difflora, "--num-loras", 2, "--input-dir", bundle.subjects],
+            ["--model", lora_diffusion_dir, "--num-loras", 2, "--input-dir", bundle.subjects],
             "leave out --input-dir",
         ),
     ):
