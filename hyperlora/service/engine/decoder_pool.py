@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from PIL import Image
 
 from hyperlora.errors import InvalidImageError
-from hyperlora.service.engine.batcher import QueueFullError
+from hyperlora.service.engine.batcher import QueueFullError, ServerStoppingError
 from hyperlora.service.engine.decoder_process import DecoderEndedError, DecoderProcess
 
 DecodedT = TypeVar("DecodedT")
@@ -127,7 +127,7 @@ class DecoderPool:
         task = _Task(files, prepare, owner)
         with self._lock:
             if self._is_closed:
-                raise QueueFullError(f"the server is stopping: {_RETRY}")
+                raise ServerStoppingError
             if len(self._waiting) >= MAX_WAITING:
                 raise QueueFullError(f"{MAX_WAITING} images wait to be decoded already: {_RETRY}")
             self._waiting.append(task)
@@ -137,7 +137,7 @@ class DecoderPool:
 
     def close(self) -> None:
         """End all processes, and with them the work."""
-        error = QueueFullError(f"the server is stopping: {_RETRY}")
+        error = ServerStoppingError()
         with self._lock:
             self._is_closed = True
             waiting, idle = self._waiting, self._idle
