@@ -393,11 +393,14 @@ def test_routes_refuse_after_the_deadline_and_when_full(start_client: StartClien
     time.sleep(0.3)
     assert_problem(post_photos(client), 504, "longer than 0.3 s")
     waiting = [
-        post_photos(client, headers={"Prefer": "respond-async"}, refine_steps=2) for _ in range(2)
+        post_photos(client, headers={"Prefer": "respond-async"}, refine_steps=2) for _ in range(4)
     ]
-    time.sleep(0.3)
-    states = [client.get(w.headers["location"]).json() for w in waiting]
-    assert any("requests are waiting already" in (s["error"] or "") for s in states)
+    end_time, errors = time.monotonic() + 20, set[str]()
+    while not errors and time.monotonic() < end_time:
+        states = [client.get(w.headers["location"]).json() for w in waiting]
+        errors = {state["error"] for state in states if state["error"]}
+        time.sleep(0.1)
+    assert any("requests are waiting already" in error for error in errors), errors
     client.delete(slow.headers["location"])
 
 
