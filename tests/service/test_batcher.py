@@ -257,3 +257,24 @@ def test_batcher_ends_all_work_when_it_is_closed() -> None:
     stuck.close(0)
     with pytest.raises(ServerStoppingError):
         future.result(0)
+
+
+def test_batcher_lets_nobody_wait_for_a_newcomer_to_use_as_much() -> None:
+    """The newcomer has much work; the other one worked alone before, and comes for a little."""
+    order: list[str] = []
+
+    def make_spec(name: str) -> BatchSpec[float, float]:
+        def run(payloads: list[float]) -> list[float]:
+            order.append(name)
+            time.sleep(payloads[0])
+            return payloads
+
+        return BatchSpec(name, run, max_batch_size=1)
+
+    batcher = DynamicBatcher(20)
+    batcher.submit(make_spec("alone"), 0.5, owner="bob").result(5)
+    many = [batcher.submit(make_spec("alice"), 0.05, owner="alice") for _ in range(8)]
+    many[0].result(5)
+    batcher.submit(make_spec("bob"), 0.0, owner="bob").result(5)
+    assert order.index("bob") <= 4
+    batcher.close(5)

@@ -153,6 +153,7 @@ class DynamicBatcher:
         self._num_turns = 0
         self._last_turns = defaultdict[tuple[str, bool], int](int)  # of lanes
         self._used_s = defaultdict[str, float](float)  # by owners
+        self._least_used_s = 0.0  # of the owners with work; it never falls
         self._changed = threading.Condition()
         self._closed = self._stopping = False
         self._thread = threading.Thread(target=self._run_loop, name=thread_name, daemon=True)
@@ -215,10 +216,13 @@ class DynamicBatcher:
         return item.future
 
     def _enter_owner(self, owner: str) -> None:
-        """Let an owner without work begin at the time of the one who has used the least."""
-        used_s = {item.owner: self._used_s[item.owner] for item in [*self._running, *self._queue]}
-        if used_s and owner not in used_s:
-            self._used_s[owner] = max(self._used_s[owner], min(used_s.values()))
+        """Let an owner without work begin at the time of the one who has used the least.
+
+        Also where nobody has work: one who has worked alone would else wait for a newcomer until
+        both have used as much.
+        """
+        if all(item.owner != owner for item in [*self._running, *self._queue]):
+            self._used_s[owner] = max(self._used_s[owner], self._least_used_s)
 
     def check_running(self) -> None:
         """Raise if nobody waits for the running batch; long work calls it between its steps.
@@ -254,6 +258,9 @@ class DynamicBatcher:
             self._run_batch(self._running)
             with self._changed:
                 self._used_s[owner] += time.monotonic() - start_time
+                owners = {item.owner for item in self._queue} or {owner}
+                least_used_s = min(self._used_s[name] for name in owners)
+                self._least_used_s = max(self._least_used_s, least_used_s)
                 self._running = []  # its payloads are free while the thread waits
 
     def _take_batch(self) -> bool:
