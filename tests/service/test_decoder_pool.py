@@ -13,6 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from benchmarks.robustness.slow_senders import make_slow_photo
 from hyperlora.errors import InvalidImageError
 from hyperlora.service.engine.batcher import QueueFullError
 from hyperlora.service.engine.decoder_pool import DecodeLimits, DecoderPool
@@ -27,19 +28,6 @@ from tests.service.conftest import StartClient, assert_problem, make_photo, post
 
 PATIENT = DecodeLimits(100.0, 100.0)
 Size = tuple[int, int]
-
-
-def make_slow_photo(num_scans: int = 99, size: int = 4900) -> bytes:
-    """Make a small progressive JPEG that claims to be large, with as many scans as are read."""
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").resize((16, 16)).save(buffer, "JPEG", progressive=True)
-    data = buffer.getvalue()
-    place = data.index(b"\xff\xc2") + 5  # height and width
-    data = data[:place] + size.to_bytes(2, "big") * 2 + data[place + 4 :]
-    last_scan = data[data.rindex(b"\xff\xda") : -2]
-    return data[:-2] + last_scan * (num_scans - data.count(b"\xff\xda")) + data[-2:]
-
-
 SLOW_PHOTO = make_slow_photo()
 
 
