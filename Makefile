@@ -1,7 +1,7 @@
 # RUN= uses the environment that is already active.
 RUN ?= uv run
 
-.PHONY: check test avatars teachers
+.PHONY: check test mutation avatars teachers
 .NOTPARALLEL:
 
 check: ## style, types and the direction of imports
@@ -12,6 +12,9 @@ check: ## style, types and the direction of imports
 
 test:
 	$(RUN) pytest
+
+mutation: ## single faults in the mathematical core: how many the quick tests notice
+	uv run --group mutation python -m benchmarks.mutation.run
 
 # The embedded bundle, from nothing. Stages run in this order; the shipped weights took about 22
 # hours on two CPU cores. A finished stage leaves a file in $(DONE), and the next `make avatars`

@@ -24,6 +24,9 @@ LIBRARIES = {
     "ablations.lora_diffusion_training",
     "ablations.paired_edit",
     "avatar_evaluator",
+    "mutation.copy_repository",
+    "mutation.fastest_first",
+    "mutation.report",
     "quality.concept_loras",
     "robustness.http_requests",
     "robustness.malformed_request_generators",
@@ -33,6 +36,7 @@ LIBRARIES = {
 PROGRAMS = [name for name in MODULES if name not in LIBRARIES]
 NOT_RUN = {
     "ablations.pair_hypernetwork_training": "needs the data that its training config names",
+    "mutation.run": "runs the quick tests for each of thousands of mutants",
     "robustness.fair_turns": "starts a server with the bundled models",
     "robustness.slow_senders": "starts a server with the bundled models",
     "robustness.malformed_requests": "starts servers with the bundled models",

@@ -6,7 +6,11 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from hyperlora.diffusion.conditions import Conditions
-from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
+from hyperlora.diffusion.losses import (
+    AuxLoss,
+    compute_denoising_loss,
+    compute_edit_region_weights,
+)
 from hyperlora.diffusion.noise_schedule import NoiseSchedule
 
 CONDITIONS: Conditions = {"prompt_embeds": torch.zeros(4, 1, 1)}
@@ -173,3 +177,59 @@ def test_aux_loss_is_added_with_its_weight(name: str) -> None:
     ):
         difference = compute_loss(AuxLoss(compute_mean_error, weight)) - denoising_loss
         torch.testing.assert_close(difference, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_loss_draws_a_time_and_noise_for_each_sample(name: str) -> None:
+    """After the same seed: u of each sample, then the noise; conditions reach the denoiser."""
+    x0, seen = torch.randn(3, 4, 2, 5), []
+
+    def predict(
+        noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        seen.append((noisy_latents, timesteps, conditions))
+        return torch.zeros_like(noisy_latents)
+
+    torch.manual_seed(3)
+    drawn = compute_denoising_loss(predict, SCHEDULERS[name], x0, CONDITIONS)
+    torch.manual_seed(3)
+    noise_sample = torch.rand(3), torch.randn(3, 4, 2, 5)
+    given = compute_denoising_loss(
+        predict, SCHEDULERS[name], x0, CONDITIONS, noise_sample=noise_sample, shift=1.0
+    )
+    assert torch.equal(drawn, given) and drawn.shape == (3,)
+    assert torch.equal(seen[0][0], seen[1][0])
+    torch.testing.assert_close(seen[0][1].float(), noise_sample[0] * 1000, atol=1.0, rtol=0)
+    assert seen[0][2] is seen[1][2] is CONDITIONS
+
+
+def test_loss_of_half_precision_is_computed_in_float32() -> None:
+    """Squared errors of 1e-4 would be 0 in float16."""
+    x0, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1)).half()
+
+    def predict(noisy_latents: torch.Tensor, *_: object) -> torch.Tensor:
+        return noise + 1e-4
+
+    loss = compute_denoising_loss(
+        predict,
+        SCHEDULERS["epsilon"],
+        x0,
+        CONDITIONS,
+        noise_sample=(torch.tensor([0.3, 0.6]), noise),
+    )
+    assert loss.dtype == torch.float32
+    assert 1e-9 < float(loss.max()) < 1e-7
+
+
+def test_edit_region_weights_grow_with_the_change_up_to_their_maximum() -> None:
+    """Two channels that change by a and b: 1 + w min(1, (|a| + |b|) / 2 / std)."""
+    torch.manual_seed(0)
+    after = torch.randn(3, 2, 4, 5)
+    std = after.std()
+    change = torch.zeros_like(after)
+    change[0, 0, 1, 2], change[0, 1, 1, 2] = std, -0.5 * std  # 0.75 on average
+    change[2, :, 3, 4] = 7 * std  # more than one standard deviation
+    expected = torch.ones(3, 1, 4, 5)
+    expected[0, 0, 1, 2] += 3 * 0.75
+    expected[2, 0, 3, 4] += 3
+    torch.testing.assert_close(compute_edit_region_weights(after - change, after, 3.0), expected)

@@ -1,0 +1,149 @@
+"""The copy that mutmut mutates, and the scores of its results."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.mutation import report
+from benchmarks.mutation.copy_repository import copy_repository, move_decorators
+from benchmarks.mutation.fastest_first import pytest_collection_modifyitems
+from benchmarks.mutation.report import EquivalenceRule, Mutant, compute_scores, list_missed_targets
+from benchmarks.mutation.run import load_rules
+
+SOURCE = '''"""A module."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from typing_extensions import override
+
+
+@contextmanager
+def open_one() -> Iterator[int]:
+    yield 1
+
+
+@torch.no_grad()
+def multiply(x, y):
+    return x * y
+
+
+class Shape:
+    """A class."""
+
+    sides: int = 4
+
+    @property
+    @override
+    def corners(self) -> int:
+        return self.sides
+
+    @cached_property
+    def area(self) -> list[int]:
+        return [self.sides]
+
+    @classmethod
+    def make(cls) -> "Shape":
+        return cls()
+'''
+
+
+def test_move_decorators_keeps_the_meaning() -> None:
+    text = move_decorators(SOURCE)
+    decorators = [line.strip() for line in text.splitlines() if line.strip().startswith("@")]
+    assert decorators == ["@classmethod"], "of which mutmut mutates the function"
+    namespace: dict[str, Any] = {}
+    exec(text, namespace)
+    with namespace["open_one"]() as one:
+        assert one == 1
+    assert not namespace["multiply"](torch.ones(2, requires_grad=True), 2).requires_grad
+    shape = namespace["Shape"].make()
+    assert shape.corners == 4 and shape.area is shape.area
+
+
+def test_copy_repository_writes_what_changed_and_removes_what_is_gone(
+    tmp_path: Path, make_repository: Callable[..., Path]
+) -> None:
+    source = make_repository(core={"a.py": SOURCE, "b.py": SOURCE}, docs={"page.md": "# A page\n"})
+    target = tmp_path / "copy"
+    copy_repository(source, target, ["core/a*.py"])
+    assert (target / "core/a.py").read_text() == move_decorators(SOURCE)
+    assert (target / "core/b.py").read_text() == SOURCE
+    times = {path: path.stat().st_mtime_ns for path in target.rglob("*.py")}
+    (target / "mutants").mkdir()
+    (target / "mutants/result").write_text("kept")
+    (source / "core/b.py").write_text("x = 1\n")
+    (source / "docs/page.md").unlink()
+    copy_repository(source, target, ["core/a*.py"])
+    assert (target / "core/b.py").read_text() == "x = 1\n"
+    assert (target / "core/a.py").stat().st_mtime_ns == times[target / "core/a.py"]
+    assert not (target / "docs/page.md").exists() and (target / "mutants/result").exists()
+
+
+@pytest.fixture
+def make_repository(tmp_path: Path) -> Callable[..., Path]:
+    import subprocess
+
+    def make(**folders: dict[str, str]) -> Path:
+        folder = tmp_path / "repository"
+        for name, files in folders.items():
+            (folder / name).mkdir(parents=True)
+            for file_name, text in files.items():
+                (folder / name / file_name).write_text(text)
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def mutants(monkeypatch: pytest.MonkeyPatch) -> list[Mutant]:
+    """Ten of one file, of which two survive, and one untested of another."""
+    monkeypatch.setattr(Mutant, "diff_lines", ["-    return a + b", "+    return a - b"])
+    statuses = ["killed"] * 8 + ["survived", "no tests"]
+    names = [f"hyperlora.core.xǁShapeǁadd__mutmut_{i}" for i in range(10)]
+    return [
+        *map(Mutant, names, ["hyperlora/core.py"] * 10, statuses),
+        Mutant("hyperlora.other.x_add__mutmut_1", "hyperlora/other.py", "not tested"),
+    ]
+
+
+def test_scores_leave_out_equivalent_mutants(mutants: list[Mutant]) -> None:
+    assert mutants[0].function == "hyperlora.core.Shape.add"
+    assert mutants[-1].function == "hyperlora.other.add"
+    scores = compute_scores(mutants, [])
+    assert scores["core.py"].format_cells() == ["10", "0", "8", "2", "80.0%"]
+    assert list(scores) == ["core.py", report.ALL_FILES]
+    assert list_missed_targets(scores) == [
+        "core.py: 80.0%, target 85%",
+        "all files: 80.0%, target 92%",
+    ]
+    for rule, num_equivalent in (
+        (EquivalenceRule(r".*\.add", r"a \+ b", "a - b", "b is 0"), 2),
+        (EquivalenceRule(r"\.add", r"a \+ b", "a - b", "a whole name is matched"), 0),
+        (EquivalenceRule(r".*\.add", r"a \+ b", "a / b", "another change"), 0),
+    ):
+        scores = compute_scores(mutants, [rule])
+        assert scores["core.py"].num_equivalent == num_equivalent
+    text = report.format_survivors(mutants, [])
+    assert text.count("return a - b") == 2 and "add__mutmut_9 (no tests)" in text
+
+
+def test_rules_of_equivalent_mutants_have_reasons() -> None:
+    for rule in load_rules():
+        assert rule.functions.startswith(("hyperlora", ".*")) and len(rule.reason) > 10
+
+
+def test_fastest_tests_run_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    durations = {"a": 2.0, "b": 0.5}
+    (tmp_path / "mutmut-stats.json").write_text(json.dumps({"duration_by_test": durations}))
+    items: list[Any] = [type("Item", (), {"nodeid": name}) for name in "abc"]
+    pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["c", "b", "a"]
