@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperlora.errors import InvalidArgumentError
-from hyperlora.prompt_blending import apply_prompt_template, format_blend, parse_blend
+from hyperlora.prompt_blending import (
+    apply_prompt_template,
+    combine_blends,
+    compute_blend_matrix,
+    format_blend,
+    parse_blend,
+)
 
 WEIGHTS = st.floats(-2, 2).filter(lambda w: abs(w) > 1e-3)
 
@@ -65,3 +71,24 @@ def test_parse_blend_adds_weights_of_equal_prompts() -> None:
 def test_parse_blend_refuses_malformed_blends(weights: str) -> None:
     with pytest.raises(InvalidArgumentError, match="cannot be read: write"):
         parse_blend(f'("blue clothes", "red clothes").blend({weights})')
+
+
+def test_combine_blends_multiplies_weights_and_completes_their_sum_to_1() -> None:
+    blend = combine_blends({'("a", "b").blend(0.5, 1.5)': 2.0, "b": -0.5})
+    assert parse_blend(blend) == {"a": 1.0, "b": 2.5, "": -2.5}
+    assert combine_blends({"a hat": 1.0}) == "a hat"
+
+
+def test_compute_blend_matrix_has_a_row_of_weights_for_each_prompt() -> None:
+    prompts, matrix = compute_blend_matrix(["b", '("a", "b").blend(0.3, -2)', "c", "b"])
+    assert prompts == ["b", "a", "c"]
+    assert matrix == [[1.0, 0.0, 0.0], [-2.0, 0.3, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+def test_format_blend_writes_four_decimals_and_drops_smaller_weights() -> None:
+    assert (
+        format_blend({"a": 0.33333, "b": 1e-4, "c": 0.9e-4}) == '("a", "b").blend(0.3333, 0.0001)'
+    )
+    assert format_blend({"a": 1.00005}) == "a" and format_blend({"ä": 0.9}) == '("ä").blend(0.9000)'
+    assert parse_blend('("ä").blend(0.9000)') == {"ä": 0.9}
+    assert format_blend({"a": 1.0002}) == '("a").blend(1.0002)'

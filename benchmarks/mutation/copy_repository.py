@@ -1,7 +1,10 @@
-"""Copy the repository for mutmut, with decorators applied behind the functions they decorate.
+"""Copy the repository for mutmut, which calls each function through another one.
 
-mutmut mutates no decorated function. ``@decorator`` above a function means the same as
+It mutates no decorated function. ``@decorator`` above a function means the same as
 ``name = decorator(name)`` below it, so the copy has the latter and every function is mutated.
+
+``save_hyperparameters`` of Lightning reads the frame of ``__init__``, so the functions that call it
+are marked to be left alone.
 """
 
 import ast
@@ -14,6 +17,7 @@ from typing import Final
 
 _MOVED_DECORATORS: Final = {"torch.no_grad()", "contextmanager", "property", "cached_property"}
 _DROPPED_DECORATORS: Final = {"override"}  # for type checkers only
+_FRAME_READER: Final = "self.save_hyperparameters()"
 
 
 def copy_repository(source: Path, target: Path, patterns: Sequence[str]) -> None:
@@ -22,7 +26,7 @@ def copy_repository(source: Path, target: Path, patterns: Sequence[str]) -> None
     Args:
         source: The repository.
         target: Folder of the copy.
-        patterns: Files in which decorators are moved, as ``fnmatch`` patterns.
+        patterns: Files that are mutated, as ``fnmatch`` patterns.
     """
     listing = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
@@ -34,7 +38,7 @@ def copy_repository(source: Path, target: Path, patterns: Sequence[str]) -> None
     for name in names:
         content = (source / name).read_bytes()
         if any(fnmatch(name, pattern) for pattern in patterns):
-            content = move_decorators(content.decode()).encode()
+            content = prepare_source(content.decode()).encode()
         path = target / name
         if not path.is_file() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +48,8 @@ def copy_repository(source: Path, target: Path, patterns: Sequence[str]) -> None
             path.unlink()
 
 
-def move_decorators(text: str) -> str:
-    """Move decorators behind their functions.
+def prepare_source(text: str) -> str:
+    """Move decorators behind their functions, and mark functions that are not to be mutated.
 
     Args:
         text: Source of a module.
@@ -57,17 +61,27 @@ def move_decorators(text: str) -> str:
     # from the last function to the first, so that line numbers before it stay
     functions = sorted(_list_functions(ast.parse(text)), key=lambda node: -node.lineno)
     for function in functions:
-        names = [ast.unparse(node) for node in function.decorator_list]
-        if not names or not set(names) <= _MOVED_DECORATORS | _DROPPED_DECORATORS:
-            continue
-        indent = " " * function.col_offset
-        moved = [name for name in reversed(names) if name in _MOVED_DECORATORS]
-        end = function.end_lineno or function.lineno
-        lines[end:end] = [
-            f"{indent}{function.name} = {decorator}({function.name})" for decorator in moved
-        ]
-        del lines[function.decorator_list[0].lineno - 1 : function.lineno - 1]
+        if any(ast.unparse(statement) == _FRAME_READER for statement in function.body):
+            header_end = next(
+                i for i in range(function.lineno - 1, len(lines)) if lines[i].endswith(":")
+            )
+            lines[header_end] += "  # pragma: no mutate block"
+        _move_decorators(lines, function)
     return "\n".join(lines) + "\n"
+
+
+def _move_decorators(lines: list[str], function: ast.FunctionDef) -> None:
+    """Move the decorators of a function in the lines of its module, if all can be moved."""
+    names = [ast.unparse(node) for node in function.decorator_list]
+    if not names or not set(names) <= _MOVED_DECORATORS | _DROPPED_DECORATORS:
+        return
+    indent = " " * function.col_offset
+    moved = [name for name in reversed(names) if name in _MOVED_DECORATORS]
+    end = function.end_lineno or function.lineno
+    lines[end:end] = [
+        f"{indent}{function.name} = {decorator}({function.name})" for decorator in moved
+    ]
+    del lines[function.decorator_list[0].lineno - 1 : function.lineno - 1]
 
 
 def _list_functions(module: ast.Module) -> Iterator[ast.FunctionDef]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.mutation import report
-from benchmarks.mutation.copy_repository import copy_repository, move_decorators
+from benchmarks.mutation.copy_repository import copy_repository, prepare_source
 from benchmarks.mutation.fastest_first import pytest_collection_modifyitems
 from benchmarks.mutation.report import EquivalenceRule, Mutant, compute_scores, list_missed_targets
 from benchmarks.mutation.run import load_rules
@@ -51,13 +51,27 @@ class Shape:
     @classmethod
     def make(cls) -> "Shape":
         return cls()
+
+
+class Training:
+    def __init__(
+        self,
+        lr=1.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def save_hyperparameters(self):
+        pass
 '''
 
 
-def test_move_decorators_keeps_the_meaning() -> None:
-    text = move_decorators(SOURCE)
+def test_prepare_source_moves_decorators_and_keeps_the_meaning() -> None:
+    text = prepare_source(SOURCE)
     decorators = [line.strip() for line in text.splitlines() if line.strip().startswith("@")]
     assert decorators == ["@classmethod"], "of which mutmut mutates the function"
+    marked = [line.strip() for line in text.splitlines() if "pragma" in line]
+    assert marked == [") -> None:  # pragma: no mutate block"]
     namespace: dict[str, Any] = {}
     exec(text, namespace)
     with namespace["open_one"]() as one:
@@ -73,7 +87,7 @@ def test_copy_repository_writes_what_changed_and_removes_what_is_gone(
     source = make_repository(core={"a.py": SOURCE, "b.py": SOURCE}, docs={"page.md": "# A page\n"})
     target = tmp_path / "copy"
     copy_repository(source, target, ["core/a*.py"])
-    assert (target / "core/a.py").read_text() == move_decorators(SOURCE)
+    assert (target / "core/a.py").read_text() == prepare_source(SOURCE)
     assert (target / "core/b.py").read_text() == SOURCE
     times = {path: path.stat().st_mtime_ns for path in target.rglob("*.py")}
     (target / "mutants").mkdir()
