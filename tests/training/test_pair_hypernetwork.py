@@ -1,15 +1,18 @@
 """What a step of pair training computes, and arguments that it refuses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
+from hyperlora.training.auxiliary_losses import AttributeLoss
 from hyperlora.training.batches import PairBatch
 from hyperlora.training.modules import pair_hypernetwork
 from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
@@ -70,20 +73,27 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[LossCall]:
     return recorded
 
 
-def run_pair_step(workspace: Path, batch: PairBatch, **options: Any) -> float:
-    """The loss of a step of a network whose LoRAs are not 0, the same for all options."""
+def make_pair_module(workspace: Path, **options: Any) -> PairHypernetworkTraining:
+    """A module whose LoRAs are not 0, the same for all options."""
     torch.manual_seed(3)
+    network = {"width": 16, "depth": 1, "num_heads": 2} | options.pop("network", {})
     module = PairHypernetworkTraining(
         base=str(workspace / "tiny/instruct_pix2pix"),
         encoder="vit_tiny_patch16_224",
         output_dir="unused",
         preset="attention",
-        network={"width": 16, "depth": 1, "num_heads": 2},
+        network=network,
         encoder_options={"image_size": 16, "options": TINY_VIT},
         **{"delta_l2_weight": 0.0, "swap_prob": 0.0, **options},
     )
     for parameter in module.model.network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def run_pair_step(workspace: Path, batch: PairBatch, **options: Any) -> float:
+    """The loss of a step of ``make_pair_module``, with the same random numbers."""
+    module = make_pair_module(workspace, **options)
     torch.manual_seed(4)
     with torch.no_grad():
         return float(module.training_step(batch, 0))
@@ -171,3 +181,254 @@ def test_l2_and_shift_of_pairs_have_an_effect(
     )
     run_pair_step(workspace, batch, timestep_shift=3.0)
     assert shifts == [3.0, 3.0]
+
+
+@ignore_missing_trainer
+def test_changed_latents_weigh_more(
+    workspace: Path, batch: PairBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 + w min(1, change / std of the target), in both directions of the edit."""
+    weights = []
+    compute = pair_hypernetwork.compute_denoising_loss
+    monkeypatch.setattr(
+        pair_hypernetwork,
+        "compute_denoising_loss",
+        lambda *args, **kwargs: weights.append(kwargs["weight"]) or compute(*args, **kwargs),
+    )
+    run_pair_step(workspace, batch, edit_region_weight=2.0)
+    run_pair_step(workspace, batch)
+    change = (batch.after - batch.before).abs().mean(1, keepdim=True)
+    for weight, extra, target in zip(
+        weights,
+        (2.0, 2.0, 4.0, 4.0),
+        (batch.after, batch.before, batch.after, batch.before),
+        strict=True,
+    ):
+        expected = 1 + extra * (change / target.std()).clamp(max=1)
+        torch.testing.assert_close(weight, expected)
+
+
+@ignore_missing_trainer
+def test_attributes_of_the_result_are_held_in_both_directions(
+    workspace: Path, batch: PairBatch, calls: list[LossCall], tmp_path: Path
+) -> None:
+    torch.manual_seed(2)
+    options = {"channels": 4, "base_channels": 8}
+    classifier = AttributeClassifier("latents", 4, {"hat": ["a", "b", "c"]}, options=options)
+    classifier.save_pretrained(tmp_path)
+    before, after = torch.tensor([0, 1, 2]), torch.tensor([2, 2, 0])
+    labeled = replace(batch, labels_before={"hat": before}, labels_after={"hat": after})
+    seen: list[tuple[Tensor, Tensor | float | None]] = []
+    make = AttributeLoss.make_aux_loss
+
+    def record(loss: AttributeLoss, labels: Any, weight: Any = None) -> Any:
+        seen.append((labels["hat"], weight))
+        return make(loss, labels, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttributeLoss, "make_aux_loss", record)
+        for swap_prob in (0.0, 1.0):
+            run_pair_step(
+                workspace,
+                labeled,
+                swap_prob=swap_prob,
+                attribute_classifier=str(tmp_path),
+                attribute_loss_weight=0.7,
+            )
+    assert [labels.tolist() for labels, _ in seen] == [
+        after.tolist(),
+        before.tolist(),
+        before.tolist(),
+        after.tolist(),
+    ]
+    assert [weight for _, weight in seen] == [1.0] * 4, "at every noise level"
+    plain = run_pair_step(workspace, batch)
+    assert sum(call.value for call in calls[:2]) > plain + 0.1
+
+
+VOCABULARY = {
+    "categories": {"hat": ["add a hat", "no hat"], "mood": ["smile", "frown"]},
+    "color_axes": {},
+    "undo_template": "back to {}",
+}
+
+
+@ignore_missing_trainer
+@pytest.mark.parametrize("has_undo", [True, False])
+def test_instruction_loss_has_its_weight_and_knows_the_way_back(
+    workspace: Path, calls: list[LossCall], has_undo: bool
+) -> None:
+    """A swapped pair shows the undo instruction; where it is not known, there is no loss."""
+    torch.manual_seed(1)
+    batch = PairBatch(
+        instructions=["add a hat", "smile", ""],
+        pairs=torch.rand(3, 1, 2, 3, 16, 16),
+        before=torch.randn(3, 4, 4, 4),
+        after=torch.randn(3, 4, 4, 4),
+        undo_instructions=["no hat", "frown", ""] if has_undo else None,
+    )
+    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
+    network = {
+        "fusion": "concat",
+        "instruction_head": head | {"hidden_size": 12, "depth": 1, "num_patches": 4},
+    }
+    for swap_prob in (0.0, 1.0):
+        options = {"network": network, "swap_prob": swap_prob, "reverse_weight": 0.0}
+        module = make_pair_module(workspace, instruction_loss_weight=0.25, **options)
+        instruction_head = module.model.network.instruction_head
+        assert instruction_head is not None
+        plain = make_pair_module(workspace, **options)
+        calls.clear()
+        losses = []
+        for each in (module, plain):
+            torch.manual_seed(4)
+            with torch.no_grad():
+                losses.append(float(each.training_step(batch, 0)))
+        assert not instruction_head.input_norm.training, "the base runs: its batches are small"
+        pairs = batch.pairs if swap_prob == 0 else batch.pairs.flip(2)
+        before, after = (module.model.encoder(side) for side in pairs.unbind(2))
+        fused = module.model.network.fuse_pair(before, after)
+        instructions = batch.undo_instructions if swap_prob else batch.instructions
+        expected = 0.0
+        if instructions is not None:
+            vocabulary = instruction_head.vocabulary
+            with torch.no_grad():
+                logits = instruction_head.forward_logits(fused)
+                loss = vocabulary.compute_loss(logits, vocabulary.encode(instructions))
+            assert float(loss.min()) > 0.01
+            expected = 0.25 * float(loss.mean())
+        assert losses[0] - losses[1] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert losses[1] == pytest.approx(calls[-1].value)
+
+
+@ignore_missing_trainer
+def test_head_alone_learns_input_statistics_without_the_base(
+    workspace: Path, calls: list[LossCall]
+) -> None:
+    torch.manual_seed(1)
+    batch = PairBatch(instructions=["add a hat", "", "smile"], pairs=torch.rand(3, 1, 2, 3, 16, 16))
+    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
+    network = {"fusion": "concat", "instruction_head": head | {"hidden_size": 12, "depth": 1}}
+    options: dict[str, Any] = {"use_denoising_loss": False, "network": network}
+    losses = []
+    for weight in (1.0, 3.0):
+        module = make_pair_module(workspace, instruction_loss_weight=weight, **options)
+        torch.manual_seed(4)
+        losses.append(float(module.training_step(batch, 0)))
+        instruction_head = module.model.network.instruction_head
+        assert instruction_head is not None and instruction_head.input_norm.training
+        assert instruction_head.input_norm.running_mean.abs().max() > 0
+    assert losses[1] == pytest.approx(3 * losses[0], rel=1e-5) and losses[0] > 0.1
+    assert not calls
+
+
+@ignore_missing_trainer
+def test_validation_logs_each_control_with_the_same_noise(
+    workspace: Path, batch: PairBatch, calls: list[LossCall], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_pair_module(workspace)
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(
+        module, "log", lambda name, value, **options: logged.update({name: float(value)})
+    )
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        module.validation_step(batch, 6)
+    assert torch.equal(torch.random.get_rng_state(), state), "training's own numbers go on"
+    base, own, shuffled, reverse = calls
+    names = ("base", "own", "shuffled", "reverse")
+    assert logged == {
+        f"val/loss_{name}": pytest.approx(call.value)
+        for name, call in zip(names, calls, strict=True)
+    }
+    assert not any(delta.any() for delta in base.weights.get_delta_weights())
+    expected = own.weights.flatten()
+    assert torch.equal(shuffled.weights.flatten()[0], expected[1])
+    for made, undone in zip(
+        own.weights.get_delta_weights(), reverse.weights.get_delta_weights(), strict=True
+    ):
+        torch.testing.assert_close(undone, -made)
+    assert torch.equal(reverse.inputs, batch.after) and torch.equal(reverse.targets, batch.before)
+    assert torch.equal(own.inputs, batch.before) and own.prompts == ["", "", ""]
+    torch.manual_seed(6)
+    from hyperlora.training.modules.edit_targets import EditTarget
+
+    with torch.no_grad():
+        again = module._compute_denoising_loss(
+            own.weights, EditTarget(batch.before, batch.after), ["", "", ""]
+        )
+    assert float(again) == pytest.approx(own.value)
+
+
+@ignore_missing_trainer
+def test_number_of_example_pairs_is_drawn_up_to_its_limit(
+    workspace: Path, calls: list[LossCall]
+) -> None:
+    """LoRAs of one, two or three of four pairs differ, and no other occurs."""
+    torch.manual_seed(1)
+    before, after = torch.randn(2, 1, 4, 4, 4)
+    batch = PairBatch([""], torch.rand(1, 4, 2, 3, 16, 16), before=before, after=after)
+    module = make_pair_module(workspace, max_views=3, reverse_weight=0.0)
+    with torch.no_grad():
+        for seed in range(24):
+            torch.manual_seed(seed)
+            module.training_step(batch, 0)
+        expected = [
+            module.model.generate_from_features(*module._encode_pairs(batch, n)).flatten()
+            for n in (1, 2, 3, 4)
+        ]
+    counts = [
+        sum(torch.allclose(call.weights.flatten(), loras, atol=1e-6) for call in calls)
+        for loras in expected
+    ]
+    assert sum(counts) == 24 and all(counts[:3]) and counts[3] == 0
+
+
+@ignore_missing_trainer
+def test_images_are_encoded_where_there_are_no_latents(
+    workspace: Path, calls: list[LossCall]
+) -> None:
+    torch.manual_seed(1)
+    images = torch.rand(2, 2, 3, 16, 16)
+    batch = PairBatch(["", ""], torch.rand(2, 1, 2, 3, 16, 16), images=images)
+    module = make_pair_module(workspace, reverse_weight=0.0)
+    with torch.no_grad():
+        module.training_step(batch, 0)
+        torch.testing.assert_close(calls[0].inputs, module.base.encode_images(images[:, 0]).float())
+        torch.testing.assert_close(
+            calls[0].targets, module.base.encode_images(images[:, 1]).float()
+        )
+
+
+def test_parts_are_frozen_and_optimized_as_asked(workspace: Path) -> None:
+    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
+    network = {"fusion": "concat", "instruction_head": head | {"hidden_size": 12, "depth": 1}}
+    for frozen in (True, False):
+        module = make_pair_module(
+            workspace, freeze_encoder=frozen, freeze_instruction_head=frozen, network=network
+        )
+        parts = (module.model.encoder, module.model.network.instruction_head)
+        assert {p.requires_grad for part in parts for p in part.parameters()} == {not frozen}
+        assert module.model.network.hypernetwork.code_proj.requires_grad
+    module._trainer = SimpleNamespace(  # type: ignore[assignment]
+        estimated_stepping_batches=10, max_steps=10
+    )
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    for use_muon in (False, True):
+        module.hparams["use_muon"] = use_muon
+        optimizers = module.configure_optimizers()
+        groups = _list_groups(optimizers)
+        found = {names[id(p)] for group in groups for p in group["params"]}
+        assert found == set(names.values())
+        by_muon = {
+            names[id(p)] for group in groups if group.get("use_muon") for p in group["params"]
+        }
+        head = module.model.network.instruction_head
+        expected = head.list_hidden_matrices() if use_muon and head is not None else []
+        assert by_muon == {names[id(p)] for p in expected}
+        assert bool(by_muon) == use_muon
+
+
+def _list_groups(optimizers: Any) -> list[dict[str, Any]]:
+    optimizer = optimizers["optimizer"] if isinstance(optimizers, dict) else optimizers[0][0]
+    return list(optimizer.param_groups)
