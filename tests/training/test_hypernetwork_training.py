@@ -1,5 +1,6 @@
 """What a step of hypernetwork training passes to the denoising loss."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,27 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hyperlora.encoders.attribute_classifier import AttributeClassifier
+from hyperlora.features import ImageFeatures
 from hyperlora.training.batches import SubjectBatch
 from hyperlora.training.modules import hypernetwork
 from hyperlora.training.modules.hypernetwork import HypernetworkTraining
+from tests.tiny_pipelines import get_tiny_pipeline
 from tests.training.config_rules import TINY_VIT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 
 
-def make_module(workspace: Path, **options: Any) -> HypernetworkTraining:
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("z_image")
+    get_tiny_pipeline("z_image").pipe.save_pretrained(folder)
+    return folder
+
+
+def make_module(base_dir: Path, **options: Any) -> HypernetworkTraining:
     return HypernetworkTraining(
-        str(workspace / "tiny/z_image"),
+        str(base_dir),
         "vit_tiny_patch16_224",
         "unused",
         encoder_options={"image_size": 16, "options": TINY_VIT},
@@ -43,23 +54,23 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     compute = hypernetwork.compute_denoising_loss
 
     def record(*args: Any, **kwargs: Any) -> Any:
-        calls.append({"conditions": args[3], **kwargs})
+        calls.append({"latents": args[2], "conditions": args[3], **kwargs})
         return compute(*args, **kwargs)
 
     monkeypatch.setattr(hypernetwork, "compute_denoising_loss", record)
     return calls
 
 
-def test_timestep_shift_reaches_the_loss(workspace: Path, losses: list[dict[str, Any]]) -> None:
-    make_module(workspace, timestep_shift=3.0).training_step(make_batch(), 0)
-    make_module(workspace).training_step(make_batch(), 0)
+def test_timestep_shift_reaches_the_loss(base_dir: Path, losses: list[dict[str, Any]]) -> None:
+    make_module(base_dir, timestep_shift=3.0).training_step(make_batch(), 0)
+    make_module(base_dir).training_step(make_batch(), 0)
     assert [call["shift"] for call in losses] == [3.0, 1.0]
 
 
 def test_cached_conditions_are_not_encoded_again(
-    workspace: Path, losses: list[dict[str, Any]]
+    base_dir: Path, losses: list[dict[str, Any]]
 ) -> None:
-    module = make_module(workspace)
+    module = make_module(base_dir)
     conditions = module.base.encode_prompts(["a cat", "a dog"])
     batch = make_batch(conditions=conditions)
     module.base.pipeline.text_encoder = None  # as in a training with a cache
@@ -69,10 +80,10 @@ def test_cached_conditions_are_not_encoded_again(
     assert module.model.hypernetwork.code_proj.grad.abs().max() > 0
 
 
-def make_predicting_module(workspace: Path, **options: Any) -> HypernetworkTraining:
+def make_predicting_module(base_dir: Path, **options: Any) -> HypernetworkTraining:
     """A module whose codes are not 0, the same for all options."""
     torch.manual_seed(3)
-    module = make_module(workspace, **options)
+    module = make_module(base_dir, **options)
     torch.nn.init.normal_(module.model.hypernetwork.code_proj, std=0.3)
     return module
 
@@ -82,10 +93,10 @@ def compute_step_loss(module: HypernetworkTraining, batch: SubjectBatch) -> floa
     return float(module.training_step(batch, 0))
 
 
-def test_l2_of_delta_weights_has_its_weight(workspace: Path) -> None:
+def test_l2_of_delta_weights_has_its_weight(base_dir: Path) -> None:
     batch = make_batch()
     plain, weighted = (
-        make_predicting_module(workspace, delta_l2_weight=weight) for weight in (0.0, 3.0)
+        make_predicting_module(base_dir, delta_l2_weight=weight) for weight in (0.0, 3.0)
     )
     with torch.no_grad():
         weights = plain.model.forward(batch.photos)
@@ -94,19 +105,129 @@ def test_l2_of_delta_weights_has_its_weight(workspace: Path) -> None:
     assert expected > 1e-4 and added == pytest.approx(expected, rel=1e-2)
 
 
-def test_regression_to_fitted_codes_has_its_weight(workspace: Path, tmp_path: Path) -> None:
+def test_regression_to_fitted_codes_has_its_weight(base_dir: Path, tmp_path: Path) -> None:
     """Per subject, over those that have a target: here the first of two."""
     batch = make_batch()
-    plain = make_predicting_module(workspace)
+    plain = make_predicting_module(base_dir)
     with torch.no_grad():
         features = plain.model.encode_photos(batch.photos).image
         codes = plain.model.hypernetwork.predict_codes(features)
     targets = torch.randn_like(codes[:1])
     save_file({"codes": targets}, tmp_path / "codes.safetensors")
     weighted = make_predicting_module(
-        workspace, code_targets=str(tmp_path / "codes.safetensors"), code_loss_weight=0.5
+        base_dir, code_targets=str(tmp_path / "codes.safetensors"), code_loss_weight=0.5
     )
     expected = 0.5 * float((codes[0] - targets[0]).square().sum()) / 2
     with torch.no_grad():
         added = compute_step_loss(weighted, batch) - compute_step_loss(plain, batch)
     assert added == pytest.approx(expected, rel=1e-3)
+
+
+def test_subjects_without_target_have_no_code_loss(base_dir: Path, tmp_path: Path) -> None:
+    """Subjects beyond the table have no target; a weight of 0 reads no table."""
+    batch = replace(make_batch(), subject_ids=torch.tensor([3, 0]))
+    plain = make_predicting_module(base_dir)
+    with torch.no_grad():
+        features = plain.model.encode_photos(batch.photos).image
+        codes = plain.model.hypernetwork.predict_codes(features)
+    targets = torch.randn(3, *codes.shape[1:])
+    save_file({"codes": targets}, tmp_path / "codes.safetensors")
+    options = {"code_targets": str(tmp_path / "codes.safetensors")}
+    with torch.no_grad():
+        base_loss = compute_step_loss(plain, batch)
+        ignored = compute_step_loss(make_predicting_module(base_dir, **options), batch)
+        weighted = compute_step_loss(
+            make_predicting_module(base_dir, code_loss_weight=2.0, **options), batch
+        )
+    assert ignored == base_loss
+    expected = 2.0 * float((codes[1] - targets[0]).square().sum()) / 2
+    assert weighted - base_loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_number_of_photos_is_drawn_up_to_its_limit(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_predicting_module(base_dir, max_views=3)
+    batch = replace(make_batch(), photos=torch.rand(2, 4, 3, 16, 16))
+    counts: dict[int, int] = {}
+    predict = module.model.hypernetwork.predict_codes
+
+    def record(features: ImageFeatures) -> torch.Tensor:
+        num_views = features.tokens.shape[1]
+        counts[num_views] = counts.get(num_views, 0) + 1
+        assert torch.equal(features.tokens, all_features.tokens[:, :num_views])
+        return predict(features)
+
+    all_features = module.model.encode_photos(batch.photos).image
+    monkeypatch.setattr(module.model.hypernetwork, "predict_codes", record)
+    with torch.no_grad():
+        for seed in range(20):
+            torch.manual_seed(seed)
+            module.training_step(batch, 0)
+    assert set(counts) == {1, 2, 3}
+
+
+def test_features_and_images_stand_for_photos_and_latents(
+    base_dir: Path, losses: list[dict[str, Any]]
+) -> None:
+    module, batch = make_predicting_module(base_dir), make_batch()
+    with torch.no_grad():
+        expected = compute_step_loss(module, batch)
+        tokens = module.model.encode_photos(batch.photos).image.tokens
+        cached = replace(batch, photos=None, tokens=tokens)
+        assert compute_step_loss(module, cached) == pytest.approx(expected)
+        images = torch.rand(2, 3, 64, 64)
+        compute_step_loss(module, replace(batch, latents=None, images=images))
+    latents = losses[-1]["latents"]
+    torch.testing.assert_close(latents, module.base.encode_images(images).float())
+    assert losses[0]["latents"].dtype == torch.float32
+
+
+def test_validation_logs_each_control_with_the_same_noise(
+    base_dir: Path, losses: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_predicting_module(base_dir)
+    batch = replace(make_batch(), photos=torch.rand(2, 3, 3, 16, 16))
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(
+        module, "log", lambda name, value, **options: logged.update({name: float(value)})
+    )
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        module.validation_step(batch, 6)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        loras = module.model.forward(batch.photos[:, :1])
+        for name, lora in (("base", loras * 0.0), ("own", loras), ("shuffled", loras[[1, 0]])):
+            torch.manual_seed(6)
+            with module.base.inject_lora(lora):
+                expected = float(module._compute_denoising_loss(batch))
+            assert logged.pop(f"val/loss_{name}") == pytest.approx(expected, rel=1e-5)
+    assert not logged
+    assert [call["aux_loss"] for call in losses] == [None] * 6
+
+
+def test_attributes_of_the_target_are_held(
+    base_dir: Path, tmp_path: Path, losses: list[dict[str, Any]]
+) -> None:
+    torch.manual_seed(2)
+    options = {"channels": 4, "base_channels": 8}
+    classifier = AttributeClassifier("latents", 8, {"hat": ["a", "b", "c"]}, options=options)
+    classifier.save_pretrained(tmp_path)
+    labels = {"hat": torch.tensor([0, 2])}
+    module = make_module(base_dir, attribute_classifier=str(tmp_path), attribute_loss_weight=0.5)
+    module.training_step(make_batch(labels=labels), 0)
+    aux_loss, latents = losses[0]["aux_loss"], torch.randn(2, 4, 8, 8)
+    cross_entropy = torch.nn.functional.cross_entropy(
+        AttributeClassifier.from_pretrained(tmp_path)(latents).logits["hat"],
+        labels["hat"],
+        reduction="none",
+    )
+    torch.testing.assert_close(aux_loss.fn(latents), 0.5 * cross_entropy)
+    assert aux_loss.weight is None
+
+
+def test_default_options(base_dir: Path) -> None:
+    hparams = make_module(base_dir).hparams
+    assert hparams["delta_l2_weight"] == 1e-3 and hparams["timestep_shift"] == 1.0
+    assert hparams["code_loss_weight"] == hparams["attribute_loss_weight"] == 0.0
+    assert hparams["max_views"] == 8 and hparams["lr"] == 3e-4

@@ -175,3 +175,65 @@ def test_training_step_gives_the_estimate_to_the_denoiser(
     batch = make_batch()
     mean = regression(ImageFeatures(batch.face_features), ImageFeatures(batch.image_features))
     torch.testing.assert_close(calls[1]["mean"], mean)
+
+
+def test_validation_compares_a_sample_with_its_own_and_another_lora(
+    codec_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hyperlora.lora.merge import compare_deltas
+
+    module, batch, logged = make_module(codec_dir), make_batch(), {}
+    monkeypatch.setattr(
+        module, "log_dict", lambda values, **options: logged.update({**values, **options})
+    )
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        module.validation_step(batch, 6)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        features, gate = module._mix_features(batch, 1)
+        torch.manual_seed(6)
+        loss = module._compute_loss(batch.latents, features, None, None)
+        noise = torch.randn(2, 2, 3)
+        samples = module.model.codec.decode(module.model.denoiser.sample(features, noise))
+        targets = module.model.codec.decode(batch.latents)
+    assert float(logged["val/loss"]) == pytest.approx(float(loss))
+    own, shuffled = compare_deltas(targets, samples)[1], compare_deltas(targets[[1, 0]], samples)[1]
+    assert float(logged["val/cosine_own"]) == pytest.approx(float(own.mean()), abs=1e-5)
+    assert float(logged["val/cosine_shuffled"]) == pytest.approx(float(shuffled.mean()), abs=1e-5)
+    assert abs(float(own.mean() - shuffled.mean())) > 1e-3
+    assert float(logged["val/face_gate"]) == pytest.approx(float(gate.mean()))
+    assert logged["batch_size"] == 2
+
+
+def test_number_of_photos_is_drawn(codec_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module(codec_dir, regression_rank=4)
+    torch.manual_seed(1)
+    batch = LoraPhotoBatch(
+        torch.randn(2, 2, 3), torch.randn(2, 3, 1, 512), torch.randn(2, 3, 5, 16)
+    )
+    mix, counts = module.model.mixture.forward_with_gate, []
+
+    def record(faces: ImageFeatures, images: ImageFeatures) -> Any:
+        counts.append(images.tokens.shape[1])
+        assert torch.equal(images.tokens, batch.image_features[:, : counts[-1]])
+        assert torch.equal(faces.tokens, batch.face_features[:, : counts[-1]])
+        return mix(faces, images)
+
+    monkeypatch.setattr(module.model.mixture, "forward_with_gate", record)
+    for seed in range(16):
+        torch.manual_seed(seed)
+        module.training_step(batch, 0)
+    assert set(counts) == {1, 2, 3}
+
+
+def test_default_options_and_what_is_optimized(codec_dir: Path) -> None:
+    from types import SimpleNamespace
+
+    module = make_module(codec_dir)
+    hparams = module.hparams
+    assert hparams["cond_dropout_prob"] == 0.1 and hparams["timestep_shift"] == 2.0
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
+    optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[call-overload, index]
+    expected = [*module.model.mixture.parameters(), *module.model.denoiser.parameters()]
+    found = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in found} == {id(p) for p in expected}
