@@ -25,6 +25,7 @@ LIBRARIES = {
     "ablations.paired_edit",
     "avatar_evaluator",
     "quality.concept_loras",
+    "robustness.hostile_clients",
     "robustness.http_requests",
     "robustness.malformed_request_generators",
     "service_process",
@@ -34,6 +35,7 @@ PROGRAMS = [name for name in MODULES if name not in LIBRARIES]
 NOT_RUN = {
     "ablations.pair_hypernetwork_training": "needs the data that its training config names",
     "robustness.fair_turns": "starts a server with the bundled models",
+    "robustness.mixed_load": "starts a server with the bundled models",
     "robustness.slow_senders": "starts a server with the bundled models",
     "robustness.malformed_requests": "starts servers with the bundled models",
     "robustness.openapi_fuzzing": "starts a server with the bundled models",
