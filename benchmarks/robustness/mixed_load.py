@@ -33,6 +33,7 @@ ORDINARY_KEY, HOSTILE_KEY = "ordinary-key-012345", "hostile-key-0123456"
 NUM_ORDINARY_PER_HOSTILE: Final = 9
 MAX_HOSTILE_AT_ONCE: Final = 8
 MAX_SLOWDOWN: Final = 2.0
+NUM_WARMUP_ROUNDS: Final = 4
 WARMUP_FRACTION: Final = 0.15
 MAX_MEMORY_GROWTH: Final = 0.05
 _WEIGHTS: Final = {"LoRA": 0.5, "image": 0.2, "stored LoRA": 0.15, "job": 0.1, "models": 0.05}
@@ -191,7 +192,7 @@ async def measure(
     options: dict[str, Any] = {"base_url": url, "headers": {"X-API-Key": ORDINARY_KEY}}
     async with httpx.AsyncClient(**options, timeout=120) as client:
         hostile = HostileClients(int(url.rsplit(":", 1)[1]))
-        for _ in ATTACKS:  # warm up: what is loaded or started once
+        for _ in range(NUM_WARMUP_ROUNDS * len(ATTACKS)):  # until the allocator has all it needs
             hostile.start_next()
         await hostile.wait()
         alone, mixed = OrdinaryClients(client, seed), OrdinaryClients(client, seed)
