@@ -167,12 +167,12 @@ def serve(
     max_pixels: Annotated[
         int,
         typer.Option(
-            min=0,
-            help="Pixels of one step, which nothing interrupts; by default as many as all steps of "
-            "the base's default image have.",
+            min=1,
+            help="Pixels of one step, which nothing interrupts, unless all steps of the base's "
+            "default image have more.",
             rich_help_panel=_LIMITS,
         ),
-    ] = 0,
+    ] = 1 << 16,
     drain_timeout_s: Annotated[
         float,
         typer.Option(

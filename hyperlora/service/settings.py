@@ -35,7 +35,7 @@ class EngineLimits:
     max_image_batch: int = 8
     max_batch_pixels: int = 2 << 20
     max_pixel_steps: int = 16 << 20
-    max_pixels: int = 0
+    max_pixels: int = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,7 @@ class CountedSteps:
 
 @pytest.fixture
 def engine(models: Models, edit_engine: EditEngine) -> Iterator[LocalEngine]:
-    limits = EngineLimits(max_pixels=256**2)
-    engine = LocalEngine(*models, limits=limits, edit_engine=edit_engine)
+    engine = LocalEngine(*models, edit_engine=edit_engine)
     yield engine
     engine.close(0.0)
 

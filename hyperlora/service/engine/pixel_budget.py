@@ -32,7 +32,7 @@ class PixelBudget:
 
     @property
     def max_pixels(self) -> int:
-        """Pixels of one step, which nobody can interrupt: by default those of the default image."""
+        """Pixels of one step, which nothing interrupts: the limit, or all default steps."""
         return max(self.limits.max_pixels, self.default_num_steps * self.base.resolution**2)
 
     def check_request(
