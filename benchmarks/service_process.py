@@ -59,6 +59,30 @@ def get_memory_mib(pid: int) -> float:
     return int(resident.split()[1]) / 1024
 
 
+def get_group_memory_mib(pid: int) -> float:
+    """Return the memory of a process and of all its descendants in MiB; shared pages count once."""
+    parents = {int(path.name): _read_parent(path) for path in Path("/proc").glob("[0-9]*")}
+    group = {pid}
+    while children := {child for child, parent in parents.items() if parent in group} - group:
+        group |= children
+    return sum(map(_get_proportional_memory_mib, group))
+
+
+def _read_parent(folder: Path) -> int:
+    try:
+        return int((folder / "stat").read_text().rsplit(") ", 1)[1].split()[1])
+    except OSError:  # it has ended
+        return 0
+
+
+def _get_proportional_memory_mib(pid: int) -> float:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+
+
 def get_cpu_time_s(pid: int) -> float:
     """Return the processor time of a process in seconds, over all cores."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()

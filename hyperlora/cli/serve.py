@@ -164,6 +164,15 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = 1 << 24,
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Pixels of one step, which nothing interrupts, unless all steps of the base's "
+            "default image have more.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 1 << 16,
     drain_timeout_s: Annotated[
         float,
         typer.Option(
@@ -230,6 +239,7 @@ def serve(
         timeout_s=timeout_s,
         public_https=public_https,
         max_pixel_steps=max_pixel_steps,
+        max_pixels=max_pixels,
         drain_timeout_s=drain_timeout_s,
     )
     models = [*(model or []), *(extra_model or [])]

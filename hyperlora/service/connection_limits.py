@@ -34,9 +34,10 @@ _REFUSAL: Final = _make_refusal()
 class ConnectionLimits:
     """The open connections of a server, and how many and how long they may be.
 
-    A connection above a limit takes the place of the one that has waited longest without a
-    request. So those who send requests get in, and ``/healthz`` is answered. If all others have
-    requests, the new one gets 503.
+    A connection above a limit takes the place of one without a request: of those that never had
+    one before those between two, and of the one that has waited longest. So those who send
+    requests get in, and ``/healthz`` is answered. If all others have requests, the new one gets
+    503.
 
     Args:
         max_per_address: Connections of one address, an IPv6 network of 64 bits counting as one;
@@ -80,7 +81,8 @@ class ConnectionLimits:
 
     def _end_oldest_idle(self, connections: Iterable["LimitedProtocol"]) -> None:
         *others, newest = connections
-        connection = next((other for other in others if other.is_idle), newest)
+        idle = [other for other in others if other.is_idle]
+        connection = min(idle, key=lambda other: other.idle_rank, default=newest)
         self.remove(connection)
         if connection is newest:
             connection.transport.write(_REFUSAL)
@@ -101,6 +103,12 @@ class LimitedProtocol(H11Protocol):
         super().__init__(**arguments)
         self.limits, self.address = limits, ""
         self._head_timer: asyncio.TimerHandle | None = None
+        self._idle_since = 0.0
+
+    @property
+    def idle_rank(self) -> tuple[bool, float]:
+        """Which idle connection ends first: the lowest."""
+        return self.cycle is not None, self._idle_since
 
     @property
     def is_idle(self) -> bool:
@@ -111,6 +119,7 @@ class LimitedProtocol(H11Protocol):
         """Count the connection, and wait for the head of its first request."""
         super().connection_made(transport)
         self.address = _get_network(self.client[0] if self.client else "")
+        self._idle_since = self.loop.time()
         self._update_head_timer()
         self.limits.add(self)
 
@@ -128,6 +137,7 @@ class LimitedProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """Wait for the head of the next request."""
         super().on_response_complete()
+        self._idle_since = self.loop.time()
         self._update_head_timer()
 
     def _update_head_timer(self) -> None:

@@ -25,6 +25,8 @@ class EngineLimits:
         max_batch_pixels: Pixels of these images together, unless one alone has more.
         max_pixel_steps: Pixels times denoising steps of one image, unless the base's default image
             needs more.
+        max_pixels: Pixels of one denoising step, unless all steps of the base's default image have
+            more.
     """
 
     max_queue_size: int = 256
@@ -33,6 +35,7 @@ class EngineLimits:
     max_image_batch: int = 8
     max_batch_pixels: int = 2 << 20
     max_pixel_steps: int = 16 << 20
+    max_pixels: int = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class ServiceSettings:
         max_batch_pixels: Pixels of these images together, unless one alone has more.
         max_pixel_steps: Pixels times denoising steps of one image, unless the base's default image
             needs more.
+        max_pixels: Pixels of one denoising step, unless all steps of the base's default image have
+            more.
         retention_s: Seconds that stored files and finished jobs are kept.
         drain_timeout_s: Seconds that accepted requests and jobs get when the server stops.
         sweep_interval_s: Seconds between two deletions of what is out of date.
@@ -81,6 +86,7 @@ class ServiceSettings:
     max_image_batch: int = EngineLimits.max_image_batch
     max_batch_pixels: int = EngineLimits.max_batch_pixels
     max_pixel_steps: int = EngineLimits.max_pixel_steps
+    max_pixels: int = EngineLimits.max_pixels
     retention_s: float = 24 * 3600.0
     drain_timeout_s: float = 8.0
     sweep_interval_s: float = 600.0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import AsyncMock
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -24,7 +24,7 @@ Address = tuple[str, int]
 
 def make_app() -> FastAPI:
     app = FastAPI()
-    app.state.service = SimpleNamespace(jobs=SimpleNamespace(close_streams=AsyncMock()))
+    app.state.service = SimpleNamespace(shutdown=Mock())
     app.get("/healthz")(lambda: "ok")
 
     @app.post("/slow")
@@ -88,6 +88,23 @@ def test_idle_connections_keep_nobody_out(
             assert httpx.get(f"http://127.0.0.1:{address[1]}/healthz").status_code == 200
         assert limits.num_connections <= 6
         assert is_ended(idle[0]) and not is_ended(other)
+
+
+def test_connections_between_two_requests_outlast_idle_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A caller whose connection was opened before those of its idle neighbors keeps it."""
+    limits = ConnectionLimits(max_per_address=5, head_timeout_s=60)
+    with start_server(limits, monkeypatch) as address, ExitStack() as stack:
+        caller = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{address[1]}"))
+        assert caller.get("/healthz").status_code == 200
+        (first,) = limits._by_address["127.0.0.1"]
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(address, 10))
+        while len(limits._by_address["127.0.0.1"]) < 5:
+            time.sleep(0.01)
+        assert caller.get("/healthz").status_code == 200
+        assert first in limits._by_address["127.0.0.1"]
 
 
 def test_connections_without_a_request_end(monkeypatch: pytest.MonkeyPatch) -> None:

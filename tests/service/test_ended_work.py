@@ -159,6 +159,7 @@ def test_engine_limits_what_waits_of_one_owner(models: Models) -> None:
     [
         ({"width": 1024, "height": 1024, "num_inference_steps": 17}, "17 steps of 1024×1024"),
         ({"width": 1024, "height": 512, "num_inference_steps": 50}, "at most 16.8 million"),
+        ({"width": 1024, "height": 1024, "num_inference_steps": 1}, "one step of 1024×1024"),
     ],
 )
 def test_generate_image_refuses_what_costs_too_much(

@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import socket
+import tempfile
+from base64 import b64encode
 from pathlib import Path
 
 import diffusers
@@ -150,6 +152,34 @@ def test_build_application_serves_the_same_routes(
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+@pytest.mark.heavy
+def test_ray_keeps_no_word_of_a_caller(bundle: Bundle) -> None:
+    """Neither in its own logs, while the server runs, nor anywhere after it."""
+    pytest.importorskip("ray")
+    word = "pelargonium"
+    with tempfile.TemporaryDirectory() as folder:  # a short path, as Ray needs
+        state_dir = Path(folder) / "s"
+        with (
+            run_server(bundle, state_dir, "--ray", "--no-ui") as (url, _),
+            httpx.Client(base_url=url, timeout=120) as client,
+        ):
+            body = {"prompt": f"{word} " * 80, "num_inference_steps": 1, "width": 64, "height": 64}
+            assert client.post("/v1/images", json=body).status_code == 200
+            lora = {"content": b64encode(word.encode()).decode()}
+            refused = client.post("/v1/images", json=body | {"loras": [lora]})
+            assert refused.status_code == 400
+            fields = {"title": word, "refine_steps": 1}
+            response = client.post("/v1/loras", files={"photos": make_photo()}, data=fields)
+            assert response.status_code == 200
+            ray_dir = state_dir / "ray"
+            assert ray_dir.stat().st_mode & 0o077 == 0
+            logs = [path for path in ray_dir.rglob("*") if path.is_file()]
+            assert {".err", ".log"} <= {path.suffix for path in logs}
+            assert not [path for path in logs if word.encode() in path.read_bytes()]
+        assert word not in (state_dir / "log").read_text()
+        assert not ray_dir.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")

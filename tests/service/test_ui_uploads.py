@@ -71,6 +71,21 @@ def test_upload_folder_deletes_what_is_out_of_date(
     assert list_files(folder) == [folder / "new" / "a.png"]
 
 
+def test_equal_files_of_visitors_have_folders_of_their_own(
+    start_client: StartClient, tmp_path: Path
+) -> None:
+    """Folders named by content would tell whether another visitor has the same file."""
+    client = start_client(with_ui=True)
+    uploads = [Path(client.post("/gradio_api/upload", files=UPLOAD).json()[0]) for _ in range(2)]
+    cache = str(tmp_path / "state" / "ui")
+    paths = [processing_utils.save_bytes_to_cache(b"a", "a.safetensors", cache) for _ in range(2)]
+    paths += [processing_utils.save_file_to_cache(Path(__file__), cache) for _ in range(2)]
+    folders = {path.parent for path in [*uploads, *map(Path, paths)]}
+    assert len(folders) == 6
+    for path in [*uploads, *paths]:
+        assert client.get(f"/gradio_api/file={path}").status_code == 200
+
+
 def test_uploads_count_as_requests(start_client: StartClient) -> None:
     client = start_client(
         with_ui=True, key_digests=frozenset({hash_key(KEY)}), rate_limit="4/minute"

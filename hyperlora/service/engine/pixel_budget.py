@@ -30,6 +30,11 @@ class PixelBudget:
         default = self.default_num_steps * self.base.resolution**2
         return max(self.limits.max_pixel_steps, default)
 
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of one step, which nothing interrupts: the limit, or all default steps."""
+        return max(self.limits.max_pixels, self.default_num_steps * self.base.resolution**2)
+
     def check_request(
         self,
         num_inference_steps: int | None,
@@ -47,19 +52,25 @@ class PixelBudget:
 
         Raises:
             InvalidArgumentError: It is more than ``limits.max_pixel_steps``, and more than the
-                base's default image with as many passes.
+                base's default image with as many passes; or one step is more than ``max_pixels``.
         """
         resolution = self.base.resolution
         width, height = width or resolution, height or resolution
         num_steps = num_inference_steps or self.default_num_steps
         default_cost = self.default_num_steps * resolution**2 * num_passes
         max_cost = max(self.limits.max_pixel_steps, default_cost)
+        passes = f", each {num_passes} times," if num_passes > 1 else ""
         if (cost := num_steps * width * height * num_passes) > max_cost:
-            passes = f", each {num_passes} times," if num_passes > 1 else ""
             raise InvalidArgumentError(
                 f"{num_steps} steps of {width}×{height} pixels{passes} are "
                 f"{cost / _MILLION:.1f} million pixel steps, at most {max_cost / _MILLION:.1f} "
                 "million are taken: ask for fewer steps or a smaller image"
+            )
+        if (num_pixels := width * height * num_passes) > self.max_pixels:
+            raise InvalidArgumentError(
+                f"one step of {width}×{height} pixels{passes} is {num_pixels / _MILLION:.2f} "
+                f"million pixels, at most {self.max_pixels / _MILLION:.2f} million are taken, "
+                "since others wait for it: ask for a smaller image"
             )
 
     def compute_batch_size(self, width: int | None = None, height: int | None = None) -> int:

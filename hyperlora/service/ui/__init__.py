@@ -4,12 +4,13 @@ visitor ── UiAuthMiddleware (key, or this machine only) ──▶ Gradio ─
 """
 
 import os
+import secrets
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import gradio as gr
 from fastapi import FastAPI
-from gradio import processing_utils
+from gradio import processing_utils, route_utils
 from starlette.routing import Match, Mount
 from starlette.types import Scope
 
@@ -54,6 +55,8 @@ def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
     sessions, uploads = Sessions(), UploadFolder(settings.state_dir / "ui")
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
     processing_utils.async_ssrf_protected_get = _refuse_url
+    processing_utils.hash_file = processing_utils.hash_bytes = _draw_folder_name
+    route_utils.GradioUploadFile = _Upload  # type: ignore[misc]
     gr.mount_gradio_app(
         app,
         _build_blocks(Api(app, sessions), settings.max_lora_bytes),
@@ -82,6 +85,19 @@ def add_ui(app: FastAPI, settings: ServiceSettings) -> None:
 async def _refuse_url(url: str) -> NoReturn:
     """Take the place of Gradio's download of an address that a visitor names."""
     raise ValueError("this server fetches no addresses")
+
+
+def _draw_folder_name(*_: Any, **__: Any) -> str:
+    """Take the place of Gradio's names by content, which lead to the same file of others."""
+    return secrets.token_hex(32)
+
+
+class _Upload(route_utils.GradioUploadFile):
+    """An upload whose folder has a random name, so that nobody else finds or replaces it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.sha.update(secrets.token_bytes(32))
 
 
 class _NonApiMount(Mount):
