@@ -15,6 +15,7 @@ from hyperlora.training.modules import hypernetwork
 from hyperlora.training.modules.hypernetwork import HypernetworkTraining
 from tests.tiny_pipelines import get_tiny_pipeline
 from tests.training.config_rules import TINY_VIT
+from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 
@@ -231,3 +232,11 @@ def test_default_options(base_dir: Path) -> None:
     assert hparams["delta_l2_weight"] == 1e-3 and hparams["timestep_shift"] == 1.0
     assert hparams["code_loss_weight"] == hparams["attribute_loss_weight"] == 0.0
     assert hparams["max_views"] == 8 and hparams["lr"] == 3e-4
+
+
+def test_hypernetwork_alone_is_optimized_at_its_rate(base_dir: Path) -> None:
+    module = make_module(base_dir, lr=0.02)
+    optimizer = configure_optimizer(module)
+    network = module.model.hypernetwork
+    assert list_parameter_ids(optimizer) == {id(p) for p in network.parameters()}
+    assert list_rates(optimizer) == {0.02}

@@ -16,6 +16,7 @@ from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.training.batches import EditBatch
 from hyperlora.training.modules.instruct_pix2pix import InstructPix2PixTraining, save_edit_pipeline
 from tests.conftest import Bundle
+from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 
@@ -204,3 +205,16 @@ def test_new_unet_is_the_base_without_the_input_image(bundle: Bundle) -> None:
     expected = module.base.denoiser(latents, timesteps, prompt_embeds).sample
     actual = module.unet(torch.cat([latents, images], 1), timesteps, prompt_embeds).sample
     torch.testing.assert_close(actual, expected)
+
+
+def test_hidden_matrices_are_optimized_by_muon_at_their_rate(bundle: Bundle) -> None:
+    module = make_module(bundle, lr=0.02)
+    optimizer = configure_optimizer(module)
+    assert list_parameter_ids(optimizer) == {id(p) for p in module.unet.parameters()}
+    assert list_rates(optimizer) == {0.02}
+    by_muon = {
+        id(p) for group in optimizer.param_groups if group["use_muon"] for p in group["params"]
+    }
+    names = {name for name, p in module.unet.named_parameters() if id(p) in by_muon}
+    assert not any(name.startswith(("conv_in", "conv_out")) for name in names)
+    assert any("to_q.weight" in name for name in names)

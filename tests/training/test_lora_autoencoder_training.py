@@ -11,6 +11,7 @@ from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.normalization import LoraNormalizer
 from hyperlora.training.modules import lora_autoencoder
 from hyperlora.training.modules.lora_autoencoder import LoraAutoencoderTraining
+from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 LAYOUT = LoraLayout((TargetModule("unet.a", 6, 8), TargetModule("unet.b", 8, 4)), 2, "tiny")
@@ -133,3 +134,10 @@ def test_calibrated_codec_is_written_at_the_end(
     rows = TinyDataset("", "train").rows
     latents = LoraCodec.from_pretrained(tmp_path / "first").encode_flat(rows)
     assert float(latents.std()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_whole_codec_is_optimized_at_its_rate(make_module: Any) -> None:
+    module = make_module(lr=0.02)
+    optimizer = configure_optimizer(module)
+    assert list_parameter_ids(optimizer) == {id(p) for p in module.parameters()}
+    assert list_rates(optimizer) == {0.02}

@@ -20,6 +20,7 @@ from hyperlora.pretrained import FACE_PACK_DIR
 from hyperlora.training.batches import LoraPhotoBatch
 from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
 from tests.training.config_rules import TINY_VIT
+from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 
@@ -227,13 +228,10 @@ def test_number_of_photos_is_drawn(codec_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_default_options_and_what_is_optimized(codec_dir: Path) -> None:
-    from types import SimpleNamespace
-
-    module = make_module(codec_dir)
+    module = make_module(codec_dir, lr=0.02)
     hparams = module.hparams
     assert hparams["cond_dropout_prob"] == 0.1 and hparams["timestep_shift"] == 2.0
-    module._trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
-    optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[call-overload, index]
+    optimizer = configure_optimizer(module)
     expected = [*module.model.mixture.parameters(), *module.model.denoiser.parameters()]
-    found = [p for group in optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in found} == {id(p) for p in expected}
+    assert list_parameter_ids(optimizer) == {id(p) for p in expected}
+    assert list_rates(optimizer) == {0.02}

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from hyperlora.training.modules import pair_hypernetwork
 from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
 from tests.conftest import Bundle
 from tests.training.config_rules import TINY_VIT
+from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
 
 
 def test_pair_hypernetwork_training_refuses_a_broken_vocabulary(
@@ -411,25 +411,19 @@ def test_parts_are_frozen_and_optimized_as_asked(bundle: Bundle) -> None:
         parts = (module.model.encoder, module.model.network.instruction_head)
         assert {p.requires_grad for part in parts for p in part.parameters()} == {not frozen}
         assert module.model.network.hypernetwork.code_proj.requires_grad
-    module._trainer = SimpleNamespace(  # type: ignore[assignment]
-        estimated_stepping_batches=10, max_steps=10
-    )
     names = {id(p): name for name, p in module.model.named_parameters()}
     for use_muon in (False, True):
         module.hparams["use_muon"] = use_muon
-        optimizers = module.configure_optimizers()
-        groups = _list_groups(optimizers)
-        found = {names[id(p)] for group in groups for p in group["params"]}
-        assert found == set(names.values())
+        optimizer = configure_optimizer(module)
+        assert {names[i] for i in list_parameter_ids(optimizer)} == set(names.values())
+        assert list_rates(optimizer) == {6e-4}
         by_muon = {
-            names[id(p)] for group in groups if group.get("use_muon") for p in group["params"]
+            names[id(p)]
+            for group in optimizer.param_groups
+            if group.get("use_muon")
+            for p in group["params"]
         }
         head = module.model.network.instruction_head
         expected = head.list_hidden_matrices() if use_muon and head is not None else []
         assert by_muon == {names[id(p)] for p in expected}
         assert bool(by_muon) == use_muon
-
-
-def _list_groups(optimizers: Any) -> list[dict[str, Any]]:
-    optimizer = optimizers["optimizer"] if isinstance(optimizers, dict) else optimizers[0][0]
-    return list(optimizer.param_groups)

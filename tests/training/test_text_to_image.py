@@ -13,6 +13,7 @@ from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.training.batches import CaptionedLatentBatch
 from hyperlora.training.modules.text_to_image import NOISE_SCHEDULE, TextToImageTraining
 from tests.conftest import Bundle
+from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 UNET = {
@@ -158,3 +159,11 @@ def test_training_starts_from_another_base(bundle: Bundle) -> None:
     ):
         for name, value in start.state_dict().items():
             torch.testing.assert_close(network.state_dict()[name], value.float())
+
+
+def test_unet_and_text_encoder_are_optimized_at_their_rate(bundle: Bundle) -> None:
+    module = make_module(bundle, lr=0.02)
+    optimizer = configure_optimizer(module)
+    trained = [*module.unet.parameters(), *module.text_encoder.parameters()]
+    assert list_parameter_ids(optimizer) == {id(p) for p in trained}
+    assert list_rates(optimizer) == {0.02}
