@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,10 +155,22 @@ def test_rules_of_equivalent_mutants_have_reasons() -> None:
         assert rule.functions.startswith(("hyperlora", ".*")) and len(rule.reason) > 10
 
 
-def test_fastest_tests_run_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastest_tests_of_a_mutant_run_first_up_to_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    durations = {"a": 2.0, "b": 0.5}
+    durations = {"a": 50.0, "b": 0.5, "d": 11.0, "e": 70.0}
     (tmp_path / "mutmut-stats.json").write_text(json.dumps({"duration_by_test": durations}))
-    items: list[Any] = [type("Item", (), {"nodeid": name}) for name in "abc"]
-    pytest_collection_modifyitems(items)
-    assert [item.nodeid for item in items] == ["c", "b", "a"]
+    deselected: list[Any] = []
+    config: Any = SimpleNamespace(
+        hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
+    )
+    for mutant, kept, left_out in (
+        ("stats", "abcde", ""),
+        ("hyperlora.core.x_add__mutmut_1", "cbd", "ae"),
+    ):
+        monkeypatch.setenv("MUTANT_UNDER_TEST", mutant)
+        items: list[Any] = [SimpleNamespace(nodeid=name) for name in "abcde"]
+        pytest_collection_modifyitems(config, items)
+        assert "".join(item.nodeid for item in items) == kept
+        assert "".join(item.nodeid for item in deselected) == left_out
