@@ -178,24 +178,46 @@ def test_training_step_gives_the_estimate_to_the_denoiser(
     torch.testing.assert_close(calls[1]["mean"], mean)
 
 
-def test_validation_compares_a_sample_with_its_own_and_another_lora(
+def make_regressing_module(codec_dir: Path, **options: Any) -> LoraDiffusionTraining:
+    """A module whose regression sees faces and images, and is fitted."""
+    options = {"regression_rank": 4, "face_pack": str(FACE_PACK_DIR), **options}
+    module = make_module(codec_dir, mixture={"mode": "gate"}, **options)
+    regression = module.model.regression
+    assert regression is not None
+    torch.nn.init.normal_(regression.down, std=0.1)
+    torch.nn.init.normal_(regression.up, std=0.1)
+    return module
+
+
+def make_views(num_views: int = 3) -> LoraPhotoBatch:
+    torch.manual_seed(1)
+    return LoraPhotoBatch(
+        torch.randn(2, 2, 3), torch.randn(2, num_views, 1, 512), torch.randn(2, num_views, 5, 16)
+    )
+
+
+def test_validation_compares_a_sample_of_one_photo_with_its_own_and_another_lora(
     codec_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hyperlora.lora.merge import compare_deltas
 
-    module, batch, logged = make_module(codec_dir), make_batch(), {}
+    module, batch, logged = make_regressing_module(codec_dir), make_views(), {}
     monkeypatch.setattr(
         module, "log_dict", lambda values, **options: logged.update({**values, **options})
     )
     state = torch.random.get_rng_state()
+    first = LoraPhotoBatch(batch.latents, batch.face_features[:, :1], batch.image_features[:, :1])
     with torch.no_grad():
         module.validation_step(batch, 6)
         assert torch.equal(torch.random.get_rng_state(), state)
-        features, gate = module._mix_features(batch, 1)
+        features, gate = module._mix_features(first, 1)
+        mean = module._estimate_mean(first, 1)
         torch.manual_seed(6)
-        loss = module._compute_loss(batch.latents, features, None, None)
+        loss = module._compute_loss(batch.latents, features, None, mean)
         noise = torch.randn(2, 2, 3)
-        samples = module.model.codec.decode(module.model.denoiser.sample(features, noise))
+        samples = module.model.codec.decode(
+            module.model.denoiser.sample(features, noise, mean=mean)
+        )
         targets = module.model.codec.decode(batch.latents)
     assert float(logged["val/loss"]) == pytest.approx(float(loss))
     own, shuffled = compare_deltas(targets, samples)[1], compare_deltas(targets[[1, 0]], samples)[1]
@@ -206,13 +228,11 @@ def test_validation_compares_a_sample_with_its_own_and_another_lora(
     assert logged["batch_size"] == 2
 
 
-def test_number_of_photos_is_drawn(codec_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make_module(codec_dir, regression_rank=4)
-    torch.manual_seed(1)
-    batch = LoraPhotoBatch(
-        torch.randn(2, 2, 3), torch.randn(2, 3, 1, 512), torch.randn(2, 3, 5, 16)
-    )
-    mix, counts = module.model.mixture.forward_with_gate, []
+def test_number_of_photos_is_drawn_for_features_and_estimate(
+    codec_dir: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, batch, counts = make_regressing_module(codec_dir), make_views(), []
+    mix = module.model.mixture.forward_with_gate
 
     def record(faces: ImageFeatures, images: ImageFeatures) -> Any:
         counts.append(images.tokens.shape[1])
@@ -221,10 +241,16 @@ def test_number_of_photos_is_drawn(codec_dir: Path, monkeypatch: pytest.MonkeyPa
         return mix(faces, images)
 
     monkeypatch.setattr(module.model.mixture, "forward_with_gate", record)
-    for seed in range(16):
+    for seed in range(12):
+        torch.manual_seed(seed)
+        num_views = int(torch.randint(1, 4, ()))
         torch.manual_seed(seed)
         module.training_step(batch, 0)
+        assert counts[-1] == num_views
+        torch.testing.assert_close(calls[-1]["mean"], module._estimate_mean(batch, num_views))
     assert set(counts) == {1, 2, 3}
+    one, all_views = (module._estimate_mean(batch, n) for n in (1, 3))
+    assert one is not None and not torch.allclose(one, all_views, atol=1e-3)
 
 
 def test_default_options_and_what_is_optimized(codec_dir: Path) -> None:
