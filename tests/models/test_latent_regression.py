@@ -135,7 +135,7 @@ def test_penalty_is_that_of_cross_validation() -> None:
         penalty = regression.fit(features, latents.unflatten(1, (2, 3)))
         assert penalty == choose_penalty(features, latents.unflatten(1, (2, 3)))
         penalties.add(penalty)
-    assert len(penalties) == 6
+    assert len(penalties) >= 5
 
 
 def test_estimate_of_lower_rank_keeps_the_main_directions() -> None:
