@@ -257,7 +257,7 @@ def test_stack_takes_loras_of_one_layout() -> None:
     stacked = LoraWeights.stack(loras)
     assert torch.equal(stacked.flatten(), torch.stack([lora.flatten() for lora in loras]))
     for layout in (LAYOUT.with_rank(3), LoraLayout(LAYOUT.targets, 2, "elsewhere")):
-        with pytest.raises(LayoutMismatchError, match="rank 3|elsewhere"):
+        with pytest.raises(LayoutMismatchError, match=r"rank 3|elsewhere"):
             LoraWeights.stack([loras[0], loras[1], LoraWeights.zeros(layout, (2,))])
 
 
