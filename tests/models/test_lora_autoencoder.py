@@ -253,6 +253,7 @@ def test_divergence_and_samples_equal_their_formulas() -> None:
     model, rows = make_random_autoencoder(variational=True), torch.randn(3, ODD_LAYOUT.numel)
     mean, logvar = model.encode_moments(rows)
     expected_logvar = model.logvar_head(mean.transpose(1, 2)).transpose(1, 2)
+    assert logvar.shape == mean.shape
     torch.testing.assert_close(logvar, expected_logvar)
     normal = torch.distributions.Normal(mean, (logvar / 2).exp())
     standard = torch.distributions.Normal(0.0, 1.0)
