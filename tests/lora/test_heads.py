@@ -73,21 +73,21 @@ def test_basis_equals_its_formula(coefficients_per_rank: bool, share_by_shape: b
     torch.manual_seed(0)
     head = LowRankBasisHead(LAYOUT, 3, coefficients_per_rank, share_by_shape)
     assert head.code_size == (6 if coefficients_per_rank else 3)
-    down_codes, up_codes = make_codes(head, 2)
+    down_codes, up_codes = make_codes(head, 2, 3)
     weights = head(down_codes, up_codes)
     # unet.c has as many inputs as unet.d, but is a convolution
     down_groups = (0, 1, 2, 3)
     up_groups = (0, 1, 2, 0) if share_by_shape else (0, 1, 2, 3)
     for i, target in enumerate(LAYOUT.targets):
-        down = head.down_bias[i].expand(2, -1, -1).clone()
-        up = torch.zeros(2, target.out_features, 2)
+        down = head.down_bias[i].expand(2, 3, -1, -1).clone()
+        up = torch.zeros(2, 3, target.out_features, 2)
         for k in range(3):
             for r in range(2):
                 code = 2 * k + r if coefficients_per_rank else k
                 direction = head.down_basis[down_groups[i]][k].view(2, target.in_features)
-                down[:, r] += down_codes[:, i, code, None] * direction[r]
+                down[..., r, :] += down_codes[..., i, code, None] * direction[r]
                 direction = head.up_basis[up_groups[i]][k].view(target.out_features, 2)
-                up[:, :, r] += up_codes[:, i, code, None] * direction[:, r]
+                up[..., r] += up_codes[..., i, code, None] * direction[:, r]
         torch.testing.assert_close(weights.down[i], down)
         torch.testing.assert_close(weights.up[i], up)
     assert len(head.up_basis) == len(set(up_groups)) and len(head.down_basis) == 4
@@ -147,12 +147,12 @@ def test_direct_codes_are_the_factors() -> None:
     head = DirectHead(LAYOUT)
     assert head.code_size == 36  # rank 2 of 18 inputs
     assert DirectHead(LoraLayout(LAYOUT.targets[:2], 3, "tiny")).code_size == 39
-    down, up = make_codes(head, 5)
+    down, up = make_codes(head, 5, 3)
     weights = head(down, up)
     for i, target in enumerate(LAYOUT.targets):
         size = 2 * target.in_features
-        assert torch.equal(weights.down[i].flatten(1), down[:, i, :size])
-        assert torch.equal(weights.up[i].flatten(1), up[:, i, : 2 * target.out_features])
+        assert torch.equal(weights.down[i].flatten(2), down[:, :, i, :size])
+        assert torch.equal(weights.up[i].flatten(2), up[:, :, i, : 2 * target.out_features])
     torch.manual_seed(0)
     wide = DirectHead(
         LoraLayout((TargetModule("unet.a", 9, 9), TargetModule("unet.b", 400, 9)), 8, "")

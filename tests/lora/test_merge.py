@@ -265,6 +265,7 @@ def test_relative_error_is_absolute_only_for_zero() -> None:
     zeros = LoraWeights.zeros(lora.layout)
     assert compute_relative_error(lora * 1.5, lora) == pytest.approx(0.5)
     assert compute_relative_error(lora, lora * 0.5) == pytest.approx(1)
+    assert compute_relative_error(lora * 1.5e-3, lora * 1e-3) == pytest.approx(0.5)
     assert compute_relative_error(lora, zeros) == pytest.approx(norm)
     assert compute_relative_error(zeros, zeros) == 0
     assert compute_relative_error(lora * (1 + 2e-6), lora) == pytest.approx(2e-6, rel=0.1)
@@ -319,11 +320,13 @@ def test_random_pruning_leaves_the_global_generator_as_it_was() -> None:
 
 
 def test_merge_keeps_precision_of_loras_and_zeros() -> None:
-    """A target that only one LoRA has: zeros of the others have its dtype."""
+    """A target that only one LoRA has: zeros of the others have its dtype, stacked the first's."""
     loras = [make_lora(0, 2, "first").to("cpu", torch.float64)]
     loras.append(make_lora(1, 3, "second").to("cpu", torch.float64))
     for lora in (merge(loras), pad_and_stack(loras)):
         assert {t.dtype for t in (*lora.down, *lora.up)} == {torch.float64}
+    mixed = pad_and_stack([loras[0], loras[1].to("cpu", torch.float32)])
+    assert {t.dtype for t in (*mixed.down, *mixed.up)} == {torch.float64}
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
@@ -334,7 +337,8 @@ def test_merge_stays_on_the_device_of_the_loras(method: str) -> None:
         merged = merge([lora.to("cuda") for lora in loras], [2.0, -1.0], method)
         assert merged.device.type == "cuda"
         assert compute_relative_error(merged.to("cpu"), expected) < 1e-4
-        error, cosine = compare_deltas(loras[1].to("cuda"), loras[1].to("cuda"))
+        batch = LoraWeights.stack([loras[1], loras[1]]).to("cuda")
+        error, cosine = compare_deltas(batch, batch)
         assert error.is_cuda and cosine.is_cuda
 
 

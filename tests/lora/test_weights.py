@@ -258,7 +258,7 @@ def test_stack_takes_loras_of_one_layout() -> None:
     assert torch.equal(stacked.flatten(), torch.stack([lora.flatten() for lora in loras]))
     for layout in (LAYOUT.with_rank(3), LoraLayout(LAYOUT.targets, 2, "elsewhere")):
         with pytest.raises(LayoutMismatchError, match=r"rank 3|elsewhere"):
-            LoraWeights.stack([loras[0], loras[1], LoraWeights.zeros(layout, (2,))])
+            LoraWeights.stack([loras[0], LoraWeights.zeros(layout, (2,)), loras[1]])
 
 
 def test_resize_takes_ranks_from_1_to_that_of_the_widest_target() -> None:

@@ -172,6 +172,7 @@ def test_default_config() -> None:
     assert network.head.size == 48 and network.layout is LAYOUT
     assert float(network.queries.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert network.code_proj.shape == (6, 48, 192) and not network.code_proj.any()
+    assert "code_embed" not in network.state_dict()
     options = {"a": 10, "b": 7, "seed": 3}
     other = Hypernetwork(LAYOUT, 12, 16, 1, 2, 3, "lidb", options)
     assert (other.head.a, other.head.b, other.head.seed) == (10, 7, 3)
@@ -190,7 +191,7 @@ def run_decoder(network: Hypernetwork, queries: Tensor, memory: Tensor) -> Tenso
     return network.decoder.norm(h)
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_codes_equal_their_formula(iterations: int) -> None:
     """θ_k = θ_(k-1) + P T(features, q + E θ_(k-1)), also while the network trains."""
     torch.manual_seed(1)
@@ -229,3 +230,14 @@ def test_embedded_codes_of_variance_1_have_a_standard_deviation_of_a_tenth() -> 
     network = Hypernetwork(LAYOUT, 12, 64, 1, 2, 2, "basis", {"size": 100})
     embedded = torch.einsum("mdk,bmk->bmd", network.code_embed.detach(), torch.randn(9, 6, 100))
     assert float(embedded.std()) == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize(("num_tokens", "is_fused"), [(1024, False), (1025, True)])
+def test_attention_to_more_than_1024_tokens_is_fused(num_tokens: int, is_fused: bool) -> None:
+    network = make_network("basis", {"size": 5}, 1)
+    states: list[bool] = []
+    network.decoder.register_forward_hook(
+        lambda *_: states.append(torch.backends.cuda.flash_sdp_enabled())
+    )
+    network.predict_codes(make_features(batch=1, views=1, tokens=num_tokens))
+    assert states == [is_fused]

@@ -64,7 +64,7 @@ def test_penalty_grows_with_noise() -> None:
 
 @pytest.mark.parametrize(
     ("image_shape", "face_width", "sees_faces", "sees_images"),
-    [((3, 4), 5, True, True), ((3, 4), 0, False, True), ((0, 0), 5, True, False)],
+    [((3, 4), 5, True, True), ((3, 4), 0, False, True), ((0, 4), 5, True, False)],
 )
 def test_regression_sees_the_features_that_it_names(
     image_shape: tuple[int, int], face_width: int, sees_faces: bool, sees_images: bool
@@ -136,6 +136,14 @@ def test_penalty_is_that_of_cross_validation() -> None:
         assert penalty == choose_penalty(features, latents.unflatten(1, (2, 3)))
         penalties.add(penalty)
     assert len(penalties) >= 5
+
+
+def test_two_subjects_are_enough_for_cross_validation() -> None:
+    """Opposite features with opposite latents: each predicts the other, so the penalty is small."""
+    features, latents = torch.randn(1, 1, 4), torch.randn(1, 2, 3)
+    features, latents = features.expand(1, 2, 4), torch.cat([latents, -latents])
+    regression = LatentRegression(2, 3, (1, 4), 0, 2)
+    assert regression.fit(torch.cat([features, -features]), latents) == 0.03
 
 
 def test_estimate_of_lower_rank_keeps_the_main_directions() -> None:

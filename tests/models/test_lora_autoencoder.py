@@ -11,7 +11,7 @@ from hyperlora.models.lora_autoencoder import (
     compute_weight_preserved_loss,
 )
 from hyperlora.models.lora_pca import FactorwiseLoraPCA, complete_basis
-from hyperlora.models.lora_projections import list_factor_kinds
+from hyperlora.models.lora_projections import FactorProjection, list_factor_kinds
 
 LAYOUT = LoraLayout(
     (
@@ -321,6 +321,14 @@ def test_factor_directions_are_principal_components_of_their_kind() -> None:
     torch.testing.assert_close(overlap, torch.eye(3), atol=1e-4, rtol=0)
 
 
+def test_projections_take_all_factors() -> None:
+    projection = FactorProjection(ODD_LAYOUT, list_factor_kinds(ODD_LAYOUT, False), 2)
+    with pytest.raises(ValueError, match="zip"):
+        projection.decode(torch.zeros(3, 5, 2))
+    with pytest.raises(ValueError, match="zip"):
+        FactorProjection(ODD_LAYOUT, ["a"] * 5, 2)
+
+
 def test_list_factor_kinds_names_every_factor() -> None:
     assert list_factor_kinds(ODD_LAYOUT, False) == [
         *("unet.0.a.down", "unet.0.a.up", "unet.1.a.down", "unet.1.a.up"),
@@ -333,10 +341,11 @@ def test_list_factor_kinds_names_every_factor() -> None:
 
 
 def test_weight_preserved_loss_of_small_and_zero_targets() -> None:
-    target, reconstruction = torch.tensor([[0.1, -0.2, 0.0]]), torch.zeros(1, 3)
-    # λ = 0.5: weights 1.25, 1.5 and 1
-    expected = torch.tensor((1.25 * 0.01 + 1.5 * 0.04) / 3)
-    loss = compute_weight_preserved_loss(reconstruction, target, 0.5)
+    target = torch.tensor([[0.1, -0.2, 0.0], [0.5, 0.4, 0.1]])
+    # λ = 0.5: weights 1.25, 1.5 and 1, then 1.5, 1.4 and 1.1
+    weighted_sum = 1.25 * 0.01 + 1.5 * 0.04 + 1.5 * 0.25 + 1.4 * 0.16 + 1.1 * 0.01
+    expected = torch.tensor(weighted_sum / 6)
+    loss = compute_weight_preserved_loss(torch.zeros(2, 3), target, 0.5)
     torch.testing.assert_close(loss, expected)
     zeros = torch.zeros(1, 3)
     loss = compute_weight_preserved_loss(zeros + 2, zeros, 3.0)

@@ -36,6 +36,7 @@ def convert(class_name: str, path: str, num_rows: int, num_columns: int) -> dict
         (10, 6, (6, 2, 2)),
         (9, 3, (3, 3, 3)),
         (7, 2, (3, 2, 2)),
+        (8, 2, (2, 3, 3)),
         (3, 4, (3, 0, 0)),
     ],
 )
@@ -97,14 +98,16 @@ def test_other_modules_are_converted_by_diffusers(
 
 
 def test_modules_that_diffusers_does_not_know_are_not_logged(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger = logging.getLogger("diffusers.loaders.lora_conversion_utils")
+    logger.addHandler(caplog.handler)
     for was_disabled in (True, False):
-        logger.disabled = was_disabled
+        monkeypatch.setattr(logger, "disabled", was_disabled)
         for name in CONVERTERS:
             assert convert(name, "nonsense", 6, 2) in ({}, {"nonsense": list(range(6))})
         assert logger.disabled is was_disabled and not caplog.records
+    logger.removeHandler(caplog.handler)
 
 
 def test_split_rows_gives_consecutive_rows() -> None:
