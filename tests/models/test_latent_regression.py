@@ -110,11 +110,12 @@ def choose_penalty(features: Tensor, latents: Tensor) -> float:
     errors = {}
     for penalty in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
         squared_errors = []
-        for subject in range(len(x)):
-            rest = [i for i in range(len(x)) if i % num_folds != subject % num_folds]
+        for fold in range(num_folds):
+            held_out = list(range(fold, len(x), num_folds))
+            rest = [i for i in range(len(x)) if i not in held_out]
             photos = x[rest].flatten(0, 1)
             matrix = predict_in_closed_form(photos, z[rest].repeat_interleave(2, 0), penalty)
-            squared_errors.append((x[subject, 0].double() @ matrix - z[subject]).square().sum())
+            squared_errors.append((x[held_out, 0].double() @ matrix - z[held_out]).square().sum())
         errors[penalty] = float(sum(squared_errors))
     return min(errors, key=lambda penalty: errors[penalty])
 
