@@ -65,7 +65,9 @@ def test_unfitted_normalizer_changes_nothing() -> None:
     assert set(normalizer.state_dict()) == {"mean", "std"}
     canonical = LoraNormalizer(LAYOUT, canonical=True)
     torch.testing.assert_close(canonical.normalize(rows), canonicalize_rows(LAYOUT, rows))
-    assert LoraNormalizer.fit(LAYOUT, [rows], canonical=True).canonical
+    fitted = LoraNormalizer.fit(LAYOUT, rows.split(2), canonical=True)
+    torch.testing.assert_close(fitted.mean, canonicalize_rows(LAYOUT, rows).mean(0))
+    assert fitted.canonical and fitted.layout is LAYOUT
 
 
 def test_canonical_factors_have_equal_singular_values_and_positive_largest_numbers() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from hyperlora.lora.io.converters import (
     CONVERTERS,
+    Converter,
     Piece,
     convert_module,
     has_expected_ratio,
@@ -147,3 +148,42 @@ def test_expected_ratio_tells_families_apart(
             other_shapes = (rows * width + 1, columns * width), (rows * width, columns * width + 1)
             for shape in (*other_shapes, (columns * width, rows * width)):
                 assert has_expected_ratio(family, path, *shape) is not is_known
+
+
+KEY = "transformer.blocks.0.{}.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ({"q": ([0, 2], True), "k": ([3, 1], True)}, {"blocks.0.q": [0, 2], "blocks.0.k": [3, 1]}),
+        ({"q": ([0, 2], True), "k": ([3, 1], False)}, {}),
+        ({"q": ([0, 2], True), "k": ([3], True)}, {}),
+        ({"q": ([0, 2], True), "k": ([3, 2, 1], True)}, {}),
+        ({}, {}),
+    ],
+    ids=["all rows", "no down", "a row less", "a row twice", "nothing"],
+)
+def test_converters_must_return_every_row_once_in_whole_loras(
+    factors: dict[str, tuple[list[int], bool]],
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from diffusers.loaders import lora_pipeline
+
+    class Mixin:
+        @staticmethod
+        def lora_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            """Split the rows of a LoRA of rank 1 and one column."""
+            down, up = state_dict.values()
+            if (up @ down.to(up)).shape != (4, 1):
+                raise ValueError(down.shape)
+            converted = {}
+            for name, (rows, has_down) in factors.items():
+                converted |= {KEY.format(name, "A"): down} if has_down else {}
+                converted[KEY.format(name, "B")] = up[rows] + 1e-9
+            return converted
+
+    monkeypatch.setattr(lora_pipeline, "TinyMixin", Mixin, raising=False)
+    pieces = convert_module(Converter("TinyMixin", "tiny"), "blocks.0.qk", 4, 2)
+    assert {p.name: p.rows.tolist() for p in pieces if p.rows is not None} == expected
