@@ -346,7 +346,8 @@ def test_boundaries_of_arguments() -> None:
     lora = make_lora(0)
     assert merge([lora], density=1.0, method="magnitude").layout.rank == 2
     assert merge([lora], rank=1).layout.rank == 1 and merge([lora], rank=9).layout.rank == 9
-    assert merge([lora], [0.0]).compute_delta_norms().max() == 0
+    for method in ("concat", "linear"):
+        assert merge([lora], [0.0], method).compute_delta_norms().max() == 0
     assert validate_weights(None, 3) == [1.0] * 3 and validate_weights([2, -3], 2) == [2.0, -3.0]
     for options in ({"density": 1.01}, {"rank": 10}, {"seed": -1}, {"weights": [float("nan")]}):
         with pytest.raises(InvalidArgumentError):
