@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.blocks import scale_blocks, select_blocks
 from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, TargetModule
-from hyperlora.lora.merge import MERGE_METHODS, compute_relative_error, merge, pad_and_stack
+from hyperlora.lora.merge import (
+    MERGE_METHODS,
+    compare_deltas,
+    compute_relative_error,
+    merge,
+    pad_and_stack,
+    validate_weights,
+)
 from hyperlora.lora.weights import LoraWeights
+from tests.mock_cuda import mock_cuda
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -213,3 +221,147 @@ def test_merge_of_unknown_and_named_bases_is_for_the_named_one() -> None:
     other = LoraWeights.zeros(LoraLayout((target,), 2, "org/other"))
     with pytest.raises(LayoutMismatchError, match="for base 'org/other'"):
         merge([*loras, other])
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_compare_deltas_equals_norms_of_explicit_deltas(batch: tuple[int, ...]) -> None:
+    """‖ΔW - ΔŴ‖ / ‖ΔW‖ and the cosine, over all targets together."""
+    layout = make_lora(0).layout
+    generator = torch.Generator().manual_seed(2)
+    reference = LoraWeights.unflatten(
+        layout, torch.randn(*batch, layout.numel, generator=generator)
+    )
+    estimate = LoraWeights.unflatten(
+        layout, reference.flatten() + torch.randn(*batch, layout.numel, generator=generator)
+    )
+    flat = [
+        torch.cat([delta.flatten(-2) for delta in lora.get_delta_weights()], -1)
+        for lora in (reference, estimate)
+    ]
+    error, cosine = compare_deltas(reference, estimate)
+    expected = (flat[0] - flat[1]).norm(dim=-1) / flat[0].norm(dim=-1)
+    torch.testing.assert_close(error, expected)
+    torch.testing.assert_close(cosine, torch.cosine_similarity(*flat, dim=-1))
+    assert error.shape == batch
+
+
+def test_compare_deltas_of_equal_small_and_zero_loras() -> None:
+    lora, zeros = make_lora(1), LoraWeights.zeros(make_lora(1).layout)
+    error, cosine = compare_deltas(lora, lora.resize(2))
+    assert float(error) < 3e-3 and float(cosine) == pytest.approx(1, abs=1e-5)
+    error, cosine = compare_deltas(lora, -2.0 * lora)
+    assert (float(error), float(cosine)) == pytest.approx((3, -1))
+    small = 1e-3 * lora
+    assert [float(x) for x in compare_deltas(small, 3.0 * small)] == pytest.approx([2, 1])
+    assert [float(x) for x in compare_deltas(lora, zeros)] == pytest.approx([1, 0])
+    assert float(compare_deltas(zeros, lora)[1]) == 0
+    mixed = LoraWeights.stack([lora, zeros])
+    assert compare_deltas(mixed, mixed)[1].tolist() == pytest.approx([1, 0], abs=1e-5)
+
+
+def test_relative_error_is_absolute_only_for_zero() -> None:
+    lora = make_lora(0)
+    norm = float(torch.stack([d.norm() for d in lora.get_delta_weights()]).norm())
+    zeros = LoraWeights.zeros(lora.layout)
+    assert compute_relative_error(lora * 1.5, lora) == pytest.approx(0.5)
+    assert compute_relative_error(lora, lora * 0.5) == pytest.approx(1)
+    assert compute_relative_error(lora * 1.5e-3, lora * 1e-3) == pytest.approx(0.5)
+    assert compute_relative_error(lora, zeros) == pytest.approx(norm)
+    assert compute_relative_error(zeros, zeros) == 0
+    assert compute_relative_error(lora * (1 + 2e-6), lora) == pytest.approx(2e-6, rel=0.1)
+
+
+def test_merge_defaults_to_the_exact_sum() -> None:
+    loras = [make_lora(0, 2), make_lora(1, 3)]
+    merged = merge(loras)
+    assert merged.layout.rank == 5
+    deltas = zip(*(lora.get_delta_weights() for lora in loras), strict=True)
+    for delta, pair in zip(merged.get_delta_weights(), deltas, strict=True):
+        torch.testing.assert_close(delta, sum(pair), **CLOSE)
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+@pytest.mark.parametrize("rank", [None, 1, 4])
+def test_merged_rank_is_that_asked_for_or_the_largest(method: str, rank: int | None) -> None:
+    """For concat the sum of ranks; a rank other than asked for is the nearest of that rank."""
+    loras = [make_lora(0, 2), make_lora(1, 3)]
+    merged = merge(loras, [0.7, -1.3], method, rank, density=0.9, seed=3)
+    assert merged.layout.rank == (rank or (5 if method == "concat" else 3))
+    full = merge(loras, [0.7, -1.3], method, 7, density=0.9, seed=3).resize(7)
+    for delta, full_delta in zip(merged.get_delta_weights(), full.get_delta_weights(), strict=True):
+        u, s, vh = torch.linalg.svd(full_delta, full_matrices=False)
+        k = merged.layout.rank
+        torch.testing.assert_close(delta, (u[:, :k] * s[:k]) @ vh[:k], atol=1e-4, rtol=1e-3)
+
+
+def test_pruning_keeps_a_share_of_the_numbers() -> None:
+    """Density 1/2 unless told otherwise, in magnitude and at random; seeds differ."""
+    lora = make_lora(5, 7)
+    (delta, _) = lora.get_delta_weights()
+    kept = merge([lora], method="magnitude", rank=7).get_delta_weights()[0]
+    num_kept = delta.numel() // 2
+    threshold = delta.abs().flatten().sort(descending=True).values[num_kept - 1]
+    expected = torch.where(delta.abs() >= threshold, delta, torch.zeros_like(delta))
+    # rank 7 of a 9 x 12 matrix is not exact, so the nearest of that rank
+    u, s, vh = torch.linalg.svd(expected)
+    torch.testing.assert_close(kept, (u[:, :7] * s[:7]) @ vh[:7], atol=1e-4, rtol=1e-3)
+    dropped = [merge([lora], method="dare", seed=seed).flatten() for seed in (0, 0, 1)]
+    assert torch.equal(dropped[0], merge([lora], method="dare").flatten())
+    assert torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[0], dropped[2])
+
+
+def test_random_pruning_leaves_the_global_generator_as_it_was() -> None:
+    lora = make_lora(0)
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    merge([lora], method="dare", seed=5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_merge_keeps_precision_of_loras_and_zeros() -> None:
+    """A target that only one LoRA has: zeros of the others have its dtype, stacked the first's."""
+    loras = [make_lora(0, 2, "first").to("cpu", torch.float64)]
+    loras.append(make_lora(1, 3, "second").to("cpu", torch.float64))
+    for lora in (merge(loras), pad_and_stack(loras)):
+        assert {t.dtype for t in (*lora.down, *lora.up)} == {torch.float64}
+    mixed = pad_and_stack([loras[0], loras[1].to("cpu", torch.float32)])
+    assert {t.dtype for t in (*mixed.down, *mixed.up)} == {torch.float64}
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_merge_stays_on_the_device_of_the_loras(method: str) -> None:
+    loras = [make_lora(0, 2, "first"), make_lora(1, 3)]
+    expected = merge(loras, [2.0, -1.0], method)
+    with mock_cuda():
+        merged = merge([lora.to("cuda") for lora in loras], [2.0, -1.0], method)
+        assert merged.device.type == "cuda"
+        assert compute_relative_error(merged.to("cpu"), expected) < 1e-4
+        batch = LoraWeights.stack([loras[1], loras[1]]).to("cuda")
+        error, cosine = compare_deltas(batch, batch)
+        assert error.is_cuda and cosine.is_cuda
+
+
+def test_boundaries_of_arguments() -> None:
+    lora = make_lora(0)
+    assert merge([lora], density=1.0, method="magnitude").layout.rank == 2
+    assert merge([lora], rank=1).layout.rank == 1 and merge([lora], rank=9).layout.rank == 9
+    for method in ("concat", "linear"):
+        assert merge([lora], [0.0], method).compute_delta_norms().max() == 0
+    assert validate_weights(None, 3) == [1.0] * 3 and validate_weights([2, -3], 2) == [2.0, -3.0]
+    for options in ({"density": 1.01}, {"rank": 10}, {"seed": -1}, {"weights": [float("nan")]}):
+        with pytest.raises(InvalidArgumentError):
+            merge([lora], **options)
+    for rank in (0, 10):
+        with pytest.raises(InvalidArgumentError, match="rank"):
+            merge([lora], method="svd", rank=rank)
+
+
+def test_merge_takes_the_targets_of_all_loras_in_order() -> None:
+    first, second = make_lora(0, 2, "first"), make_lora(1, 3, "second")
+    for loras in ([first, second], [second, first]):
+        expected = tuple(lora.layout.targets[0] for lora in loras)
+        assert merge(loras).layout.targets == pad_and_stack(loras).layout.targets == expected
+        assert pad_and_stack(loras).layout.rank == 3
+    with pytest.raises(InvalidArgumentError, match=r"got a batch of \[1\]: index it first"):
+        pad_and_stack([LoraWeights.stack([first])])

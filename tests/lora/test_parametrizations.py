@@ -16,12 +16,14 @@ from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.normalization import LoraNormalizer, canonicalize_rows
 from hyperlora.lora.parametrizations import (
     PARAMETRIZATIONS,
+    LidbParametrization,
     LohaParametrization,
     LokrParametrization,
     Parametrization,
     make_parametrization,
 )
 from hyperlora.lora.weights import LoraWeights
+from tests.mock_cuda import mock_cuda
 
 SIZES = ((24, 40), (32, 16), (20, 12))
 CONV = TargetModule("unet.conv", 8 * 9, 12, (3, 3))
@@ -170,3 +172,141 @@ def test_canonicalize_rows_is_equal_for_equal_deltas() -> None:
     )
     rows = [canonicalize_rows(layout, weights.flatten()) for weights in (lora, rotated)]
     assert torch.allclose(*rows, atol=1e-5)
+
+
+def split_codes(codes: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """One vector of codes as matrices."""
+    pieces = codes.split([rows * columns for rows, columns in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def test_loha_equals_its_formula() -> None:
+    """ΔW = (a1 b1) ∘ (a2 b2), of rank q², for any batch axes and for convolutions."""
+    layout = LoraLayout((CONV, TargetModule("unet.a", 5, 7)), 4, "tiny")
+    parametrization = LohaParametrization(layout, 3)
+    assert parametrization.layout == layout.with_rank(9)
+    shapes = [(12, 3), (3, 72), (12, 3), (3, 72), (7, 3), (3, 5), (7, 3), (3, 5)]
+    codes = torch.randn(2, 4, sum(rows * columns for rows, columns in shapes))
+    deltas = parametrization(codes).get_delta_weights()
+    for i in range(2):
+        for k in range(4):
+            matrices = split_codes(codes[i, k], shapes)
+            for target, (a1, b1, a2, b2) in enumerate((matrices[:4], matrices[4:])):
+                expected = (a1 @ b1) * (a2 @ b2)
+                torch.testing.assert_close(deltas[target][i, k], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_lokr_equals_torch_kron() -> None:
+    """ΔW = w1 ⊗ (a2 b2); w1 is wide at one target, high at another and square at the third."""
+    targets = (
+        TargetModule("unet.wide", 20, 6),
+        TargetModule("unet.high", 6, 20),
+        TargetModule("unet.square", 16, 12),
+    )
+    parametrization = LokrParametrization(LoraLayout(targets, 9, "tiny"), 3)
+    shapes = [parametrization.get_factor_shapes(target) for target in targets]
+    assert shapes[0] == ((2, 4), (3, 3), (3, 5)) and shapes[1] == ((4, 2), (5, 3), (3, 3))
+    assert shapes[2] == ((4, 4), (3, 3), (3, 4))
+    assert parametrization.layout == parametrization.target_layout.with_rank(12)
+    flat_shapes = [shape for group in shapes for shape in group]
+    codes = torch.randn(2, sum(rows * columns for rows, columns in flat_shapes))
+    weights = parametrization(codes[:, None]).apply(lambda t: t[:, 0])
+    for i in range(2):
+        matrices = split_codes(codes[i], flat_shapes)
+        for target in range(3):
+            w1, a2, b2 = matrices[3 * target : 3 * target + 3]
+            delta = weights.get_delta_weights()[target][i]
+            torch.testing.assert_close(delta, torch.kron(w1, a2 @ b2), atol=1e-5, rtol=1e-4)
+            if target == 2:
+                torch.testing.assert_close(weights.up[2][i], torch.kron(w1, a2))
+    # of the two identities that of smaller rank: 6 at the first two targets
+    for factors in (weights.up[0], weights.up[1], weights.down[0].mT, weights.down[1].mT):
+        assert factors.flatten(0, 1).any(0).tolist() == [True] * 6 + [False] * 6
+
+
+def test_factor_of_lokr_shapes_w1() -> None:
+    target = TargetModule("unet.a", 64, 48)
+    shapes = {
+        factor: LokrParametrization(LoraLayout((target,), 1, ""), 1, factor).get_factor_shapes(
+            target
+        )[0]
+        for factor in (2, 4, 8)
+    }
+    assert shapes == {2: (2, 2), 4: (4, 4), 8: (8, 8)}
+    assert LokrParametrization(LoraLayout((target,), 1, ""), 1).factor == 4
+    conv = LokrParametrization(LoraLayout((CONV,), 1, ""), 1).get_factor_shapes(CONV)
+    assert conv == ((4, 4), (3, 1), (1, 18))  # of 8 channels, with the 9 numbers of a kernel in b2
+
+
+@pytest.mark.parametrize(("kind", "zero_index"), [("loha", 3), ("lokr", 0)])
+def test_init_codes_are_he_uniform(kind: str, zero_index: int) -> None:
+    """Uniform in ± columns^-1/2, with one matrix of zeros; as PEFT's ``kaiming_uniform_(a=√5)``."""
+    layout = LoraLayout((TargetModule("unet.a", 4096, 2048), TargetModule("unet.b", 64, 48)), 4, "")
+    parametrization = make_parametrization(kind, layout, inner_rank=5)
+    codes = parametrization.init_codes(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    for target in layout.targets:
+        for index, shape in enumerate(parametrization.get_factor_shapes(target)):
+            size = shape[0] * shape[1]
+            matrix, codes = codes[:size], codes[size:]
+            expected = (2 * torch.rand(size, generator=generator) - 1) / shape[1] ** 0.5
+            expected = torch.zeros(size) if index == zero_index else expected
+            torch.testing.assert_close(matrix, expected)
+    assert len(codes) == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "lidb"])
+def test_init_codes_of_factors_are_normal(kind: str) -> None:
+    """``down`` of in^-1/2, or of b^-1/2 in LiDB's codes; ``up`` zero."""
+    layout = LoraLayout((TargetModule("unet.a", 400, 30), TargetModule("unet.b", 25, 50)), 20, "")
+    parametrization = make_parametrization(kind, layout, a=20, b=16)
+    codes = parametrization.init_codes(torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    if kind == "lora":
+        pieces = codes.split([8000, 600, 500, 1000])
+        assert not pieces[1].any() and not pieces[3].any()
+        for down, size in ((pieces[0], 400), (pieces[2], 25)):
+            expected = torch.randn(len(down), generator=generator) / size**0.5
+            torch.testing.assert_close(down, expected)
+        assert torch.equal(parametrization(codes).flatten(), codes)
+    else:
+        down, up = codes.chunk(2)
+        torch.testing.assert_close(down, torch.randn(800, generator=generator) / 4)
+        assert not up.any() and len(up) == 800
+
+
+def test_lidb_codes_are_those_of_its_head() -> None:
+    parametrization = make_parametrization("lidb", make_tiny_layout(2), a=6, b=5)
+    assert isinstance(parametrization, LidbParametrization)
+    assert parametrization.layout == make_tiny_layout(2)
+    codes = torch.randn(3, 2, 2 * 3 * 12)
+    expected = parametrization.lidb(*codes.view(3, 2, 2, 3, 12).unbind(2))
+    assert torch.equal(parametrization(codes).flatten(), expected.flatten())
+    default = make_parametrization("lidb", make_tiny_layout(2)).lidb
+    assert (default.a, default.b, default.seed) == (100, 50, 0)
+
+
+def test_default_inner_ranks_fit_into_the_rank() -> None:
+    """LoHa: √rank rounded down; LoKr: rank / 4 rounded down; both at least 1."""
+    ranks = {
+        kind: [make_parametrization(kind, make_tiny_layout(r)).inner_rank for r in (1, 3, 8, 9, 16)]
+        for kind in ("loha", "lokr")
+    }
+    assert ranks == {"loha": [1, 1, 2, 3, 4], "lokr": [1, 1, 2, 2, 4]}
+    assert make_parametrization("loha", make_tiny_layout(16), 2).inner_rank == 2
+    assert make_parametrization("lokr", make_tiny_layout(16), 3).inner_rank == 3
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZATIONS)
+def test_parametrizations_keep_the_device_of_codes(kind: str) -> None:
+    parametrization = make_parametrization(kind, make_tiny_layout(4), a=6, b=5)
+    codes = make_codes(parametrization, 2)
+    expected = parametrization(codes).flatten()
+    with mock_cuda(), torch.no_grad():
+        if isinstance(parametrization, LidbParametrization):
+            parametrization.lidb.to("cuda")
+        flat = parametrization(codes.to("cuda")).flatten()
+        assert flat.is_cuda
+        torch.testing.assert_close(flat.cpu(), expected)
+    if kind in ("loha", "lokr"):
+        assert parametrization(codes.double()).flatten().dtype == torch.float64

@@ -10,6 +10,7 @@ from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.text_substitution import TextSubstitution
 from hyperlora.lora.weights import LoraWeights
+from tests.mock_cuda import mock_cuda
 
 TOKENS, WIDTH = 5, 16
 
@@ -122,3 +123,89 @@ def test_forward_pads_other_loras_of_lower_rank(
     torch.testing.assert_close(other_deltas, list(other_loras.get_delta_weights()))
     with pytest.raises(InvalidArgumentError, match="cannot be of rank 4: the whole LoRA is of 3"):
         TextSubstitution(layout, TOKENS, WIDTH, other_rank=4)
+
+
+LAYOUT = LoraLayout(
+    (
+        TargetModule("unet.a", 9, 4),
+        TargetModule("unet.0.attn2.to_k", WIDTH, 7),
+        TargetModule("unet.1.attn2.to_k", WIDTH + 1, 7),
+        TargetModule("unet.1.attn2.to_v", WIDTH, 3),
+        TargetModule("unet.1.attn1.to_v", WIDTH, 6),
+    ),
+    4,
+    "tiny",
+)
+
+
+def test_targets_are_text_projections_of_the_width() -> None:
+    substitution = TextSubstitution(LAYOUT, TOKENS, WIDTH)
+    assert substitution.target_indices == [1, 3]
+    assert substitution.targets == [LAYOUT.targets[1], LAYOUT.targets[3]]
+    assert substitution.other_layout == LoraLayout(
+        (LAYOUT.targets[0], LAYOUT.targets[2], LAYOUT.targets[4]), 4, "tiny"
+    )
+    buffers = substitution.state_dict()
+    assert {name: tuple(t.shape) for name, t in buffers.items()} == {
+        "empty_text_pinv": (TOKENS, WIDTH),
+        "weight0": (7, WIDTH),
+        "weight1": (3, WIDTH),
+    }
+    assert not any(t.any() for t in buffers.values())
+    narrow = TextSubstitution(LAYOUT, TOKENS, WIDTH, other_rank=4, basis_size=6)
+    assert narrow.weight1.shape == (3, 6) and narrow.other_rank == 4
+    assert (narrow.num_tokens, narrow.cross_attention_dim, narrow.layout) == (TOKENS, WIDTH, LAYOUT)
+
+
+def test_forward_equals_its_formula(texts: tuple[Tensor, Tensor]) -> None:
+    """ΔW = (W bᵀ) (aᵀ e(∅)⁺ᵀ) at the text projections; also under autocast and from float16."""
+    empty, _ = texts
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(size, WIDTH, generator=generator) for size in (7, 3)]
+    substitution = TextSubstitution(LAYOUT, TOKENS, WIDTH, other_rank=2)
+    substitution.set_base(empty.half(), [weight.double() for weight in weights])
+    pinv = torch.linalg.pinv(empty.half().double()).mT.float()
+    torch.testing.assert_close(substitution.empty_text_pinv, pinv, atol=1e-5, rtol=1e-4)
+    a = torch.randn(2, 3, TOKENS, 4, generator=generator).half()
+    b = torch.randn(2, 3, 4, WIDTH, generator=generator).half()
+    other_layout = substitution.other_layout
+    others = LoraWeights.unflatten(
+        other_layout, torch.randn(2, 3, other_layout.numel, generator=generator)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        lora = substitution(a, b, others)
+    for index, weight in ((1, weights[0]), (3, weights[1])):
+        torch.testing.assert_close(lora.up[index], weight @ b.float().mT)
+        torch.testing.assert_close(lora.down[index], a.float().mT @ pinv, atol=1e-4, rtol=1e-4)
+    for index, delta in zip((0, 2, 4), others.get_delta_weights(), strict=True):
+        torch.testing.assert_close(lora.up[index] @ lora.down[index], delta)
+
+
+def test_small_singular_values_of_the_empty_prompt_are_dropped() -> None:
+    """Those below 3e-5 of the largest."""
+    empty = torch.zeros(TOKENS, WIDTH)
+    empty[range(TOKENS), range(TOKENS)] = torch.tensor([2.0, 1.0, 7e-5, 5e-5, 0.0])
+    substitution = TextSubstitution(LAYOUT, TOKENS, WIDTH)
+    substitution.set_base(empty, [torch.zeros(7, WIDTH), torch.zeros(3, WIDTH)])
+    diagonal = substitution.empty_text_pinv.diagonal()
+    torch.testing.assert_close(diagonal, torch.tensor([0.5, 1, 1 / 7e-5, 0, 0]))
+
+
+def test_substitution_runs_on_the_device_of_the_base(texts: tuple[Tensor, Tensor]) -> None:
+    empty, _ = texts
+    weights = [torch.randn(7, WIDTH), torch.randn(3, WIDTH)]
+    basis = torch.linalg.qr(torch.randn(WIDTH, 6)).Q.mT
+    a, b = torch.randn(2, TOKENS, 4), torch.randn(2, 4, 6)
+
+    def run(device: str) -> Tensor:
+        substitution = TextSubstitution(LAYOUT, TOKENS, WIDTH, basis_size=6).to(device)
+        moved = [weight.to(device) for weight in weights]
+        substitution.set_base(empty.to(device), moved, basis.to(device))
+        others = make_zero_loras(substitution, 2).to(device)
+        lora = substitution(a.to(device), b.to(device), others)
+        assert lora.device.type == device
+        return lora.flatten().cpu()
+
+    expected = run("cpu")
+    with mock_cuda():
+        torch.testing.assert_close(run("cuda"), expected)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.heads import LiDB, LowRankBasisHead
@@ -153,3 +154,90 @@ def test_lidb_has_about_30_thousand_numbers_for_stable_diffusion() -> None:
     lidb = LiDB(LoraLayout(targets, 1, "sd"), a=100, b=50)
     assert 25_000 < len(targets) * (100 + 50) < 35_000
     assert lidb.init_codes().shape == (2 * len(targets), 100)
+
+
+def test_default_config() -> None:
+    network = Hypernetwork(LAYOUT, 12)
+    assert network.config == {
+        "feature_width": 12,
+        "width": 192,
+        "depth": 2,
+        "num_heads": 4,
+        "iterations": 1,
+        "head": "basis",
+        "head_options": {},
+    }
+    assert len(network.decoder.layers) == 2 and network.iterations == 1
+    assert network.decoder.layers[0].self_attn.num_heads == 4
+    assert network.head.size == 48 and network.layout is LAYOUT
+    assert float(network.queries.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert network.code_proj.shape == (6, 48, 192) and not network.code_proj.any()
+    assert "code_embed" not in network.state_dict()
+    options = {"a": 10, "b": 7, "seed": 3}
+    other = Hypernetwork(LAYOUT, 12, 16, 1, 2, 3, "lidb", options)
+    assert (other.head.a, other.head.b, other.head.seed) == (10, 7, 3)
+    assert other.config["head_options"] == options and other.config["iterations"] == 3
+    assert torch.equal(other.init_codes, other.head.init_codes())
+
+
+def run_decoder(network: Hypernetwork, queries: Tensor, memory: Tensor) -> Tensor:
+    """A pre-LN transformer decoder with GELU (2002.04745)."""
+    h = queries
+    for layer in network.decoder.layers:
+        x = layer.norm1(h)
+        h = h + layer.self_attn(x, x, x)[0]
+        h = h + layer.multihead_attn(layer.norm2(h), memory, memory)[0]
+        h = h + layer.linear2(torch.nn.functional.gelu(layer.linear1(layer.norm3(h))))
+    return network.decoder.norm(h)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_codes_equal_their_formula(iterations: int) -> None:
+    """θ_k = θ_(k-1) + P T(features, q + E θ_(k-1)), also while the network trains."""
+    torch.manual_seed(1)
+    network = Hypernetwork(LAYOUT, 12, 16, 2, 2, iterations, "basis", {"size": 5}).train()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    features = make_features()
+    norm, linear = network.memory_proj
+    memory = linear(norm(features.tokens.flatten(1, 2)))
+    codes = torch.stack([network.init_codes] * 3)
+    for _ in range(iterations):
+        queries = torch.stack([network.queries] * 3)
+        if iterations > 1:
+            embeddings = [network.code_embed[m] @ codes[:, m].T for m in range(6)]
+            queries = queries + torch.stack(embeddings).permute(2, 0, 1)
+        h = run_decoder(network, queries, memory)
+        codes = codes + torch.stack([h[:, m] @ network.code_proj[m].T for m in range(6)], 1)
+    torch.testing.assert_close(network.predict_codes(features), codes, atol=1e-4, rtol=1e-3)
+    weights = network(features)
+    expected = network.head(codes[:, :3], codes[:, 3:])
+    torch.testing.assert_close(weights.flatten(), expected.flatten(), atol=1e-3, rtol=1e-3)
+    assert network.decoder.layers[1].linear1.out_features == 64
+
+
+def test_memory_is_normalized_before_its_projection() -> None:
+    network = make_network("basis", {"size": 5}, 1)
+    torch.nn.init.normal_(network.code_proj)
+    features = make_features()
+    expected = network.predict_codes(features)
+    scaled = network.predict_codes(ImageFeatures(20 * features.tokens + 3))
+    torch.testing.assert_close(scaled, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_embedded_codes_of_variance_1_have_a_standard_deviation_of_a_tenth() -> None:
+    torch.manual_seed(0)
+    network = Hypernetwork(LAYOUT, 12, 64, 1, 2, 2, "basis", {"size": 100})
+    embedded = torch.einsum("mdk,bmk->bmd", network.code_embed.detach(), torch.randn(9, 6, 100))
+    assert float(embedded.std()) == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize(("num_tokens", "is_fused"), [(1024, False), (1025, True)])
+def test_attention_to_more_than_1024_tokens_is_fused(num_tokens: int, is_fused: bool) -> None:
+    network = make_network("basis", {"size": 5}, 1)
+    states: list[bool] = []
+    network.decoder.register_forward_hook(
+        lambda *_: states.append(torch.backends.cuda.flash_sdp_enabled())
+    )
+    network.predict_codes(make_features(batch=1, views=1, tokens=num_tokens))
+    assert states == [is_fused]

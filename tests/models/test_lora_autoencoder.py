@@ -11,7 +11,7 @@ from hyperlora.models.lora_autoencoder import (
     compute_weight_preserved_loss,
 )
 from hyperlora.models.lora_pca import FactorwiseLoraPCA, complete_basis
-from hyperlora.models.lora_projections import list_factor_kinds
+from hyperlora.models.lora_projections import FactorProjection, list_factor_kinds
 
 LAYOUT = LoraLayout(
     (
@@ -148,3 +148,205 @@ def test_decoder_alone_decodes_the_same(variational: bool) -> None:
     assert torch.equal(loaded.decode(latents), expected)
     with pytest.raises(InvalidArgumentError, match="only decodes: use the codec"):
         loaded.encode(make_rows(3))
+
+
+ODD_LAYOUT = LoraLayout(
+    (
+        TargetModule("unet.0.a", 5, 7),
+        TargetModule("unet.1.a", 5, 7),
+        TargetModule("unet.b", 4, 3),
+    ),
+    2,
+    "tiny",
+)
+ODD_SIZES = {
+    "directions_per_factor": 2,
+    "factors_per_token": 4,
+    "latent_width": 3,
+    "width": 4,
+    "depth": 2,
+    "kernel_size": 5,
+}
+
+
+def make_random_autoencoder(**options: bool) -> LoraAutoencoder:
+    """Six factors in two tokens, of which the second lacks two; no weight is 0."""
+    torch.manual_seed(1)
+    model = LoraAutoencoder(ODD_LAYOUT, **{**ODD_SIZES, **options})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def run_blocks(blocks: torch.nn.ModuleList, h: Tensor) -> Tensor:
+    """h + conv(GELU(conv(norm(h)))), with one norm over channels and tokens."""
+    for norm, conv, _, conv_out in blocks:
+        normalized = torch.nn.functional.layer_norm(h, h.shape[1:])
+        normalized = normalized * norm.weight[:, None] + norm.bias[:, None]
+        h = h + conv_out(torch.nn.functional.gelu(conv(normalized)))
+    return h
+
+
+def test_default_config() -> None:
+    model = LoraAutoencoder(LAYOUT)
+    assert model.config == {
+        "directions_per_factor": 32,
+        "factors_per_token": 2,
+        "latent_width": 64,
+        "width": 128,
+        "depth": 2,
+        "kernel_size": 5,
+        "share_directions": False,
+        "variational": False,
+        "decoder_only": False,
+    }
+    assert model.factor_encoder.rotations is None and model.logvar_head is None
+    assert len(model.core_encoder.blocks) == len(model.core_decoder.blocks) == 2
+    assert model.core_encoder.blocks[1][1].weight.shape == (128, 128, 5)
+    options = {"depth": 1, "share_directions": True, "variational": True, "decoder_only": True}
+    other = LoraAutoencoder(ODD_LAYOUT, **{**ODD_SIZES, **options})
+    assert other.config == {**ODD_SIZES, **options}
+    assert len(other.core_decoder.blocks) == 1
+
+
+@pytest.mark.parametrize("share_directions", [False, True])
+def test_encode_equals_its_formula(share_directions: bool) -> None:
+    """z_t = g_t J_t + conv_t(g A), with g_t = [x_f D_f R_f for the factors f of token t]."""
+    model = make_random_autoencoder(share_directions=share_directions)
+    rows = torch.randn(3, ODD_LAYOUT.numel)
+    groups = torch.zeros(3, 2, 8)
+    for f, factor in enumerate(rows.split([10, 14, 10, 14, 8, 6], 1)):
+        kind = (0, 1, 0, 1, 2, 3)[f] if share_directions else f
+        coefficients = factor @ model.factor_encoder.directions[kind]
+        if share_directions:
+            coefficients = coefficients @ model.factor_encoder.rotations[f]
+        groups[:, f // 4, f % 4 * 2 : f % 4 * 2 + 2] = coefficients
+    core = model.core_encoder
+    h = torch.stack([groups[:, t] @ core.proj_in[t] for t in range(2)], 2)
+    convolved = core.conv_out(run_blocks(core.blocks, h)).transpose(1, 2)
+    linear = torch.stack([groups[:, t] @ model.token_encoder.components[t] for t in range(2)], 1)
+    torch.testing.assert_close(model.encode(rows), linear + convolved, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share_directions", [False, True])
+def test_decode_equals_its_formula(share_directions: bool) -> None:
+    """x_f = û_f R_fᵀ D_fᵀ, with ĝ_t = z_t J_tᵀ + conv_t(z) A_t."""
+    model = make_random_autoencoder(share_directions=share_directions)
+    latents = torch.randn(3, 2, 3)
+    core = model.core_decoder
+    h = run_blocks(core.blocks, core.conv_in(latents.transpose(1, 2)))
+    factors = []
+    for f in range(6):
+        kind, t, columns = f, f // 4, slice(f % 4 * 2, f % 4 * 2 + 2)
+        coefficients = latents[:, t] @ model.token_decoder.components[t, columns].T
+        coefficients = coefficients + h[:, :, t] @ core.proj_out[t][:, columns]
+        if share_directions:
+            kind = (0, 1, 0, 1, 2, 3)[f]
+            coefficients = coefficients @ model.factor_decoder.rotations[f].T
+        factors.append(coefficients @ model.factor_decoder.directions[kind].T)
+    expected = torch.cat(factors, 1)
+    torch.testing.assert_close(model.decode(latents), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_divergence_and_samples_equal_their_formulas() -> None:
+    """Mean KL(N(μ, σ²) ‖ N(0, 1)) of each LoRA; z = μ + σ ε in training, μ else."""
+    model, rows = make_random_autoencoder(variational=True), torch.randn(3, ODD_LAYOUT.numel)
+    mean, logvar = model.encode_moments(rows)
+    expected_logvar = model.logvar_head(mean.transpose(1, 2)).transpose(1, 2)
+    assert logvar.shape == mean.shape
+    torch.testing.assert_close(logvar, expected_logvar)
+    normal = torch.distributions.Normal(mean, (logvar / 2).exp())
+    standard = torch.distributions.Normal(0.0, 1.0)
+    divergences = torch.distributions.kl_divergence(normal, standard)
+    reconstruction, divergence = model(rows)
+    torch.testing.assert_close(divergence, divergences.sum((1, 2)) / 6)
+    torch.testing.assert_close(reconstruction, model.decode(mean))
+    model.train()
+    torch.manual_seed(2)
+    sampled, _ = model(rows)
+    torch.manual_seed(2)
+    latents = mean + logvar.exp().sqrt() * torch.randn_like(mean)
+    torch.testing.assert_close(sampled, model.decode(latents))
+
+
+def test_variance_starts_small_and_is_bounded() -> None:
+    """log σ² is -6 at initialization and stays in [-20, 10]."""
+    model = LoraAutoencoder(ODD_LAYOUT, **ODD_SIZES, variational=True)
+    rows = torch.randn(2, ODD_LAYOUT.numel)
+    assert model.encode_moments(rows)[1].unique().tolist() == [-6]
+    for bias, bound in ((-21.0, -20), (11.0, 10), (9.0, 9), (-19.5, -19.5)):
+        torch.nn.init.constant_(model.logvar_head.bias, bias)
+        assert model.encode_moments(rows)[1].unique().tolist() == [bound]
+
+
+def test_plain_autoencoder_samples_nothing() -> None:
+    model, rows = make_random_autoencoder().train(), torch.randn(3, ODD_LAYOUT.numel)
+    mean, logvar = model.encode_moments(rows)
+    reconstruction, divergence = model(rows)
+    assert torch.equal(logvar, torch.full((3, 2, 3), -torch.inf))
+    assert torch.equal(reconstruction, model.decode(mean))
+    assert torch.equal(divergence, torch.zeros(3))
+
+
+def test_convolutions_start_at_0_with_inputs_of_variance_1() -> None:
+    torch.manual_seed(0)
+    model = LoraAutoencoder(
+        ODD_LAYOUT, directions_per_factor=8, factors_per_token=2, latent_width=16, width=256
+    )
+    groups = torch.randn(5, 3, 16)
+    assert not model.core_encoder(groups).any()
+    assert not model.core_decoder(torch.randn(5, 3, 16)).any()
+    proj_in = model.core_encoder.proj_in.detach()
+    assert float(proj_in.std()) == pytest.approx(1 / 4, rel=0.05)
+    components = model.token_encoder.components.detach()
+    torch.testing.assert_close(components.mT @ components, torch.eye(16).expand(3, 16, 16))
+
+
+def test_factor_directions_are_principal_components_of_their_kind() -> None:
+    """Directions of D_f from the rows of all factors of the kind, stacked."""
+    torch.manual_seed(0)
+    model = LoraAutoencoder(ODD_LAYOUT, **ODD_SIZES, share_directions=True)
+    initial = model.factor_encoder.directions[1].detach()
+    torch.testing.assert_close(initial.T @ initial, torch.eye(2))
+    rows = torch.randn(20, ODD_LAYOUT.numel)
+    model.fit(rows)
+    stacked = torch.cat([rows[:, :10], rows[:, 24:34]])  # ``down`` of both unet.*.a
+    directions = torch.linalg.svd(stacked).Vh[:2]
+    fitted = model.factor_encoder.directions[0]
+    torch.testing.assert_close((directions @ fitted).abs(), torch.eye(2), atol=1e-4, rtol=0)
+    assert all(map(torch.equal, model.factor_decoder.directions, model.factor_encoder.directions))
+    coefficients = model.factor_encoder.encode(rows).flatten(1)
+    token = torch.linalg.svd(coefficients[:, :8]).Vh[:3]
+    overlap = (token @ model.token_decoder.components[0]).abs()
+    torch.testing.assert_close(overlap, torch.eye(3), atol=1e-4, rtol=0)
+
+
+def test_projections_take_all_factors() -> None:
+    projection = FactorProjection(ODD_LAYOUT, list_factor_kinds(ODD_LAYOUT, False), 2)
+    with pytest.raises(ValueError, match="zip"):
+        projection.decode(torch.zeros(3, 5, 2))
+    with pytest.raises(ValueError, match="zip"):
+        FactorProjection(ODD_LAYOUT, ["a"] * 5, 2)
+
+
+def test_list_factor_kinds_names_every_factor() -> None:
+    assert list_factor_kinds(ODD_LAYOUT, False) == [
+        *("unet.0.a.down", "unet.0.a.up", "unet.1.a.down", "unet.1.a.up"),
+        *("unet.b.down", "unet.b.up"),
+    ]
+    assert list_factor_kinds(ODD_LAYOUT, True) == [
+        *("unet.*.a.down.10", "unet.*.a.up.14", "unet.*.a.down.10", "unet.*.a.up.14"),
+        *("unet.b.down.8", "unet.b.up.6"),
+    ]
+
+
+def test_weight_preserved_loss_of_small_and_zero_targets() -> None:
+    target = torch.tensor([[0.1, -0.2, 0.0], [0.5, 0.4, 0.1]])
+    # λ = 0.5: weights 1.25, 1.5 and 1, then 1.5, 1.4 and 1.1
+    weighted_sum = 1.25 * 0.01 + 1.5 * 0.04 + 1.5 * 0.25 + 1.4 * 0.16 + 1.1 * 0.01
+    expected = torch.tensor(weighted_sum / 6)
+    loss = compute_weight_preserved_loss(torch.zeros(2, 3), target, 0.5)
+    torch.testing.assert_close(loss, expected)
+    zeros = torch.zeros(1, 3)
+    loss = compute_weight_preserved_loss(zeros + 2, zeros, 3.0)
+    torch.testing.assert_close(loss, torch.tensor(4.0))

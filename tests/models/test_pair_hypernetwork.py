@@ -6,6 +6,7 @@ import torch
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.layout import LoraLayout, TargetModule
+from hyperlora.models.hypernetwork import Hypernetwork
 from hyperlora.models.instruction_head import InstructionHeadConfig
 from hyperlora.models.pair_hypernetwork import PairHypernetwork
 
@@ -213,3 +214,78 @@ def test_softmax_head_mixes_its_basis() -> None:
     head = network.hypernetwork.head
     mixed_basis = (mixing_weights @ head.down_basis[0]).unflatten(-1, (2, 24))
     torch.testing.assert_close(down, mixed_basis + head.down_bias[0])
+
+
+@pytest.mark.parametrize(
+    ("fusion", "indices"), [("concat", (0, 1)), ("difference", (2,)), ("both", (0, 1, 2))]
+)
+def test_fuse_pair_joins_the_images_token_by_token(fusion: str, indices: tuple[int, ...]) -> None:
+    """[A, A'], A' - A, or [A, A', A' - A], along the width."""
+    network = make_network(fusion=fusion)
+    before, after = make_pair(pairs=2)
+    parts = (before.tokens, after.tokens, after.tokens - before.tokens)
+    expected = torch.cat([parts[i] for i in indices], 3)
+    assert torch.equal(network.fuse_pair(before, after).tokens, expected)
+    assert network.hypernetwork.config["feature_width"] == 12 * len(indices)
+
+
+def test_default_config() -> None:
+    network = PairHypernetwork(LAYOUT, 12)
+    expected = Hypernetwork(LAYOUT, 24).config
+    assert network.config == {
+        **expected,
+        "feature_width": 12,
+        "fusion": "concat",
+        "antisymmetric": False,
+        "instruction_head": None,
+    }
+    assert network.layout is LAYOUT and network.hypernetwork.layout is LAYOUT
+    assert network.text_substitution is None and network.instruction_head is None
+    config = make_network(fusion="both", antisymmetric=True, iterations=2).config
+    assert (config["fusion"], config["antisymmetric"], config["iterations"]) == ("both", True, 2)
+
+
+@pytest.mark.parametrize("other_rank", [None, 1])
+def test_instruction_head_takes_the_text_projections(other_rank: int | None) -> None:
+    """The hypernetwork keeps the other targets; the text projection gets the offset's LoRA."""
+    network = make_random_network(
+        instruction_head=INSTRUCTION_HEAD | {"other_rank": other_rank, "text_basis_size": 5}
+    )
+    assert [t.name for t in network.hypernetwork.layout.targets] == ["unet.a", "unet.b"]
+    assert network.hypernetwork.layout.rank == (other_rank or 2)
+    assert network.text_substitution.get_buffer("weight0").shape == (10, 5)
+    before, after = make_pair()
+    weights = network(before, after)
+    others = network.hypernetwork(network.fuse_pair(before, after)).get_delta_weights()
+    a, b = network.predict_prompt_factors(before, after)
+    pinv, weight = network.text_substitution.empty_text_pinv, network.text_substitution.weight0
+    expected = (others[0], weight @ b.mT @ a.mT @ pinv, others[1])
+    for delta, expected_delta in zip(weights.get_delta_weights(), expected, strict=True):
+        torch.testing.assert_close(delta, expected_delta, atol=1e-4, rtol=1e-4)
+    assert network.instruction_head.rank == 2
+
+
+def test_instructions_are_what_the_pair_shows_beyond_no_edit() -> None:
+    """decode(w(A, A') - w(A, A)); empty where nothing changes."""
+    network = make_random_network(instruction_head=INSTRUCTION_HEAD)
+    head = network.instruction_head
+    torch.nn.init.normal_(head.classifier.weight, std=3)
+    before, after = make_pair(batch=6)
+
+    def compute_weights(first: ImageFeatures, second: ImageFeatures) -> torch.Tensor:
+        tokens = torch.cat([first.tokens, second.tokens], -1)
+        logits = head.forward_logits(ImageFeatures(tokens))
+        return head.vocabulary.compute_prompt_weights(logits)
+
+    weights = compute_weights(before, after) - compute_weights(before, before)
+    assert network.predict_instructions(before, after) == head.vocabulary.decode(weights)
+    assert any(network.predict_instructions(before, after))
+    assert network.predict_instructions(before, before) == [""] * 6
+
+
+def test_pixels_need_both_images() -> None:
+    with pytest.raises(InvalidArgumentError, match="fusion 'concat' expected, got 'difference'"):
+        make_network(fusion="difference", instruction_head=INSTRUCTION_HEAD | {"patch_pixels": 2})
+    head = INSTRUCTION_HEAD | {"patch_pixels": 1, "num_patches": 5}
+    assert make_network(instruction_head=head).instruction_head.color_pointer is not None
+    assert make_network(antisymmetric=False, head="softmax").antisymmetric is False

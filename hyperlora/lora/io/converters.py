@@ -182,8 +182,8 @@ def _compute_widths(paths: Sequence[str], num_rows: int, num_columns: int) -> li
     """Rows of each part of a fused layer."""
     if paths[-1].endswith(".proj_mlp"):
         return [*[num_columns] * 3, max(0, num_rows - 3 * num_columns)]
-    if len(paths) == 3 and num_rows != 3 * num_columns:
-        narrow = max(0, num_rows - num_columns) // 2  # keys and values of grouped queries
+    if len(paths) == 3:
+        narrow = max(0, (num_rows - num_columns) // 2)  # keys and values, fewer of grouped queries
         return [num_rows - 2 * narrow, narrow, narrow]
     width = num_rows // len(paths)
     return [*[width] * (len(paths) - 1), num_rows - width * (len(paths) - 1)]
