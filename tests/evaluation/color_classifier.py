@@ -7,8 +7,13 @@ from torch import Tensor, nn
 
 from hyperlora.encoders.attribute_classifier import LATENT_BACKBONE, AttributeClassifier
 
-COLORS = {"hue": ["red", "green", "blue"], "tone": ["dark", "bright"]}
-"""``hue`` is the channel with the largest mean; ``bright`` is a mean above 0.5."""
+COLORS = {
+    "hue": ["red", "green", "blue"],
+    "tone": ["dark", "bright"],
+    "warmth": ["cold", "warm"],
+}
+"""``hue`` is the channel with the largest mean, ``bright`` a mean above 0.5, ``warm`` more red than
+blue."""
 
 
 class MeanColor(nn.Module):
@@ -28,12 +33,13 @@ def make_color_classifier(identity_scale: tuple[float, float] | None = None) -> 
         LATENT_BACKBONE, 4, COLORS, identity_width=3, options=sizes, identity_scale=identity_scale
     )
     classifier.encoder = MeanColor()  # type: ignore[assignment]
-    classifier.heads = nn.ModuleDict({"hue": nn.Linear(3, 3), "tone": nn.Linear(3, 2)})
+    classifier.heads = nn.ModuleDict({k: nn.Linear(3, len(v)) for k, v in COLORS.items()})
     classifier.identity_head = nn.Linear(3, 3)
     weights = {
         "heads.hue.weight": torch.eye(3),
         "heads.tone.weight": torch.tensor([[-1.0], [1.0]]).expand(2, 3) / 3,
         "heads.tone.bias": torch.tensor([0.5, -0.5]),
+        "heads.warmth.weight": torch.tensor([[-1.0, 0, 1], [1, 0, -1]]),
         "identity_head.weight": torch.eye(3),
     }
     for name, parameter in classifier.named_parameters():
