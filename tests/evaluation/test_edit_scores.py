@@ -135,6 +135,8 @@ def test_edit_result_selects_groups_and_kinds() -> None:
     assert row.compute_score("psnr", "unseen").per_subject == (2, 7)
     assert row.compute_score("psnr", "seen").per_subject == (1,)
     assert row.compute_mean_by_kind("psnr") == {"hat": 4, "tone": 2}
+    with pytest.raises(ValueError, match="zip"):
+        EditResult("a", values, edits[:2], row.images).compute_mean_by_kind("psnr")
 
 
 IMAGE_EDITS = ("red", "red", "sad", "old", "old", "old")
@@ -177,7 +179,7 @@ def test_evaluate_edits_each_image_with_the_lora_of_its_edit(
     has_prompts = kind != "one for all"
     options: dict[str, Any] = {}
     if has_prompts:
-        options = {"prompt_fn": lambda edit: edit.instruction, "guidance_scale": 4.0}
+        options = {"prompt_fn": get_instruction, "guidance_scale": 4.0}
     row = evaluator.evaluate("all", loras, seconds=0.5, **options)
     together = edit_images(
         evaluator.base,
@@ -194,7 +196,14 @@ def test_evaluate_edits_each_image_with_the_lora_of_its_edit(
     assert (row.name, row.seconds, scores.seconds) == ("all", 0.5, None)
 
 
-def test_render_edits_defaults_to_no_prompt_and_no_guidance(evaluator: EditEvaluator) -> None:
-    images = evaluator.render_edits("all", None, evaluator.inputs)
-    row = evaluator.evaluate("all", None)
-    assert torch.equal(images, row.images) and row.seconds is None
+def get_instruction(edit: Edit) -> str:
+    return edit.instruction
+
+
+def test_edits_have_no_guidance_by_default(evaluator: EditEvaluator) -> None:
+    images, options = evaluator.inputs, {"prompt_fn": get_instruction}
+    rendered = evaluator.render_edits("all", None, images, get_instruction)
+    unguided = evaluator.render_edits("all", None, images, get_instruction, guidance_scale=1.0)
+    assert torch.equal(rendered, unguided)
+    row = evaluator.evaluate("all", None, **options)
+    assert torch.equal(row.images, unguided) and row.seconds is None

@@ -123,15 +123,18 @@ def test_fine_tune_loras_is_adam_for_each_subject(has_options: bool) -> None:
     for step, snapshot in result.snapshots.items():
         expected = decode(torch.stack([codes[step] for codes, _ in alone])).flatten()
         check_close(snapshot.flatten(), expected)
-    assert result.num_steps.tolist() == [4] * K and result.val_losses.shape == (0, K)
+    assert result.num_steps.tolist() == [4] * K and result.num_steps.dtype == torch.long
+    assert result.val_losses.shape == (0, K)
 
 
-def compute_val_loss(i: int, probe: ValidationProbe, codes: Tensor) -> float:
+def compute_val_loss(
+    i: int, probe: ValidationProbe, codes: Tensor, base_loras: LoraWeights
+) -> float:
     """Mean loss of subject i over the draws of the probe."""
     base, losses, examples = ToyBase(), [], select_subject(probe.examples, i)
     for j in range(len(probe.indices)):
         latents, conditions = examples.gather_examples(probe.indices[j : j + 1, i : i + 1])
-        with base.inject_lora(decode(codes[None])):
+        with base.inject_lora(decode(codes[None]) + base_loras[i : i + 1]):
             loss = compute_denoising_loss(
                 base.predict,
                 base.noise_scheduler,
@@ -144,7 +147,11 @@ def compute_val_loss(i: int, probe: ValidationProbe, codes: Tensor) -> float:
 
 
 def validate_alone(
-    i: int, history: list[Tensor], probe: ValidationProbe, num_steps: int
+    i: int,
+    history: list[Tensor],
+    probe: ValidationProbe,
+    num_steps: int,
+    base_loras: LoraWeights,
 ) -> tuple[list[float], Tensor, int]:
     """Validation losses until subject i stops, its best codes, and the number of its steps."""
     losses: list[float] = []
@@ -152,7 +159,7 @@ def validate_alone(
     for step in range(num_steps + 1):
         if step and step % probe.eval_every and step < num_steps:
             continue
-        loss = compute_val_loss(i, probe, history[step])
+        loss = compute_val_loss(i, probe, history[step], base_loras)
         if losses and loss >= min(losses):
             num_bad += 1
         else:
@@ -171,11 +178,12 @@ def test_probe_keeps_the_best_codes_and_stops_each_subject(patience: int | None)
     config = FineTuneConfig(
         num_steps=num_steps, lr=0.25, seeds=SEEDS, shift=3.0, snr_gamma=4.0, snapshot_steps=(2, 9)
     )
-    result = fine_tune(examples, init_codes, config, probe=probe)
-    alone = [fit_alone(i, examples, init_codes, config) for i in range(K)]
+    base_loras = LoraWeights.unflatten(LAYOUT, 0.3 * draw(K, P, seed=3))
+    result = fine_tune(examples, init_codes, config, probe=probe, base_loras=base_loras)
+    alone = [fit_alone(i, examples, init_codes, config, None, base_loras) for i in range(K)]
     stops = []
     for i, (history, losses) in enumerate(alone):
-        val_losses, best_codes, stop = validate_alone(i, history, probe, num_steps)
+        val_losses, best_codes, stop = validate_alone(i, history, probe, num_steps, base_loras)
         stops.append(stop)
         missing = [float("nan")] * (len(result.val_losses) - len(val_losses))
         expected = torch.tensor(val_losses + missing)
@@ -199,6 +207,9 @@ def test_equal_validation_losses_are_no_improvement() -> None:
     result = fine_tune(examples, init_codes, config, probe=probe)
     assert result.num_steps.tolist() == [2] * K and result.losses.shape == (2, K)
     assert torch.equal(result.codes, init_codes) and result.val_losses.shape == (3, K)
+    probe = replace(probe, noise=probe.noise[:1])
+    with pytest.raises(ValueError, match="zip"):
+        fine_tune(examples, init_codes, config, probe=probe)
 
 
 @pytest.mark.parametrize("has_probe", [False, True])
@@ -264,10 +275,10 @@ def test_text_encoder_loras_encode_the_prompts_anew() -> None:
             "prompt_embeds": examples.conditions["prompt_embeds"] + 5,
         },
     )
-    config = FineTuneConfig(num_steps=3, lr=0.1, seeds=SEEDS, batch_size=2)
+    config = FineTuneConfig(num_steps=12, lr=0.3, seeds=SEEDS, batch_size=2)
     results = []
     for layout, used in ((LAYOUT, examples), (TEXT_LAYOUT, stale)):
-        probe = ValidationProbe.from_examples(used, SEEDS, 2, eval_every=2)
+        probe = ValidationProbe.from_examples(used, SEEDS, 2, eval_every=2, patience=1)
         base: Any = ToyBase()
         results.append(
             fine_tune_loras(
@@ -282,6 +293,7 @@ def test_text_encoder_loras_encode_the_prompts_anew() -> None:
     check_close(results[1].codes, results[0].codes)
     check_close(results[1].losses, results[0].losses)
     check_close(results[1].val_losses, results[0].val_losses)
+    assert len(results[0].num_steps.unique()) > 1, "some subjects stop before the others"
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])
