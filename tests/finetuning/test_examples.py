@@ -67,8 +67,8 @@ def test_gathered_batch_is_draw_major(subjects: list[int] | None, expected: list
 
 
 def test_count_examples_leaves_padding_out() -> None:
-    examples = make_examples(num_subjects=2, num_examples=4)
-    assert (examples.count_examples(0), examples.count_examples(1)) == (4, 4)
+    examples = make_examples(num_subjects=2, num_examples=5)
+    assert (examples.count_examples(0), examples.count_examples(1)) == (5, 5)
     examples = make_examples(num_subjects=2, num_examples=4, num_counted=[4, 3])
     assert examples.count_examples(1) == 3
 
