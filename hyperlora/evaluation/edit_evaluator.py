@@ -277,7 +277,7 @@ class EditEvaluator:
             is_correct.append(all_match and (edit.has_complete_truth or has_progress))
             unedited = [name for name in classes if name not in edit.truth]
             num_preserved = sum(predicted[name][i] == target[name][i] for name in unedited)
-            preservation.append(num_preserved / len(unedited))
+            preservation.append(num_preserved / len(unedited) if unedited else 1.0)
         return torch.tensor(is_correct).float(), torch.tensor(preservation)
 
     def _predict_labels(self, images: Tensor) -> dict[str, list[int]]:

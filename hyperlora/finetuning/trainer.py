@@ -100,15 +100,15 @@ def fine_tune_loras(
         loras = decode_codes(codes)
         return loras if base_loras is None else _select_base_loras(base_loras, active) + loras
 
-    def validate_step(probe: ValidationProbe, step: int) -> None:
+    def validate_step(probe: ValidationProbe) -> None:
         """Compute the validation losses of the active subjects and record them."""
         loras = build_loras()
         with torch.no_grad(), base.inject_lora(loras):
             val_losses = _compute_val_losses(base, loras.layout, probe, active)  # [k]
-        early_stopping.update_best(active, codes, val_losses, step)
+        early_stopping.update_best(active, codes, val_losses)
 
     if probe is not None:
-        validate_step(probe, 0)
+        validate_step(probe)
     for step in config.iterate_steps():
         loras = build_loras()
         with base.inject_lora(loras):
@@ -125,7 +125,7 @@ def fine_tune_loras(
         if step in config.snapshot_steps:
             snapshots[step] = decode_codes(early_stopping.update_codes(active, codes).clone())
         if probe is not None and (step % probe.eval_every == 0 or step == config.num_steps):
-            validate_step(probe, step)
+            validate_step(probe)
             active_mask = early_stopping.is_active(active, probe.patience)  # [k]
             if not active_mask.all():
                 early_stopping.update_codes(active, codes)
@@ -170,10 +170,10 @@ class _EarlyStopping:
         """Return the best codes of all subjects [K, P], or the last ones if none are tracked."""
         return self.update_codes(active, codes) if self.best_codes is None else self.best_codes
 
-    def update_best(self, active: Tensor, codes: Tensor, losses: Tensor, step: int) -> None:
+    def update_best(self, active: Tensor, codes: Tensor, losses: Tensor) -> None:
         """Record one validation: losses [k] and codes [k, P] of the active subjects [k]."""
         best_losses = self.best_losses[active]  # [k]
-        improved = (losses < best_losses) | (step == 0)  # [k]
+        improved = losses < best_losses  # [k]
         self.best_losses[active] = torch.where(improved, losses, best_losses)
         if self.best_codes is not None:
             self.best_codes[active[improved]] = codes.detach()[improved]
