@@ -27,7 +27,7 @@ from hyperlora.lora.io.keys import (
 )
 from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.safetensors_file import find_non_finite, serialize_tensors, write_bytes
-from hyperlora.lora.io.verify import verify_file
+from hyperlora.lora.io.verify import verify_structure
 from hyperlora.lora.layout import LoraLayout
 from hyperlora.lora.weights import LoraWeights
 
@@ -44,7 +44,8 @@ def save_lora(
 ) -> Path:
     """Write one LoRA to a ``.safetensors`` file, whole or not at all; ``load_lora`` is the inverse.
 
-    The file is read back in memory first, so that no file is written that nobody can read.
+    The file is read back in memory first, so that no file is written that nobody can read. Further
+    files of the same targets, rank, format and precision are not, since only their numbers differ.
 
     Args:
         weights: One LoRA, without batch axis, on any device.
@@ -115,7 +116,7 @@ def serialize_lora(
     else:
         tensors = _convert_to_kohya(tensors, family == "SDXL")
     data = serialize_tensors(tensors, file_metadata, compute_hashes)
-    verify_file(data, weights, dtype)
+    verify_structure(data, weights, dtype, tensors, file_metadata)
     return data
 
 

@@ -1,8 +1,10 @@
 """``verify_file``: whether the bytes of a LoRA file are read back as the LoRA that they hold."""
 
+from collections.abc import Mapping
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from hyperlora.errors import HyperloraError, InvalidArgumentError
 from hyperlora.lora.io.read import read_lora
@@ -11,6 +13,46 @@ from hyperlora.lora.weights import LoraWeights
 
 _MAX_ERROR: Final = 1e-5
 """Relative error of float32 where a format stores other factors of the same ΔW."""
+
+
+_MAX_METADATA_LENGTH: Final = 1 << 16
+_MAX_STRUCTURES: Final = 64
+_verified_structures: set[object] = set()
+
+
+def verify_structure(
+    data: bytes,
+    weights: LoraWeights,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Run ``verify_file``, unless this process has verified a file of the same structure.
+
+    How a file is read depends on its names, shapes and alphas, and not on its other numbers.
+
+    Args:
+        data: The bytes of the file.
+        weights: The LoRA that it is made from, without batch axis.
+        dtype: The precision of the file.
+        tensors: Tensors of the file by their keys, all finite.
+        metadata: Metadata of the file; texts of more than 65,536 characters are verified each time.
+
+    Raises:
+        InvalidArgumentError: See ``verify_file``.
+    """
+    shapes = tuple(
+        (key, tensor.shape, float(tensor) if tensor.numel() == 1 else None)
+        for key, tensor in tensors.items()
+    )
+    structure = (weights.layout, dtype, shapes, tuple(metadata))
+    is_short = sum(map(len, metadata.values())) <= _MAX_METADATA_LENGTH
+    if is_short and structure in _verified_structures:
+        return
+    verify_file(data, weights, dtype)
+    if len(_verified_structures) >= _MAX_STRUCTURES:
+        _verified_structures.clear()
+    _verified_structures.add(structure)
 
 
 def verify_file(data: bytes, weights: LoraWeights, dtype: torch.dtype) -> None:

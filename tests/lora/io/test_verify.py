@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from hyperlora.errors import InvalidArgumentError
+from hyperlora.lora.io import verify
+from hyperlora.lora.io.metadata import LoraMetadata
 from hyperlora.lora.io.save import save_lora, serialize_lora
 from hyperlora.lora.io.verify import verify_file
 from hyperlora.lora.layout import LoraLayout, TargetModule
@@ -53,3 +55,37 @@ def test_save_lora_leaves_nothing_where_the_file_could_not_be_read(tmp_path: Pat
     with pytest.raises(InvalidArgumentError, match="could not be read back"):
         save_lora(long_name, path, format="diffusers")
     assert [file.read_bytes() for file in path.parent.iterdir()] == [b"before"]
+
+
+def test_files_of_one_structure_are_read_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_verified_structures", set())
+    read: list[LoraWeights] = []
+    monkeypatch.setattr(verify, "verify_file", lambda data, lora, dtype: read.append(lora))
+    lora, other = make_lora(), make_lora(seed=2)
+    for again in (lora, other):
+        serialize_lora(again)
+    assert len(read) == 1
+    for different in (
+        lambda: serialize_lora(lora, format="diffusers"),
+        lambda: serialize_lora(lora, dtype=torch.float16),
+        lambda: serialize_lora(make_lora(rank=2)),
+        lambda: serialize_lora(make_lora(PATHS[:1])),
+        lambda: serialize_lora(lora, metadata=LoraMetadata(trigger_phrase="sks")),
+        lambda: serialize_lora(lora, metadata=LoraMetadata(title="x" * 70_000)),
+        lambda: serialize_lora(lora, metadata=LoraMetadata(title="x" * 70_000)),
+    ):
+        count = len(read)
+        different()
+        assert len(read) == count + 1
+    monkeypatch.setattr(verify, "_MAX_STRUCTURES", 3)
+    for rank in range(1, 6):
+        serialize_lora(make_lora(rank=rank, paths=PATHS[1:]))
+    assert len(verify._verified_structures) <= 3
+
+
+def test_refused_files_are_read_back_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_verified_structures", set())
+    long_name = make_lora((".".join(["mid_block"] * 40),))
+    for _ in range(2):
+        with pytest.raises(InvalidArgumentError, match="could not be read back"):
+            serialize_lora(long_name, format="diffusers")
