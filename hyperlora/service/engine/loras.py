@@ -112,6 +112,8 @@ class LoraEngine:
     def __init__(self, models: PhotoModels, base: DiffusionBase, max_batch_size: int) -> None:
         self.models, self.base, self.max_batch_size = models, base, max_batch_size
         self._loader = ThreadPoolExecutor(1, "hyperlora-loader")
+        # one: several of them would only wait for each other's interpreter lock
+        self._serializer = ThreadPoolExecutor(1, "hyperlora-serializer")
         if (first := models.find()).facts is None:
             first.load().check_base(base)
 
@@ -168,8 +170,8 @@ class LoraEngine:
                 "refine", _refine_batch, low_priority=True
             )
             weights = await worker.run_in_batch(refine_spec, task, timeout_s)
-        files = await asyncio.to_thread(
-            _serialize_lora, model, weights, predicted.negative, request
+        files = await asyncio.get_running_loop().run_in_executor(
+            self._serializer, _serialize_lora, model, weights, predicted.negative, request
         )
         layout, architecture = weights.layout, model.card.architecture
         format_warnings = list_format_warnings(layout, config.format, architecture)
@@ -183,8 +185,9 @@ class LoraEngine:
         )
 
     def close(self) -> None:
-        """Load no further network."""
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        """Load no further network, and serialize no further LoRA."""
+        for executor in (self._loader, self._serializer):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     async def _load(self, source: PhotoModelSource) -> AnyPhotoModel:
         """Load a model; a network that is fetched keeps no thread from other requests."""
