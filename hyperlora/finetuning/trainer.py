@@ -10,6 +10,7 @@ from torch import Tensor
 from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.diffusion.losses import compute_denoising_loss
+from hyperlora.errors import InvalidArgumentError
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import (
     NoiseSample,
@@ -77,8 +78,14 @@ def fine_tune_loras(
         Codes, LoRAs and losses of all K subjects.
 
     Raises:
-        InvalidArgumentError: The base is offloaded so that no gradient flows through it.
+        InvalidArgumentError: The base is offloaded so that no gradient flows through it; or paired
+            groups are to stop early, which would part their pairs.
     """
+    if config.num_paired_groups > 1 and probe is not None and probe.patience is not None:
+        raise InvalidArgumentError(
+            "num_paired_groups and the patience of the probe exclude each other, since a subject "
+            "that stops early has no pair: give one of them"
+        )
     base.check_gradients(("none", "model"))  # only the denoiser runs here, and so it stays
     device, num_subjects = base.device, len(init_codes)
     examples, init_codes = examples.to(device), init_codes.to(device)
@@ -221,10 +228,13 @@ def _sample_batch(
     if rng is not None:
         return rng.sample_batch(examples, batch_size, active)
     group_size = len(active) // num_groups
-    indices = torch.randint(examples.latents.shape[1], (batch_size, group_size), device=device)
-    indices = indices.repeat(1, num_groups)  # [b, k]
-    if examples.num_examples is not None:
-        indices %= torch.tensor(examples.num_examples, device=device)[active]
+    if examples.num_examples is None:
+        indices = torch.randint(examples.latents.shape[1], (batch_size, group_size), device=device)
+        indices = indices.repeat(1, num_groups)  # [b, k]
+    else:  # alike for each example of a subject
+        fractions = torch.rand(batch_size, group_size, device=device).repeat(1, num_groups)
+        counts = torch.tensor(examples.num_examples, device=device)[active]  # [k]
+        indices = (fractions * counts).long()  # [b, k]
     if num_groups == 1:
         return indices, None
     # paired groups: one draw per pair, repeated along the subjects

@@ -12,7 +12,7 @@ from hyperlora.diffusion.losses import compute_denoising_loss
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.examples import SubjectRng, TrainingExamples, ValidationProbe
-from hyperlora.finetuning.trainer import FineTuneResult, fine_tune_loras
+from hyperlora.finetuning.trainer import FineTuneResult, _sample_batch, fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 from tests.finetuning.toy_base import LAYOUT, SHAPE, TEXT_LAYOUT, ToyBase, make_toy_examples
 
@@ -323,3 +323,26 @@ def test_only_offloads_that_keep_gradients_are_accepted() -> None:
     base = ToyBase(offload="group")
     with pytest.raises(InvalidArgumentError, match="offload 'group' moves its weights"):
         fine_tune_loras(base, examples, draw(K, P), decode, config)
+
+
+def test_each_example_of_a_subject_is_drawn_as_often() -> None:
+    """Of 5 and 3 examples: 1/5 and 1/3 of 6,000 draws."""
+    examples = replace(make_toy_examples(2, 5), num_examples=(5, 3))
+    torch.manual_seed(0)
+    config = FineTuneConfig(num_steps=1, lr=0.1, batch_size=6000)
+    indices, _ = _sample_batch(examples, torch.arange(2), config, None)
+    for subject, count in enumerate((5, 3)):
+        shares = torch.bincount(indices[:, subject], minlength=5) / 6000
+        expected = torch.zeros(5)
+        expected[:count] = 1 / count
+        torch.testing.assert_close(shares, expected, atol=0.02, rtol=0)
+
+
+def test_paired_groups_cannot_stop_early() -> None:
+    examples = make_toy_examples(4, 2)
+    probe = ValidationProbe.from_examples(examples, seeds=[0, 1, 2, 3], patience=2)
+    config = FineTuneConfig(num_steps=1, lr=0.1, num_paired_groups=2)
+    with pytest.raises(InvalidArgumentError, match="num_paired_groups and the patience"):
+        fine_tune_loras(
+            ToyBase(), examples, torch.zeros(4, LAYOUT.numel), decode, config, probe=probe
+        )  # type: ignore[arg-type]
