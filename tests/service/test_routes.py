@@ -387,7 +387,7 @@ def test_routes_refuse_bad_requests(start_client: StartClient) -> None:
 
 
 def test_routes_refuse_after_the_deadline_and_when_full(start_client: StartClient) -> None:
-    client = start_client(timeout_s=0.3, max_queue_size=1)
+    client = start_client(timeout_s=0.3, max_queue_size=1, max_pixels=512**2)
     picture = {"prompt": "a", "num_inference_steps": 50, "width": 512, "height": 512}
     slow = client.post("/v1/images", json=picture, headers={"Prefer": "respond-async"})
     time.sleep(0.3)
