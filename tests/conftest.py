@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-SLOWEST_FILES = ("test_readme.py", "test_configs.py", "test_sharding.py", "test_examples.py")
+SLOWEST_FILES = ("test_configs.py", "test_examples.py", "test_build.py", "test_compute_options.py")
 """Files that run first, so that no worker runs one of them alone at the end."""
 
 

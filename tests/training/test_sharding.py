@@ -39,11 +39,8 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "base",
-    ["z_image", *(pytest.param(name, marks=pytest.mark.heavy) for name in [*CASES][1:])],
-)
+@pytest.mark.heavy  # three processes for minutes
+@pytest.mark.parametrize("base", CASES)
 def test_sharded_base_trains_like_a_whole_one(
     base: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
