@@ -13,11 +13,10 @@ from hyperlora.lora.weights import LoraWeights
 
 _MAX_ERROR: Final = 1e-5
 """Relative error of float32 where a format stores other factors of the same ΔW."""
-
-
 _MAX_METADATA_LENGTH: Final = 1 << 16
 _MAX_STRUCTURES: Final = 64
 _verified_structures: set[object] = set()
+"""Structures of files that this process has verified; forgotten when there are too many."""
 
 
 def verify_structure(
@@ -29,7 +28,7 @@ def verify_structure(
 ) -> None:
     """Run ``verify_file``, unless this process has verified a file of the same structure.
 
-    How a file is read depends on its names, shapes and alphas, and not on its other numbers.
+    How a file is read depends on names, shapes, alphas and architecture, and not on other numbers.
 
     Args:
         data: The bytes of the file.
@@ -45,7 +44,8 @@ def verify_structure(
         (key, tensor.shape, float(tensor) if tensor.numel() == 1 else None)
         for key, tensor in tensors.items()
     )
-    structure = (weights.layout, dtype, shapes, tuple(metadata))
+    architecture = metadata.get("modelspec.architecture")
+    structure = (weights.layout, dtype, shapes, tuple(metadata), architecture)
     is_short = sum(map(len, metadata.values())) <= _MAX_METADATA_LENGTH
     if is_short and structure in _verified_structures:
         return
