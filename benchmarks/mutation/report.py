@@ -14,6 +14,8 @@ from hyperlora.evaluation.tables import format_markdown_table
 ALL_FILES: Final = "all files"
 MIN_SCORE: Final = 0.92
 MIN_FILE_SCORE: Final = 0.85
+NOT_KILLED: Final = ("survived", "no tests")
+MAX_NAMED_FUNCTIONS: Final = 4
 _STATUS_BY_EXIT_CODE: Final[Mapping[int | None, str]] = {
     None: "not tested",
     0: "survived",
@@ -81,12 +83,18 @@ class Mutant:
         diff = get_diff_for_mutant(self.name, path=self.path)
         return [line for line in diff.splitlines()[2:] if line[:1] in "+-"]
 
-    def find_reason(self, rules: Sequence[EquivalenceRule]) -> str | None:
-        """Find the reason of the first rule that matches, or None."""
+    @property
+    def changes(self) -> tuple[str, str]:
+        """Lines that it removes, and lines that it adds."""
         removed, added = (
             "\n".join(line[1:].strip() for line in self.diff_lines if line[0] == sign)
             for sign in "-+"
         )
+        return removed, added
+
+    def find_reason(self, rules: Sequence[EquivalenceRule]) -> str | None:
+        """Find the reason of the first rule that matches, or None."""
+        removed, added = self.changes
         for rule in rules:
             if (
                 re.fullmatch(rule.functions, self.function)
@@ -187,6 +195,49 @@ def list_missed_targets(scores: Mapping[str, MutationScore]) -> list[str]:
     ]
 
 
+def list_equivalent_rows(
+    mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]
+) -> list[list[str]]:
+    """List the reasons of equivalent mutants, with their functions and their number.
+
+    Args:
+        mutants: Results.
+        rules: Rules of equivalent mutants.
+
+    Returns:
+        Cells of a Markdown table, the most frequent reason first.
+    """
+    functions: dict[str, Counter[str]] = {}
+    for mutant in mutants:
+        if mutant.status in NOT_KILLED and (reason := mutant.find_reason(rules)):
+            functions.setdefault(reason, Counter())[mutant.function] += 1
+    rows = []
+    for reason, counts in sorted(functions.items(), key=lambda item: -item[1].total()):
+        names = sorted(f"`{name.removeprefix('hyperlora.')}`" for name in counts)
+        if len(names) > MAX_NAMED_FUNCTIONS:
+            names = [f"{len(names)} functions"]
+        rows.append([", ".join(names), str(counts.total()), reason])
+    return rows
+
+
+def list_survivors(mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]) -> list[list[str]]:
+    """List the mutants that survived and are not equivalent.
+
+    Args:
+        mutants: Results.
+        rules: Rules of equivalent mutants.
+
+    Returns:
+        File, function, lines removed and lines added of each.
+    """
+    rows = []
+    for mutant in mutants:
+        if mutant.status in NOT_KILLED and not mutant.find_reason(rules):
+            removed, added = mutant.changes
+            rows.append([mutant.path, mutant.function, removed, added])
+    return rows
+
+
 def format_survivors(mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]) -> str:
     """Format the changes of all mutants that survived and are not equivalent.
 
@@ -200,6 +251,6 @@ def format_survivors(mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]
     blocks = [
         "\n".join([f"{mutant.name} ({mutant.status})", *mutant.diff_lines])
         for mutant in mutants
-        if mutant.status in ("survived", "no tests") and not mutant.find_reason(rules)
+        if mutant.status in NOT_KILLED and not mutant.find_reason(rules)
     ]
     return "\n\n".join(blocks)
