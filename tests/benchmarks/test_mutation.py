@@ -12,6 +12,7 @@ import torch
 from benchmarks.mutation import report
 from benchmarks.mutation.copy_repository import copy_repository, prepare_source
 from benchmarks.mutation.fastest_first import pytest_collection_modifyitems
+from benchmarks.mutation.named_faults import ROOT, NamedFault, find_failed_test, load_faults
 from benchmarks.mutation.report import EquivalenceRule, Mutant, compute_scores, list_missed_targets
 from benchmarks.mutation.run import load_rules
 
@@ -180,3 +181,23 @@ def test_fastest_tests_of_a_mutant_run_first_up_to_a_time(
         pytest_collection_modifyitems(config, items)
         assert "".join(item.nodeid for item in items) == kept
         assert "".join(item.nodeid for item in deselected) == left_out
+
+
+def test_named_faults_are_in_the_source(tmp_path: Path) -> None:
+    for fault in load_faults():
+        text = (ROOT / fault.path).read_text()
+        compile(fault.apply(text), fault.path, "exec")
+        assert fault.apply(text) != text and (ROOT / fault.tests).is_file()
+
+
+def test_failed_test_of_a_fault_is_found_and_the_fault_taken_out(tmp_path: Path) -> None:
+    (tmp_path / "core.py").write_text("def add(a, b):\n    return a + b\n")
+    (tmp_path / "test_core.py").write_text(
+        "from core import add\n\ndef test_add_adds():\n    assert add(2, 3) == 5\n"
+    )
+    for wrong, expected in (("a - b", "test_add_adds"), ("b + a", None)):
+        fault = NamedFault("sign", "core.py", "a + b", wrong, "test_core.py")
+        assert find_failed_test(tmp_path, fault) == expected
+        assert "a + b" in (tmp_path / "core.py").read_text()
+    with pytest.raises(ValueError, match=r"core.py has no 'a \* b'"):
+        NamedFault("sign", "core.py", "a * b", "a", "test_core.py").apply("a + b")

@@ -37,6 +37,7 @@ LIBRARIES = {
 PROGRAMS = [name for name in MODULES if name not in LIBRARIES]
 NOT_RUN = {
     "ablations.pair_hypernetwork_training": "needs the data that its training config names",
+    "mutation.named_faults": "runs the tests of each fault, which takes minutes",
     "mutation.run": "runs the quick tests for each of thousands of mutants",
     "robustness.fair_turns": "starts a server with the bundled models",
     "robustness.mixed_load": "starts a server with the bundled models",
