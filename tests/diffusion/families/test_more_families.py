@@ -33,7 +33,7 @@ def sample(tiny: TinyPipeline, **arguments: Any) -> Tensor:
     ).images
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "z_image"])
 def test_pipeline_takes_encoded_prompts(name: str) -> None:
     tiny = get_tiny_pipeline(name)
     family = get_pipeline_family(tiny.pipe)
@@ -135,7 +135,14 @@ def test_hidream_predicts_the_same_in_training_mode() -> None:
 
 @pytest.mark.parametrize(
     ("name", "resolution"),
-    [("chroma", 256), ("lumina_2", 64), ("hidream", 32), ("krea_2", 1024), ("qwen_image_21", 1024)],
+    [
+        ("chroma", 256),
+        ("lumina_2", 64),
+        ("hidream", 32),
+        ("krea_2", 1024),
+        ("qwen_image_21", 1024),
+        ("z_image", 1024),
+    ],
 )
 def test_resolution(name: str, resolution: int) -> None:
     assert get_pipeline_family(get_tiny_pipeline(name).pipe).resolution == resolution
