@@ -72,3 +72,31 @@ def test_decode_latents_is_differentiable(name: str) -> None:
     latents = family.encode_images(make_image()).requires_grad_()
     family.decode_latents(latents).sum().backward()
     assert latents.grad is not None and latents.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_vae_gets_pixels_from_minus_1_to_1_and_images_are_cut_to_0_and_1(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = get_tiny_pipeline(name)
+    family, vae = get_pipeline_family(tiny.pipe), tiny.pipe.vae
+    encode, decode = vae.encode, vae.decode
+    encoded: list[Tensor] = []
+
+    def record_pixels(pixels: Tensor, *args: Any, **options: Any) -> Any:
+        encoded.append(pixels[:, :3].reshape(-1, 3, *pixels.shape[-2:]))
+        return encode(pixels, *args, **options)
+
+    def exaggerate(*args: Any, **options: Any) -> Any:
+        decoded = decode(*args, **options)
+        decoded.sample = (decoded.sample - decoded.sample.mean()) * 100
+        return decoded
+
+    monkeypatch.setattr(vae, "encode", record_pixels)
+    monkeypatch.setattr(vae, "decode", exaggerate)
+    images = make_image()
+    with torch.no_grad():
+        decoded_images = family.decode_latents(family.encode_images(images))
+    torch.testing.assert_close(encoded[0], 2 * images - 1)
+    assert decoded_images.min() == 0 and decoded_images.max() == 1
+    assert (decoded_images > 0.9).any() and (decoded_images < 0.1).any()
