@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import huggingface_hub.constants
 import pytest
@@ -47,8 +48,11 @@ def test_hub_is_reached_through_a_socket(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_hub_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = Event()
+
     def wait(*args: object) -> None:
-        time.sleep(30)
+        is_over.wait(30)
+        raise TimeoutError
 
     monkeypatch.setattr(hub_connection.socket, "create_connection", wait)
     monkeypatch.setattr(hub_connection, "PROBE_TIMEOUT_S", 0.1)
@@ -57,6 +61,7 @@ def test_hub_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.MonkeyPat
     assert hub_connection.require_cache_if_offline()
     assert time.monotonic() - start < 1
     assert huggingface_hub.constants.HF_HUB_OFFLINE
+    is_over.set()
 
 
 @pytest.mark.usefixtures("unreachable_hub")
