@@ -15,7 +15,7 @@ from hyperlora.training.modules import hypernetwork
 from hyperlora.training.modules.hypernetwork import HypernetworkTraining
 from tests.tiny_pipelines import get_tiny_pipeline
 from tests.training.config_rules import TINY_VIT
-from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
+from tests.training.module_checks import configure_optimizer, list_parameter_ids, list_rates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 

@@ -16,7 +16,12 @@ from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.training.batches import EditBatch
 from hyperlora.training.modules.instruct_pix2pix import InstructPix2PixTraining, save_edit_pipeline
 from tests.conftest import Bundle
-from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
+from tests.training.module_checks import (
+    configure_optimizer,
+    list_parameter_ids,
+    list_rates,
+    record_validation,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 
@@ -159,16 +164,7 @@ def test_validation_drops_nothing_and_repeats_its_noise(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, batch = make_module(bundle, cond_dropout_prob=1.0), make_batch()
-    logged: list[tuple[str, float, int]] = []
-    monkeypatch.setattr(
-        module,
-        "log",
-        lambda name, value, prog_bar, batch_size: logged.append((name, float(value), batch_size)),
-    )
-    before = torch.random.get_rng_state()
-    for batch_idx in (7, 7):
-        module.validation_step(batch, batch_idx)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    logged = record_validation(module, monkeypatch, batch, (7, 7))
     monkeypatch.setattr(module.hparams, "cond_dropout_prob", 0.0, raising=False)
     torch.manual_seed(7)
     expected = module._compute_loss(batch, torch.zeros(3, dtype=torch.bool))

@@ -11,7 +11,7 @@ from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.normalization import LoraNormalizer
 from hyperlora.training.modules import lora_autoencoder
 from hyperlora.training.modules.lora_autoencoder import LoraAutoencoderTraining
-from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
+from tests.training.module_checks import configure_optimizer, list_parameter_ids, list_rates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 LAYOUT = LoraLayout((TargetModule("unet.a", 6, 8), TargetModule("unet.b", 8, 4)), 2, "tiny")

@@ -20,7 +20,7 @@ from hyperlora.pretrained import FACE_PACK_DIR
 from hyperlora.training.batches import LoraPhotoBatch
 from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
 from tests.training.config_rules import TINY_VIT
-from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
+from tests.training.module_checks import configure_optimizer, list_parameter_ids, list_rates
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 

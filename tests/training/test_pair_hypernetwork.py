@@ -17,7 +17,7 @@ from hyperlora.training.modules import pair_hypernetwork
 from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
 from tests.conftest import Bundle
 from tests.training.config_rules import TINY_VIT
-from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
+from tests.training.module_checks import configure_optimizer, list_parameter_ids, list_rates
 
 
 def test_pair_hypernetwork_training_refuses_a_broken_vocabulary(

@@ -13,7 +13,12 @@ from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.training.batches import CaptionedLatentBatch
 from hyperlora.training.modules.text_to_image import NOISE_SCHEDULE, TextToImageTraining
 from tests.conftest import Bundle
-from tests.training.optimizer_checks import configure_optimizer, list_parameter_ids, list_rates
+from tests.training.module_checks import (
+    configure_optimizer,
+    list_parameter_ids,
+    list_rates,
+    record_validation,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 UNET = {
@@ -123,18 +128,8 @@ def test_validation_has_the_same_noise_each_time_and_no_attribute_loss(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, batch = make_module(bundle), make_batch()
-    logged: list[tuple[str, float, Any]] = []
-    monkeypatch.setattr(
-        module,
-        "log",
-        lambda name, value, prog_bar, batch_size: logged.append((name, float(value), batch_size)),
-    )
-    before = torch.random.get_rng_state()
-    for batch_idx in (11, 11, 5):
-        module.validation_step(batch, batch_idx)
-    assert torch.equal(torch.random.get_rng_state(), before), "training's own numbers go on"
+    first, again, other = record_validation(module, monkeypatch, batch, (11, 11, 5))
     squared_error, _, _ = compute_reference(module, batch)
-    first, again, other = logged
     assert first == again == ("val/loss", pytest.approx(float(squared_error.mean())), 3)
     assert other[1] != first[1]
 

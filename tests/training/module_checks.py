@@ -1,8 +1,11 @@
-"""What the optimizer of a training module holds, without a trainer."""
+"""What the optimizer of a training module holds and its validation logs, without a trainer."""
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
 from torch.optim import Optimizer
 
 NUM_STEPS = 40
@@ -27,3 +30,20 @@ def list_parameter_ids(optimizer: Optimizer) -> set[int]:
 def list_rates(optimizer: Optimizer) -> set[float]:
     """The learning rates of all groups."""
     return {group["lr"] for group in optimizer.param_groups}
+
+
+def record_validation(
+    module: Any, monkeypatch: pytest.MonkeyPatch, batch: Any, indices: Iterable[int]
+) -> list[tuple[str, float, int]]:
+    """Name, value and batch size that validation steps log, which keep training's random state."""
+    logged: list[tuple[str, float, int]] = []
+    monkeypatch.setattr(
+        module,
+        "log",
+        lambda name, value, prog_bar, batch_size: logged.append((name, float(value), batch_size)),
+    )
+    before = torch.random.get_rng_state()
+    for index in indices:
+        module.validation_step(batch, index)
+    assert torch.equal(torch.random.get_rng_state(), before), "training's own numbers go on"
+    return logged
