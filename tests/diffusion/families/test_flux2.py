@@ -1,12 +1,8 @@
 """FLUX.2: prompts of a fixed length, branches of guidance, names of its sizes."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
-from hyperlora.diffusion.families.flux2 import Flux2KleinFamily
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from tests.diffusion.families.calls import record_batch_sizes
 from tests.tiny_pipelines import get_tiny_pipeline
@@ -59,10 +55,3 @@ def test_guidance_scale_reaches_dev() -> None:
     with torch.no_grad():
         prediction = family.predict(latents, record.timestep, conditions, guidance_scale=2.5)
     torch.testing.assert_close(prediction, tiny.unpack(record.prediction), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("num_heads", "size"), [(24, "4b"), (32, "9b")])
-def test_name_of_klein_has_its_size(num_heads: int, size: str) -> None:
-    config = SimpleNamespace(num_attention_heads=num_heads)
-    pipe: Any = SimpleNamespace(transformer=SimpleNamespace(config=config))
-    assert Flux2KleinFamily(pipe).architecture == f"Flux.2-klein-{size}"
