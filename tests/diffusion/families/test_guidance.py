@@ -83,3 +83,25 @@ def test_combine_branches_equals_the_pipeline(name: str) -> None:
     for output, record in zip(guided, records, strict=True):
         prediction = sign * output.reshape(record.prediction.shape)
         torch.testing.assert_close(prediction, record.prediction, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NUM_BATCHED_BRANCHES)
+def test_combine_branches_takes_another_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoLoRA guidance has a scale of its own for each LoRA."""
+    pipe = get_tiny_pipeline(name).pipe
+    monkeypatch.setattr(pipe, "_guidance_scale", 7.0, raising=False)
+    monkeypatch.setattr(pipe, "_image_guidance_scale", 1.5, raising=False)
+    family = get_pipeline_family(pipe)
+    first, second, third = torch.randn(3, 5, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    for scale, argument in ((7.0, None), (0.5, 0.5), (0.0, 0.0)):
+        if name == "instruct_pix2pix":  # both conditions, the image alone, none
+            outputs = [first, second, third]
+            expected = third + 1.5 * (second - third) + scale * (first - second)
+        elif name == "z_image":  # the prompt first, and a scale that is smaller by 1
+            outputs = [first, second]
+            expected = second + (scale + 1) * (first - second)
+        else:
+            outputs = [first, second]
+            expected = first + scale * (second - first)
+        combined = family.combine_branches(torch.cat(outputs), argument)
+        torch.testing.assert_close(combined, expected)
