@@ -50,7 +50,9 @@ def case(request: pytest.FixtureRequest, bundle: Bundle) -> Case:
         case "pair_hypernetwork":
             return lambda: pair_hypernetwork.make_pair_module(bundle), get("pair_batch")
         case "lora_autoencoder":
-            return get("make_codec_training"), lora_autoencoder.TinyDataset("", "train").rows[:5]
+            return get("make_codec_training"), lora_autoencoder.TinyDataset("folder", "train").rows[
+                :5
+            ]
         case _:
             return lambda: lora_diffusion.make_module(get("codec_dir")), lora_diffusion.make_batch()
 

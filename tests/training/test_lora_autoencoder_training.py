@@ -23,7 +23,7 @@ class TinyDataset:
     layout = LAYOUT
 
     def __init__(self, folder: str, split: str) -> None:
-        assert split == "train"
+        assert (folder, split) == ("folder", "train")
         torch.manual_seed(0)
         scales = torch.logspace(-1, 1, LAYOUT.numel)
         self.rows = torch.randn(21, LAYOUT.numel) * scales + torch.randn(LAYOUT.numel)
@@ -58,7 +58,7 @@ def test_loss_is_weighted_by_magnitude_and_in_units_of_the_variance(
     make_module: Any, magnitude_weight: float, canonicalize: bool
 ) -> None:
     module = make_module(magnitude_weight=magnitude_weight, canonicalize=canonicalize)
-    rows = TinyDataset("", "train").rows[:5]
+    rows = TinyDataset("folder", "train").rows[:5]
     normalizer = module.model.normalizer
     with torch.no_grad():
         normalized = normalizer.normalize(rows)
@@ -73,7 +73,7 @@ def test_loss_is_weighted_by_magnitude_and_in_units_of_the_variance(
 
 
 def test_kl_divergence_has_its_weight(make_module: Any) -> None:
-    rows, losses = TinyDataset("", "train").rows[:5], {}
+    rows, losses = TinyDataset("folder", "train").rows[:5], {}
     for kl_weight in (0.0, 0.25):
         module = make_module(kl_weight=kl_weight, autoencoder={"variational": True})
         torch.manual_seed(5)
@@ -87,7 +87,7 @@ def test_kl_divergence_has_its_weight(make_module: Any) -> None:
 def test_training_starts_at_principal_components(make_module: Any) -> None:
     """With as many directions as a factor has numbers, nothing is lost."""
     lossless = {"directions_per_factor": 16, "latent_width": 32, "depth": 0}
-    rows = TinyDataset("", "train").rows
+    rows = TinyDataset("folder", "train").rows
     assert float(make_module(autoencoder=lossless).training_step(rows, 0)) < 1e-4
     assert float(make_module().training_step(rows, 0)) > 1e-2
 
@@ -102,7 +102,7 @@ def test_validation_compares_delta_weights_with_those_of_the_data(
     monkeypatch.setattr(
         module, "log_dict", lambda values, **options: logged.update(values, **options)
     )
-    rows = TinyDataset("", "train").rows[:5]
+    rows = TinyDataset("folder", "train").rows[:5]
     with torch.no_grad():
         module.validation_step(rows, 0)
         decoded = module.model.decode(module.model.encode_flat(rows))
@@ -131,7 +131,7 @@ def test_calibrated_codec_is_written_at_the_end(
         module._trainer = SimpleNamespace(is_global_zero=is_global_zero)
         module.on_train_end()
         assert folder.exists() == is_global_zero
-    rows = TinyDataset("", "train").rows
+    rows = TinyDataset("folder", "train").rows
     latents = LoraCodec.from_pretrained(tmp_path / "first").encode_flat(rows)
     assert float(latents.std()) == pytest.approx(1.0, abs=0.1)
 

@@ -1,6 +1,7 @@
 """What a step of the training of a diffusion over LoRAs computes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -142,6 +143,31 @@ def test_regression_is_fitted_before_the_first_step(codec_dir: Path, tmp_path: P
         scale = float(expected.flatten().std())
         difference = generated.flatten() - expected.flatten()
         assert float(difference.std()) < 0.1 * scale
+
+
+def test_regression_is_fitted_once_to_faces_and_images_of_all_batches(codec_dir: Path) -> None:
+    options = {"regression_rank": 4, "face_pack": str(FACE_PACK_DIR)}
+    module, other = make_module(codec_dir, **options), make_module(codec_dir, **options)
+    batches = [make_batch(30), make_batch(20)]
+    batches[1].latents.neg_()
+    strategy = SimpleNamespace(broadcast=lambda buffer: 1 * buffer)
+    for each in (module, other, plain := make_module(codec_dir)):
+        each._trainer = SimpleNamespace(train_dataloader=batches, strategy=strategy)
+        each.on_train_start()
+    assert plain.model.regression is None
+    regression, expected = module.model.regression, other.model.regression
+    assert regression is not None and expected is not None and regression.has_coefficients
+    vectors = [
+        torch.cat([batch.image_features.flatten(2), batch.face_features.flatten(2)], -1)
+        for batch in batches
+    ]
+    expected.fit(torch.cat(vectors), torch.cat([batch.latents for batch in batches]))
+    for name, buffer in regression.named_buffers():
+        torch.testing.assert_close(buffer, expected.get_buffer(name))
+        buffer.add_(1.0)
+    before = regression.down.clone()
+    module.on_train_start()
+    assert torch.equal(regression.down, before), "a checkpoint holds the coefficients"
 
 
 @pytest.mark.parametrize("mode", ["gate", "image", "face"])

@@ -10,6 +10,8 @@ from hyperlora.diffusion.families.registry import FAMILIES, get_pipeline_family
 from tests.diffusion.families.calls import make_conditions
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
 
+EDITORS = [name for name in FACTORIES if get_tiny_pipeline(name).images is not None]
+
 
 def assert_same_inputs(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Compare arguments; None, empty dicts and a time for all samples are what they stand for."""
@@ -50,3 +52,31 @@ def test_predict_equals_the_pipeline(name: str) -> None:
 def test_every_family_has_a_tiny_pipeline() -> None:
     tested = {type(get_pipeline_family(get_tiny_pipeline(name).pipe)) for name in FACTORIES}
     assert tested == set(FAMILIES.values())
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_guidance_scale_is_told_to_distilled_denoisers_alone(name: str) -> None:
+    tiny = get_tiny_pipeline(name)
+    family = get_pipeline_family(tiny.pipe)
+    conditions = make_conditions(tiny)
+    latents = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample)
+    timestep = torch.tensor(500.0)
+    inputs = family.make_inputs(latents, timestep, conditions, guidance_scale=2.25)
+    guidance = inputs.get("guidance")
+    is_distilled = getattr(family.denoiser.config, "guidance_embeds", False)
+    assert (guidance is not None) == is_distilled
+    if guidance is not None:
+        assert (guidance == 2.25).all()
+        other = family.make_inputs(latents, timestep, conditions)["guidance"]
+        assert (other != 2.25).all()
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_input_images_get_the_dtype_of_the_latents(name: str) -> None:
+    tiny = get_tiny_pipeline(name)
+    family = get_pipeline_family(tiny.pipe)
+    conditions = make_conditions(tiny)
+    latents = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample)
+    expected = family.make_inputs(latents, torch.tensor(500.0), conditions)
+    doubled = conditions | {"image_latents": conditions["image_latents"].double()}
+    assert_same_inputs(family.make_inputs(latents, torch.tensor(500.0), doubled), expected)
