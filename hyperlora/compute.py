@@ -162,3 +162,16 @@ def empty_cache() -> None:
     """Give memory that torch keeps for later back to the accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
+
+
+def fork_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Put back the global random states of the CPU and a device after a ``with`` block.
+
+    Args:
+        device: The device of the computation. Others are left alone: to ask for its state would
+            start a card that is not used.
+
+    Returns:
+        A context manager.
+    """
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

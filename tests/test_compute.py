@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hyperlora.compute import ComputeConfig
+from hyperlora.compute import ComputeConfig, fork_rng
 from hyperlora.errors import InvalidArgumentError
 
 
@@ -61,3 +61,20 @@ def test_wrong_settings_are_named(
     set_accelerator(monkeypatch, "cuda", 2)
     with pytest.raises(InvalidArgumentError, match=message):
         ComputeConfig(**options)
+
+
+def test_fork_rng_puts_back_the_state_of_the_cpu() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with fork_rng(torch.device("cpu")):
+        assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_fork_rng_asks_for_no_card_but_that_of_the_computation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: devices)
+    assert fork_rng(torch.device("cpu")) == fork_rng(torch.device("meta")) == []  # type: ignore[comparison-overlap]
+    assert fork_rng(torch.device("cuda:1")) == [torch.device("cuda:1")]  # type: ignore[comparison-overlap]

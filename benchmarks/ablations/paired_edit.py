@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_builder.baselines.differential_lora import check_pairs
+from hyperlora.compute import fork_rng
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.finetuning.config import FineTuneConfig
 from hyperlora.finetuning.refine import make_photo_examples
@@ -100,7 +101,7 @@ def fit_pair_edit(
     def decode_shared_lora(codes: Tensor) -> LoraWeights:
         return LoraWeights.unflatten(layout, codes.mean(0).expand(num_pairs, -1))
 
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with fork_rng(before.device):
         torch.manual_seed(config.seed)  # one random stream for the start and for both fits
         init_lora = LoraWeights.zeros(layout, (), layout.init_std)
         init_codes = init_lora.flatten().to(before.device).expand(num_pairs, -1)  # [pairs, P]

@@ -15,14 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.compute import ComputeConfig
+from hyperlora.compute import ComputeConfig, fork_rng
 from hyperlora.data.images import read_image, to_tensor
 from hyperlora.data.subjects import list_subjects
 from hyperlora.diffusion.diffusion_base import DiffusionBase, load_diffusion_base
 from hyperlora.diffusion.text_to_image import generate_images
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.finetuning.config import FineTuneConfig
-from hyperlora.finetuning.examples import fork_rng
 from hyperlora.finetuning.refine import make_photo_examples
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.io.formats import FormatChoice

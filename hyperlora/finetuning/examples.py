@@ -1,7 +1,6 @@
 """Training examples of K subjects, the random draws of each step, and the validation draws."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,19 +139,6 @@ def gather_rows(values: Tensor, indices: Tensor, subjects: Tensor | None = None)
     if subjects is None:
         subjects = torch.arange(indices.shape[1], device=indices.device)
     return values[subjects.expand_as(indices), indices].flatten(0, 1)
-
-
-def fork_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Put back the global random states of the CPU and a device after a ``with`` block.
-
-    Args:
-        device: The device of the computation. Others are left alone: to ask for its state would
-            start a card that is not used.
-
-    Returns:
-        A context manager.
-    """
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 class SubjectRng:

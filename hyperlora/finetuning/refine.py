@@ -6,10 +6,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hyperlora.compute import fork_rng
 from hyperlora.diffusion.conditions import map_tensors
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.finetuning.config import RefineConfig
-from hyperlora.finetuning.examples import TrainingExamples, fork_rng
+from hyperlora.finetuning.examples import TrainingExamples
 from hyperlora.finetuning.trainer import fine_tune_loras
 from hyperlora.lora.weights import LoraWeights
 

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hyperlora.compute import fork_rng
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.factors import compute_low_rank_factors, pad_factors
 from hyperlora.lora.layout import UNKNOWN_BASE, LoraLayout, TargetModule
@@ -270,8 +271,8 @@ def _merge_pruned_deltas(
     downs, ups = [], []
     # dare draws from the global generator of the CPU, whose state is put back afterwards; on the
     # CPU also where the LoRAs are elsewhere, so that a seed gives the same LoRA everywhere
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with fork_rng(torch.device("cpu")):
+        torch.default_generator.manual_seed(seed)  # and no card's
         for down, up in zip(stacked.down, stacked.up, strict=True):
             deltas = list((up @ down).cpu())  # [out, in] per LoRA
             merged_delta = prune_fn(deltas).to(stacked.device)  # [out, in]

@@ -12,7 +12,6 @@ from hyperlora.finetuning.examples import (
     SubjectRng,
     TrainingExamples,
     ValidationProbe,
-    fork_rng,
     gather_rows,
 )
 
@@ -110,23 +109,6 @@ def test_pad_and_cat_pads_by_the_first_example_of_each_subject() -> None:
     assert examples.num_examples == [2, 4, 1]
     subjects[1] = make_examples(num_examples=4, start=10, has_prompts=False)
     assert TrainingExamples.pad_and_cat(subjects).prompts is None
-
-
-def test_fork_rng_puts_back_the_state_of_the_cpu() -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    with fork_rng(torch.device("cpu")):
-        assert torch.equal(torch.rand(4), expected)
-    assert torch.equal(torch.rand(4), expected)
-
-
-def test_fork_rng_asks_for_no_card_but_that_of_the_computation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: devices)
-    assert fork_rng(torch.device("cpu")) == fork_rng(torch.device("meta")) == []  # type: ignore[comparison-overlap]
-    assert fork_rng(torch.device("cuda:1")) == [torch.device("cuda:1")]  # type: ignore[comparison-overlap]
 
 
 def draw_alone(seed: int, num_examples: int, batch_size: int, steps: int) -> list[Any]:

@@ -62,14 +62,14 @@ def case(request: pytest.FixtureRequest, bundle: Bundle) -> Case:
 def test_step_is_the_same_on_a_card(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_training, batch = case
 
-    def run(module: Any, device: torch.device) -> list[float]:
-        values: list[float] = []
+    def run(module: Any, device: torch.device) -> dict[str, float]:
+        values: dict[str, float] = {}
 
         def log(name: str, value: Any, *args: Any, **options: Any) -> None:
-            values.append(float(value))
+            values[name] = float(value)
 
         def log_dict(logs: dict[str, Any], *args: Any, **options: Any) -> None:
-            values.extend(map(float, logs.values()))
+            values.update({name: float(value) for name, value in logs.items()})
 
         monkeypatch.setattr(module, "log", log)
         monkeypatch.setattr(module, "log_dict", log_dict)
@@ -85,5 +85,6 @@ def test_step_is_the_same_on_a_card(case: Case, name: str, monkeypatch: pytest.M
     expected = run(module, torch.device("cpu"))
     with mock_cuda():
         actual = run(module_on_card, CUDA)
-    assert len(expected) > 0
+    prefix = name.removesuffix("ing_step").replace("validation_step", "val")
+    assert len(expected) > 0 and all(key.startswith(f"{prefix}/") for key in expected)
     assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -7,6 +7,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor
 
+from hyperlora.compute import fork_rng
 from hyperlora.service.engine.batcher import UNFINISHED
 
 ResultT = TypeVar("ResultT")
@@ -35,8 +36,7 @@ class SteppedCall(Generic[ResultT]):
         Returns:
             ``UNFINISHED`` after a pause, else what the call returns.
         """
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.set_grad_enabled(self._grad_enabled):
+        with fork_rng(self._device), torch.set_grad_enabled(self._grad_enabled):
             if self._rng_states is not None:
                 self._set_rng_states(self._rng_states)
             result: ResultT | object = self._greenlet.switch()

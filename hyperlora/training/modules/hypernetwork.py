@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from hyperlora.compute import fork_rng
 from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.diffusion_base import make_unet_encoder
 from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
@@ -174,9 +175,8 @@ class HypernetworkTraining(PretrainedModelTraining):
             "own": own_loras,
             "shuffled": own_loras.shuffle_batch(),
         }
-        devices = [self.device] if self.device.type == "cuda" else []
         for name, weights in controls.items():
-            with torch.random.fork_rng(devices), self.base.inject_lora(weights):
+            with fork_rng(self.device), self.base.inject_lora(weights):
                 torch.manual_seed(batch_idx)
                 loss = self._compute_denoising_loss(batch)
             self.log(

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel as UNet
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from hyperlora.compute import fork_rng
 from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.diffusion_base import PromptCache
 from hyperlora.diffusion.families.instruct_pix2pix import InstructPix2PixFamily
@@ -139,7 +140,7 @@ class InstructPix2PixTraining(FrozenBaseTraining):
             batch_idx: Seed of the noise.
         """
         no_drop = torch.zeros(len(batch.before), dtype=torch.bool, device=self.device)
-        with torch.random.fork_rng():
+        with fork_rng(self.device):
             torch.manual_seed(batch_idx)
             loss = self._compute_loss(batch, no_drop)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(no_drop))

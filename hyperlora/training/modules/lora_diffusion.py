@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
+from hyperlora.compute import fork_rng
 from hyperlora.encoders.attribute_classifier import load_image_encoder
 from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.features import ImageFeatures
@@ -143,7 +144,7 @@ class LoraDiffusionTraining(L.LightningModule):
         cond_features, gate = self._mix_features(batch, 1)
         mean = self._estimate_mean(batch, 1)
         latents, n = batch.latents, len(batch.latents)
-        with torch.random.fork_rng():
+        with fork_rng(self.device):
             torch.manual_seed(batch_idx)
             loss = self._compute_loss(latents, cond_features, None, mean)
             noise = torch.randn(n, *self.model.codec.latent_shape).to(self.device)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from hyperlora.compute import fork_rng
 from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.diffusion_base import PromptCache
 from hyperlora.diffusion.lora_injection import inject_lora
@@ -277,9 +278,8 @@ class PairHypernetworkTraining(PretrainedModelTraining):
             "shuffled": (own_loras.shuffle_batch(), forward),
             "reverse": (-own_loras, reverse),
         }
-        devices = [self.device] if self.device.type == "cuda" else []
         for name, (weights, target) in cases.items():
-            with torch.random.fork_rng(devices):
+            with fork_rng(self.device):
                 torch.manual_seed(batch_idx)
                 loss = self._compute_denoising_loss(weights, target, [""] * n)
             self.log(f"val/loss_{name}", loss, prog_bar=True, batch_size=n, sync_dist=True)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from hyperlora.compute import fork_rng
 from hyperlora.cpu import select_sdpa_kernel
 from hyperlora.diffusion.conditions import Conditions
 from hyperlora.diffusion.losses import AuxLoss, compute_denoising_loss
@@ -120,7 +121,7 @@ class TextToImageTraining(L.LightningModule):
             batch: Latents with captions.
             batch_idx: Seed of the noise.
         """
-        with torch.random.fork_rng():
+        with fork_rng(self.device):
             torch.manual_seed(batch_idx)
             loss = self._compute_loss(batch)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.captions))
