@@ -427,3 +427,7 @@ def test_parts_are_frozen_and_optimized_as_asked(bundle: Bundle) -> None:
         expected = head.list_hidden_matrices() if use_muon and head is not None else []
         assert by_muon == {names[id(p)] for p in expected}
         assert bool(by_muon) == use_muon
+    plain = make_pair_module(bundle)
+    plain.hparams["use_muon"] = True
+    ids = {id(parameter) for parameter in plain.model.parameters()}
+    assert list_parameter_ids(configure_optimizer(plain)) == ids, "no head, no hidden matrices"

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hyperlora.diffusion.families.base import PipelineFamily
 from hyperlora.diffusion.families.registry import get_pipeline_family
@@ -87,6 +88,12 @@ def test_qwen_image_21_ignores_padding_that_all_prompts_share() -> None:
         alone = family.predict(latents, torch.tensor(500.0), encode(family, PROMPTS[1:]))
         padded = family.predict(latents, torch.tensor(500.0), short)
     torch.testing.assert_close(padded, alone, **CLOSE)
+
+    both = encode(family)
+    longest = int(both["prompt_embeds_mask"].sum(1).max())
+    wider = {key: F.pad(value, [0, 0] * (value.ndim - 2) + [0, 3]) for key, value in both.items()}
+    inputs = family.make_inputs(torch.cat([latents] * 2), torch.tensor(500.0), wider)
+    assert inputs["encoder_hidden_states"].shape[1] == longest
 
 
 def test_hidream_experts_pass_gradients_on() -> None:
