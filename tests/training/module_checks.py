@@ -40,7 +40,7 @@ def record_validation(
     monkeypatch.setattr(
         module,
         "log",
-        lambda name, value, prog_bar, batch_size: logged.append((name, float(value), batch_size)),
+        lambda name, value, batch_size, **_: logged.append((name, float(value), batch_size)),
     )
     before = torch.random.get_rng_state()
     for index in indices:

@@ -15,7 +15,12 @@ from hyperlora.training.modules import hypernetwork
 from hyperlora.training.modules.hypernetwork import HypernetworkTraining
 from tests.tiny_pipelines import get_tiny_pipeline
 from tests.training.config_rules import TINY_VIT
-from tests.training.module_checks import configure_optimizer, list_parameter_ids, list_rates
+from tests.training.module_checks import (
+    configure_optimizer,
+    list_parameter_ids,
+    list_rates,
+    record_validation,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # there is no trainer to log to
 
@@ -189,21 +194,15 @@ def test_validation_logs_each_control_with_the_same_noise(
 ) -> None:
     module = make_predicting_module(base_dir)
     batch = replace(make_batch(), photos=torch.rand(2, 3, 3, 16, 16))
-    logged: dict[str, float] = {}
-    monkeypatch.setattr(
-        module, "log", lambda name, value, **options: logged.update({name: float(value)})
-    )
-    state = torch.random.get_rng_state()
     with torch.no_grad():
-        module.validation_step(batch, 6)
-        assert torch.equal(torch.random.get_rng_state(), state)
+        logged = record_validation(module, monkeypatch, batch, [6])
         loras = module.model.forward(batch.photos[:, :1])
-        for name, lora in (("base", loras * 0.0), ("own", loras), ("shuffled", loras[[1, 0]])):
+        cases = {"base": loras * 0.0, "own": loras, "shuffled": loras[[1, 0]]}
+        for entry, (name, lora) in zip(logged, cases.items(), strict=True):
             torch.manual_seed(6)
             with module.base.inject_lora(lora):
                 expected = float(module._compute_denoising_loss(batch))
-            assert logged.pop(f"val/loss_{name}") == pytest.approx(expected, rel=1e-5)
-    assert not logged
+            assert entry == (f"val/loss_{name}", pytest.approx(expected, rel=1e-5), 2)
     assert [call["aux_loss"] for call in losses] == [None] * 6
 
 

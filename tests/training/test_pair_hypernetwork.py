@@ -14,10 +14,16 @@ from hyperlora.lora.weights import LoraWeights
 from hyperlora.training.auxiliary_losses import AttributeLoss
 from hyperlora.training.batches import PairBatch
 from hyperlora.training.modules import pair_hypernetwork
+from hyperlora.training.modules.edit_targets import EditTarget
 from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
 from tests.conftest import Bundle
 from tests.training.config_rules import TINY_VIT
-from tests.training.module_checks import configure_optimizer, list_parameter_ids, list_rates
+from tests.training.module_checks import (
+    configure_optimizer,
+    list_parameter_ids,
+    list_rates,
+    record_validation,
+)
 
 
 def test_pair_hypernetwork_training_refuses_a_broken_vocabulary(
@@ -431,3 +437,65 @@ def test_parts_are_frozen_and_optimized_as_asked(bundle: Bundle) -> None:
     plain.hparams["use_muon"] = True
     ids = {id(parameter) for parameter in plain.model.parameters()}
     assert list_parameter_ids(configure_optimizer(plain)) == ids, "no head, no hidden matrices"
+
+
+@ignore_missing_trainer
+@pytest.mark.parametrize("knows_instructions", [True, False])
+def test_validation_compares_one_pair_with_its_controls(
+    bundle: Bundle,
+    batch: PairBatch,
+    calls: list[LossCall],
+    monkeypatch: pytest.MonkeyPatch,
+    knows_instructions: bool,
+) -> None:
+    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
+    network = {"fusion": "concat", "instruction_head": head | {"hidden_size": 12, "depth": 1}}
+    weight = 0.5 if knows_instructions else 0.0
+    module = make_pair_module(
+        bundle, network=network, instruction_loss_weight=weight, reverse_weight=0.5
+    ).eval()
+    logged: dict[str, Any] = {}
+
+    def log_dict(values: dict[str, Any], prog_bar: bool, batch_size: int) -> None:
+        assert batch_size == 3
+        logged.update({name: float(value) for name, value in values.items()})
+
+    monkeypatch.setattr(module, "log_dict", log_dict)
+    two_pairs = replace(batch, pairs=torch.cat([batch.pairs, torch.rand_like(batch.pairs)], 1))
+    with torch.no_grad():
+        losses = record_validation(module, monkeypatch, two_pairs, [7])
+        features = module._encode_pairs(two_pairs, 1)
+        own = module.model.generate_from_features(*features)
+    names = ["val/loss_base", "val/loss_own", "val/loss_shuffled", "val/loss_reverse"]
+    assert losses == [
+        (name, pytest.approx(call.value), 3) for name, call in zip(names, calls, strict=True)
+    ]
+    expected = [own * 0.0, own, own[[1, 2, 0]], -own]
+    shuffled = calls[2].weights.flatten()
+    if not torch.allclose(shuffled, expected[2].flatten(), atol=1e-5):
+        expected[2] = own[[2, 0, 1]]  # either way round, and never the LoRA of the same edit
+    for call, lora in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call.weights.flatten(), lora.flatten(), atol=1e-5, rtol=1e-4)
+        assert call.prompts == [""] * 3
+        before, after = (batch.before, batch.after)
+        is_reverse = call is calls[3]
+        assert torch.equal(call.inputs, after if is_reverse else before)
+        assert torch.equal(call.targets, before if is_reverse else after)
+    assert len({call.value for call in calls}) == 4
+    with torch.no_grad():  # the noise is that of the number of the batch
+        torch.manual_seed(7)
+        again = module._compute_denoising_loss(
+            own, EditTarget(batch.before, batch.after, input_images=batch.before), [""] * 3
+        )
+    assert float(again) == pytest.approx(calls[1].value)
+    if knows_instructions:
+        no_swap = torch.zeros(3, dtype=torch.bool)
+        instruction_losses, is_correct = module._compute_instruction_loss(
+            two_pairs, no_swap, *features
+        )
+        assert logged == {
+            "val/instruction_loss": pytest.approx(float(instruction_losses.mean())),
+            "val/instruction_acc": pytest.approx(float(is_correct.float().mean())),
+        }
+    else:
+        assert not logged

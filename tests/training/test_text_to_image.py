@@ -1,5 +1,6 @@
 """What a step of text-to-image training computes, against diffusers' own schedule."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,14 @@ def test_unet_and_text_encoder_are_optimized_at_their_rate(bundle: Bundle) -> No
     trained = [*module.unet.parameters(), *module.text_encoder.parameters()]
     assert list_parameter_ids(optimizer) == {id(p) for p in trained}
     assert list_rates(optimizer) == {0.02}
+
+
+def test_captions_are_cut_to_the_length_of_the_text_encoder(bundle: Bundle) -> None:
+    module, batch = make_module(bundle), make_batch()
+    length = module.tokenizer.model_max_length
+    long_batch = replace(batch, captions=["a hat " * length, "", "a cap"])
+    cut_batch = replace(batch, captions=["a hat " * (length - 2), "", "a cap"])
+    assert len(module.tokenizer(long_batch.captions[0]).input_ids) > length
+    torch.testing.assert_close(
+        compute_step_loss(module, long_batch), compute_step_loss(module, cut_batch)
+    )

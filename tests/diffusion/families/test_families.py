@@ -80,3 +80,29 @@ def test_input_images_get_the_dtype_of_the_latents(name: str) -> None:
     expected = family.make_inputs(latents, torch.tensor(500.0), conditions)
     doubled = conditions | {"image_latents": conditions["image_latents"].double()}
     assert_same_inputs(family.make_inputs(latents, torch.tensor(500.0), doubled), expected)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_predict_runs_another_denoiser_with_the_scale(name: str) -> None:
+    """A denoiser in training takes the place of the pipeline's own."""
+    tiny = get_tiny_pipeline(name)
+    family = get_pipeline_family(tiny.pipe)
+    conditions = make_conditions(tiny)
+    latents = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample)
+    calls: list[Any] = []
+
+    class Recorder(torch.nn.Module):
+        is_gradient_checkpointing = False
+        dtype = latents.dtype
+
+        def forward(self, **inputs: Any) -> Any:
+            calls.append(inputs.get("guidance"))
+            return family.denoiser(**inputs)
+
+    with torch.no_grad():
+        expected = family.predict(latents, torch.tensor(500.0), conditions, guidance_scale=2.25)
+        prediction = family.predict(
+            latents, torch.tensor(500.0), conditions, denoiser=Recorder(), guidance_scale=2.25
+        )
+    assert len(calls) == 1 and (calls[0] is None or (calls[0] == 2.25).all())
+    torch.testing.assert_close(prediction, expected)

@@ -105,3 +105,23 @@ def test_combine_branches_takes_another_scale(name: str, monkeypatch: pytest.Mon
             expected = first + scale * (second - first)
         combined = family.combine_branches(torch.cat(outputs), argument)
         torch.testing.assert_close(combined, expected)
+
+
+@pytest.mark.parametrize("name", NUM_BATCHED_BRANCHES)
+def test_guidance_arguments_have_the_scale_of_the_pipeline(name: str) -> None:
+    family = get_pipeline_family(get_tiny_pipeline(name).pipe)
+    for scale in (1.0, 1.5, 4.0):
+        expected = max(scale - 1, 0.0) if name == "z_image" else scale
+        arguments = family.make_guidance_arguments(scale, ["blurry"])
+        assert arguments["guidance_scale"] == expected
+        assert arguments["negative_prompt"] == ["blurry"]
+
+
+@pytest.mark.parametrize("name", ["instruct_pix2pix", "instruct_pix2pix_xl"])
+def test_edits_have_two_scales_of_guidance(name: str) -> None:
+    family = get_pipeline_family(get_tiny_pipeline(name).pipe)
+    images = torch.rand(2, 3, 16, 24)
+    arguments = family.make_edit_arguments(images, 5.0, 1.25)
+    size = {"height": 16, "width": 24} if name.endswith("xl") else {}
+    assert arguments.pop("image") is images
+    assert arguments == {"guidance_scale": 5.0, "image_guidance_scale": 1.25, **size}
