@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hyperlora.diffusion.lora_injection import inject_lora
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import LayoutMismatchError
+from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.weights import LoraWeights
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -302,3 +305,32 @@ def test_inject_lora_rejects_mismatched_layouts(unet: nn.Module, text_encoder: n
     assert_rejected(
         unet, make_random_lora("unet", unet, "attention", 2, 2), "one batch axis expected"
     )
+
+
+class CheckpointedBlock(nn.Module):
+    """A block that gets a keyword through its checkpoint function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(5, 6, bias=False)
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._gradient_checkpointing_func(self.scale, x, factor=3.0)
+
+    def scale(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return factor * self.layer(x)
+
+
+def test_checkpointed_blocks_get_their_keywords() -> None:
+    model = CheckpointedBlock()
+    layout = LoraLayout((TargetModule("unet.layer", 5, 6),), 2, "tiny")
+    lora = LoraWeights.unflatten(layout, torch.randn(layout.numel))
+    (delta,) = lora.get_delta_weights()
+    x = torch.randn(4, 5, requires_grad=True)
+    with inject_lora(model, lora):
+        output = model(x)
+    torch.testing.assert_close(output, 3 * x @ (model.layer.weight + delta).mT)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(gradient, 3 * (model.layer.weight + delta).sum(0).expand(4, 5))

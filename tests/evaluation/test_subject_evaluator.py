@@ -101,7 +101,7 @@ def test_score_images_without_every_truth_has_identity_alone() -> None:
 @pytest.mark.parametrize("kind", ["one per subject", "one for all", "none"])
 def test_evaluate_renders_each_prompt_with_the_lora_of_its_subject(kind: str) -> None:
     """Batches of 4 cut across the 2 prompts of 3 subjects; all LoRAs see the same noise."""
-    options: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 4.0}
+    options: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 30.0}
     evaluator = make_evaluator(**options, batch_size=4)
     layout = evaluator.base.make_layout("attention", 2)
     generator = torch.Generator().manual_seed(0)

@@ -58,10 +58,12 @@ def test_gradients_reach_latents_and_prompts(name: str) -> None:
         assert gradient.flatten(1).norm(dim=1).gt(0).all()
 
     family.denoiser.enable_gradient_checkpointing()
+    checkpoint = getattr(family.denoiser, "_gradient_checkpointing_func", None)
     try:
         prediction = family.predict(
             latents, record.timestep, conditions | {"prompt_embeds": embeds}
         )
+        assert getattr(family.denoiser, "_gradient_checkpointing_func", None) is checkpoint
     finally:
         family.denoiser.disable_gradient_checkpointing()
     torch.testing.assert_close(prediction, tiny.unpack(record.prediction), **CLOSE)
