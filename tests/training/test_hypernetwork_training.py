@@ -111,7 +111,9 @@ def test_l2_of_delta_weights_has_its_weight(base_dir: Path) -> None:
     assert expected > 1e-4 and added == pytest.approx(expected, rel=1e-2)
 
 
-def test_regression_to_fitted_codes_has_its_weight(base_dir: Path, tmp_path: Path) -> None:
+def test_regression_to_fitted_codes_has_its_weight(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Per subject, over those that have a target: here the first of two."""
     batch = make_batch()
     plain = make_predicting_module(base_dir)
@@ -124,9 +126,12 @@ def test_regression_to_fitted_codes_has_its_weight(base_dir: Path, tmp_path: Pat
         base_dir, code_targets=str(tmp_path / "codes.safetensors"), code_loss_weight=0.5
     )
     expected = 0.5 * float((codes[0] - targets[0]).square().sum()) / 2
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(weighted, "log", lambda name, value: logged.update({name: float(value)}))
     with torch.no_grad():
         added = compute_step_loss(weighted, batch) - compute_step_loss(plain, batch)
     assert added == pytest.approx(expected, rel=1e-3)
+    assert logged == {"train/code_loss": pytest.approx(expected / 0.5, rel=1e-3)}
 
 
 def test_subjects_without_target_have_no_code_loss(base_dir: Path, tmp_path: Path) -> None:
@@ -171,6 +176,16 @@ def test_number_of_photos_is_drawn_up_to_its_limit(
             torch.manual_seed(seed)
             module.training_step(batch, 0)
     assert set(counts) == {1, 2, 3}
+
+    module.hparams["max_views"] = 8  # more than there are photos, and so are the tokens of each
+    counts.clear()
+    with torch.no_grad():
+        for seed in range(12):
+            torch.manual_seed(seed)
+            expected = int(torch.randint(1, 5, ()))
+            torch.manual_seed(seed)
+            module.training_step(batch, 0)
+            assert counts.pop(expected) == 1 and not counts
 
 
 def test_features_and_images_stand_for_photos_and_latents(

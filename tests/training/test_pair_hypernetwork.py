@@ -295,6 +295,11 @@ def test_instruction_loss_has_its_weight_and_knows_the_way_back(
         pairs = batch.pairs if swap_prob == 0 else batch.pairs.flip(2)
         before, after = (module.model.encoder(side) for side in pairs.unbind(2))
         fused = module.model.network.fuse_pair(before, after)
+        swap_mask = torch.full((3,), bool(swap_prob))
+        with torch.no_grad():
+            _, is_correct = module._compute_instruction_loss(batch, swap_mask, before, after)
+        if swap_prob and not has_undo:
+            assert not is_correct.any(), "what is not known is not right"
         instructions = batch.undo_instructions if swap_prob else batch.instructions
         expected = 0.0
         if instructions is not None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hyperlora.diffusion.shared_components import SHARED_COMPONENTS_KEY
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.training.modules.frozen_base import load_training_base
 from hyperlora.training.modules.instruct_pix2pix import InstructPix2PixTraining
@@ -76,21 +77,27 @@ def test_text_to_image_writes_a_pipeline_in_half_precision(bundle: Bundle, tmp_p
 def test_edit_training_writes_a_pipeline_with_its_schedule(bundle: Bundle, tmp_path: Path) -> None:
     module: InstructPix2PixTraining = make_edit_module(bundle, prediction_type="sample")
     unet = {name: value.clone() for name, value in module.unet.state_dict().items()}
-    module.hparams["output_dir"] = str(tmp_path / "edit-base")
+    folder = tmp_path / "new" / "edit-base"
+    module.hparams["output_dir"] = str(folder)
     attach_trainer(module, is_global_zero=False)
     module.on_train_end()
-    assert not (tmp_path / "edit-base").exists()
+    assert not folder.exists()
 
     attach_trainer(module)
-    module.on_train_end()
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "edit-base")
+    for _ in range(2):  # a finished run may be repeated
+        module.on_train_end()
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
     for name, value in pipeline.unet.state_dict().items():
         torch.testing.assert_close(value, unet[name].half().float(), rtol=0, atol=0)
     assert pipeline.scheduler.config["prediction_type"] == "sample"
-    index = json.loads((tmp_path / "edit-base/model_index.json").read_text())
-    assert index["vae"][1] == "AutoencoderKL"
-    for component in ("vae", "text_encoder"):
-        assert (tmp_path / "edit-base" / component).resolve() == (bundle.base / component).resolve()
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["vae"][1] == "AutoencoderKL" and index["requires_safety_checker"] is False
+    components = ("vae", "text_encoder", "tokenizer")
+    assert index[SHARED_COMPONENTS_KEY].keys() == set(components)
+    for component in components:
+        path = folder / index[SHARED_COMPONENTS_KEY][component] / component
+        assert (folder / component).resolve() == path.resolve()
+        assert path.resolve() == (bundle.base / component).resolve()
 
 
 def test_text_to_image_moves_its_classifier(bundle: Bundle, attribute_classifier: str) -> None:

@@ -10,6 +10,7 @@ from hyperlora.diffusion.families.registry import FAMILIES, get_pipeline_family
 from tests.diffusion.families.calls import make_conditions
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
 
+WITHOUT_REGIONS = ("krea_2", "krea_2_turbo", "qwen_image_21")
 EDITORS = [name for name in FACTORIES if get_tiny_pipeline(name).images is not None]
 
 
@@ -106,3 +107,31 @@ def test_predict_runs_another_denoiser_with_the_scale(name: str) -> None:
         )
     assert len(calls) == 1 and (calls[0] is None or (calls[0] == 2.25).all())
     torch.testing.assert_close(prediction, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in FACTORIES if name not in WITHOUT_REGIONS])
+def test_crop_restricts_a_call_to_a_rectangle(name: str) -> None:
+    tiny = get_tiny_pipeline(name)
+    family = get_pipeline_family(tiny.pipe)
+    conditions = {key: value for key, value in make_conditions(tiny).items()}
+    shape = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample).shape
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if "image_latents" not in conditions:  # of the input image's size
+        latents = latents.repeat(1, 1, 1, 2)[..., : shape[-1] + 2 * family.grid_multiple]
+    inputs = family.make_inputs(latents, torch.tensor(500.0), conditions)
+    rows, columns = family.get_grid(inputs)
+    side = latents.shape[-1] // columns  # of a token, in latents
+    assert (rows * side, columns * side) == latents.shape[-2:]
+    top, left, height, width = 1, 1, rows - 2, columns - 3
+    cropped = family.crop_inputs(inputs, (top, left, height, width))
+    part = latents[..., side * top : side * (top + height), side * left : side * (left + width)]
+    if "image_latents" in conditions and family.latents_input == "sample":
+        image = conditions["image_latents"]
+        size = part.shape[-2:]
+        conditions["image_latents"] = image[..., top:, left:][..., : size[0], : size[1]]
+    expected = family.make_inputs(part, torch.tensor(500.0), conditions)
+    actual_tokens, expected_tokens = cropped[family.latents_input], expected[family.latents_input]
+    if isinstance(expected_tokens, Tensor):
+        torch.testing.assert_close(actual_tokens, expected_tokens)
+    else:
+        torch.testing.assert_close(list(actual_tokens), list(expected_tokens))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyperlora.data.images import stack_images
 from hyperlora.diffusion.denoiser_calls import DenoiserCall, intercept_denoiser
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.errors import InvalidArgumentError
@@ -107,14 +108,30 @@ def test_combine_branches_takes_another_scale(name: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(combined, expected)
 
 
-@pytest.mark.parametrize("name", NUM_BATCHED_BRANCHES)
+@pytest.mark.parametrize("name", FACTORIES)
 def test_guidance_arguments_have_the_scale_of_the_pipeline(name: str) -> None:
     family = get_pipeline_family(get_tiny_pipeline(name).pipe)
     for scale in (1.0, 1.5, 4.0):
-        expected = max(scale - 1, 0.0) if name == "z_image" else scale
-        arguments = family.make_guidance_arguments(scale, ["blurry"])
-        assert arguments["guidance_scale"] == expected
-        assert arguments["negative_prompt"] == ["blurry"]
+        expected = scale
+        if name in ("z_image", "krea_2", "krea_2_turbo"):
+            expected = max(scale - 1, 0.0)
+        elif name == "flux2_klein_distilled":
+            expected = 1.0  # one branch, whatever the scale
+        arguments = family.make_guidance_arguments(scale, [""])
+        told = arguments.get("true_cfg_scale", arguments.get("guidance_scale"))
+        assert told == expected
+    if name in NUM_BATCHED_BRANCHES:
+        assert family.make_guidance_arguments(2.0, ["blurry"])["negative_prompt"] == ["blurry"]
+
+
+@pytest.mark.parametrize("name", ["flux2_edit", "qwen_image_edit", "qwen_image_edit_plus"])
+def test_edit_arguments_hold_each_image(name: str) -> None:
+    family = get_pipeline_family(get_tiny_pipeline(name).pipe)
+    images = torch.rand(2, 3, 64, 80)
+    arguments = family.make_edit_arguments(images, 2.0, 1.0)
+    assert [image.size for image in arguments["image"]] == [(80, 64)] * 2
+    torch.testing.assert_close(stack_images(arguments["image"]), images, atol=1 / 255, rtol=0)
+    assert (arguments["height"], arguments["width"]) == (64, 80)
 
 
 @pytest.mark.parametrize("name", ["instruct_pix2pix", "instruct_pix2pix_xl"])
