@@ -10,6 +10,9 @@ from torch import nn
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from tests.tiny_pipelines.base import TinyPipeline
 
+WITHOUT_REGIONS = ("krea_2", "krea_2_turbo", "qwen_image_21")
+"""Families that do not tell where their tokens lie."""
+
 
 @torch.no_grad()
 def make_conditions(tiny: TinyPipeline) -> Any:

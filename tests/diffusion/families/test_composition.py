@@ -16,11 +16,10 @@ from hyperlora.diffusion.multi_lora import CompositionConfig, compose_loras
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.merge import merge
 from hyperlora.lora.weights import LoraWeights
+from tests.diffusion.families.calls import WITHOUT_REGIONS
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
 
 TOLERANCES = {"rtol": 1e-4, "atol": 1e-4}
-WITHOUT_REGIONS = ("krea_2", "krea_2_turbo", "qwen_image_21")
-"""Families that do not tell where their tokens lie."""
 FULL, LEFT, RIGHT = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from hyperlora.diffusion.families.registry import FAMILIES, get_pipeline_family
-from tests.diffusion.families.calls import make_conditions
+from tests.diffusion.families.calls import WITHOUT_REGIONS, make_conditions
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
 
-WITHOUT_REGIONS = ("krea_2", "krea_2_turbo", "qwen_image_21")
 EDITORS = [name for name in FACTORIES if get_tiny_pipeline(name).images is not None]
 
 
@@ -113,7 +112,7 @@ def test_predict_runs_another_denoiser_with_the_scale(name: str) -> None:
 def test_crop_restricts_a_call_to_a_rectangle(name: str) -> None:
     tiny = get_tiny_pipeline(name)
     family = get_pipeline_family(tiny.pipe)
-    conditions = {key: value for key, value in make_conditions(tiny).items()}
+    conditions = dict(make_conditions(tiny))
     shape = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample).shape
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if "image_latents" not in conditions:  # of the input image's size
