@@ -58,6 +58,11 @@ TINY_ENCODER = [
 ]
 
 
+def read_config(name: str) -> dict[str, Any]:
+    """The configuration as it is, without the arguments of its rule."""
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one configuration becomes small, and how its output is loaded."""
@@ -142,6 +147,13 @@ def _make_lora_diffusion_rule(name: str) -> Rule:
     return Rule(LoraDiffusion.from_pretrained, arguments, (f"{name}/lora_autoencoder",))
 
 
+_SMALL_INSTRUCTION_HEAD = {
+    **read_config("avatars/15_pair_instructions")["model"]["init_args"]["network"][
+        "instruction_head"
+    ],
+    "cross_attention_dim": 32,
+    "hidden_size": 32,
+}
 _TINY_RESOLUTION = f"--data.init_args.resolution={SIDE}"
 _FOUR_IDENTITIES = "--data.init_args.identities_per_batch=4"
 _FOUR_SAMPLES = "--data.init_args.batch_size=4"
@@ -227,8 +239,7 @@ RULES = {
         PairToLora.from_pretrained,
         (
             *SMALL_NETWORK,
-            "--model.init_args.network.instruction_head.cross_attention_dim=32",
-            "--model.init_args.network.instruction_head.hidden_size=32",
+            f"--model.init_args.network.instruction_head={json.dumps(_SMALL_INSTRUCTION_HEAD)}",
             _FOUR_SAMPLES,
         ),
         ("avatars/14_instruct_pix2pix_refine", "avatars/08_photo_encoder"),
@@ -296,11 +307,6 @@ RULES = {
         *SMALL_NETWORK, _TINY_RESOLUTION, base="qwen_image_edit_plus"
     ),
 }
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """The configuration as it is, without the arguments of its rule."""
-    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
 def make_command(name: str) -> list[str]:
