@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import string
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; tests use no network
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # each process would compile all libraries
+    sys.dont_write_bytecode = False
 
 import numpy as np
 import pytest

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
@@ -16,7 +16,14 @@ from typer.testing import CliRunner
 
 from data_builder.cli import app as data_builder_app
 from hyperlora.cli import app as hyperlora_app
-from tests.docs_fixtures import make_reader_dir, server_url  # noqa: F401
+from tests.docs_fixtures import (
+    few_steps,  # noqa: F401
+    make_reader_dir,
+    read_expected_output,
+    remove_numbers,
+    run_example,  # noqa: F401
+    server_url,  # noqa: F401
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -102,6 +109,7 @@ def run_block(block: Block, url: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.usefixtures("few_steps")
 def test_page_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -116,6 +124,16 @@ def test_page_blocks_run(
         assert sizes and min(sizes) > 1000, name
 
 
+def test_client_example_prints_expected_output(
+    run_example: Callable[..., str],  # noqa: F811
+    server_url: str,  # noqa: F811
+) -> None:
+    printed = run_example("http_client", server_url).splitlines()
+    expected = read_expected_output("http_client")
+    assert list(map(remove_numbers, printed)) == list(map(remove_numbers, expected))
+
+
+@pytest.mark.usefixtures("few_steps")
 def test_readme_table_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = re.findall(r"\| `(hyperlora [^`]*)` \|", (ROOT / "README.md").read_text())
     commands = [cell for cell in cells if "..." not in cell and "serve" not in cell]

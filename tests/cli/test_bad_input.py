@@ -437,16 +437,14 @@ def test_input_dir_skips_broken_lora(
 
 
 def test_commands_fail_cleanly_in_real_process(
-    run_process: RunCommand, bundle: Any, tmp_path: Path
+    run: RunCommand, run_process: RunCommand, bundle: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "x.safetensors"
     (tmp_path / "bad.png").write_bytes(b"hello")
     result = run_process("generate", tmp_path / "bad.png", "-o", out, "--model", bundle.model)
     assert_refused(result, "PNG, JPEG or WEBP image was expected")
     assert len(result.err.splitlines()) == 1
-    result = run_process(
-        "render", "--prompt", "x", "-o", tmp_path / "x.png", "--base", tmp_path / "none"
-    )
+    result = run("render", "--prompt", "x", "-o", tmp_path / "x.png", "--base", tmp_path / "none")
     assert_refused(result, "cannot be loaded")
     result = run_process("generate", bundle.photo, "-o", out, "--model", bundle.model)
     assert (result.code, result.err) == (0, "running on cpu, float32\n")

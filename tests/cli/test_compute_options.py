@@ -22,6 +22,8 @@ from tests.mock_cuda import mock_cuda
 from tests.tiny_pipelines import mark_heavy
 
 RunCommand = Callable[..., Any]
+CPU_NUMBERS: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+"""Files of the CPU by command, which several tests compare with."""
 VERBS = ("render", "edit", "generate", "evaluate", "evaluate-edits", "demo", "serve")
 
 
@@ -150,9 +152,12 @@ def read_numbers(folder: Path) -> dict[str, torch.Tensor]:
 def run_on_both(run: RunCommand, folder: Path, *arguments: Any, offload: str = "none") -> None:
     """Run a command on the CPU and on the mock card, and compare the files that it writes."""
     options = ["--dtype", "float32"]
-    result = run(*arguments, *options, "--device", "cpu")
-    assert result.code == 0, result
-    expected = read_numbers(folder)
+    key = tuple(str(argument).replace(str(folder), "") for argument in arguments)
+    if key not in CPU_NUMBERS:
+        result = run(*arguments, *options, "--device", "cpu")
+        assert result.code == 0, result
+        CPU_NUMBERS[key] = read_numbers(folder)
+    expected = CPU_NUMBERS[key]
     with mock_cuda():
         result = run(*arguments, *options, "--offload", offload)
     assert result.code == 0, result

@@ -36,7 +36,7 @@ def test_help_imports_no_heavy_library(run_process: RunCommand, command: str) ->
 
 
 @pytest.mark.slow
-def test_train_shows_help_of_lightning(run_process: RunCommand) -> None:
-    result = run_process("train", "fit", "--help")
+def test_train_shows_help_of_lightning(run: RunCommand) -> None:
+    result = run("train", "fit", "--help")
     assert result.code == 0, result
     assert "--trainer.max_epochs" in result.out

@@ -58,6 +58,11 @@ TINY_ENCODER = [
 ]
 
 
+def read_config(name: str) -> dict[str, Any]:
+    """The configuration as it is, without the arguments of its rule."""
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one configuration becomes small, and how its output is loaded."""
@@ -102,14 +107,16 @@ def _make_pair_rule(
 
 def _make_tiny_unet(first_width: int) -> tuple[str, ...]:
     return (
-        f"--model.init_args.unet.block_out_channels=[{first_width},96,32]",
+        f"--model.init_args.unet.block_out_channels=[{first_width},48,32]",
         "--model.init_args.unet.sample_size=4",
+        "--model.init_args.text_encoder.hidden_size=32",
+        "--model.init_args.text_encoder.intermediate_size=64",
         "--data.init_args.batch_size=4",
     )
 
 
 _TINY_EDIT_UNET = (
-    "--model.init_args.unet.block_out_channels=[64,96,16]",
+    "--model.init_args.unet.block_out_channels=[32,48,16]",
     "--data.init_args.batch_size=4",
 )
 
@@ -140,6 +147,13 @@ def _make_lora_diffusion_rule(name: str) -> Rule:
     return Rule(LoraDiffusion.from_pretrained, arguments, (f"{name}/lora_autoencoder",))
 
 
+_SMALL_INSTRUCTION_HEAD = {
+    **read_config("avatars/15_pair_instructions")["model"]["init_args"]["network"][
+        "instruction_head"
+    ],
+    "cross_attention_dim": 32,
+    "hidden_size": 32,
+}
 _TINY_RESOLUTION = f"--data.init_args.resolution={SIDE}"
 _FOUR_IDENTITIES = "--data.init_args.identities_per_batch=4"
 _FOUR_SAMPLES = "--data.init_args.batch_size=4"
@@ -147,34 +161,48 @@ _TWO_SAMPLES = "--data.init_args.batch_size=2"
 
 RULES = {
     "avatars/01_vae": Rule(
-        AutoencoderKL.from_pretrained, ("--data.init_args.crop_size=16", _FOUR_SAMPLES), ("drawn",)
+        AutoencoderKL.from_pretrained,
+        (
+            "--model.init_args.config.block_out_channels=[4,8,8,16]",
+            "--data.init_args.crop_size=16",
+            _FOUR_SAMPLES,
+        ),
+        ("drawn",),
     ),
     "avatars/02_vae_refine": Rule(
         AutoencoderKL.from_pretrained, (_FOUR_SAMPLES,), ("avatars/01_vae",)
     ),
     "avatars/03_text_to_image": Rule(
-        _load_text_to_image, _make_tiny_unet(32), ("avatars/02_vae_refine", "tokenizer")
+        _load_text_to_image, _make_tiny_unet(16), ("avatars/02_vae_refine", "tokenizer")
     ),
     "avatars/04_text_to_image_wide": Rule(
         _load_text_to_image,
-        (*_make_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"),
+        (*_make_tiny_unet(32), "--model.init_args.unet.time_embedding_dim=64"),
         ("avatars/03_text_to_image",),
     ),
     "avatars/05_latent_classifier": Rule(
         AttributeClassifier.from_pretrained,
-        (_FOUR_IDENTITIES, "--model.init_args.image_size=4"),
+        (
+            "--model.init_args.image_size=4",
+            "--model.init_args.options.base_channels=16",
+            _FOUR_IDENTITIES,
+        ),
         ("avatars/02_vae_refine",),
     ),
     "avatars/06_text_to_image_attributes": Rule(
         _load_text_to_image,
-        (*_make_tiny_unet(64), "--model.init_args.unet.time_embedding_dim=128"),
+        (*_make_tiny_unet(32), "--model.init_args.unet.time_embedding_dim=64"),
         ("avatars/04_text_to_image_wide", "avatars/05_latent_classifier"),
     ),
     "avatars/07_evaluator": Rule(
-        AttributeClassifier.from_pretrained, (_FOUR_IDENTITIES,), ("drawn",)
+        AttributeClassifier.from_pretrained,
+        ("--model.init_args.image_size=32", _FOUR_IDENTITIES),
+        ("drawn",),
     ),
     "avatars/08_photo_encoder": Rule(
-        AttributeClassifier.from_pretrained, (_FOUR_IDENTITIES,), ("drawn",)
+        AttributeClassifier.from_pretrained,
+        ("--model.init_args.options.channels=[8,16,16,32]", _FOUR_IDENTITIES),
+        ("drawn",),
     ),
     "avatars/09_face_detector": Rule(
         FaceDetector.from_pretrained, (_FOUR_SAMPLES, "--data.init_args.size=64"), ("drawn",)
@@ -209,7 +237,11 @@ RULES = {
     ),
     "avatars/15_pair_instructions": Rule(
         PairToLora.from_pretrained,
-        (*SMALL_NETWORK, _FOUR_SAMPLES),
+        (
+            *SMALL_NETWORK,
+            f"--model.init_args.network.instruction_head={json.dumps(_SMALL_INSTRUCTION_HEAD)}",
+            _FOUR_SAMPLES,
+        ),
         ("avatars/14_instruct_pix2pix_refine", "avatars/08_photo_encoder"),
         (
             "model.network.hypernetwork.",
@@ -275,11 +307,6 @@ RULES = {
         *SMALL_NETWORK, _TINY_RESOLUTION, base="qwen_image_edit_plus"
     ),
 }
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """The configuration as it is, without the arguments of its rule."""
-    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
 def make_command(name: str) -> list[str]:
