@@ -28,6 +28,7 @@ _STATUS_BY_EXIT_CODE: Final[Mapping[int | None, str]] = {
     -11: "killed",  # or read a wrong address
     -24: "killed",  # and these ran out of time
     24: "killed",
+    255: "killed",
     36: "killed",
     152: "killed",
 }
