@@ -138,6 +138,10 @@ def intercept_denoiser(
         )
         return output_class(sample=returned)
 
+    if compiled := getattr(forward, "_torchdynamo_orig_callable", None):
+        # the module stays known as compiled: LoRAs that a handler injects run it uncompiled
+        call_handler._torchdynamo_orig_callable = compiled  # type: ignore[attr-defined]
+
     module.forward = call_handler
     try:
         with pause_compilation(family.denoiser):

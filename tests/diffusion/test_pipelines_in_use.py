@@ -123,7 +123,7 @@ def compile_module(base: DiffusionBase, how: str) -> None:
         ("stable_diffusion", "wrapped"),
         ("stable_diffusion_3", "in place"),
         ("flux", "blocks"),
-        ("stable_diffusion", "forward"),
+        ("flux", "forward"),
     ],
 )
 def test_compiled_denoisers_take_loras_in_every_strategy(name: str, how: str) -> None:
