@@ -138,19 +138,16 @@ def intercept_denoiser(
         )
         return output_class(sample=returned)
 
-    if compiled := getattr(forward, "_torchdynamo_orig_callable", None):
-        # the module stays known as compiled: LoRAs that a handler injects run it uncompiled
-        call_handler._torchdynamo_orig_callable = compiled  # type: ignore[attr-defined]
-
-    module.forward = call_handler
-    try:
-        with pause_compilation(family.denoiser):
+    # first, as a compiled forward that is replaced cannot be seen any more
+    with pause_compilation(family.denoiser):
+        module.forward = call_handler
+        try:
             yield
-    finally:
-        if instance_forward is None:
-            del module.forward
-        else:
-            module.forward = instance_forward
+        finally:
+            if instance_forward is None:
+                del module.forward
+            else:
+                module.forward = instance_forward
 
 
 def predict_per_lora(

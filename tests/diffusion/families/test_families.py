@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyperlora.diffusion.families.base import PipelineFamily
 from hyperlora.diffusion.families.registry import FAMILIES, get_pipeline_family
 from tests.diffusion.families.calls import WITHOUT_REGIONS, make_conditions
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
@@ -33,6 +34,13 @@ def assert_same_inputs(actual: dict[str, Any], expected: dict[str, Any]) -> None
             assert actual[name] == value
 
 
+def make_call(name: str) -> tuple[PipelineFamily, Tensor, Any]:
+    """The adapter, the latents of the pipeline's first step, and the conditions."""
+    tiny = get_tiny_pipeline(name)
+    latents = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample)
+    return get_pipeline_family(tiny.pipe), latents, make_conditions(tiny)
+
+
 @pytest.mark.parametrize("name", FACTORIES)
 def test_predict_equals_the_pipeline(name: str) -> None:
     tiny = get_tiny_pipeline(name)
@@ -56,10 +64,7 @@ def test_every_family_has_a_tiny_pipeline() -> None:
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_guidance_scale_is_told_to_distilled_denoisers_alone(name: str) -> None:
-    tiny = get_tiny_pipeline(name)
-    family = get_pipeline_family(tiny.pipe)
-    conditions = make_conditions(tiny)
-    latents = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample)
+    family, latents, conditions = make_call(name)
     timestep = torch.tensor(500.0)
     inputs = family.make_inputs(latents, timestep, conditions, guidance_scale=2.25)
     guidance = inputs.get("guidance")
@@ -73,10 +78,7 @@ def test_guidance_scale_is_told_to_distilled_denoisers_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", EDITORS)
 def test_input_images_get_the_dtype_of_the_latents(name: str) -> None:
-    tiny = get_tiny_pipeline(name)
-    family = get_pipeline_family(tiny.pipe)
-    conditions = make_conditions(tiny)
-    latents = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample)
+    family, latents, conditions = make_call(name)
     expected = family.make_inputs(latents, torch.tensor(500.0), conditions)
     doubled = conditions | {"image_latents": conditions["image_latents"].double()}
     assert_same_inputs(family.make_inputs(latents, torch.tensor(500.0), doubled), expected)
@@ -85,10 +87,7 @@ def test_input_images_get_the_dtype_of_the_latents(name: str) -> None:
 @pytest.mark.parametrize("name", FACTORIES)
 def test_predict_runs_another_denoiser_with_the_scale(name: str) -> None:
     """A denoiser in training takes the place of the pipeline's own."""
-    tiny = get_tiny_pipeline(name)
-    family = get_pipeline_family(tiny.pipe)
-    conditions = make_conditions(tiny)
-    latents = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample)
+    family, latents, conditions = make_call(name)
     calls: list[Any] = []
 
     class Recorder(torch.nn.Module):
@@ -110,10 +109,8 @@ def test_predict_runs_another_denoiser_with_the_scale(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FACTORIES if name not in WITHOUT_REGIONS])
 def test_crop_restricts_a_call_to_a_rectangle(name: str) -> None:
-    tiny = get_tiny_pipeline(name)
-    family = get_pipeline_family(tiny.pipe)
-    conditions = dict(make_conditions(tiny))
-    shape = tiny.unpack(tiny.record_calls(tiny.prompts, steps=1)[0].sample).shape
+    family, latents, conditions = make_call(name)
+    shape = latents.shape
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if "image_latents" not in conditions:  # of the input image's size
         latents = latents.repeat(1, 1, 1, 2)[..., : shape[-1] + 2 * family.grid_multiple]
