@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.mutation import report
 from benchmarks.mutation.copy_repository import copy_repository, prepare_source
-from benchmarks.mutation.fastest_first import pytest_collection_modifyitems
+from benchmarks.mutation.order_tests import pytest_collection_modifyitems
 from benchmarks.mutation.named_faults import ROOT, NamedFault, find_failed_test, load_faults
 from benchmarks.mutation.report import EquivalenceRule, Mutant, compute_scores, list_missed_targets
 from benchmarks.mutation.run import load_rules
@@ -162,19 +162,25 @@ def test_rules_of_equivalent_mutants_have_reasons() -> None:
         assert rule.functions.startswith(("hyperlora", ".*")) and len(rule.reason) > 10
 
 
-def test_fastest_tests_of_a_mutant_run_first_up_to_a_time(
+def test_fast_tests_of_few_functions_run_first_up_to_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    durations = {"a": 50.0, "b": 0.5, "d": 11.0, "e": 70.0}
-    (tmp_path / "mutmut-stats.json").write_text(json.dumps({"duration_by_test": durations}))
+    statistics = {
+        "duration_by_test": {"a": 40.0, "b": 0.5, "d": 11.0, "e": 70.0},
+        "tests_by_mangled_function_name": {
+            **{f"x_{i}": ["b"] for i in range(200)},
+            "x_add": ["a", "b", "d", "e"],
+        },
+    }
+    (tmp_path / "mutmut-stats.json").write_text(json.dumps(statistics))
     deselected: list[Any] = []
     config: Any = SimpleNamespace(
         hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
     )
     for mutant, kept, left_out in (
         ("stats", "abcde", ""),
-        ("hyperlora.core.x_add__mutmut_1", "cbd", "ae"),
+        ("hyperlora.core.x_add__mutmut_1", "cda", "eb"),
     ):
         monkeypatch.setenv("MUTANT_UNDER_TEST", mutant)
         items: list[Any] = [SimpleNamespace(nodeid=name) for name in "abcde"]

@@ -25,7 +25,7 @@ LIBRARIES = {
     "ablations.paired_edit",
     "avatar_evaluator",
     "mutation.copy_repository",
-    "mutation.fastest_first",
+    "mutation.order_tests",
     "mutation.report",
     "quality.concept_loras",
     "robustness.hostile_clients",

@@ -1,5 +1,6 @@
 """What a step of pair training computes, and arguments that it refuses."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.encoders.attribute_classifier import AttributeClassifier
 from hyperlora.errors import InvalidArgumentError
 from hyperlora.lora.weights import LoraWeights
@@ -15,8 +17,12 @@ from hyperlora.training.auxiliary_losses import AttributeLoss
 from hyperlora.training.batches import PairBatch
 from hyperlora.training.modules import pair_hypernetwork
 from hyperlora.training.modules.edit_targets import EditTarget
-from hyperlora.training.modules.pair_hypernetwork import PairHypernetworkTraining
+from hyperlora.training.modules.pair_hypernetwork import (
+    PairHypernetworkTraining,
+    load_vocabulary,
+)
 from tests.conftest import Bundle
+from tests.tiny_pipelines import get_tiny_pipeline
 from tests.training.config_rules import TINY_VIT
 from tests.training.module_checks import (
     configure_optimizer,
@@ -47,6 +53,16 @@ def test_pair_hypernetwork_training_refuses_a_broken_vocabulary(
             PairHypernetworkTraining(**options, network={"instruction_head": head_options})
 
 
+def test_vocabulary_is_read_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps(VOCABULARY))
+    options = {"width": 16, "instruction_head": {"depth": 1, "vocabulary": str(path)}}
+    expected = {"width": 16, "instruction_head": {"depth": 1, "vocabulary": VOCABULARY}}
+    assert load_vocabulary(options) == expected
+    assert load_vocabulary(expected) is expected
+    assert options["instruction_head"] == {"depth": 1, "vocabulary": str(path)}, "not changed"
+
+
 def test_pair_hypernetwork_training_refuses_to_have_no_loss(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="there is no loss to train on"):
         PairHypernetworkTraining(
@@ -56,11 +72,12 @@ def test_pair_hypernetwork_training_refuses_to_have_no_loss(tmp_path: Path) -> N
 
 @dataclass
 class LossCall:
-    """One denoising loss of a step: the LoRAs, input and target latents, prompts and the value."""
+    """One denoising loss of a step: the LoRAs, latents and images, prompts and the value."""
 
     weights: LoraWeights
     inputs: Tensor
     targets: Tensor
+    images: Tensor | None
     prompts: list[str]
     value: float
 
@@ -72,8 +89,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[LossCall]:
 
     def record(module: Any, weights: LoraWeights, target: Any, prompts: list[str]) -> Tensor:
         loss = compute(module, weights, target, prompts)
-        latents = (target.input_latents, target.target_latents)
-        recorded.append(LossCall(weights, *latents, prompts, float(loss)))
+        inputs = (target.input_latents, target.target_latents, target.input_images)
+        recorded.append(LossCall(weights, *inputs, prompts, float(loss)))
         return loss
 
     monkeypatch.setattr(PairHypernetworkTraining, "_compute_denoising_loss", record)
@@ -249,8 +266,9 @@ def test_attributes_of_the_result_are_held_in_both_directions(
         after.tolist(),
     ]
     assert [weight for _, weight in seen] == [1.0] * 4, "at every noise level"
-    plain = run_pair_step(bundle, batch)
-    assert sum(call.value for call in calls[:2]) > plain + 0.1
+    run_pair_step(bundle, batch)
+    for labeled_call, plain in zip(calls[:2], calls[-2:], strict=True):
+        assert labeled_call.value > plain.value + 0.05
 
 
 VOCABULARY = {
@@ -501,3 +519,51 @@ def test_validation_compares_one_pair_with_its_controls(
         }
     else:
         assert not logged
+
+
+@ignore_missing_trainer
+@pytest.mark.parametrize("has_images", [True, False])
+def test_text_encoder_sees_the_side_that_is_edited(
+    bundle: Bundle,
+    calls: list[LossCall],
+    monkeypatch: pytest.MonkeyPatch,
+    has_images: bool,
+) -> None:
+    """Qwen-Image-Edit reads the image with the instruction; from latents it is decoded."""
+    base = DiffusionBase("tiny/qwen", get_tiny_pipeline("qwen_image_edit").pipe)
+    monkeypatch.setattr(pair_hypernetwork, "load_training_base", lambda *_, **__: base)
+    torch.manual_seed(1)
+    images = torch.rand(2, 2, 3, 32, 32)
+    with torch.no_grad():
+        before, after = (base.encode_images(side) for side in images.unbind(1))
+        batch = PairBatch(
+            ["a", "b"],
+            torch.rand(2, 1, 2, 3, 16, 16),
+            images=images if has_images else None,
+            before=before,
+            after=after,
+        )
+        sides = images.unbind(1) if has_images else map(base.decode_latents, (before, after))
+    image_before, image_after = sides
+
+    module = make_pair_module(bundle)
+    encoded: list[Tensor] = []
+    encode_text = base.family.encode_text
+
+    def record_images(prompts: list[str], images: Tensor) -> Any:
+        encoded.append(images)
+        return encode_text(prompts, images)
+
+    monkeypatch.setattr(base.family, "encode_text", record_images)
+    with torch.no_grad():
+        for swap_prob in (0.0, 1.0):
+            module.hparams["swap_prob"] = swap_prob
+            module.training_step(batch, 0)
+        record_validation(module, monkeypatch, batch, [0])
+    expected = [image_before, image_after, image_after, image_before]
+    expected += [image_before] * 3 + [image_after]
+    assert len(calls) == len(encoded) == len(expected)
+    for call, seen, image in zip(calls, encoded, expected, strict=True):
+        assert call.images is not None
+        torch.testing.assert_close(call.images, image)
+        torch.testing.assert_close(seen, image)
