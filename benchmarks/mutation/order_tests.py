@@ -1,8 +1,8 @@
-"""A plugin of pytest that runs the fast tests of few functions first, by statistics of mutmut.
+"""A plugin of pytest that runs different tests of a mutant first, by durations of mutmut.
 
-A function that everything uses has a thousand tests. Its own tests use few other functions, so they
-find a mutant soon. Tests that would take a mutant that survives beyond ``MAX_SECONDS`` are left
-out.
+A function that everything uses has a thousand tests, most of which are one test with other
+parameters. So the fastest case of each test runs first, then the second of each, and so on. Cases
+that would take a mutant that survives beyond ``MAX_SECONDS`` are left out.
 """
 
 import json
@@ -18,18 +18,19 @@ MAX_SECONDS: Final = 60.0
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort tests by duration times the number of functions they use, and cut their total time."""
+    """Sort the tests of a mutant, and leave out the last ones."""
     path = Path("mutmut-stats.json")  # mutmut runs pytest in its own folder
     if "__mutmut_" not in os.environ.get("MUTANT_UNDER_TEST", "") or not path.is_file():
         return
-    statistics = json.loads(path.read_text())
-    durations = statistics["duration_by_test"]
-    num_functions = Counter(
-        test for tests in statistics["tests_by_mangled_function_name"].values() for test in tests
-    )
-    items.sort(
-        key=lambda item: durations.get(item.nodeid, 0.0) * max(1, num_functions[item.nodeid])
-    )
+    durations = json.loads(path.read_text())["duration_by_test"]
+    items.sort(key=lambda item: durations.get(item.nodeid, 0.0))
+    num_cases: Counter[str] = Counter()
+    ranks = {}
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        ranks[item.nodeid] = num_cases[test]
+        num_cases[test] += 1
+    items.sort(key=lambda item: ranks[item.nodeid])  # stable: by duration among equals
     total, num_kept = 0.0, 0
     for item in items:
         total += durations.get(item.nodeid, 0.0)

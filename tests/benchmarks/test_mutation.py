@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.mutation import report
 from benchmarks.mutation.copy_repository import copy_repository, prepare_source
-from benchmarks.mutation.order_tests import pytest_collection_modifyitems
 from benchmarks.mutation.named_faults import ROOT, NamedFault, find_failed_test, load_faults
+from benchmarks.mutation.order_tests import pytest_collection_modifyitems
 from benchmarks.mutation.report import EquivalenceRule, Mutant, compute_scores, list_missed_targets
 from benchmarks.mutation.run import load_rules
 
@@ -162,31 +162,26 @@ def test_rules_of_equivalent_mutants_have_reasons() -> None:
         assert rule.functions.startswith(("hyperlora", ".*")) and len(rule.reason) > 10
 
 
-def test_fast_tests_of_few_functions_run_first_up_to_a_time(
+def test_different_tests_of_a_mutant_run_first_up_to_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    statistics = {
-        "duration_by_test": {"a": 40.0, "b": 0.5, "d": 11.0, "e": 70.0},
-        "tests_by_mangled_function_name": {
-            **{f"x_{i}": ["b"] for i in range(200)},
-            "x_add": ["a", "b", "d", "e"],
-        },
-    }
-    (tmp_path / "mutmut-stats.json").write_text(json.dumps(statistics))
+    durations = {"a[1]": 3.0, "a[2]": 1.0, "a[3]": 2.0, "b[1]": 9.0, "c": 48.0, "d[1]": 0.5}
+    (tmp_path / "mutmut-stats.json").write_text(json.dumps({"duration_by_test": durations}))
     deselected: list[Any] = []
     config: Any = SimpleNamespace(
         hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
     )
+    names = [*durations, "new"]
     for mutant, kept, left_out in (
-        ("stats", "abcde", ""),
-        ("hyperlora.core.x_add__mutmut_1", "cda", "eb"),
+        ("stats", names, []),
+        ("hyperlora.core.x_add__mutmut_1", ["new", "d[1]", "a[2]", "b[1]", "c"], ["a[3]", "a[1]"]),
     ):
         monkeypatch.setenv("MUTANT_UNDER_TEST", mutant)
-        items: list[Any] = [SimpleNamespace(nodeid=name) for name in "abcde"]
+        items: list[Any] = [SimpleNamespace(nodeid=name) for name in names]
         pytest_collection_modifyitems(config, items)
-        assert "".join(item.nodeid for item in items) == kept
-        assert "".join(item.nodeid for item in deselected) == left_out
+        assert [item.nodeid for item in items] == kept
+        assert [item.nodeid for item in deselected] == left_out
 
 
 def test_named_faults_are_in_the_source(tmp_path: Path) -> None:

@@ -335,3 +335,19 @@ def test_checkpointed_blocks_get_their_keywords() -> None:
     torch.testing.assert_close(output, 3 * x @ (model.layer.weight + delta).mT)
     (gradient,) = torch.autograd.grad(output.sum(), x)
     torch.testing.assert_close(gradient, 3 * (model.layer.weight + delta).sum(0).expand(4, 5))
+
+
+@pytest.mark.parametrize("num_loras", [None, 2])
+def test_convolutions_keep_stride_padding_and_dilation(num_loras: int | None) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(3, 1), dilation=(2, 3))
+    module, x = nn.Sequential(layer), torch.randn(4, 3, 9, 11)
+    layout = LoraLayout((TargetModule("unet.0", 3 * 6, 4, (3, 2)),), 2, "tiny/base")
+    loras = LoraWeights.unflatten(layout, torch.randn(num_loras or 1, layout.numel))
+    with torch.no_grad(), inject_lora(module, loras if num_loras else loras[0]):
+        output = module(x)
+    for i, delta in enumerate(loras.get_delta_weights()[0]):
+        merged = deepcopy(layer).requires_grad_(False)
+        merged.weight += delta.view_as(merged.weight)
+        step = len(loras)
+        torch.testing.assert_close(output[i::step], merged(x[i::step]), **TOLERANCE)

@@ -153,19 +153,43 @@ def to_grid(latents: Tensor) -> Tensor:
     return latents.mT.unflatten(-1, (side, side))
 
 
-def test_compose_loras_windowed_equals_separate_images(make_tiny_pipeline: Any) -> None:
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_compose_loras_windowed_equals_separate_images(make_tiny_pipeline: Any, side: str) -> None:
     tiny = make_tiny_pipeline("sd")
-    a, b = tiny.make_lora(1), tiny.make_lora(2)
-    wide_noise = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(3))
-    boxes = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+    a, b, c = (tiny.make_lora(seed) for seed in (1, 2, 3))
+    axis, size = (3, (8, 24)) if side == "width" else (2, (24, 8))
+    noise = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(3))
+    boxes = [(0.0, 0.0, 1 / 3, 1.0), (1 / 3, 0.0, 2 / 3, 1.0), (2 / 3, 0.0, 1.0, 1.0)]
+    if side == "height":
+        boxes = [(left, top, right, bottom) for top, left, bottom, right in boxes]
     config = CompositionConfig(regions=boxes, windowed=True)
-    with compose_loras(tiny.pipe, [a, b], "spatial", config=config):
-        latents = tiny.sample_latents(latents=wide_noise, width=16)
-    halves = [
-        tiny.merge_lora(lora).sample_latents(latents=half.clone())
-        for lora, half in zip((a, b), wide_noise.chunk(2, 3), strict=True)
+    with compose_loras(tiny.pipe, [a, b, c], "spatial", config=config):
+        latents = tiny.sample_latents(latents=noise, **{side: 24})
+    parts = [
+        tiny.merge_lora(lora).sample_latents(latents=part.clone())
+        for lora, part in zip((a, b, c), noise.chunk(3, axis), strict=True)
     ]
-    torch.testing.assert_close(latents, torch.cat(halves, 3), **TOLERANCES)
+    torch.testing.assert_close(latents, torch.cat(parts, axis), **TOLERANCES)
+
+
+@pytest.mark.parametrize("strategy", ["composite", "spatial"])
+def test_chunks_bound_the_batch_of_a_call(make_tiny_pipeline: Any, strategy: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    batch_sizes: list[int] = []
+    handle = tiny.denoiser.conv_in.register_forward_pre_hook(
+        lambda module, args: batch_sizes.append(len(args[0]))
+    )
+    regions = [(0, 0, 0.5, 1), (0.5, 0, 1, 0.4)] if strategy == "spatial" else None
+    loras = [tiny.make_lora(1), tiny.make_lora(2)]  # and the base beside two regions
+    try:
+        for chunk_size in (None, 1):
+            config = CompositionConfig(regions=regions, chunk_size=chunk_size)
+            with compose_loras(tiny.pipe, loras, strategy, config=config):
+                tiny.sample_latents(**ONE_STEP)
+    finally:
+        handle.remove()
+    num_predictions = 3 if strategy == "spatial" else 2
+    assert batch_sizes == [2 * num_predictions] + [2] * num_predictions
 
 
 def test_compose_loras_spatial_averages_by_masks(make_tiny_pipeline: Any) -> None:

@@ -56,6 +56,19 @@ def test_score_images_compares_pixels_with_the_target() -> None:
     assert scores["psnr"] == pytest.approx(-10 * log10(mean_squared_error))
 
 
+def test_background_is_that_of_each_image() -> None:
+    """One of three pixels changes in the first pair, all in the second, none in the third."""
+    sources = torch.zeros(3, 3, 1, 3)
+    targets = sources.clone()
+    targets[0, ..., :1] = targets[1] = 0.5
+    images = torch.zeros(3, 3, 1, 3)
+    images[0, ..., 1:] = torch.tensor([0.2, 0.4])
+    images[2] = 0.1
+    edit = Edit("a", EXAMPLE_PAIRS, torch.stack([sources, targets], 1))
+    row = make_evaluator(edit).score_images("a", images)
+    assert row.values["background_l1"].item() == pytest.approx((0.3 + 0.0 + 0.1) / 3)
+
+
 def test_score_images_compares_features_with_the_first_example() -> None:
     """Means of the three colors, times 3."""
     scores = score_image(SOURCE, TARGET, IMAGE)

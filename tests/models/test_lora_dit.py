@@ -141,6 +141,9 @@ def test_default_config() -> None:
         "per_token_projections": False,
     }
     assert (model.num_tokens, model.latent_width, len(model.blocks)) == (6, 3, 6)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert shapes["null_token"] == (1, 192) and shapes["pos_embed"] == (6, 192)
+    assert shapes["x_embedder.weight"] == (192, 3) and shapes["final_layer.weight"] == (3, 192)
     assert LoraDiT(6, 3, 12, 8, 1, 2, True).config["per_token_projections"] is True
 
 

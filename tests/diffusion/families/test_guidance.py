@@ -132,6 +132,9 @@ def test_edit_arguments_hold_each_image(name: str) -> None:
     assert [image.size for image in arguments["image"]] == [(80, 64)] * 2
     torch.testing.assert_close(stack_images(arguments["image"]), images, atol=1 / 255, rtol=0)
     assert (arguments["height"], arguments["width"]) == (64, 80)
+    if name.startswith("qwen"):  # without a negative prompt there would be no guidance
+        assert arguments["negative_prompt"] == ["", ""]
+        assert arguments["true_cfg_scale"] == 2.0
 
 
 @pytest.mark.parametrize("name", ["instruct_pix2pix", "instruct_pix2pix_xl"])

@@ -1,5 +1,6 @@
 """Images become latents and latents images as in diffusers' own pipelines."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperlora.diffusion.families.registry import get_pipeline_family
+from hyperlora.diffusion.families.vae_precision import run_in_safe_precision
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
 from tests.tiny_pipelines.base import TinyPipeline, make_image
 
@@ -100,3 +102,39 @@ def test_vae_gets_pixels_from_minus_1_to_1_and_images_are_cut_to_0_and_1(
     torch.testing.assert_close(encoded[0], 2 * images - 1)
     assert decoded_images.min() == 0 and decoded_images.max() == 1
     assert (decoded_images > 0.9).any() and (decoded_images < 0.1).any()
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_sides_are_multiples_of_the_patches(name: str) -> None:
+    """A UNet takes each position of the VAE's latents; the transformers take patches of 2x2."""
+    pipe = get_tiny_pipeline(name).pipe
+    patch_size = 1 if hasattr(pipe, "unet") else 2
+    assert get_pipeline_family(pipe).pixel_multiple == patch_size * pipe.vae_scale_factor
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "flux2_klein", "qwen_image", "krea_2"])
+def test_vae_in_half_precision_takes_float32(name: str) -> None:
+    pipe = deepcopy(get_tiny_pipeline(name).pipe).to(dtype=torch.bfloat16)
+    family, images = get_pipeline_family(pipe), make_image(count=2)
+    latents = family.encode_images(images)
+    assert latents.dtype == torch.bfloat16
+    torch.testing.assert_close(latents, family.encode_images(images.bfloat16()), atol=0.05, rtol=0)
+    decoded = family.decode_latents(latents.float())
+    assert decoded.dtype == torch.bfloat16
+    assert torch.equal(decoded, family.decode_latents(latents))
+
+
+@pytest.mark.parametrize("force_upcast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_vae_that_overflows_in_float16_runs_in_float32(
+    force_upcast: bool, dtype: torch.dtype
+) -> None:
+    vae = deepcopy(get_tiny_pipeline("stable_diffusion_xl").pipe.vae).to(dtype=dtype)
+    vae.register_to_config(force_upcast=force_upcast)
+    expected = torch.float32 if force_upcast and dtype == torch.float16 else dtype
+    with run_in_safe_precision(vae):
+        assert {parameter.dtype for parameter in vae.parameters()} == {expected}
+    assert {parameter.dtype for parameter in vae.parameters()} == {dtype}
+    with pytest.raises(KeyError), run_in_safe_precision(vae):
+        raise KeyError
+    assert vae.dtype == dtype, "also after an error"
