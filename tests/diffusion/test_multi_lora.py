@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from hyperlora.diffusion.denoiser_calls import DenoiserCall, predict_per_lora
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.diffusion.families.registry import get_pipeline_family
-from hyperlora.diffusion.multi_lora import CompositionConfig, compose_loras
+from hyperlora.diffusion.multi_lora import CompositionConfig, StepCounter, compose_loras
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.io.save import save_lora
@@ -208,6 +209,38 @@ def test_compose_loras_spatial_averages_by_masks(make_tiny_pipeline: Any) -> Non
     lora_latents = tiny.merge_lora(a).sample_latents(**ONE_STEP)
     expected = (lora_latents * 127 + tiny.sample_latents(**ONE_STEP) * 128) / 255
     torch.testing.assert_close(latents, expected, **TOLERANCES)
+
+
+@pytest.mark.parametrize("strategy", ["merge", "switch", "composite", "spatial"])
+def test_schedule_scales_each_lora_at_each_step(make_tiny_pipeline: Any, strategy: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    a, b = tiny.make_lora(1), tiny.make_lora(2)
+    regions = [(0, 0, 0.5, 1), (0.5, 0, 1, 0.5)] if strategy == "spatial" else None
+    config = CompositionConfig(regions=regions, switch_every=1)
+    steps = {"num_inference_steps": 2}
+    with compose_loras(tiny.pipe, [a * 0.5, b * -0.25], strategy, config=config):
+        expected = tiny.sample_latents(**steps)
+    with compose_loras(
+        tiny.pipe, [a, b], strategy, schedule=lambda step, num_steps: [0.5, -0.25], config=config
+    ):
+        torch.testing.assert_close(tiny.sample_latents(**steps), expected, **TOLERANCES)
+    with compose_loras(
+        tiny.pipe, [a, b], strategy, schedule=lambda step, num_steps: [step, step], config=config
+    ):
+        once = tiny.sample_latents(**ONE_STEP)
+        twice = tiny.sample_latents(**steps)
+    torch.testing.assert_close(once, tiny.sample_latents(**ONE_STEP), **TOLERANCES)
+    assert max_difference(twice, tiny.sample_latents(**steps)) > 2e-3
+
+
+def test_step_counter_knows_the_steps_of_a_run() -> None:
+    pipe: Any = SimpleNamespace(scheduler=SimpleNamespace(timesteps=range(8)))
+    counter = StepCounter(pipe)
+    times = [900.0, 900.0, 500.0, 20.0, 20.0, 700.0, 700.0, 10.0]  # two calls of a step, two runs
+    assert [counter.count_step(time) for time in times] == [0, 0, 1, 2, 2, 0, 0, 1]
+    assert counter.num_steps == 8
+    pipe.num_timesteps = 5  # of img2img, which skips the first
+    assert counter.num_steps == 5
 
 
 def test_compose_loras_calls_schedule_once_per_step(make_tiny_pipeline: Any) -> None:

@@ -30,6 +30,7 @@ Case = tuple[Callable[[], Any], Any]
         "instruct_pix2pix",
         "hypernetwork",
         "pair_hypernetwork",
+        "pair_instructions",
         "lora_autoencoder",
         "lora_diffusion",
     ]
@@ -49,6 +50,15 @@ def case(request: pytest.FixtureRequest, bundle: Bundle) -> Case:
             return lambda: hypernetwork.make_module(get("base_dir")), hypernetwork.make_batch()
         case "pair_hypernetwork":
             return lambda: pair_hypernetwork.make_pair_module(bundle), get("pair_batch")
+        case "pair_instructions":
+            head = {"num_text_tokens": 48, "cross_attention_dim": 16, "hidden_size": 12, "depth": 1}
+            head["vocabulary"] = pair_hypernetwork.VOCABULARY
+            options = {
+                "network": {"fusion": "concat", "instruction_head": head},
+                "instruction_loss_weight": 0.5,
+                "swap_prob": 0.5,
+            }
+            return lambda: pair_hypernetwork.make_pair_module(bundle, **options), get("pair_batch")
         case "lora_autoencoder":
             return get("make_codec_training"), lora_autoencoder.TinyDataset("folder", "train").rows[
                 :5
