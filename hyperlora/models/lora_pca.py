@@ -228,7 +228,6 @@ def complete_basis(components: Tensor) -> Tensor:
         after the first ``width`` stay 0.
     """
     num_rows, width = components.shape
-    is_zero = components.square().sum(-1, keepdim=True) == 0  # [n, 1]
-    candidates = torch.where(is_zero, torch.randn_like(components), components)[:width]
-    basis = torch.linalg.qr(candidates.mT).Q.mT  # QR keeps the directions that come first
+    # QR keeps the directions that come first; for columns of zeros it finds orthogonal ones
+    basis = torch.linalg.qr(components[:width].mT).Q.mT
     return torch.cat([basis, components.new_zeros(num_rows - len(basis), width)])

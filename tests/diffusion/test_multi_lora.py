@@ -233,6 +233,45 @@ def test_schedule_scales_each_lora_at_each_step(make_tiny_pipeline: Any, strateg
     assert max_difference(twice, tiny.sample_latents(**steps)) > 2e-3
 
 
+def test_denoiser_call_repeats_samples_wherever_they_are() -> None:
+    family: Any = SimpleNamespace(
+        latents_input="sample",
+        timestep_input="timestep",
+        time_runs_upward=True,
+        unbatched_inputs=frozenset({"ids"}),
+        listed_inputs=frozenset({"prompts"}),
+        batch_axis_1_inputs=frozenset({"layers"}),
+    )
+    samples, text = torch.arange(6.0).view(2, 3), torch.tensor([[1.0], [2.0]])
+    inputs = {
+        "sample": samples,
+        "timestep": 0.25,
+        "ids": torch.arange(2),
+        "prompts": ["a", "b"],
+        "layers": torch.arange(6).view(3, 2),
+        "extra": {"text": text, "ids": torch.arange(2), "prompts": ["c", "d"], "size": 7},
+        "residuals": (samples, [text]),
+        "other": torch.arange(3),  # not of 2 samples
+        "scalar": torch.tensor(5.0),
+    }
+    call = DenoiserCall(family, lambda **_: None, inputs)
+    assert call.timestep == -0.25, "as a pipeline may give it, and falling"
+    repeated = call.repeat_samples(2).inputs
+    assert repeated.keys() == inputs.keys()
+    two = [0, 0, 1, 1]
+    assert torch.equal(repeated["sample"], samples[two])
+    assert repeated["timestep"] == 0.25 and repeated["scalar"].item() == 5
+    assert repeated["ids"] is inputs["ids"] and repeated["other"] is inputs["other"]
+    assert repeated["prompts"] == ["a", "a", "b", "b"]
+    assert torch.equal(repeated["layers"], inputs["layers"][:, two])
+    extra = repeated["extra"]
+    assert torch.equal(extra["text"], text[two]) and torch.equal(extra["ids"], torch.arange(2))
+    assert extra["prompts"] == ["c", "c", "d", "d"] and extra["size"] == 7
+    first, (second,) = repeated["residuals"]
+    assert torch.equal(first, samples[two]) and torch.equal(second, text[two])
+    assert isinstance(repeated["residuals"], tuple)
+
+
 def test_step_counter_knows_the_steps_of_a_run() -> None:
     pipe: Any = SimpleNamespace(scheduler=SimpleNamespace(timesteps=range(8)))
     counter = StepCounter(pipe)

@@ -179,8 +179,10 @@ def test_probe_keeps_the_best_codes_and_stops_each_subject(patience: int | None)
         num_steps=num_steps, lr=0.25, seeds=SEEDS, shift=3.0, snr_gamma=4.0, snapshot_steps=(2, 9)
     )
     base_loras = LoraWeights.unflatten(LAYOUT, 0.3 * draw(K, P, seed=3))
-    result = fine_tune(examples, init_codes, config, probe=probe, base_loras=base_loras)
-    alone = [fit_alone(i, examples, init_codes, config, None, base_loras) for i in range(K)]
+    offsets = 0.3 * draw(K, 3, *SHAPE, seed=4)
+    options: dict[str, Any] = {"base_loras": base_loras, "x0_offsets": offsets}
+    result = fine_tune(examples, init_codes, config, probe=probe, **options)
+    alone = [fit_alone(i, examples, init_codes, config, **options) for i in range(K)]
     stops = []
     for i, (history, losses) in enumerate(alone):
         val_losses, best_codes, stop = validate_alone(i, history, probe, num_steps, base_loras)

@@ -1,6 +1,7 @@
 """What a step of the training of the LoRA autoencoder computes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,8 +122,6 @@ def test_default_options(make_module: Any) -> None:
 def test_calibrated_codec_is_written_at_the_end(
     make_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from types import SimpleNamespace
-
     from hyperlora.pipelines.lora_codec import LoraCodec
 
     for is_global_zero, folder in ((False, tmp_path / "other"), (True, tmp_path / "first")):
@@ -134,6 +133,24 @@ def test_calibrated_codec_is_written_at_the_end(
     rows = TinyDataset("folder", "train").rows
     latents = LoraCodec.from_pretrained(tmp_path / "first").encode_flat(rows)
     assert float(latents.std()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(20, 20), (300, 256)])
+def test_latents_are_calibrated_on_a_part_of_the_training_loras(
+    make_module: Any, monkeypatch: pytest.MonkeyPatch, num_rows: int, expected: int
+) -> None:
+    module = make_module()
+    module._trainer = SimpleNamespace(is_global_zero=True)
+    rows = torch.arange(float(num_rows))[:, None].expand(-1, 3)
+    monkeypatch.setattr(lora_autoencoder, "LoraDataset", lambda folder, split: rows)
+    calibrated: list[Tensor] = []
+    monkeypatch.setattr(module.model, "calibrate", calibrated.append)
+    monkeypatch.setattr(module.model, "save_pretrained", lambda folder: None)
+    module.on_train_end()
+    assert torch.equal(calibrated[0], rows[:expected])
+    module.to("meta")
+    module.on_train_end()
+    assert calibrated[1].is_meta, "on the device of the training"
 
 
 def test_whole_codec_is_optimized_at_its_rate(make_module: Any) -> None:

@@ -1,6 +1,7 @@
 """What trainings do with their base at the start, and the pipelines they write at the end."""
 
 import json
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
+    ModelMixin,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
 )
@@ -22,6 +24,7 @@ from hyperlora.training.modules.frozen_base import load_training_base
 from hyperlora.training.modules.instruct_pix2pix import InstructPix2PixTraining
 from hyperlora.training.modules.text_to_image import NOISE_SCHEDULE, TextToImageTraining
 from tests.conftest import Bundle
+from tests.mock_cuda import CudaTensor, mock_cuda
 from tests.training.test_instruct_pix2pix import make_module as make_edit_module
 from tests.training.test_pair_hypernetwork import VOCABULARY, make_pair_module
 from tests.training.test_text_to_image import make_module
@@ -49,6 +52,42 @@ def assert_half_of(stored: nn.Module, trained: nn.Module) -> None:
 
 def list_devices(module: nn.Module) -> set[str]:
     return {parameter.device.type for parameter in module.parameters()}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_training_base_is_loaded_on_the_cpu_in_its_precision(
+    bundle: Bundle, dtype: str | None
+) -> None:
+    """The trainer moves it, also where there is a card."""
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    with mock_cuda():
+        base = load_training_base(bundle.base, **options, text_encoder=None)
+    expected = torch.float32 if dtype is None else torch.bfloat16
+    for part in (base.denoiser, base.pipeline.vae):
+        assert {parameter.dtype for parameter in part.parameters()} == {expected}
+        assert list_devices(part) == {"cpu"}
+        assert not any(isinstance(parameter, CudaTensor) for parameter in part.parameters())
+    assert base.pipeline.text_encoder is None
+
+
+def test_weights_are_written_in_files_of_16_mb(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[Any] = []
+    save = ModelMixin.save_pretrained
+
+    @wraps(save)  # a pipeline asks for the names of the arguments
+    def record_size(module: Any, folder: Any, **options: Any) -> None:
+        sizes.append(options.get("max_shard_size"))
+        save(module, folder, **options)
+
+    monkeypatch.setattr(ModelMixin, "save_pretrained", record_size)
+    for name, make in (("base", make_module), ("edit-base", make_edit_module)):
+        module = make(bundle)
+        module.hparams["output_dir"] = str(tmp_path / name)
+        attach_trainer(module)
+        module.on_train_end()
+    assert sizes == ["16MB"] * 3, "VAE and UNet, and the UNet of the edit base"
 
 
 def test_text_to_image_writes_a_pipeline_in_half_precision(bundle: Bundle, tmp_path: Path) -> None:
