@@ -1,5 +1,7 @@
 """The denoising loss: what its options add to it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -46,6 +48,47 @@ def test_noise_schedule_equals_diffusers(name: str) -> None:
 def test_noise_schedule_rejects_unknown_prediction_types() -> None:
     with pytest.raises(ValueError, match="unknown prediction type 'score'; known: epsilon"):
         NoiseSchedule(DDPMScheduler(prediction_type="score"))
+
+
+@pytest.mark.parametrize("name", ["epsilon", "flow"])
+def test_timesteps_follow_their_formula_up_to_the_ends(name: str) -> None:
+    """T s u / (1 + (s - 1) u): a flow starts at 1, DDPM rounds down and ends at T - 1."""
+    schedule = NoiseSchedule(SCHEDULERS[name])
+    assert schedule.num_train_timesteps == 1000
+    u = torch.tensor([0.0, 0.0015, 0.25, 0.4999, 1.0])
+    plain = [1.0, 1.5, 250.0, 499.9, 1000.0] if name == "flow" else [0, 1, 250, 499, 999]
+    shifted = [1.0, 4.486540, 500.0, 749.924977, 1000.0]
+    shifted = shifted if name == "flow" else [0, 4, 500, 749, 999]
+    for timesteps, expected in (
+        (schedule.sample_timesteps(u), plain),
+        (schedule.sample_timesteps(u, 1.0), plain),
+        (schedule.sample_timesteps(u, 3.0), shifted),
+    ):
+        assert timesteps.tolist() == pytest.approx(expected, rel=1e-5)
+        assert timesteps.is_floating_point() == (name == "flow")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16])
+def test_alpha_and_sigma_of_hand_made_schedules(dtype: torch.dtype | None) -> None:
+    scheduler = SimpleNamespace(
+        alphas_cumprod=torch.tensor([0.81, 0.36, 0.0]),
+        config=SimpleNamespace(prediction_type="epsilon", num_train_timesteps=3),
+    )
+    ddpm = NoiseSchedule(scheduler)  # type: ignore[arg-type]
+    flow = NoiseSchedule(SCHEDULERS["flow"])
+    for schedule, timesteps, alphas, sigmas in (
+        (ddpm, torch.tensor([2, 0, 1]), [0.0, 0.9, 0.6], [1.0, 0.19**0.5, 0.8]),
+        (flow, torch.tensor([1000.0, 250.0]), [0.0, 0.75], [1.0, 0.25]),
+    ):
+        alpha, sigma = schedule.compute_alpha_sigma(timesteps, dtype)
+        assert alpha.dtype == sigma.dtype == dtype or dtype is None
+        assert alpha.shape == sigma.shape == (len(alphas), 1, 1, 1)
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+        assert alpha.flatten().tolist() == pytest.approx(alphas, abs=tolerance)
+        assert sigma.flatten().tolist() == pytest.approx(sigmas, abs=tolerance)
+        levels = [s / (a + s) for a, s in zip(alphas, sigmas, strict=True)]
+        noise_level = schedule.compute_noise_level(timesteps)
+        assert noise_level.flatten().tolist() == pytest.approx(levels, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
