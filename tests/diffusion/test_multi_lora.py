@@ -321,14 +321,20 @@ def test_compose_loras_sums_text_encoder_loras(bundle: Any) -> None:
     assert max_difference(embeds, base_embeds) > 0.01
 
 
-def test_predict_per_lora_halves_chunks_when_memory_runs_out(make_tiny_pipeline: Any) -> None:
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(4, [10, 6, 4, 4, 2]), (2, [10, 6, 4, *[2] * 5]), (1, [10, 6, 4, 2])],
+)
+def test_predict_per_lora_halves_chunks_when_memory_runs_out(
+    make_tiny_pipeline: Any, limit: int, expected: list[int]
+) -> None:
     tiny = make_tiny_pipeline("sd")
     loras = LoraWeights.stack([tiny.make_lora(seed) for seed in range(5)])
     batch_sizes: list[int] = []
 
     def run_with_memory_limit(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch_sizes.append(len(sample))
-        if len(sample) > 4:
+        if len(sample) > limit:
             raise torch.OutOfMemoryError("as a GPU would")
         return forward(sample, *args, **kwargs)
 
@@ -340,10 +346,14 @@ def test_predict_per_lora_halves_chunks_when_memory_runs_out(make_tiny_pipeline:
         "encoder_hidden_states": torch.randn(2, 5, 16),
     }
     limited = DenoiserCall(family, run_with_memory_limit, inputs)
-    outputs = predict_per_lora(limited, modules, loras)
-    expected = predict_per_lora(DenoiserCall(family, forward, inputs), modules, loras)
-    assert batch_sizes == [10, 6, 4, 4, 2]
-    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+    if limit < 2:  # not even one LoRA
+        with pytest.raises(torch.OutOfMemoryError):
+            predict_per_lora(limited, modules, loras)
+    else:
+        outputs = predict_per_lora(limited, modules, loras)
+        at_once = predict_per_lora(DenoiserCall(family, forward, inputs), modules, loras)
+        torch.testing.assert_close(outputs, at_once, rtol=1e-4, atol=1e-5)
+    assert batch_sizes == expected
 
 
 def test_compose_loras_restores_pipeline_after_error(make_tiny_pipeline: Any) -> None:
