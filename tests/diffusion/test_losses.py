@@ -46,7 +46,8 @@ def test_noise_schedule_equals_diffusers(name: str) -> None:
 
 
 def test_noise_schedule_rejects_unknown_prediction_types() -> None:
-    with pytest.raises(ValueError, match="unknown prediction type 'score'; known: epsilon"):
+    message = "unknown prediction type 'score'; known: epsilon, v_prediction, sample, flow$"
+    with pytest.raises(ValueError, match=message):
         NoiseSchedule(DDPMScheduler(prediction_type="score"))
 
 
