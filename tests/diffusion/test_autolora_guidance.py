@@ -42,6 +42,9 @@ def test_apply_autolora_guidance_is_linear_in_gamma(make_tiny_pipeline: Any, kin
     for gamma in (0.25, 1.75):
         expected = latents[0.0] + gamma * difference
         torch.testing.assert_close(latents[gamma], expected, **TOLERANCES)
+    with apply_autolora_guidance(tiny.pipe, lora):
+        default = tiny.sample_latents(**ONE_STEP)
+    torch.testing.assert_close(default, latents[0.0] + 1.5 * difference, **TOLERANCES)
 
 
 def record_scheduler_input(tiny: Any, **overrides: Any) -> Tensor:
@@ -95,11 +98,14 @@ def test_apply_autolora_guidance_is_kept_by_pipeline_guidance(
 
 def test_apply_autolora_guidance_refuses_wrong_numbers(make_tiny_pipeline: Any) -> None:
     tiny = make_tiny_pipeline("sd")
-    with (
-        pytest.raises(InvalidArgumentError, match="gamma must be a finite number, got nan"),
-        apply_autolora_guidance(tiny.pipe, tiny.make_lora(1), float("nan")),
-    ):
-        pass
+    for name in ("gamma", "base_scale", "lora_scale"):
+        for value in (float("nan"), float("-inf")):
+            numbers: dict[str, Any] = {name: value}
+            with (
+                pytest.raises(InvalidArgumentError, match=f"^{name} must be a finite number, got"),
+                apply_autolora_guidance(tiny.pipe, tiny.make_lora(1), **numbers),
+            ):
+                pass
     with (
         apply_autolora_guidance(tiny.pipe, tiny.make_lora(1), 1.0, lora_scale=3.0),
         pytest.raises(InvalidArgumentError, match="guidance scale above 1"),
