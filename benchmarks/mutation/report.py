@@ -221,7 +221,9 @@ def list_equivalent_rows(
     return rows
 
 
-def list_survivors(mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]) -> list[list[str]]:
+def list_survivor_rows(
+    mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]
+) -> list[list[str]]:
     """List the mutants that survived and are not equivalent.
 
     Args:
@@ -229,13 +231,14 @@ def list_survivors(mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]) 
         rules: Rules of equivalent mutants.
 
     Returns:
-        File, function, lines removed and lines added of each.
+        Cells of a Markdown table: function, lines removed and lines added of each.
     """
     rows = []
     for mutant in mutants:
         if mutant.status in NOT_KILLED and not mutant.find_reason(rules):
-            removed, added = mutant.changes
-            rows.append([mutant.path, mutant.function, removed, added])
+            function = mutant.function.removeprefix("hyperlora.")
+            cells = (function, *(" ".join(lines.split()) for lines in mutant.changes))
+            rows.append([f"`{cell}`".replace("|", "\\|") if cell else "" for cell in cells])
     return rows
 
 

@@ -1,9 +1,12 @@
 """Families in bfloat16 and in training, also with checkpointed blocks."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hyperlora.diffusion.conditions import map_tensors
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from tests.diffusion.families.calls import make_conditions
 from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline
@@ -39,6 +42,26 @@ def test_inputs_in_bfloat16_equal_the_pipeline(name: str) -> None:
                 torch.testing.assert_close(
                     inputs[key], value.expand_as(inputs[key]), atol=0, rtol=0
                 )
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "z_image", "flux2_klein"])
+def test_denoiser_in_bfloat16_takes_float32_latents(name: str) -> None:
+    tiny = get_tiny_pipeline(name)
+    conditions = map_tensors(
+        lambda value: value.bfloat16() if value.is_floating_point() else value,
+        make_conditions(tiny),
+    )
+    record = tiny.record_calls(tiny.prompts, steps=1)[0]
+    family = get_pipeline_family(deepcopy(tiny.pipe).to(dtype=torch.bfloat16))
+    latents = tiny.unpack(record.sample)
+    with torch.no_grad():
+        prediction = family.predict(latents.float(), record.timestep, conditions)
+        expected = family.predict(latents.bfloat16(), record.timestep, conditions)
+    assert prediction.dtype == torch.bfloat16 and torch.equal(prediction, expected)
+    size = float(tiny.unpack(record.prediction).abs().max())
+    torch.testing.assert_close(
+        prediction.float(), tiny.unpack(record.prediction), atol=0.05 * size, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", FACTORIES)
