@@ -10,7 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperlora.diffusion.denoiser_calls import DenoiserCall, predict_per_lora
+from hyperlora.diffusion.denoiser_calls import (
+    DenoiserCall,
+    intercept_denoiser,
+    predict_per_lora,
+)
 from hyperlora.diffusion.diffusion_base import load_diffusion_base
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from hyperlora.diffusion.multi_lora import CompositionConfig, StepCounter, compose_loras
@@ -19,6 +23,7 @@ from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.io.save import save_lora
 from hyperlora.lora.merge import merge
 from hyperlora.lora.weights import LoraWeights
+from tests.tiny_pipelines import get_tiny_pipeline
 
 KINDS = ("sd", "ip2p", "sdxl", "sd3", "flux")
 TOLERANCES = {"rtol": 0.0, "atol": 1e-3}
@@ -354,6 +359,43 @@ def test_predict_per_lora_halves_chunks_when_memory_runs_out(
         at_once = predict_per_lora(DenoiserCall(family, forward, inputs), modules, loras)
         torch.testing.assert_close(outputs, at_once, rtol=1e-4, atol=1e-5)
     assert batch_sizes == expected
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3"])
+def test_intercepted_denoiser_returns_what_a_caller_expects(
+    make_tiny_pipeline: Any, kind: str
+) -> None:
+    tiny = make_tiny_pipeline(kind)
+    inputs: list[dict[str, Any]] = []
+
+    def answer(call: DenoiserCall) -> Tensor:
+        inputs.append(dict(call.inputs))
+        return call() + 1
+
+    with intercept_denoiser(tiny.pipe, answer):
+        tiny.sample_latents(**ONE_STEP)
+    assert not {"self", "return_dict"} & inputs[0].keys()
+    arguments = {name: value for name, value in inputs[0].items() if value is not None}
+    plain = tiny.denoiser(**arguments)
+    with intercept_denoiser(tiny.pipe, answer):
+        output = tiny.denoiser(**arguments)
+        (first,) = tiny.denoiser(**arguments, return_dict=False)
+    assert type(output) is type(plain)
+    assert torch.equal(output.sample, plain.sample + 1) and torch.equal(first, output.sample)
+
+
+def test_intercepted_denoiser_returns_a_list_where_it_takes_one() -> None:
+    pipe = get_tiny_pipeline("z_image").pipe
+
+    def answer(call: DenoiserCall) -> Tensor:
+        return torch.stack([sample + 1 for sample in call.inputs["x"]])
+
+    with intercept_denoiser(pipe, answer):
+        samples = [torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)]
+        (output,) = pipe.transformer(x=samples, t=None, cap_feats=None, return_dict=False)
+    assert isinstance(output, list)
+    for sample, returned in zip(samples, output, strict=True):
+        assert torch.equal(returned, sample + 1)
 
 
 def test_compose_loras_restores_pipeline_after_error(make_tiny_pipeline: Any) -> None:
