@@ -429,3 +429,30 @@ def test_parts_of_loras_are_moved_to_their_components() -> None:
     pipe.text_encoder_2 = None
     with pytest.raises(LayoutMismatchError, match="text_encoder_2, which SimpleNamespace lacks"):
         list(split_text_encoders(pipe, whole, "unet"))
+
+
+def test_checkpointed_blocks_get_their_own_function_back(unet: nn.Module) -> None:
+    unet = deepcopy(unet)
+    lora, name = make_random_lora("unet", unet, "attention"), "_gradient_checkpointing_func"
+    unet.enable_gradient_checkpointing()
+
+    def list_functions() -> dict[str, Any]:
+        return {
+            path: getattr(block, name)
+            for path, block in unet.named_modules()
+            if getattr(block, "gradient_checkpointing", False)
+        }
+
+    before = list_functions()
+    assert before and all(callable(function) for function in before.values())
+    for _ in range(2):
+        with inject_lora(unet, lora):
+            inside = list_functions()
+        assert inside.keys() == before.keys()
+        assert all(inside[path] is not before[path] for path in before)
+        assert list_functions() == before
+    unet.disable_gradient_checkpointing()
+    functions = {path: getattr(block, name, None) for path, block in unet.named_modules()}
+    with inject_lora(unet, lora):
+        now = {path: getattr(block, name, None) for path, block in unet.named_modules()}
+    assert now == functions, "blocks that are not checkpointed keep it"

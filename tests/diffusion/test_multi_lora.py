@@ -384,6 +384,28 @@ def test_intercepted_denoiser_returns_what_a_caller_expects(
     assert torch.equal(output.sample, plain.sample + 1) and torch.equal(first, output.sample)
 
 
+def test_handlers_nest_and_leave_the_outer_one(make_tiny_pipeline: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    forward = tiny.denoiser.forward
+    answers: list[str] = []
+
+    def make_handler(name: str) -> Any:
+        def answer(call: DenoiserCall) -> Tensor:
+            answers.append(name)
+            return call()
+
+        return answer
+
+    plain = tiny.sample_latents(**ONE_STEP)
+    with intercept_denoiser(tiny.pipe, make_handler("outer")):
+        with intercept_denoiser(tiny.pipe, make_handler("inner")):
+            nested = tiny.sample_latents(**ONE_STEP)
+        outer = tiny.sample_latents(**ONE_STEP)
+    assert answers == ["inner", "outer", "outer"]
+    assert torch.equal(nested, plain) and torch.equal(outer, plain)
+    assert tiny.denoiser.forward == forward and "forward" not in vars(tiny.denoiser)
+
+
 def test_intercepted_denoiser_returns_a_list_where_it_takes_one() -> None:
     pipe = get_tiny_pipeline("z_image").pipe
 
