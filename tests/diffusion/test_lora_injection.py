@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperlora.diffusion.lora_injection import (
     inject_lora,
-    move_lora,
-    split_denoiser,
-    split_text_encoders,
 )
 from hyperlora.diffusion.target_modules import make_layout
 from hyperlora.errors import LayoutMismatchError
@@ -358,77 +354,6 @@ def test_convolutions_keep_stride_padding_and_dilation(num_loras: int | None) ->
         merged.weight += delta.view_as(merged.weight)
         step = len(loras)
         torch.testing.assert_close(output[i::step], merged(x[i::step]), **TOLERANCE)
-
-
-class Weights(nn.Module):
-    """A module with one parameter of each dtype, in their order."""
-
-    def __init__(self, *dtypes: torch.dtype) -> None:
-        super().__init__()
-        self.values = nn.ParameterList(
-            nn.Parameter(torch.zeros(2, dtype=dtype), requires_grad=False) for dtype in dtypes
-        )
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "expected"),
-    [
-        ((torch.bfloat16, torch.float32), torch.bfloat16),
-        ((torch.float8_e4m3fn, torch.float16), torch.float16),  # cast layer by layer
-        ((torch.int32, torch.float8_e4m3fn), torch.float32),
-        ((), torch.float32),
-    ],
-)
-def test_move_lora_takes_the_precision_in_which_a_module_computes(
-    dtypes: tuple[torch.dtype, ...], expected: torch.dtype
-) -> None:
-    layout = LoraLayout((TargetModule("unet.a", 3, 4),), 2, "tiny")
-    lora = LoraWeights.unflatten(layout, torch.randn(layout.numel).double())
-    for device in ("cpu", "meta"):
-        moved = move_lora(lora, torch.device(device), Weights(*dtypes))
-        assert {factor.dtype for factor in (*moved.down, *moved.up)} == {expected}
-        assert moved.device.type == device
-
-
-def test_parts_of_loras_are_moved_to_their_components() -> None:
-    names = ("unet.a", "text_encoder.b", "text_encoder_2.c")
-    targets = [TargetModule(name, 3, 4) for name in names]
-    whole, denoiser_lora, text_lora = (
-        LoraWeights.unflatten(layout, torch.ones(layout.numel))
-        for layout in (
-            LoraLayout(tuple(targets), 2, "tiny"),
-            LoraLayout(tuple(targets[:1]), 2, "tiny"),
-            LoraLayout(tuple(targets[1:]), 2, "tiny"),
-        )
-    )
-    meta = torch.device("meta")
-    family: Any = SimpleNamespace(
-        denoiser_name="unet", device=meta, denoiser=Weights(torch.bfloat16)
-    )
-    parts = split_denoiser(family, [text_lora, whole, denoiser_lora])
-    assert [part.layout.components for part in parts] == [("unet",)] * 3
-    assert {(part.device, part.up[0].dtype) for part in parts} == {(meta, torch.bfloat16)}
-    assert split_denoiser(family, [text_lora, text_lora]) == []
-    family.device = torch.device("cpu")
-    zeros, part, other = split_denoiser(family, [text_lora, whole, denoiser_lora])
-    assert not zeros.get_delta_weights()[0].any()
-    assert part.get_delta_weights()[0].all() and other.get_delta_weights()[0].all()
-
-    pipe: Any = SimpleNamespace(
-        _execution_device=meta,
-        text_encoder=Weights(torch.float16),
-        text_encoder_2=Weights(torch.float32),
-    )
-    (first, first_lora), (second, second_lora) = split_text_encoders(pipe, whole, "unet")
-    assert (first, second) == (pipe.text_encoder, pipe.text_encoder_2)
-    assert first_lora.layout.components == ("text_encoder",)
-    assert second_lora.layout.components == ("text_encoder_2",)
-    assert first_lora.device == second_lora.device == meta
-    assert (first_lora.up[0].dtype, second_lora.up[0].dtype) == (torch.float16, torch.float32)
-    assert list(split_text_encoders(pipe, denoiser_lora, "unet")) == []
-    pipe.text_encoder_2 = None
-    with pytest.raises(LayoutMismatchError, match="text_encoder_2, which SimpleNamespace lacks"):
-        list(split_text_encoders(pipe, whole, "unet"))
 
 
 def test_checkpointed_blocks_get_their_own_function_back(unet: nn.Module) -> None:

@@ -1,0 +1,167 @@
+"""Parts of LoRAs at their modules, and LoRAs in the precision and on the device of an input."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hyperlora.diffusion.lora_injection import (
+    inject_lora,
+    move_lora,
+    split_denoiser,
+    split_text_encoders,
+)
+from hyperlora.errors import LayoutMismatchError
+from hyperlora.lora.layout import LoraLayout, TargetModule, make_target
+from hyperlora.lora.weights import LoraWeights
+from tests.mock_cuda import CUDA, mock_cuda
+
+
+class Weights(nn.Module):
+    """A module with one parameter of each dtype, in their order."""
+
+    def __init__(self, *dtypes: torch.dtype) -> None:
+        super().__init__()
+        self.values = nn.ParameterList(
+            nn.Parameter(torch.zeros(2, dtype=dtype), requires_grad=False) for dtype in dtypes
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.bfloat16, torch.float32), torch.bfloat16),
+        ((torch.float8_e4m3fn, torch.float16), torch.float16),  # cast layer by layer
+        ((torch.int32, torch.float8_e4m3fn), torch.float32),
+        ((), torch.float32),
+    ],
+)
+def test_move_lora_takes_the_precision_in_which_a_module_computes(
+    dtypes: tuple[torch.dtype, ...], expected: torch.dtype
+) -> None:
+    layout = LoraLayout((TargetModule("unet.a", 3, 4),), 2, "tiny")
+    lora = LoraWeights.unflatten(layout, torch.randn(layout.numel).double())
+    for device in ("cpu", "meta"):
+        moved = move_lora(lora, torch.device(device), Weights(*dtypes))
+        assert {factor.dtype for factor in (*moved.down, *moved.up)} == {expected}
+        assert moved.device.type == device
+
+
+def test_parts_of_loras_are_moved_to_their_components() -> None:
+    names = ("unet.a", "text_encoder.b", "text_encoder_2.c")
+    targets = [TargetModule(name, 3, 4) for name in names]
+    whole, denoiser_lora, text_lora = (
+        LoraWeights.unflatten(layout, torch.ones(layout.numel))
+        for layout in (
+            LoraLayout(tuple(targets), 2, "tiny"),
+            LoraLayout(tuple(targets[:1]), 2, "tiny"),
+            LoraLayout(tuple(targets[1:]), 2, "tiny"),
+        )
+    )
+    meta = torch.device("meta")
+    family: Any = SimpleNamespace(
+        denoiser_name="unet", device=meta, denoiser=Weights(torch.bfloat16)
+    )
+    parts = split_denoiser(family, [text_lora, whole, denoiser_lora])
+    assert [part.layout.components for part in parts] == [("unet",)] * 3
+    assert {(part.device, part.up[0].dtype) for part in parts} == {(meta, torch.bfloat16)}
+    assert split_denoiser(family, [text_lora, text_lora]) == []
+    family.device = torch.device("cpu")
+    zeros, part, other = split_denoiser(family, [text_lora, whole, denoiser_lora])
+    assert not zeros.get_delta_weights()[0].any()
+    assert part.get_delta_weights()[0].all() and other.get_delta_weights()[0].all()
+
+    pipe: Any = SimpleNamespace(
+        _execution_device=meta,
+        text_encoder=Weights(torch.float16),
+        text_encoder_2=Weights(torch.float32),
+    )
+    (first, first_lora), (second, second_lora) = split_text_encoders(pipe, whole, "unet")
+    assert (first, second) == (pipe.text_encoder, pipe.text_encoder_2)
+    assert first_lora.layout.components == ("text_encoder",)
+    assert second_lora.layout.components == ("text_encoder_2",)
+    assert first_lora.device == second_lora.device == meta
+    assert (first_lora.up[0].dtype, second_lora.up[0].dtype) == (torch.float16, torch.float32)
+    assert list(split_text_encoders(pipe, denoiser_lora, "unet")) == []
+    pipe.text_encoder_2 = None
+    with pytest.raises(LayoutMismatchError, match="text_encoder_2, which SimpleNamespace lacks"):
+        list(split_text_encoders(pipe, whole, "unet"))
+
+
+def make_layer_lora(
+    layer: nn.Module, *batch: int, name: str = "unet.layer"
+) -> tuple[nn.Module, LoraWeights]:
+    """A module that holds the layer, and a random LoRA in float32 of it."""
+    *parents, last = name.split(".")[1:]
+    module = inner = nn.Module()
+    for parent in parents:
+        inner.add_module(parent, nn.Module())
+        inner = inner.get_submodule(parent)
+    inner.add_module(last, layer)
+    layout = LoraLayout((make_target(name, layer),), 2, "tiny")
+    generator = torch.Generator().manual_seed(0)
+    flat = 0.3 * torch.randn(*batch, layout.numel, generator=generator)
+    return module, LoraWeights.unflatten(layout, flat)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (4, 5, 6)),
+    "convolution": (lambda: nn.Conv2d(2, 4, 3, padding=1), (4, 2, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_loras_are_applied_in_the_precision_of_their_input(
+    kind: str, batch: tuple[int, ...]
+) -> None:
+    make_layer, shape = LAYERS[kind]
+    layer = make_layer()
+    module, lora = make_layer_lora(layer, *batch)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), inject_lora(module, lora):
+        expected = layer(x)
+    layer.bfloat16().requires_grad_(False)
+    flat = lora.flatten().requires_grad_()
+    with inject_lora(module, LoraWeights.unflatten(lora.layout, flat)):
+        output = layer(x.bfloat16())
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, atol=0.03, rtol=0.03)
+    output.float().sum().backward()
+    assert flat.grad is not None and flat.grad.dtype == torch.float32 and flat.grad.any()
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_loras_of_the_cpu_meet_an_input_on_a_card(kind: str, batch: tuple[int, ...]) -> None:
+    make_layer, shape = LAYERS[kind]
+    layer = make_layer().requires_grad_(False)
+    module, lora = make_layer_lora(layer, *batch)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), inject_lora(module, lora):
+        expected = layer(x)
+    with mock_cuda(), torch.no_grad(), inject_lora(module.to(CUDA), lora):
+        output = layer(x.to(CUDA))
+        assert output.device == CUDA
+        torch.testing.assert_close(output.cpu(), expected)
+
+
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_text_projections_keep_their_precision_under_autocast(batch: tuple[int, ...]) -> None:
+    """Tokens of 256 and 257 are equal in bfloat16, and their difference is what the LoRA sees."""
+    x, differences = torch.tensor([[[256.0, 257.0]]]), []
+    for name in ("unet.block.attn2.to_k", "unet.block.attn2.to_q"):
+        layer = nn.Linear(2, 1, bias=False)
+        nn.init.zeros_(layer.weight)
+        module, lora = make_layer_lora(layer, *batch, name=name)
+        flat = torch.tensor([-1.0, 1.0, 0.0, 0.0, 1.0, 0.0]).expand(*batch, 6)  # down, then up
+        with (
+            torch.no_grad(),
+            inject_lora(module, LoraWeights.unflatten(lora.layout, flat)),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            differences.append(layer(x).item())
+    assert differences[0] == 1.0 and differences[1] != 1.0
