@@ -14,7 +14,7 @@ from hyperlora.diffusion.lora_injection import (
     split_denoiser,
     split_text_encoders,
 )
-from hyperlora.errors import LayoutMismatchError
+from hyperlora.errors import InvalidArgumentError, LayoutMismatchError
 from hyperlora.lora.layout import LoraLayout, TargetModule, make_target
 from hyperlora.lora.weights import LoraWeights
 from tests.mock_cuda import CUDA, mock_cuda
@@ -163,5 +163,80 @@ def test_text_projections_keep_their_precision_under_autocast(batch: tuple[int, 
             inject_lora(module, LoraWeights.unflatten(lora.layout, flat)),
             torch.autocast("cpu", torch.bfloat16),
         ):
-            differences.append(layer(x).item())
+            output = layer(x)
+        assert output.dtype == torch.bfloat16, "as without a LoRA"
+        differences.append(output.item())
     assert differences[0] == 1.0 and differences[1] != 1.0
+
+
+class Attention(nn.Module):
+    """Has the name and the parts of diffusers' attention, and runs its single projections."""
+
+    def __init__(self, *, is_fused: bool | None = None, processor: object = None) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(3, 3) for _ in range(3))
+        if is_fused is not None:
+            self.to_qkv = nn.Linear(3, 9)
+            self.fused_projections = is_fused
+        if processor is not None:
+            self.processor = processor
+
+
+class NewAttention(Attention):
+    """An attention whose projections are fused without a processor of another class."""
+
+
+class FusedAttnProcessor:
+    """The name of a processor that runs the fused projections."""
+
+
+def inject_into(*attentions: Attention) -> None:
+    module = nn.ModuleList(attentions)
+    targets = [
+        make_target(f"unet.{i}.{name}", layer)
+        for i, attention in enumerate(attentions)
+        for name, layer in attention.named_children()
+        if name in ("to_q", "to_k", "to_v")
+    ]
+    layout = LoraLayout(tuple(targets), 2, "tiny")
+    with inject_lora(module, LoraWeights.unflatten(layout, torch.zeros(layout.numel))):
+        pass
+
+
+def test_projections_that_never_run_are_refused() -> None:
+    plain, unfused = Attention(), Attention(is_fused=True, processor=object())
+    with_part = NewAttention()
+    with_part.to_qkv = nn.Linear(3, 9)  # of another library, which does not tell
+    inject_into(plain, unfused, Attention(is_fused=False), NewAttention(is_fused=False), with_part)
+    of_processor = Attention(is_fused=True, processor=FusedAttnProcessor())
+    for fused in (NewAttention(is_fused=True), of_processor):
+        with pytest.raises(InvalidArgumentError, match=r"unet\.2\.to_q is fused with others"):
+            inject_into(plain, unfused, fused)
+
+
+def test_a_component_that_is_not_there_is_refused() -> None:
+    module, lora = make_layer_lora(nn.Linear(3, 4), name="text_encoder.layer")
+    with pytest.raises(LayoutMismatchError, match=r"text_encoder\.layer"):
+        inject_lora({"unet": module}, lora).__enter__()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_compiled_modules_alone_run_without_their_compiler(is_compiled: bool) -> None:
+    """Hooks would compile them again; what a user compiled beside them goes on."""
+    graphs: list[str] = []
+
+    def record_graph(graph: Any, inputs: Any) -> Any:
+        graphs.append("graph")
+        return graph.forward
+
+    layer = nn.Linear(3, 4)
+    module, lora = make_layer_lora(layer)
+    module.forward = layer.forward  # type: ignore[method-assign]
+    if is_compiled:
+        module.compile(backend=record_graph)
+    other = torch.compile(lambda x: x * 2, backend=record_graph)
+    x = torch.ones(2, 3)
+    with torch.no_grad(), inject_lora(module, lora):
+        assert torch.equal(other(x), x * 2)
+        module(x)
+    assert graphs == ([] if is_compiled else ["graph"])
