@@ -55,7 +55,7 @@ from hyperlora.pipelines.prompt_lora import make_lora_from_prompts
 from hyperlora.pipelines.rerank import IdentityReranker
 from tests.conftest import Bundle
 from tests.mock_cuda import mock_cuda
-from tests.tiny_pipelines import FACTORIES, get_tiny_pipeline, mark_heavy
+from tests.tiny_pipelines import FACTORIES, FAST, get_tiny_pipeline, mark_heavy
 from tests.tiny_pipelines.base import make_image
 
 Compute = Callable[[ComputeConfig], Any]
@@ -206,7 +206,8 @@ def test_parametrizations_expand_codes_on_their_device(kind: str) -> None:
 
 
 @pytest.mark.parametrize("offload", ["none", "sequential"])
-@pytest.mark.parametrize("name", mark_heavy(FACTORIES))
+# Krea 2, Qwen-Image 2.1 and FLUX.2 make positions, pixels and guidance of their own
+@pytest.mark.parametrize("name", mark_heavy(FACTORIES, (*FAST, "krea_2", "qwen_image_21", "flux2")))
 def test_families_predict_the_same(name: str, offload: Any) -> None:
     tiny = get_tiny_pipeline(name)
 
