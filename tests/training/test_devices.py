@@ -1,6 +1,7 @@
 """Steps of trainings on a mock of a CUDA card give the losses of the CPU."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,12 @@ import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
+from hyperlora.diffusion.diffusion_base import DiffusionBase
+from hyperlora.training.batches import PairBatch
+from hyperlora.training.modules import pair_hypernetwork as pair_modules
 from tests.conftest import Bundle
 from tests.mock_cuda import CUDA, mock_cuda
+from tests.tiny_pipelines import get_tiny_pipeline
 from tests.training import test_hypernetwork_training as hypernetwork
 from tests.training import test_instruct_pix2pix as instruct_pix2pix
 from tests.training import test_lora_autoencoder_training as lora_autoencoder
@@ -31,6 +36,7 @@ Case = tuple[Callable[[], Any], Any]
         "hypernetwork",
         "pair_hypernetwork",
         "pair_instructions",
+        "pair_images",
         "lora_autoencoder",
         "lora_diffusion",
     ]
@@ -59,6 +65,16 @@ def case(request: pytest.FixtureRequest, bundle: Bundle) -> Case:
                 "swap_prob": 0.5,
             }
             return lambda: pair_hypernetwork.make_pair_module(bundle, **options), get("pair_batch")
+        case "pair_images":
+            pipeline = get_tiny_pipeline("qwen_image_edit").pipe
+            get("monkeypatch").setattr(
+                pair_modules,
+                "load_training_base",
+                lambda *_, **__: DiffusionBase("tiny/qwen", deepcopy(pipeline)),
+            )
+            images = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+            batch = PairBatch(["a", "b"], images[:, None, :, :, :16, :16], images=images)
+            return lambda: pair_hypernetwork.make_pair_module(bundle), batch
         case "lora_autoencoder":
             return get("make_codec_training"), lora_autoencoder.TinyDataset("folder", "train").rows[
                 :5

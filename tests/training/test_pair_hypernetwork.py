@@ -110,6 +110,7 @@ def make_pair_module(bundle: Bundle, **options: Any) -> PairHypernetworkTraining
         encoder_options={"image_size": 16, "options": TINY_VIT},
         **{"delta_l2_weight": 0.0, "swap_prob": 0.0, **options},
     )
+    torch.manual_seed(3)  # a classifier drew numbers, too
     for parameter in module.model.network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return module
@@ -428,6 +429,25 @@ def test_images_are_encoded_where_there_are_no_latents(
         torch.testing.assert_close(
             calls[0].targets, module.base.encode_images(images[:, 1]).float()
         )
+
+
+@ignore_missing_trainer
+def test_tokens_of_a_cache_replace_the_encoder(
+    bundle: Bundle, batch: PairBatch, calls: list[LossCall], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_pair_module(bundle, reverse_weight=0.0)
+    assert batch.pairs is not None
+    with torch.no_grad():
+        sides = [module.model.encoder(side).tokens for side in batch.pairs.unbind(2)]
+        tokens = torch.stack(sides, 2)  # [n, views, 2, tokens, width]
+        module.training_step(batch, 0)
+        monkeypatch.setattr(module.model, "encoder", None)
+        cached = module._encode_pairs(replace(batch, pairs=None, tokens=tokens.half()), 1)
+        own = module.model.generate_from_features(*cached)
+    for features, expected in zip(cached, sides, strict=True):
+        assert features.tokens.dtype == torch.float32
+        torch.testing.assert_close(features.tokens, expected, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(own.flatten(), calls[0].weights.flatten(), atol=1e-2, rtol=1e-1)
 
 
 def test_parts_are_frozen_and_optimized_as_asked(bundle: Bundle) -> None:
