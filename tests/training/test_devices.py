@@ -66,7 +66,7 @@ def case(request: pytest.FixtureRequest, bundle: Bundle) -> Case:
             }
             return lambda: pair_hypernetwork.make_pair_module(bundle, **options), get("pair_batch")
         case "pair_images":
-            pipeline = get_tiny_pipeline("qwen_image_edit").pipe
+            pipeline = get_tiny_pipeline("qwen_image_edit_plus").pipe
             get("monkeypatch").setattr(
                 pair_modules,
                 "load_training_base",

@@ -550,7 +550,7 @@ def test_text_encoder_sees_the_side_that_is_edited(
     has_images: bool,
 ) -> None:
     """Qwen-Image-Edit reads the image with the instruction; from latents it is decoded."""
-    base = DiffusionBase("tiny/qwen", get_tiny_pipeline("qwen_image_edit").pipe)
+    base = DiffusionBase("tiny/qwen", get_tiny_pipeline("qwen_image_edit_plus").pipe)
     monkeypatch.setattr(pair_hypernetwork, "load_training_base", lambda *_, **__: base)
     torch.manual_seed(1)
     images = torch.rand(2, 2, 3, 32, 32)
