@@ -190,7 +190,8 @@ def test_operations_on_loras_stay_on_their_device() -> None:
 
 @pytest.mark.parametrize("kind", PARAMETRIZATIONS)
 def test_parametrizations_expand_codes_on_their_device(kind: str) -> None:
-    layout = LoraLayout((TargetModule("unet.a", 8, 12),), 4, "tiny/base")
+    targets = (TargetModule("unet.a", 8, 12), TargetModule("unet.b", 12, 8))
+    layout = LoraLayout(targets, 4, "tiny/base")
 
     def expand(compute: ComputeConfig) -> Any:
         parametrization: Any = make_parametrization(kind, layout, a=6, b=4)

@@ -170,6 +170,16 @@ def test_compose_loras_windowed_equals_separate_images(make_tiny_pipeline: Any, 
     torch.testing.assert_close(latents, torch.cat(parts, axis), **TOLERANCES)
 
 
+def test_compose_loras_windowed_leaves_the_rest_to_the_base(make_tiny_pipeline: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    config = CompositionConfig(regions=[(0.0, 0.0, 0.5, 1.0)], windowed=True)
+    with compose_loras(tiny.pipe, [tiny.make_lora(1)], "spatial", config=config):
+        latents = tiny.sample_latents(**ONE_STEP)
+    base = tiny.sample_latents(**ONE_STEP)
+    torch.testing.assert_close(latents[..., 4:], base[..., 4:], **TOLERANCES)
+    assert max_difference(latents[..., :4], base[..., :4]) > 0.01
+
+
 @pytest.mark.parametrize("strategy", ["composite", "spatial"])
 def test_chunks_bound_the_batch_of_a_call(make_tiny_pipeline: Any, strategy: Any) -> None:
     tiny = make_tiny_pipeline("sd")

@@ -14,6 +14,7 @@ from hyperlora.finetuning.examples import (
     ValidationProbe,
     gather_rows,
 )
+from tests.mock_cuda import CUDA, mock_cuda
 
 SHAPE = (4, 3, 2)  # channels, height, width of the latents
 
@@ -176,3 +177,15 @@ def test_probe_moves_with_its_examples() -> None:
     tensors = [*iterate_tensors(moved.examples), moved.indices, moved.u, moved.noise]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.eval_every, moved.patience) == (7, 3)
+
+
+def test_draws_are_on_the_device_of_their_examples() -> None:
+    examples = make_examples(2, 3).to("meta")
+    probe = ValidationProbe.from_examples(examples, [1, 2])
+    assert probe.indices.is_meta and probe.u.is_meta and probe.noise.is_meta
+    with mock_cuda():
+        subjects = torch.arange(2).to(CUDA)
+        indices, (u, noise) = SubjectRng([1, 2]).sample_batch(make_examples(2, 3), 4, subjects)
+        assert indices.device == u.device == CUDA and noise.device.type == "cpu"
+        latents, _ = make_examples(2, 3).to(CUDA).gather_examples(indices)
+        assert latents.device == CUDA and latents.shape == (8, *SHAPE)

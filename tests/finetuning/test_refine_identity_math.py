@@ -137,12 +137,19 @@ def test_refine_identity_descends_the_gradient_of_its_loss(
 
 
 def test_refine_identity_cuts_to_the_rank_of_the_config(
-    base: DiffusionBase, predicted: LoraWeights
+    base: DiffusionBase, predicted: LoraWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedder, photos = make_embedder(), make_photos()
+    num_steps = []
+
+    def record_steps(*args: Any, num_inference_steps: int, **options: Any) -> Any:
+        num_steps.append(num_inference_steps)
+        return generate_images(*args, num_inference_steps=num_inference_steps, **options)
+
+    monkeypatch.setattr("hyperlora.finetuning.refine_identity.generate_images", record_steps)
     config = RefineConfig(num_steps=0, out_rank=1)
     refined = refine_identity(base, predicted, photos, embedder, PROMPTS[:1], config)
-    assert refined.layout.rank == 1
+    assert refined.layout.rank == 1 and num_steps == [6] * K
     difference = (refined - predicted.resize(1)).compute_delta_norms()
     assert difference.max() <= 1e-4 * predicted.compute_delta_norms().max()
     config = RefineConfig(num_steps=0, out_rank=99)

@@ -224,6 +224,17 @@ def test_no_step_keeps_the_codes(has_probe: bool) -> None:
     assert result.num_steps.tolist() == [0] * K
 
 
+@pytest.mark.parametrize("num_examples", [None, (3, 2)])
+def test_draws_without_seeds_are_on_the_device_of_the_examples(
+    num_examples: tuple[int, int] | None,
+) -> None:
+    examples = replace(make_toy_examples(2, 3), num_examples=num_examples).to("meta")
+    config = FineTuneConfig(num_steps=1, lr=1.0, batch_size=4, num_paired_groups=2)
+    indices, noise_sample = _sample_batch(examples, torch.arange(2), config, None)
+    assert noise_sample is not None
+    assert all(value.is_meta for value in (indices, *noise_sample))
+
+
 @pytest.mark.parametrize("num_groups", [1, 2])
 def test_paired_groups_see_the_same_draws(num_groups: int) -> None:
     """From equal codes on equal examples, subjects differ by their draws alone."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.training.batches import PairBatch
 from hyperlora.training.modules import pair_hypernetwork as pair_modules
+from hyperlora.training.modules.hypernetwork import HypernetworkTraining
 from tests.conftest import Bundle
 from tests.mock_cuda import CUDA, mock_cuda
 from tests.tiny_pipelines import get_tiny_pipeline
@@ -27,6 +29,15 @@ from tests.training.test_lora_diffusion_training import codec_dir  # noqa: F401
 from tests.training.test_pair_hypernetwork import batch as pair_batch  # noqa: F401
 
 Case = tuple[Callable[[], Any], Any]
+
+
+def make_regression(folder: Path) -> HypernetworkTraining:
+    """A hypernetwork that is trained on codes, too."""
+    torch.manual_seed(0)
+    module = hypernetwork.make_module(folder, code_loss_weight=0.5)
+    codes = module.model.hypernetwork.code_proj
+    module.code_targets = torch.ones(1, *codes.shape[:-1])
+    return module
 
 
 @pytest.fixture(
@@ -53,7 +64,7 @@ def case(request: pytest.FixtureRequest, bundle: Bundle) -> Case:
         case "instruct_pix2pix":
             return lambda: instruct_pix2pix.make_module(bundle), instruct_pix2pix.make_batch()
         case "hypernetwork":
-            return lambda: hypernetwork.make_module(get("base_dir")), hypernetwork.make_batch()
+            return lambda: make_regression(get("base_dir")), hypernetwork.make_batch()
         case "pair_hypernetwork":
             return lambda: pair_hypernetwork.make_pair_module(bundle), get("pair_batch")
         case "pair_instructions":

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from hyperlora.diffusion.families.base import broadcast_timesteps
+from hyperlora.diffusion.families.flux2 import make_position_ids
 from hyperlora.diffusion.families.registry import get_pipeline_family
 from tests.diffusion.families.calls import record_batch_sizes
+from tests.mock_cuda import CUDA, mock_cuda
 from tests.tiny_pipelines import get_tiny_pipeline
 from tests.tiny_pipelines.base import PROMPTS
 
@@ -55,3 +58,19 @@ def test_guidance_scale_reaches_dev() -> None:
     with torch.no_grad():
         prediction = family.predict(latents, record.timestep, conditions, guidance_scale=2.5)
     torch.testing.assert_close(prediction, tiny.unpack(record.prediction), atol=1e-5, rtol=1e-5)
+
+
+def test_positions_and_times_are_on_the_device_of_the_latents() -> None:
+    with mock_cuda():
+        latents = torch.randn(2, 4, 3, 5, dtype=torch.float64).to(CUDA)
+        position_ids = make_position_ids(latents, time=10, size=(3, 5))
+        assert position_ids.device == CUDA and position_ids.shape == (2, 15, 4)
+        assert position_ids[1, 7].tolist() == [10, 1, 2, 0]
+        for timesteps, dtype in (
+            (torch.tensor(7), torch.int64),
+            (torch.tensor([7, 7]), torch.int64),
+            (torch.tensor(7.0), torch.float64),
+        ):
+            times = broadcast_timesteps(timesteps, latents)
+            assert times.device == CUDA and times.dtype == dtype
+            assert times.tolist() == [7, 7]
