@@ -1,6 +1,8 @@
 """Parts of LoRAs at their modules, and LoRAs in the precision and on the device of an input."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from hyperlora.diffusion.lora_injection import (
     inject_lora,
     move_lora,
+    pause_compilation,
     split_denoiser,
     split_text_encoders,
 )
@@ -240,3 +243,28 @@ def test_compiled_modules_alone_run_without_their_compiler(is_compiled: bool) ->
         assert torch.equal(other(x), x * 2)
         module(x)
     assert graphs == ([] if is_compiled else ["graph"])
+
+
+@pytest.mark.parametrize("form", [None, "in place", "wrapped", "forward"])
+def test_each_form_of_a_compiled_part_pauses_compilation(
+    form: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the marks that torch.compile leaves; the compiler itself takes seconds to import."""
+    stances: list[str] = []
+    monkeypatch.setattr(
+        torch.compiler, "set_stance", lambda stance: nullcontext(stances.append(stance))
+    )
+    module = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(2, 3)))
+    layer = module[1][0]
+    match form:
+        case "in place":
+            layer._compiled_call_impl = layer.forward
+        case "wrapped":
+            module[1].add_module("_orig_mod", layer)
+        case "forward":
+            forward = partial(layer.forward)
+            forward._torchdynamo_orig_callable = layer.forward
+            layer.forward = forward
+    with pause_compilation(module):
+        pass
+    assert stances == ([] if form is None else ["force_eager"])
