@@ -221,6 +221,11 @@ def list_equivalent_rows(
     return rows
 
 
+def list_survivors(mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]) -> list[Mutant]:
+    """List the mutants that survived and are not equivalent."""
+    return [m for m in mutants if m.status in NOT_KILLED and not m.find_reason(rules)]
+
+
 def list_survivor_rows(
     mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]
 ) -> list[list[str]]:
@@ -234,11 +239,13 @@ def list_survivor_rows(
         Cells of a Markdown table: function, lines removed and lines added of each.
     """
     rows = []
-    for mutant in mutants:
-        if mutant.status in NOT_KILLED and not mutant.find_reason(rules):
-            function = mutant.function.removeprefix("hyperlora.")
-            cells = (function, *(" ".join(lines.split()) for lines in mutant.changes))
-            rows.append([f"`{cell}`".replace("|", "\\|") if cell else "" for cell in cells])
+    for mutant in list_survivors(mutants, rules):
+        code = (re.sub(r"  # .*", "", lines) for lines in mutant.changes)  # no comments
+        cells = (
+            mutant.function.removeprefix("hyperlora."),
+            *(" ".join(lines.split()) for lines in code),
+        )
+        rows.append([f"`{cell}`" if cell else "" for cell in cells])
     return rows
 
 
@@ -254,7 +261,6 @@ def format_survivors(mutants: Sequence[Mutant], rules: Sequence[EquivalenceRule]
     """
     blocks = [
         "\n".join([f"{mutant.name} ({mutant.status})", *mutant.diff_lines])
-        for mutant in mutants
-        if mutant.status in NOT_KILLED and not mutant.find_reason(rules)
+        for mutant in list_survivors(mutants, rules)
     ]
     return "\n\n".join(blocks)

@@ -1,6 +1,7 @@
 """Put single faults into the mathematical core and count those that the quick tests notice.
 
     python -m benchmarks.mutation.run [PATTERN ...] [--folder runs/mutation] [--max-children 2]
+        [--report-only]
 
 Each mutant is one change: a sign, a number, an argument left out. ``[tool.mutmut]`` of
 ``pyproject.toml`` names the files and the tests. Results are kept in the folder: a further run

@@ -121,7 +121,8 @@ def make_repository(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def mutants(monkeypatch: pytest.MonkeyPatch) -> list[Mutant]:
     """Ten of one file, of which two survive, and one untested of another."""
-    monkeypatch.setattr(Mutant, "diff_lines", ["-    return a + b", "+    return a - b"])
+    lines = ["-    return a + b  # a sum", "+    return a - b  # a sum"]
+    monkeypatch.setattr(Mutant, "diff_lines", lines)
     statuses = ["killed"] * 8 + ["survived", "no tests"]
     names = [f"hyperlora.core.xǁShapeǁadd__mutmut_{i}" for i in range(10)]
     return [

@@ -53,17 +53,19 @@ def test_move_lora_takes_the_precision_in_which_a_module_computes(
         assert moved.device.type == device
 
 
-def test_parts_of_loras_are_moved_to_their_components() -> None:
+def make_part_loras() -> tuple[LoraWeights, LoraWeights, LoraWeights]:
+    """A LoRA of a UNet and two text encoders, one of the UNet and one of the text encoders."""
     names = ("unet.a", "text_encoder.b", "text_encoder_2.c")
-    targets = [TargetModule(name, 3, 4) for name in names]
+    targets = tuple(TargetModule(name, 3, 4) for name in names)
     whole, denoiser_lora, text_lora = (
         LoraWeights.unflatten(layout, torch.ones(layout.numel))
-        for layout in (
-            LoraLayout(tuple(targets), 2, "tiny"),
-            LoraLayout(tuple(targets[:1]), 2, "tiny"),
-            LoraLayout(tuple(targets[1:]), 2, "tiny"),
-        )
+        for layout in (LoraLayout(part, 2, "tiny") for part in (targets, targets[:1], targets[1:]))
     )
+    return whole, denoiser_lora, text_lora
+
+
+def test_denoisers_parts_are_moved_to_it() -> None:
+    whole, denoiser_lora, text_lora = make_part_loras()
     meta = torch.device("meta")
     family: Any = SimpleNamespace(
         denoiser_name="unet", device=meta, denoiser=Weights(torch.bfloat16)
@@ -77,6 +79,10 @@ def test_parts_of_loras_are_moved_to_their_components() -> None:
     assert not zeros.get_delta_weights()[0].any()
     assert part.get_delta_weights()[0].all() and other.get_delta_weights()[0].all()
 
+
+def test_text_encoders_parts_are_moved_to_them() -> None:
+    whole, denoiser_lora, _ = make_part_loras()
+    meta = torch.device("meta")
     pipe: Any = SimpleNamespace(
         _execution_device=meta,
         text_encoder=Weights(torch.float16),
@@ -122,6 +128,7 @@ def test_loras_are_applied_in_the_precision_of_their_input(
     kind: str, batch: tuple[int, ...]
 ) -> None:
     make_layer, shape = LAYERS[kind]
+    torch.manual_seed(0)
     layer = make_layer()
     module, lora = make_layer_lora(layer, *batch)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -141,6 +148,7 @@ def test_loras_are_applied_in_the_precision_of_their_input(
 @pytest.mark.parametrize("kind", LAYERS)
 def test_loras_of_the_cpu_meet_an_input_on_a_card(kind: str, batch: tuple[int, ...]) -> None:
     make_layer, shape = LAYERS[kind]
+    torch.manual_seed(0)
     layer = make_layer().requires_grad_(False)
     module, lora = make_layer_lora(layer, *batch)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -154,7 +162,7 @@ def test_loras_of_the_cpu_meet_an_input_on_a_card(kind: str, batch: tuple[int, .
 
 @pytest.mark.parametrize("batch", [(), (1,)])
 def test_text_projections_keep_their_precision_under_autocast(batch: tuple[int, ...]) -> None:
-    """Tokens of 256 and 257 are equal in bfloat16, and their difference is what the LoRA sees."""
+    """The LoRA is the difference of two features, 257 - 256, which are equal in bfloat16."""
     x, differences = torch.tensor([[[256.0, 257.0]]]), []
     for name in ("unet.block.attn2.to_k", "unet.block.attn2.to_q"):
         layer = nn.Linear(2, 1, bias=False)
@@ -169,11 +177,11 @@ def test_text_projections_keep_their_precision_under_autocast(batch: tuple[int, 
             output = layer(x)
         assert output.dtype == torch.bfloat16, "as without a LoRA"
         differences.append(output.item())
-    assert differences[0] == 1.0 and differences[1] != 1.0
+    assert differences == [1.0, 0.0]
 
 
 class Attention(nn.Module):
-    """Has the name and the parts of diffusers' attention, and runs its single projections."""
+    """The name and the projections of diffusers' attention, single and perhaps fused."""
 
     def __init__(self, *, is_fused: bool | None = None, processor: object = None) -> None:
         super().__init__()
@@ -224,24 +232,26 @@ def test_a_component_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_compiled_modules_alone_run_without_their_compiler(is_compiled: bool) -> None:
-    """Hooks would compile them again; what a user compiled beside them goes on."""
+def test_compiled_modules_run_eagerly_with_their_lora(is_compiled: bool) -> None:
+    """Where nothing of the base is compiled, what a user compiled beside it stays compiled."""
     graphs: list[str] = []
 
     def record_graph(graph: Any, inputs: Any) -> Any:
         graphs.append("graph")
         return graph.forward
 
-    layer = nn.Linear(3, 4)
-    module, lora = make_layer_lora(layer)
-    module.forward = layer.forward  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3)
+    layout = LoraLayout((make_target("unet.0", module[0]),), 2, "tiny")
+    lora = LoraWeights.unflatten(layout, torch.randn(layout.numel))
+    with torch.no_grad(), inject_lora(module, lora):
+        expected = module(x)
     if is_compiled:
         module.compile(backend=record_graph)
-    other = torch.compile(lambda x: x * 2, backend=record_graph)
-    x = torch.ones(2, 3)
+    other = torch.compile(lambda values: values * 2, backend=record_graph)
     with torch.no_grad(), inject_lora(module, lora):
         assert torch.equal(other(x), x * 2)
-        module(x)
+        torch.testing.assert_close(module(x), expected)
     assert graphs == ([] if is_compiled else ["graph"])
 
 
@@ -249,7 +259,7 @@ def test_compiled_modules_alone_run_without_their_compiler(is_compiled: bool) ->
 def test_each_form_of_a_compiled_part_pauses_compilation(
     form: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the marks that torch.compile leaves; the compiler itself takes seconds to import."""
+    """By the marks that torch.compile leaves, which each form has of its own."""
     stances: list[str] = []
     monkeypatch.setattr(
         torch.compiler, "set_stance", lambda stance: nullcontext(stances.append(stance))

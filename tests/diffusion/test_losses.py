@@ -82,7 +82,7 @@ def test_alpha_and_sigma_of_hand_made_schedules(dtype: torch.dtype | None) -> No
         (flow, torch.tensor([1000.0, 250.0]), [0.0, 0.75], [1.0, 0.25]),
     ):
         alpha, sigma = schedule.compute_alpha_sigma(timesteps, dtype)
-        assert alpha.dtype == sigma.dtype == dtype or dtype is None
+        assert alpha.dtype == sigma.dtype == (dtype or torch.float32)
         assert alpha.shape == sigma.shape == (len(alphas), 1, 1, 1)
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
         assert alpha.flatten().tolist() == pytest.approx(alphas, abs=tolerance)

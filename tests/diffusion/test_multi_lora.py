@@ -1,6 +1,7 @@
 """Composition against merged weights and ``set_adapters``, on every class of pipeline."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,17 @@ def test_schedule_scales_each_lora_at_each_step(make_tiny_pipeline: Any, strateg
         twice = tiny.sample_latents(**steps)
     torch.testing.assert_close(once, tiny.sample_latents(**ONE_STEP), **TOLERANCES)
     assert max_difference(twice, tiny.sample_latents(**steps)) > 2e-3
+
+
+def test_schedule_scales_a_lora_of_one_layer(make_tiny_pipeline: Any) -> None:
+    tiny = make_tiny_pipeline("sd")
+    whole = tiny.make_lora(1)
+    layout = replace(whole.layout, targets=whole.layout.targets[:1])
+    lora = LoraWeights(layout, whole.down[:1], whole.up[:1])
+    with compose_loras(tiny.pipe, [lora * 0.5], "composite"):
+        expected = tiny.sample_latents(**ONE_STEP)
+    with compose_loras(tiny.pipe, [lora], "composite", schedule=lambda step, num_steps: [0.5]):
+        torch.testing.assert_close(tiny.sample_latents(**ONE_STEP), expected, **TOLERANCES)
 
 
 def test_compose_loras_calls_schedule_once_per_step(make_tiny_pipeline: Any) -> None:

@@ -179,10 +179,12 @@ def test_probe_moves_with_its_examples() -> None:
     assert (moved.eval_every, moved.patience) == (7, 3)
 
 
-def test_draws_are_on_the_device_of_their_examples() -> None:
-    examples = make_examples(2, 3).to("meta")
-    probe = ValidationProbe.from_examples(examples, [1, 2])
+def test_probe_is_made_on_the_device_of_its_examples() -> None:
+    probe = ValidationProbe.from_examples(make_examples(2, 3).to("meta"), [1, 2])
     assert probe.indices.is_meta and probe.u.is_meta and probe.noise.is_meta
+
+
+def test_draws_follow_their_subjects_and_noise_the_latents() -> None:
     with mock_cuda():
         subjects = torch.arange(2).to(CUDA)
         indices, (u, noise) = SubjectRng([1, 2]).sample_batch(make_examples(2, 3), 4, subjects)

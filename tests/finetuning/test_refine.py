@@ -103,10 +103,15 @@ def test_refine_lora_adds_a_lora_that_fits_the_photos(
 
 def test_refine_lora_has_a_prompt_and_settings_by_default() -> None:
     base: Any = PhotoBase()
+    prompts, encode_prompts = [], base.encode_prompts
+    base.encode_prompts = lambda texts, **options: (
+        prompts.extend(texts) or encode_prompts(texts, **options)
+    )
     predicted, photos = make_predicted(), make_photos()
     torch.manual_seed(9)
     state = torch.get_rng_state()
     refined = refine_lora(base, predicted, photos)
+    assert set(prompts) == {"a portrait of sks person"}
     assert torch.equal(torch.get_rng_state(), state)
     on_top = fit_on_top(RefineConfig(), 8, "a portrait of sks person", photos, predicted)
     check_deltas(refined, (predicted + on_top).resize(4))

@@ -136,10 +136,9 @@ def test_refine_identity_descends_the_gradient_of_its_loss(
     assert max(errors) <= 1e-3 * max(sizes)
 
 
-def test_refine_identity_cuts_to_the_rank_of_the_config(
+def test_refine_identity_trains_on_images_of_six_steps(
     base: DiffusionBase, predicted: LoraWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embedder, photos = make_embedder(), make_photos()
     num_steps = []
 
     def record_steps(*args: Any, num_inference_steps: int, **options: Any) -> Any:
@@ -147,9 +146,18 @@ def test_refine_identity_cuts_to_the_rank_of_the_config(
         return generate_images(*args, num_inference_steps=num_inference_steps, **options)
 
     monkeypatch.setattr("hyperlora.finetuning.refine_identity.generate_images", record_steps)
+    config = RefineConfig(num_steps=0)
+    refine_identity(base, predicted, make_photos(), make_embedder(), PROMPTS[:1], config)
+    assert num_steps == [6] * K
+
+
+def test_refine_identity_cuts_to_the_rank_of_the_config(
+    base: DiffusionBase, predicted: LoraWeights
+) -> None:
+    embedder, photos = make_embedder(), make_photos()
     config = RefineConfig(num_steps=0, out_rank=1)
     refined = refine_identity(base, predicted, photos, embedder, PROMPTS[:1], config)
-    assert refined.layout.rank == 1 and num_steps == [6] * K
+    assert refined.layout.rank == 1
     difference = (refined - predicted.resize(1)).compute_delta_norms()
     assert difference.max() <= 1e-4 * predicted.compute_delta_norms().max()
     config = RefineConfig(num_steps=0, out_rank=99)

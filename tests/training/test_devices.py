@@ -12,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 
 from hyperlora.diffusion.diffusion_base import DiffusionBase
 from hyperlora.training.batches import PairBatch
-from hyperlora.training.modules import pair_hypernetwork as pair_modules
+from hyperlora.training.modules import pair_hypernetwork as pair_training
 from hyperlora.training.modules.hypernetwork import HypernetworkTraining
 from tests.conftest import Bundle
 from tests.mock_cuda import CUDA, mock_cuda
@@ -79,7 +79,7 @@ def case(request: pytest.FixtureRequest, bundle: Bundle) -> Case:
         case "pair_images":
             pipeline = get_tiny_pipeline("qwen_image_edit_plus").pipe
             get("monkeypatch").setattr(
-                pair_modules,
+                pair_training,
                 "load_training_base",
                 lambda *_, **__: DiffusionBase("tiny/qwen", deepcopy(pipeline)),
             )

@@ -563,8 +563,8 @@ def test_text_encoder_sees_the_side_that_is_edited(
             before=before,
             after=after,
         )
-        sides = images.unbind(1) if has_images else map(base.decode_latents, (before, after))
-    image_before, image_after = sides
+        decoded = [base.decode_latents(latents) for latents in (before, after)]
+    image_before, image_after = images.unbind(1) if has_images else decoded
 
     module = make_pair_module(bundle)
     encoded: list[Tensor] = []

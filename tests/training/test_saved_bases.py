@@ -70,7 +70,7 @@ def test_training_base_is_loaded_on_the_cpu_in_its_precision(
     assert base.pipeline.text_encoder is None
 
 
-def test_weights_are_written_in_files_of_16_mb(
+def test_pipelines_ask_for_files_of_at_most_16_mb(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[Any] = []

@@ -146,12 +146,14 @@ class QwenImageEditFamily(QwenImageFamily):
             The embeddings; those of an image's tokens precede those of the instruction.
 
         Raises:
-            InvalidArgumentError: There are no images.
+            InvalidArgumentError: There is not one image for each instruction.
         """
-        if images is None:
+        if images is None or len(images) != len(prompts):
+            num_images = 0 if images is None else len(images)
             raise InvalidArgumentError(
                 f"{type(self.pipeline).__name__} encodes instructions with their input images: "
-                "images must be given"
+                f"images must be given, one for each of {len(prompts)} instructions, "
+                f"got {num_images}"
             )
         # one by one: the pipeline of Edit-2509 would show all images to each instruction
         embeds = [

@@ -57,7 +57,7 @@ def test_each_instruction_sees_its_own_image(name: str) -> None:
 @pytest.mark.parametrize("name", EDIT_NAMES)
 def test_instruction_without_its_image_is_refused(name: str) -> None:
     family = get_pipeline_family(get_tiny_pipeline(name).pipe)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(InvalidArgumentError, match="one for each of 2 instructions, got 1"):
         family.encode_text(list(PROMPTS), make_image())
     with pytest.raises(InvalidArgumentError, match="images must be given"):
         family.encode_text(list(PROMPTS))
