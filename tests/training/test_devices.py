@@ -68,10 +68,8 @@ def case(request: pytest.FixtureRequest, bundle: Bundle) -> Case:
         case "pair_hypernetwork":
             return lambda: pair_hypernetwork.make_pair_module(bundle), get("pair_batch")
         case "pair_instructions":
-            head = {"num_text_tokens": 48, "cross_attention_dim": 16, "hidden_size": 12, "depth": 1}
-            head["vocabulary"] = pair_hypernetwork.VOCABULARY
             options = {
-                "network": {"fusion": "concat", "instruction_head": head},
+                "network": pair_hypernetwork.NETWORK,
                 "instruction_loss_weight": 0.5,
                 "swap_prob": 0.5,
             }

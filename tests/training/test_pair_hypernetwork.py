@@ -1,6 +1,7 @@
 """What a step of pair training computes, and arguments that it refuses."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[LossCall]:
 def make_pair_module(bundle: Bundle, **options: Any) -> PairHypernetworkTraining:
     """A module whose LoRAs are not 0, the same for all options."""
     torch.manual_seed(3)
-    network = {"width": 16, "depth": 1, "num_heads": 2} | options.pop("network", {})
+    network = {"width": 16, "depth": 1, "num_heads": 2, **options.pop("network", {})}
     module = PairHypernetworkTraining(
         base=str(bundle.edit_base),
         encoder="vit_tiny_patch16_224",
@@ -277,6 +278,17 @@ VOCABULARY = {
     "color_axes": {},
     "undo_template": "back to {}",
 }
+NETWORK: Mapping[str, Any] = {
+    "fusion": "concat",
+    "instruction_head": {
+        "vocabulary": VOCABULARY,
+        "num_text_tokens": 48,
+        "cross_attention_dim": 16,
+        "hidden_size": 12,
+        "depth": 1,
+    },
+}
+"""A network that predicts instructions, too."""
 
 
 @ignore_missing_trainer
@@ -293,11 +305,8 @@ def test_instruction_loss_has_its_weight_and_knows_the_way_back(
         after=torch.randn(3, 4, 4, 4),
         undo_instructions=["no hat", "frown", ""] if has_undo else None,
     )
-    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
-    network = {
-        "fusion": "concat",
-        "instruction_head": head | {"hidden_size": 12, "depth": 1, "num_patches": 4},
-    }
+    head_options = NETWORK["instruction_head"] | {"num_patches": 4}
+    network = {**NETWORK, "instruction_head": head_options}
     for swap_prob in (0.0, 1.0):
         options = {"network": network, "swap_prob": swap_prob, "reverse_weight": 0.0}
         module = make_pair_module(bundle, instruction_loss_weight=0.25, **options)
@@ -338,9 +347,7 @@ def test_head_alone_learns_input_statistics_without_the_base(
 ) -> None:
     torch.manual_seed(1)
     batch = PairBatch(instructions=["add a hat", "", "smile"], pairs=torch.rand(3, 1, 2, 3, 16, 16))
-    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
-    network = {"fusion": "concat", "instruction_head": head | {"hidden_size": 12, "depth": 1}}
-    options: dict[str, Any] = {"use_denoising_loss": False, "network": network}
+    options: dict[str, Any] = {"use_denoising_loss": False, "network": NETWORK}
     losses = []
     for weight in (1.0, 3.0):
         module = make_pair_module(bundle, instruction_loss_weight=weight, **options)
@@ -451,11 +458,9 @@ def test_tokens_of_a_cache_replace_the_encoder(
 
 
 def test_parts_are_frozen_and_optimized_as_asked(bundle: Bundle) -> None:
-    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
-    network = {"fusion": "concat", "instruction_head": head | {"hidden_size": 12, "depth": 1}}
     for frozen in (True, False):
         module = make_pair_module(
-            bundle, freeze_encoder=frozen, freeze_instruction_head=frozen, network=network
+            bundle, freeze_encoder=frozen, freeze_instruction_head=frozen, network=NETWORK
         )
         parts = (module.model.encoder, module.model.network.instruction_head)
         assert {p.requires_grad for part in parts for p in part.parameters()} == {not frozen}
@@ -491,11 +496,9 @@ def test_validation_compares_one_pair_with_its_controls(
     monkeypatch: pytest.MonkeyPatch,
     knows_instructions: bool,
 ) -> None:
-    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
-    network = {"fusion": "concat", "instruction_head": head | {"hidden_size": 12, "depth": 1}}
     weight = 0.5 if knows_instructions else 0.0
     module = make_pair_module(
-        bundle, network=network, instruction_loss_weight=weight, reverse_weight=0.5
+        bundle, network=NETWORK, instruction_loss_weight=weight, reverse_weight=0.5
     ).eval()
     logged: dict[str, Any] = {}
 

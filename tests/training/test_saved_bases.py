@@ -26,7 +26,7 @@ from hyperlora.training.modules.text_to_image import NOISE_SCHEDULE, TextToImage
 from tests.conftest import Bundle
 from tests.mock_cuda import CudaTensor, mock_cuda
 from tests.training.test_instruct_pix2pix import make_module as make_edit_module
-from tests.training.test_pair_hypernetwork import VOCABULARY, make_pair_module
+from tests.training.test_pair_hypernetwork import NETWORK, make_pair_module
 from tests.training.test_text_to_image import make_module
 
 
@@ -193,9 +193,7 @@ def test_denoiser_recomputes_its_activations(bundle: Bundle) -> None:
 @pytest.mark.parametrize("has_head", [True, False])
 def test_pair_training_takes_the_texts_of_its_base(bundle: Bundle, has_head: bool) -> None:
     """A checkpoint may hold those of another base."""
-    head = {"vocabulary": VOCABULARY, "num_text_tokens": 48, "cross_attention_dim": 16}
-    network = {"fusion": "concat", "instruction_head": head | {"hidden_size": 12, "depth": 1}}
-    module = make_pair_module(bundle, network=network if has_head else {})
+    module = make_pair_module(bundle, network=NETWORK if has_head else {})
     attach_trainer(module)
     buffers = dict(module.model.network.named_buffers())
     expected = {name: value.clone() for name, value in buffers.items()}
