@@ -21,6 +21,13 @@ def test_masks_are_the_covered_share_of_each_position() -> None:
     torch.testing.assert_close(masks[1], torch.ones(2, 5))
 
 
+@pytest.mark.parametrize("positions", [3, 7, 96, 100])
+def test_masks_of_boxes_never_exceed_1(positions: int) -> None:
+    """Areas of float32 positions can, by rounding."""
+    masks = compute_region_masks([(0.0, 0.0, 1.0, 1.0)], (positions, 2 * positions))
+    assert masks.max() <= 1 and masks.min() > 0.999
+
+
 def test_masks_of_images_and_tensors_are_means_of_their_pixels() -> None:
     pixels = torch.zeros(4, 8)
     pixels[0, :3] = 1.0

@@ -147,8 +147,18 @@ def test_refine_identity_trains_on_images_of_six_steps(
 
     monkeypatch.setattr("hyperlora.finetuning.refine_identity.generate_images", record_steps)
     config = RefineConfig(num_steps=0)
-    refine_identity(base, predicted, make_photos(), make_embedder(), PROMPTS[:1], config)
-    assert num_steps == [6] * K
+    refine_identity(base, predicted, make_photos(), make_embedder(), PROMPTS, config)
+    assert num_steps == [6] * K, "one batch of all prompts for each subject"
+
+
+def test_refine_identity_of_one_image_of_one_subject(
+    base: DiffusionBase, predicted: LoraWeights
+) -> None:
+    config = RefineConfig(num_steps=1, batch_size=1, lr=0.1)
+    refined = refine_identity(
+        base, predicted[[0]], make_photos()[:1], make_embedder(), PROMPTS[:1], config
+    )
+    assert len(refined) == 1 and refined.flatten().isfinite().all()
 
 
 def test_refine_identity_cuts_to_the_rank_of_the_config(

@@ -100,6 +100,14 @@ def test_decode_undoes_encode_with_all_components(components_per_factor: int | N
     decoded = codec.decode(codec.encode(loras))
     torch.testing.assert_close(decoded.flatten(), dataset.rows, atol=1e-4, rtol=1e-4)
     assert decoded.layout == LAYOUT
+    # also one without a batch axis, and those of two batch axes
+    latents = codec.encode(loras)
+    torch.testing.assert_close(codec.encode(loras[2]), latents[2])
+    torch.testing.assert_close(codec.decode(latents[2]).flatten(), decoded[2].flatten())
+    rows = dataset.rows[:8].view(4, 2, -1)
+    nested = codec.encode(LoraWeights.unflatten(LAYOUT, rows))
+    torch.testing.assert_close(nested, latents[:8].view(4, 2, 2, 4))
+    torch.testing.assert_close(codec.decode(nested).flatten(), rows, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("components_per_factor", [None, 3])

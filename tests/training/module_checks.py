@@ -37,11 +37,12 @@ def record_validation(
 ) -> list[tuple[str, float, int]]:
     """Name, value and batch size that validation steps log, which keep training's random state."""
     logged: list[tuple[str, float, int]] = []
-    monkeypatch.setattr(
-        module,
-        "log",
-        lambda name, value, batch_size, **_: logged.append((name, float(value), batch_size)),
-    )
+
+    def log(name: str, value: Any, *, batch_size: int, sync_dist: bool, prog_bar: bool) -> None:
+        assert sync_dist, "each device sees a part of the validation data"
+        logged.append((name, float(value), batch_size))
+
+    monkeypatch.setattr(module, "log", log)
     before = torch.random.get_rng_state()
     for index in indices:
         module.validation_step(batch, index)

@@ -155,7 +155,10 @@ def test_subjects_without_target_have_no_code_loss(base_dir: Path, tmp_path: Pat
         without_table = compute_step_loss(
             make_predicting_module(base_dir, code_loss_weight=2.0), batch
         )
-    assert ignored == without_table == base_loss
+        save_file({"codes": torch.zeros(3, 1, 5)}, tmp_path / "other.safetensors")
+        other = {"code_targets": str(tmp_path / "other.safetensors")}
+        not_read = compute_step_loss(make_predicting_module(base_dir, **other), batch)
+    assert ignored == without_table == not_read == base_loss
     expected = 2.0 * float((codes[1] - targets[0]).square().sum()) / 2
     assert weighted - base_loss == pytest.approx(expected, rel=1e-3)
 

@@ -111,6 +111,7 @@ def test_validation_compares_delta_weights_with_those_of_the_data(
     error, cosine = compare_deltas(target, decoded)
     assert logged["val/relative_error"] == pytest.approx(float(error.mean()))
     assert logged["val/cosine"] == pytest.approx(float(cosine.mean()))
+    assert logged["sync_dist"] is True
     assert logged["batch_size"] == 5 and 0.01 < logged["val/relative_error"] < 1
 
 

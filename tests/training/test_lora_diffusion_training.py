@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from hyperlora.encoders.timm_encoder import TimmEncoder
 from hyperlora.features import ImageFeatures
 from hyperlora.lora.layout import LoraLayout, TargetModule
 from hyperlora.lora.normalization import LoraNormalizer
@@ -19,7 +20,7 @@ from hyperlora.pipelines.lora_codec import LoraCodec
 from hyperlora.pipelines.lora_diffusion import LoraDiffusion
 from hyperlora.pretrained import FACE_PACK_DIR
 from hyperlora.training.batches import LoraPhotoBatch
-from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining
+from hyperlora.training.modules.lora_diffusion import LoraDiffusionTraining, _compute_image_shape
 from tests.training.config_rules import TINY_VIT
 from tests.training.module_checks import configure_optimizer, list_parameter_ids, list_rates
 
@@ -245,6 +246,7 @@ def test_validation_compares_a_sample_of_one_photo_with_its_own_and_another_lora
             module.model.denoiser.sample(features, noise, mean=mean)
         )
         targets = module.model.codec.decode(batch.latents)
+    assert logged["sync_dist"] is True
     assert float(logged["val/loss"]) == pytest.approx(float(loss))
     own, shuffled = compare_deltas(targets, samples)[1], compare_deltas(targets[[1, 0]], samples)[1]
     assert float(logged["val/cosine_own"]) == pytest.approx(float(own.mean()), abs=1e-5)
@@ -287,3 +289,17 @@ def test_default_options_and_what_is_optimized(codec_dir: Path) -> None:
     expected = [*module.model.mixture.parameters(), *module.model.denoiser.parameters()]
     assert list_parameter_ids(optimizer) == {id(p) for p in expected}
     assert list_rates(optimizer) == {0.02}
+
+
+def test_shape_of_features_leaves_the_encoder_as_it_is() -> None:
+    """The image that it is measured by is no data for a batch norm."""
+    encoder = TimmEncoder("resnet10t", 32, pretrained=False)
+    for is_training in (True, False):
+        encoder.train(is_training)
+        state = {name: value.clone() for name, value in encoder.state_dict().items()}
+        num_tokens, width = _compute_image_shape(encoder)
+        assert encoder.training == is_training
+        assert all(torch.equal(encoder.state_dict()[name], state[name]) for name in state)
+        with torch.no_grad():
+            tokens = encoder.eval()(torch.rand(1, 1, 3, 32, 32)).tokens
+        assert tokens.shape[2:] == (num_tokens, width)

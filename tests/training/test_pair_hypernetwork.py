@@ -502,8 +502,8 @@ def test_validation_compares_one_pair_with_its_controls(
     ).eval()
     logged: dict[str, Any] = {}
 
-    def log_dict(values: dict[str, Any], prog_bar: bool, batch_size: int) -> None:
-        assert batch_size == 3
+    def log_dict(values: dict[str, Any], prog_bar: bool, batch_size: int, sync_dist: bool) -> None:
+        assert batch_size == 3 and sync_dist
         logged.update({name: float(value) for name, value in values.items()})
 
     monkeypatch.setattr(module, "log_dict", log_dict)

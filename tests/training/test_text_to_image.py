@@ -81,6 +81,11 @@ def compute_step_loss(module: TextToImageTraining, batch: CaptionedLatentBatch) 
     return module.training_step(batch, 0)
 
 
+def test_last_batch_may_hold_one_sample(bundle: Bundle) -> None:
+    batch = CaptionedLatentBatch(torch.randn(1, 4, 6, 8), ["a hat"], {"hat": torch.tensor([0])})
+    assert compute_step_loss(make_module(bundle), batch).isfinite()
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_step_is_the_error_of_the_velocity_at_shifted_times(bundle: Bundle, shift: float) -> None:
     module, batch = make_module(bundle, timestep_shift=shift), make_batch()

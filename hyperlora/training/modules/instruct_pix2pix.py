@@ -143,7 +143,7 @@ class InstructPix2PixTraining(FrozenBaseTraining):
         with fork_rng(self.device):
             torch.manual_seed(batch_idx)
             loss = self._compute_loss(batch, no_drop)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(no_drop))
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(no_drop), sync_dist=True)
 
     def _make_aux_loss(self, batch: EditBatch, sample_weights: Tensor) -> AuxLoss | None:
         """Make the sum of attribute loss and preview loss, weighted per sample [n]."""

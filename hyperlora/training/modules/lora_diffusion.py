@@ -209,6 +209,8 @@ class LoraDiffusionTraining(L.LightningModule):
 @torch.no_grad()
 def _compute_image_shape(encoder: TimmEncoder) -> tuple[int, int]:
     """Compute the tokens of an image and their width, by a gray one."""
-    size = encoder.image_size
+    size, was_training = encoder.image_size, encoder.training
+    encoder.eval()  # the image is no data for the statistics of a batch norm
     tokens = encoder(torch.full((1, 1, 3, size, size), 0.5)).tokens  # [1, 1, tokens, width]
+    encoder.train(was_training)
     return tokens.shape[2], tokens.shape[3]

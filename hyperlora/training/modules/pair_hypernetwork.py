@@ -263,7 +263,7 @@ class PairHypernetworkTraining(PretrainedModelTraining):
                 "val/instruction_loss": losses.mean(),
                 "val/instruction_acc": is_correct.float().mean(),
             }
-            self.log_dict(metrics, prog_bar=True, batch_size=n)
+            self.log_dict(metrics, prog_bar=True, batch_size=n, sync_dist=True)
         if not self.hparams["use_denoising_loss"]:
             return
         own_loras = self.model.generate_from_features(*pair_features)

@@ -124,7 +124,7 @@ class TextToImageTraining(L.LightningModule):
         with fork_rng(self.device):
             torch.manual_seed(batch_idx)
             loss = self._compute_loss(batch)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.captions))
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.captions), sync_dist=True)
 
     def _compute_loss(self, batch: CaptionedLatentBatch, aux_loss: AuxLoss | None = None) -> Tensor:
         input_ids = self.tokenizer(

@@ -86,7 +86,7 @@ class VaeTraining(L.LightningModule):
         """
         posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.mode()).sample.float()  # [n, 3, h, w]
-        self.log("val/psnr", _compute_psnr(decoded, images), prog_bar=True)
+        self.log("val/psnr", _compute_psnr(decoded, images), prog_bar=True, sync_dist=True)
         self.validation_latents.append(posterior.sample().float().cpu())
 
     def on_validation_epoch_start(self) -> None:

@@ -107,6 +107,24 @@ def test_predict_runs_another_denoiser_with_the_scale(name: str) -> None:
     torch.testing.assert_close(prediction, expected)
 
 
+@pytest.mark.parametrize("name", FACTORIES)
+def test_one_sample_is_a_batch_of_one(name: str) -> None:
+    family, latents, _ = make_call(name)
+    tiny, latents, timesteps = get_tiny_pipeline(name), latents[:1], torch.tensor([500.0])
+    images = None if tiny.images is None else tiny.images[:1]
+    conditions = family.encode_text(list(tiny.prompts[:1]), images)
+    if images is not None:
+        conditions["image_latents"] = family.encode_images(images)
+    if family.denoiser_name == "unet":
+        timesteps = timesteps.long()
+    with torch.no_grad():
+        prediction = family.predict(latents, timesteps, conditions)
+    assert prediction.shape == latents.shape and prediction.isfinite().all()
+    if name not in WITHOUT_REGIONS:
+        rows, columns = family.get_grid(family.make_inputs(latents, timesteps, conditions))
+        assert latents.shape[-2] % rows == latents.shape[-1] % columns == 0
+
+
 @pytest.mark.parametrize("name", [name for name in FACTORIES if name not in WITHOUT_REGIONS])
 def test_crop_restricts_a_call_to_a_rectangle(name: str) -> None:
     family, latents, conditions = make_call(name)
